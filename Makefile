@@ -1,0 +1,52 @@
+# Everything runs in a virtual environment that the first target makes: Python, make and a C++ compiler are enough.
+#   make test PYTEST_ARGS="-k padding -x"     make lint VENV=/some/other/venv     make demo PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+# One torch thread per worker, so that they do not fight for the cores; and no test may reach for the Hub unasked.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# torch first and pinned: nothing that depends on it may choose another.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(READY) ## train a small classifier end to end, without a download
+	$(BIN)/python scripts/train_classification.py --demo --output_dir runs/demo $(DEMO_ARGS)
+
+test: $(READY) ## run the fast tests
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-slow: $(READY) ## run the slow tests
+	$(PYTEST) -m "slow and not network" $(PYTEST_ARGS) || test $$? -eq 5  # 5: there is none
+
+lint: $(READY) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY) ## put style right, where a tool can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## measure attention against other implementations
+	$(BIN)/python benchmarks/attention.py $(BENCH_ARGS)
+
+clean: ## remove build products and caches; the virtual environment and runs/ stay
+	rm -rf build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name site-packages -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

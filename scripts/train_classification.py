@@ -1,0 +1,437 @@
+"""Train a Reformer to classify texts, pairs of texts, or to give them a number.
+
+    # a complete run without a download, in a few minutes on two cores
+    python scripts/train_classification.py --demo
+
+    # your own files: csv, tsv, json, jsonl, parquet, or a folder with one sub-folder of texts per label
+    python scripts/train_classification.py --train_file train.csv --validation_file validation.csv --baselines
+
+    # a GLUE task from the Hub, on several GPUs
+    accelerate launch scripts/train_classification.py --task_name sst2 --tokenizer bytes
+
+    # a model that was saved by one of these runs: train it further, or only let it judge
+    python scripts/train_classification.py --model_name_or_path runs/classification --train_file more.csv
+    python scripts/train_classification.py --model_name_or_path runs/classification --classify letter.txt
+
+Labels that are numbers with decimals mean regression, lists of labels several labels per text. All options of
+`transformers.TrainingArguments` work, `--resume_from_checkpoint last` included.
+"""
+
+import ast
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from _classification import (
+    MULTI,
+    REGRESSION,
+    SINGLE,
+    GroupedTrainer,
+    Metrics,
+    Task,
+    baselines,
+    define_task,
+    draw_confusion_matrix,
+    format_table,
+    write_predictions,
+)
+from datasets import Dataset, DatasetDict, load_dataset
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EarlyStoppingCallback,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
+from transformers.utils import logging
+
+from hf_reformer import ReformerByteTokenizer, ReformerConfig
+from hf_reformer.data import (
+    clean_source,
+    corpus_file,
+    find_columns,
+    hold_out,
+    installed_packages_corpus,
+    read_examples,
+    train_bpe_tokenizer,
+)
+
+logger = logging.get_logger("hf_reformer.train_classification")
+
+# Where a small Reformer that starts from nothing wants other settings than `TrainingArguments` has.
+DEFAULTS = {
+    "output_dir": "runs/classification",
+    "num_train_epochs": 5,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+    "logging_steps": 10,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "train_sampling_strategy": "group_by_length",
+}
+FINE_TUNING = {"learning_rate": 2e-4, "num_train_epochs": 3}
+DEMO = {
+    "output_dir": "runs/demo",
+    "baselines": True,
+    "max_length": 2048,
+}
+
+
+@dataclass
+class DataArguments:
+    """Where the texts come from."""
+
+    demo: bool = field(
+        default=False,
+        metadata={"help": "Complete run without a download: which installed package does a source file come from?"},
+    )
+    task_name: str | None = field(
+        default=None, metadata={"help": "A GLUE task, read from the Hub: sst2, mnli, stsb …"}
+    )
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label."
+        },
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Default: a part of the training data."})
+    test_file: str | None = field(default=None, metadata={"help": "Predicted at the end; needs no labels."})
+    text_column: str | None = field(default=None, metadata={"help": "Default: found by its name."})
+    text_pair_column: str | None = field(default=None, metadata={"help": "Second text, for pairs."})
+    label_column: str | None = field(default=None, metadata={"help": "Default: found by its name."})
+    problem_type: str | None = field(
+        default=None,
+        metadata={"help": "Default: told from the labels.", "choices": [SINGLE, MULTI, REGRESSION]},
+    )
+    max_length: int = field(default=4096, metadata={"help": "Longer texts are cut after so many tokens."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use so many training texts only."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many validation texts only."})
+    validation_fraction: float = field(
+        default=0.1, metadata={"help": "Part of the training data to judge on, without a --validation_file."}
+    )
+    baselines: bool = field(
+        default=False, metadata={"help": "Also judge the most frequent label and TF-IDF with a linear model."}
+    )
+    classify: str | None = field(default=None, metadata={"help": "A text file to classify at the end."})
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without progress and keep the best model."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """A model to fine-tune, or the sizes of a new one."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model to start from."})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "bytes; train (a byte-level BPE from the training texts); or a name or path. "
+            "Default: the saved model's own, or train."
+        },
+    )
+    tokenizer_vocab_size: int = field(default=8192, metadata={"help": "For --tokenizer train."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
+    attn_layers: list[str] = field(
+        default_factory=lambda: ["local", "lsh", "local", "lsh"], metadata={"help": "Kind of every layer."}
+    )
+    num_attention_heads: int = field(default=2, metadata={"help": "Attention heads of every layer."})
+    attention_head_size: int = field(default=64, metadata={"help": "Width of every head."})
+    feed_forward_size: int = field(default=256, metadata={"help": "Width inside the feed-forward layers."})
+    num_hashes: int = field(default=2, metadata={"help": "Hash rounds of the lsh layers."})
+    position_embedding_type: str = field(default="rotary", metadata={"help": "axial, learned or rotary."})
+    config_overrides: str | None = field(
+        default=None, metadata={"help": 'Any other field of ReformerConfig: "lsh_window=64,reversible=False".'}
+    )
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
+    """Read the command line; presets stand behind whatever is given there."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = HfArgumentParser((DataArguments, ModelArguments, TrainingArguments))
+    parser.set_defaults(**DEFAULTS)
+    given = {argument.split("=")[0] for argument in argv}
+    if "--model_name_or_path" in given:
+        parser.set_defaults(**FINE_TUNING)
+    if "--demo" in given:
+        parser.set_defaults(**DEMO)
+    if "--early_stopping_patience" in given:
+        parser.set_defaults(load_best_model_at_end=True)
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def parse_overrides(text: str | None) -> dict:
+    """`"a=1,b=(2,3),c=word"` as a dictionary."""
+
+    def value(word: str):
+        try:
+            return ast.literal_eval(word)
+        except (SyntaxError, ValueError):
+            return word
+
+    found = re.findall(r"(\w+)\s*=\s*(\(.*?\)|\[.*?\]|[^,]*)", text or "")
+    return {name: value(word.strip()) for name, word in found}
+
+
+def load_splits(args: DataArguments) -> DatasetDict:
+    """All data of the run: `train`, one or more splits that start with `validation`, and perhaps `test`."""
+    if args.demo:
+        return installed_packages_corpus()
+    if args.task_name is not None:
+        try:
+            splits = load_dataset("nyu-mll/glue", args.task_name)
+        except (OSError, ConnectionError) as error:
+            raise ConnectionError(
+                f"The GLUE task `{args.task_name}` could not be read from the Hub. "
+                "Without a connection, use --train_file and --validation_file, or --demo."
+            ) from error
+        return DatasetDict({name: part for name, part in splits.items() if not name.startswith("test")})
+    files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
+    return DatasetDict({split: read_examples(file) for split, file in files.items() if file is not None})
+
+
+def prepare_data(args: DataArguments, known_labels: list[str] | None, seed: int) -> tuple[DatasetDict, Task]:
+    """Read the data, tell what is asked for, number the labels, and see to it that there is something to judge on."""
+    splits = load_splits(args)
+    first = next(iter(splits))
+    columns = find_columns(splits[first], args.text_column, args.text_pair_column, args.label_column)
+    task = define_task(splits[first], columns, first, args.problem_type, known_labels, args.task_name)
+    for split in splits:
+        names = splits[split].column_names
+        wanted = [c for c in (columns.text, columns.pair, columns.label if split != "test" else None) if c]
+        if absent := [column for column in wanted if column not in names]:
+            raise ValueError(f"The {split} data has no column {absent}; its columns are {names}.")
+        splits[split] = task.encode(splits[split], split)
+    if "train" in splits and not any(split.startswith("validation") for split in splits):
+        splits.update(hold_out(splits["train"], "labels", args.validation_fraction, seed))
+        logger.warning(
+            f"No validation data given: {len(splits['validation'])} of the training texts are kept to judge on."
+        )
+    for split, part in splits.items():
+        limit = args.max_train_samples if split == "train" else args.max_eval_samples
+        if limit is not None and limit < len(part):
+            splits[split] = part.shuffle(seed=seed).select(range(limit))
+    return splits, task
+
+
+def make_tokenizer(args: ModelArguments, texts: list[str], max_length: int) -> PreTrainedTokenizerBase:
+    """The tokenizer that was asked for, told where to cut."""
+    name = args.tokenizer or args.model_name_or_path or "train"
+    if name == "train":
+        return train_bpe_tokenizer(texts, args.tokenizer_vocab_size, max_length)
+    tokenizer = ReformerByteTokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
+    tokenizer.model_max_length = max_length
+    return tokenizer
+
+
+def tokenize(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Columns `input_ids`, `attention_mask`, `length` and, where known, `labels`."""
+
+    def encode(rows: dict[str, list]) -> dict[str, list]:
+        pairs = [pair or "" for pair in rows[task.columns.pair]] if task.columns.pair else None
+        encoded = tokenizer([text or "" for text in rows[task.columns.text]], pairs, truncation=True)
+        return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
+
+    drop = [name for name in dataset.column_names if name != "labels"]
+    return dataset.map(encode, batched=True, batch_size=64, remove_columns=drop, desc="Tokenising")
+
+
+def make_model(
+    args: ModelArguments, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> PreTrainedModel:
+    """The saved model with a head for this task, or a new small one."""
+    names = task.names or ["score"]
+    labels = {
+        "problem_type": task.problem_type,
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
+    overrides = parse_overrides(args.config_overrides)
+    if args.model_name_or_path is not None:
+        config = AutoConfig.from_pretrained(args.model_name_or_path, **labels, **overrides)
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens, but `{args.model_name_or_path}` knows only "
+                f"{config.vocab_size}. Leave `--tokenizer` out to use the model's own."
+            )
+        return AutoModelForSequenceClassification.from_pretrained(
+            args.model_name_or_path, config=config, ignore_mismatched_sizes=True
+        )
+    sizes = {
+        name: getattr(args, name)
+        for name in (
+            "hidden_size",
+            "attn_layers",
+            "num_attention_heads",
+            "attention_head_size",
+            "feed_forward_size",
+            "num_hashes",
+            "position_embedding_type",
+        )
+    }
+    tokens = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
+    settings = {"vocab_size": len(tokenizer), "max_position_embeddings": max_length, **sizes, **tokens, **overrides}
+    return AutoModelForSequenceClassification.from_config(ReformerConfig(**settings, **labels))
+
+
+def train(trainer: GroupedTrainer, resume: str | None) -> None:
+    """Train, then save the model, its tokenizer and the training figures."""
+    result = trainer.train(resume_from_checkpoint=True if resume in ("last", "true", "True") else resume)
+    trainer.save_model()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+
+
+def judge(trainer: GroupedTrainer, task: Task, splits: DatasetDict, encoded: dict[str, Dataset]) -> dict[str, dict]:
+    """Predict all splits but the training data; write predictions and confusion matrices. Returns scores by split."""
+    scores = {}
+    for split, data in encoded.items():
+        if split == "train":
+            continue
+        output = trainer.predict(data, metric_key_prefix=split)
+        trainer.log_metrics(split, output.metrics)
+        trainer.save_metrics(split, output.metrics)
+        if not trainer.is_world_process_zero():
+            continue
+        logits = np.empty_like(output.predictions)
+        logits[data["row"]] = output.predictions  # the longest texts came first
+        folder = Path(trainer.args.output_dir)
+        write_predictions(folder / f"predictions_{split}.csv", task, splits[split], logits)
+        if "labels" in splits[split].column_names:
+            labels, (predictions, _) = np.asarray(splits[split]["labels"]), task.decide(logits)
+            scores[split] = trainer.compute_metrics.score(predictions, labels)
+            if task.problem_type == SINGLE:
+                picture = folder / f"confusion_matrix_{split}.png"
+                draw_confusion_matrix(picture, task, labels, predictions, f"{split}: {len(labels)} texts")
+    return scores
+
+
+def summarise(
+    trainer: GroupedTrainer, task: Task, splits: DatasetDict, scores: dict[str, dict], args: DataArguments
+) -> None:
+    """Print the model's scores beside the baselines, and leave them in the model card and in `scores.json`."""
+    folder, report = Path(trainer.args.output_dir), []
+    for split, score in scores.items():
+        rows = {"Reformer": score}
+        if args.baselines and "train" in splits:
+            rows |= baselines(task, splits["train"], splits[split], trainer.compute_metrics)
+        scores[split] = rows
+        report.append(f"{split}: {len(splits[split])} texts\n\n{format_table(rows)}")
+    if "train" in splits:
+        dataset = "installed packages" if args.demo else args.task_name or args.train_file
+        trainer.create_model_card(tasks="text-classification", tags=["hf_reformer", "reformer"], dataset=dataset)
+        with (folder / "README.md").open("a", encoding="utf-8") as card:
+            card.write("\n## Scores\n\n" + "\n\n".join(report) + "\n")
+    (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    print("\n" + "\n\n".join(report))
+    print(f"\nEverything lies in {folder}: " + ", ".join(sorted(file.name for file in folder.iterdir())))
+
+
+def check_saved(model: PreTrainedModel, folder: str, texts: list[str]) -> None:
+    """Load the saved model in the two ways people do, and see that both answer like the trained one."""
+    model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    reloaded = AutoModelForSequenceClassification.from_pretrained(folder).to(model.device).eval()
+    classifier = pipeline("text-classification", model=folder, device=model.device)
+    for text in texts:
+        inputs = tokenizer(text, truncation=True, return_tensors="pt").to(model.device)
+        with torch.no_grad():
+            logits = model(**inputs).logits
+            torch.testing.assert_close(reloaded(**inputs).logits, logits, atol=1e-4, rtol=1e-4)
+        probabilities = logits[0].softmax(-1)
+        answer = classifier(text, truncation=True)[0]
+        if (
+            answer["label"] != model.config.id2label[int(logits.argmax())]
+            or abs(answer["score"] - probabilities.max()) > 1e-3
+        ):
+            raise RuntimeError(f"The pipeline answers {answer}, the trained model {probabilities.tolist()}.")
+    print(f"Reloaded by from_pretrained and by pipeline: both agree with the trained model on {len(texts)} texts.")
+
+
+def classify(file: Path, folder: str, clean: bool) -> None:
+    """Print what the saved model thinks of one file."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if clean:
+        text = clean_source(text, max_bytes=16384)
+    answers = pipeline("text-classification", model=folder)(text, truncation=True, top_k=5)
+    print(f"\n{file}" + (" (cleaned like the training texts)" if clean else ""))
+    for answer in answers:
+        print(f"  {answer['score']:7.3f}  {answer['label']}")
+
+
+def run(data_args: DataArguments, model_args: ModelArguments, args: TrainingArguments) -> None:
+    """Data, model, training, judgement, summary."""
+    set_seed(args.seed)
+    known = None
+    if model_args.model_name_or_path is not None:
+        known = list(AutoConfig.from_pretrained(model_args.model_name_or_path).id2label.values())
+    with args.main_process_first(desc="preparing the data"):
+        splits, task = prepare_data(data_args, known, args.seed)
+        texts = [text for text in (task.texts(splits["train"]) if "train" in splits else [])]
+        tokenizer = make_tokenizer(model_args, texts, data_args.max_length)
+        encoded = {split: tokenize(part, task, tokenizer) for split, part in splits.items()}
+    for split in encoded:
+        if split != "train":
+            rows = encoded[split].add_column("row", list(range(len(encoded[split]))))
+            encoded[split] = rows.sort("length", reverse=True)
+    model = make_model(model_args, task, tokenizer, data_args.max_length)
+    validation = {split: part for split, part in encoded.items() if split.startswith("validation")}
+    patience = data_args.early_stopping_patience
+    trainer = GroupedTrainer(
+        model=model,
+        args=args,
+        train_dataset=encoded.get("train"),
+        eval_dataset=validation if len(validation) > 1 else next(iter(validation.values()), None),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=Metrics(task),
+        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+    )
+    if args.process_index == 0:
+        counts = ", ".join(f"{split} {len(part)}" for split, part in splits.items())
+        lengths = encoded[next(iter(encoded))]["length"]
+        print(f"Texts: {counts}; {np.mean(lengths):.0f} tokens on average. Labels: {task.names or task.problem_type}")
+        print(f"Parameters: {model.num_parameters():,}; layers: {', '.join(model_args.attn_layers)}")
+    if "train" in encoded:
+        train(trainer, args.resume_from_checkpoint)
+    scores = judge(trainer, task, splits, encoded)
+    if trainer.is_world_process_zero():
+        summarise(trainer, task, splits, scores, data_args)
+        if data_args.demo:
+            check_saved(model, args.output_dir, splits["validation"]["text"][:4])
+            data_args.classify = data_args.classify or str(corpus_file(splits["validation"]["path"][0]))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    data_args, model_args, args = parse_arguments(argv)
+    files = (data_args.train_file, data_args.validation_file, data_args.test_file)
+    has_data = data_args.demo or data_args.task_name is not None or any(files)
+    if not has_data and (data_args.classify is None or model_args.model_name_or_path is None):
+        raise SystemExit(
+            "Give --demo, --train_file, --task_name, or --model_name_or_path with --classify. See --help."
+        )
+    if has_data:
+        run(data_args, model_args, args)
+    if data_args.classify is not None and args.process_index == 0:
+        folder = args.output_dir if has_data else model_args.model_name_or_path
+        classify(Path(data_args.classify), folder, clean=data_args.demo)
+
+
+if __name__ == "__main__":
+    main()

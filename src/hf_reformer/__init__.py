@@ -1,0 +1,35 @@
+"""Reformer for Hugging Face transformers: long sequences on little memory."""
+
+from .configuration_reformer import ReformerConfig
+from .heads_text import (
+    ReformerForCausalLM,
+    ReformerForMaskedLM,
+    ReformerForMultipleChoice,
+    ReformerForQuestionAnswering,
+    ReformerForSequenceClassification,
+    ReformerForTokenClassification,
+    ReformerModelWithLMHead,
+)
+from .modeling_reformer import ReformerModel, ReformerPreTrainedModel
+from .registration import register
+from .tokenization_reformer import ReformerByteTokenizer
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ReformerByteTokenizer",
+    "ReformerConfig",
+    "ReformerForCausalLM",
+    "ReformerForMaskedLM",
+    "ReformerForMultipleChoice",
+    "ReformerForQuestionAnswering",
+    "ReformerForSequenceClassification",
+    "ReformerForTokenClassification",
+    "ReformerModel",
+    "ReformerModelWithLMHead",
+    "ReformerPreTrainedModel",
+    "register",
+]
+
+register()

@@ -1,0 +1,195 @@
+"""The attention branch: LSH, local and full self-attention modules."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .attention_ops import ordered_attention
+from .configuration_reformer import ReformerConfig
+from .hashing import (
+    Orders,
+    chunk_orders,
+    exploration_buckets,
+    lsh_buckets,
+    product_of,
+    seeded_rotations,
+    window_orders,
+    window_rotations,
+)
+from .positions import rotate
+from .randomness import ATTENTION_DROPOUT, OUTPUT_DROPOUT, dropout, fold, make_key
+from .reference import ordered_attention as reference_attention
+
+
+class Call(NamedTuple):
+    """What one forward of the model tells every layer. Carries no gradients.
+
+    Attributes:
+        mask: (B, T) bool, True for real tokens, or None.
+        ranks: (B or 1, T) int32, number of real tokens before each token.
+        rotary: cos and sin of `positions.rotary_tables`, or None.
+        key: int32 key of shape () of this forward's randomness; None in evaluation.
+        num_hashes, num_buckets: the config's, or this call's own. `num_buckets=None`: the older rule by length.
+        padded_length: chunk rule: length up to which layers pad, a multiple of the chunk lengths.
+    """
+
+    mask: torch.Tensor | None
+    ranks: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor] | None
+    key: torch.Tensor | None
+    num_hashes: int
+    num_buckets: int | tuple[int, ...] | None
+    padded_length: int
+
+
+def shared_key(query: torch.Tensor) -> torch.Tensor:
+    """Keys of shared query/key attention: queries scaled to unit length (paper, section 2); (..., D) → (..., D)."""
+    size = query.shape[-1]
+    return query * torch.rsqrt(query.square().mean(-1, keepdim=True) + 1e-6) * size**-0.5
+
+
+class ReformerAttention(nn.Module):
+    """Projections, ordered attention, output projection: (B, T, D) → (B, T, D)."""
+
+    def __init__(self, config: ReformerConfig, layer: int):
+        super().__init__()
+        self.layer, self.kind = layer, config.attn_layers[layer]
+        self.causal, self.backend, self.mode = config.is_decoder, config.attention_backend, config.attention_mode
+        self.heads, self.head_size = config.num_attention_heads, config.attention_head_size
+        self.output_dropout = config.hidden_dropout_prob
+        own = "lsh" if self.kind == "lsh" else "local"
+        self.dropout = getattr(config, f"{own}_attention_probs_dropout_prob") or 0.0
+        self.chunk = getattr(config, f"{own}_attn_chunk_length")
+        self.before = getattr(config, f"{own}_num_chunks_before") or 0
+        self.after = getattr(config, f"{own}_num_chunks_after") or 0
+        self.config = config
+        inner = self.heads * self.head_size
+        for name in ("qk_proj",) if self.kind == "lsh" else ("q_proj", "k_proj"):
+            setattr(self, name, nn.Linear(config.hidden_size, inner, bias=False))
+        self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
+        """`x`: (B, T, D) normalised stream."""
+        key = None if call.key is None else fold(call.key, self.layer)
+        heads_of = self._attend(x, call, key)  # (B, H, T, D)
+        out = self.o_proj(heads_of.transpose(1, 2).flatten(2))
+        return dropout(out, self.output_dropout, None if key is None else fold(key, OUTPUT_DROPOUT))
+
+    def _attend(self, x: torch.Tensor, call: Call, key: torch.Tensor | None) -> torch.Tensor:
+        dropout_key = None if key is None or not self.dropout else fold(key, ATTENTION_DROPOUT)
+        value = self._heads(self.v_proj(x))
+        if self.kind == "lsh":
+            query = hashed = self._heads(self.qk_proj(x))
+            query = rotate(query, call.rotary)
+            key_vectors = shared_key(query)
+        else:
+            hashed = None
+            query, key_vectors = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
+            query, key_vectors = rotate(query, call.rotary), rotate(key_vectors, call.rotary) * self.head_size**-0.5
+        if self.kind == "full":
+            return exact_attention(query, key_vectors, value, self.causal, call.mask, self.dropout, dropout_key)
+        mask, length = call.mask, x.shape[1]
+        if self.mode == "chunk" and call.padded_length > length:
+            pad = (0, 0, 0, call.padded_length - length)
+            query, key_vectors, value = (nn.functional.pad(t, pad) for t in (query, key_vectors, value))
+            hashed = None if hashed is None else nn.functional.pad(hashed, pad)
+            mask = mask if mask is not None else x.new_ones(x.shape[:2], dtype=torch.bool)
+            mask = nn.functional.pad(mask, (0, call.padded_length - length))
+        orders = (self._window_orders if self.mode == "window" else self._chunk_orders)(hashed, mask, call, x)
+        out = ordered_attention(
+            query,
+            key_vectors,
+            value,
+            orders,
+            shared=self.kind == "lsh",
+            causal=self.causal,
+            mask=mask,
+            dropout=self.dropout,
+            dropout_key=dropout_key,
+            backend=self.backend,
+        )
+        return out[:, :, :length]
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)  # (B, H, T, D)
+
+    def _rotations(self, hashed: torch.Tensor, call: Call, num_buckets: int | tuple[int, ...]) -> torch.Tensor:
+        """Rotations of this call: float32 functions of a key, or the older rule's draws where its seed is given."""
+        seed, shape = self.config.hash_seed, (self.heads, self.head_size, call.num_hashes, num_buckets)
+        if self.mode == "chunk" and seed is not None:
+            return seeded_rotations(seed, *shape, like=hashed)
+        fresh = call.key is not None and (self.config.resample_rotations or self.mode == "chunk")
+        key = call.key if fresh else make_key(seed or 0, hashed.device)
+        return window_rotations(key, self.layer, *shape)
+
+    def _window_orders(self, hashed: torch.Tensor | None, mask: torch.Tensor | None, call: Call, x) -> Orders:
+        """Position order, hash orders, and in training exploration orders."""
+        config, batch = self.config, x.shape[0]
+        heads = 1 if hashed is None else self.heads
+        position = torch.zeros(batch, heads, 1, x.shape[1], dtype=torch.int32, device=x.device)
+        groups = [(position, 1, config.local_window)]
+        if hashed is not None:
+            count, window = product_of(call.num_buckets), config.lsh_window
+            groups = groups if config.lsh_include_local else []
+            rotations = self._rotations(hashed, call, call.num_buckets)
+            groups.append((lsh_buckets(hashed, rotations, call.num_buckets), count, window))
+            if call.key is not None and config.lsh_exploration_orders:
+                key = call.key if config.resample_rotations else make_key(config.hash_seed or 0, x.device)
+                explored = exploration_buckets(
+                    key, self.layer, heads, config.lsh_exploration_orders, count, call.ranks
+                )
+                groups.append((explored.expand(batch, -1, -1, -1), count, window))
+        return window_orders(groups, self.causal, mask)
+
+    def _chunk_orders(self, hashed: torch.Tensor | None, mask: torch.Tensor | None, call: Call, x) -> Orders:
+        length = max(x.shape[1], call.padded_length)
+        buckets = torch.zeros(x.shape[0], 1, 1, length, dtype=torch.int32, device=x.device)
+        count = 1
+        if hashed is None:
+            mask = None  # local chunks follow the sequence; padding keeps its place and is masked in the softmax
+        elif length > self.chunk:
+            factors = call.num_buckets
+            if factors is None:
+                factors = old_num_buckets(length, self.chunk, self.config.max_position_embeddings)
+            count = product_of(factors)
+            buckets = lsh_buckets(hashed, self._rotations(hashed, call, factors), factors)
+        return chunk_orders(buckets, count, self.chunk, self.before, self.after, mask)
+
+
+def old_num_buckets(length: int, chunk: int, max_positions: int) -> int | tuple[int, int]:
+    """The older rule's choice from the input's length: a power of two near 2 * length / chunk, factorised when large."""
+    bits = (2 * (length // chunk)).bit_length() - 1
+    limit = 2 * max(int((max_positions // chunk) ** 0.5), chunk)
+    return 2**bits if 2**bits <= limit else (2 ** (bits // 2), 2 ** (bits - bits // 2))
+
+
+def exact_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    causal: bool,
+    mask: torch.Tensor | None,
+    dropout: float,
+    dropout_key: torch.Tensor | None,
+) -> torch.Tensor:
+    """Exact attention over all real tokens, (B, H, T, D); `key` is already scaled. Padding gets 0.
+
+    torch's own kernel, except under attention dropout, whose keyed mask only the dense reference can give.
+    """
+    if dropout_key is not None:
+        length, batch = query.shape[-2], query.shape[0]
+        position = torch.zeros(batch, 1, 1, length, dtype=torch.int32, device=query.device)
+        orders = window_orders([(position, 1, length if causal else 2 * length)], causal, mask)
+        return reference_attention(
+            query, key, value, orders, shared=False, causal=causal, dropout=dropout, dropout_key=dropout_key
+        )
+    if mask is None:
+        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=1.0)
+    allowed = mask[:, None, None, :]
+    if causal:
+        place = torch.arange(query.shape[-2], device=query.device)
+        allowed = allowed & (place[:, None] >= place)
+    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=1.0)
+    return torch.where(mask[:, None, :, None], out, 0)

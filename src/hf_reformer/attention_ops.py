@@ -1,0 +1,350 @@
+"""Ordered attention, the one op behind local and LSH attention: choice of backend, and the pure-PyTorch version.
+
+The PyTorch version works through the line in blocks of tiles: it gathers the rows of a block, forms the scores in
+tiles, combines rounds by a running maximum and sum, and recomputes all scores in backward. Nothing of size
+length x keys is kept. It is built from arithmetic rather than from masks: on a CPU, `where` and `masked_fill` cost
+twice as much as a matrix product of the same size.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .hashing import Orders
+from .reference import MASKED_SCORE, SELF_SCORE, pair_keys, places_of
+from .reference import ordered_attention as reference_attention
+from .randomness import keep_threshold, pair_scramble
+
+
+BLOCK_SCORES = 2**20  # scores worked on at a time: 4 MiB in float32, about what caches hold
+HIDDEN_PENALTY = 1e9  # taken off the score of a pair that is not shown; beyond every real score
+FLOOR = -1e8  # running maxima start here: above a hidden pair, below every shown one
+
+
+def backend_name(choice: str = "auto") -> str:
+    """The backend in force for `config.attention_backend` or the environment variable HF_REFORMER_BACKEND.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    choice = os.environ.get("HF_REFORMER_BACKEND", choice)
+    if choice != "auto" and choice not in BACKENDS:
+        raise ValueError(
+            f"attention backend {choice!r} is unknown. Choose 'auto' or one of {sorted(BACKENDS)} "
+            "(config.attention_backend, or the environment variable HF_REFORMER_BACKEND)."
+        )
+    return "torch" if choice == "auto" else choice
+
+
+def ordered_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    orders: Orders,
+    *,
+    shared: bool,
+    causal: bool,
+    mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_key: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """One softmax per token over everything its windows show, each pair counted as `orders` says.
+
+    Args:
+        query, key, value: (B, H, T, D) floating; scores are query @ key^T, so the caller scales. Half precision is
+            accumulated in float32.
+        orders: `hashing.window_orders` or `hashing.chunk_orders`, batch B (heads H or 1).
+        shared: query and key come from one projection; a token then sees itself only where it sees nothing else.
+        causal, mask: used by the chunk rule alone, whose softmax keeps the future and padding with a score of -1e9.
+            mask: (B, T) bool, True for real tokens. In window mode `orders` has both built in.
+        dropout, dropout_key: dropout on the attention weights, a function of (dropout_key, row, head, query, key).
+
+    Returns:
+        (B, H, T, D) in value's dtype. A token that sees nothing gets 0.
+    """
+    if dropout_key is None or dropout == 0:
+        dropout, dropout_key = 0.0, None
+    attend = BACKENDS[backend_name(backend)]
+    return attend(
+        query,
+        key,
+        value,
+        orders,
+        shared=shared,
+        causal=causal,
+        mask=mask,
+        dropout=dropout,
+        dropout_key=dropout_key,
+    )
+
+
+class _Rule(NamedTuple):
+    """What a block needs to know beside tensors."""
+
+    shared: bool
+    causal: bool
+    dropout: float
+
+
+class _Rows(NamedTuple):
+    """The line in terms of rows of the flattened (B, T, H) tensors: row = (b * T + token) * H + h; N rows in all."""
+
+    row: torch.Tensor  # (B·H, R, T) int32, row at every place
+    lo: torch.Tensor  # (B·H, R, T) int32
+    hi: torch.Tensor
+    place: torch.Tensor | None  # (R, N) float32, twice the place of every row; only where pairs count once
+    centre: torch.Tensor | None  # (R, N) float32, lo + hi of every row, within its round
+    width: torch.Tensor | None  # (R, N) float32, hi - lo + 1
+    real: torch.Tensor | None  # (N) bool
+    query_key: torch.Tensor | None  # (N) int32, random numbers for dropout
+    key_key: torch.Tensor | None  # (N) int32
+
+
+def _by_row(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, H, R, T) → (R, N)"""
+    return x.permute(2, 0, 3, 1).reshape(x.shape[2], -1).to(dtype)
+
+
+def _make_rows(
+    orders: Orders, heads: int, mask: torch.Tensor | None, dropout_key: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    line, lo, hi = (x.expand(-1, heads, -1, -1) for x in (orders.line, orders.lo, orders.hi))
+    batch, _, rounds, length = line.shape
+    row_of_batch = torch.arange(batch, dtype=torch.int32, device=line.device)[:, None, None, None] * (length * heads)
+    head = torch.arange(heads, dtype=torch.int32, device=line.device)[:, None, None]
+    row = line * heads + row_of_batch + head
+    place = centre = width = real = query_key = key_key = None
+    if orders.count_once and rounds > 1:
+        place_of = places_of(line)
+        first = lo.gather(-1, place_of)
+        last = hi.gather(-1, place_of)
+        start = torch.arange(rounds, dtype=torch.int32, device=line.device)[:, None] * (2 * length)
+        place = _by_row(place_of * 2, torch.float32)
+        centre = _by_row(first + last - start, torch.float32)
+        width = _by_row(last - first + 1, torch.float32)
+    if mask is not None and not orders.count_once:
+        real = mask[:, :, None].expand(-1, -1, heads).reshape(-1)
+    if dropout_key is not None:
+        by_query, by_key = pair_keys(dropout_key, batch, heads, length)
+        query_key = by_query.transpose(1, 2).reshape(-1)
+        key_key = by_key[None, :, None].expand(batch, length, heads).reshape(-1)
+    flat = [x.reshape(batch * heads, rounds, length) for x in (row, lo, hi)]
+    return _Rows(*flat, place, centre, width, real, query_key, key_key)
+
+
+class _Block(NamedTuple):
+    """A rectangle of tiles of one round: n tiles of C queries, each with its K keys."""
+
+    index: int  # round
+    query: torch.Tensor  # (n·C) int32 rows
+    key: torch.Tensor  # (n·K) int32 rows
+    target: torch.Tensor  # (n·C) int32 rows to write to; N for the filling of a last, partial tile
+    hidden: torch.Tensor | None  # (n, C, K): above 0 where the pair is not shown by this round (window rule)
+    shape: tuple[int, int, int]  # n, C, K
+
+
+def _blocks(orders: Orders, rows: _Rows) -> Iterator[_Block]:
+    """Cut every round in blocks of about BLOCK_SCORES scores."""
+    lines, rounds, length = rows.row.shape
+    tile, before, after = orders.tile, orders.before, orders.after
+    tiles, keys = -(-length // tile), tile + before + after
+    per_line = max(1, min(tiles, BLOCK_SCORES // (tile * keys)))
+    per_block = max(1, BLOCK_SCORES // (tile * keys * tiles))
+    device = rows.row.device
+    query_place = torch.arange(tiles * tile, device=device)
+    key_place = torch.arange(-before, tiles * tile + after, device=device)
+    offset = torch.arange(tiles, dtype=torch.int32, device=device)[:, None] * tile - before
+    for index in range(rounds):
+        start = index * length
+        inside = query_place.clamp(max=length - 1)
+        query = rows.row[:, index, inside]  # (lines, tiles·C)
+        target = torch.where(query_place < length, query, rows.row.numel() // rounds)
+        if orders.count_once:
+            key = rows.row[:, index, key_place.clamp(0, length - 1)]  # what is added at the ends is never shown
+            first = rows.lo[:, index, inside].unflatten(-1, (tiles, tile)) - (offset + start)
+            last = rows.hi[:, index, inside].unflatten(-1, (tiles, tile)) - (offset + start)
+        else:
+            key = rows.row.flatten(1)[:, (key_place + start) % (rounds * length)]
+        key = key.unfold(-1, keys, tile)  # (lines, tiles, K), a view
+        query, target = query.unflatten(-1, (tiles, tile)), target.unflatten(-1, (tiles, tile))
+        for line in range(0, lines, per_block):
+            for at in range(0, tiles, per_line):
+                part = (slice(line, line + per_block), slice(at, at + per_line))
+                hidden = _outside(first[part], last[part], keys) if orders.count_once else None
+                shape = (query[part].shape[0] * query[part].shape[1], tile, keys)
+                yield _Block(
+                    index, query[part].reshape(-1), key[part].reshape(-1), target[part].reshape(-1), hidden, shape
+                )
+
+
+def _outside(first: torch.Tensor, last: torch.Tensor, keys: int) -> torch.Tensor:
+    """Above 0 where key k of a tile lies outside first … last, else at most 0: |2k - (first + last)| - (last - first)."""
+    first, last = first.reshape(-1, first.shape[-1], 1).float(), last.reshape(-1, last.shape[-1], 1).float()
+    twice = torch.arange(0, 2 * keys, 2, dtype=torch.float32, device=first.device)
+    return (twice - (first + last)).abs_().sub_(last - first)
+
+
+def _block_scores(block: _Block, rows: _Rows, rule: _Rule, q: torch.Tensor, k: torch.Tensor, before: int):
+    """Scores (n, C, K) of a block as the softmax sees them; and where they are fixed numbers (n, C, K) bool or None."""
+    n, tile, keys = block.shape
+    scores = torch.bmm(q.view(n, tile, -1), k.view(n, keys, -1).transpose(1, 2))
+    if block.hidden is None:
+        return _chunk_scores(scores, block, rows, rule)
+    hidden = block.hidden
+    for earlier in range(block.index):  # a pair counts in the first round that shows it
+        assert rows.place is not None and rows.centre is not None and rows.width is not None
+        distance = rows.place[earlier].index_select(0, block.key).view(n, 1, keys) - rows.centre[earlier].index_select(
+            0, block.query
+        ).view(n, tile, 1)
+        width = rows.width[earlier].index_select(0, block.query).view(n, tile, 1)
+        hidden = torch.maximum(hidden, torch.sub(width, distance.abs_(), out=distance), out=hidden)
+    if rule.shared:
+        scores.diagonal(before, 1, 2).fill_(SELF_SCORE)
+    return scores.add_(hidden.clamp_(min=0), alpha=-HIDDEN_PENALTY), None
+
+
+def _chunk_scores(scores: torch.Tensor, block: _Block, rows: _Rows, rule: _Rule):
+    """The older rule's order of fills: padding and future first, a token itself last."""
+    n, tile, keys = block.shape
+    query, key = block.query.view(n, tile, 1), block.key.view(n, 1, keys)  # rows of one head grow with the position
+    hidden = query < key if rule.causal else None
+    if rows.real is not None:
+        padding = ~rows.real.index_select(0, block.key).view(n, 1, keys)
+        hidden = padding.expand(n, tile, keys) if hidden is None else hidden | padding
+    if hidden is not None:
+        scores = scores.masked_fill_(hidden, MASKED_SCORE)
+    if rule.shared:
+        itself = query == key
+        scores = scores.masked_fill_(itself, SELF_SCORE)
+        hidden = itself if hidden is None else hidden | itself
+    return scores, hidden
+
+
+def _kept(block: _Block, rows: _Rows, rule: _Rule, dtype: torch.dtype) -> torch.Tensor | None:
+    """Dropout factors (n, C, K) of a block, or None."""
+    if rows.query_key is None or rows.key_key is None:
+        return None
+    n, tile, keys = block.shape
+    drawn = pair_scramble(
+        rows.query_key.index_select(0, block.query).view(n, tile, 1),
+        rows.key_key.index_select(0, block.key).view(n, 1, keys),
+    )
+    if rule.dropout >= 1:
+        return torch.zeros(n, tile, keys, dtype=dtype, device=drawn.device)
+    return (drawn >= min(keep_threshold(rule.dropout), 2**31 - 1)).to(dtype).mul_(1 / (1 - rule.dropout))
+
+
+def _flat_rows(x: torch.Tensor) -> torch.Tensor:
+    """(B, H, T, D) → (N, D) in at least float32, row = (b * T + token) * H + h; free for a projection's own layout."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.transpose(1, 2).reshape(-1, x.shape[-1]).to(dtype)
+
+
+def _heads_of(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(N, D) → (B, H, T, D) of `like`'s dtype."""
+    batch, heads, length = like.shape[:3]
+    return rows.view(batch, length, heads, -1).transpose(1, 2).to(like.dtype)
+
+
+class _TiledAttention(torch.autograd.Function):
+    """The pure-PyTorch backend; saves the inputs, the output and each row's maximum and sum."""
+
+    @staticmethod
+    def forward(query, key, value, orders, mask, dropout_key, rule):
+        with torch.autocast(query.device.type, enabled=False):
+            q, k, v = (_flat_rows(x) for x in (query, key, value))
+            rows = _make_rows(orders, query.shape[1], mask, dropout_key)
+            total = q.shape[0] + 1  # one more row takes the filling of partial tiles
+            out = v.new_zeros(total, v.shape[-1])
+            top = q.new_full((total,), FLOOR if orders.count_once else 10 * MASKED_SCORE)
+            mass = q.new_zeros(total)
+            for block in _blocks(orders, rows):
+                _forward_block(block, rows, rule, orders.before, q, k, v, out, top, mass)
+            mass = torch.where(mass > 0, mass, 1)
+            return _heads_of(out.div_(mass[:, None])[:-1], value), top, mass
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        query, key, value, orders, mask, dropout_key, ctx.rule = inputs
+        ctx.orders, tensors = orders[3:], orders[:3]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(query, key, value, mask, dropout_key, *tensors, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        query, key, value, mask, dropout_key, line, lo, hi, out, top, mass = ctx.saved_tensors
+        if grad is None:
+            return (None,) * 7
+        orders, rule = Orders(line, lo, hi, *ctx.orders), ctx.rule
+        with torch.autocast(query.device.type, enabled=False):
+            q, k, v, flat_out, grad = (_flat_rows(x) for x in (query, key, value, out, grad))
+            rows = _make_rows(orders, query.shape[1], mask, dropout_key)
+            drift = (flat_out * grad).sum(-1)  # sum over keys of weight times its gradient
+            grads = q.new_zeros(q.shape[0] + 1, q.shape[1]), torch.zeros_like(k), torch.zeros_like(v)
+            for block in _blocks(orders, rows):
+                _backward_block(block, rows, rule, orders.before, q, k, v, grad, drift, top, mass, grads)
+            dq, dk, dv = grads
+        return _heads_of(dq[:-1], query), _heads_of(dk, key), _heads_of(dv, value), None, None, None, None
+
+
+def _forward_block(block, rows, rule, before, q, k, v, out, top, mass) -> None:
+    """Add a block's share to the running sums `out`, `mass` (relative to the running maximum `top`)."""
+    n, tile, keys = block.shape
+    scores, _ = _block_scores(
+        block, rows, rule, q.index_select(0, block.query), k.index_select(0, block.key), before
+    )
+    old = top.index_select(0, block.target)
+    new = torch.maximum(old, scores.amax(-1).view(-1))
+    weights = scores.sub_(new.view(n, tile, 1)).exp_()
+    decay = (old - new).exp_()
+    total = mass.index_select(0, block.target).mul_(decay).add_(weights.sum(-1).view(-1))
+    kept = _kept(block, rows, rule, weights.dtype)
+    if kept is not None:
+        weights.mul_(kept)
+    shown = torch.bmm(weights, v.index_select(0, block.key).view(n, keys, -1)).view(n * tile, -1)
+    target = block.target.long()
+    out.index_copy_(0, target, out.index_select(0, target).mul_(decay[:, None]).add_(shown))
+    top.index_copy_(0, target, new)
+    mass.index_copy_(0, target, total)
+
+
+def _backward_block(block, rows, rule, before, q, k, v, grad, drift, top, mass, grads) -> None:
+    """Add a block's share to the gradients of q, k, v (Dao et al. 2022, section 3.1: D = rowsum(dO * O))."""
+    n, tile, keys = block.shape
+    dq, dk, dv = grads
+    query, key = q.index_select(0, block.query), k.index_select(0, block.key)
+    scores, fixed = _block_scores(block, rows, rule, query, key, before)
+    real = block.target < q.shape[0]  # the filling of a partial tile has no weight
+    share = mass.index_select(0, block.query).reciprocal_() * real
+    weights = scores.sub_(top.index_select(0, block.query).view(n, tile, 1)).exp_().mul_(share.view(n, tile, 1))
+    upstream = grad.index_select(0, block.query).view(n, tile, -1)
+    values = v.index_select(0, block.key).view(n, keys, -1)
+    slope = torch.bmm(upstream, values.transpose(1, 2))  # gradient of the weights
+    kept = _kept(block, rows, rule, weights.dtype)
+    used = weights
+    if kept is not None:
+        used = weights * kept
+        slope.mul_(kept)
+    dv.index_add_(0, block.key, torch.bmm(used.transpose(1, 2), upstream).view(n * keys, -1))
+    slope.sub_(drift.index_select(0, block.query).view(n, tile, 1)).mul_(weights)
+    if fixed is not None:
+        slope.masked_fill_(fixed, 0)
+    elif rule.shared:
+        slope.diagonal(before, 1, 2).zero_()
+    dq.index_add_(0, block.target, torch.bmm(slope, key.view(n, keys, -1)).view(n * tile, -1))
+    dk.index_add_(0, block.key, torch.bmm(slope.transpose(1, 2), query.view(n, tile, -1)).view(n * keys, -1))
+
+
+def tiled_attention(query, key, value, orders, *, shared, causal, mask, dropout, dropout_key) -> torch.Tensor:
+    """`ordered_attention` in pure PyTorch, on any device."""
+    rule = _Rule(shared, causal, dropout)
+    return _TiledAttention.apply(query, key, value, orders, mask, dropout_key, rule)[0]
+
+
+BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"torch": tiled_attention, "reference": reference_attention}

@@ -1,0 +1,314 @@
+"""ReformerConfig: every choice that shapes a Reformer model, checked as a whole when it is made."""
+
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+LAYER_KINDS = ("local", "lsh", "full")
+ATTENTION_MODES = ("window", "chunk")
+POSITION_TYPES = ("axial", "learned", "rotary")
+POOLINGS = ("mean", "last", "first")
+RESIDUAL_PRECISIONS = ("float64", "float32")
+
+# What transformers' own Reformer assumes where its config.json is silent and our default differs.
+_BUILTIN_DEFAULTS = {
+    "axial_pos_embds": True,
+    "axial_pos_embds_dim": (64, 192),
+    "axial_pos_shape": (64, 64),
+    "attn_layers": ("local", "lsh", "local", "lsh", "local", "lsh"),
+    "eos_token_id": 2,
+    "local_attention_probs_dropout_prob": 0.05,
+    "num_attention_heads": 12,
+    "num_hashes": 1,
+}
+
+
+def from_builtin(config: dict[str, Any]) -> dict[str, Any]:
+    """Translate a config dictionary of transformers' own Reformer (`model_type: reformer`); others pass unchanged."""
+    if config.get("model_type") != "reformer":
+        return config
+    renamed = {"ReformerModelWithLMHead": "ReformerForCausalLM"}
+    translated = {**_BUILTIN_DEFAULTS, **config, "model_type": "hf_reformer"}
+    translated.update(attention_mode="chunk", classifier_pooling="first")
+    translated["architectures"] = [renamed.get(name, name) for name in config.get("architectures") or []] or None
+    return translated
+
+
+@strict
+class ReformerConfig(PreTrainedConfig):
+    r"""
+    The names are those of transformers' own Reformer; what is new or means something else is listed here.
+
+    Args:
+        attn_layers (`list[str]`, *optional*):
+            Kind of every layer: `"local"` (a window over the sequence), `"lsh"` (windows inside hash buckets, shared
+            query and key) or `"full"` (exact attention, for comparison and for short sequences). Defaults to
+            `num_hidden_layers` (6) layers that alternate local and lsh.
+        attention_mode (`str`, defaults to `"window"`):
+            `"window"`: every token attends to the union of its windows over several orders, each pair counted once.
+            `"chunk"`: the rule of Trax and transformers, for old checkpoints.
+        lsh_window, local_window (`int`, defaults to 128):
+            Window mode: places a token sees in a hash order or in the sequence. Causal: itself and the
+            `window - 1` before it; bidirectional: itself and `window // 2` on either side.
+        lsh_include_local (`bool`, defaults to `True`):
+            Window mode: lsh layers also see their `local_window` in the sequence.
+        lsh_exploration_orders (`int`, defaults to 1):
+            Window mode, training only: orders with buckets drawn at random, by which pairs that never share a
+            bucket can learn to find each other.
+        resample_rotations (`bool`, defaults to `True`):
+            Draw fresh hash rotations for every training forward. `False`: those of evaluation.
+        hash_seed (`int`, *optional*):
+            Seed of the rotations used in evaluation (`None` counts as 0). In chunk mode a given seed also fixes the
+            rotations of training, as transformers' own Reformer does.
+        num_buckets (`int` or `list[int]`, *optional*):
+            Number of hash buckets, even, or a list of even factors. Window mode: defaults to the power of two nearest
+            to `max_position_embeddings / lsh_window`, factorised in two above 128. Chunk mode: `None` follows the old
+            rule, which looks at the input's length.
+        position_embedding_type (`str`, *optional*):
+            `"axial"` (default), `"learned"` or `"rotary"`. The older flag `axial_pos_embds=False` means `"learned"`.
+        axial_pos_shape, axial_pos_embds_dim (`list[int]`, *optional*):
+            Any number of axes. Default: two axes of powers of two that cover `max_position_embeddings`, a quarter of
+            the hidden size for the first. Inputs of every length up to the product of the shape are accepted.
+        rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
+        classifier_pooling (`str`, *optional*):
+            What sequence classification looks at: `"mean"` over the real tokens (default when bidirectional), the
+            `"last"` real token (default when causal) or the `"first"` one (converted checkpoints).
+        reversible (`bool`, defaults to `True`):
+            Recompute activations from the layer outputs in backward, so that memory does not grow with depth.
+        residual_precision (`str`, defaults to `"float64"`):
+            Residual streams as `"float64"` on a grid of 2^-32 (range 2^21) or `"float32"` on a grid of 2^-16 (exact
+            while |stream| <= 256; less memory, for the longest sequences and for devices without float64).
+        attention_backend (`str`, defaults to `"auto"`):
+            `"auto"` takes the fastest that works here; `"torch"` and `"reference"` insist. The environment variable
+            `HF_REFORMER_BACKEND` overrides it.
+        chunk_size_feed_forward, chunk_size_lm_head (`int`, defaults to 0):
+            Tokens that feed-forward layers and the language-model loss work on at a time; they need divide nothing.
+            0: whole sequence for the feed-forward, an automatic size for the loss.
+        is_decoder (`bool`, defaults to `False`): Causal attention. `ReformerForCausalLM` always sets it.
+
+    Raises:
+        ValueError: fields contradict each other; the message says what to change.
+
+    ```python
+    >>> from hf_reformer import ReformerConfig, ReformerModel
+    >>> model = ReformerModel(ReformerConfig(max_position_embeddings=16384))
+    ```
+    """
+
+    model_type = "hf_reformer"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the library's class attribute)
+
+    vocab_size: int = 320
+    hidden_size: int = 256
+    num_hidden_layers: int | None = None
+    attn_layers: list[str] | tuple[str, ...] | None = None
+    num_attention_heads: int = 4
+    attention_head_size: int = 64
+    feed_forward_size: int = 512
+    hidden_act: str = "relu"
+    max_position_embeddings: int = 4096
+
+    attention_mode: str = "window"
+    lsh_window: int = 128
+    local_window: int = 128
+    lsh_include_local: bool = True
+    lsh_exploration_orders: int = 1
+    resample_rotations: bool = True
+    num_hashes: int = 2
+    num_buckets: int | list[int] | tuple[int, ...] | None = None
+    hash_seed: int | None = None
+
+    lsh_attn_chunk_length: int | None = 64
+    lsh_num_chunks_before: int | None = 1
+    lsh_num_chunks_after: int | None = 0
+    local_attn_chunk_length: int | None = 64
+    local_num_chunks_before: int | None = 1
+    local_num_chunks_after: int | None = 0
+
+    position_embedding_type: str | None = None
+    axial_pos_embds: bool | None = None
+    axial_pos_shape: list[int] | tuple[int, ...] | None = None
+    axial_pos_embds_dim: list[int] | tuple[int, ...] | None = None
+    axial_norm_std: float | int = 1.0
+    rope_theta: float | int = 10000.0
+
+    hidden_dropout_prob: float | int = 0.05
+    lsh_attention_probs_dropout_prob: float | int | None = 0.0
+    local_attention_probs_dropout_prob: float | int | None = 0.0
+    classifier_dropout: float | int | None = None
+    classifier_pooling: str | None = None
+
+    reversible: bool = True
+    residual_precision: str = "float64"
+    attention_backend: str = "auto"
+    chunk_size_lm_head: int = 0
+
+    initializer_range: float | int = 0.02
+    layer_norm_eps: float | int = 1e-12
+    is_decoder: bool = False
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 1
+
+    def __post_init__(self, **kwargs):
+        if self.attn_layers is None:
+            count = 6 if self.num_hidden_layers is None else self.num_hidden_layers
+            self.attn_layers = tuple(("local", "lsh")[i % 2] for i in range(count))
+        self.attn_layers = tuple(self.attn_layers)
+        if self.num_hidden_layers is None:
+            self.num_hidden_layers = len(self.attn_layers)
+        self._settle_positions()
+        if self.num_buckets is None and self.attention_mode == "window":
+            self.num_buckets = default_num_buckets(self.max_position_embeddings, self.lsh_window)
+        if not isinstance(self.num_buckets, int) and self.num_buckets is not None:
+            self.num_buckets = tuple(self.num_buckets)
+        super().__post_init__(**kwargs)
+
+    def _settle_positions(self) -> None:
+        """Fill in position fields that were left open; `validate_positions` judges the result."""
+        if self.position_embedding_type is None:
+            self.position_embedding_type = "learned" if self.axial_pos_embds is False else "axial"
+        if self.axial_pos_embds is None:
+            self.axial_pos_embds = self.position_embedding_type == "axial"
+        if self.axial_pos_shape is None:
+            bits = max(2, math.ceil(math.log2(max(1, self.max_position_embeddings))))
+            self.axial_pos_shape = (2 ** (bits // 2), 2 ** (bits - bits // 2))
+        self.axial_pos_shape = tuple(self.axial_pos_shape)
+        if self.axial_pos_embds_dim is None:
+            rest = self.hidden_size
+            dims = []
+            for axis in range(len(self.axial_pos_shape), 1, -1):
+                dims.append(max(1, rest // (2 * axis)))
+                rest -= dims[-1]
+            self.axial_pos_embds_dim = (*dims, rest)
+        self.axial_pos_embds_dim = tuple(self.axial_pos_embds_dim)
+
+    @property
+    def pooling(self) -> str:
+        """Pooling in force: `classifier_pooling`, or by direction where it is `None`."""
+        return self.classifier_pooling or ("last" if self.is_decoder else "mean")
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return from_builtin(config), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        return super().from_dict(from_builtin(config_dict), **kwargs)
+
+    def validate_choices(self):
+        for name, allowed in (
+            ("attention_mode", ATTENTION_MODES),
+            ("position_embedding_type", POSITION_TYPES),
+            ("residual_precision", RESIDUAL_PRECISIONS),
+            ("classifier_pooling", (*POOLINGS, None)),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {allowed}.")
+
+    def validate_layers(self):
+        unknown = sorted(set(self.attn_layers) - set(LAYER_KINDS))
+        if unknown:
+            raise ValueError(f"`attn_layers` holds unknown kinds {unknown}. Every layer is one of {LAYER_KINDS}.")
+        if not self.attn_layers:
+            raise ValueError("`attn_layers` is empty. Name at least one layer, for example ['local', 'lsh'].")
+        if self.num_hidden_layers != len(self.attn_layers):
+            raise ValueError(
+                f"`num_hidden_layers={self.num_hidden_layers}` contradicts `attn_layers`, which names "
+                f"{len(self.attn_layers)} layers. Give only one of the two."
+            )
+
+    def validate_sizes(self):
+        positive = ["vocab_size", "hidden_size", "num_attention_heads", "attention_head_size", "feed_forward_size"]
+        positive += ["max_position_embeddings", "num_hashes", "lsh_window", "local_window"]
+        if self.attention_mode == "chunk":
+            positive += [f"{kind}_attn_chunk_length" for kind in ("lsh", "local") if kind in self.attn_layers]
+        for name in positive:
+            if not getattr(self, name) or getattr(self, name) < 1:
+                raise ValueError(f"`{name}={getattr(self, name)}` must be at least 1.")
+        not_negative = ["lsh_exploration_orders", "chunk_size_feed_forward", "chunk_size_lm_head"]
+        not_negative += [f"{kind}_num_chunks_{side}" for kind in ("lsh", "local") for side in ("before", "after")]
+        for name in not_negative:
+            if (getattr(self, name) or 0) < 0:
+                raise ValueError(f"`{name}={getattr(self, name)}` must not be negative.")
+
+    def validate_dropouts(self):
+        names = ["hidden_dropout_prob", "lsh_attention_probs_dropout_prob"]
+        for name in [*names, "local_attention_probs_dropout_prob", "classifier_dropout"]:
+            if not 0 <= (getattr(self, name) or 0) <= 1:
+                raise ValueError(f"`{name}={getattr(self, name)}` must lie between 0 and 1.")
+
+    def validate_buckets(self):
+        if self.num_buckets is not None:
+            check_num_buckets(self.num_buckets)
+
+    def validate_positions(self):
+        kind = self.position_embedding_type
+        if self.axial_pos_embds and kind != "axial" or not self.axial_pos_embds and kind == "axial":
+            raise ValueError(
+                f"`axial_pos_embds={self.axial_pos_embds}` contradicts `position_embedding_type={kind!r}`. "
+                "Give `position_embedding_type` alone."
+            )
+        if kind == "rotary" and self.attention_head_size % 2:
+            raise ValueError(
+                f"`attention_head_size={self.attention_head_size}` is odd, but rotary positions turn pairs of "
+                "dimensions. Choose an even size or another `position_embedding_type`."
+            )
+        if kind == "axial":
+            self._validate_axial()
+
+    def _validate_axial(self):
+        shape, dims = self.axial_pos_shape, self.axial_pos_embds_dim
+        if len(shape) != len(dims):
+            raise ValueError(
+                f"`axial_pos_shape={shape}` has {len(shape)} axes but `axial_pos_embds_dim={dims}` has {len(dims)}. "
+                "Give one embedding size for every axis."
+            )
+        if min(shape) < 1 or min(dims) < 1 or sum(dims) != self.hidden_size:
+            raise ValueError(
+                f"`axial_pos_embds_dim={dims}` adds up to {sum(dims)}, but `hidden_size={self.hidden_size}` is split "
+                "among the axes. Sizes must be positive and add up to the hidden size; leave the field out to have "
+                "it filled in."
+            )
+        if self.attention_mode == "window" and math.prod(shape) < self.max_position_embeddings:
+            raise ValueError(
+                f"`axial_pos_shape={shape}` covers {math.prod(shape)} positions, fewer than "
+                f"`max_position_embeddings={self.max_position_embeddings}`. Enlarge the shape, leave it out, or use "
+                '`position_embedding_type="rotary"`.'
+            )
+
+    def validate_chunks(self):
+        if self.attention_mode != "chunk" or not self.is_decoder:
+            return
+        for kind in ("lsh", "local"):
+            after = getattr(self, f"{kind}_num_chunks_after") or 0
+            if kind in self.attn_layers and after:
+                raise ValueError(
+                    f"`{kind}_num_chunks_after={after}` looks at chunks to come, which a causal model must not. "
+                    "Set it to 0, or `is_decoder=False`."
+                )
+
+
+def default_num_buckets(max_positions: int, window: int) -> int | tuple[int, int]:
+    """Power of two nearest to `max_positions / window`, at least 2; two factors above 128 (paper, section 2)."""
+    bits = max(1, round(math.log2(max(2, max_positions / window))))
+    return 2**bits if bits <= 7 else (2 ** (bits // 2), 2 ** (bits - bits // 2))
+
+
+def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int]) -> None:
+    """Raise ValueError unless every factor is an even number of at least 2."""
+    factors = (num_buckets,) if isinstance(num_buckets, int) else tuple(num_buckets)
+    if not factors or any(factor < 2 or factor % 2 for factor in factors):
+        raise ValueError(
+            f"`num_buckets={num_buckets}` must be an even number or a list of even numbers: a rotation's columns and "
+            "their opposites give two buckets each. Choose for example 32, or [16, 32] for 512 buckets."
+        )
+
+
+__all__ = ["ReformerConfig"]

@@ -1,0 +1,56 @@
+"""The feed-forward branch, and the layer norm that every branch begins with."""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
+
+from .configuration_reformer import ReformerConfig
+from .randomness import FEED_FORWARD_DROPOUT, HIDDEN_DROPOUT, dropout, fold
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that takes its input in any dtype, such as the residual streams', and answers in its weight's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+class FeedForward(nn.Module):
+    """Two projections with dropout before and after; optionally on a few tokens at a time (paper, section 3).
+
+    With `chunk_size_feed_forward > 0` the activations of one chunk at a time exist, in backward too.
+    """
+
+    def __init__(self, config: ReformerConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.dropout = config.hidden_dropout_prob
+        self.chunk_size = config.chunk_size_feed_forward
+        self.act = ACT2FN[config.hidden_act]
+        self.up_proj = nn.Linear(config.hidden_size, config.feed_forward_size)
+        self.down_proj = nn.Linear(config.feed_forward_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor, key: torch.Tensor | None) -> torch.Tensor:
+        """(B, T, D) → (B, T, D). `key`: of this forward's dropout, None in evaluation."""
+        if not self.chunk_size or self.chunk_size >= x.shape[1]:
+            return self._tokens(x, key, 0)
+        run = _checkpointed if torch.is_grad_enabled() else _direct
+        starts = range(0, x.shape[1], self.chunk_size)
+        chunks = zip(x.split(self.chunk_size, dim=1), starts, strict=True)
+        return torch.cat([run(self._tokens, chunk, key, start) for chunk, start in chunks], dim=1)
+
+    def _tokens(self, x: torch.Tensor, key: torch.Tensor | None, first: int) -> torch.Tensor:
+        key = key if key is None else fold(key, self.layer)
+        x = self.up_proj(x)
+        x = dropout(x, self.dropout, key if key is None else fold(key, HIDDEN_DROPOUT), first)
+        x = self.down_proj(self.act(x))
+        return dropout(x, self.dropout, key if key is None else fold(key, FEED_FORWARD_DROPOUT), first)
+
+
+def _direct(function, *args):
+    return function(*args)
+
+
+def _checkpointed(function, *args):
+    return checkpoint(function, *args, use_reentrant=False)

@@ -1,0 +1,189 @@
+"""Orders of tokens: angular LSH buckets, and the lines of places with their windows.
+
+An *order* arranges the tokens of one head in a line and says which places every place sees. Laid end to end, the
+orders form one line of `rounds * length` places. Both rules, windows and chunks, are such a line (`Orders`); one
+attention op serves both. Nothing here carries gradients.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .randomness import EXPLORATION, ROTATIONS, fold, normal
+
+
+class Orders(NamedTuple):
+    """Rounds laid end to end: place p holds token `line[p]` and sees the places `lo[p] … hi[p]`.
+
+    Places count within the flattened line of R * T places, modulo its length; `lo > hi` sees nothing.
+
+    Attributes:
+        line: (B, H, R, T) int32, the token at each place; every round is a permutation of the tokens.
+        lo, hi: (B, H, R, T) int32.
+        tile: queries are worked on in tiles of this many neighbouring places.
+        before, after: no place of a tile sees further than `before` places ahead of the tile's first place or
+            `after` places beyond its last.
+        count_once: window rule. A pair shown by several rounds counts in the first of them only, and no window leaves
+            its round. Otherwise (chunk rule) a pair counts as often as it is shown.
+    """
+
+    line: torch.Tensor
+    lo: torch.Tensor
+    hi: torch.Tensor
+    tile: int
+    before: int
+    after: int
+    count_once: bool
+
+
+def factors_of(num_buckets: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
+    """Bucket factors as a tuple, whether given as one number or as several."""
+    return (num_buckets,) if isinstance(num_buckets, int) else tuple(num_buckets)
+
+
+def product_of(num_buckets: int | tuple[int, ...] | list[int]) -> int:
+    """Number of buckets in all."""
+    total = 1
+    for factor in factors_of(num_buckets):
+        total *= factor
+    return total
+
+
+def window_rotations(
+    key: torch.Tensor, layer: int, heads: int, head_size: int, num_hashes: int, num_buckets: int | tuple[int, ...]
+) -> torch.Tensor:
+    """Gaussian rotations (H, D, R, sum(factors) / 2), float32, a function of (key, layer, round) and of the place."""
+    columns = sum(factors_of(num_buckets)) // 2
+    device = key.device
+    rounds = fold(key, layer, ROTATIONS, torch.arange(num_hashes, dtype=torch.int32, device=device))  # (R)
+    place = torch.arange(heads * head_size * columns, dtype=torch.int32, device=device)
+    values = normal(fold(rounds[:, None], place))  # (R, H·D·columns)
+    return values.view(num_hashes, heads, head_size, columns).permute(1, 2, 0, 3)
+
+
+def seeded_rotations(
+    seed: int, heads: int, head_size: int, num_hashes: int, num_buckets: int | tuple[int, ...], like: torch.Tensor
+) -> torch.Tensor:
+    """The rotations transformers' own Reformer draws with `hash_seed`, from a private generator.
+
+    Same shape as `window_rotations`, dtype and device of `like`, the same for every layer.
+    """
+    generator = torch.Generator(device=like.device).manual_seed(seed)
+    shape = (heads, head_size, num_hashes, sum(factors_of(num_buckets)) // 2)
+    return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
+
+
+@torch.no_grad()
+def lsh_buckets(vectors: torch.Tensor, rotations: torch.Tensor, num_buckets: int | tuple[int, ...]) -> torch.Tensor:
+    """Angular LSH (paper, section 2): h(x) = argmax([xR; -xR]) for every round, factors combined.
+
+    Args:
+        vectors: (B, H, T, D) shared query/key vectors, not normalised, not rotated by position.
+        rotations: (H, D, R, sum(factors) / 2).
+
+    Returns:
+        (B, H, R, T) int32 buckets, 0 … product of the factors - 1; the first factor varies fastest.
+    """
+    heads, head_size, num_hashes, columns = rotations.shape
+    vectors = vectors.to(rotations.dtype)
+    flat = rotations.reshape(heads, head_size, num_hashes * columns)
+    with torch.autocast(vectors.device.type, enabled=False):
+        projected = torch.matmul(vectors, flat).unflatten(-1, (num_hashes, columns))  # (B, H, T, R, columns)
+    buckets, stride, column = None, 1, 0
+    for factor in factors_of(num_buckets):
+        half = factor // 2
+        part = projected[..., column : column + half]
+        index = part.abs().argmax(dim=-1, keepdim=True)  # argmax over [x; -x]: the largest |x|, then its sign
+        index = (index + half * (part.gather(-1, index) < 0)).squeeze(-1) * stride  # (B, H, T, R)
+        buckets = index if buckets is None else buckets + index
+        stride, column = stride * factor, column + half
+    assert buckets is not None
+    return buckets.to(torch.int32).transpose(-1, -2).contiguous()
+
+
+def exploration_buckets(
+    key: torch.Tensor, layer: int, heads: int, count: int, num_buckets: int, ranks: torch.Tensor
+) -> torch.Tensor:
+    """Buckets drawn at random per position, free of content: (B, H, count, T) int32.
+
+    `ranks`: (B, T) int32, the number of real tokens before each token. The draw depends on (key, layer, order, head,
+    rank) alone, so padding and the other rows of a batch change nothing.
+    """
+    orders = torch.arange(count, dtype=torch.int32, device=ranks.device)[:, None]
+    head = torch.arange(heads, dtype=torch.int32, device=ranks.device)[:, None, None]
+    draws = fold(key, layer, EXPLORATION, head, orders, ranks[:, None, None, :])  # (B, H, count, T)
+    return (draws.to(torch.int64) + 2**31).mul_(num_buckets).bitwise_right_shift_(32).to(torch.int32)
+
+
+@torch.no_grad()
+def window_orders(
+    buckets: list[tuple[torch.Tensor, int, int]], causal: bool, mask: torch.Tensor | None, tile: int = 32
+) -> Orders:
+    """Sort tokens by (bucket, position) and give every token its window inside its bucket.
+
+    Args:
+        buckets: groups of rounds: (buckets (B, H, R, T) int32, number of buckets, window). The position order is a
+            group with one bucket. All share B, H and T (H may be 1 throughout).
+        causal: a token sees itself and the `window - 1` places before it; otherwise `window // 2` on either side.
+        mask: (B, T) bool, True for real tokens, or None. Padding stands at the end of the line and sees nothing.
+
+    Returns:
+        Orders with `count_once=True`; lo and hi never leave their round.
+    """
+    sorted_groups = [_sorted_windows(group, count, window, causal, mask) for group, count, window in buckets]
+    line, lo, hi = (torch.cat(parts, dim=2) for parts in zip(*sorted_groups, strict=True))
+    rounds, length = line.shape[2:]
+    start = torch.arange(rounds, dtype=torch.int32, device=line.device)[:, None] * length
+    widest = max(window for *_, window in buckets)
+    before, after = (widest - 1, 0) if causal else (widest // 2, widest // 2)
+    before, after = min(before, length - 1), min(after, length - 1)
+    return Orders(line, lo + start, hi + start, min(tile, length), before, after, count_once=True)
+
+
+def _sorted_windows(
+    buckets: torch.Tensor, count: int, window: int, causal: bool, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(line, lo, hi) of a group of rounds, places counted within each round."""
+    length = buckets.shape[-1]
+    place = torch.arange(length, dtype=torch.int32, device=buckets.device)
+    if mask is not None:
+        buckets = torch.where(mask[:, None, None, :], buckets, count)
+    if count == 1 and mask is None:
+        line, first, last = place.expand_as(buckets), torch.zeros_like(buckets), torch.full_like(buckets, length - 1)
+    else:
+        values, line = torch.sort(buckets, dim=-1, stable=True)  # (B, H, R, T)
+        ids = torch.arange(count + 1, dtype=torch.int32, device=buckets.device).expand(*values.shape[:-1], count + 1)
+        starts = torch.searchsorted(values, ids.contiguous(), out_int32=True)  # (B, H, R, count + 1)
+        ends = torch.cat([starts[..., 1:], torch.full_like(starts[..., :1], length)], dim=-1)
+        values = values.to(torch.int64)
+        first, last = starts.gather(-1, values), ends.gather(-1, values) - 1
+    reach_back, reach_on = (window - 1, 0) if causal else (window // 2, window // 2)
+    lo, hi = torch.maximum(first, place - reach_back), torch.minimum(last, place + reach_on)
+    if mask is not None:
+        real = place < mask.sum(-1, dtype=torch.int32)[:, None, None, None]
+        lo, hi = torch.where(real, lo, place + 1), torch.where(real, hi, place)
+    return line.to(torch.int32), lo, hi
+
+
+@torch.no_grad()
+def chunk_orders(
+    buckets: torch.Tensor, count: int, chunk: int, before: int, after: int, mask: torch.Tensor | None
+) -> Orders:
+    """The older rule: all rounds as one line, cut in chunks that see `before` and `after` neighbours, wrapping around.
+
+    Args:
+        buckets: (B, H, R, T) int32 (zeros for local attention, then R = 1); T is a multiple of `chunk`, or at most
+            `chunk`, and then every token sees all.
+        count: number of buckets; padding (mask False) sorts behind them.
+    """
+    rounds, length = buckets.shape[2:]
+    place = torch.arange(rounds * length, dtype=torch.int32, device=buckets.device).view(rounds, length)
+    if length <= chunk:
+        line = place[:1].expand(*buckets.shape[:2], 1, length)
+        return Orders(line, torch.zeros_like(line), torch.full_like(line, length - 1), length, 0, 0, count_once=False)
+    if mask is not None:
+        buckets = torch.where(mask[:, None, None, :], buckets, count)
+    line = torch.sort(buckets, dim=-1, stable=True).indices.to(torch.int32)
+    lo = ((place // chunk - before) * chunk).expand_as(line)
+    hi = ((place // chunk + after + 1) * chunk - 1).expand_as(line)
+    return Orders(line, lo, hi, chunk, before * chunk, after * chunk, count_once=False)

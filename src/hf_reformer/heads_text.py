@@ -1,0 +1,337 @@
+"""Task heads for text: backbone, one projection, one loss each."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+
+from .configuration_reformer import ReformerConfig
+from .losses import IGNORE, chunked_cross_entropy, cross_entropy
+from .modeling_reformer import ReformerModel, ReformerPreTrainedModel
+
+
+class _LanguageModel(ReformerPreTrainedModel):
+    """What causal and masked language models share: the head and its chunked loss."""
+
+    def __init__(self, config: ReformerConfig):
+        if config.tie_word_embeddings:
+            raise ValueError(
+                "`tie_word_embeddings=True` cannot work here: the head reads both residual streams, so it is "
+                f"{2 * config.hidden_size} wide while the embeddings are {config.hidden_size}. Set it to False."
+            )
+        super().__init__(config)
+        self.model = ReformerModel(config)
+        self.lm_head = nn.Linear(2 * config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def _loss_and_logits(self, hidden, targets, num_items, logits_to_keep=0):
+        """In training with targets the logits exist for a few tokens at a time and are not returned."""
+        labels = None if targets is None else targets.reshape(-1).to(hidden.device)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        if labels is not None and self.training:
+            loss = chunked_cross_entropy(
+                flat, self.lm_head, labels, self.config.vocab_size, self.config.chunk_size_lm_head, num_items
+            )
+            return loss, None
+        logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
+        if labels is None:
+            return None, logits
+        if logits.shape[:2] != hidden.shape[:2]:
+            loss = chunked_cross_entropy(flat, self.lm_head, labels, self.config.vocab_size, 0, num_items)
+        else:
+            loss = cross_entropy(logits.reshape(-1, logits.shape[-1]), labels, num_items)
+        return loss, logits
+
+
+class ReformerForCausalLM(_LanguageModel, GenerationMixin):
+    """Reformer with a language-model head. Always causal, whatever `config.is_decoder` says."""
+
+    def __init__(self, config: ReformerConfig):
+        if not config.is_decoder:
+            config = copy.deepcopy(config)
+            config.is_decoder = True
+            config.validate()
+        super().__init__(config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Args:
+            labels: (B, T) int64: the tokens themselves (shifting happens here), -100 for no target.
+            shift_labels: (B, T) int64: the target of every position, already shifted; instead of `labels`.
+            logits_to_keep: compute the logits of the last so many positions (0: all), or of the given indices.
+            num_items_in_batch: divide the summed loss by it (the Trainer's gradient accumulation).
+
+        Returns:
+            CausalLMOutputWithPast. `logits` (B, T, vocab_size) is None in training with labels.
+        """
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        hidden = outputs.last_hidden_state
+        _check_label_shape(shift_labels if shift_labels is not None else labels, hidden.shape[:2])
+        if shift_labels is None and labels is not None:
+            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        loss, logits = self._loss_and_logits(hidden, shift_labels, num_items_in_batch, logits_to_keep)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False  # no cache of its own yet: every step of `generate` runs the whole sequence
+
+
+class ReformerForMaskedLM(_LanguageModel):
+    """Reformer with a masked language-model head; needs `is_decoder=False`."""
+
+    def __init__(self, config: ReformerConfig):
+        if config.is_decoder:
+            raise ValueError(
+                "ReformerForMaskedLM fills in masked tokens from both sides, but `config.is_decoder=True` makes "
+                "attention causal. Set it to False, or use ReformerForCausalLM."
+            )
+        super().__init__(config)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        r"""`labels`: (B, T) int64, -100 where nothing was masked. `logits` is None in training with labels."""
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        _check_label_shape(labels, outputs.last_hidden_state.shape[:2])
+        loss, logits = self._loss_and_logits(outputs.last_hidden_state, labels, num_items_in_batch)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class ClassificationHead(nn.Module):
+    """Dropout, dense, tanh, dropout, projection: (B, 2 D) → (B, classes)."""
+
+    def __init__(self, config: ReformerConfig, classes: int):
+        super().__init__()
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.dense = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(x)))))
+
+
+class ReformerForSequenceClassification(ReformerPreTrainedModel):
+    """Reformer with a classification or regression head over the pooled sequence (`config.classifier_pooling`)."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over rows
+
+    def __init__(self, config: ReformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = ReformerModel(config)
+        self.classifier = ClassificationHead(config, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        r"""`labels`: (B) int64 classes, (B) or (B, num_labels) floats for regression or several labels a row."""
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
+        loss = None if labels is None else _classification_loss(self.config, logits, labels.to(logits.device))
+        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class ReformerForTokenClassification(ReformerPreTrainedModel):
+    """Reformer with a classifier on every token."""
+
+    def __init__(self, config: ReformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = ReformerModel(config)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        r"""`labels`: (B, T) int64, -100 for no target."""
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        _check_label_shape(labels, logits.shape[:2])
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits.flatten(0, 1), labels.reshape(-1).to(logits.device), num_items_in_batch)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+class ReformerForQuestionAnswering(ReformerPreTrainedModel):
+    """Reformer with a span head: scores of every token as start and as end of the answer."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over rows
+
+    def __init__(self, config: ReformerConfig):
+        super().__init__(config)
+        self.model = ReformerModel(config)
+        self.qa_outputs = nn.Linear(2 * config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        r"""`start_positions`, `end_positions`: (B) int64; a position outside the input (cut away) is no target."""
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)  # (B, T) each
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("Give both `start_positions` and `end_positions`, or neither.")
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            pairs = ((start_logits, start_positions), (end_logits, end_positions))
+            loss = sum(cross_entropy(logits, _inside(positions, logits)) for logits, positions in pairs) / 2
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+class ReformerForMultipleChoice(ReformerPreTrainedModel):
+    """Reformer that scores every choice of a question and picks among them."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over questions
+
+    def __init__(self, config: ReformerConfig):
+        super().__init__(config)
+        self.model = ReformerModel(config)
+        self.classifier = ClassificationHead(config, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> MultipleChoiceModelOutput:
+        r"""Inputs are (B, choices, T); `labels`: (B) int64, the index of the right choice."""
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        wanted = 3 if inputs_embeds is None else 4
+        if given is None or given.dim() != wanted:
+            found = None if given is None else tuple(given.shape)
+            raise ValueError(f"Multiple choice needs inputs of shape (batch, choices, length, …), found {found}.")
+        choices = given.shape[1]
+        flat = [None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, position_ids, inputs_embeds)]
+        outputs = self.model(*flat, **kwargs)
+        logits = self.classifier(pool(outputs.last_hidden_state, flat[1], self.config.pooling)).view(-1, choices)
+        loss = None if labels is None else cross_entropy(logits, labels.to(logits.device))
+        return MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
+    """(B, T, D) → (B, D): mean over the real tokens, the last real one, or the first token (`"first"`).
+
+    A row without a real token gives 0 (mean), or its first token.
+    """
+    if pooling == "first":
+        return hidden[:, 0]
+    if attention_mask is None:
+        return hidden.mean(1) if pooling == "mean" else hidden[:, -1]
+    mask = (attention_mask != 0).to(hidden.device)
+    if pooling == "mean":
+        weights = mask.to(hidden.dtype)[..., None]
+        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
+    places = torch.arange(hidden.shape[1], device=hidden.device)
+    last = torch.where(mask, places, 0).amax(-1)  # (B)
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+
+
+def _classifier_dropout(config: ReformerConfig) -> float:
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
+
+def _classification_loss(config: ReformerConfig, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """By `config.problem_type`, or else by the number of labels and the labels' dtype. The config is not changed."""
+    kind = config.problem_type
+    if kind is None and config.num_labels == 1:
+        kind = "regression"
+    elif kind is None:
+        kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    if kind == "single_label_classification":
+        return cross_entropy(logits, labels.reshape(-1))
+    shape = logits.shape
+    if labels.numel() != logits.numel():
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; {kind} with logits {tuple(shape)} needs the same.")
+    labels = labels.view(shape).to(logits.dtype)
+    if kind == "regression":
+        return nn.functional.mse_loss(logits, labels)
+    return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+
+
+def _inside(positions: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """(B) targets of a span head, -100 where they lie outside the input."""
+    positions = positions.reshape(-1).to(logits.device)
+    return torch.where((positions >= 0) & (positions < logits.shape[1]), positions, IGNORE)
+
+
+def _check_label_shape(labels: torch.Tensor | None, shape: torch.Size) -> None:
+    if labels is not None and labels.shape != shape:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, but there is a target for each of {tuple(shape)}.")
+
+
+ReformerModelWithLMHead = ReformerForCausalLM

@@ -1,0 +1,37 @@
+"""A Reformer layer: the two branches f (attention) and g (feed-forward) around a pair of residual streams."""
+
+import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .attention import Call, ReformerAttention
+from .configuration_reformer import ReformerConfig
+from .feed_forward import FeedForward, LayerNorm
+from .reversible import Chain, Grid, residual_step, reversible_step
+
+
+class ReformerLayer(GradientCheckpointingLayer):
+    """y1 = x1 + f(x2), y2 = x2 + g(y1) (paper, equation 9)."""
+
+    def __init__(self, config: ReformerConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = ReformerAttention(config, layer)
+        self.feed_forward_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = FeedForward(config, layer)
+
+    def f(self, x2: torch.Tensor, call: Call) -> torch.Tensor:
+        return self.attention(self.attention_norm(x2), call)
+
+    def g(self, y1: torch.Tensor, call: Call) -> torch.Tensor:
+        return self.feed_forward(self.feed_forward_norm(y1), call.key)
+
+    def forward(
+        self, x2: torch.Tensor, x1: torch.Tensor, call: Call, grid: Grid, chain: Chain | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x2, x1) → (y2, y1), each (B, T, D) in the grid's dtype. With a `chain`, reversibly; else on the plain path."""
+        if chain is None:
+            y1, y2 = residual_step(self, x1, x2, call, grid)
+        else:
+            y1, y2 = reversible_step(self, x1, x2, call, chain, self.layer)
+        return y2, y1

@@ -1,0 +1,74 @@
+"""Losses of the task heads: exact under gradient accumulation, 0 without a target, and never a whole sequence of logits."""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+IGNORE = -100
+LOGITS_AT_A_TIME = 2**22
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None):
+    """Mean cross-entropy over labels that are not -100, or their sum divided by `num_items`; 0 without a target.
+
+    Args:
+        logits: (N, C) floating; computed in at least float32.
+        labels: (N) int64 in -100, 0 … C - 1.
+    """
+    check_labels(labels, logits.shape[-1])
+    return _summed(logits, labels) / _count(labels, num_items)
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    head: nn.Module,
+    labels: torch.Tensor,
+    vocab_size: int,
+    chunk: int = 0,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """`cross_entropy(head(hidden), labels)` with the logits of `chunk` tokens at a time, in backward too.
+
+    Args:
+        hidden: (N, D); head: D → vocab_size.
+        chunk: tokens at a time; 0 takes about four million logits at a time.
+    """
+    check_labels(labels, vocab_size)
+    chunk = chunk or max(1, LOGITS_AT_A_TIME // vocab_size)
+    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    for part, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+        if torch.is_grad_enabled() and chunk < hidden.shape[0]:
+            total = total + checkpoint(_head_loss, head, part, targets, use_reentrant=False)
+        else:
+            total = total + _head_loss(head, part, targets)
+    return total / _count(labels, num_items)
+
+
+def check_labels(labels: torch.Tensor, classes: int) -> None:
+    """Raise ValueError for labels that are neither -100 nor a class; in eager mode only."""
+    if torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    if labels.is_floating_point():
+        raise ValueError(f"labels have dtype {labels.dtype}, but this loss needs class indices. Use `labels.long()`.")
+    low, high = labels.masked_fill(labels == IGNORE, 0).aminmax()
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"labels reach from {int(low)} to {int(high)}, but there are {classes} classes (0 … {classes - 1}). Mark "
+            f"tokens without a target with {IGNORE}, or set `num_labels` / `vocab_size` to fit the data."
+        )
+
+
+def _head_loss(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return _summed(head(hidden), labels)
+
+
+def _summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(logits, labels.to(logits.device), ignore_index=IGNORE, reduction="sum")
+
+
+def _count(labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor | int:
+    if num_items is None:
+        return (labels != IGNORE).sum().clamp(min=1)
+    return num_items.to(labels.device) if isinstance(num_items, torch.Tensor) else num_items

@@ -1,0 +1,279 @@
+"""ReformerModel: embeddings, a stack of reversible layers, a final norm over both streams."""
+
+import math
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple, logging
+
+from .attention import Call
+from .attention_ops import backend_name
+from .configuration_reformer import ReformerConfig, check_num_buckets
+from .feed_forward import LayerNorm
+from .hashing import product_of
+from .layers import ReformerLayer
+from .positions import AxialPositionEmbeddings, LearnedPositionEmbeddings, rotary_tables
+from .randomness import EMBEDDING_DROPOUT, FINAL_DROPOUT, draw_key, dropout, fold
+from .reversible import Chain, Grid, can_reverse, choose_grid, to_stream, wrapped_inside
+
+
+logger = logging.get_logger(__name__)
+
+# Parameter names of transformers' own Reformer, and ours. Names that match no pattern are left alone.
+BUILTIN_NAMES = {
+    r"^(reformer\.)?embeddings\.word_embeddings\.": "model.embed_tokens.",
+    r"^(reformer\.)?embeddings\.position_embeddings\.embedding\.": "model.position_embeddings.",
+    r"^(reformer\.)?embeddings\.position_embeddings\.weights\.": "model.position_embeddings.weights.",
+    r"^(reformer\.)?encoder\.layer_norm\.": "model.norm.",
+    r"^(reformer\.)?encoder\.layers\.": "model.layers.",
+    r"\.attention\.layer_norm\.": ".attention_norm.",
+    r"\.attention\.self_attention\.query_key\.": ".attention.qk_proj.",
+    r"\.attention\.self_attention\.query\.": ".attention.q_proj.",
+    r"\.attention\.self_attention\.key\.": ".attention.k_proj.",
+    r"\.attention\.self_attention\.value\.": ".attention.v_proj.",
+    r"\.attention\.output\.dense\.": ".attention.o_proj.",
+    r"\.feed_forward\.layer_norm\.": ".feed_forward_norm.",
+    r"\.feed_forward\.dense\.dense\.": ".feed_forward.up_proj.",
+    r"\.feed_forward\.output\.dense\.": ".feed_forward.down_proj.",
+    r"^lm_head\.decoder\.weight$": "lm_head.weight",
+}
+
+
+class ReformerPreTrainedModel(PreTrainedModel):
+    """Weights, their initialisation, and loading, also from folders of transformers' own Reformer."""
+
+    config_class = ReformerConfig
+    config: ReformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ReformerLayer"]  # noqa: RUF012 (the library's class attributes)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_context_parallel = False
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As for every model of the library. A folder of transformers' own Reformer is read by its names."""
+        kwargs.setdefault("key_mapping", BUILTIN_NAMES)
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._weight_conversions = None  # what is saved from now on bears our own names
+        return loaded
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, AxialPositionEmbeddings):
+            for weight in module.weights:
+                init.normal_(weight, std=self.config.axial_norm_std)
+
+
+class ReformerModel(ReformerPreTrainedModel):
+    """The bare model. Bidirectional, or causal with `config.is_decoder=True`.
+
+    Its last hidden state is twice as wide as `hidden_size`: both residual streams, attention stream first.
+    """
+
+    def __init__(self, config: ReformerConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        kind = config.position_embedding_type
+        if kind == "axial":
+            self.position_embeddings = AxialPositionEmbeddings(config.axial_pos_shape, config.axial_pos_embds_dim)
+        elif kind == "learned":
+            self.position_embeddings = LearnedPositionEmbeddings(config.max_position_embeddings, config.hidden_size)
+        self.layers = nn.ModuleList(ReformerLayer(config, i) for i in range(len(config.attn_layers)))
+        self.norm = LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        num_hashes: int | None = None,
+        num_buckets: int | list[int] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids: (B, T) int64, any T up to the positions the config covers; or `inputs_embeds`: (B, T, D).
+            attention_mask: (B, T), 1 for real tokens. Zeros may stand anywhere; the output there is meaningless.
+            position_ids: (B, T). Default: in window mode the number of real tokens before each token, so that left
+                padding changes nothing; in chunk mode 0 … T - 1.
+            num_hashes, num_buckets: this call's own number of hash rounds and of buckets.
+            output_hidden_states: also give the feed-forward stream before every layer and after the last, (B, T, D)
+                each. In training this takes the plain path, whose memory grows with depth.
+
+        Returns:
+            BaseModelOutputWithPast with `last_hidden_state` (B, T, 2 D).
+
+        Raises:
+            ValueError: shapes, ids, positions or masks that cannot be right; the message says which and why.
+        """
+        if output_attentions if output_attentions is not None else self.config.output_attentions:
+            raise ValueError(
+                "output_attentions=True: attention here is never a (length, length) matrix, so there is none to "
+                "return. Look at single layers with `hf_reformer.reference.ordered_attention(return_weights=True)`."
+            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets)
+        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        call, positions = self._make_call(embeds, attention_mask, position_ids, num_hashes, num_buckets)
+        if self.config.position_embedding_type != "rotary":
+            embeds = embeds + self.position_embeddings(positions)
+        embeds = dropout(embeds, self.config.hidden_dropout_prob, _subkey(call.key, EMBEDDING_DROPOUT))
+        weight_dtype = self.norm.weight.dtype
+        grid = choose_grid(self.config.residual_precision, weight_dtype, rounded=torch.is_grad_enabled())
+        x1, x2, states = self._run_layers(to_stream(embeds, grid), call, grid, bool(output_hidden_states))
+        hidden = self.norm(torch.cat([x1, x2], dim=-1))
+        hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(call.key, FINAL_DROPOUT))
+        return BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=states)
+
+    def _run_layers(self, stream: torch.Tensor, call: Call, grid: Grid, keep_states: bool):
+        """Both streams through all layers, and the states to return. The path is chosen here, the values are one."""
+        checkpointing = self.gradient_checkpointing and self.training
+        plain = keep_states or checkpointing or not self.config.reversible or not can_reverse()
+        plain = plain or any(wrapped_inside(layer) for layer in self.layers)
+        chain = None if plain else Chain(grid, len(self.layers))
+        x1 = x2 = stream
+        states = [x2]
+        for layer in self.layers:
+            x2, x1 = layer(x2, x1, call, grid, chain)
+            if keep_states:
+                states.append(x2)
+        dtype = self.norm.weight.dtype
+        return x1, x2, tuple(state.to(dtype) for state in states) if keep_states else None
+
+    def _make_call(self, embeds, attention_mask, position_ids, num_hashes, num_buckets) -> tuple[Call, torch.Tensor]:
+        """What every layer is told, and the position ids (B or 1, T)."""
+        config, device, length = self.config, embeds.device, embeds.shape[1]
+        places = torch.arange(length, device=device)[None]
+        mask = ranks = None
+        if attention_mask is not None:
+            mask = attention_mask.to(device) != 0
+            ranks = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        ranks = places if ranks is None else ranks
+        if position_ids is None:
+            position_ids = ranks if config.attention_mode == "window" else places
+        rotary = None
+        if config.position_embedding_type == "rotary":
+            rotary = rotary_tables(position_ids, config.attention_head_size, config.rope_theta)
+        num_buckets = config.num_buckets if num_buckets is None else num_buckets
+        if config.attention_mode == "window" and length < 2 * product_of(num_buckets):
+            logger.info_once(
+                f"Inputs of {length} tokens leave {product_of(num_buckets)} hash buckets nearly empty, so lsh layers "
+                "see little beyond their local window. For short inputs, lower `num_buckets` or "
+                "`max_position_embeddings`."
+            )
+        return Call(
+            mask=mask,
+            ranks=ranks.to(torch.int32),
+            rotary=rotary,
+            key=draw_key(device) if self.training else None,
+            num_hashes=num_hashes or config.num_hashes,
+            num_buckets=num_buckets if isinstance(num_buckets, int | None) else tuple(num_buckets),
+            padded_length=padded_length(config, length),
+        ), position_ids
+
+
+def _subkey(key: torch.Tensor | None, site: int) -> torch.Tensor | None:
+    return None if key is None else fold(key, -1, site)
+
+
+def padded_length(config: ReformerConfig, length: int) -> int:
+    """Chunk rule: the multiple of all chunk lengths up to which a longer input is padded; else the length itself."""
+    kinds = {kind for kind in config.attn_layers if kind != "full"}
+    chunks = [getattr(config, f"{kind}_attn_chunk_length") for kind in kinds]
+    if config.attention_mode == "window" or not chunks or length <= min(chunks):
+        return length
+    multiple = math.lcm(*chunks)
+    return -(-length // multiple) * multiple
+
+
+def check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets) -> None:
+    """Raise ValueError for inputs that cannot be right. Values are looked at in eager mode only."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
+    given, name = (input_ids, "input_ids") if inputs_embeds is None else (inputs_embeds, "inputs_embeds")
+    shape = tuple(given.shape)
+    if given.dim() != (2 if inputs_embeds is None else 3):
+        wanted = "(batch, length)" if inputs_embeds is None else "(batch, length, hidden_size)"
+        raise ValueError(f"`{name}` has shape {shape}; it must be {wanted}.")
+    if 0 in shape[:2]:
+        raise ValueError(f"`{name}` has shape {shape}: an empty batch or sequence. Give at least one row and token.")
+    if inputs_embeds is not None and shape[2] != config.hidden_size:
+        raise ValueError(f"`inputs_embeds` is {shape[2]} wide, but `hidden_size={config.hidden_size}`.")
+    if input_ids is not None and (input_ids.is_floating_point() or input_ids.dtype == torch.bool):
+        raise ValueError(f"`input_ids` has dtype {input_ids.dtype}; token ids must be integers (torch.int64).")
+    if num_hashes is not None and num_hashes < 1:
+        raise ValueError(f"`num_hashes={num_hashes}` must be at least 1.")
+    if num_buckets is not None:
+        check_num_buckets(num_buckets)
+    backend_name(config.attention_backend)
+    for value, label in ((attention_mask, "attention_mask"), (position_ids, "position_ids")):
+        rows = (shape[0],) if label == "attention_mask" else (shape[0], 1)
+        if value is not None and (value.dim() != 2 or value.shape[0] not in rows or value.shape[1] != shape[1]):
+            raise ValueError(f"`{label}` has shape {tuple(value.shape)}; with `{name}` of {shape} it must be {shape[:2]}.")
+    _check_positions_cover(config, shape[1], position_ids)
+    if not torch.compiler.is_compiling():
+        _check_values(config, input_ids, attention_mask, position_ids)
+
+
+def _check_positions_cover(config, length: int, position_ids) -> None:
+    kind, covered = config.position_embedding_type, config.max_position_embeddings
+    if kind == "axial":
+        covered = math.prod(config.axial_pos_shape)
+    if position_ids is None and kind != "rotary" and length > covered:
+        field = f"axial_pos_shape={config.axial_pos_shape}" if kind == "axial" else f"max_position_embeddings={covered}"
+        raise ValueError(
+            f"`{field}` covers {covered} positions but the input has {length} tokens. Enlarge it, shorten the input, "
+            'or set `position_embedding_type="rotary"`.'
+        )
+
+
+def _check_values(config, input_ids, attention_mask, position_ids) -> None:
+    if input_ids is not None and input_ids.device.type != "meta":
+        low, high = (int(x) for x in input_ids.aminmax())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"`input_ids` reach from {low} to {high}, but `vocab_size={config.vocab_size}` knows 0 … "
+                f"{config.vocab_size - 1}. Use the model's own tokenizer, or `resize_token_embeddings`."
+            )
+    if attention_mask is not None and attention_mask.device.type != "meta":
+        if bool(((attention_mask != 0) & (attention_mask != 1)).any()):
+            raise ValueError(
+                "`attention_mask` holds values other than 0 and 1. Give 1 for real tokens and 0 for padding; additive "
+                "masks (0 and -inf) are not understood."
+            )
+    if position_ids is not None and config.position_embedding_type != "rotary" and position_ids.device.type != "meta":
+        covered = config.max_position_embeddings
+        if config.position_embedding_type == "axial":
+            covered = math.prod(config.axial_pos_shape)
+        low, high = (int(x) for x in position_ids.aminmax())
+        if low < 0 or high >= covered:
+            raise ValueError(f"`position_ids` reach from {low} to {high}, but the model covers 0 … {covered - 1}.")

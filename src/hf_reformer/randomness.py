@@ -1,0 +1,98 @@
+"""Counter-based random numbers: every draw is a function of a key and of the place where it is used.
+
+One integer key is drawn from torch's default generator per training forward. Everything random below it (rotations,
+exploration buckets, dropout masks) is hashed from that key and from (layer, site, row, head, position), so a
+recomputation, another backend or another process reproduces it without touching any generator.
+
+All arithmetic is 32-bit integer arithmetic that wraps around, the same on every device.
+"""
+
+import math
+
+import torch
+
+
+# What a random number is used for: the second counter of every draw.
+ROTATIONS, EXPLORATION, ATTENTION_DROPOUT, OUTPUT_DROPOUT = 1, 2, 3, 4
+HIDDEN_DROPOUT, FEED_FORWARD_DROPOUT, EMBEDDING_DROPOUT, FINAL_DROPOUT = 5, 6, 7, 8
+
+_GOLDEN = -1640531527  # 2^32 / golden ratio, odd
+_MIX_1, _MIX_2 = -2048144789, -1028477387  # multipliers of MurmurHash3's finaliser (A. Appleby, public domain)
+
+
+def draw_key(device: torch.device | str | None = None) -> torch.Tensor:
+    """A fresh int32 key of shape () from torch's default CPU generator, moved to `device`."""
+    return torch.randint(-(2**31), 2**31, (), dtype=torch.int64).to(torch.int32).to(device)
+
+
+def make_key(seed: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """The int32 key of shape () that belongs to an integer seed (taken modulo 2^32)."""
+    return torch.tensor((seed + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)
+
+
+def _logical_shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """Scramble int32 values so that every input bit reaches every output bit."""
+    x = (x ^ _logical_shift(x, 16)) * _MIX_1
+    x = (x ^ _logical_shift(x, 13)) * _MIX_2
+    return x ^ _logical_shift(x, 16)
+
+
+def fold(key: torch.Tensor, *counters: int | torch.Tensor) -> torch.Tensor:
+    """Derive a key from `key` and counters (ints or int32 tensors); shapes broadcast. Order matters."""
+    for counter in counters:
+        key = mix((key ^ (counter * _GOLDEN if isinstance(counter, torch.Tensor) else _wrap(counter * _GOLDEN))) + 1)
+    return key
+
+
+def _wrap(value: int) -> int:
+    return (value + 2**31) % 2**32 - 2**31
+
+
+def normal(key: torch.Tensor) -> torch.Tensor:
+    """Standard normal float32 numbers, one for every key (Box and Muller 1958)."""
+    radius = ((_logical_shift(fold(key, 1), 8)).float() + 1) * 2.0**-24  # (0, 1]
+    angle = (_logical_shift(fold(key, 2), 8)).float() * (2.0**-24 * 2 * math.pi)
+    return torch.sqrt(-2 * torch.log(radius)) * torch.cos(angle)
+
+
+def pair_scramble(query_key: torch.Tensor, key_key: torch.Tensor) -> torch.Tensor:
+    """One int32 number for every (query, key) pair from a number of each; cheap, for large numbers of pairs."""
+    x = (query_key ^ key_key) * _MIX_1
+    x = (x ^ _logical_shift(x, 15)) * _MIX_2
+    return x
+
+
+def keep_threshold(p: float) -> int:
+    """Largest number that counts as dropped, plus one: a signed 32-bit number below it is dropped (probability p)."""
+    return min(round(p * 2**32), 2**32) - 2**31
+
+
+def dropout(x: torch.Tensor, p: float, key: torch.Tensor | None, first: int = 0) -> torch.Tensor:
+    """Dropout whose mask is a function of (key, row, position, feature).
+
+    Args:
+        x: (B, T, D), any floating dtype.
+        p: probability of a zero, rounded to a multiple of 2^-16.
+        key: int32 key of shape (); `None` (evaluation) returns x.
+        first: position of x[:, 0] in its sequence, for callers that work on slices.
+
+    Returns:
+        (B, T, D): x with dropped entries zero and the others divided by the share that is kept.
+    """
+    dropped = round(p * 2**16)
+    if key is None or dropped == 0:
+        return x
+    if dropped >= 2**16:
+        return x * 0
+    batch, length, width = x.shape
+    rows = torch.arange(batch, dtype=torch.int32, device=x.device)[:, None]
+    places = torch.arange(first, first + length, dtype=torch.int32, device=x.device)
+    words = torch.arange((width + 1) // 2, dtype=torch.int32, device=x.device)
+    bits = pair_scramble(fold(key, rows, places)[..., None], fold(key, words))  # (B, T, D / 2)
+    bits = (bits ^ _logical_shift(bits, 16)).view(torch.int16)[..., :width]  # two numbers of 16 bits each
+    keep = (bits >= dropped - 2**15).to(x.dtype)
+    return x * keep.mul_(2**16 / (2**16 - dropped))

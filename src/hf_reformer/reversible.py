@@ -1,0 +1,323 @@
+"""Reversible residual layers (Gomez et al. 2017; paper, section 3) whose reconstruction is exact, bit for bit.
+
+y1 = x1 + f(x2), y2 = x2 + g(y1). The streams live on a fixed grid: the embeddings and every branch output are rounded
+to multiples of 2^-k before they are added, so that additions are exact and subtractions undo them. Rounding has the
+gradient of the identity. Backward rebuilds each layer's inputs from its outputs, so memory does not grow with depth.
+
+One autograd Function per layer takes the two streams, the layer's parameters and whatever else carries gradients as
+inputs and *returns* their gradients. So wrappers that watch parameters (DDP, FSDP2, adapters) see an ordinary graph.
+"""
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn.utils.stateless import _reparametrize_module
+
+
+class Grid(NamedTuple):
+    """The number format of the residual streams: a dtype, and the exponent of its grid of multiples of 2^-bits.
+
+    Sums are exact while |stream| <= `limit`. `bits=None` does not round (evaluation).
+    """
+
+    dtype: torch.dtype
+    bits: int | None
+
+    @property
+    def limit(self) -> float:
+        mantissa = {torch.float64: 53, torch.float32: 24}[self.dtype]
+        return float("inf") if self.bits is None else 2.0 ** (mantissa - self.bits)
+
+
+def choose_grid(precision: str, weight_dtype: torch.dtype, rounded: bool) -> Grid:
+    """The streams' grid for `residual_precision` ("float64" or "float32") and the dtype of the model's weights."""
+    if weight_dtype == torch.float64:  # tests: finer, so that finite differences see through it
+        return Grid(torch.float64, 40 if rounded else None)
+    if precision == "float64":
+        return Grid(torch.float64, 32 if rounded else None)
+    return Grid(torch.float32, 16 if rounded else None)
+
+
+class _Round(torch.autograd.Function):
+    """Cast to the streams' dtype and round to the grid; the gradient passes unchanged."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, grid):
+        scale = 2.0**grid.bits
+        scaled = x.to(grid.dtype) * scale
+        return scaled.round_().mul_(1 / scale).add_(0.0)  # + 0.0: -0 becomes +0, so equal numbers have equal bits
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), None
+
+
+def to_stream(x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """x in the streams' dtype, on the grid."""
+    return x.to(grid.dtype) if grid.bits is None else _Round.apply(x, grid)
+
+
+def residual_step(layer: nn.Module, x1: torch.Tensor, x2: torch.Tensor, call: Any, grid: Grid, extra=()):
+    """The layer's equations, for every path: (y1, y2)."""
+    y1 = x1 + to_stream(layer.f(x2, call, *extra), grid)
+    y2 = x2 + to_stream(layer.g(y1, call), grid)
+    return y1.view_as(y1), y2  # a view, so that hooks on y1 see the same gradient on every path
+
+
+class Chain:
+    """Hands reconstructed streams from layer to layer during backward. One per forward call of a stack."""
+
+    def __init__(self, grid: Grid, depth: int):
+        self.grid, self.depth = grid, depth
+        self.checksum: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._pending: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._link: tuple[int, tuple[torch.Tensor, torch.Tensor], tuple[int, int]] | None = None
+
+    def enter(self, index: int, x1: torch.Tensor, x2: torch.Tensor) -> None:
+        """Check that layer `index` gets what layer `index - 1` gave; if something replaced it, keep the original."""
+        link, self._link = self._link, None
+        if link is None or link[0] != index - 1:
+            return  # the first layer, or a recomputation by somebody's checkpoint wrapper
+        previous, given, versions = link
+        if any(x._version != version for x, version in zip(given, versions, strict=True)):
+            raise RuntimeError(
+                f"The residual stream after layer {previous} was modified in place, so it cannot be reconstructed. "
+                "Use an out-of-place operation, or `config.reversible=False`."
+            )
+        if not all(_same_storage(a, b) for a, b in zip(given, (x1, x2), strict=True)):
+            self._kept[previous] = given
+
+    def leave(self, index: int, y1: torch.Tensor, y2: torch.Tensor) -> None:
+        last = index == self.depth - 1
+        self._link = None if last else (index, (y1.detach(), y2.detach()), (y1._version, y2._version))
+
+    def put(self, index: int, streams: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self._pending[torch._C._current_graph_task_id(), index] = streams
+
+    def take(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        found = self._pending.pop((torch._C._current_graph_task_id(), index), None)
+        if index in self._kept:
+            return self._kept[index]
+        if found is None:
+            raise RuntimeError(
+                f"A gradient reached reversible layer {index} without passing through layer {index + 1}, so its "
+                "outputs are unknown. Ask for the plain path: `output_hidden_states=True` or `config.reversible=False`."
+            )
+        return found
+
+
+def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
+
+
+def _checksum(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.int32).sum(dtype=torch.int64)
+
+
+def layer_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """Named parameters, and plain tensors that stand where a parameter was (FSDP1 keeps views there)."""
+    tensors: dict[str, torch.Tensor] = dict(layer.named_parameters())
+    for name, module in layer.named_modules():
+        for key, value in module.__dict__.items():
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                tensors[f"{name}.{key}" if name else key] = value
+    return tensors
+
+
+# The default generators and the modules' training flags are shared by all threads that walk one graph.
+_REPLAY_LOCK = threading.RLock()
+
+
+def _generator_state(device: torch.device) -> tuple[torch.Tensor, ...]:
+    states = (torch.get_rng_state(),)
+    return (*states, torch.cuda.get_rng_state(device)) if device.type == "cuda" else states
+
+
+def _set_generator_state(states: tuple[torch.Tensor, ...], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+class _Conditions:
+    """What a branch ran under, to run it again just so: autocast, training flags, and foreign randomness if any.
+
+    Our own randomness comes from keys. Modules put into a layer by others (adapters) may draw from the default
+    generators; then, and only then, their state is kept.
+    """
+
+    def __init__(self, layer: nn.Module, device: torch.device):
+        self.layer, self.device = layer, device
+        self.autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
+        self.training = tuple(module.training for module in layer.modules())
+        self.states: list[tuple[torch.Tensor, ...] | None] = []
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        before = _generator_state(self.device)
+        enabled, dtype = self.autocast
+        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
+            yield
+        after = _generator_state(self.device)
+        drawn = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        self.states.append(before if drawn else None)
+
+    @contextlib.contextmanager
+    def replay(self, branch: int, tensors: dict[str, torch.Tensor] | None) -> Iterator[None]:
+        state, (enabled, dtype) = self.states[branch], self.autocast
+        modules = list(self.layer.modules())
+        flipped = [(m, m.training) for m, was in zip(modules, self.training, strict=True) if m.training != was]
+        with contextlib.ExitStack() as stack:
+            if state is not None or flipped or tensors is not None:
+                stack.enter_context(_REPLAY_LOCK)
+            if tensors is not None:
+                stack.enter_context(_reparametrize_module(self.layer, tensors))
+            if state is not None:
+                stack.callback(_set_generator_state, _generator_state(self.device), self.device)
+                _set_generator_state(state, self.device)
+            for module, now in flipped:
+                stack.callback(setattr, module, "training", now)
+                module.training = not now
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(
+                torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+            )
+            yield
+
+
+class _ReversibleLayer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, layer, chain, index, call, names, extras, x1, x2, *tensors):
+        conditions = _Conditions(layer, x1.device)
+        chain.enter(index, x1, x2)
+        if index == 0:
+            chain.checksum = (_checksum(x1), _checksum(x2))
+        extra = tensors[:extras]
+        with conditions.record():
+            y1 = x1 + to_stream(layer.f(x2, call, *extra), chain.grid)
+        with conditions.record():
+            y2 = x2 + to_stream(layer.g(y1, call), chain.grid)
+        chain.leave(index, y1, y2)
+        ctx.layer, ctx.chain, ctx.index, ctx.call = layer, chain, index, call
+        ctx.conditions, ctx.names, ctx.extras = conditions, names, extras
+        ctx.save_for_backward(*tensors, *((y1, y2) if index == chain.depth - 1 else ()))
+        return y1, y2
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d1, d2):
+        saved, chain, index = ctx.saved_tensors, ctx.chain, ctx.index
+        if index == chain.depth - 1:
+            *tensors, y1, y2 = saved
+        else:
+            tensors, (y1, y2) = list(saved), chain.take(index)
+        need = ctx.needs_input_grad[8:]
+        extra = [_leaf(x, wanted) for x, wanted in zip(tensors[: ctx.extras], need, strict=False)]
+        parameters, swap = _parameters(ctx, tensors[ctx.extras :], need[ctx.extras :])
+        wanted = [p for p, n in zip(parameters, need[ctx.extras :], strict=True) if n]
+        wanted_extra = [x for x, n in zip(extra, need, strict=False) if n]
+
+        def branch(which: int, run: Callable, stream: torch.Tensor, grad: torch.Tensor, inputs: list):
+            """Run f or g again; its output, the gradient of its stream, and those of `inputs`."""
+            with ctx.conditions.replay(which, swap):
+                stream = stream.detach().requires_grad_()
+                out = to_stream(run(stream), chain.grid)
+            if not out.requires_grad:
+                return out, None, [None] * len(inputs)
+            grads = torch.autograd.grad(out, [stream, *inputs], grad, allow_unused=True)
+            return out.detach(), grads[0], list(grads[1:])
+
+        out, step, grads_g = branch(1, lambda s: ctx.layer.g(s, ctx.call), y1, d2, wanted)
+        x2 = y2 - out
+        d1 = d1 if step is None else d1 + step
+        del y2, out
+        out, step, grads_f = branch(0, lambda s: ctx.layer.f(s, ctx.call, *extra), x2, d1, wanted_extra + wanted)
+        x1 = y1 - out
+        d2 = d2 if step is None else d2 + step
+        del y1, out
+        if index == 0:
+            _warn_if_inexact(chain, x1, x2)
+        elif any(ctx.needs_input_grad[6:8]):
+            chain.put(index - 1, (x1, x2))
+        count = len(wanted_extra)
+        grads = iter(grads_f[:count] + [_sum(a, b) for a, b in zip(grads_g, grads_f[count:], strict=True)])
+        return (None,) * 6 + (d1, d2) + tuple(next(grads) if n else None for n in need)
+
+
+def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
+    return b if a is None else a if b is None else a + b
+
+
+def _leaf(x: Any, wanted: bool) -> Any:
+    return x.detach().requires_grad_(wanted) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+
+def _parameters(ctx, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor], dict[str, torch.Tensor] | None]:
+    """The tensors to differentiate by, and what to swap into the layer where the saved ones are not its own.
+
+    They differ under functional_call, an outer checkpoint, or saved-tensor hooks.
+    """
+    now = layer_tensors(ctx.layer)
+    if all(now.get(name) is tensor for name, tensor in zip(ctx.names, saved, strict=True)):
+        return saved, None
+    saved = [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(saved, need, strict=True)]
+    return saved, dict(zip(ctx.names, saved, strict=True))
+
+
+def _warn_if_inexact(chain: Chain, x1: torch.Tensor, x2: torch.Tensor) -> None:
+    assert chain.checksum is not None
+    if bool((_checksum(x1) == chain.checksum[0]) & (_checksum(x2) == chain.checksum[1])):
+        return
+    warnings.warn(
+        "A reversible stack did not reconstruct its input exactly: the residual streams left the range "
+        f"|x| <= {chain.grid.limit:g} of their grid, or a layer does not compute the same thing twice. Gradients are "
+        'inexact, in half precision wrong. Use `residual_precision="float64"`, a smaller `initializer_range` or '
+        "learning rate, or `reversible=False`.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def wrapped_inside(layer: nn.Module) -> bool:
+    """Whether FSDP2 wraps modules within `layer`: their parameters change identity, so only the plain path is right."""
+    return any(m is not layer and type(m).__name__.startswith("FSDP") and hasattr(m, "unshard") for m in layer.modules())
+
+
+def can_reverse() -> bool:
+    """Whether the reversible Function may run here: recording a graph, not traced, not inside a functorch transform."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._functorch.maybe_current_level() is None
+    )
+
+
+def reversible_step(
+    layer: nn.Module, x1: torch.Tensor, x2: torch.Tensor, call: Any, chain: Chain, index: int, extra=()
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One layer of a reversible stack: the values of `residual_step`, with nothing kept but the last layer's output.
+
+    Args:
+        layer: has `f(x2, call, *extra)` and `g(y1, call)`.
+        x1, x2: (B, T, D) streams of `chain.grid`'s dtype.
+        call: what the layer needs beside tensors with gradients; handed to f and g as it is.
+        extra: further tensors with gradients for f (encoder states).
+    """
+    tensors = layer_tensors(layer)
+    return _ReversibleLayer.apply(
+        layer, chain, index, call, tuple(tensors), len(extra), x1, x2, *extra, *tensors.values()
+    )

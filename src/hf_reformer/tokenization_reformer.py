@@ -1,0 +1,164 @@
+"""A tokenizer whose tokens are the bytes of the text."""
+
+from typing import Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+from transformers import TokenizersBackend
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+BYTE_OFFSET = 2  # what google/reformer-enwik8 was trained with: id = byte + 2
+PAD, EOS, MASK, BOS = "<|pad|>", "<|eos|>", "<|mask|>", "<|bos|>"
+
+# The `tokenizers` library writes bytes as visible characters, one each ("Ġ" is the space).
+VOCAB: dict[str, int] = {
+    PAD: 0,
+    EOS: 1,
+    **{character: byte + BYTE_OFFSET for byte, character in bytes_to_unicode().items()},
+    MASK: 258,
+    BOS: 259,
+}
+
+
+def byte_level_backend(add_prefix_space: bool = False) -> Tokenizer:
+    """Build the Rust pipeline: text → words → bytes → ids, with nothing normalised and nothing merged.
+
+    Cutting into words changes no id. It is there for `word_ids()`, so that labels and masks can follow words.
+    """
+    backend = Tokenizer(BPE(vocab=VOCAB, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (PAD, EOS, MASK, BOS)])
+    return backend
+
+
+class ReformerByteTokenizer(TokenizersBackend):
+    r"""Fast byte-level tokenizer: the UTF-8 bytes of the text, each as `byte + 2`, and nothing else.
+
+    | id       | token                                                     |
+    |----------|-----------------------------------------------------------|
+    | 0        | `<\|pad\|>`                                               |
+    | 1        | `<\|eos\|>`, also the separator of pairs                  |
+    | 2 to 257 | the bytes 0 to 255                                        |
+    | 258      | `<\|mask\|>`                                              |
+    | 259      | `<\|bos\|>`                                               |
+    | 260 on   | whatever is added, such as a `cls_token` of your own      |
+
+    A text gets no tokens around it. A pair becomes `A <|eos|> B`, both in 258 ids, so a model with 258 embeddings
+    (google/reformer-enwik8) reads either; masking and `<|bos|>` need 260, the `vocab_size`. `add_bos_token=True` and
+    `add_eos_token=True` add those two around the whole.
+
+    Offsets count characters: each byte of "é" points to that one character. Decoding is UTF-8, and bytes that are not
+    become U+FFFD. Ids that mean nothing, such as the -100 of labels, are left out.
+
+    Text that spells a special token (`"<|pad|>"`) is read as that token, as everywhere in transformers;
+    `split_special_tokens=True` reads it as bytes. `sep_token` is fixed in the pair format when the tokenizer is made:
+    to change it later, set it and call `update_post_processor()`.
+
+    Args:
+        pad_token: Token for padding. Ids 0, 1, 258 and 259 keep the names above; any other name given here or below
+            is a new token behind them.
+        eos_token: Token that ends a text.
+        sep_token: Token between the two texts of a pair. `None` puts nothing there.
+        mask_token: Token to be filled in.
+        bos_token: Token to start generating from.
+        add_prefix_space: Put a space before a text that does not start with one. With `is_split_into_words=True` this
+            is what keeps words apart.
+        vocab: What `from_pretrained` found in `tokenizer.json`. It is only checked.
+
+    Raises:
+        ValueError: The files belong to another tokenizer.
+
+    Example:
+        >>> tokenizer = ReformerByteTokenizer()
+        >>> tokenizer("Hé")["input_ids"]
+        [74, 197, 171]
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json", "vocab_file": "spiece.model"}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        pad_token: str | AddedToken | None = PAD,
+        eos_token: str | AddedToken | None = EOS,
+        sep_token: str | AddedToken | None = EOS,
+        mask_token: str | AddedToken | None = MASK,
+        bos_token: str | AddedToken | None = BOS,
+        add_prefix_space: bool = False,
+        vocab: dict[str, int] | list | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._tokenizer = byte_level_backend(add_prefix_space)
+        super().__init__(
+            pad_token=pad_token,
+            eos_token=eos_token,
+            sep_token=sep_token,
+            mask_token=mask_token,
+            bos_token=bos_token,
+            add_prefix_space=add_prefix_space,
+            **kwargs,
+        )
+        found = self._tokenizer.get_vocab(with_added_tokens=False) if vocab is None else vocab
+        if found != VOCAB:
+            raise ValueError(_foreign(self.name_or_path))
+
+    @classmethod
+    def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """Read `tokenizer.json` where there is one; without any file (google/reformer-enwik8) bytes need none.
+
+        Raises:
+            ValueError: The only vocabulary there is a SentencePiece model, whose ids are not bytes.
+        """
+        name = kwargs.get("name_or_path", "")
+        vocab_file = kwargs.pop("vocab_file", None)
+        if kwargs.get("tokenizer_file") is None:
+            if vocab_file is not None:
+                raise ValueError(_foreign(name))
+            logger.warning(f"'{name}' has no tokenizer files; its text is read as bytes.")
+        return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
+
+    def update_post_processor(self) -> None:
+        """Write the formats `[bos] A [eos]` and `[bos] A sep B [eos]` for the present special tokens."""
+        bos = [self.bos_token] if self.add_bos_token and self.bos_token else []
+        eos = [self.eos_token] if self.add_eos_token and self.eos_token else []
+        sep = [self.sep_token] if self.sep_token else []
+        self._tokenizer.post_processor = processors.TemplateProcessing(
+            single=[*bos, "$A", *eos],
+            pair=[*bos, "$A", *sep, "$B:1", *(f"{token}:1" for token in eos)],
+            special_tokens=[(token, self.convert_tokens_to_ids(token)) for token in {*bos, *eos, *sep}],
+        )
+
+    def train_new_from_iterator(self, *args: Any, **kwargs: Any) -> "TokenizersBackend":
+        """Refuse: there is nothing to learn, and learned merges would move the ids of the bytes."""
+        raise NotImplementedError(
+            "ReformerByteTokenizer has no vocabulary to train: its tokens are the 256 bytes. "
+            "Use it as it is, or train another tokenizer and give its size to the model as `vocab_size`."
+        )
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Turn tokens into text. A list that holds anything else is text already: pipelines join their words again."""
+        vocab = self.get_vocab()
+        if all(token in vocab for token in tokens):
+            return super().convert_tokens_to_string(tokens)
+        return "".join(tokens)
+
+    def _decode(self, token_ids: int | list[int], *args: Any, **kwargs: Any) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else token_ids
+        try:
+            return super()._decode(ids, *args, **kwargs)
+        except OverflowError:  # the Rust side takes 0 ≤ id < 2³²
+            return super()._decode([i for i in ids if 0 <= i < len(self)], *args, **kwargs)
+
+
+def _foreign(name: str) -> str:
+    return (
+        f"'{name}' holds the vocabulary of another tokenizer, whose ids are not bytes. Load it with the class that "
+        "made it (`transformers.ReformerTokenizer` for SentencePiece files of the built-in Reformer)."
+    )
+
+
+__all__ = ["ReformerByteTokenizer"]

@@ -153,7 +153,7 @@ class EpochLengthSampler(LengthGroupedSampler):
 
 
 class GroupedTrainer(Trainer):
-    """Trainer whose training batches follow `EpochLengthSampler`, and whose predictions come in the order of the data."""
+    """Trainer that batches by `EpochLengthSampler`, and predicts in the order of the data."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":

@@ -119,6 +119,10 @@ class DataArguments:
         metadata={"help": "Default: told from the labels.", "choices": [SINGLE, MULTI, REGRESSION]},
     )
     max_length: int = field(default=4096, metadata={"help": "Longer texts are cut after so many tokens."})
+    train_length: int | None = field(
+        default=None,
+        metadata={"help": "Cut the training texts into pieces of so many tokens, and still judge on whole ones."},
+    )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use so many training texts only."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many validation texts only."})
     validation_fraction: float = field(
@@ -239,16 +243,19 @@ def make_tokenizer(args: ModelArguments, texts: list[str], max_length: int) -> P
     return tokenizer
 
 
-def tokenize(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Columns `input_ids`, `attention_mask`, `length` and, where known, `labels`."""
+def tokenize(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, piece: int | None = None) -> Dataset:
+    """Columns `input_ids`, `attention_mask`, `length` and, where known, `labels`; a row per piece if `piece` is given."""
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
+        texts = [text or "" for text in rows[task.columns.text]]
         pairs = [pair or "" for pair in rows[task.columns.pair]] if task.columns.pair else None
-        encoded = tokenizer([text or "" for text in rows[task.columns.text]], pairs, truncation=True)
+        encoded = tokenizer(texts, pairs, truncation=True, max_length=piece, return_overflowing_tokens=bool(piece))
+        source = encoded.pop("overflow_to_sample_mapping", range(len(texts)))
+        if "labels" in rows:
+            encoded["labels"] = [rows["labels"][row] for row in source]
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
-    drop = [name for name in dataset.column_names if name != "labels"]
-    return dataset.map(encode, batched=True, batch_size=64, remove_columns=drop, desc="Tokenising")
+    return dataset.map(encode, batched=True, batch_size=64, remove_columns=dataset.column_names, desc="Tokenising")
 
 
 def make_model(
@@ -383,9 +390,10 @@ def run(data_args: DataArguments, model_args: ModelArguments, args: TrainingArgu
         known = list(AutoConfig.from_pretrained(model_args.model_name_or_path).id2label.values())
     with args.main_process_first(desc="preparing the data"):
         splits, task = prepare_data(data_args, known, args.seed)
-        texts = [text for text in (task.texts(splits["train"]) if "train" in splits else [])]
+        texts = task.texts(splits["train"]) if "train" in splits else []
         tokenizer = make_tokenizer(model_args, texts, data_args.max_length)
-        encoded = {split: tokenize(part, task, tokenizer) for split, part in splits.items()}
+        pieces = {"train": data_args.train_length}
+        encoded = {split: tokenize(part, task, tokenizer, pieces.get(split)) for split, part in splits.items()}
     for split in encoded:
         if split != "train":
             rows = encoded[split].add_column("row", list(range(len(encoded[split]))))

@@ -27,6 +27,7 @@ ORDER = [
     ("kernels", STAYS),  # a folder: its files import each other freely
     ("attention_ops", TORCH),
     ("reversible", TORCH),
+    ("losses", TORCH),
     ("positions", MODEL),
     ("attention", MODEL),
     ("feed_forward", MODEL),

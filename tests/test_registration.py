@@ -181,6 +181,23 @@ def test_importing_the_package_registers():
     """)
 
 
+def test_without_the_package_the_saved_tokenizer_works_the_same(tmp_path):
+    tiny(AutoModel).save_pretrained(tmp_path)
+    ReformerByteTokenizer().save_pretrained(tmp_path)
+    in_a_fresh_process(
+        """
+        import sys
+        from transformers import AutoTokenizer, TokenizersBackend
+
+        tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+        assert type(tokenizer) is TokenizersBackend
+        assert tokenizer("é", "b")["input_ids"] == [197, 171, 1, 100]
+        assert tokenizer.decode([197, 171, 1, 100], skip_special_tokens=True) == "éb"
+        """,
+        str(tmp_path),
+    )
+
+
 def test_replacing_the_builtin(tmp_path):
     transformers.ReformerConfig(**TINY).save_pretrained(tmp_path / "model")
     transformers.ReformerConfig(**TINY).save_pretrained(tmp_path / "with_tokenizer")

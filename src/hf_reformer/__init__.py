@@ -14,7 +14,6 @@ from .modeling_reformer import ReformerModel, ReformerPreTrainedModel
 from .registration import register
 from .tokenization_reformer import ReformerByteTokenizer
 
-
 __version__ = "0.1.0"
 
 __all__ = [

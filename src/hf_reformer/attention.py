@@ -65,8 +65,11 @@ class ReformerAttention(nn.Module):
         self.after = getattr(config, f"{own}_num_chunks_after") or 0
         self.config = config
         inner = self.heads * self.head_size
-        for name in ("qk_proj",) if self.kind == "lsh" else ("q_proj", "k_proj"):
-            setattr(self, name, nn.Linear(config.hidden_size, inner, bias=False))
+        if self.kind == "lsh":
+            self.qk_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        else:
+            self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
+            self.k_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
@@ -159,7 +162,7 @@ class ReformerAttention(nn.Module):
 
 
 def old_num_buckets(length: int, chunk: int, max_positions: int) -> int | tuple[int, int]:
-    """The older rule's choice from the input's length: a power of two near 2 * length / chunk, factorised when large."""
+    """The older rule's choice by the input's length: a power of two near 2 * length / chunk, factorised if large."""
     bits = (2 * (length // chunk)).bit_length() - 1
     limit = 2 * max(int((max_positions // chunk) ** 0.5), chunk)
     return 2**bits if 2**bits <= limit else (2 ** (bits // 2), 2 ** (bits - bits // 2))

@@ -14,14 +14,14 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .hashing import Orders
+from .randomness import keep_threshold, pair_scramble
 from .reference import MASKED_SCORE, SELF_SCORE, pair_keys, places_of
 from .reference import ordered_attention as reference_attention
-from .randomness import keep_threshold, pair_scramble
-
 
 BLOCK_SCORES = 2**20  # scores worked on at a time: 4 MiB in float32, about what caches hold
 HIDDEN_PENALTY = 1e9  # taken off the score of a pair that is not shown; beyond every real score
 FLOOR = -1e8  # running maxima start here: above a hidden pair, below every shown one
+LOG2_E = 1.4426950408889634  # queries are scaled by it: exp2 costs half of exp, and a tenth where it underflows
 
 
 def backend_name(choice: str = "auto") -> str:
@@ -109,9 +109,7 @@ def _by_row(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.permute(2, 0, 3, 1).reshape(x.shape[2], -1).to(dtype)
 
 
-def _make_rows(
-    orders: Orders, heads: int, mask: torch.Tensor | None, dropout_key: torch.Tensor | None
-) -> tuple[torch.Tensor | None, ...]:
+def _make_rows(orders: Orders, heads: int, mask: torch.Tensor | None, dropout_key: torch.Tensor | None) -> _Rows:
     line, lo, hi = (x.expand(-1, heads, -1, -1) for x in (orders.line, orders.lo, orders.hi))
     batch, _, rounds, length = line.shape
     row_of_batch = torch.arange(batch, dtype=torch.int32, device=line.device)[:, None, None, None] * (length * heads)
@@ -132,14 +130,14 @@ def _make_rows(
         by_query, by_key = pair_keys(dropout_key, batch, heads, length)
         query_key = by_query.transpose(1, 2).reshape(-1)
         key_key = by_key[None, :, None].expand(batch, length, heads).reshape(-1)
-    flat = [x.reshape(batch * heads, rounds, length) for x in (row, lo, hi)]
-    return _Rows(*flat, place, centre, width, real, query_key, key_key)
+    row, lo, hi = (x.reshape(batch * heads, rounds, length) for x in (row, lo, hi))
+    return _Rows(row, lo, hi, place, centre, width, real, query_key, key_key)
 
 
 class _Block(NamedTuple):
     """A rectangle of tiles of one round: n tiles of C queries, each with its K keys."""
 
-    index: int  # round
+    round: int
     query: torch.Tensor  # (n·C) int32 rows
     key: torch.Tensor  # (n·K) int32 rows
     target: torch.Tensor  # (n·C) int32 rows to write to; N for the filling of a last, partial tile
@@ -182,28 +180,27 @@ def _blocks(orders: Orders, rows: _Rows) -> Iterator[_Block]:
 
 
 def _outside(first: torch.Tensor, last: torch.Tensor, keys: int) -> torch.Tensor:
-    """Above 0 where key k of a tile lies outside first … last, else at most 0: |2k - (first + last)| - (last - first)."""
+    """|2k - (first + last)| - (last - first): above 0 where key k of a tile lies outside first … last."""
     first, last = first.reshape(-1, first.shape[-1], 1).float(), last.reshape(-1, last.shape[-1], 1).float()
     twice = torch.arange(0, 2 * keys, 2, dtype=torch.float32, device=first.device)
     return (twice - (first + last)).abs_().sub_(last - first)
 
 
 def _block_scores(block: _Block, rows: _Rows, rule: _Rule, q: torch.Tensor, k: torch.Tensor, before: int):
-    """Scores (n, C, K) of a block as the softmax sees them; and where they are fixed numbers (n, C, K) bool or None."""
+    """Scores (n, C, K) in units of log 2, as the softmax sees them; and where they are fixed numbers, or None."""
     n, tile, keys = block.shape
     scores = torch.bmm(q.view(n, tile, -1), k.view(n, keys, -1).transpose(1, 2))
     if block.hidden is None:
         return _chunk_scores(scores, block, rows, rule)
     hidden = block.hidden
-    for earlier in range(block.index):  # a pair counts in the first round that shows it
-        assert rows.place is not None and rows.centre is not None and rows.width is not None
-        distance = rows.place[earlier].index_select(0, block.key).view(n, 1, keys) - rows.centre[earlier].index_select(
-            0, block.query
-        ).view(n, tile, 1)
+    for earlier in range(block.round):  # a pair counts in the first round that shows it
+        place = rows.place[earlier].index_select(0, block.key).view(n, 1, keys)
+        centre = rows.centre[earlier].index_select(0, block.query).view(n, tile, 1)
         width = rows.width[earlier].index_select(0, block.query).view(n, tile, 1)
+        distance = place - centre
         hidden = torch.maximum(hidden, torch.sub(width, distance.abs_(), out=distance), out=hidden)
     if rule.shared:
-        scores.diagonal(before, 1, 2).fill_(SELF_SCORE)
+        scores.diagonal(before, 1, 2).fill_(SELF_SCORE * LOG2_E)
     return scores.add_(hidden.clamp_(min=0), alpha=-HIDDEN_PENALTY), None
 
 
@@ -216,10 +213,10 @@ def _chunk_scores(scores: torch.Tensor, block: _Block, rows: _Rows, rule: _Rule)
         padding = ~rows.real.index_select(0, block.key).view(n, 1, keys)
         hidden = padding.expand(n, tile, keys) if hidden is None else hidden | padding
     if hidden is not None:
-        scores = scores.masked_fill_(hidden, MASKED_SCORE)
+        scores = scores.masked_fill_(hidden, MASKED_SCORE * LOG2_E)
     if rule.shared:
         itself = query == key
-        scores = scores.masked_fill_(itself, SELF_SCORE)
+        scores = scores.masked_fill_(itself, SELF_SCORE * LOG2_E)
         hidden = itself if hidden is None else hidden | itself
     return scores, hidden
 
@@ -257,6 +254,7 @@ class _TiledAttention(torch.autograd.Function):
     def forward(query, key, value, orders, mask, dropout_key, rule):
         with torch.autocast(query.device.type, enabled=False):
             q, k, v = (_flat_rows(x) for x in (query, key, value))
+            q = q * LOG2_E
             rows = _make_rows(orders, query.shape[1], mask, dropout_key)
             total = q.shape[0] + 1  # one more row takes the filling of partial tiles
             out = v.new_zeros(total, v.shape[-1])
@@ -284,25 +282,24 @@ class _TiledAttention(torch.autograd.Function):
         orders, rule = Orders(line, lo, hi, *ctx.orders), ctx.rule
         with torch.autocast(query.device.type, enabled=False):
             q, k, v, flat_out, grad = (_flat_rows(x) for x in (query, key, value, out, grad))
+            q = q * LOG2_E
             rows = _make_rows(orders, query.shape[1], mask, dropout_key)
             drift = (flat_out * grad).sum(-1)  # sum over keys of weight times its gradient
             grads = q.new_zeros(q.shape[0] + 1, q.shape[1]), torch.zeros_like(k), torch.zeros_like(v)
             for block in _blocks(orders, rows):
                 _backward_block(block, rows, rule, orders.before, q, k, v, grad, drift, top, mass, grads)
-            dq, dk, dv = grads
+            dq, dk, dv = grads[0], grads[1].div_(LOG2_E), grads[2]
         return _heads_of(dq[:-1], query), _heads_of(dk, key), _heads_of(dv, value), None, None, None, None
 
 
 def _forward_block(block, rows, rule, before, q, k, v, out, top, mass) -> None:
     """Add a block's share to the running sums `out`, `mass` (relative to the running maximum `top`)."""
     n, tile, keys = block.shape
-    scores, _ = _block_scores(
-        block, rows, rule, q.index_select(0, block.query), k.index_select(0, block.key), before
-    )
+    scores, _ = _block_scores(block, rows, rule, q.index_select(0, block.query), k.index_select(0, block.key), before)
     old = top.index_select(0, block.target)
     new = torch.maximum(old, scores.amax(-1).view(-1))
-    weights = scores.sub_(new.view(n, tile, 1)).exp_()
-    decay = (old - new).exp_()
+    weights = scores.sub_(new.view(n, tile, 1)).exp2_()
+    decay = (old - new).exp2_()
     total = mass.index_select(0, block.target).mul_(decay).add_(weights.sum(-1).view(-1))
     kept = _kept(block, rows, rule, weights.dtype)
     if kept is not None:
@@ -322,7 +319,7 @@ def _backward_block(block, rows, rule, before, q, k, v, grad, drift, top, mass, 
     scores, fixed = _block_scores(block, rows, rule, query, key, before)
     real = block.target < q.shape[0]  # the filling of a partial tile has no weight
     share = mass.index_select(0, block.query).reciprocal_() * real
-    weights = scores.sub_(top.index_select(0, block.query).view(n, tile, 1)).exp_().mul_(share.view(n, tile, 1))
+    weights = scores.sub_(top.index_select(0, block.query).view(n, tile, 1)).exp2_().mul_(share.view(n, tile, 1))
     upstream = grad.index_select(0, block.query).view(n, tile, -1)
     values = v.index_select(0, block.key).view(n, keys, -1)
     slope = torch.bmm(upstream, values.transpose(1, 2))  # gradient of the weights

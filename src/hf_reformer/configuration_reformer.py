@@ -6,12 +6,12 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-
 LAYER_KINDS = ("local", "lsh", "full")
 ATTENTION_MODES = ("window", "chunk")
 POSITION_TYPES = ("axial", "learned", "rotary")
 POOLINGS = ("mean", "last", "first")
 RESIDUAL_PRECISIONS = ("float64", "float32")
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # What transformers' own Reformer assumes where its config.json is silent and our default differs.
 _BUILTIN_DEFAULTS = {
@@ -99,7 +99,7 @@ class ReformerConfig(PreTrainedConfig):
     """
 
     model_type = "hf_reformer"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the library's class attribute)
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 320
     hidden_size: int = 256
@@ -200,7 +200,13 @@ class ReformerConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        return super().from_dict(from_builtin(config_dict), **kwargs)
+        """Overrides in `kwargs` are part of what is checked, and make void what was saved because of them."""
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in ReformerConfig.__annotations__}
+        derived = {"attn_layers": "num_hidden_layers", "num_hidden_layers": "attn_layers"}
+        derived |= {"position_embedding_type": "axial_pos_embds", "axial_pos_embds": "position_embedding_type"}
+        void = {derived[name] for name in overrides if name in derived}
+        kept = {name: value for name, value in from_builtin(config_dict).items() if name not in void}
+        return super().from_dict({**kept, **overrides}, **kwargs)
 
     def validate_choices(self):
         for name, allowed in (
@@ -208,6 +214,7 @@ class ReformerConfig(PreTrainedConfig):
             ("position_embedding_type", POSITION_TYPES),
             ("residual_precision", RESIDUAL_PRECISIONS),
             ("classifier_pooling", (*POOLINGS, None)),
+            ("problem_type", (*PROBLEM_TYPES, None)),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {allowed}.")
@@ -250,7 +257,7 @@ class ReformerConfig(PreTrainedConfig):
 
     def validate_positions(self):
         kind = self.position_embedding_type
-        if self.axial_pos_embds and kind != "axial" or not self.axial_pos_embds and kind == "axial":
+        if (self.axial_pos_embds and kind != "axial") or (not self.axial_pos_embds and kind == "axial"):
             raise ValueError(
                 f"`axial_pos_embds={self.axial_pos_embds}` contradicts `position_embedding_type={kind!r}`. "
                 "Give `position_embedding_type` alone."
@@ -297,14 +304,14 @@ class ReformerConfig(PreTrainedConfig):
 
 def default_num_buckets(max_positions: int, window: int) -> int | tuple[int, int]:
     """Power of two nearest to `max_positions / window`, at least 2; two factors above 128 (paper, section 2)."""
-    bits = max(1, round(math.log2(max(2, max_positions / window))))
+    bits = max(1, round(math.log2(max(2, max_positions / max(1, window)))))
     return 2**bits if bits <= 7 else (2 ** (bits // 2), 2 ** (bits - bits // 2))
 
 
 def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int]) -> None:
     """Raise ValueError unless every factor is an even number of at least 2."""
-    factors = (num_buckets,) if isinstance(num_buckets, int) else tuple(num_buckets)
-    if not factors or any(factor < 2 or factor % 2 for factor in factors):
+    factors = tuple(num_buckets) if isinstance(num_buckets, (list, tuple)) else (num_buckets,)
+    if not factors or any(not isinstance(factor, int) or factor < 2 or factor % 2 for factor in factors):
         raise ValueError(
             f"`num_buckets={num_buckets}` must be an even number or a list of even numbers: a rotation's columns and "
             "their opposites give two buckets each. Choose for example 32, or [16, 32] for 512 buckets."

@@ -2,11 +2,11 @@
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from .configuration_reformer import ReformerConfig
 from .randomness import FEED_FORWARD_DROPOUT, HIDDEN_DROPOUT, dropout, fold
+from .reversible import recomputed
 
 
 class LayerNorm(nn.LayerNorm):
@@ -35,10 +35,9 @@ class FeedForward(nn.Module):
         """(B, T, D) → (B, T, D). `key`: of this forward's dropout, None in evaluation."""
         if not self.chunk_size or self.chunk_size >= x.shape[1]:
             return self._tokens(x, key, 0)
-        run = _checkpointed if torch.is_grad_enabled() else _direct
         starts = range(0, x.shape[1], self.chunk_size)
         chunks = zip(x.split(self.chunk_size, dim=1), starts, strict=True)
-        return torch.cat([run(self._tokens, chunk, key, start) for chunk, start in chunks], dim=1)
+        return torch.cat([recomputed(self, self._tokens, chunk, key, start) for chunk, start in chunks], dim=1)
 
     def _tokens(self, x: torch.Tensor, key: torch.Tensor | None, first: int) -> torch.Tensor:
         key = key if key is None else fold(key, self.layer)
@@ -46,11 +45,3 @@ class FeedForward(nn.Module):
         x = dropout(x, self.dropout, key if key is None else fold(key, HIDDEN_DROPOUT), first)
         x = self.down_proj(self.act(x))
         return dropout(x, self.dropout, key if key is None else fold(key, FEED_FORWARD_DROPOUT), first)
-
-
-def _direct(function, *args):
-    return function(*args)
-
-
-def _checkpointed(function, *args):
-    return checkpoint(function, *args, use_reentrant=False)

@@ -85,8 +85,8 @@ def lsh_buckets(vectors: torch.Tensor, rotations: torch.Tensor, num_buckets: int
         (B, H, R, T) int32 buckets, 0 … product of the factors - 1; the first factor varies fastest.
     """
     heads, head_size, num_hashes, columns = rotations.shape
-    vectors = vectors.to(rotations.dtype)
-    flat = rotations.reshape(heads, head_size, num_hashes * columns)
+    dtype = torch.promote_types(vectors.dtype, rotations.dtype)
+    vectors, flat = vectors.to(dtype), rotations.to(dtype).reshape(heads, head_size, num_hashes * columns)
     with torch.autocast(vectors.device.type, enabled=False):
         projected = torch.matmul(vectors, flat).unflatten(-1, (num_hashes, columns))  # (B, H, T, R, columns)
     buckets, stride, column = None, 1, 0

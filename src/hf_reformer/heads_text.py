@@ -39,7 +39,7 @@ class _LanguageModel(ReformerPreTrainedModel):
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
+        self.lm_head = value  # type: ignore[assignment]  # whatever the caller puts there
 
     def _loss_and_logits(self, hidden, targets, num_items, logits_to_keep=0):
         """In training with targets the logits exist for a few tokens at a time and are not returned."""
@@ -93,12 +93,13 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
         Returns:
             CausalLMOutputWithPast. `logits` (B, T, vocab_size) is None in training with labels.
         """
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         hidden = outputs.last_hidden_state
         _check_label_shape(shift_labels if shift_labels is not None else labels, hidden.shape[:2])
-        if shift_labels is None and labels is not None:
-            shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        loss, logits = self._loss_and_logits(hidden, shift_labels, num_items_in_batch, logits_to_keep)
+        targets: torch.Tensor | None = shift_labels
+        if targets is None and labels is not None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        loss, logits = self._loss_and_logits(hidden, targets, num_items_in_batch, logits_to_keep)
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
     @classmethod
@@ -129,7 +130,7 @@ class ReformerForMaskedLM(_LanguageModel):
         **kwargs,
     ) -> MaskedLMOutput:
         r"""`labels`: (B, T) int64, -100 where nothing was masked. `logits` is None in training with labels."""
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         _check_label_shape(labels, outputs.last_hidden_state.shape[:2])
         loss, logits = self._loss_and_logits(outputs.last_hidden_state, labels, num_items_in_batch)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
@@ -171,7 +172,7 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
         **kwargs,
     ) -> SequenceClassifierOutput:
         r"""`labels`: (B) int64 classes, (B) or (B, num_labels) floats for regression or several labels a row."""
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
         loss = None if labels is None else _classification_loss(self.config, logits, labels.to(logits.device))
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
@@ -200,7 +201,7 @@ class ReformerForTokenClassification(ReformerPreTrainedModel):
         **kwargs,
     ) -> TokenClassifierOutput:
         r"""`labels`: (B, T) int64, -100 for no target."""
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         _check_label_shape(labels, logits.shape[:2])
         loss = None
@@ -232,7 +233,7 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
         r"""`start_positions`, `end_positions`: (B) int64; a position outside the input (cut away) is no target."""
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)  # (B, T) each
         if (start_positions is None) != (end_positions is None):
             raise ValueError("Give both `start_positions` and `end_positions`, or neither.")
@@ -276,29 +277,28 @@ class ReformerForMultipleChoice(ReformerPreTrainedModel):
             found = None if given is None else tuple(given.shape)
             raise ValueError(f"Multiple choice needs inputs of shape (batch, choices, length, …), found {found}.")
         choices = given.shape[1]
-        flat = [None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, position_ids, inputs_embeds)]
-        outputs = self.model(*flat, **kwargs)
+        flat = [
+            None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, position_ids, inputs_embeds)
+        ]
+        outputs = self.model(*flat, return_dict=True, **kwargs)
         logits = self.classifier(pool(outputs.last_hidden_state, flat[1], self.config.pooling)).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels.to(logits.device))
         return MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
 def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    """(B, T, D) → (B, D): mean over the real tokens, the last real one, or the first token (`"first"`).
+    """(B, T, D) → (B, D): mean over the real tokens, or the last or first real one.
 
-    A row without a real token gives 0 (mean), or its first token.
+    A row without a real token gives 0 (mean), or its last or first token.
     """
-    if pooling == "first":
-        return hidden[:, 0]
-    if attention_mask is None:
-        return hidden.mean(1) if pooling == "mean" else hidden[:, -1]
-    mask = (attention_mask != 0).to(hidden.device)
+    rows, length = hidden.shape[:2]
+    mask = hidden.new_ones(rows, length) if attention_mask is None else (attention_mask != 0).to(hidden.device)
+    mask = mask.to(torch.promote_types(hidden.dtype, torch.float32))  # half precision cannot count a long sequence
     if pooling == "mean":
-        weights = mask.to(hidden.dtype)[..., None]
-        return (hidden * weights).sum(1) / weights.sum(1).clamp(min=1)
-    places = torch.arange(hidden.shape[1], device=hidden.device)
-    last = torch.where(mask, places, 0).amax(-1)  # (B)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+        weights = mask / mask.sum(-1, keepdim=True).clamp(min=1)
+        return (hidden * weights[..., None]).sum(1).to(hidden.dtype)
+    place = mask.argmax(-1) if pooling == "first" else length - 1 - mask.flip(-1).argmax(-1)  # (B)
+    return hidden[torch.arange(rows, device=hidden.device), place]
 
 
 def _classifier_dropout(config: ReformerConfig) -> float:

@@ -1,9 +1,8 @@
-"""Losses of the task heads: exact under gradient accumulation, 0 without a target, and never a whole sequence of logits."""
+"""Losses of the heads: exact under gradient accumulation, 0 without a target, never a whole sequence of logits."""
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
 
 IGNORE = -100
 LOGITS_AT_A_TIME = 2**22
@@ -16,6 +15,11 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.T
         logits: (N, C) floating; computed in at least float32.
         labels: (N) int64 in -100, 0 … C - 1.
     """
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, but there is one target for each of the {logits.shape[0]} rows "
+            f"of scores. Give labels of shape {tuple(logits.shape[:1])}."
+        )
     check_labels(labels, logits.shape[-1])
     return _summed(logits, labels) / _count(labels, num_items)
 
@@ -49,7 +53,7 @@ def check_labels(labels: torch.Tensor, classes: int) -> None:
     """Raise ValueError for labels that are neither -100 nor a class; in eager mode only."""
     if torch.compiler.is_compiling() or labels.numel() == 0:
         return
-    if labels.is_floating_point():
+    if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels have dtype {labels.dtype}, but this loss needs class indices. Use `labels.long()`.")
     low, high = labels.masked_fill(labels == IGNORE, 0).aminmax()
     if low < 0 or high >= classes:
@@ -65,10 +69,11 @@ def _head_loss(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> t
 
 def _summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return nn.functional.cross_entropy(logits, labels.to(logits.device), ignore_index=IGNORE, reduction="sum")
+    labels = labels.to(logits.device, torch.int64)
+    return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
 
 def _count(labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor | int:
     if num_items is None:
-        return (labels != IGNORE).sum().clamp(min=1)
-    return num_items.to(labels.device) if isinstance(num_items, torch.Tensor) else num_items
+        num_items = (labels != IGNORE).sum()
+    return num_items.to(labels.device).clamp(min=1) if isinstance(num_items, torch.Tensor) else max(num_items, 1)

@@ -19,7 +19,6 @@ from .positions import AxialPositionEmbeddings, LearnedPositionEmbeddings, rotar
 from .randomness import EMBEDDING_DROPOUT, FINAL_DROPOUT, draw_key, dropout, fold
 from .reversible import Chain, Grid, can_reverse, choose_grid, to_stream, wrapped_inside
 
-
 logger = logging.get_logger(__name__)
 
 # Parameter names of transformers' own Reformer, and ours. Names that match no pattern are left alone.
@@ -49,8 +48,8 @@ class ReformerPreTrainedModel(PreTrainedModel):
     config: ReformerConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ReformerLayer"]  # noqa: RUF012 (the library's class attributes)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["ReformerLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_context_parallel = False
 
@@ -89,21 +88,18 @@ class ReformerModel(ReformerPreTrainedModel):
     def __init__(self, config: ReformerConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        kind = config.position_embedding_type
-        if kind == "axial":
-            self.position_embeddings = AxialPositionEmbeddings(config.axial_pos_shape, config.axial_pos_embds_dim)
-        elif kind == "learned":
-            self.position_embeddings = LearnedPositionEmbeddings(config.max_position_embeddings, config.hidden_size)
+        if config.position_embedding_type != "rotary":
+            self.position_embeddings = make_position_embeddings(config)
         self.layers = nn.ModuleList(ReformerLayer(config, i) for i in range(len(config.attn_layers)))
         self.norm = LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value
+        self.embed_tokens = value  # type: ignore[assignment]  # whatever the caller puts there
 
     @can_return_tuple
     def forward(
@@ -137,7 +133,7 @@ class ReformerModel(ReformerPreTrainedModel):
         if output_attentions if output_attentions is not None else self.config.output_attentions:
             raise ValueError(
                 "output_attentions=True: attention here is never a (length, length) matrix, so there is none to "
-                "return. Look at single layers with `hf_reformer.reference.ordered_attention(return_weights=True)`."
+                "return. Look at single layers with `hf_reformer.reference.attention_with_weights`."
             )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -201,6 +197,13 @@ class ReformerModel(ReformerPreTrainedModel):
         ), position_ids
 
 
+def make_position_embeddings(config: ReformerConfig) -> nn.Module:
+    """The module that adds positions to embeddings."""
+    if config.position_embedding_type == "axial":
+        return AxialPositionEmbeddings(tuple(config.axial_pos_shape), tuple(config.axial_pos_embds_dim))
+    return LearnedPositionEmbeddings(config.max_position_embeddings, config.hidden_size)
+
+
 def _subkey(key: torch.Tensor | None, site: int) -> torch.Tensor | None:
     return None if key is None else fold(key, -1, site)
 
@@ -228,28 +231,38 @@ def check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds,
         raise ValueError(f"`{name}` has shape {shape}: an empty batch or sequence. Give at least one row and token.")
     if inputs_embeds is not None and shape[2] != config.hidden_size:
         raise ValueError(f"`inputs_embeds` is {shape[2]} wide, but `hidden_size={config.hidden_size}`.")
-    if input_ids is not None and (input_ids.is_floating_point() or input_ids.dtype == torch.bool):
-        raise ValueError(f"`input_ids` has dtype {input_ids.dtype}; token ids must be integers (torch.int64).")
-    if num_hashes is not None and num_hashes < 1:
-        raise ValueError(f"`num_hashes={num_hashes}` must be at least 1.")
+    for value, label in ((input_ids, "input_ids"), (position_ids, "position_ids")):
+        if value is not None and (value.is_floating_point() or value.dtype == torch.bool):
+            raise ValueError(f"`{label}` has dtype {value.dtype}; it must hold integers (torch.int64).")
+    if num_hashes is not None and (not isinstance(num_hashes, int) or num_hashes < 1):
+        raise ValueError(f"`num_hashes={num_hashes}` must be a whole number of at least 1.")
     if num_buckets is not None:
         check_num_buckets(num_buckets)
     backend_name(config.attention_backend)
     for value, label in ((attention_mask, "attention_mask"), (position_ids, "position_ids")):
         rows = (shape[0],) if label == "attention_mask" else (shape[0], 1)
         if value is not None and (value.dim() != 2 or value.shape[0] not in rows or value.shape[1] != shape[1]):
-            raise ValueError(f"`{label}` has shape {tuple(value.shape)}; with `{name}` of {shape} it must be {shape[:2]}.")
-    _check_positions_cover(config, shape[1], position_ids)
+            raise ValueError(
+                f"`{label}` has shape {tuple(value.shape)}; with `{name}` of {shape} it must be {shape[:2]}."
+            )
+    if position_ids is None:
+        _check_positions_cover(config, shape[1], attention_mask)
     if not torch.compiler.is_compiling():
         _check_values(config, input_ids, attention_mask, position_ids)
 
 
-def _check_positions_cover(config, length: int, position_ids) -> None:
+def _check_positions_cover(config, length: int, attention_mask) -> None:
     kind, covered = config.position_embedding_type, config.max_position_embeddings
     if kind == "axial":
         covered = math.prod(config.axial_pos_shape)
-    if position_ids is None and kind != "rotary" and length > covered:
-        field = f"axial_pos_shape={config.axial_pos_shape}" if kind == "axial" else f"max_position_embeddings={covered}"
+    if kind == "rotary" or length <= covered:
+        return
+    if config.attention_mode == "window" and attention_mask is not None and not torch.compiler.is_compiling():
+        length = int((attention_mask != 0).sum(-1).max())  # padding has no position
+    if length > covered:
+        field = (
+            f"axial_pos_shape={config.axial_pos_shape}" if kind == "axial" else f"max_position_embeddings={covered}"
+        )
         raise ValueError(
             f"`{field}` covers {covered} positions but the input has {length} tokens. Enlarge it, shorten the input, "
             'or set `position_embedding_type="rotary"`.'
@@ -264,12 +277,12 @@ def _check_values(config, input_ids, attention_mask, position_ids) -> None:
                 f"`input_ids` reach from {low} to {high}, but `vocab_size={config.vocab_size}` knows 0 … "
                 f"{config.vocab_size - 1}. Use the model's own tokenizer, or `resize_token_embeddings`."
             )
-    if attention_mask is not None and attention_mask.device.type != "meta":
-        if bool(((attention_mask != 0) & (attention_mask != 1)).any()):
-            raise ValueError(
-                "`attention_mask` holds values other than 0 and 1. Give 1 for real tokens and 0 for padding; additive "
-                "masks (0 and -inf) are not understood."
-            )
+    odd = None if attention_mask is None else (attention_mask != 0) & (attention_mask != 1)
+    if odd is not None and odd.device.type != "meta" and bool(odd.any()):
+        raise ValueError(
+            "`attention_mask` holds values other than 0 and 1. Give 1 for real tokens and 0 for padding; additive "
+            "masks (0 and -inf) are not understood."
+        )
     if position_ids is not None and config.position_embedding_type != "rotary" and position_ids.device.type != "meta":
         covered = config.max_position_embeddings
         if config.position_embedding_type == "axial":

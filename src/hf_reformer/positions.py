@@ -1,4 +1,4 @@
-"""Position embeddings: axial (paper's reference implementation, appendix of Trax), learned, rotary (Su et al. 2021)."""
+"""Position embeddings: axial (Trax), learned, rotary (Su et al. 2021)."""
 
 import math
 
@@ -47,7 +47,7 @@ class LearnedPositionEmbeddings(nn.Embedding):
 
 
 def rotary_tables(position_ids: torch.Tensor, head_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, each (B or 1, 1, T, D) float32, of the angles p * theta^(-2i / D) (Su et al. 2021, section 3.2.2)."""
+    """cos and sin, each (B or 1, 1, T, D) float32: angles p * theta^(-2i / D) (Su et al. 2021, 3.2.2)."""
     exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_ids.device) / head_size
     angles = position_ids[:, None, :, None].float() * theta**-exponent  # (B, 1, T, D / 2)
     angles = torch.cat([angles, angles], dim=-1)

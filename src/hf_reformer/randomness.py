@@ -11,7 +11,6 @@ import math
 
 import torch
 
-
 # What a random number is used for: the second counter of every draw.
 ROTATIONS, EXPLORATION, ATTENTION_DROPOUT, OUTPUT_DROPOUT = 1, 2, 3, 4
 HIDDEN_DROPOUT, FEED_FORWARD_DROPOUT, EMBEDDING_DROPOUT, FINAL_DROPOUT = 5, 6, 7, 8

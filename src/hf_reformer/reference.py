@@ -8,7 +8,6 @@ import torch
 from .hashing import Orders
 from .randomness import fold, keep_threshold, pair_scramble
 
-
 SELF_SCORE = -1e5  # shared query/key: a token sees itself only where it sees nothing else
 MASKED_SCORE = -1e9  # chunk rule: padding and the future stay in the softmax with this score
 
@@ -50,6 +49,13 @@ def dropout_factors(key: torch.Tensor, p: float, batch: int, heads: int, length:
 
 
 def ordered_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, orders: Orders, **how
+) -> torch.Tensor:
+    """The op itself; see `attention_ops.ordered_attention` for the arguments."""
+    return attention_with_weights(query, key, value, orders, **how)[0]
+
+
+def attention_with_weights(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -60,11 +66,10 @@ def ordered_attention(
     mask: torch.Tensor | None = None,
     dropout: float = 0.0,
     dropout_key: torch.Tensor | None = None,
-    return_weights: bool = False,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """softmax over all that a token's windows show; see `attention_ops.ordered_attention` for the arguments.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax over all that a token's windows show: output (B, H, T, D), and weights (B, H, T, T) before dropout.
 
-    `return_weights=True` also gives the attention weights (B, H, T, T) before dropout.
+    Arguments as those of `attention_ops.ordered_attention`.
     """
     length = query.shape[-2]
     batch, heads = query.shape[:2]
@@ -72,7 +77,9 @@ def ordered_attention(
     scores = query @ key.transpose(-1, -2)  # (B, H, T, T)
     place = torch.arange(length, device=query.device)
     if not orders.count_once:
-        hidden = place[:, None] < place if causal else torch.zeros(length, length, dtype=torch.bool, device=place.device)
+        hidden = (
+            place[:, None] < place if causal else torch.zeros(length, length, dtype=torch.bool, device=place.device)
+        )
         hidden = hidden if mask is None else hidden | ~mask[:, None, None, :]
         scores = scores.masked_fill(hidden, MASKED_SCORE)
     if shared:
@@ -85,5 +92,4 @@ def ordered_attention(
     used = weights
     if dropout > 0 and dropout_key is not None:
         used = weights * dropout_factors(dropout_key, dropout, batch, heads, length).to(weights.dtype)
-    out = used @ value
-    return (out, weights) if return_weights else out
+    return used @ value, weights

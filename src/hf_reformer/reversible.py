@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.stateless import _reparametrize_module
+from torch.utils.checkpoint import checkpoint
 
 
 class Grid(NamedTuple):
@@ -69,7 +70,7 @@ def to_stream(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     return x.to(grid.dtype) if grid.bits is None else _Round.apply(x, grid)
 
 
-def residual_step(layer: nn.Module, x1: torch.Tensor, x2: torch.Tensor, call: Any, grid: Grid, extra=()):
+def residual_step(layer: Any, x1: torch.Tensor, x2: torch.Tensor, call: Any, grid: Grid, extra=()):
     """The layer's equations, for every path: (y1, y2)."""
     y1 = x1 + to_stream(layer.f(x2, call, *extra), grid)
     y2 = x2 + to_stream(layer.g(y1, call), grid)
@@ -81,7 +82,6 @@ class Chain:
 
     def __init__(self, grid: Grid, depth: int):
         self.grid, self.depth = grid, depth
-        self.checksum: tuple[torch.Tensor, torch.Tensor] | None = None
         self._pending: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._link: tuple[int, tuple[torch.Tensor, torch.Tensor], tuple[int, int]] | None = None
@@ -113,8 +113,8 @@ class Chain:
             return self._kept[index]
         if found is None:
             raise RuntimeError(
-                f"A gradient reached reversible layer {index} without passing through layer {index + 1}, so its "
-                "outputs are unknown. Ask for the plain path: `output_hidden_states=True` or `config.reversible=False`."
+                f"A gradient reached reversible layer {index} without passing through layer {index + 1}, so "
+                "its outputs are unknown. Ask for the plain path: `output_hidden_states=True` or `config.reversible=False`."
             )
         return found
 
@@ -179,10 +179,11 @@ class _Conditions:
     def replay(self, branch: int, tensors: dict[str, torch.Tensor] | None) -> Iterator[None]:
         state, (enabled, dtype) = self.states[branch], self.autocast
         modules = list(self.layer.modules())
-        flipped = [(m, m.training) for m, was in zip(modules, self.training, strict=True) if m.training != was]
         with contextlib.ExitStack() as stack:
-            if state is not None or flipped or tensors is not None:
-                stack.enter_context(_REPLAY_LOCK)
+            stack.enter_context(_REPLAY_LOCK)  # before looking: another thread may have flipped flags for its replay
+            flipped = [(m, m.training) for m, was in zip(modules, self.training, strict=True) if m.training != was]
+            if state is None and not flipped and tensors is None:
+                stack.close()  # nothing shared is touched, so threads may go on side by side
             if tensors is not None:
                 stack.enter_context(_reparametrize_module(self.layer, tensors))
             if state is not None:
@@ -192,10 +193,26 @@ class _Conditions:
                 stack.callback(setattr, module, "training", now)
                 module.training = not now
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(
-                torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
-            )
+            stack.enter_context(torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False))
             yield
+
+
+def recomputed(module: nn.Module, function: Callable, x: torch.Tensor, *args: Any) -> torch.Tensor:
+    """`function(x, *args)`, which uses `module`; backward runs it again instead of keeping what is inside.
+
+    Unlike torch's checkpoint, with the parameters and training flags of this forward: when backward comes they may be
+    others (functional_call, `eval()`).
+    """
+    if not can_reverse():
+        traced = torch.is_grad_enabled() and torch.compiler.is_compiling()
+        return checkpoint(function, x, *args, use_reentrant=False) if traced else function(x, *args)
+    conditions, tensors = _Conditions(module, x.device), layer_tensors(module)
+
+    def run(*args):
+        with conditions.replay(0, tensors) if conditions.states else conditions.record():
+            return function(*args)
+
+    return checkpoint(run, x, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class _ReversibleLayer(torch.autograd.Function):
@@ -203,8 +220,8 @@ class _ReversibleLayer(torch.autograd.Function):
     def forward(ctx, layer, chain, index, call, names, extras, x1, x2, *tensors):
         conditions = _Conditions(layer, x1.device)
         chain.enter(index, x1, x2)
-        if index == 0:
-            chain.checksum = (_checksum(x1), _checksum(x2))
+        bottom = index == 0 or not any(ctx.needs_input_grad[6:8])  # the last layer that backward comes to
+        ctx.checksums = (_checksum(x1), _checksum(x2)) if bottom else None
         extra = tensors[:extras]
         with conditions.record():
             y1 = x1 + to_stream(layer.f(x2, call, *extra), chain.grid)
@@ -248,8 +265,8 @@ class _ReversibleLayer(torch.autograd.Function):
         x1 = y1 - out
         d2 = d2 if step is None else d2 + step
         del y1, out
-        if index == 0:
-            _warn_if_inexact(chain, x1, x2)
+        if ctx.checksums is not None:
+            _warn_if_inexact(ctx.checksums, (x1, x2), chain.grid)
         elif any(ctx.needs_input_grad[6:8]):
             chain.put(index - 1, (x1, x2))
         count = len(wanted_extra)
@@ -277,13 +294,12 @@ def _parameters(ctx, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor
     return saved, dict(zip(ctx.names, saved, strict=True))
 
 
-def _warn_if_inexact(chain: Chain, x1: torch.Tensor, x2: torch.Tensor) -> None:
-    assert chain.checksum is not None
-    if bool((_checksum(x1) == chain.checksum[0]) & (_checksum(x2) == chain.checksum[1])):
+def _warn_if_inexact(before: tuple[torch.Tensor, ...], streams: tuple[torch.Tensor, ...], grid: Grid) -> None:
+    if bool((_checksum(streams[0]) == before[0]) & (_checksum(streams[1]) == before[1])):
         return
     warnings.warn(
         "A reversible stack did not reconstruct its input exactly: the residual streams left the range "
-        f"|x| <= {chain.grid.limit:g} of their grid, or a layer does not compute the same thing twice. Gradients are "
+        f"|x| <= {grid.limit:g} of their grid, or a layer does not compute the same thing twice. Gradients are "
         'inexact, in half precision wrong. Use `residual_precision="float64"`, a smaller `initializer_range` or '
         "learning rate, or `reversible=False`.",
         RuntimeWarning,
@@ -292,12 +308,14 @@ def _warn_if_inexact(chain: Chain, x1: torch.Tensor, x2: torch.Tensor) -> None:
 
 
 def wrapped_inside(layer: nn.Module) -> bool:
-    """Whether FSDP2 wraps modules within `layer`: their parameters change identity, so only the plain path is right."""
-    return any(m is not layer and type(m).__name__.startswith("FSDP") and hasattr(m, "unshard") for m in layer.modules())
+    """Whether FSDP2 wraps modules within `layer`; their parameters change identity, so take the plain path."""
+    return any(
+        m is not layer and type(m).__name__.startswith("FSDP") and hasattr(m, "unshard") for m in layer.modules()
+    )
 
 
 def can_reverse() -> bool:
-    """Whether the reversible Function may run here: recording a graph, not traced, not inside a functorch transform."""
+    """Whether the reversible Function may run: recording a graph, not traced, not in a functorch transform."""
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()

@@ -15,7 +15,7 @@ class F1(evaluate.Metric):
         return evaluate.MetricInfo(
             description=__doc__,
             citation="",
-            inputs_description='predictions, references: class numbers; average: "binary", "macro", "micro", "weighted"',
+            inputs_description="predictions, references: class numbers; average: as in scikit-learn",
             features=datasets.Features(predictions=label, references=label),
         )
 

@@ -1,0 +1,73 @@
+"""What the tests share: makers of tiny configs, models and inputs, and a setting that makes numbers repeat."""
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, settings
+
+from hf_reformer import ReformerConfig
+
+
+# One thread: sums come out in one order, so numbers repeat; and workers that run in parallel do not fight for cores.
+torch.set_num_threads(1)
+
+# The same examples in every run: a failure is then a change of the code, never luck.
+settings.register_profile(
+    "repeatable", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), max_examples=20
+)
+settings.load_profile("repeatable")
+
+transformers.utils.logging.disable_progress_bar()
+
+VOCAB = 40
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "attention_head_size": 8,
+    "feed_forward_size": 24,
+    "attn_layers": ["local", "lsh"],
+    "max_position_embeddings": 256,
+}
+SMALL_WINDOWS = {"lsh_window": 6, "local_window": 6, "num_buckets": 4}  # so that they bite in a short input
+REPEATABLE = {"hidden_dropout_prob": 0.0, "resample_rotations": False}  # two forwards in training mode agree
+
+
+def tiny_config(**overrides) -> ReformerConfig:
+    """A config of small widths; windows, buckets and all other rules at their defaults unless overridden."""
+    return ReformerConfig(**{**TINY, **overrides})
+
+
+def make_model(cls, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides):
+    """`cls(tiny_config(**overrides))` in evaluation mode, with weights drawn from `seed`.
+
+    Weights are large, so that attention is far from uniform and hashing matters; biases are not zero.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = cls(tiny_config(**{"initializer_range": 0.3, **overrides})).to(dtype).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def make_ids(*shape: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
+    """Random token ids of the given shape, without the padding token."""
+    return torch.randint(1, vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def largest_gap(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest absolute difference; the shapes must be equal, and nothing may be NaN."""
+    assert a.shape == b.shape
+    assert not a.isnan().any() and not b.isnan().any()
+    return 0.0 if a.numel() == 0 else (a.double() - b.double()).abs().max().item()
+
+
+@pytest.fixture
+def global_generator_untouched():
+    """Fails a test that moves torch's default generator."""
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(before, torch.get_rng_state())

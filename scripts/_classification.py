@@ -15,7 +15,7 @@ from hf_reformer.data import Columns
 
 METRICS = Path(__file__).parent / "metrics"
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-GLUE_METRICS = {
+GLUE_METRICS: dict[str, dict[str, dict]] = {
     "cola": {"matthews_correlation": {}},
     "mrpc": {"accuracy": {}, "f1": {"average": "binary"}},
     "qqp": {"accuracy": {}, "f1": {"average": "binary"}},
@@ -94,13 +94,13 @@ def read_labels(dataset: Dataset, columns: Columns, split: str) -> list:
 
 def spell_labels(dataset: Dataset, columns: Columns, split: str) -> list[list[str]]:
     """The names of the labels of all rows, one for every row unless it is a multi-label task."""
+    labels = read_labels(dataset, columns, split)
     feature = dataset.features[columns.label]
     names = getattr(getattr(feature, "feature", feature), "names", None)
 
     def spell(label: Any) -> str:
         return names[label] if names else f"{label:g}" if isinstance(label, float) else str(label)
 
-    labels = read_labels(dataset, columns, split)
     return [[spell(one) for one in label] if isinstance(label, list) else [spell(label)] for label in labels]
 
 
@@ -171,19 +171,14 @@ class Metrics:
 
     def __init__(self, task: Task) -> None:
         self.task = task
-        chosen = {
+        chosen: dict[str, dict[str, dict]] = {
             REGRESSION: {"pearsonr": {}, "spearmanr": {}},
             SINGLE: {"accuracy": {}, "f1": {"average": "macro"}},
             MULTI: {"f1": {"average": "micro"}, "accuracy": {}},
-        }[task.problem_type]
-        self.options: dict[str, dict] = GLUE_METRICS.get(task.glue or "", chosen)
+        }
+        self.options = GLUE_METRICS.get(task.glue or "", chosen[task.problem_type])
         config = "multilabel" if task.problem_type == MULTI else None
         self.modules = {name: evaluate.load(str(METRICS / name), config, keep_in_memory=True) for name in self.options}
-
-    @property
-    def main(self) -> str:
-        """The one figure to quote."""
-        return next(iter(self.options))
 
     def score(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
         result: dict[str, float] = {}
@@ -198,7 +193,7 @@ class Metrics:
         return self.score(predictions, np.asarray(prediction.label_ids))
 
 
-def baselines(task: Task, train: Dataset, evaluation: Dataset, metrics: Metrics) -> dict[str, dict[str, float]]:
+def baselines(metrics: Metrics, train: Dataset, evaluation: Dataset) -> dict[str, dict[str, float]]:
     """What always guessing the most frequent answer, and TF-IDF with a linear model, reach on the same split."""
     from sklearn.dummy import DummyClassifier, DummyRegressor
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -206,6 +201,7 @@ def baselines(task: Task, train: Dataset, evaluation: Dataset, metrics: Metrics)
     from sklearn.multiclass import OneVsRestClassifier
     from sklearn.pipeline import make_pipeline
 
+    task = metrics.task
     regression = task.problem_type == REGRESSION
     linear = Ridge() if regression else LogisticRegression(C=10, max_iter=1000)
     if task.problem_type == MULTI:

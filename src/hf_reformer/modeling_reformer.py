@@ -74,8 +74,8 @@ class ReformerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, AxialPositionEmbeddings):
-            for weight in module.weights:
+        elif isinstance(module, nn.ParameterList):  # of axial positions; the owner, without parameters of its own,
+            for weight in module:  # never gets here: the library passes it over in classes that it does not ship
                 init.normal_(weight, std=self.config.axial_norm_std)
 
 

@@ -51,8 +51,10 @@ def dropout_factors(key: torch.Tensor, p: float, batch: int, heads: int, length:
 def ordered_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, orders: Orders, **how
 ) -> torch.Tensor:
-    """The op itself; see `attention_ops.ordered_attention` for the arguments."""
-    return attention_with_weights(query, key, value, orders, **how)[0]
+    """The op itself; see `attention_ops.ordered_attention` for the arguments. Half precision computes in float32."""
+    with torch.autocast(query.device.type, enabled=False):
+        inputs = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))
+        return attention_with_weights(*inputs, orders, **how)[0].to(value.dtype)
 
 
 def attention_with_weights(

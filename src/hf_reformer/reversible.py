@@ -114,7 +114,7 @@ class Chain:
         if found is None:
             raise RuntimeError(
                 f"A gradient reached reversible layer {index} without passing through layer {index + 1}, so "
-                "its outputs are unknown. Ask for the plain path: `output_hidden_states=True` or `config.reversible=False`."
+                "its outputs are unknown. Take the plain path: `output_hidden_states=True` or `reversible=False`."
             )
         return found
 
@@ -230,6 +230,7 @@ class _ReversibleLayer(torch.autograd.Function):
         chain.leave(index, y1, y2)
         ctx.layer, ctx.chain, ctx.index, ctx.call = layer, chain, index, call
         ctx.conditions, ctx.names, ctx.extras = conditions, names, extras
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *((y1, y2) if index == chain.depth - 1 else ()))
         return y1, y2
 
@@ -247,27 +248,27 @@ class _ReversibleLayer(torch.autograd.Function):
         wanted = [p for p, n in zip(parameters, need[ctx.extras :], strict=True) if n]
         wanted_extra = [x for x, n in zip(extra, need, strict=False) if n]
 
-        def branch(which: int, run: Callable, stream: torch.Tensor, grad: torch.Tensor, inputs: list):
+        def branch(which: int, run: Callable, stream: torch.Tensor, grad: torch.Tensor | None, inputs: list):
             """Run f or g again; its output, the gradient of its stream, and those of `inputs`."""
             with ctx.conditions.replay(which, swap):
                 stream = stream.detach().requires_grad_()
                 out = to_stream(run(stream), chain.grid)
-            if not out.requires_grad:
-                return out, None, [None] * len(inputs)
+            if grad is None or not out.requires_grad:
+                return out.detach(), None, [None] * len(inputs)
             grads = torch.autograd.grad(out, [stream, *inputs], grad, allow_unused=True)
             return out.detach(), grads[0], list(grads[1:])
 
         out, step, grads_g = branch(1, lambda s: ctx.layer.g(s, ctx.call), y1, d2, wanted)
         x2 = y2 - out
-        d1 = d1 if step is None else d1 + step
+        d1 = _sum(d1, step)
         del y2, out
         out, step, grads_f = branch(0, lambda s: ctx.layer.f(s, ctx.call, *extra), x2, d1, wanted_extra + wanted)
         x1 = y1 - out
-        d2 = d2 if step is None else d2 + step
+        d2 = _sum(d2, step)
         del y1, out
         if ctx.checksums is not None:
             _warn_if_inexact(ctx.checksums, (x1, x2), chain.grid)
-        elif any(ctx.needs_input_grad[6:8]):
+        elif any(node is not None and torch._C._will_engine_execute_node(node) for node, _ in ctx.next_functions[:2]):
             chain.put(index - 1, (x1, x2))
         count = len(wanted_extra)
         grads = iter(grads_f[:count] + [_sum(a, b) for a, b in zip(grads_g, grads_f[count:], strict=True)])

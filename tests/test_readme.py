@@ -1,0 +1,33 @@
+"""The README's code runs as it stands, and its commands exist."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_quickstart_is_short():
+    assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 12
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_python_blocks_run_as_they_stand(number, tmp_path):
+    file = tmp_path / "block.py"
+    file.write_text(BLOCKS[number], encoding="utf-8")
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr.strip(), "the first snippet a user tries prints no warning"
+
+
+def test_named_files_and_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"README names `make {target}`"
+    for path in re.findall(r"\b((?:scripts|tests|src|benchmarks)/[\w/]+\.py)\b", README):
+        assert (ROOT / path).exists(), f"README names {path}"

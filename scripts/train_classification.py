@@ -18,7 +18,6 @@ Labels that are numbers with decimals mean regression, lists of labels several l
 """
 
 import ast
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -27,20 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from _classification import (
-    MULTI,
-    REGRESSION,
-    SINGLE,
-    GroupedTrainer,
-    Metrics,
-    Task,
-    baselines,
-    define_task,
-    draw_confusion_matrix,
-    format_table,
-    write_predictions,
-)
+from _classification import MULTI, REGRESSION, SINGLE, GroupedTrainer, Metrics, Task, define_task
+from _reports import check_saved, classify, draw_confusion_matrix, summarise, write_predictions
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import (
     AutoConfig,
@@ -52,14 +39,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
-    pipeline,
     set_seed,
 )
 from transformers.utils import logging
 
 from hf_reformer import ReformerByteTokenizer, ReformerConfig
 from hf_reformer.data import (
-    clean_source,
     corpus_file,
     find_columns,
     hold_out,
@@ -317,7 +302,6 @@ def judge(
         if split == "train":
             continue
         output = trainer.predict(data, metric_key_prefix=split)
-        trainer.log_metrics(split, output.metrics)
         trainer.save_metrics(split, output.metrics)
         if not trainer.is_world_process_zero():
             continue
@@ -332,56 +316,6 @@ def judge(
                 picture = folder / f"confusion_matrix_{split}.png"
                 draw_confusion_matrix(picture, task, labels, predictions, f"{split}: {len(labels)} texts")
     return scores
-
-
-def summarise(
-    trainer: GroupedTrainer, metrics: Metrics, splits: DatasetDict, scores: dict[str, dict], args: DataArguments
-) -> None:
-    """Print the model's scores beside the baselines, and leave them in the model card and in `scores.json`."""
-    folder, report = Path(trainer.args.output_dir), []
-    for split, score in scores.items():
-        rows = {"Reformer": score}
-        if args.baselines and "train" in splits:
-            rows |= baselines(metrics, splits["train"], splits[split])
-        scores[split] = rows
-        report.append(f"{split}: {len(splits[split])} texts\n\n{format_table(rows)}")
-    if "train" in splits:
-        dataset = "installed packages" if args.demo else args.task_name or args.train_file
-        trainer.create_model_card(tasks="text-classification", tags=["hf_reformer", "reformer"], dataset=dataset)
-        with (folder / "README.md").open("a", encoding="utf-8") as card:
-            card.write("\n## Scores\n\n" + "\n\n".join(report) + "\n")
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    print("\n" + "\n\n".join(report))
-    print(f"\nEverything lies in {folder}: " + ", ".join(sorted(file.name for file in folder.iterdir())))
-
-
-def check_saved(model: PreTrainedModel, folder: str, texts: list[str]) -> None:
-    """Load the saved model in the two ways people do, and see that both answer like the trained one."""
-    model.eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    reloaded = AutoModelForSequenceClassification.from_pretrained(folder).to(model.device).eval()
-    classifier = pipeline("text-classification", model=folder, device=model.device)
-    for text in texts:
-        inputs = tokenizer(text, truncation=True, return_tensors="pt").to(model.device)
-        with torch.no_grad():
-            logits = model(**inputs).logits
-            torch.testing.assert_close(reloaded(**inputs).logits, logits, atol=1e-4, rtol=1e-4)
-        probabilities, answer = logits[0].softmax(-1), classifier(text, truncation=True)[0]
-        number = model.config.label2id[answer["label"]]
-        if number != probabilities.argmax() or abs(probabilities[number] - answer["score"]) > 1e-3:
-            raise RuntimeError(f"The pipeline answers {answer}, the trained model {probabilities.tolist()}.")
-    print(f"Reloaded by from_pretrained and by pipeline: both agree with the trained model on {len(texts)} texts.")
-
-
-def classify(file: Path, folder: str, clean: bool) -> None:
-    """Print what the saved model thinks of one file."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    if clean:
-        text = clean_source(text, max_bytes=16384)
-    answers = pipeline("text-classification", model=folder)(text, truncation=True, top_k=5)
-    print(f"\n{file}" + (" (cleaned like the training texts)" if clean else ""))
-    for answer in answers:
-        print(f"  {answer['score']:7.3f}  {answer['label']}")
 
 
 def run(data_args: DataArguments, model_args: ModelArguments, args: TrainingArguments) -> None:
@@ -423,7 +357,8 @@ def run(data_args: DataArguments, model_args: ModelArguments, args: TrainingArgu
         train(trainer, args.resume_from_checkpoint)
     scores = judge(trainer, metrics, splits, encoded)
     if trainer.is_world_process_zero():
-        summarise(trainer, metrics, splits, scores, data_args)
+        dataset = "installed packages" if data_args.demo else data_args.task_name or str(data_args.train_file)
+        summarise(trainer, metrics, splits, scores, dataset, data_args.baselines)
         if data_args.demo:
             check_saved(model, args.output_dir, splits["validation"]["text"][:4])
             data_args.classify = data_args.classify or str(corpus_file(splits["validation"]["path"][0]))

@@ -375,9 +375,20 @@ def test_a_shared_token_alone_sees_itself(backend, mode):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_large_and_small_scores_stay_finite(backend, scale):
-    case = Case(dtype=torch.float32)
+@pytest.mark.parametrize("length", [30, 37])
+def test_large_and_small_scores_stay_finite(backend, scale, length):
+    case = Case(dtype=torch.float32, length=length)
     case.inputs = [x * scale for x in case.inputs]
+    assert all(x.isfinite().all() for x in case.values_and_gradients(backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("position_order", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 200.0])
+def test_the_last_token_of_a_partial_tile_has_finite_gradients(backend, position_order, scale):
+    """A score of the token with itself may be far beyond all that it sees, or all that it sees."""
+    case = Case(length=9, tile=8, window=1, hidden=None, position_order=position_order, dtype=torch.float32)
+    case.inputs[0] = case.inputs[1] = case.inputs[0] * scale
     assert all(x.isfinite().all() for x in case.values_and_gradients(backend))
 
 

@@ -59,6 +59,7 @@ BAD = [
     ({"inputs_embeds": EMBEDS[..., :5]}, r"5 wide.*hidden_size=16"),
     ({"input_ids": IDS.float()}, r"`input_ids` has dtype torch.float32.*int64"),
     ({"input_ids": IDS > 3}, r"`input_ids` has dtype torch.bool.*int64"),
+    ({"input_ids": IDS.byte()}, r"`input_ids` has dtype torch.uint8.*int64"),
     ({"input_ids": IDS - 20}, rf"input_ids.*from -\d+ to.*vocab_size={VOCAB}.*tokenizer"),
     ({"input_ids": IDS + VOCAB}, rf"input_ids.*vocab_size={VOCAB}.*0 … {VOCAB - 1}.*resize_token_embeddings"),
     ({"input_ids": make_ids(1, 257)}, r"axial_pos_shape=\(16, 16\)` covers 256.*257 tokens.*rotary"),
@@ -121,10 +122,9 @@ def test_padding_needs_no_positions():
         model(padded, attention_mask=mask)
 
 
-@pytest.mark.parametrize("kind", ["int32", "int16", "uint8"])
-def test_ids_of_any_integer_type_serve(kind):
+def test_ids_may_be_int32():
     model = make_model(ReformerModel)
-    assert torch.equal(model(IDS.to(getattr(torch, kind)).int())[0], model(IDS)[0])
+    assert torch.equal(model(IDS.int())[0], model(IDS)[0])
     assert torch.equal(model(IDS, position_ids=POSITIONS.int())[0], model(IDS)[0])
 
 
@@ -299,7 +299,7 @@ def test_a_causal_language_model_is_causal_whatever_its_config_says():
     assert not config.is_decoder
     changed = IDS.clone()
     changed[:, -1] = IDS[:, -1] % 39 + 1
-    assert torch.equal(model(changed).logits[:, :-1], model(IDS).logits[:, :-1])
+    assert largest_gap(model(changed).logits[:, :-1], model(IDS).logits[:, :-1]) <= 1e-5
 
 
 def test_a_masked_language_model_refuses_to_be_causal():

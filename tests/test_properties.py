@@ -132,7 +132,7 @@ def test_a_bidirectional_model_does_look_ahead(causal):
     changed = ids.clone()
     changed[:, 39] = ids[:, 39] % 39 + 1
     gap = largest_gap(run(model, ids)[:, :39], run(model, changed)[:, :39])
-    assert gap == 0 if causal else gap > 1e-3
+    assert gap <= TOLERANCE if causal else gap > 1e-3
 
 
 # --- padding
@@ -169,7 +169,7 @@ def test_what_padding_holds_does_not_matter(causal):
     ids, mask = make_ids(1, 60), (torch.arange(60)[None] % 3 > 0).long()
     other = torch.where(mask.bool(), ids, make_ids(1, 60, seed=1))
     real = mask[0].bool()
-    assert largest_gap(run(model, ids, mask)[:, real], run(model, other, mask)[:, real]) == 0
+    assert largest_gap(run(model, ids, mask)[:, real], run(model, other, mask)[:, real]) <= TOLERANCE
 
 
 def test_a_mask_of_ones_is_no_mask():

@@ -163,8 +163,9 @@ def _blocks(orders: Orders, rows: _Rows) -> Iterator[_Block]:
         target = torch.where(query_place < length, query, rows.row.numel() // rounds)
         if orders.count_once:
             key = rows.row[:, index, key_place.clamp(0, length - 1)]  # what is added at the ends is never shown
-            first = rows.lo[:, index, inside].unflatten(-1, (tiles, tile)) - (offset + start)
-            last = rows.hi[:, index, inside].unflatten(-1, (tiles, tile)) - (offset + start)
+            first, last = rows.lo[:, index, inside], rows.hi[:, index, inside]
+            last = torch.where(query_place < length, last, first - 1)  # the filling of a last tile sees nothing
+            first, last = (x.unflatten(-1, (tiles, tile)) - (offset + start) for x in (first, last))
         else:
             key = rows.row.flatten(1)[:, (key_place + start) % (rounds * length)]
         key = key.unfold(-1, keys, tile)  # (lines, tiles, K), a view
@@ -317,8 +318,7 @@ def _backward_block(block, rows, rule, before, q, k, v, grad, drift, top, mass, 
     dq, dk, dv = grads
     query, key = q.index_select(0, block.query), k.index_select(0, block.key)
     scores, fixed = _block_scores(block, rows, rule, query, key, before)
-    real = block.target < q.shape[0]  # the filling of a partial tile has no weight
-    share = mass.index_select(0, block.query).reciprocal_() * real
+    share = mass.index_select(0, block.query).reciprocal_()
     weights = scores.sub_(top.index_select(0, block.query).view(n, tile, 1)).exp2_().mul_(share.view(n, tile, 1))
     upstream = grad.index_select(0, block.query).view(n, tile, -1)
     values = v.index_select(0, block.key).view(n, keys, -1)

@@ -143,8 +143,8 @@ class ReformerModel(ReformerPreTrainedModel):
         if self.config.position_embedding_type != "rotary":
             embeds = embeds + self.position_embeddings(positions)
         embeds = dropout(embeds, self.config.hidden_dropout_prob, _subkey(call.key, EMBEDDING_DROPOUT))
-        weight_dtype = self.norm.weight.dtype
-        grid = choose_grid(self.config.residual_precision, weight_dtype, rounded=torch.is_grad_enabled())
+        precision = "float32" if embeds.device.type == "mps" else self.config.residual_precision  # it has no float64
+        grid = choose_grid(precision, self.norm.weight.dtype, rounded=torch.is_grad_enabled())
         x1, x2, states = self._run_layers(to_stream(embeds, grid), call, grid, bool(output_hidden_states))
         hidden = self.norm(torch.cat([x1, x2], dim=-1))
         hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(call.key, FINAL_DROPOUT))
@@ -232,8 +232,8 @@ def check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds,
     if inputs_embeds is not None and shape[2] != config.hidden_size:
         raise ValueError(f"`inputs_embeds` is {shape[2]} wide, but `hidden_size={config.hidden_size}`.")
     for value, label in ((input_ids, "input_ids"), (position_ids, "position_ids")):
-        if value is not None and (value.is_floating_point() or value.dtype == torch.bool):
-            raise ValueError(f"`{label}` has dtype {value.dtype}; it must hold integers (torch.int64).")
+        if value is not None and value.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"`{label}` has dtype {value.dtype}; it must be torch.int64 or torch.int32.")
     if num_hashes is not None and (not isinstance(num_hashes, int) or num_hashes < 1):
         raise ValueError(f"`num_hashes={num_hashes}` must be a whole number of at least 1.")
     if num_buckets is not None:

@@ -127,7 +127,7 @@ def test_a_backend_equals_the_reference(backend, drawn, scores):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
 @given(drawn=cases, scores=st.sampled_from([1, 50, 700, 2**20]))
-@settings(max_examples=3000)
+@settings(max_examples=1000)
 def test_a_backend_equals_the_reference_in_many_cases(backend, drawn, scores):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_ops, "BLOCK_SCORES", scores)

@@ -348,6 +348,19 @@ def test_without_a_seed_evaluation_still_repeats_itself(tmp_path):
         assert torch.equal(ours(ids).last_hidden_state, ours(ids).last_hidden_state)
 
 
+@pytest.mark.parametrize("resample", [True, False])
+def test_training_draws_fresh_rotations_unless_told_not_to(resample, tmp_path):
+    builtin = make_builtin(
+        num_buckets=8, hash_seed=None, hidden_dropout_prob=0.0, local_attention_probs_dropout_prob=0.0
+    )
+    ours = convert(builtin, tmp_path, resample_rotations=resample)
+    ids = make_ids(1, 100, vocab=50)
+    evaluated = ours(ids).last_hidden_state
+    first, second = (ours.train()(ids).last_hidden_state for _ in range(2))
+    assert torch.equal(first, second) is not resample
+    assert (largest_gap(first, evaluated) <= 1e-9) is not resample
+
+
 def test_a_converted_model_trains_at_any_length(tmp_path):
     """The built-in asks for the one length that its axial positions make."""
     for cls, name in ((ReformerForCausalLM, "ReformerModelWithLMHead"), (ReformerForMaskedLM, "ReformerForMaskedLM")):

@@ -127,6 +127,7 @@ BAD = [
     ({"axial_pos_embds_dim": [16, 0]}, r"\(16, 0\)", "positive"),
     ({"axial_pos_embds_dim": [4, 4, 8]}, r"2 axes.*\(4, 4, 8\).* 3", "every axis"),
     ({"axial_pos_shape": [8, 8]}, r"\(8, 8\).*64.*max_position_embeddings=256", "Enlarge.*rotary"),
+    ({"axial_pos_shape": [0, 5]}, r"axial_pos_shape=\(0, 5\)", "at least 1.*Leave the field out"),
     ({"axial_pos_shape": []}, r"\(\).*0 axes", "every axis"),
     ({"attention_mode": "sparse"}, "attention_mode='sparse'", "'window', 'chunk'"),
     ({"residual_precision": "bfloat16"}, "residual_precision='bfloat16'", "'float64', 'float32'"),

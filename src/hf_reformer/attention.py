@@ -123,7 +123,7 @@ class ReformerAttention(nn.Module):
         seed, shape = self.config.hash_seed, (self.heads, self.head_size, call.num_hashes, num_buckets)
         if self.mode == "chunk" and seed is not None:
             return seeded_rotations(seed, *shape, like=hashed)
-        fresh = call.key is not None and (self.config.resample_rotations or self.mode == "chunk")
+        fresh = call.key is not None and self.config.resample_rotations
         key = call.key if fresh else make_key(seed or 0, hashed.device)
         return window_rotations(key, self.layer, *shape)
 

@@ -278,7 +278,11 @@ class ReformerConfig(PreTrainedConfig):
                 f"`axial_pos_shape={shape}` has {len(shape)} axes but `axial_pos_embds_dim={dims}` has {len(dims)}. "
                 "Give one embedding size for every axis."
             )
-        if min(shape) < 1 or min(dims) < 1 or sum(dims) != self.hidden_size:
+        if min(shape) < 1:
+            raise ValueError(
+                f"`axial_pos_shape={shape}` must hold sizes of at least 1. Leave the field out to have it filled in."
+            )
+        if min(dims) < 1 or sum(dims) != self.hidden_size:
             raise ValueError(
                 f"`axial_pos_embds_dim={dims}` adds up to {sum(dims)}, but `hidden_size={self.hidden_size}` is split "
                 "among the axes. Sizes must be positive and add up to the hidden size; leave the field out to have "

@@ -14,7 +14,6 @@ class ReformerLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: ReformerConfig, layer: int):
         super().__init__()
-        self.layer = layer
         self.attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = ReformerAttention(config, layer)
         self.feed_forward_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -27,11 +26,14 @@ class ReformerLayer(GradientCheckpointingLayer):
         return self.feed_forward(self.feed_forward_norm(y1), call.key)
 
     def forward(
-        self, x2: torch.Tensor, x1: torch.Tensor, call: Call, grid: Grid, chain: Chain | None = None
+        self, x2: torch.Tensor, x1: torch.Tensor, call: Call, grid: Grid, chain: Chain | None = None, index: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x2, x1) → (y2, y1), each (B, T, D) in the grid's dtype; reversibly with a `chain`, else plainly."""
+        """(x2, x1) → (y2, y1), each (B, T, D) in the grid's dtype.
+
+        Reversibly, as number `index` of a `chain`; without one on the plain path.
+        """
         if chain is None:
             y1, y2 = residual_step(self, x1, x2, call, grid)
         else:
-            y1, y2 = reversible_step(self, x1, x2, call, chain, self.layer)
+            y1, y2 = reversible_step(self, x1, x2, call, chain, index)
         return y2, y1

@@ -158,8 +158,8 @@ class ReformerModel(ReformerPreTrainedModel):
         chain = None if plain else Chain(grid, len(self.layers))
         x1 = x2 = stream
         states = [x2]
-        for layer in self.layers:
-            x2, x1 = layer(x2, x1, call, grid, chain)
+        for index, layer in enumerate(self.layers):
+            x2, x1 = layer(x2, x1, call, grid, chain, index)
             if keep_states:
                 states.append(x2)
         dtype = self.norm.weight.dtype

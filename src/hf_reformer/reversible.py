@@ -124,7 +124,7 @@ def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _checksum(x: torch.Tensor) -> torch.Tensor:
-    return x.view(torch.int32).sum(dtype=torch.int64)
+    return x.contiguous().view(torch.int32).sum(dtype=torch.int64)
 
 
 def layer_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:

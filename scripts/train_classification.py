@@ -74,7 +74,13 @@ FINE_TUNING = {"learning_rate": 2e-4, "num_train_epochs": 3}
 DEMO = {
     "output_dir": "runs/demo",
     "baselines": True,
-    "max_length": 2048,
+    "max_length": 1024,
+    "attn_layers": ["local", "lsh"],
+    "num_hashes": 1,
+    "config_overrides": "local_window=64,lsh_window=64",
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 8,
+    "eval_strategy": "no",
 }
 
 

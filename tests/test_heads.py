@@ -173,6 +173,29 @@ def test_a_chunked_loss_equals_the_whole(chunk):
         assert largest_gap(a, b) <= 1e-12
 
 
+def test_a_chunked_loss_uses_the_weights_of_its_own_forward():
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 30).double()
+    hidden, labels = torch.randn(60, 8, dtype=torch.float64), torch.randint(0, 30, (60,))
+    others = {name: torch.randn_like(p).requires_grad_() for name, p in head.named_parameters()}
+
+    class Loss(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = head
+
+        def forward(self, chunk):
+            return chunked_cross_entropy(hidden, self.head, labels, 30, chunk)
+
+    weights = {f"head.{name}": p for name, p in others.items()}
+    found = [
+        torch.autograd.grad(torch.func.functional_call(Loss(), weights, (chunk,)), list(others.values()))
+        for chunk in (7, 60)
+    ]
+    for a, b in zip(*found, strict=True):
+        assert largest_gap(a, b) <= 1e-12
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @language_models
 def test_chunks_of_logits_change_neither_loss_nor_gradients(cls, autocast):

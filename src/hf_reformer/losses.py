@@ -1,8 +1,11 @@
 """Losses of the heads: exact under gradient accumulation, 0 without a target, never a whole sequence of logits."""
 
+from functools import partial
+
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+
+from .reversible import recomputed
 
 IGNORE = -100
 LOGITS_AT_A_TIME = 2**22
@@ -42,10 +45,13 @@ def chunked_cross_entropy(
     chunk = chunk or max(1, LOGITS_AT_A_TIME // vocab_size)
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     for part, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        if torch.is_grad_enabled() and chunk < hidden.shape[0]:
-            total = total + checkpoint(_head_loss, head, part, targets, use_reentrant=False)
-        else:
-            total = total + _head_loss(head, part, targets)
+        one_chunk = chunk >= hidden.shape[0]
+        loss = (
+            _head_loss(head, part, targets)
+            if one_chunk
+            else recomputed(head, partial(_head_loss, head), part, targets)
+        )
+        total = total + loss
     return total / _count(labels, num_items)
 
 

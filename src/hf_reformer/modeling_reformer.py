@@ -182,9 +182,8 @@ class ReformerModel(ReformerPreTrainedModel):
         num_buckets = config.num_buckets if num_buckets is None else num_buckets
         if config.attention_mode == "window" and length < 2 * product_of(num_buckets):
             logger.info_once(
-                f"Inputs of {length} tokens leave {product_of(num_buckets)} hash buckets nearly empty, so lsh layers "
-                "see little beyond their local window. For short inputs, lower `num_buckets` or "
-                "`max_position_embeddings`."
+                f"Inputs are so short that {product_of(num_buckets)} hash buckets stay nearly empty: lsh layers see "
+                "little beyond their local window. For short inputs, lower `num_buckets` or `max_position_embeddings`."
             )
         return Call(
             mask=mask,

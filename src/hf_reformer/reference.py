@@ -53,8 +53,8 @@ def ordered_attention(
 ) -> torch.Tensor:
     """The op itself; see `attention_ops.ordered_attention` for the arguments. Half precision computes in float32."""
     with torch.autocast(query.device.type, enabled=False):
-        inputs = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))
-        return attention_with_weights(*inputs, orders, **how)[0].to(value.dtype)
+        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))
+        return attention_with_weights(q, k, v, orders, **how)[0].to(value.dtype)
 
 
 def attention_with_weights(

@@ -71,15 +71,19 @@ DEFAULTS = {
     "train_sampling_strategy": "group_by_length",
 }
 FINE_TUNING = {"learning_rate": 2e-4, "num_train_epochs": 3}
-DEMO = {
+DEMO = {  # trained on pieces of the documents, judged on whole ones
     "output_dir": "runs/demo",
     "baselines": True,
-    "max_length": 1024,
-    "attn_layers": ["local", "lsh"],
+    "max_length": 6144,
+    "train_length": 512,
+    "attn_layers": ["lsh"],
+    "attention_head_size": 32,
+    "feed_forward_size": 128,
     "num_hashes": 1,
-    "config_overrides": "local_window=64,lsh_window=64",
-    "num_train_epochs": 3,
-    "per_device_train_batch_size": 8,
+    "config_overrides": "lsh_window=64,local_window=32,initializer_range=0.05",
+    "num_train_epochs": 1,
+    "per_device_train_batch_size": 4,
+    "logging_steps": 50,
     "eval_strategy": "no",
 }
 

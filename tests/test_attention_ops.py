@@ -460,3 +460,11 @@ def test_models_agree_whatever_the_backend():
     ]
     for output in outputs[1:]:
         assert largest_gap(output, outputs[0]) <= 1e-10
+
+
+def test_rows_too_long_to_count_are_refused(monkeypatch):
+    monkeypatch.setattr(attention_ops, "LONGEST", 8)
+    x = torch.zeros(1, 1, 9, 4)
+    orders = window_orders([(torch.zeros(1, 1, 1, 9, dtype=torch.int32), 1, 3)], True, None)
+    with pytest.raises(ValueError, match="8 tokens a row"):
+        ordered_attention(x, x, x, orders, shared=False, causal=True, backend="torch")

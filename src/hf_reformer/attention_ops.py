@@ -18,6 +18,7 @@ from .randomness import keep_threshold, pair_scramble
 from .reference import MASKED_SCORE, SELF_SCORE, pair_keys, places_of
 from .reference import ordered_attention as reference_attention
 
+LONGEST = 2**22  # tokens a row; beyond it float32 would no longer tell places apart
 BLOCK_SCORES = 2**20  # scores worked on at a time: 4 MiB in float32, about what caches hold
 HIDDEN_PENALTY = 1e9  # taken off the score of a pair that is not shown; beyond every real score
 FLOOR = -1e8  # running maxima start here: above a hidden pair, below every shown one
@@ -340,6 +341,11 @@ def _backward_block(block, rows, rule, before, q, k, v, grad, drift, top, mass, 
 
 def tiled_attention(query, key, value, orders, *, shared, causal, mask, dropout, dropout_key) -> torch.Tensor:
     """`ordered_attention` in pure PyTorch, on any device."""
+    if query.shape[2] > LONGEST or query.shape[:3].numel() >= 2**31:
+        raise ValueError(
+            f"query of shape {tuple(query.shape)}: places are counted in float32 and rows in int32, which holds up to "
+            f"{LONGEST} tokens a row and 2^31 rows x heads x tokens. Split the batch or the sequence."
+        )
     rule = _Rule(shared, causal, dropout)
     return _TiledAttention.apply(query, key, value, orders, mask, dropout_key, rule)[0]
 

@@ -337,3 +337,10 @@ def test_translation_leaves_the_dictionary_alone():
     before = copy.deepcopy(fields)
     assert from_builtin(fields)["architectures"] == ["ReformerForCausalLM"]
     assert fields == before
+
+
+def test_fresh_axial_positions_do_not_drown_the_tokens():
+    model = ReformerModel(ReformerConfig(hidden_size=64))
+    spread = [weight.std().item() for weight in model.position_embeddings.weights]
+    assert max(spread) <= 2 * model.embed_tokens.weight.std().item()
+    assert ReformerConfig.from_dict({"model_type": "reformer"}).axial_norm_std == 1.0

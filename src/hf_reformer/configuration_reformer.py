@@ -15,6 +15,7 @@ PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_class
 
 # What transformers' own Reformer assumes where its config.json is silent and our default differs.
 _BUILTIN_DEFAULTS = {
+    "axial_norm_std": 1.0,
     "axial_pos_embds": True,
     "axial_pos_embds_dim": (64, 192),
     "axial_pos_shape": (64, 64),
@@ -72,6 +73,9 @@ class ReformerConfig(PreTrainedConfig):
         axial_pos_shape, axial_pos_embds_dim (`list[int]`, *optional*):
             Any number of axes. Default: two axes of powers of two that cover `max_position_embeddings`, a quarter of
             the hidden size for the first. Inputs of every length up to the product of the shape are accepted.
+        axial_norm_std (`float`, defaults to 0.02):
+            Standard deviation of fresh axial tables, that of the embeddings they are added to. Transformers' own 1.0
+            drowns the tokens: models from scratch then learn far more slowly.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
         classifier_pooling (`str`, *optional*):
             What sequence classification looks at: `"mean"` over the real tokens (default when bidirectional), the
@@ -133,7 +137,7 @@ class ReformerConfig(PreTrainedConfig):
     axial_pos_embds: bool | None = None
     axial_pos_shape: list[int] | tuple[int, ...] | None = None
     axial_pos_embds_dim: list[int] | tuple[int, ...] | None = None
-    axial_norm_std: float | int = 1.0
+    axial_norm_std: float | int = 0.02
     rope_theta: float | int = 10000.0
 
     hidden_dropout_prob: float | int = 0.05

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from hf_reformer.attention import old_num_buckets, shared_key
+from hf_reformer.attention import old_num_buckets
 from hf_reformer.attention_ops import ordered_attention
 from hf_reformer.configuration_reformer import default_num_buckets
 from hf_reformer.hashing import chunk_orders, lsh_buckets, product_of, window_orders, window_rotations
@@ -44,7 +44,7 @@ def ours(mode: str, length: int, rounds: int, causal: bool) -> Core:
             orders = chunk_orders(buckets, count, CHUNK, 1, 0, None)
         else:
             orders = window_orders([(buckets, count, WINDOW)], causal, None)
-        return ordered_attention(q, shared_key(q), v, orders, shared=True, causal=causal)
+        return ordered_attention(q, None, v, orders, causal=causal)
 
     return run
 

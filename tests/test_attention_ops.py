@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from attention_cases import Case, assert_equals_reference, cases, make_case
 from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,105 +12,11 @@ from torch.func import functional_call
 
 from hf_reformer import ReformerModel, attention_ops
 from hf_reformer.attention_ops import BACKENDS, backend_name, ordered_attention
-from hf_reformer.hashing import chunk_orders, window_orders
+from hf_reformer.hashing import window_orders
 from hf_reformer.randomness import make_key
 from hf_reformer.reference import attention_with_weights, dropout_factors
 
 FAST_BACKENDS = [name for name in BACKENDS if name != "reference"]
-# Largest difference from the reference in float64 on the same (rounded) inputs of size about 1.
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
-
-
-class Case:
-    """Inputs of one call of the op, drawn from a seed."""
-
-    def __init__(
-        self,
-        seed: int = 0,
-        mode: str = "window",
-        length: int = 30,
-        batch: int = 2,
-        heads: int = 2,
-        size: int = 4,
-        rounds: int = 2,
-        count: int = 3,
-        window: int = 5,
-        tile: int = 32,
-        position_order: bool = True,
-        causal: bool = True,
-        hidden: float | None = 0.3,
-        shared: bool = True,
-        dropout: float = 0.0,
-        dtype: torch.dtype = torch.float64,
-    ):
-        self.generator = torch.Generator().manual_seed(seed)
-        self.mask = None if hidden is None else torch.rand(batch, length, generator=self.generator) >= hidden
-        self.window, self.causal, self.shared, self.mode = window, causal, shared, mode
-        self.buckets = torch.randint(0, count, (batch, heads, rounds, length), generator=self.generator).int()
-        if mode == "window":
-            groups = [(self.buckets, count, window)]
-            if position_order:
-                groups.insert(0, (torch.zeros(batch, heads, 1, length, dtype=torch.int32), 1, window + 2))
-            self.groups = groups
-            self.orders = window_orders(groups, causal, self.mask, tile)
-        else:
-            self.orders = chunk_orders(self.buckets, count, window, 1, 0 if causal else 1, self.mask)
-        self.inputs = [self.draw(batch, heads, length, width).to(dtype) for width in (size, size, size + 1)]
-        self.options = {
-            "shared": shared,
-            "causal": causal,
-            "mask": self.mask,
-            "dropout": dropout,
-            "dropout_key": make_key(seed) if dropout else None,
-        }
-
-    def draw(self, *shape):
-        return torch.randn(shape, generator=self.generator, dtype=torch.float64)
-
-    def values_and_gradients(
-        self, backend: str, dtype: torch.dtype | None = None, autocast: bool = False
-    ) -> list[torch.Tensor]:
-        inputs = [x.to(dtype or x.dtype).detach().requires_grad_() for x in self.inputs]
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            out = ordered_attention(*inputs, self.orders, **self.options, backend=backend)
-        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        return [out.detach(), *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
-
-
-def assert_equals_reference(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> None:
-    case.inputs = [x.to(dtype) for x in case.inputs]  # both get the rounded numbers
-    found = case.values_and_gradients(backend)
-    expected = case.values_and_gradients("reference", torch.float64)
-    for name, a, b in zip(("output", "query", "key", "value"), found, expected, strict=True):
-        assert a.dtype == dtype
-        assert largest_gap(a, b) <= TOLERANCES[dtype] * max(1, b.abs().max().item()), name
-
-
-cases = st.fixed_dictionaries(
-    {
-        "seed": st.integers(0, 10**6),
-        "mode": st.sampled_from(["window", "chunk"]),
-        "length": st.integers(1, 70),
-        "batch": st.integers(1, 3),
-        "heads": st.integers(1, 3),
-        "rounds": st.integers(1, 3),
-        "count": st.integers(1, 5),
-        "window": st.integers(1, 12),
-        "tile": st.sampled_from([1, 3, 8, 32]),
-        "position_order": st.booleans(),
-        "causal": st.booleans(),
-        "hidden": st.sampled_from([None, 0.0, 0.3, 0.9]),
-        "shared": st.booleans(),
-        "dropout": st.sampled_from([0.0, 0.0, 0.3, 1.0]),
-    }
-)
-
-
-def make_case(drawn: dict, **changes) -> Case:
-    drawn = {**drawn, **changes}
-    if drawn["mode"] == "chunk" and drawn["length"] > drawn["window"]:  # whole chunks, as the caller pads them
-        drawn["length"] -= drawn["length"] % drawn["window"]
-    return Case(**drawn)
 
 
 # --- backends against the reference
@@ -182,7 +89,7 @@ def test_the_layout_of_the_inputs_does_not_matter(backend):
     rows = [x[:1].expand(2, -1, -1, -1) for x in case.inputs]  # rows that share memory
     case.inputs = [x.contiguous() for x in rows]
     expected = case.values_and_gradients(backend)[0]
-    found = ordered_attention(*rows, case.orders, **case.options, backend=backend)
+    found = case.attend(*rows, backend=backend)
     assert largest_gap(found, expected) <= 1e-12
 
 
@@ -192,7 +99,7 @@ def test_one_order_may_serve_all_heads(backend, mode):
     one, two = (Case(mode=mode, heads=heads, rounds=1) for heads in (1, 2))
     two.inputs = [x.expand(-1, 2, -1, -1) for x in one.inputs]
     expected = one.values_and_gradients(backend)[0].expand(-1, 2, -1, -1)
-    assert largest_gap(ordered_attention(*two.inputs, one.orders, **one.options, backend=backend), expected) <= 1e-12
+    assert largest_gap(one.attend(*two.inputs, backend=backend), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -202,7 +109,7 @@ def test_recording_a_graph_changes_no_bit(backend, dtype):
     case = Case(length=200, window=20, dropout=0.2, dtype=dtype)
     expected = case.values_and_gradients(backend)[0]
     with torch.no_grad():
-        found = ordered_attention(*case.inputs, case.orders, **case.options, backend=backend)
+        found = case.attend(*case.inputs, backend=backend)
     assert torch.equal(found, expected)
 
 
@@ -213,16 +120,14 @@ def test_recording_a_graph_changes_no_bit(backend, dtype):
 def test_gradients_are_those_of_finite_differences(backend, mode, dropout, shared):
     case = Case(mode=mode, length=10, batch=1, heads=1, size=3, dropout=dropout, shared=shared, causal=shared)
     inputs = [x.requires_grad_() for x in case.inputs]
-    assert torch.autograd.gradcheck(
-        lambda *x: ordered_attention(*x, case.orders, **case.options, backend=backend), inputs
-    )
+    assert torch.autograd.gradcheck(lambda *x: case.attend(*x, backend=backend), inputs)
 
 
 def test_gradients_that_nobody_wants_are_not_made():
     case = Case()
     query, key, value = case.inputs
     value.requires_grad_()
-    ordered_attention(query, key, value, case.orders, **case.options, backend="torch").sum().backward()
+    case.attend(query, key, value, backend="torch").sum().backward()
     assert value.grad is not None
     assert query.grad is None
     assert key.grad is None
@@ -231,7 +136,7 @@ def test_gradients_that_nobody_wants_are_not_made():
 def test_a_second_derivative_is_refused():
     case = Case()
     inputs = [x.requires_grad_() for x in case.inputs]
-    out = ordered_attention(*inputs, case.orders, **case.options, backend="torch")
+    out = case.attend(*inputs, backend="torch")
     (grad,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -244,7 +149,7 @@ def test_memory_between_forward_and_backward_grows_with_length_alone(backend):
         case = Case(length=512, window=window, rounds=2, batch=1, dropout=0.1)
         inputs = [x.requires_grad_() for x in case.inputs]
         with torch.autograd.graph.saved_tensors_hooks(lambda x: numbers.append(x.numel()) or x, lambda x: x):
-            ordered_attention(*inputs, case.orders, **case.options, backend=backend)
+            case.attend(*inputs, backend=backend)
         return sum(numbers)
 
     assert kept(64) == kept(8)
@@ -310,7 +215,7 @@ def test_every_pair_counts_once(backend, drawn):
     query, key, _ = case.inputs
     batch, heads, length = query.shape[:3]
     names = torch.eye(length, dtype=torch.float64).expand(batch, heads, -1, -1)
-    found = ordered_attention(query * 0, key, names, case.orders, **case.options, backend=backend)
+    found = case.attend(query * 0, key, names, backend=backend)
     for row in range(batch):
         for head in range(heads):
             for token, seen in enumerate(union_by_hand(case, row, head)):
@@ -328,7 +233,7 @@ def test_chunks_count_a_pair_as_often_as_it_is_shown(backend, drawn):
     query, key, _ = case.inputs
     batch, heads, length = query.shape[:3]
     names = torch.eye(length, dtype=torch.float64).expand(batch, heads, -1, -1)
-    found = ordered_attention(query * 0, key, names, case.orders, **case.options, backend=backend)
+    found = case.attend(query * 0, key, names, backend=backend)
     lines = case.orders.line.flatten(2)
     for row in range(batch):
         for head in range(heads):
@@ -346,7 +251,8 @@ def test_chunks_count_a_pair_as_often_as_it_is_shown(backend, drawn):
 @given(drawn=cases)
 def test_weights_of_a_token_add_up_to_one(drawn):
     case = make_case(drawn)
-    _, weights = attention_with_weights(*case.inputs, case.orders, **case.options)
+    query, key, value = case.inputs
+    _, weights = attention_with_weights(query, None if case.shared else key, value, case.orders, **case.options)
     sums = weights.sum(-1)
     expected = torch.ones_like(sums)
     if case.mode == "window" and case.mask is not None:  # padding sees nothing
@@ -421,7 +327,7 @@ def test_dropout_is_a_function_of_its_key():
 def test_an_unknown_backend_is_refused(monkeypatch):
     case = Case()
     with pytest.raises(ValueError, match=r"'flash' is unknown.*'torch'.*HF_REFORMER_BACKEND"):
-        ordered_attention(*case.inputs, case.orders, **case.options, backend="flash")
+        case.attend(*case.inputs, backend="flash")
     monkeypatch.setenv("HF_REFORMER_BACKEND", "flash")
     with pytest.raises(ValueError, match=r"'flash' is unknown"):
         backend_name("torch")
@@ -467,4 +373,4 @@ def test_rows_too_long_to_count_are_refused(monkeypatch):
     x = torch.zeros(1, 1, 9, 4)
     orders = window_orders([(torch.zeros(1, 1, 1, 9, dtype=torch.int32), 1, 3)], True, None)
     with pytest.raises(ValueError, match="8 tokens a row"):
-        ordered_attention(x, x, x, orders, shared=False, causal=True, backend="torch")
+        ordered_attention(x, x, x, orders, causal=True, backend="torch")

@@ -43,12 +43,6 @@ class Call(NamedTuple):
     padded_length: int
 
 
-def shared_key(query: torch.Tensor) -> torch.Tensor:
-    """Keys of shared query/key attention: queries scaled to unit length (paper, section 2); (..., D) → (..., D)."""
-    size = query.shape[-1]
-    return query * torch.rsqrt(query.square().mean(-1, keepdim=True) + 1e-6) * size**-0.5
-
-
 class ReformerAttention(nn.Module):
     """Projections, ordered attention, output projection: (B, T, D) → (B, T, D)."""
 
@@ -86,7 +80,7 @@ class ReformerAttention(nn.Module):
         if self.kind == "lsh":
             query = hashed = self._heads(self.qk_proj(x))
             query = rotate(query, call.rotary)
-            key_vectors = shared_key(query)
+            key_vectors = None
         else:
             hashed = None
             query, key_vectors = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
@@ -96,8 +90,9 @@ class ReformerAttention(nn.Module):
         mask, length = call.mask, x.shape[1]
         if self.mode == "chunk" and call.padded_length > length:
             pad = (0, 0, 0, call.padded_length - length)
-            query, key_vectors, value = (nn.functional.pad(t, pad) for t in (query, key_vectors, value))
-            hashed = None if hashed is None else nn.functional.pad(hashed, pad)
+            query, key_vectors, value, hashed = (
+                None if t is None else nn.functional.pad(t, pad) for t in (query, key_vectors, value, hashed)
+            )
             mask = mask if mask is not None else x.new_ones(x.shape[:2], dtype=torch.bool)
             mask = nn.functional.pad(mask, (0, call.padded_length - length))
         orders = (self._window_orders if self.mode == "window" else self._chunk_orders)(hashed, mask, call, x)
@@ -106,7 +101,6 @@ class ReformerAttention(nn.Module):
             key_vectors,
             value,
             orders,
-            shared=self.kind == "lsh",
             causal=self.causal,
             mask=mask,
             dropout=self.dropout,
@@ -185,9 +179,7 @@ def exact_attention(
         length, batch = query.shape[-2], query.shape[0]
         position = torch.zeros(batch, 1, 1, length, dtype=torch.int32, device=query.device)
         orders = window_orders([(position, 1, length if causal else 2 * length)], causal, mask)
-        return reference_attention(
-            query, key, value, orders, shared=False, causal=causal, dropout=dropout, dropout_key=dropout_key
-        )
+        return reference_attention(query, key, value, orders, causal=causal, dropout=dropout, dropout_key=dropout_key)
     if mask is None:
         return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=1.0)
     allowed = mask[:, None, None, :]

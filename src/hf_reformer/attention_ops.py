@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from .hashing import Orders
 from .randomness import keep_threshold, pair_scramble
-from .reference import MASKED_SCORE, SELF_SCORE, pair_keys, places_of
+from .reference import MASKED_SCORE, SELF_SCORE, pair_keys, places_of, shared_key
 from .reference import ordered_attention as reference_attention
 
 LONGEST = 2**22  # tokens a row; beyond it float32 would no longer tell places apart
@@ -42,11 +42,10 @@ def backend_name(choice: str = "auto") -> str:
 
 def ordered_attention(
     query: torch.Tensor,
-    key: torch.Tensor,
+    key: torch.Tensor | None,
     value: torch.Tensor,
     orders: Orders,
     *,
-    shared: bool,
     causal: bool,
     mask: torch.Tensor | None = None,
     dropout: float = 0.0,
@@ -56,10 +55,11 @@ def ordered_attention(
     """One softmax per token over everything its windows show, each pair counted as `orders` says.
 
     Args:
-        query, key, value: (B, H, T, D) floating; scores are query @ key^T, so the caller scales. Half precision is
+        query, value: (B, H, T, D) floating; scores are query @ key^T, so the caller scales. Half precision is
             accumulated in float32.
+        key: the same, or None for shared query/key attention: keys are then the queries scaled to unit length
+            (`reference.shared_key`), and a token sees itself only where it sees nothing else.
         orders: `hashing.window_orders` or `hashing.chunk_orders`, batch B (heads H or 1).
-        shared: query and key come from one projection; a token then sees itself only where it sees nothing else.
         causal, mask: used by the chunk rule alone, whose softmax keeps the future and padding with a score of -1e9.
             mask: (B, T) bool, True for real tokens. In window mode `orders` has both built in.
         dropout, dropout_key: dropout on the attention weights, a function of (dropout_key, row, head, query, key).
@@ -75,7 +75,6 @@ def ordered_attention(
         key,
         value,
         orders,
-        shared=shared,
         causal=causal,
         mask=mask,
         dropout=dropout,
@@ -339,14 +338,16 @@ def _backward_block(block, rows, rule, before, q, k, v, grad, drift, top, mass, 
     dk.index_add_(0, block.key, torch.bmm(slope.transpose(1, 2), query.view(n, tile, -1)).view(n * keys, -1))
 
 
-def tiled_attention(query, key, value, orders, *, shared, causal, mask, dropout, dropout_key) -> torch.Tensor:
+def tiled_attention(query, key, value, orders, *, causal, mask, dropout, dropout_key) -> torch.Tensor:
     """`ordered_attention` in pure PyTorch, on any device."""
     if query.shape[2] > LONGEST or query.shape[:3].numel() >= 2**31:
         raise ValueError(
             f"query of shape {tuple(query.shape)}: places are counted in float32 and rows in int32, which holds up to "
             f"{LONGEST} tokens a row and 2^31 rows x heads x tokens. Split the batch or the sequence."
         )
-    rule = _Rule(shared, causal, dropout)
+    rule = _Rule(key is None, causal, dropout)
+    if key is None:
+        key = shared_key(query.to(torch.promote_types(query.dtype, torch.float32)))
     return _TiledAttention.apply(query, key, value, orders, mask, dropout_key, rule)[0]
 
 

@@ -35,6 +35,12 @@ def shown_counts(orders: Orders) -> torch.Tensor:
     return counts.clamp(max=1) if orders.count_once else counts
 
 
+def shared_key(query: torch.Tensor) -> torch.Tensor:
+    """Keys of shared query/key attention: queries scaled to unit length (paper, section 2); (..., D) → (..., D)."""
+    size = query.shape[-1]
+    return query * torch.rsqrt(query.square().mean(-1, keepdim=True) + 1e-6) * size**-0.5
+
+
 def pair_keys(key: torch.Tensor, batch: int, heads: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random numbers of queries (B, H, T) and of keys (T), int32; a pair's dropout bit is a function of both."""
     rows, head, place = (torch.arange(n, dtype=torch.int32, device=key.device) for n in (batch, heads, length))
@@ -49,21 +55,22 @@ def dropout_factors(key: torch.Tensor, p: float, batch: int, heads: int, length:
 
 
 def ordered_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, orders: Orders, **how
+    query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor, orders: Orders, **how
 ) -> torch.Tensor:
     """The op itself; see `attention_ops.ordered_attention` for the arguments. Half precision computes in float32."""
     with torch.autocast(query.device.type, enabled=False):
-        q, k, v = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value))
+        q, k, v = (
+            None if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value)
+        )
         return attention_with_weights(q, k, v, orders, **how)[0].to(value.dtype)
 
 
 def attention_with_weights(
     query: torch.Tensor,
-    key: torch.Tensor,
+    key: torch.Tensor | None,
     value: torch.Tensor,
     orders: Orders,
     *,
-    shared: bool,
     causal: bool,
     mask: torch.Tensor | None = None,
     dropout: float = 0.0,
@@ -76,6 +83,8 @@ def attention_with_weights(
     length = query.shape[-2]
     batch, heads = query.shape[:2]
     counts = shown_counts(orders).expand(batch, heads, length, length)
+    shared = key is None
+    key = shared_key(query) if shared else key
     scores = query @ key.transpose(-1, -2)  # (B, H, T, T)
     place = torch.arange(length, device=query.device)
     if not orders.count_once:

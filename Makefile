@@ -44,8 +44,8 @@ format: $(READY) ## put style right, where a tool can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## measure attention against other implementations
-	$(BIN)/python benchmarks/attention.py $(BENCH_ARGS)
+bench: $(READY) ## measure against other implementations, in ten minutes
+	$(BIN)/python -m benchmarks.run --short $(BENCH_ARGS)
 
 clean: ## remove build products and caches; the virtual environment and runs/ stay
 	rm -rf build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -1,154 +1,162 @@
-"""Time attention against other implementations, side by side in one process.
+"""Sections on attention: whole cores against their rivals, single ops against the machine, break-even, growth."""
 
-"Core" is what stands between the projections and the output: hash, sort, attention, combination of rounds. Every
-repetition runs all rivals in turn, so that a busy machine slows them alike; medians and ratios to ours are printed and
-written as CSV. Chunk rows follow the rivals' own rule (chunks of 64, one back). Window rows see as many places per
-query (windows of 96, position order off) with as many hash rounds.
-
-    python benchmarks/attention.py --lengths 1024 4096 --rounds 1 2 --output attention.csv
-"""
-
-import argparse
-import csv
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
-
-import torch
-from torch.nn import functional as F
-from tqdm.auto import tqdm
+from collections.abc import Callable, Sequence
 
 from hf_reformer.attention import old_num_buckets
 from hf_reformer.attention_ops import ordered_attention
 from hf_reformer.configuration_reformer import default_num_buckets
-from hf_reformer.hashing import chunk_orders, lsh_buckets, product_of, window_orders, window_rotations
-from hf_reformer.randomness import make_key
+from hf_reformer.hashing import Orders, factors_of
 
-HEADS, SIZE, CHUNK, WINDOW = 8, 64, 64, 96
-Core = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # q, v: (B, H, T, D) → out of the same shape
+from . import machine
+from .cases import (
+    BACKWARD,
+    BATCH,
+    BOTH,
+    CHUNK,
+    FORWARD,
+    HEADS,
+    SIZE,
+    WINDOW,
+    Case,
+    Entry,
+    Group,
+    Run,
+    Settings,
+    inputs,
+    make_core,
+    our_orders,
+    run_function,
+)
+
+OURS = ["ours chunk", "ours window"]
+REFORMERS = [*OURS, "built-in", "reformer-pytorch"]
+BOUNDS = ["sdpa", "local"]  # neither depends on the number of rounds
+TORCH_BACKEND = ["ours chunk torch", "ours window torch"]
+SHORTEST_FOR_ALL = 4096  # up to this length the bounds are measured for every number of rounds
+LONGEST_BOUND_MEMORY = 16384
+FLOAT = 4  # bytes
+PRODUCTS_PER_PAIR = {FORWARD: 4, BACKWARD: 10}  # times head size: floating-point operations per visible pair
 
 
-def ours(mode: str, length: int, rounds: int, causal: bool) -> Core:
-    """Our core in one of the attention modes, without the position order."""
-    key = make_key(0)
-    if mode == "chunk":
-        factors = old_num_buckets(length, CHUNK, length)
-    else:
-        factors = default_num_buckets(length, WINDOW)
-
-    def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        buckets = lsh_buckets(q, window_rotations(key, 0, HEADS, SIZE, rounds, factors), factors)
-        count = product_of(factors)
-        if mode == "chunk":
-            orders = chunk_orders(buckets, count, CHUNK, 1, 0, None)
-        else:
-            orders = window_orders([(buckets, count, WINDOW)], causal, None)
-        return ordered_attention(q, None, v, orders, causal=causal)
-
-    return run
+def main_rounds(settings: Settings) -> int:
+    """The number of rounds at which everything is measured."""
+    return 2 if 2 in settings.rounds else settings.rounds[0]
 
 
-def built_in(length: int, rounds: int, causal: bool) -> Core:
-    """transformers' own LSH attention, its projections replaced by the identity."""
-    from transformers import ReformerConfig
-    from transformers.models.reformer.modeling_reformer import LSHSelfAttention
+def entries(case: Case, rivals: Sequence[str]) -> list[Entry]:
+    return [Entry(case, rival) for rival in rivals]
 
-    config = ReformerConfig(
-        hidden_size=HEADS * SIZE,
-        num_attention_heads=HEADS,
-        attention_head_size=SIZE,
-        num_hashes=rounds,
-        num_buckets=old_num_buckets(length, CHUNK, length),
-        lsh_attn_chunk_length=CHUNK,
-        is_decoder=causal,
-        max_position_embeddings=length,
+
+def core_groups(settings: Settings) -> list[Group]:
+    """Whole cores, time and memory. Causal throughout, and bidirectional at one length."""
+    main = main_rounds(settings)
+    lengths = settings.choose((512, 1024, 4096, 16384, 65536, 131072), (1024, 4096, 16384))
+    found = []
+    for length in lengths:
+        for rounds in settings.rounds:
+            rivals = REFORMERS + (TORCH_BACKEND if rounds == main else [])
+            rivals = rivals + (BOUNDS if rounds == main or length <= SHORTEST_FOR_ALL else [])
+            for work in (FORWARD, BOTH):
+                found.append(Group("time", entries(Case("core", length, work, rounds), rivals)))
+    middle = min(lengths, key=lambda length: abs(length - 4096))
+    for work in (FORWARD, BOTH):
+        case = Case("core", middle, work, main, causal=False)
+        found.append(Group("time", entries(case, [*REFORMERS, *BOUNDS])))
+    for length in settings.choose((1024, 4096, 16384, 65536), (4096, 16384)):
+        rivals = REFORMERS + (BOUNDS if length <= LONGEST_BOUND_MEMORY else [])
+        for work in (BOTH,) if settings.short else (FORWARD, BOTH):
+            found.append(Group("memory", entries(Case("core", length, work, main), rivals)))
+    return found
+
+
+def op_groups(settings: Settings) -> list[Group]:
+    """Single ops in one group with the machine's own rates, so that both are taken in the same minutes."""
+    found = []
+    for length in settings.choose((4096, 16384, 65536), (4096,)):
+        forward, backward = (Case("ops", length, work, main_rounds(settings)) for work in (FORWARD, BACKWARD))
+        rates = entries(Case("ops", length), ["mm", "copy"])
+        for mode in ("chunk", "window"):
+            ops = entries(forward, [f"{mode} orders", f"{mode} attention"]) + entries(backward, [f"{mode} attention"])
+            found.append(Group("time", rates + ops))
+    return found
+
+
+def break_even_groups(settings: Settings) -> list[Group]:
+    """One hash order and the position order, windows of 128 as in the default config, against exact attention."""
+    lengths = settings.choose((64, 128, 192, 256, 320, 384, 512, 768, 1024), (128, 256, 384, 512))
+    cases = [Case("break-even", length, work, rounds=1) for work in (FORWARD, BOTH) for length in lengths]
+    return [Group("time", entries(case, ["ours default", "sdpa"])) for case in cases]
+
+
+def growth_groups(settings: Settings) -> list[Group]:
+    """A long line beside a shorter one, in turn."""
+    lengths = settings.choose((16384, 131072), (16384, 65536))
+    ends = sorted({lengths[0], lengths[-1]})
+    return [
+        Group("time", [Entry(Case("growth", length, work, main_rounds(settings)), rival) for length in ends])
+        for work in (FORWARD, BOTH)
+        for rival in OURS
+    ]
+
+
+def make(case: Case, rival: str) -> Run:
+    """Anything of the sections above, ready to be called."""
+    if case.section == "ops":
+        return make_op(case, rival)
+    result = BATCH * HEADS * case.length * SIZE * FLOAT  # out, or a gradient
+    call = run_function(make_core(case, rival), case.length, case.work)
+    return Run(call, bytes=result if case.work == FORWARD else 3 * result)
+
+
+def make_op(case: Case, rival: str) -> Run:
+    """One op, with what it cannot do without: products for visible pairs, inputs read and outputs written once."""
+    if rival in ("mm", "copy"):
+        return machine.make(case, rival)
+    mode, op = rival.split()
+    q = inputs(case.length, 1)[0]
+    if op == "orders":
+        return make_orders(case, mode)
+    orders = our_orders(mode, q, case.rounds, case.causal)
+    pairs = visible_pairs(orders)
+
+    def attend(q, v):
+        return ordered_attention(q, None, v, orders, causal=case.causal)
+
+    tensors = 3 if case.work == FORWARD else 6  # q, v, out; the gradients of all three
+    return Run(
+        run_function(attend, case.length, case.work),
+        flops=PRODUCTS_PER_PAIR[case.work] * SIZE * pairs,
+        bytes=tensors * q.numel() * FLOAT,
+        note=f"{pairs} visible pairs",
     )
-    module = LSHSelfAttention(config, layer_idx=0).eval()
-    module.query_key = module.value = torch.nn.Identity()
-
-    def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return module(q.transpose(1, 2).flatten(2)).hidden_states
-
-    return run
 
 
-def lucidrains(length: int, rounds: int, causal: bool) -> Core:
-    """reformer-pytorch's LSH attention."""
-    from reformer_pytorch.reformer_pytorch import LSHAttention
+def make_orders(case: Case, mode: str) -> Run:
+    """Hash and sort: rotations are products, the rest is reading q and writing three numbers for every place."""
+    q = inputs(case.length, 1)[0]
+    rule = (
+        old_num_buckets(case.length, CHUNK, case.length)
+        if mode == "chunk"
+        else default_num_buckets(case.length, WINDOW)
+    )
+    columns = sum(factors_of(rule)) // 2 * case.rounds
+    rows = q.numel() // SIZE  # B·H·T
 
-    module = LSHAttention(bucket_size=CHUNK, n_hashes=rounds, causal=causal).eval()
+    def call() -> Orders:
+        return our_orders(mode, q, case.rounds, case.causal)
 
-    def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return module(q.flatten(0, 1), v.flatten(0, 1))[0]
-
-    return run
-
-
-def full(causal: bool) -> Core:
-    """torch's exact attention (SDPA)."""
-    return lambda q, v: F.scaled_dot_product_attention(q, q, v, is_causal=causal)
-
-
-def rivals(length: int, rounds: int, causal: bool, longest_full: int) -> dict[str, Core]:
-    """Ours first; exact attention up to the length where it stops being fun."""
-    found = {
-        "ours, windows": ours("window", length, rounds, causal),
-        "ours, chunks": ours("chunk", length, rounds, causal),
-        "transformers": built_in(length, rounds, causal),
-        "reformer-pytorch": lucidrains(length, rounds, causal),
-    }
-    return found | ({"full (SDPA)": full(causal)} if length <= longest_full else {})
+    return Run(call, flops=2.0 * rows * SIZE * columns, bytes=(rows * SIZE + 3 * rows * case.rounds) * FLOAT)
 
 
-def measure(cores: dict[str, Core], length: int, backward: bool, repeats: int) -> dict[str, float]:
-    """Median seconds of each core, all run in turn `repeats` times after a warm-up."""
-    torch.manual_seed(0)
-    q, v, grad = (torch.randn(1, length, HEADS, SIZE).transpose(1, 2) for _ in range(3))
-    q.requires_grad_(backward)
-    v.requires_grad_(backward)
-    times: dict[str, list[float]] = {name: [] for name in cores}
-    for repeat in range(repeats + 1):
-        for name, core in cores.items():
-            start = time.perf_counter()
-            with torch.set_grad_enabled(backward):
-                out = core(q, v)
-            if backward:
-                torch.autograd.grad(out, [q, v], grad.reshape(out.shape), allow_unused=True)
-            if repeat:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+def visible_pairs(orders: Orders) -> int:
+    """Pairs that the windows or chunks of all places show, over all heads."""
+    shown = int((orders.hi.long() - orders.lo.long() + 1).clamp(min=0).sum())
+    return shown * (HEADS // orders.lo.shape[1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
-    parser.add_argument("--rounds", type=int, nargs="+", default=[2])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--bidirectional", action="store_true")
-    parser.add_argument("--longest_full", type=int, default=4096, help="longest input for exact attention")
-    parser.add_argument("--output", type=Path, default=Path("attention.csv"))
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    cases = [(length, r, back) for length in args.lengths for r in args.rounds for back in (False, True)]
-    rows = []
-    for length, rounds, backward in tqdm(cases, desc="cases"):
-        cores = rivals(length, rounds, not args.bidirectional, args.longest_full)
-        taken = measure(cores, length, backward, args.repeats)
-        best = taken["ours, windows"]
-        for name, seconds in taken.items():
-            row = {"length": length, "rounds": rounds, "pass": "forward+backward" if backward else "forward"}
-            rows.append(row | {"what": name, "ms": round(seconds * 1e3, 1), "ratio": round(seconds / best, 2)})
-    with args.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"{HEADS} heads of {SIZE}, batch 1, float32, {args.threads} threads; ratio: time / ours, windows")
-    for row in rows:
-        print("{length:>7} {rounds} rounds  {pass:<17} {what:<17} {ms:>9.1f} ms  x {ratio}".format(**row))
-    print(f"written to {args.output}")
-
-
-if __name__ == "__main__":
-    main()
+SECTIONS: dict[str, Callable[[Settings], list[Group]]] = {
+    "core": core_groups,
+    "ops": op_groups,
+    "break-even": break_even_groups,
+    "growth": growth_groups,
+}

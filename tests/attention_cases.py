@@ -1,4 +1,4 @@
-"""Inputs of the attention op, drawn from a seed, and its comparison with the reference: for the tests of all backends."""
+"""Inputs of the attention op, drawn from a seed, and its comparison with the reference, for all backends' tests."""
 
 import torch
 from conftest import largest_gap
@@ -23,6 +23,7 @@ class Case:
         batch: int = 2,
         heads: int = 2,
         size: int = 4,
+        value_size: int | None = None,
         rounds: int = 2,
         count: int = 3,
         window: int = 5,
@@ -46,7 +47,9 @@ class Case:
             self.orders = window_orders(groups, causal, self.mask, tile)
         else:
             self.orders = chunk_orders(self.buckets, count, window, 1, 0 if causal else 1, self.mask)
-        self.inputs = [self.draw(batch, heads, length, width).to(dtype) for width in (size, size, size + 1)]
+        self.inputs = [
+            self.draw(batch, heads, length, width).to(dtype) for width in (size, size, value_size or size + 1)
+        ]
         self.options = {
             "causal": causal,
             "mask": self.mask,

@@ -359,8 +359,9 @@ class Replay:
 @both_directions
 @few_cases
 def test_padding_changes_nothing_in_float32_where_buckets_agree(case, causal, monkeypatch):
-    replay = Replay(attention_module.lsh_buckets)
-    monkeypatch.setattr(attention_module, "lsh_buckets", replay)
+    makers = attention_module.order_makers
+    replay = Replay(lambda vectors, *args: makers("auto", vectors)[0](vectors, *args))
+    monkeypatch.setattr(attention_module, "order_makers", lambda *args: (replay, *makers(*args)[1:]))
     model = model_of(*case, causal, initializer_range=0.1).float()
     ids = make_ids(1, 1000)
     alone = run(model, ids)

@@ -5,13 +5,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .attention_ops import ordered_attention
+from .attention_ops import order_makers, ordered_attention
 from .configuration_reformer import ReformerConfig
 from .hashing import (
     Orders,
     chunk_orders,
     exploration_buckets,
-    lsh_buckets,
     product_of,
     seeded_rotations,
     window_orders,
@@ -95,7 +94,7 @@ class ReformerAttention(nn.Module):
             )
             mask = mask if mask is not None else x.new_ones(x.shape[:2], dtype=torch.bool)
             mask = nn.functional.pad(mask, (0, call.padded_length - length))
-        orders = (self._window_orders if self.mode == "window" else self._chunk_orders)(hashed, mask, call, x)
+        orders = (self._window_orders if self.mode == "window" else self._chunk_orders)(hashed, mask, call, value)
         out = ordered_attention(
             query,
             key_vectors,
@@ -121,11 +120,12 @@ class ReformerAttention(nn.Module):
         key = call.key if fresh else make_key(seed or 0, hashed.device)
         return window_rotations(key, self.layer, *shape)
 
-    def _window_orders(self, hashed: torch.Tensor | None, mask: torch.Tensor | None, call: Call, x) -> Orders:
+    def _window_orders(self, hashed: torch.Tensor | None, mask: torch.Tensor | None, call: Call, value) -> Orders:
         """Position order, hash orders, and in training exploration orders."""
-        config, batch = self.config, x.shape[0]
-        heads = 1 if hashed is None else self.heads
-        position = torch.zeros(batch, heads, 1, x.shape[1], dtype=torch.int32, device=x.device)
+        config, (batch, heads, length, _) = self.config, value.shape
+        lsh_buckets, sort, _ = order_makers(self.backend, value)
+        heads = 1 if hashed is None else heads
+        position = torch.zeros(batch, heads, 1, length, dtype=torch.int32, device=value.device)
         groups = [(position, 1, config.local_window)]
         if hashed is not None:
             count, window = product_of(call.num_buckets), config.lsh_window
@@ -133,16 +133,17 @@ class ReformerAttention(nn.Module):
             rotations = self._rotations(hashed, call, call.num_buckets)
             groups.append((lsh_buckets(hashed, rotations, call.num_buckets), count, window))
             if call.key is not None and config.lsh_exploration_orders:
-                key = call.key if config.resample_rotations else make_key(config.hash_seed or 0, x.device)
+                key = call.key if config.resample_rotations else make_key(config.hash_seed or 0, value.device)
                 explored = exploration_buckets(
                     key, self.layer, heads, config.lsh_exploration_orders, count, call.ranks
                 )
                 groups.append((explored.expand(batch, -1, -1, -1), count, window))
-        return window_orders(groups, self.causal, mask)
+        return window_orders(groups, self.causal, mask, sort=sort)
 
-    def _chunk_orders(self, hashed: torch.Tensor | None, mask: torch.Tensor | None, call: Call, x) -> Orders:
-        length = max(x.shape[1], call.padded_length)
-        buckets = torch.zeros(x.shape[0], 1, 1, length, dtype=torch.int32, device=x.device)
+    def _chunk_orders(self, hashed: torch.Tensor | None, mask: torch.Tensor | None, call: Call, value) -> Orders:
+        batch, _, length, _ = value.shape
+        lsh_buckets, _, sort = order_makers(self.backend, value)
+        buckets = torch.zeros(batch, 1, 1, length, dtype=torch.int32, device=value.device)
         count = 1
         if hashed is None:
             mask = None  # local chunks follow the sequence; padding keeps its place and is masked in the softmax
@@ -152,7 +153,7 @@ class ReformerAttention(nn.Module):
                 factors = old_num_buckets(length, self.chunk, self.config.max_position_embeddings)
             count = product_of(factors)
             buckets = lsh_buckets(hashed, self._rotations(hashed, call, factors), factors)
-        return chunk_orders(buckets, count, self.chunk, self.before, self.after, mask)
+        return chunk_orders(buckets, count, self.chunk, self.before, self.after, mask, sort)
 
 
 def old_num_buckets(length: int, chunk: int, max_positions: int) -> int | tuple[int, int]:

@@ -8,15 +8,24 @@ twice as much as a matrix product of the same size.
 
 import os
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from .hashing import Orders
+from .hashing import Orders, lsh_buckets
 from .randomness import keep_threshold, pair_scramble
 from .reference import MASKED_SCORE, SELF_SCORE, pair_keys, places_of, shared_key
 from .reference import ordered_attention as reference_attention
+
+try:
+    from hf_reformer.kernels import cpu as _cpu
+    from hf_reformer.kernels import triton as _triton
+
+    KERNELS: dict[str, ModuleType] = {"cpu": _cpu, "triton": _triton}
+except ImportError:  # this file travels alone: a model loaded with trust_remote_code, without the package
+    KERNELS = {}
 
 LONGEST = 2**22  # tokens a row; beyond it float32 would no longer tell places apart
 BLOCK_SCORES = 2**20  # scores worked on at a time: 4 MiB in float32, about what caches hold
@@ -25,19 +34,47 @@ FLOOR = -1e8  # running maxima start here: above a hidden pair, below every show
 LOG2_E = 1.4426950408889634  # queries are scaled by it: exp2 costs half of exp, and a tenth where it underflows
 
 
-def backend_name(choice: str = "auto") -> str:
-    """The backend in force for `config.attention_backend` or the environment variable HF_REFORMER_BACKEND.
+def chosen_backend(choice: str = "auto") -> str:
+    """`config.attention_backend`, or the environment variable HF_REFORMER_BACKEND, which overrules it.
 
     Raises:
         ValueError: no such backend.
     """
     choice = os.environ.get("HF_REFORMER_BACKEND", choice)
-    if choice != "auto" and choice not in BACKENDS:
+    if choice != "auto" and choice not in BACKENDS and choice not in KERNELS:
         raise ValueError(
-            f"attention backend {choice!r} is unknown. Choose 'auto' or one of {sorted(BACKENDS)} "
+            f"attention backend {choice!r} is unknown. Choose 'auto' or one of {sorted([*BACKENDS, *KERNELS])} "
             "(config.attention_backend, or the environment variable HF_REFORMER_BACKEND)."
         )
-    return "torch" if choice == "auto" else choice
+    return choice
+
+
+def backend_name(choice: str, query: torch.Tensor, value: torch.Tensor) -> str:
+    """The backend that serves such tensors (B, H, T, D). "auto": the compiled kernel on a CPU, where it can be used,
+    else "torch".
+
+    Raises:
+        ValueError: no such backend, or it cannot serve these tensors.
+    """
+    choice = chosen_backend(choice)
+    if choice == "auto":
+        serves = "cpu" in KERNELS and query.device.type == "cpu" and KERNELS["cpu"].why_not(query, value) is None
+        return "cpu" if serves else "torch"
+    if choice in KERNELS and (reason := KERNELS[choice].why_not(query, value)):
+        raise ValueError(f"attention backend {choice!r} cannot be used here: {reason}. Choose 'auto', or 'torch'.")
+    return choice
+
+
+def order_makers(choice: str, vectors: torch.Tensor) -> tuple[Callable, Callable | None, Callable | None]:
+    """What the backend for `vectors` (B, H, T, D) brings for making orders.
+
+    Returns:
+        `hashing.lsh_buckets` or a faster one, and faster ways for the `sort` of `window_orders` and `chunk_orders`.
+    """
+    if backend_name(choice, vectors, vectors) == "cpu":
+        kernel = KERNELS["cpu"]
+        return kernel.lsh_buckets, kernel.sorted_windows, kernel.sorted_line
+    return lsh_buckets, None, None
 
 
 def ordered_attention(
@@ -69,7 +106,8 @@ def ordered_attention(
     """
     if dropout_key is None or dropout == 0:
         dropout, dropout_key = 0.0, None
-    attend = BACKENDS[backend_name(backend)]
+    name = backend_name(backend, query, value)
+    attend = KERNELS[name].ordered_attention if name in KERNELS else BACKENDS[name]
     return attend(
         query,
         key,

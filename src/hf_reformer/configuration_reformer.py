@@ -86,7 +86,8 @@ class ReformerConfig(PreTrainedConfig):
             Residual streams as `"float64"` on a grid of 2^-32 (range 2^21) or `"float32"` on a grid of 2^-16 (exact
             while |stream| <= 256; less memory, for the longest sequences and for devices without float64).
         attention_backend (`str`, defaults to `"auto"`):
-            `"auto"` takes the fastest that works here; `"torch"` and `"reference"` insist. The environment variable
+            `"auto"` takes the fastest that works here; `"cpu"` (compiled), `"torch"`, `"triton"` and `"reference"`
+            insist. The environment variable
             `HF_REFORMER_BACKEND` overrides it.
         chunk_size_feed_forward, chunk_size_lm_head (`int`, defaults to 0):
             Tokens that feed-forward layers and the language-model loss work on at a time; they need divide nothing.

@@ -5,6 +5,7 @@ orders form one line of `rounds * length` places. Both rules, windows and chunks
 attention op serves both. Nothing here carries gradients.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -117,7 +118,11 @@ def exploration_buckets(
 
 @torch.no_grad()
 def window_orders(
-    buckets: list[tuple[torch.Tensor, int, int]], causal: bool, mask: torch.Tensor | None, tile: int = 32
+    buckets: list[tuple[torch.Tensor, int, int]],
+    causal: bool,
+    mask: torch.Tensor | None,
+    tile: int = 32,
+    sort: Callable | None = None,
 ) -> Orders:
     """Sort tokens by (bucket, position) and give every token its window inside its bucket.
 
@@ -126,24 +131,30 @@ def window_orders(
             group with one bucket. All share B, H and T (H may be 1 throughout).
         causal: a token sees itself and the `window - 1` places before it; otherwise `window // 2` on either side.
         mask: (B, T) bool, True for real tokens, or None. Padding stands at the end of the line and sees nothing.
+        sort: does the work of `sorted_windows`, faster.
 
     Returns:
         Orders with `count_once=True`; lo and hi never leave their round.
     """
-    sorted_groups = [_sorted_windows(group, count, window, causal, mask) for group, count, window in buckets]
+    sort = sort or sorted_windows
+    sorted_groups = [sort(group, count, window, causal, mask) for group, count, window in buckets]
     line, lo, hi = (torch.cat(parts, dim=2) for parts in zip(*sorted_groups, strict=True))
     rounds, length = line.shape[2:]
     start = torch.arange(rounds, dtype=torch.int32, device=line.device)[:, None] * length
     widest = max(window for *_, window in buckets)
-    before, after = (widest - 1, 0) if causal else (widest // 2, widest // 2)
-    before, after = min(before, length - 1), min(after, length - 1)
+    before, after = (min(far, length - 1) for far in reach(widest, causal))
     return Orders(line, lo + start, hi + start, min(tile, length), before, after, count_once=True)
 
 
-def _sorted_windows(
+def reach(window: int, causal: bool) -> tuple[int, int]:
+    """How many places a token sees ahead of its own and behind it."""
+    return (window - 1, 0) if causal else (window // 2, window // 2)
+
+
+def sorted_windows(
     buckets: torch.Tensor, count: int, window: int, causal: bool, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(line, lo, hi) of a group of rounds, places counted within each round."""
+    """(line, lo, hi) of a group of rounds, (B, H, R, T) int32, places counted within each round."""
     length = buckets.shape[-1]
     place = torch.arange(length, dtype=torch.int32, device=buckets.device)
     if mask is not None:
@@ -157,8 +168,8 @@ def _sorted_windows(
         ends = torch.cat([starts[..., 1:], torch.full_like(starts[..., :1], length)], dim=-1)
         values = values.to(torch.int64)
         first, last = starts.gather(-1, values), ends.gather(-1, values) - 1
-    reach_back, reach_on = (window - 1, 0) if causal else (window // 2, window // 2)
-    lo, hi = torch.maximum(first, place - reach_back), torch.minimum(last, place + reach_on)
+    back, on = reach(window, causal)
+    lo, hi = torch.maximum(first, place - back), torch.minimum(last, place + on)
     if mask is not None:
         real = place < mask.sum(-1, dtype=torch.int32)[:, None, None, None]
         lo, hi = torch.where(real, lo, place + 1), torch.where(real, hi, place)
@@ -167,7 +178,13 @@ def _sorted_windows(
 
 @torch.no_grad()
 def chunk_orders(
-    buckets: torch.Tensor, count: int, chunk: int, before: int, after: int, mask: torch.Tensor | None
+    buckets: torch.Tensor,
+    count: int,
+    chunk: int,
+    before: int,
+    after: int,
+    mask: torch.Tensor | None,
+    sort: Callable | None = None,
 ) -> Orders:
     """The older rule: all rounds as one line, cut in chunks that see `before` and `after` neighbours, wrapping around.
 
@@ -175,15 +192,21 @@ def chunk_orders(
         buckets: (B, H, R, T) int32 (zeros for local attention, then R = 1); T is a multiple of `chunk`, or at most
             `chunk`, and then every token sees all.
         count: number of buckets; padding (mask False) sorts behind them.
+        sort: does the work of `sorted_line`, faster.
     """
     rounds, length = buckets.shape[2:]
     place = torch.arange(rounds * length, dtype=torch.int32, device=buckets.device).view(rounds, length)
     if length <= chunk:
         line = place[:1].expand(*buckets.shape[:2], 1, length)
         return Orders(line, torch.zeros_like(line), torch.full_like(line, length - 1), length, 0, 0, count_once=False)
-    if mask is not None:
-        buckets = torch.where(mask[:, None, None, :], buckets, count)
-    line = torch.sort(buckets, dim=-1, stable=True).indices.to(torch.int32)
+    line = (sort or sorted_line)(buckets, count, mask)
     lo = ((place // chunk - before) * chunk).expand_as(line)
     hi = ((place // chunk + after + 1) * chunk - 1).expand_as(line)
     return Orders(line, lo, hi, chunk, before * chunk, after * chunk, count_once=False)
+
+
+def sorted_line(buckets: torch.Tensor, count: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """Tokens sorted by (bucket, position), padding last: (B, H, R, T) int32."""
+    if mask is not None:
+        buckets = torch.where(mask[:, None, None, :], buckets, count)
+    return torch.sort(buckets, dim=-1, stable=True).indices.to(torch.int32)

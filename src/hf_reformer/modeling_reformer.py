@@ -10,7 +10,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
 from .attention import Call
-from .attention_ops import backend_name
+from .attention_ops import chosen_backend
 from .configuration_reformer import ReformerConfig, check_num_buckets
 from .feed_forward import LayerNorm
 from .hashing import product_of
@@ -237,7 +237,7 @@ def check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds,
         raise ValueError(f"`num_hashes={num_hashes}` must be a whole number of at least 1.")
     if num_buckets is not None:
         check_num_buckets(num_buckets)
-    backend_name(config.attention_backend)
+    chosen_backend(config.attention_backend)
     for value, label in ((attention_mask, "attention_mask"), (position_ids, "position_ids")):
         rows = (shape[0],) if label == "attention_mask" else (shape[0], 1)
         if value is not None and (value.dim() != 2 or value.shape[0] not in rows or value.shape[1] != shape[1]):

@@ -1,0 +1,70 @@
+"""The machine itself: its facts, its matrix-product rate, its copy bandwidth."""
+
+import os
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+
+from hf_reformer.attention_ops import backend_name
+
+from .cases import Case, Entry, Group, Run, Settings
+
+PRODUCT = 1024  # edge of the square matrices whose product sets the rate
+COPIED = 2**27  # bytes
+
+
+def facts() -> dict[str, str]:
+    """What a reader needs to place the figures."""
+    return {
+        "processor": processor(),
+        "cores": str(os.cpu_count()),
+        "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
+        "system": f"{platform.system()} {platform.machine()}",
+        "transparent huge pages": huge_pages(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "our backend": backend_name("auto", torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 1, 64)),
+    }
+
+
+def processor() -> str:
+    """Model name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def huge_pages() -> str:
+    """The kernel's setting, and whether torch's allocator asks for them."""
+    try:
+        words = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().split()
+    except OSError:
+        words = ["[unknown]"]
+    setting = next((word.strip("[]") for word in words if word.startswith("[")), "unknown")
+    return f"{setting}, {'asked for' if asks_for_huge_pages() else 'not asked for'} by torch"
+
+
+def asks_for_huge_pages() -> bool:
+    """Whether this process runs with `--huge_pages`."""
+    return os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
+
+
+def groups(settings: Settings) -> list[Group]:
+    return [Group("time", [Entry(Case("machine", PRODUCT), rival) for rival in ("mm", "copy")])]
+
+
+def make(case: Case, rival: str) -> Run:
+    """`mm`: a square float32 product into memory already touched. `copy`: one long copy, counted as read and write."""
+    if rival == "mm":
+        a, b, product = (torch.randn(PRODUCT, PRODUCT) for _ in range(3))
+        return Run(lambda: torch.mm(a, b, out=product), flops=2.0 * PRODUCT**3)
+    source, target = torch.ones(COPIED // 4), torch.ones(COPIED // 4)
+    return Run(lambda: target.copy_(source), bytes=2.0 * COPIED)
+
+
+SECTIONS = {"machine": groups}

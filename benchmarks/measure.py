@@ -1,0 +1,152 @@
+"""How things are measured: in turn, by medians; memory in a process of its own."""
+
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from .cases import Case
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+START_UP = 60.0  # seconds a measuring process may take beside the call itself
+QUADRATIC = ("sdpa", "full")  # rivals whose time grows with the square of the length
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Effort(NamedTuple):
+    """How long to measure.
+
+    Attributes:
+        budget: seconds for the repetitions of a group; at least `min_repeats` are done, whatever they take.
+        once_over: a rival whose first call takes longer is not called again.
+    """
+
+    budget: float
+    once_over: float
+    min_repeats: int = 3
+    max_repeats: int = 50
+
+
+@dataclass
+class Timing:
+    """Seconds of one rival, a place for every repetition. `failure` says why there are none."""
+
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    once: bool = False
+    failure: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.wall)
+
+    def ratio(self, base: "Timing") -> float:
+        """Median of this time over the base's, repetition by repetition where both were repeated."""
+        if self.once or base.once:
+            return self.median / base.median
+        pairs = zip(self.wall, base.wall, strict=False)
+        return statistics.median(mine / other for mine, other in pairs)
+
+
+def describe(error: BaseException) -> str:
+    """One line on an error, short enough for a table."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, float]:
+    """Wall and processor seconds of one call. Its result dies after the clock is read."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    result = call()
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    del result
+    return wall, cpu
+
+
+def alternate(calls: Mapping[Key, Callable[[], Any]], effort: Effort) -> dict[Key, Timing]:
+    """Call all rivals in turn, again and again. The first round warms up; the first rival is what others compare to.
+
+    A rival slower than `effort.once_over` keeps its first time; the first rival is always repeated. A rival that
+    fails is out, and the others go on.
+    """
+    timings = {key: Timing() for key in calls}
+    first = next(iter(calls), None)
+    gc.collect()
+    gc.disable()
+    try:
+        for key, call in calls.items():
+            attempt(timings[key], call)
+        for key, timing in timings.items():
+            timing.once = bool(timing.wall) and key != first and timing.median > effort.once_over
+        again = [key for key, timing in timings.items() if timing.wall and not timing.once]
+        for key in again:
+            timings[key] = Timing()
+        start, repeats = time.perf_counter(), 0
+        while repeats < effort.max_repeats and again:
+            if repeats >= effort.min_repeats and time.perf_counter() - start > effort.budget:
+                break
+            for key in again:
+                attempt(timings[key], calls[key])
+            again = [key for key in again if not timings[key].failure]
+            gc.collect()
+            repeats += 1
+    finally:
+        gc.enable()
+    return timings
+
+
+def attempt(timing: Timing, call: Callable[[], Any]) -> None:
+    """Add one call's time, or the reason why there is none."""
+    try:
+        wall, cpu = timed(call)
+    except Exception as error:  # whatever a rival dies of is written down, and the others go on
+        timing.failure = describe(error)
+        return
+    timing.wall.append(wall)
+    timing.cpu.append(cpu)
+
+
+class Forecasts:
+    """What a call will take, from the longest input on which the same was measured."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple, tuple[int, float]] = {}
+
+    @staticmethod
+    def key(case: Case, rival: str, threads: int) -> tuple:
+        return case.section, rival, case.work, case.rounds, case.causal, case.layers, threads
+
+    def add(self, case: Case, rival: str, threads: int, seconds: float) -> None:
+        self.known[self.key(case, rival, threads)] = case.length, seconds
+
+    def seconds(self, case: Case, rival: str, threads: int) -> float:
+        """0 where nothing is known."""
+        length, seconds = self.known.get(self.key(case, rival, threads), (case.length, 0.0))
+        return seconds * (case.length / length) ** (2 if rival in QUADRATIC else 1)
+
+
+def peak_memory(case: Case, rival: str, threads: int, timeout: float) -> dict[str, Any]:
+    """Memory that one call takes beyond what was there before it, measured in a fresh process.
+
+    Returns:
+        What `benchmarks.memory` prints: `peak_bytes`, `bytes`, `note`. Otherwise `failure`.
+    """
+    request = json.dumps({"case": asdict(case), "rival": rival, "threads": threads})
+    command = [sys.executable, "-m", "benchmarks.memory", request]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout + START_UP, cwd=REPOSITORY)
+    except subprocess.TimeoutExpired:
+        return {"failure": f"longer than {timeout + START_UP:.0f} s"}
+    if done.returncode < 0:
+        return {
+            "failure": f"killed by signal {-done.returncode}"
+            + (", as if out of memory" if done.returncode == -9 else "")
+        }
+    if done.returncode:
+        return {"failure": " ".join(done.stderr.strip().splitlines()[-1:])[:160] or f"exit status {done.returncode}"}
+    return json.loads(done.stdout.strip().splitlines()[-1])

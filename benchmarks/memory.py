@@ -1,0 +1,77 @@
+"""Peak memory of one call; started by `measure.peak_memory` in a process of its own.
+
+python -m benchmarks.memory '{"case": {"section": "core", "length": 4096}, "rival": "sdpa", "threads": 1}'
+"""
+
+import ctypes
+import gc
+import json
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from .cases import Case
+from .limits import bound_memory
+from .plan import make
+
+
+def status(name: str) -> int | None:
+    """A field of this process's memory status in bytes, None where the system does not tell."""
+    try:
+        found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def resident() -> int:
+    """Bytes in memory now; where the system does not tell, the highest so far."""
+    return status("VmRSS") or highest()
+
+
+def highest() -> int:
+    """The most bytes ever in memory."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_highest() -> bool:
+    """Set the high-water mark to what is in memory now. Whether that worked."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def give_back() -> None:
+    """Return freed memory to the system, so that it does not count as being there before."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # not glibc
+
+
+def main() -> None:
+    request = json.loads(sys.argv[1])
+    torch.set_num_threads(request["threads"])
+    bound_memory()
+    case, rival = Case(**request["case"]), request["rival"]
+    make(case.warm_up(), rival).call()  # libraries, threads and kernels are loaded by now
+    run = make(case, rival)
+    give_back()
+    exact = forget_highest()
+    before = resident()
+    result = run.call()
+    peak = highest() - before
+    del result
+    note = run.note if exact else f"{run.note} lower bound: the high-water mark could not be reset".strip()
+    print(json.dumps({"peak_bytes": peak, "bytes": run.bytes, "note": note}))
+
+
+if __name__ == "__main__":
+    main()

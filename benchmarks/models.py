@@ -1,0 +1,122 @@
+"""Whole models of one size: ours, transformers' own Reformer, and a Transformer on exact attention."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import hf_reformer
+
+VOCABULARY, HIDDEN, HEADS, HEAD_SIZE, FEED_FORWARD = 320, 512, 8, 64, 1024
+ROUNDS = 2
+Cache = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of every layer, (B, H, T, D) each
+
+
+def layer_kinds(layers: int) -> list[str]:
+    return [("local", "lsh")[i % 2] for i in range(layers)]
+
+
+def our_config(length: int, layers: int, causal: bool, **changes: Any) -> hf_reformer.ReformerConfig:
+    """Default windows, number of buckets fitting the length, no dropout."""
+    return hf_reformer.ReformerConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        attn_layers=layer_kinds(layers),
+        num_attention_heads=HEADS,
+        attention_head_size=HEAD_SIZE,
+        feed_forward_size=FEED_FORWARD,
+        max_position_embeddings=length,
+        num_hashes=ROUNDS,
+        hidden_dropout_prob=0.0,
+        is_decoder=causal,
+        **changes,
+    )
+
+
+def our_model(length: int, layers: int, causal: bool = True, **changes: Any) -> nn.Module:
+    """Ours, with the head that fits the direction."""
+    config = our_config(length, layers, causal, **changes)
+    return hf_reformer.ReformerForCausalLM(config) if causal else hf_reformer.ReformerForMaskedLM(config)
+
+
+def built_in_model(length: int, layers: int, causal: bool = True) -> nn.Module:
+    """transformers' own Reformer; in training its axial shape must multiply to the very length."""
+    from transformers import ReformerConfig, ReformerForMaskedLM, ReformerModelWithLMHead
+
+    bits = length.bit_length() - 1
+    if length != 2**bits:
+        raise ValueError(f"length {length}: the built-in Reformer is measured at powers of two only")
+    config = ReformerConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        attn_layers=layer_kinds(layers),
+        num_attention_heads=HEADS,
+        attention_head_size=HEAD_SIZE,
+        feed_forward_size=FEED_FORWARD,
+        max_position_embeddings=length,
+        axial_pos_shape=[2 ** (bits // 2), 2 ** (bits - bits // 2)],
+        axial_pos_embds_dim=[HIDDEN // 4, HIDDEN - HIDDEN // 4],
+        num_hashes=ROUNDS,
+        hidden_dropout_prob=0.0,
+        lsh_attention_probs_dropout_prob=0.0,
+        local_attention_probs_dropout_prob=0.0,
+        is_decoder=causal,
+        use_cache=False,
+    )
+    return ReformerModelWithLMHead(config) if causal else ReformerForMaskedLM(config)
+
+
+class FullLayer(nn.Module):
+    """Pre-norm layer of an ordinary Transformer on torch's exact attention."""
+
+    def __init__(self, causal: bool):
+        super().__init__()
+        self.causal = causal
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(HIDDEN), nn.LayerNorm(HIDDEN)
+        self.qkv_proj = nn.Linear(HIDDEN, 3 * HEADS * HEAD_SIZE, bias=False)
+        self.o_proj = nn.Linear(HEADS * HEAD_SIZE, HIDDEN, bias=False)
+        self.up_proj, self.down_proj = nn.Linear(HIDDEN, FEED_FORWARD), nn.Linear(FEED_FORWARD, HIDDEN)
+
+    def forward(self, x: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None = None):
+        """`x`: (B, T, D), with `past` the last token alone. Gives the layer's output, and keys and values so far."""
+        q, k, v = self.qkv_proj(self.attention_norm(x)).unflatten(-1, (3, HEADS, HEAD_SIZE)).permute(2, 0, 3, 1, 4)
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, H, T, D)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and past is None)
+        x = x + self.o_proj(out.transpose(1, 2).flatten(2))
+        return x + self.down_proj(F.relu(self.up_proj(self.feed_forward_norm(x)))), (k, v)
+
+
+class FullModel(nn.Module):
+    """Transformer of the same size: as many layers, heads, features and positions."""
+
+    def __init__(self, length: int, layers: int, causal: bool = True, checkpointing: bool = False):
+        super().__init__()
+        self.causal, self.checkpointing = causal, checkpointing
+        self.embed_tokens = nn.Embedding(VOCABULARY, HIDDEN)
+        self.embed_positions = nn.Embedding(length, HIDDEN)
+        self.layers = nn.ModuleList(FullLayer(causal) for _ in range(layers))
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.lm_head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean loss of (B, T) tokens."""
+        x = self.embed_tokens(input_ids) + self.embed_positions.weight[: input_ids.shape[1]]
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)[0] if self.checkpointing else layer(x)[0]
+        logits = self.lm_head(self.norm(x))
+        if self.causal:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    def next_logits(self, input_ids: torch.Tensor, past: Cache | None = None) -> tuple[torch.Tensor, Cache]:
+        """Logits of the last token and the cache: all tokens without a cache, the last one with it."""
+        first = 0 if past is None else past[0][0].shape[2]
+        x = self.embed_tokens(input_ids) + self.embed_positions.weight[first : first + input_ids.shape[1]]
+        cache = []
+        for index, layer in enumerate(self.layers):
+            x, kept = layer(x, None if past is None else past[index])
+            cache.append(kept)
+        return self.lm_head(self.norm(x[:, -1])), cache

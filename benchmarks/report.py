@@ -1,0 +1,174 @@
+"""Tables and pictures from results alone.
+
+python -m benchmarks.report runs/benchmarks/results.csv [more.csv …] --output_dir docs/benchmarks
+"""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from .pictures import draw_all
+from .results import Row, load
+from .targets import Target, find_targets
+
+TITLES = {
+    "machine": "Rates of the machine",
+    "core": "Cores: hash, sort and attention",
+    "ops": "Single ops and their floors",
+    "break-even": "Break-even with exact attention",
+    "step": "Training steps",
+    "growth": "Growth of the core",
+    "depth": "Depth",
+    "generation": "One more token",
+    "step growth": "Growth of a training step",
+}
+NOTES = """\
+All figures: float32, batch 1, 8 heads of 64, wall-clock medians of calls in turn within one process; in brackets the \
+ratio to the first column. Chunk mode is the rivals' own rule (chunks of 64, one back). Window mode shows as many \
+places per query (96, position order off) with as many hash orders. Models have hidden size 512, feed-forward 1024, \
+layers (local, lsh) in turn, no dropout; ours have the default windows. `local` is exact attention inside chunks \
+along the sequence: a bound for one round, not a rival. A step's floor is its dense products (forward, recomputation, \
+backward) at the measured rate of matrix products, plus its attention. Memory is the high-water mark of a process of \
+its own above what was there before the call. `*`: too slow to repeat, called once, cold.
+
+Page faults are part of the published ratios: the rivals make hundreds of MiB of temporaries in a call. Where torch's \
+allocator asks for transparent huge pages (`--huge_pages`) the ratios to them shrink by about a third."""
+
+
+def write_report(results: list[Path], folder: Path) -> list[Path]:
+    """Write report.md and the pictures into `folder`; the paths of all that was made."""
+    rows = load(results)
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = draw_all(rows, folder)
+    parts = ["# Benchmarks", facts_table(rows), NOTES]
+    settings = sorted({(row.threads, row.huge_pages) for row in rows if row.quantity == "time"})
+    for threads, huge_pages in settings or sorted({(row.threads, row.huge_pages) for row in rows if row.threads}):
+        parts += [f"## Targets, {name_of(threads, huge_pages)}", target_table(find_targets(rows, threads, huge_pages))]
+    for section, title in TITLES.items():
+        mine = [row for row in rows if row.section == section and row.quantity != "fact"]
+        if mine:
+            parts += [f"## {title}", *section_tables(mine)]
+    if pictures:
+        parts += ["## Pictures", *(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in pictures)]
+    report = folder / "report.md"
+    report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return [report, *pictures]
+
+
+def name_of(threads: int, huge_pages: bool) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}" + (", huge pages" if huge_pages else "")
+
+
+def table(head: list[str], lines: Iterable[list[str]]) -> str:
+    """A markdown table."""
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)
+
+
+def facts_table(rows: list[Row]) -> str:
+    facts = [row for row in rows if row.quantity == "fact"]
+    lines = ([row.rival + (" (--huge_pages)" if row.huge_pages else ""), row.note] for row in facts)
+    return table(["machine", ""], lines)
+
+
+def target_table(targets: list[Target]) -> str:
+    lines = (
+        [
+            target.what,
+            target.against,
+            target.setting,
+            ("≥ " if target.at_least else "≤ ") + quantity(target.wanted, target.unit),
+            (quantity(target.measured, target.unit) if target.measured is not None else "–")
+            + (f" ({target.note})" if target.note else ""),
+            {True: "yes", False: "no", None: "not measured"}[target.met],
+        ]
+        for target in targets
+    )
+    return table(["what", "against", "setting", "target", "measured", "met"], lines)
+
+
+def quantity(value: float, unit: str) -> str:
+    if unit == "tokens":
+        return f"{value:.0f} tokens"
+    if unit == "extra":
+        return f"{value:+.1%}"
+    return f"{value:.2f} {unit}".strip()
+
+
+def section_tables(rows: list[Row]) -> list[str]:
+    """For every quantity, thread count and page setting a table: a line for every case, a column for every rival."""
+    found = []
+    for kind in ("time", "memory"):
+        mine = [row for row in rows if row.quantity == kind]
+        for threads, huge_pages in sorted({(row.threads, row.huge_pages) for row in mine}):
+            same = [row for row in mine if (row.threads, row.huge_pages) == (threads, huge_pages)]
+            caption = f"{kind.capitalize()}, {name_of(threads, huge_pages)}"
+            single = same[0].section in ("ops", "machine")
+            found += [f"**{caption}**", op_table(same) if single else case_table(same)]
+    notes = sorted({f"- {row.rival}, {row.length} tokens: {row.note}" for row in rows if row.status == "failed"})
+    return found + (["\n".join(notes)] if notes else [])
+
+
+def case_table(rows: list[Row]) -> str:
+    rivals = list(dict.fromkeys(row.rival for row in rows))
+    cases: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(row.setting, {})[row.rival] = row
+    lines = []
+    for setting, by_rival in sorted(cases.items(), key=lambda item: item[0]):
+        _, _, causal, rounds, layers, work, length = setting
+        first = [str(length), str(rounds), str(layers or "–"), "causal" if causal else "bidirectional", work]
+        lines.append(first + [cell(by_rival[rival]) if rival in by_rival else "" for rival in rivals])
+    return table(["tokens", "rounds", "layers", "direction", "work", *rivals], lines)
+
+
+def cell(row: Row) -> str:
+    """The value, its ratio to the first of its group, and a mark where it was called once; or why there is none."""
+    if row.value is None:
+        return f"skipped: {row.note}" if row.status == "skipped" else row.status
+    shown = f"{row.value * 1e3:.4g} ms" if row.quantity == "time" else f"{row.value / 2**20:.4g} MiB"
+    same_length = row.base.rsplit(" ", 1)[-1] == str(row.length)
+    ratio = (
+        f" ({row.ratio:.2f})"
+        if row.ratio is not None and same_length and row.base != f"{row.rival} {row.length}"
+        else ""
+    )
+    return shown + ratio + ("*" if row.status == "once" else "")
+
+
+def op_table(rows: list[Row]) -> str:
+    """Ops with their rates, and the share of the floor that products and copies at the machine's rates would set."""
+    lines = []
+    for row in sorted(rows, key=lambda row: row.length):
+        if row.seconds is None:
+            lines.append([row.rival, str(row.length), row.work, cell(row), "", "", ""])
+            continue
+        rates = [f"{(amount or 0) / row.seconds / 1e9:.1f}" for amount in (row.flops, row.bytes)]
+        floor = floor_of(row, rows)
+        shown = f"{floor / row.seconds:.2f}" if floor is not None else ""
+        lines.append([row.rival, str(row.length), row.work, f"{row.seconds * 1e3:.4g} ms", *rates, shown])
+    return table(["op", "tokens", "work", "time", "GFLOP/s", "GB/s", "share of floor"], lines)
+
+
+def floor_of(row: Row, rows: list[Row]) -> float | None:
+    """Seconds that the op's products and bytes would take at the rates measured beside it."""
+    if row.rival in ("mm", "copy"):
+        return None
+    rates = {other.rival: other for other in rows if other.length == row.length and other.seconds}
+    product, copy = rates.get("mm"), rates.get("copy")
+    if not product or not copy or not product.flops or not copy.bytes or not product.seconds or not copy.seconds:
+        return None
+    return max((row.flops or 0) / product.flops * product.seconds, (row.bytes or 0) / copy.bytes * copy.seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--output_dir", type=Path, help="by default beside the first results")
+    args = parser.parse_args()
+    for made in write_report(args.results, args.output_dir or args.results[0].parent):
+        print(made)
+
+
+if __name__ == "__main__":
+    main()

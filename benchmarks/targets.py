@@ -1,0 +1,204 @@
+"""What the package sets out to reach, beside what was measured."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from .cases import BACKWARD, BOTH, FORWARD
+from .results import Row
+from .training import LAYERS, STEP
+
+K = 1024
+RIVAL_REFORMERS = ("built-in", "reformer-pytorch")
+
+
+class Target(NamedTuple):
+    """A line of the table: `measured` must be at least (or at most) `wanted`; None where it was not measured."""
+
+    what: str
+    against: str
+    setting: str
+    wanted: float
+    at_least: bool
+    measured: float | None
+    unit: str = "×"
+    note: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        if self.measured is None:
+            return None
+        return self.measured >= self.wanted if self.at_least else self.measured <= self.wanted
+
+
+class Measured:
+    """Rows of one thread count, found by what they are about. Memory does not depend on it and is found anyway."""
+
+    def __init__(self, rows: list[Row], threads: int, huge_pages: bool):
+        mine = [row for row in rows if row.huge_pages == huge_pages]
+        self.rows = [row for row in mine if row.threads == threads or row.quantity == "memory"]
+
+    def all(self, section: str, rival: str, **wanted: Any) -> list[Row]:
+        """Rows that hold a number; times unless `quantity` says otherwise."""
+        wanted = {"quantity": "time", "section": section, "rival": rival} | wanted
+        found = [row for row in self.rows if all(getattr(row, name) == value for name, value in wanted.items())]
+        return [row for row in found if row.value is not None]
+
+    def one(self, section: str, rival: str, **wanted: Any) -> Row | None:
+        return next(iter(self.all(section, rival, **wanted)), None)
+
+    def quotient(self, section: str, above: str, below: str, **wanted: Any) -> float | None:
+        """Time or memory of one rival over another's, on the same case."""
+        return over(self.one(section, above, **wanted), self.one(section, below, **wanted))
+
+
+def over(above: Row | None, below: Row | None) -> float | None:
+    """Quotient of two rows; by their paired ratios where they stood in one group."""
+    if above is None or below is None or not above.value or not below.value:
+        return None
+    if above.base == below.base and above.ratio and below.ratio:
+        return above.ratio / below.ratio
+    return above.value / below.value
+
+
+def find_targets(rows: list[Row], threads: int, huge_pages: bool) -> list[Target]:
+    """The whole table for one thread count."""
+    measured = Measured(rows, threads, huge_pages)
+    parts = (cores, modes, shares, memory, break_even, steps, torch_backend, growth)
+    return [target for part in parts for target in part(measured)]
+
+
+def cores(measured: Measured) -> Iterator[Target]:
+    lengths = (K, 4 * K, 16 * K, 64 * K)
+    wanted = {
+        FORWARD: dict(zip(lengths, (12, 12, 18, 18), strict=True)),
+        BOTH: dict(zip(lengths, (8, 10, 13, 13), strict=True)),
+    }
+    for work, by_length in wanted.items():
+        for length, least in by_length.items():
+            yield from against_reformers(measured, work, length, True, least)
+    for work, least in ((FORWARD, 7), (BOTH, 8)):
+        yield from against_reformers(measured, work, 4 * K, False, least)
+
+
+def against_reformers(measured: Measured, work: str, length: int, causal: bool, least: float) -> Iterator[Target]:
+    for rival in RIVAL_REFORMERS:
+        case = {"length": length, "work": work, "rounds": 2, "causal": causal}
+        ratio = measured.quotient("core", rival, "ours chunk", **case)
+        setting = f"{length} tokens, {'causal' if causal else 'bidirectional'}"
+        yield Target(f"core {work}, chunks", rival, setting, least, True, ratio)
+
+
+def modes(measured: Measured) -> Iterator[Target]:
+    for work in (FORWARD, BOTH):
+        for length in (K, 4 * K, 16 * K, 64 * K):
+            case = {"length": length, "work": work, "rounds": 2, "causal": True}
+            ratio = measured.quotient("core", "ours window", "ours chunk", **case)
+            yield Target(f"core {work}, windows", "ours, chunks", f"{length} tokens, causal", 1.3, False, ratio)
+
+
+def shares(measured: Measured) -> Iterator[Target]:
+    for length, least in ((4 * K, 0.85), (64 * K, 0.75)):
+        product = measured.one("ops", "mm", length=length)
+        for work in (FORWARD, BACKWARD):
+            op = measured.one("ops", "chunk attention", length=length, work=work)
+            setting = f"{length} tokens, chunks"
+            yield Target(f"attention alone, {work}", "matrix products", setting, least, True, share(op, product), "")
+
+
+def share(op: Row | None, product: Row | None) -> float | None:
+    """Part of the rate of large matrix products that an op reaches."""
+    slowness = over(op, product)
+    if slowness is None or op is None or product is None or not op.flops or not product.flops:
+        return None
+    return op.flops / product.flops / slowness
+
+
+def memory(measured: Measured) -> Iterator[Target]:
+    for mode in ("chunk", "window"):
+        row = measured.one("core", f"ours {mode}", quantity="memory", length=16 * K, work=BOTH, rounds=2, causal=True)
+        extra = row.peak_bytes / row.bytes - 1 if row and row.peak_bytes and row.bytes else None
+        yield Target(f"memory of core {BOTH}, {mode}s", "out, dq and dv", "16384 tokens", 0.08, False, extra, "extra")
+
+
+def break_even(measured: Measured) -> Iterator[Target]:
+    for work in (FORWARD, BOTH):
+        length, note = break_even_length(measured, work)
+        setting = "1 hash order and the position order"
+        yield Target(f"break-even, {work}", "sdpa", setting, 384, False, length, "tokens", note)
+
+
+def break_even_length(measured: Measured, work: str) -> tuple[float | None, str]:
+    """Where exact attention begins to take longer for good: between the last length where it wins and the next."""
+    ours = {row.length: row for row in measured.all("break-even", "ours default", work=work)}
+    exact = {row.length: row for row in measured.all("break-even", "sdpa", work=work)}
+    ratios = [(length, over(exact[length], ours[length])) for length in sorted(ours.keys() & exact.keys())]
+    known = [(length, ratio) for length, ratio in ratios if ratio]
+    losing = [index for index, (_, ratio) in enumerate(known) if ratio < 1]
+    if not known:
+        return None, ""
+    if not losing:
+        return float(known[0][0]), "or shorter"
+    if losing[-1] == len(known) - 1:
+        return None, f"beyond {known[-1][0]} tokens"
+    (short, below), (long, above) = known[losing[-1]], known[losing[-1] + 1]
+    part = -math.log(below) / (math.log(above) - math.log(below))
+    return short * (long / short) ** part, ""
+
+
+def steps(measured: Measured) -> Iterator[Target]:
+    case = {"length": 16 * K, "layers": LAYERS}
+    faster = measured.quotient("step", "built-in", "ours", **case)
+    smaller = measured.quotient("step", "ours", "built-in", quantity="memory", **case)
+    yield Target(STEP, "built-in", "16384 tokens", 2, True, faster)
+    yield Target(f"memory of a {STEP}", "built-in", "16384 tokens", 1 / 3, False, smaller)
+    yield Target(STEP, "its floor", "16384 tokens", 1.25, False, over_floor(measured, 16 * K))
+    for length, least in ((16 * K, 3.5), (64 * K, 10)):
+        row = measured.one("step", "full", length=length)
+        ratio = measured.quotient("step", "full", "ours", length=length, layers=LAYERS)
+        yield Target(STEP, "sdpa Transformer", f"{length} tokens", least, True, ratio, note=row.note if row else "")
+
+
+def over_floor(measured: Measured, length: int) -> float | None:
+    """Time of a step over that of its dense products at the measured rate plus its attention."""
+    step, product, attention = (
+        measured.one("step", rival, length=length) for rival in ("ours", "mm", "attention part")
+    )
+    if step is None or product is None or attention is None or not product.flops or not step.flops:
+        return None
+    products, attended = over(product, step), over(attention, step)
+    if products is None or attended is None:
+        return None
+    return 1 / (step.flops / product.flops * products + step.layers / 2 * attended)
+
+
+def torch_backend(measured: Measured) -> Iterator[Target]:
+    for mode, least in (("chunk", 2.5), ("window", 2.0)):
+        for work in (FORWARD, BOTH):
+            for length in (4 * K, 16 * K):
+                case = {"length": length, "work": work, "rounds": 2, "causal": True}
+                ratio = measured.quotient("core", "built-in", f"ours {mode} torch", **case)
+                what = f"core {work}, {mode}s, torch backend"
+                yield Target(what, "built-in", f"{length} tokens, causal", least, True, ratio)
+
+
+def growth(measured: Measured) -> Iterator[Target]:
+    for section, rivals, works in (
+        ("growth", ("ours chunk", "ours window"), (FORWARD, BOTH)),
+        ("step growth", ("ours",), (STEP,)),
+    ):
+        for rival in rivals:
+            for work in works:
+                yield growth_of(measured, section, rival, work)
+
+
+def growth_of(measured: Measured, section: str, rival: str, work: str) -> Target:
+    """Time per token of the longest line over that of the shortest."""
+    rows = sorted(measured.all(section, rival, work=work), key=lambda row: row.length)
+    setting, ratio = f"{128 * K} to {16 * K} tokens", None
+    if len(rows) > 1:
+        short, long = rows[0], rows[-1]
+        setting, quotient = f"{long.length} to {short.length} tokens", over(long, short)
+        ratio = quotient * short.length / long.length if quotient else None
+    what = work if section == "step growth" else f"core {work}, {rival.split()[-1]}s"
+    return Target(f"time per token, {what}", "shorter lines", setting, 1.25, False, ratio)

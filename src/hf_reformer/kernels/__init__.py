@@ -1,0 +1,1 @@
+"""Accelerated backends of ordered attention; everything runs without them, only slower."""

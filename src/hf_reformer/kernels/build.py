@@ -1,0 +1,116 @@
+"""Compiling the C++ kernels on first use: one shared library per vector width, kept in the user's cache."""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "csrc"
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared"]
+# What each variant asks of the compiler; every processor runs the last one.
+VARIANTS = {
+    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"],
+    "avx2": ["-mavx2", "-mfma"],
+    "portable": [],
+}
+COMPILE_SECONDS = 120  # more than that, and something is wrong
+
+
+class CannotBuild(Exception):
+    """Why there is no compiled kernel, in words for the user."""
+
+
+def supported_variants() -> list[str]:
+    """Variants that this processor runs, best first; HF_REFORMER_CPU_VARIANT names one to use alone.
+
+    Raises:
+        ValueError: the environment variable names no variant.
+    """
+    chosen = os.environ.get("HF_REFORMER_CPU_VARIANT")
+    if chosen:
+        if chosen not in VARIANTS:
+            raise ValueError(f"HF_REFORMER_CPU_VARIANT={chosen!r} is none of {sorted(VARIANTS)}.")
+        return [chosen]
+    capability = torch.backends.cpu.get_cpu_capability()
+    best = {"AVX512": 0, "AVX2": 1}.get(capability, 2)
+    return list(VARIANTS)[best:]
+
+
+def compiler() -> str:
+    """Path of the C++ compiler: $CXX, or the first of c++, g++ and clang++.
+
+    Raises:
+        CannotBuild: there is none.
+    """
+    if sys.platform == "win32":
+        raise CannotBuild("the compiled kernels are not built on Windows")
+    for name in filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]):
+        if found := shutil.which(name):
+            return found
+    raise CannotBuild("there is no C++ compiler (c++, g++ or clang++; or set CXX)")
+
+
+def cache_folder() -> Path:
+    """$HF_REFORMER_CACHE, or hf_reformer in the user's cache folder."""
+    if chosen := os.environ.get("HF_REFORMER_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_reformer"
+
+
+def _command(variant: str) -> list[str]:
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none; plain threads then
+    return [compiler(), *FLAGS, *openmp, *VARIANTS[variant], str(SOURCES / "api.cpp")]
+
+
+def library_path(variant: str) -> Path:
+    """Where the compiled variant lies; the name tells sources, compiler and flags apart."""
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    version = subprocess.run([compiler(), "--version"], capture_output=True, check=False).stdout
+    digest.update(version + " ".join([*_command(variant), platform.machine()]).encode())
+    return cache_folder() / f"kernels-{variant}-{digest.hexdigest()[:16]}.so"
+
+
+@functools.cache
+def load_library(variant: str) -> ctypes.CDLL:
+    """The compiled variant, from the cache or compiled now.
+
+    Raises:
+        CannotBuild: no compiler, or it fails.
+    """
+    path = library_path(variant)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_suffix(".lock"), timeout=COMPILE_SECONDS):
+            if not path.exists():
+                _compile(variant, path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:  # an unwritable cache, a lock that is never released, a library that does not load
+        raise CannotBuild(f"the compiled kernels cannot be kept in or read from {path.parent}: {error}") from error
+
+
+def _compile(variant: str, path: Path) -> None:
+    logger.warning("compiling the %s attention kernel, once (about ten seconds)", variant)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        command = [*_command(variant), "-o", str(built)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise CannotBuild(f"compiling took more than {COMPILE_SECONDS} seconds: {' '.join(command)}") from error
+        if done.returncode:
+            raise CannotBuild(f"compiling failed: {' '.join(command)}\n{done.stderr[-2000:]}")
+        built.replace(path)

@@ -1,0 +1,205 @@
+// Backward pass (Dao et al. 2022, section 3.1): weights are computed again from the saved maximum and sum of every row,
+// dS = P * (dO V^T - rowsum(dO * O)). A key tile gathers its gradients while it is in reach and adds them to its tokens'
+// rows when it leaves.
+#pragma once
+
+#include "forward.hpp"
+
+namespace hf {
+
+struct BackwardScratch {
+    Arena arena;
+    Ring ring;
+    Queries queries;
+    float *scores, *slopes, *upstream, *query_grad;  // [kTile][kScores] twice; panels
+    alignas(64) float drift[kTile], shift[kTile], mass[kTile];
+
+    explicit BackwardScratch(const Problem& p)
+        : arena(Ring::floats(p, true) + 2 * kTile * kScores + (panels_of(p.value_size) + panels_of(p.size)) * kPanel * kTile),
+          ring(p, true, arena), queries(p), scores(arena.take(kTile * kScores)), slopes(arena.take(kTile * kScores)),
+          upstream(arena.take(panels_of(p.value_size) * kPanel * kTile)),
+          query_grad(arena.take(panels_of(p.size) * kPanel * kTile)) {}
+};
+
+template <bool kShared, bool kWindow> struct BackwardTask {
+    const Problem& p;
+    const Head& head;
+    const Source upstream;
+    int64_t round;
+    BackwardScratch& w;
+
+    void run(int64_t begin, int64_t end) {
+        auto leave = [this](Tile& tile) { add_gradients(tile); };
+        for (int64_t tile = begin; tile < end; tile++) {
+            w.queries.read(head, round, tile);
+            if (w.queries.lowest > w.queries.highest) continue;
+            Tile& own = w.ring.get(head, tile, round, leave);
+            const float* rows = kShared ? own.rows : w.queries.own_rows.data();
+            float* grad = kShared ? own.grad : w.query_grad;
+            if (!kShared) std::memset(grad, 0, panels_of(p.size) * kPanel * kTile * sizeof(float));
+            load_state();
+            int64_t key_tile = tile;
+            while (head.geometry.first(key_tile) > w.queries.lowest) key_tile--;
+            do {
+                KeyBlock block;
+                for (; block.tiles < kBlock && head.geometry.first(key_tile) <= w.queries.highest; key_tile++)
+                    block.add(w.ring.get(head, key_tile, round, leave), w.queries);
+                add_block(block, rows, grad);
+            } while (head.geometry.first(key_tile) <= w.queries.highest);
+            if (!kShared)
+                for (int i = 0; i < w.queries.count; i++)
+                    scatter<true>(grad, i, size(), splat(1.0f), head.row(p.query_grad, w.queries.token[i], p.size));
+        }
+        w.ring.clear(leave);
+    }
+    int size() const { return static_cast<int>(p.size); }
+    int value_size() const { return static_cast<int>(p.value_size); }
+
+    void load_state() {
+        const Queries& q = w.queries;
+        for (int i = 0; i < q.count; i++) {
+            int64_t at = head.offset + q.token[i];
+            float top = p.top[at];
+            w.mass[i] = p.mass[at];
+            w.shift[i] = top < kFixed ? kNothing : -(top + std::log2(w.mass[i]));
+            w.drift[i] = p.drift[at];
+            upstream.gather(q.token[i], w.upstream, i);
+            if (p.dropout_scale != 1) scale_row(w.upstream, i, value_size(), static_cast<float>(p.dropout_scale));
+        }
+        for (int i = q.count; i < kTile; i++) Tile::clear_row(w.upstream, i, p.value_size);
+    }
+
+    void add_block(const KeyBlock& block, const float* rows, float* query_grad) {
+        const Queries& q = w.queries;
+        int groups = (q.count + kGranule - 1) / kGranule;
+        multiply_rows(rows, size(), block, groups, w.scores, [](const Tile& t) { return t.columns; });
+        multiply_rows(w.upstream, value_size(), block, groups, w.slopes, [](const Tile& t) { return t.value_columns; });
+        for (int i = 0; i < groups * kGranule; i++) {
+            if (i >= q.count)
+                clear_row(block, i);
+            else if (w.shift[i] == kNothing)
+                weigh_fixed(block, i);
+            else if (p.key_draw)
+                weigh<true>(block, i);
+            else
+                weigh<false>(block, i);
+        }
+        add_weighted_columns(w.scores, w.upstream, value_size(), block, groups, [](Tile& t) { return t.value_grad; });
+        add_weighted_columns(w.slopes, rows, size(), block, groups, [](Tile& t) { return t.grad; });
+        add_weighted_rows(w.slopes, size(), block, groups, query_grad, [](const Tile& t) { return t.rows; });
+    }
+    template <typename F> HF_INLINE void for_columns(const KeyBlock& block, int i, F&& f) {
+        for (int slot = 0; slot < block.tiles; slot++) {
+            int64_t row = i * kScores + slot * kTile;
+            const int begin = block.begin[slot][i / kGranule], end = block.end[slot][i / kGranule];
+            for (int column = begin; column < end; column += kWidth)
+                f(*block.tile[slot], column, w.scores + row + column, w.slopes + row + column);
+        }
+    }
+    void clear_row(const KeyBlock& block, int i) {
+        for_columns(block, i, [](Tile&, int, float* score, float* slope) {
+            store(score, zero());
+            store(slope, zero());
+        });
+    }
+    // Scores become weights after dropout, their slopes gradients of the query's product with the key's row.
+    template <bool kDrop> HF_INLINE void weigh(const KeyBlock& block, int i) {
+        RowMask<kShared, kWindow> mask(w.queries, i, head.earlier(round), p.keep_threshold);
+        Float shift = splat(w.shift[i]), drift = splat(w.drift[i]);
+        for_columns(block, i, [&](Tile& t, int column, float* score, float* slope) {
+            Float x = load(score) * load(t.scale + column);
+            Float weight = keep(mask.open(t, column), exp2(x + shift)), used = weight, gain = load(slope);
+            if constexpr (kDrop) {
+                Mask dropped = mask.dropped(t, column);
+                used = select(dropped, zero(), used);
+                gain = select(dropped, zero(), gain);
+            }
+            Float change = weight * (gain - drift);
+            store(score, used);
+            if constexpr (kShared) {
+                store(t.pull + column, fma(change, x, load(t.pull + column)));
+                change = change * load(t.unit + column);
+            }
+            store(slope, change);
+        });
+    }
+    // Rows whose scores are fixed numbers: themselves (shared query/key), or nothing but padding (chunk rule).
+    void weigh_fixed(const KeyBlock& block, int i) {
+        RowMask<kShared, kWindow> mask(w.queries, i, head.earlier(round), p.keep_threshold);
+        Float weight = splat(1 / w.mass[i]);
+        for_columns(block, i, [&](Tile& t, int column, float* score, float* slope) {
+            Mask used = mask.shown(t, column);
+            if (kShared) used = both(used, mask.itself(t, column));
+            if (p.key_draw) used = first_only(used, mask.dropped(t, column));
+            store(score, keep(used, weight));
+            store(slope, zero());
+        });
+    }
+    // The key of shared attention is query * unit: its gradient loses its part along the query.
+    void add_gradients(Tile& tile) {
+        float* keys = kShared ? p.query_grad : p.key_grad;
+        for (int i = 0; i < tile.count; i++) {
+            if (kShared) {
+                float along = tile.unit[i] * tile.unit[i] * tile.pull[i] / kLog2E;
+                for (int panel = 0; panel < panels_of(p.size); panel++)
+                    for (int half = 0; half < kPanel; half += kWidth) {
+                        int64_t at = (panel * kTile + i) * kPanel + half;
+                        store(tile.grad + at, fma(splat(-along), load(tile.rows + at), load(tile.grad + at)));
+                    }
+            }
+            scatter<true>(tile.grad, i, size(), splat(1.0f), head.row(keys, tile.token[i], p.size));
+            scatter<true>(tile.value_grad, i, value_size(), splat(1.0f), head.row(p.value_grad, tile.token[i], p.value_size));
+        }
+    }
+};
+
+// drift = rowsum(grad * out), and gradients set to zero.
+inline void prepare_backward(const Problem& p) {
+    parallel_for(p.batch * p.heads, p.threads, [&](int64_t task, int) {
+        Head head(p, task);
+        Source upstream(p.grad, head.batch, head.head, false, p.value_size);
+        for (int64_t token = 0; token < p.length; token++) {
+            const float *grad = reinterpret_cast<const float*>(upstream.row(token)), *out = head.row(p.out, token, p.value_size);
+            Float total = zero();
+            int64_t column = 0;
+            for (; column + kWidth <= p.value_size; column += kWidth) total = fma(load(grad + column), load(out + column), total);
+            float drift = sum(total);
+            for (; column < p.value_size; column++) drift += grad[column] * out[column];
+            p.drift[head.offset + token] = drift;
+            std::memset(head.row(p.query_grad, token, p.size), 0, p.size * sizeof(float));
+            if (p.key_grad) std::memset(head.row(p.key_grad, token, p.size), 0, p.size * sizeof(float));
+            std::memset(head.row(p.value_grad, token, p.value_size), 0, p.value_size * sizeof(float));
+        }
+    });
+}
+
+// A segment writes to rows of its neighbours. So neighbours take turns, and so does what reaches across rounds, where
+// any token may stand: even segments, odd ones, the first of a round, the last.
+inline int turn_of(int64_t segment, int64_t segments, bool wraps) {
+    if (wraps && segments > 1 && segment == 0) return 2;
+    if (wraps && segments > 1 && segment == segments - 1) return 3;
+    return static_cast<int>(segment % 2);
+}
+
+template <bool kShared, bool kWindow> void run_backward(const Problem& p) {
+    int64_t heads = p.batch * p.heads, tiles = Geometry(p).per_round, segments = segments_of(p, 2 * reach_in_tiles(p));
+    std::vector<std::unique_ptr<BackwardScratch>> scratch(std::max<int64_t>(1, p.threads));
+    prepare_backward(p);
+    for (int64_t round = 0; round < p.rounds; round++)
+        for (int turn = 0; turn < 4; turn++) {
+            std::vector<int64_t> chosen;
+            for (int64_t segment = 0; segment < segments; segment++)
+                if (turn_of(segment, segments, !kWindow) == turn) chosen.push_back(segment);
+            int64_t count = static_cast<int64_t>(chosen.size());
+            parallel_for(heads * count, p.threads, [&](int64_t task, int worker) {
+                if (!scratch[worker]) scratch[worker] = std::make_unique<BackwardScratch>(p);
+                Head head(p, task / count);
+                int64_t segment = chosen[task % count], start = round * tiles;
+                Source upstream(p.grad, head.batch, head.head, false, p.value_size);
+                BackwardTask<kShared, kWindow>{p, head, upstream, round, *scratch[worker]}.run(
+                    start + tiles * segment / segments, start + tiles * (segment + 1) / segments);
+            });
+        }
+}
+
+}  // namespace hf

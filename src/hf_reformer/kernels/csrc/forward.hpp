@@ -1,0 +1,226 @@
+// Forward pass: for every tile of queries, scores with the tiles it sees, an online softmax that goes on from round to
+// round, and the weighted sum of values. A row's state between rounds is its running maximum, sum and output.
+#pragma once
+
+#include "blocks.hpp"
+#include "parallel.hpp"
+
+namespace hf {
+
+struct ForwardScratch {
+    Arena arena;
+    Ring ring;
+    Queries queries;
+    float *scores, *out;  // [kTile][kScores]; panels
+    alignas(64) float top[kTile], mass[kTile];
+
+    explicit ForwardScratch(const Problem& p)
+        : arena(Ring::floats(p, false) + kTile * kScores + panels_of(p.value_size) * kPanel * kTile), ring(p, false, arena),
+          queries(p), scores(arena.take(kTile * kScores)), out(arena.take(panels_of(p.value_size) * kPanel * kTile)) {}
+};
+
+HF_INLINE void scale_row(float* panels, int row, int size, float factor) {
+    for (int panel = 0; panel < panels_of(size); panel++)
+        for (int half = 0; half < kPanel; half += kWidth) {
+            float* at = panels + (panel * kTile + row) * kPanel + half;
+            store(at, load(at) * splat(factor));
+        }
+}
+
+template <bool kShared, bool kWindow> struct ForwardTask {
+    const Problem& p;
+    const Head& head;
+    int64_t round;
+    ForwardScratch& w;
+
+    void run(int64_t begin, int64_t end) {
+        auto nothing = [](Tile&) {};
+        w.ring.clear(nothing);
+        for (int64_t tile = begin; tile < end; tile++) {
+            w.queries.read(head, round, tile);
+            load_state();
+            if (w.queries.lowest <= w.queries.highest) {
+                const Tile& own = w.ring.get(head, tile, round, nothing);
+                if (kShared) w.queries.take_norms(own);
+                const float* rows = kShared ? own.rows : w.queries.own_rows.data();
+                int64_t key_tile = first_tile(tile);
+                do {
+                    KeyBlock block;
+                    for (; block.tiles < kBlock && head.geometry.first(key_tile) <= w.queries.highest; key_tile++)
+                        block.add(w.ring.get(head, key_tile, round, nothing), w.queries);
+                    add_block(block, rows);
+                } while (head.geometry.first(key_tile) <= w.queries.highest);
+            }
+            prefetch(tile + 1);
+            finish();
+        }
+    }
+    int64_t first_tile(int64_t tile) const {
+        while (head.geometry.first(tile) > w.queries.lowest) tile--;
+        return tile;
+    }
+    void prefetch(int64_t tile) const {
+        if (tile >= head.geometry.tiles()) return;
+        int64_t place = head.geometry.first(tile);
+        for (int i = 0; i < head.geometry.count(tile); i++) {
+            head.query.prefetch(head.line[place + i]);
+            head.value.prefetch(head.line[place + i]);
+        }
+    }
+    void load_state() {
+        const Queries& q = w.queries;
+        for (int i = 0; i < kTile; i++) {
+            w.top[i] = kNothing;
+            w.mass[i] = 0;
+        }
+        if (round == 0) {
+            std::memset(w.out, 0, panels_of(p.value_size) * kPanel * kTile * sizeof(float));
+            return;
+        }
+        Source rows({p.out, p.length * p.heads * p.value_size, p.value_size, p.heads * p.value_size}, head.batch, head.head,
+                    false, p.value_size);
+        for (int i = 0; i < q.count; i++) {
+            w.top[i] = p.top[head.offset + q.token[i]];
+            w.mass[i] = p.mass[head.offset + q.token[i]];
+            rows.gather(q.token[i], w.out, i);
+        }
+    }
+
+    void add_block(const KeyBlock& block, const float* rows) {
+        const Queries& q = w.queries;
+        int groups = (q.count + kGranule - 1) / kGranule;
+        multiply_rows(rows, static_cast<int>(p.size), block, groups, w.scores, [](const Tile& t) { return t.columns; });
+        float longest = 1, steepest = 0;  // keys of shared attention are shorter than 1
+        if (!kShared) {
+            longest = 0;
+            for (int slot = 0; slot < block.tiles; slot++) longest = std::max(longest, block.tile[slot]->longest);
+        }
+        for (int i = 0; i < q.count; i++) steepest = std::max(steepest, q.norm[i] * longest);
+        bool easy = steepest < kEasy && (kShared || kWindow || !head.mask);
+        for (int i = 0; i < groups * kGranule; i++) {
+            if (i >= q.count)
+                clear_row(block, i);
+            else if (easy)
+                weigh_bounded(block, i, q.norm[i] * longest);
+            else
+                weigh(block, i);
+        }
+        add_weighted_rows(w.scores, static_cast<int>(p.value_size), block, groups, w.out, [](const Tile& t) { return t.values; });
+    }
+    template <typename F> HF_INLINE void for_columns(const KeyBlock& block, int i, F&& f) {
+        for (int slot = 0; slot < block.tiles; slot++) {
+            float* scores = w.scores + i * kScores + slot * kTile;
+            const int begin = block.begin[slot][i / kGranule], end = block.end[slot][i / kGranule];
+            for (int column = begin; column < end; column += kWidth) f(*block.tile[slot], column, scores + column);
+        }
+    }
+    void clear_row(const KeyBlock& block, int i) {
+        for_columns(block, i, [](const Tile&, int, float* at) { store(at, zero()); });
+    }
+    // Moves a row's running maximum to `top`; sum and output follow.
+    HF_INLINE void move_top(int i, float top) {
+        if (top == w.top[i]) return;
+        if (w.mass[i] != 0) {
+            float decay = std::exp2(w.top[i] - top);
+            w.mass[i] *= decay;
+            scale_row(w.out, i, static_cast<int>(p.value_size), decay);
+        }
+        w.top[i] = top;
+    }
+    // Weights by a bound on the scores instead of their maximum. Pairs with a fixed score weigh nothing beside others
+    // and are left out; where there are no others, a token of shared query/key attention has itself.
+    HF_INLINE void weigh_bounded(const KeyBlock& block, int i, float bound) {
+        RowMask<kShared, kWindow> mask(w.queries, i, head.earlier(round), p.keep_threshold);
+        float top = std::max(w.top[i], bound);
+        Float shift = splat(-top);
+        float total = store_weights(block, i, mask, [&](const Tile& t, int column, const float* at) {
+            return keep(mask.open(t, column), exp2(fma(load(at), load(t.scale + column), shift)));
+        });
+        if (total > 0) {
+            move_top(i, top);
+        } else if (kShared && w.top[i] < kFixed) {
+            total = store_weights(block, i, mask, [&](const Tile& t, int column, const float*) {
+                return keep(both(mask.shown(t, column), mask.itself(t, column)), splat(1.0f));
+            });
+            if (total > 0) move_top(i, kSelf);
+        }
+        w.mass[i] += total;
+    }
+    // Puts weight_of(tile, column, score) in the scores' place, or 0 where dropout says so; returns the sum before it.
+    template <typename F>
+    HF_INLINE float store_weights(const KeyBlock& block, int i, const RowMask<kShared, kWindow>& mask, F&& weight_of) {
+        Float total = zero();
+        auto run = [&](auto drop) {
+            for_columns(block, i, [&](const Tile& t, int column, float* at) {
+                Float x = weight_of(t, column, at);
+                total = total + x;
+                if constexpr (drop.value) x = select(mask.dropped(t, column), zero(), x);
+                store(at, x);
+            });
+        };
+        if (p.key_draw)
+            run(std::true_type());
+        else
+            run(std::false_type());
+        return sum(total);
+    }
+    // Weights by the true maximum, fixed scores included.
+    void weigh(const KeyBlock& block, int i) {
+        RowMask<kShared, kWindow> mask(w.queries, i, head.earlier(round), p.keep_threshold);
+        Float top = splat(kNothing);
+        for_columns(block, i, [&](const Tile& t, int column, float* at) {
+            Float x = load(at) * load(t.scale + column);
+            if (!kWindow) x = select(mask.masked(t, column), splat(kMasked), x);
+            if (kShared) x = select(mask.itself(t, column), splat(kSelf), x);
+            x = select(mask.shown(t, column), x, splat(kNothing));
+            top = max(top, x);
+            store(at, x);
+        });
+        move_top(i, std::max(w.top[i], largest(top)));
+        Float shift = splat(-w.top[i]);
+        w.mass[i] += store_weights(block, i, mask, [&](const Tile&, int, const float* at) {
+            Float score = load(at);
+            return keep(greater(score, splat(kNothing)), exp2(score + shift));
+        });
+    }
+
+    void finish() {
+        const Queries& q = w.queries;
+        bool last = round == p.rounds - 1;
+        for (int i = 0; i < q.count; i++) {
+            int token = q.token[i];
+            float factor = 1;
+            if (last) {
+                if (w.mass[i] == 0) w.mass[i] = 1;
+                factor = static_cast<float>(p.dropout_scale) / w.mass[i];
+            }
+            scatter<false>(w.out, i, static_cast<int>(p.value_size), splat(factor), head.row(p.out, token, p.value_size));
+            p.top[head.offset + token] = w.top[i];
+            p.mass[head.offset + token] = w.mass[i];
+        }
+    }
+};
+
+// Segments of a head's rounds that run side by side, when there are fewer heads than threads could use.
+inline int64_t segments_of(const Problem& p, int64_t smallest) {
+    int64_t heads = p.batch * p.heads, tiles = Geometry(p).per_round;
+    if (p.threads <= 1) return 1;
+    int64_t wanted = (4 * p.threads + heads - 1) / heads;
+    if (heads >= 4 * p.threads || heads % p.threads == 0) return 1;
+    return std::max<int64_t>(1, std::min(wanted, tiles / smallest));
+}
+
+template <bool kShared, bool kWindow> void run_forward(const Problem& p) {
+    int64_t heads = p.batch * p.heads, tiles = Geometry(p).per_round, segments = segments_of(p, reach_in_tiles(p));
+    std::vector<std::unique_ptr<ForwardScratch>> scratch(std::max<int64_t>(1, p.threads));
+    for (int64_t round = 0; round < p.rounds; round++)  // a round reads what the one before it wrote
+        parallel_for(heads * segments, p.threads, [&](int64_t task, int worker) {
+            if (!scratch[worker]) scratch[worker] = std::make_unique<ForwardScratch>(p);
+            Head head(p, task / segments);
+            int64_t segment = task % segments, start = round * tiles;
+            ForwardTask<kShared, kWindow>{p, head, round, *scratch[worker]}.run(
+                start + tiles * segment / segments, start + tiles * (segment + 1) / segments);
+        });
+}
+
+}  // namespace hf

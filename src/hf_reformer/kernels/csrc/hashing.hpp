@@ -1,0 +1,121 @@
+// Angular LSH (Andoni et al. 2015) and the orders made of buckets: projections, argmax over [x; -x], counting sort.
+#pragma once
+
+#include "parallel.hpp"
+#include "tiles.hpp"
+
+namespace hf {
+
+struct HashScratch {
+    std::vector<float> rows, columns, rotations, projected;
+    HashScratch(const Hashing& h, int64_t padded)
+        : rows(panels_of(h.size) * kPanel * kTile), columns(rows.size()), rotations(h.size * padded), projected(padded * kTile) {}
+};
+
+// Projections of one tile, transposed: projected[column][token].
+inline void project(const float* rotations, int64_t padded, const float* columns, int size, float* projected) {
+    const int height = (size + kWidth - 1) / kWidth * kWidth;
+    for (int panel = 0; panel < kTile / kPanel; panel++)
+        for (int64_t at = 0; at < padded; at += kRows) {
+            Block<kRows, 2> sums;
+            sums.clear();
+            for (int k = 0; k < size; k++) {  // rotations: [padded / kRows][size][kRows]
+                const float* b = columns + (panel * height + k) * kPanel;
+                Float first = load(b), second = load(b + kWidth);
+                for (int m = 0; m < kRows; m++) {
+                    Float x = splat(rotations[(at * size) + k * kRows + m]);
+                    sums.at[m][0] = fma(x, first, sums.at[m][0]);
+                    sums.at[m][1] = fma(x, second, sums.at[m][1]);
+                }
+            }
+            sums.write(projected + at * kTile + panel * kPanel, kTile);
+        }
+}
+
+// Buckets of kWidth tokens of one round: per factor the column of the largest |x|, then its sign.
+inline Int buckets_of(const float* projected, const Hashing& h) {
+    Int bucket = splat(0);
+    int64_t stride = 1, column = 0;
+    for (int64_t f = 0; f < h.num_factors; f++) {
+        int64_t half = h.factors[f] / 2;
+        Float best = splat(-1.0f);
+        Int index = splat(0);
+        for (int64_t c = 0; c < half; c++) {
+            Float x = load(projected + (column + c) * kTile), size = abs(x);
+            Int own = select(greater(zero(), x), splat(static_cast<int>((c + half) * stride)), splat(static_cast<int>(c * stride)));
+            Mask better = greater(size, best);
+            index = select(better, own, index);
+            best = select(better, size, best);
+        }
+        bucket = add(bucket, index);
+        stride *= h.factors[f];
+        column += half;
+    }
+    return bucket;
+}
+
+inline void hash_tiles(const Hashing& h, int64_t head_index, int64_t begin, int64_t end, int64_t padded, HashScratch& w) {
+    int64_t batch = head_index / h.heads, head = head_index % h.heads, columns = h.rounds * h.columns;
+    Source vectors(h.vectors, batch, head, h.bfloat16, h.size);
+    std::fill(w.rotations.begin(), w.rotations.end(), 0.0f);
+    for (int64_t k = 0; k < h.size; k++)
+        for (int64_t c = 0; c < columns; c++)
+            w.rotations[(c / kRows * h.size + k) * kRows + c % kRows] = h.rotations[(head * h.size + k) * columns + c];
+    for (int64_t first = begin * kTile; first < std::min(end * kTile, h.length); first += kTile) {
+        int count = static_cast<int>(std::min<int64_t>(kTile, h.length - first));
+        for (int i = 0; i < count; i++) vectors.gather(static_cast<int>(first + i), w.rows.data(), i);
+        transpose_panels(w.rows.data(), static_cast<int>(h.size), w.columns.data());
+        project(w.rotations.data(), padded, w.columns.data(), static_cast<int>(h.size), w.projected.data());
+        for (int64_t round = 0; round < h.rounds; round++) {
+            int32_t* to = h.buckets + (head_index * h.rounds + round) * h.length + first;
+            for (int i = 0; i < count; i += kWidth) {
+                alignas(64) int part[kWidth];
+                store(part, buckets_of(w.projected.data() + round * h.columns * kTile + i, h));
+                std::memcpy(to + i, part, std::min(kWidth, count - i) * sizeof(int));
+            }
+        }
+    }
+}
+
+inline void run_hashing(const Hashing& h) {
+    int64_t heads = h.batch * h.heads, tiles = (h.length + kTile - 1) / kTile;
+    int64_t pieces = std::max<int64_t>(1, std::min(tiles, (4 * h.threads + heads - 1) / heads));
+    int64_t padded = (h.rounds * h.columns + kRows - 1) / kRows * kRows;
+    std::vector<std::unique_ptr<HashScratch>> scratch(std::max<int64_t>(1, h.threads));
+    parallel_for(heads * pieces, h.threads, [&](int64_t task, int worker) {
+        if (!scratch[worker]) scratch[worker] = std::make_unique<HashScratch>(h, padded);
+        int64_t piece = task % pieces;
+        hash_tiles(h, task / pieces, tiles * piece / pieces, tiles * (piece + 1) / pieces, padded, *scratch[worker]);
+    });
+}
+
+// One round of one head: a stable counting sort by bucket, padding last; windows end where their bucket does.
+inline void sort_round(const Sorting& s, int64_t head_index, int64_t round) {
+    int64_t batch = head_index / s.heads, head = head_index % s.heads, length = s.length;
+    const int32_t* buckets =
+        static_cast<const int32_t*>(s.buckets.data) + batch * s.buckets.batch + head * s.buckets.head + round * length;
+    const uint8_t* mask = s.mask ? s.mask + batch * length : nullptr;
+    int64_t at = (head_index * s.rounds + round) * length;
+    std::vector<int32_t> ends(s.count + 2, 0);  // ends[b + 1]: tokens in bucket b, then the place of its next token
+    auto bucket_of = [&](int64_t t) { return mask && !mask[t] ? s.count : buckets[t]; };
+    for (int64_t t = 0; t < length; t++) ends[bucket_of(t) + 1]++;
+    for (int64_t b = 0; b <= s.count; b++) ends[b + 1] += ends[b];
+    std::vector<int32_t> next(ends.begin(), ends.end() - 1);
+    for (int64_t t = 0; t < length; t++) s.line[at + next[bucket_of(t)]++] = static_cast<int32_t>(t);
+    if (!s.lo) return;
+    for (int64_t b = 0; b <= s.count; b++)
+        for (int64_t place = ends[b]; place < ends[b + 1]; place++) {
+            bool padding = b == s.count;
+            int64_t lo = padding ? place + 1 : std::max<int64_t>(ends[b], place - s.back);
+            int64_t hi = padding ? place : std::min<int64_t>(ends[b + 1] - 1, place + s.on);
+            s.lo[at + place] = static_cast<int32_t>(lo);
+            s.hi[at + place] = static_cast<int32_t>(hi);
+        }
+}
+
+inline void run_sorting(const Sorting& s) {
+    parallel_for(s.batch * s.heads * s.rounds, s.threads,
+                 [&](int64_t task, int) { sort_round(s, task / s.rounds, task % s.rounds); });
+}
+
+}  // namespace hf

@@ -1,0 +1,47 @@
+// What one call works on. The Python side fills this structure, field by field (kernels/cpu.py).
+#pragma once
+
+#include <cstdint>
+
+namespace hf {
+
+struct Strided {  // a tensor (B, H, T, D) or (B, H, R * T) whose last dimension is contiguous; strides in elements
+    const void* data;
+    int64_t batch, head, token;
+};
+
+struct Problem {
+    Strided query, key, value;          // (B, H, T, D); key.data null: shared query/key attention
+    Strided line, lo, hi;               // (B, H, R * T) int32
+    Strided inverse;                    // (B, H, R * T) int32: place of every token within each round; window rule
+    const uint8_t* mask;                // (B, T), chunk rule only, or null
+    const int32_t* query_draw;          // (B, H, T) random numbers for dropout, or null
+    const int32_t* key_draw;            // (T)
+    int64_t batch, heads, length, rounds, size, value_size, before, after;
+    int64_t bfloat16, count_once, causal, threads;
+    int64_t keep_threshold;             // a pair is kept where its draw is at least this
+    double dropout_scale;               // 1 / (1 - p); 0 for p = 1
+    float* out;                         // (B, T, H, D) contiguous, like the gradients
+    float *top, *mass;                  // (B, H, T): maximum (in units of log 2) and sum of every row's softmax
+    Strided grad;                       // (B, H, T, D) float32, gradient of out
+    float* drift;                       // (B, H, T): rowsum(grad * out)
+    float *query_grad, *key_grad, *value_grad;
+};
+
+struct Hashing {
+    Strided vectors;                    // (B, H, T, D)
+    const float* rotations;             // (H, D, R * columns) contiguous
+    const int64_t* factors;             // bucket factors; columns = sum of their halves
+    int64_t batch, heads, length, rounds, size, columns, num_factors, bfloat16, threads;
+    int32_t* buckets;                   // (B, H, R, T) contiguous
+};
+
+struct Sorting {
+    Strided buckets;                    // (B, H, R * T) int32, below count
+    const uint8_t* mask;                // (B, T) or null: padding goes behind all buckets
+    int64_t batch, heads, length, rounds, count, threads;
+    int64_t back, on;                   // window: places ahead and behind
+    int32_t *line, *lo, *hi;            // (B, H, R, T) contiguous, lo and hi counted within the round; or these null
+};
+
+}  // namespace hf

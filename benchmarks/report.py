@@ -4,6 +4,7 @@ python -m benchmarks.report runs/benchmarks/results.csv [more.csv …] --output_
 """
 
 import argparse
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -78,13 +79,18 @@ def target_table(targets: list[Target]) -> str:
             target.against,
             target.setting,
             ("≥ " if target.at_least else "≤ ") + quantity(target.wanted, target.unit),
-            (quantity(target.measured, target.unit) if target.measured is not None else "–")
-            + (f" ({target.note})" if target.note else ""),
+            measured_text(target),
             {True: "yes", False: "no", None: "not measured"}[target.met],
         ]
         for target in targets
     )
     return table(["what", "against", "setting", "target", "measured", "met"], lines)
+
+
+def measured_text(target: Target) -> str:
+    if target.measured is None or math.isinf(target.measured):
+        return target.note or "–"
+    return quantity(target.measured, target.unit) + (f" ({target.note})" if target.note else "")
 
 
 def quantity(value: float, unit: str) -> str:
@@ -115,7 +121,7 @@ def case_table(rows: list[Row]) -> str:
     for row in rows:
         cases.setdefault(row.setting, {})[row.rival] = row
     lines = []
-    for setting, by_rival in sorted(cases.items(), key=lambda item: item[0]):
+    for setting, by_rival in sorted(cases.items(), key=lambda item: (not item[0][2], item[0])):
         _, _, causal, rounds, layers, work, length = setting
         first = [str(length), str(rounds), str(layers or "–"), "causal" if causal else "bidirectional", work]
         lines.append(first + [cell(by_rival[rival]) if rival in by_rival else "" for rival in rivals])

@@ -9,6 +9,7 @@ from .results import Row
 from .training import LAYERS, STEP
 
 K = 1024
+BREAK_EVEN = 384  # tokens
 RIVAL_REFORMERS = ("built-in", "reformer-pytorch")
 
 
@@ -125,7 +126,7 @@ def break_even(measured: Measured) -> Iterator[Target]:
     for work in (FORWARD, BOTH):
         length, note = break_even_length(measured, work)
         setting = "1 hash order and the position order"
-        yield Target(f"break-even, {work}", "sdpa", setting, 384, False, length, "tokens", note)
+        yield Target(f"break-even, {work}", "sdpa", setting, BREAK_EVEN, False, length, "tokens", note)
 
 
 def break_even_length(measured: Measured, work: str) -> tuple[float | None, str]:
@@ -140,7 +141,8 @@ def break_even_length(measured: Measured, work: str) -> tuple[float | None, str]
     if not losing:
         return float(known[0][0]), "or shorter"
     if losing[-1] == len(known) - 1:
-        return None, f"beyond {known[-1][0]} tokens"
+        last = known[-1][0]
+        return (math.inf if last >= BREAK_EVEN else None), f"beyond {last} tokens"
     (short, below), (long, above) = known[losing[-1]], known[losing[-1] + 1]
     part = -math.log(below) / (math.log(above) - math.log(below))
     return short * (long / short) ** part, ""

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "gemm.hpp"
@@ -148,9 +149,10 @@ struct Head {
 // Memory for tiles: one allocation, handed out in pieces of whole cache lines.
 class Arena {
   public:
-    explicit Arena(size_t floats) : memory_(static_cast<float*>(std::aligned_alloc(64, floats * 4)), std::free), next_(memory_.get()) {
+    explicit Arena(size_t floats)
+        : memory_(static_cast<float*>(std::aligned_alloc(64, rounded(floats) * sizeof(float))), std::free), next_(memory_.get()) {
         if (!memory_) throw std::bad_alloc();
-        std::memset(memory_.get(), 0, floats * 4);
+        std::memset(memory_.get(), 0, rounded(floats) * sizeof(float));
     }
     float* take(size_t floats) {
         float* piece = next_;

@@ -96,6 +96,33 @@ def test_small_and_large_scores(mode, scale):
         assert largest_gap(a, b) <= 1e-5 * max(1, scale) * max(1, b.abs().max().item())
 
 
+@pytest.mark.parametrize("widest", [0, 2])
+def test_inputs_may_differ_in_dtype(widest):
+    """Rotary positions, for one, turn half-precision queries into float32 and leave the values."""
+    case = Case(length=60, size=16, value_size=16, dtype=torch.bfloat16)
+    case.inputs[widest] = case.inputs[widest].float()
+    out, *grads = case.values_and_gradients("cpu")
+    expected, *expected_grads = case.values_and_gradients("reference", torch.float64)
+    assert [x.dtype for x in grads] == [x.dtype for x in case.inputs]
+    for a, b in zip((out, *grads), (expected, *expected_grads), strict=True):
+        assert largest_gap(a, b) <= 2e-2 * max(1, b.abs().max().item())
+
+
+@pytest.mark.parametrize("mode", ["window", "chunk"])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_is_not_a_number_shows(mode, scale, shared):
+    """A token that sees itself or others through NaN gives NaN, whichever way its softmax is computed."""
+    case = Case(mode=mode, shared=shared, size=8, value_size=8, hidden=None, window=16, length=64, dtype=torch.float32)
+    case.inputs[0] = case.inputs[0] * scale
+    case.inputs[0][0, 0, 20] = float("nan")
+    out = case.attend(*case.inputs, backend="cpu")
+    expected = case.attend(*case.inputs, backend="reference")
+    assert expected[0, 0, 20:].isnan().any()
+    assert not (expected.isnan() & out.isfinite()).any()
+    assert out[1].isfinite().all()  # the other row of the batch
+
+
 @pytest.mark.parametrize("mode", ["window", "chunk"])
 def test_a_token_alone_sees_itself(mode):
     case = Case(mode=mode, length=1, hidden=None, size=8, value_size=8, dtype=torch.float32)

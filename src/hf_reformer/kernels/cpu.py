@@ -152,13 +152,12 @@ def _pointer(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _readable(x: torch.Tensor | None) -> torch.Tensor | None:
-    """In a dtype and layout that the kernel reads; a copy only where it must be."""
-    if x is None:
-        return None
-    x = x.detach()
-    x = x if x.dtype in _DTYPES else x.float()
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _readable(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """In one dtype and in layouts that the kernel reads; copies only where they must be."""
+    dtypes = {x.dtype for x in tensors if x is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= _DTYPES.keys() else torch.float32
+    found = [None if x is None else x.detach().to(dtype) for x in tensors]
+    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in found]
 
 
 def _line_like(x: torch.Tensor, heads: int) -> torch.Tensor:
@@ -203,7 +202,7 @@ def _problem(query, key, value, call: _Call, keep: list, **pointers) -> ctypes.S
 
 def _forward(query, key, value, call: _Call, library: ctypes.CDLL):
     """Output (B, H, T, D) float32, and maximum and sum (B, H, T) of every row's softmax."""
-    query, key, value = (_readable(x) for x in (query, key, value))
+    query, key, value = _readable(query, key, value)
     out, top, mass = _new_rows(value), *(torch.empty(query.shape[:3]) for _ in range(2))
     keep: list = []
     if query.numel():
@@ -213,8 +212,8 @@ def _forward(query, key, value, call: _Call, library: ctypes.CDLL):
 
 def _backward(query, key, value, call: _Call, out, top, mass, grad, library: ctypes.CDLL):
     """Gradients of query, key (None if shared) and value, float32."""
-    query, key, value = (_readable(x) for x in (query, key, value))
-    grad, out = _readable(grad.float()), out.float()
+    query, key, value = _readable(query, key, value)
+    (grad,) = _readable(grad.float())
     if not out.transpose(1, 2).is_contiguous():
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
     grads = _new_rows(query), None if key is None else _new_rows(key), _new_rows(value)
@@ -314,7 +313,7 @@ def ordered_attention(query, key, value, orders, *, causal, mask=None, dropout=0
 
 @torch.library.custom_op("hf_reformer::cpu_buckets", mutates_args=(), device_types="cpu")
 def _buckets(vectors: torch.Tensor, rotations: torch.Tensor, factors: list[int]) -> torch.Tensor:
-    vectors, rotations = _readable(vectors), rotations.float().contiguous()
+    (vectors,), rotations = _readable(vectors), rotations.float().contiguous()
     batch, heads, length, size = vectors.shape
     rounds, columns = rotations.shape[2:]
     buckets = torch.empty(batch, heads, rounds, length, dtype=torch.int32)

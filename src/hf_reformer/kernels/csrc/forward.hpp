@@ -136,7 +136,7 @@ template <bool kShared, bool kWindow> struct ForwardTask {
         float total = store_weights(block, i, mask, [&](const Tile& t, int column, const float* at) {
             return keep(mask.open(t, column), exp2(fma(load(at), load(t.scale + column), shift)));
         });
-        if (total > 0) {
+        if (total != 0) {  // NaN included: it must reach the output
             move_top(i, top);
         } else if (kShared && w.top[i] < kFixed) {
             total = store_weights(block, i, mask, [&](const Tile& t, int column, const float*) {
@@ -180,7 +180,7 @@ template <bool kShared, bool kWindow> struct ForwardTask {
         Float shift = splat(-w.top[i]);
         w.mass[i] += store_weights(block, i, mask, [&](const Tile&, int, const float* at) {
             Float score = load(at);
-            return keep(greater(score, splat(kNothing)), exp2(score + shift));
+            return select(greater(splat(kNothing / 2), score), zero(), exp2(score + shift));
         });
     }
 

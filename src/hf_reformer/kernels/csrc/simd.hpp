@@ -122,7 +122,7 @@ HF_INLINE Float keep(Mask m, Float a) { return _mm256_and_ps(_mm256_castsi256_ps
 HF_INLINE Float select(Mask m, Float a, Float b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(m)); }
 HF_INLINE Int select(Mask m, Int a, Int b) { return _mm256_blendv_epi8(b, a, m); }
 HF_INLINE Float exp2(Float x) {  // any x <= 127; at least 2^-126
-    x = max(x, splat(-126.0f));
+    x = max(splat(-126.0f), x);  // in this order NaN stays NaN
     Float whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = x - whole;
     Float p = splat(kExp2[5]);
     for (int i = 4; i >= 0; i--) p = fma(p, part, splat(kExp2[i]));
@@ -200,7 +200,7 @@ HF_INLINE Mask both(Mask a, Mask b) { return a & b; }
 HF_INLINE Mask first_only(Mask a, Mask b) { return a & ~b; }
 HF_INLINE Float keep(Mask m, Float a) { return as<Float>(m & as<Int>(a)); }
 HF_INLINE Float exp2(Float x) {  // any x <= 127; at least 2^-126
-    x = max(x, splat(-126.0f));
+    x = max(splat(-126.0f), x);  // in this order NaN stays NaN
     const Float shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
     Float shifted = x + shifter, part = x - (shifted - shifter);
     Float p = splat(kExp2[5]);

@@ -11,6 +11,7 @@ struct BackwardScratch {
     Arena arena;
     Ring ring;
     Queries queries;
+    Ahead ahead;
     float *scores, *slopes, *upstream, *query_grad;  // [kTile][kScores] twice; panels
     alignas(64) float drift[kTile], shift[kTile], mass[kTile];
 
@@ -27,17 +28,21 @@ template <bool kShared, bool kWindow> struct BackwardTask {
     const Source upstream;
     int64_t round;
     BackwardScratch& w;
+    uint8_t* touched;  // (B, H, T): whether a token's row of the key's and the value's gradient holds anything yet
 
     void run(int64_t begin, int64_t end) {
         auto leave = [this](Tile& tile) { add_gradients(tile); };
         for (int64_t tile = begin; tile < end; tile++) {
             w.queries.read(head, round, tile);
-            if (w.queries.lowest > w.queries.highest) continue;
+            load_state();
+            if (w.queries.lowest > w.queries.highest) {
+                if (!kShared && round == 0) store_query_gradients();
+                continue;
+            }
+            look_ahead(tile + 1, end);
             Tile& own = w.ring.get(head, tile, round, leave);
             const float* rows = kShared ? own.rows : w.queries.own_rows.data();
             float* grad = kShared ? own.grad : w.query_grad;
-            if (!kShared) std::memset(grad, 0, panels_of(p.size) * kPanel * kTile * sizeof(float));
-            load_state();
             int64_t key_tile = tile;
             while (head.geometry.first(key_tile) > w.queries.lowest) key_tile--;
             do {
@@ -46,34 +51,55 @@ template <bool kShared, bool kWindow> struct BackwardTask {
                     block.add(w.ring.get(head, key_tile, round, leave), w.queries);
                 add_block(block, rows, grad);
             } while (head.geometry.first(key_tile) <= w.queries.highest);
-            if (!kShared)
-                for (int i = 0; i < w.queries.count; i++)
-                    scatter<true>(grad, i, size(), splat(1.0f), head.row(p.query_grad, w.queries.token[i], p.size));
+            if (!kShared) store_query_gradients();
         }
         w.ring.clear(leave);
     }
     int size() const { return static_cast<int>(p.size); }
     int value_size() const { return static_cast<int>(p.value_size); }
 
+    void look_ahead(int64_t next, int64_t end) {
+        w.ahead.clear();
+        if (next >= end) return;
+        int64_t keys = next;  // the next tile that is not in the ring yet, and the one whose place it takes
+        while (head.geometry.first(keys) <= w.queries.highest) keys++;
+        const Tile& leaving = w.ring.slot(keys);
+        int count = head.geometry.count(keys), own_count = head.geometry.count(next);
+        w.ahead.add(head.key, head.tokens(keys), count);
+        w.ahead.add(head.value, head.tokens(keys), count);
+        if (!kShared) w.ahead.add(head.query, head.tokens(next), own_count);
+        w.ahead.add(upstream, head.tokens(next), own_count);
+        if (round == 0) w.ahead.add(head.rows(p.out, p.value_size), head.tokens(next), own_count);
+        if (leaving.index != Tile::kEmpty) {
+            w.ahead.add(head.rows(kShared ? p.query_grad : p.key_grad, p.size), leaving.token, leaving.count);
+            w.ahead.add(head.rows(p.value_grad, p.value_size), leaving.token, leaving.count);
+        }
+    }
+    // Saved sums, and in the first round drift = rowsum(grad * out).
     void load_state() {
         const Queries& q = w.queries;
+        if (!kShared) std::memset(w.query_grad, 0, panels_of(p.size) * kPanel * kTile * sizeof(float));
         for (int i = 0; i < q.count; i++) {
             int64_t at = head.offset + q.token[i];
             float top = p.top[at];
             w.mass[i] = p.mass[at];
             w.shift[i] = top < kFixed ? kNothing : -(top + std::log2(w.mass[i]));
+            gather(upstream, q.token[i], w.upstream, i);
+            if (round == 0) p.drift[at] = product_of_row(w.upstream, i, head.row(p.out, q.token[i], p.value_size), value_size());
             w.drift[i] = p.drift[at];
-            upstream.gather(q.token[i], w.upstream, i);
             if (p.dropout_scale != 1) scale_row(w.upstream, i, value_size(), static_cast<float>(p.dropout_scale));
         }
         for (int i = q.count; i < kTile; i++) Tile::clear_row(w.upstream, i, p.value_size);
     }
 
-    void add_block(const KeyBlock& block, const float* rows, float* query_grad) {
+    void add_block(KeyBlock& block, const float* rows, float* query_grad) {
         const Queries& q = w.queries;
         int groups = (q.count + kGranule - 1) / kGranule;
-        multiply_rows(rows, size(), block, groups, w.scores, [](const Tile& t) { return t.columns; });
-        multiply_rows(w.upstream, value_size(), block, groups, w.slopes, [](const Tile& t) { return t.value_columns; });
+        int own = kShared ? block.own : -1, mirrored = kShared && block.own_is_whole() ? own : -1;
+        multiply_rows(rows, size(), block, groups, mirrored, w.ahead, w.scores, [](const Tile& t) { return t.columns; });
+        if (mirrored >= 0) mirror_scores(w.scores + mirrored * kTile);
+        multiply_rows(w.upstream, value_size(), block, groups, -1, w.ahead, w.slopes,
+                      [](const Tile& t) { return t.value_columns; });
         for (int i = 0; i < groups * kGranule; i++) {
             if (i >= q.count)
                 clear_row(block, i);
@@ -84,9 +110,11 @@ template <bool kShared, bool kWindow> struct BackwardTask {
             else
                 weigh<false>(block, i);
         }
-        add_weighted_columns(w.scores, w.upstream, value_size(), block, groups, [](Tile& t) { return t.value_grad; });
-        add_weighted_columns(w.slopes, rows, size(), block, groups, [](Tile& t) { return t.grad; });
-        add_weighted_rows(w.slopes, size(), block, groups, query_grad, [](const Tile& t) { return t.rows; });
+        add_weighted_columns(w.scores, w.upstream, value_size(), block, groups, -1, w.ahead,
+                             [](Tile& t) { return t.value_grad; });
+        add_weighted_columns(w.slopes, rows, size(), block, groups, own, w.ahead, [](Tile& t) { return t.grad; });
+        if (own >= 0) add_transpose(w.slopes + own * kTile, groups, block);
+        add_weighted_rows(w.slopes, size(), block, groups, w.ahead, query_grad, [](const Tile& t) { return t.rows; });
     }
     template <typename F> HF_INLINE void for_columns(const KeyBlock& block, int i, F&& f) {
         for (int slot = 0; slot < block.tiles; slot++) {
@@ -147,27 +175,31 @@ template <bool kShared, bool kWindow> struct BackwardTask {
                         store(tile.grad + at, fma(splat(-along), load(tile.rows + at), load(tile.grad + at)));
                     }
             }
-            scatter<true>(tile.grad, i, size(), splat(1.0f), head.row(keys, tile.token[i], p.size));
-            scatter<true>(tile.value_grad, i, value_size(), splat(1.0f), head.row(p.value_grad, tile.token[i], p.value_size));
+            uint8_t& held = touched[head.offset + tile.token[i]];
+            store_row(held, tile.grad, i, size(), head.row(keys, tile.token[i], p.size));
+            store_row(held, tile.value_grad, i, value_size(), head.row(p.value_grad, tile.token[i], p.value_size));
+            held = 1;
         }
+    }
+    void store_query_gradients() {
+        for (int i = 0; i < w.queries.count; i++)
+            store_row(round > 0, w.query_grad, i, size(), head.row(p.query_grad, w.queries.token[i], p.size));
+    }
+    static void store_row(bool add, const float* panels, int i, int size, float* to) {
+        if (add)
+            scatter<true>(panels, i, size, splat(1.0f), to);
+        else
+            scatter<false>(panels, i, size, splat(1.0f), to);
     }
 };
 
-// drift = rowsum(grad * out), and gradients set to zero.
-inline void prepare_backward(const Problem& p) {
+// Tokens that no query saw have no gradient.
+inline void clear_untouched(const Problem& p, const uint8_t* touched) {
     parallel_for(p.batch * p.heads, p.threads, [&](int64_t task, int) {
         Head head(p, task);
-        Source upstream(p.grad, head.batch, head.head, false, p.value_size);
-        for (int64_t token = 0; token < p.length; token++) {
-            const float *grad = reinterpret_cast<const float*>(upstream.row(token)), *out = head.row(p.out, token, p.value_size);
-            Float total = zero();
-            int64_t column = 0;
-            for (; column + kWidth <= p.value_size; column += kWidth) total = fma(load(grad + column), load(out + column), total);
-            float drift = sum(total);
-            for (; column < p.value_size; column++) drift += grad[column] * out[column];
-            p.drift[head.offset + token] = drift;
-            std::memset(head.row(p.query_grad, token, p.size), 0, p.size * sizeof(float));
-            if (p.key_grad) std::memset(head.row(p.key_grad, token, p.size), 0, p.size * sizeof(float));
+        for (int token = 0; token < p.length; token++) {
+            if (touched[head.offset + token]) continue;
+            std::memset(head.row(p.key_grad ? p.key_grad : p.query_grad, token, p.size), 0, p.size * sizeof(float));
             std::memset(head.row(p.value_grad, token, p.value_size), 0, p.value_size * sizeof(float));
         }
     });
@@ -184,7 +216,7 @@ inline int turn_of(int64_t segment, int64_t segments, bool wraps) {
 template <bool kShared, bool kWindow> void run_backward(const Problem& p) {
     int64_t heads = p.batch * p.heads, tiles = Geometry(p).per_round, segments = segments_of(p, 2 * reach_in_tiles(p));
     std::vector<std::unique_ptr<BackwardScratch>> scratch(std::max<int64_t>(1, p.threads));
-    prepare_backward(p);
+    std::vector<uint8_t> touched(p.batch * p.heads * p.length);
     for (int64_t round = 0; round < p.rounds; round++)
         for (int turn = 0; turn < 4; turn++) {
             std::vector<int64_t> chosen;
@@ -196,10 +228,11 @@ template <bool kShared, bool kWindow> void run_backward(const Problem& p) {
                 Head head(p, task / count);
                 int64_t segment = chosen[task % count], start = round * tiles;
                 Source upstream(p.grad, head.batch, head.head, false, p.value_size);
-                BackwardTask<kShared, kWindow>{p, head, upstream, round, *scratch[worker]}.run(
+                BackwardTask<kShared, kWindow>{p, head, upstream, round, *scratch[worker], touched.data()}.run(
                     start + tiles * segment / segments, start + tiles * (segment + 1) / segments);
             });
         }
+    clear_untouched(p, touched.data());
 }
 
 }  // namespace hf

@@ -14,9 +14,10 @@ class Ring {
     Ring(const Problem& p, bool backward, Arena& arena) {
         for (int64_t i = 0; i < reach_in_tiles(p); i++) tiles_.emplace_back(p, backward, arena);
     }
+    Tile& slot(int64_t index) { return tiles_[(index % size() + size()) % size()]; }  // where that tile is, or will be
     // `leave(tile)` is called before a tile's memory is used again.
     template <typename F> Tile& get(const Head& head, int64_t index, int64_t round, F&& leave) {
-        Tile& tile = tiles_[(index % size() + size()) % size()];
+        Tile& tile = slot(index);
         if (tile.index != index) {
             if (tile.index != Tile::kEmpty) leave(tile);
             tile.read(head, index, round);
@@ -38,31 +39,46 @@ class Ring {
 
 // Up to kBlock key tiles, and the columns of each that every granule of queries may see (multiples of kGranule).
 struct KeyBlock {
-    int tiles = 0;
+    int tiles = 0, own = -1;  // own: slot of the queries' own tile, if it is among them
     Tile* tile[kBlock];
     int begin[kBlock][kGroups], end[kBlock][kGroups];
 
     void add(Tile& keys, const Queries& queries) {
+        if (keys.index == queries.tile) own = tiles;
         for (int group = 0; group < kGroups; group++) {
-            int64_t from = kTile, to = 0, start = keys.place[0];
-            for (int i = group * kGranule; i < std::min(queries.count, (group + 1) * kGranule); i++) {
-                if (!queries.sees[i]) continue;
-                from = std::min<int64_t>(from, queries.first[i] - start);
-                to = std::max<int64_t>(to, queries.first[i] + queries.extent[i] - start + 1);
-            }
-            from = std::max<int64_t>(from, 0) / kGranule * kGranule;
-            to = (std::min<int64_t>(to, keys.count) + kGranule - 1) / kGranule * kGranule;
+            int64_t start = keys.place[0], low = queries.group_lowest[group], high = queries.group_highest[group];
+            int64_t from = low > high ? kTile : std::max<int64_t>(low - start, 0) / kGranule * kGranule;
+            int64_t to = low > high ? 0 : (std::min<int64_t>(high - start + 1, keys.count) + kGranule - 1) / kGranule * kGranule;
             begin[tiles][group] = static_cast<int>(from);
             end[tiles][group] = static_cast<int>(std::max(from, to));
         }
         tile[tiles++] = &keys;
     }
+    // Whether all of the queries see all of their own tile.
+    bool own_is_whole() const {
+        if (own < 0 || tile[own]->count < kTile) return false;
+        for (int group = 0; group < kGroups; group++)
+            if (begin[own][group] > 0 || end[own][group] < kTile) return false;
+        return true;
+    }
     bool shows(int slot, int group, int column) const { return begin[slot][group] <= column && column < end[slot][group]; }
 };
 
-// scores[i][slot * kTile + j] = sum over d of rows[i][d] * columns_of(tile)[d][j], where granules may be seen.
+// First column right of the panels that hold the diagonal, for the rows of a granule.
+HF_INLINE int beyond_diagonal(int row) { return ((row / kGranule + 1) * kGranule + kPanel - 1) / kPanel * kPanel; }
+
+// Scores of a tile with itself are symmetric: those beyond the diagonal, which multiply_rows left out.
+inline void mirror_scores(float* own) {
+    for (int row = 0; row < kTile; row += kWidth)
+        for (int column = beyond_diagonal(row); column < kTile; column += kWidth)
+            transpose(own + column * kScores + row, kScores, own + row * kScores + column, kScores);
+}
+
+// scores[i][slot * kTile + j] = sum over d of rows[i][d] * columns_of(tile)[d][j], where granules may be seen; of slot
+// `mirrored` only up to the diagonal.
 template <typename F>
-inline void multiply_rows(const float* rows, int size, const KeyBlock& block, int groups, float* scores, F&& columns_of) {
+inline void multiply_rows(const float* rows, int size, const KeyBlock& block, int groups, int mirrored, Ahead& ahead,
+                          float* scores, F&& columns_of) {
     const int height = (size + kWidth - 1) / kWidth * kWidth;
     for (int slot = 0; slot < block.tiles; slot++) {
         for (int panel = 0; panel < kTile / kPanel; panel++) {
@@ -70,7 +86,7 @@ inline void multiply_rows(const float* rows, int size, const KeyBlock& block, in
             for (int group = 0; group < groups; group++) {
                 int begin = std::max(block.begin[slot][group], panel * kPanel);
                 int end = std::min(block.end[slot][group], (panel + 1) * kPanel);
-                if (begin >= end) continue;
+                if (begin >= end || (slot == mirrored && begin >= beyond_diagonal(group * kGranule))) continue;
                 auto run = [&](auto vectors) {
                     for_rows_of_granule<vectors.value>([&](auto sums, int m) {
                         sums.clear();
@@ -78,7 +94,7 @@ inline void multiply_rows(const float* rows, int size, const KeyBlock& block, in
                         for (int at = 0; at < size; at += kPanel)
                             sums.template accumulate<kPanel, 1>(rows + at * kTile + row * kPanel,
                                                                columns + at * kPanel + begin % kPanel,
-                                                               std::min(kPanel, size - at));
+                                                               std::min(kPanel, size - at), ahead);
                         sums.write(scores + row * kScores + slot * kTile + begin, kScores);
                     });
                 };
@@ -91,9 +107,40 @@ inline void multiply_rows(const float* rows, int size, const KeyBlock& block, in
     }
 }
 
+// Slopes of a tile with itself, plus their transpose: what its rows get as queries and as keys in one product. Widens the
+// columns of every group to all that are then not zero.
+inline void add_transpose(float* own, int groups, KeyBlock& block) {
+    int slot = block.own;
+    KeyBlock before = block;
+    alignas(64) float upper[kWidth * kWidth], lower[kWidth * kWidth];
+    auto seen = [&](int row, int column) { return row / kGranule < groups && before.shows(slot, row / kGranule, column / kGranule * kGranule); };
+    for (int row = 0; row < groups * kGranule; row += kWidth)
+        for (int column = 0; column <= row; column += kWidth) {
+            float *here = own + row * kScores + column, *there = own + column * kScores + row;
+            bool low = seen(row, column), high = seen(column, row);
+            if (!low && !high) continue;
+            if (low) transpose(here, kScores, lower, kWidth);
+            if (high) transpose(there, kScores, upper, kWidth);
+            for (int i = 0; i < kWidth; i++) {
+                Float sum_here = low ? load(here + i * kScores) : zero(), sum_there = high ? load(there + i * kScores) : zero();
+                if (high) sum_here = sum_here + load(upper + i * kWidth);
+                if (low) sum_there = sum_there + load(lower + i * kWidth);
+                store(here + i * kScores, sum_here);
+                if (row != column) store(there + i * kScores, sum_there);
+            }
+        }
+    for (int group = 0; group < groups; group++)
+        for (int other = 0; other < groups; other++) {
+            if (!before.shows(slot, other, group * kGranule)) continue;
+            block.begin[slot][group] = std::min(block.begin[slot][group], other * kGranule);
+            block.end[slot][group] = std::max(block.end[slot][group], (other + 1) * kGranule);
+        }
+}
+
 // to[i] += sum over slots, j of weights[i][slot * kTile + j] * rows_of(tile)[j], all panels.
 template <typename F>
-inline void add_weighted_rows(const float* weights, int size, const KeyBlock& block, int groups, float* to, F&& rows_of) {
+inline void add_weighted_rows(const float* weights, int size, const KeyBlock& block, int groups, Ahead& ahead, float* to,
+                              F&& rows_of) {
     for_panels(size, [&](auto vectors, int panel) {
         for (int group = 0; group < groups; group++)
             for_rows_of_granule<vectors.value>([&](auto sums, int m) {
@@ -104,19 +151,20 @@ inline void add_weighted_rows(const float* weights, int size, const KeyBlock& bl
                     int begin = block.begin[slot][group];
                     sums.template accumulate<kScores, 1>(weights + row * kScores + slot * kTile + begin,
                                                          rows_of(*block.tile[slot]) + (panel * kTile + begin) * kPanel,
-                                                         block.end[slot][group] - begin);
+                                                         block.end[slot][group] - begin, ahead);
                 }
                 sums.write(target, kPanel);
             });
     });
 }
 
-// to_of(tile)[j] += sum over i of weights[i][slot * kTile + j] * rows[i], all panels: the transposed product.
+// to_of(tile)[j] += sum over i of weights[i][slot * kTile + j] * rows[i], all panels: the transposed product, but for one slot.
 template <typename F>
-inline void add_weighted_columns(const float* weights, const float* rows, int size, const KeyBlock& block, int groups, F&& to_of) {
+inline void add_weighted_columns(const float* weights, const float* rows, int size, const KeyBlock& block, int groups, int skipped, Ahead& ahead,
+                                 F&& to_of) {
     for_panels(size, [&](auto vectors, int panel) {
         for (int slot = 0; slot < block.tiles; slot++)
-            for (int column = 0; column < kTile; column += kGranule) {
+            for (int column = 0; column < kTile && slot != skipped; column += kGranule) {
                 int first = 0, last = groups;  // groups that may see this granule
                 while (first < last && !block.shows(slot, first, column)) first++;
                 while (first < last && !block.shows(slot, last - 1, column)) last--;
@@ -128,7 +176,7 @@ inline void add_weighted_columns(const float* weights, const float* rows, int si
                         if (block.shows(slot, group, column))
                             sums.template accumulate<1, kScores>(
                                 weights + group * kGranule * kScores + slot * kTile + column + m,
-                                rows + (panel * kTile + group * kGranule) * kPanel, kGranule);
+                                rows + (panel * kTile + group * kGranule) * kPanel, kGranule, ahead);
                     sums.write(target, kPanel);
                 });
             }

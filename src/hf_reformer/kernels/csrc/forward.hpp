@@ -11,6 +11,7 @@ struct ForwardScratch {
     Arena arena;
     Ring ring;
     Queries queries;
+    Ahead ahead;
     float *scores, *out;  // [kTile][kScores]; panels
     alignas(64) float top[kTile], mass[kTile];
 
@@ -39,6 +40,7 @@ template <bool kShared, bool kWindow> struct ForwardTask {
         for (int64_t tile = begin; tile < end; tile++) {
             w.queries.read(head, round, tile);
             load_state();
+            look_ahead(tile + 1, end);
             if (w.queries.lowest <= w.queries.highest) {
                 const Tile& own = w.ring.get(head, tile, round, nothing);
                 if (kShared) w.queries.take_norms(own);
@@ -51,7 +53,6 @@ template <bool kShared, bool kWindow> struct ForwardTask {
                     add_block(block, rows);
                 } while (head.geometry.first(key_tile) <= w.queries.highest);
             }
-            prefetch(tile + 1);
             finish();
         }
     }
@@ -59,13 +60,15 @@ template <bool kShared, bool kWindow> struct ForwardTask {
         while (head.geometry.first(tile) > w.queries.lowest) tile--;
         return tile;
     }
-    void prefetch(int64_t tile) const {
-        if (tile >= head.geometry.tiles()) return;
-        int64_t place = head.geometry.first(tile);
-        for (int i = 0; i < head.geometry.count(tile); i++) {
-            head.query.prefetch(head.line[place + i]);
-            head.value.prefetch(head.line[place + i]);
-        }
+    void look_ahead(int64_t next, int64_t end) {
+        w.ahead.clear();
+        if (next >= end) return;
+        int64_t keys = next;  // the next tile that is not in the ring yet
+        while (head.geometry.first(keys) <= w.queries.highest) keys++;
+        w.ahead.add(head.key, head.tokens(keys), head.geometry.count(keys));
+        w.ahead.add(head.value, head.tokens(keys), head.geometry.count(keys));
+        if (!kShared) w.ahead.add(head.query, head.tokens(next), head.geometry.count(next));
+        w.ahead.add(head.rows(p.out, p.value_size), head.tokens(next), head.geometry.count(next));
     }
     void load_state() {
         const Queries& q = w.queries;
@@ -77,19 +80,21 @@ template <bool kShared, bool kWindow> struct ForwardTask {
             std::memset(w.out, 0, panels_of(p.value_size) * kPanel * kTile * sizeof(float));
             return;
         }
-        Source rows({p.out, p.length * p.heads * p.value_size, p.value_size, p.heads * p.value_size}, head.batch, head.head,
-                    false, p.value_size);
+        Source rows = head.rows(p.out, p.value_size);
         for (int i = 0; i < q.count; i++) {
             w.top[i] = p.top[head.offset + q.token[i]];
             w.mass[i] = p.mass[head.offset + q.token[i]];
-            rows.gather(q.token[i], w.out, i);
+            gather(rows, q.token[i], w.out, i);
         }
     }
 
     void add_block(const KeyBlock& block, const float* rows) {
         const Queries& q = w.queries;
         int groups = (q.count + kGranule - 1) / kGranule;
-        multiply_rows(rows, static_cast<int>(p.size), block, groups, w.scores, [](const Tile& t) { return t.columns; });
+        int mirrored = kShared && block.own_is_whole() ? block.own : -1;
+        multiply_rows(rows, static_cast<int>(p.size), block, groups, mirrored, w.ahead, w.scores,
+                      [](const Tile& t) { return t.columns; });
+        if (mirrored >= 0) mirror_scores(w.scores + mirrored * kTile);
         float longest = 1, steepest = 0;  // keys of shared attention are shorter than 1
         if (!kShared) {
             longest = 0;
@@ -105,7 +110,8 @@ template <bool kShared, bool kWindow> struct ForwardTask {
             else
                 weigh(block, i);
         }
-        add_weighted_rows(w.scores, static_cast<int>(p.value_size), block, groups, w.out, [](const Tile& t) { return t.values; });
+        add_weighted_rows(w.scores, static_cast<int>(p.value_size), block, groups, w.ahead, w.out,
+                          [](const Tile& t) { return t.values; });
     }
     template <typename F> HF_INLINE void for_columns(const KeyBlock& block, int i, F&& f) {
         for (int slot = 0; slot < block.tiles; slot++) {

@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "simd.hpp"
+#include "rows.hpp"
 
 namespace hf {
 
@@ -38,15 +38,18 @@ template <int M, int N> struct Block {
         for (int m = 0; m < M; m++)
             for (int n = 0; n < N; n++) store(c + m * stride + n * kWidth, at[m][n]);
     }
-    // A(m, k) = a[m * kRowStep + k * kStep], B[k] = b + k * kPanel
-    template <int kRowStep, int kStep> HF_INLINE void accumulate(const float* a, const float* b, int steps) {
+    // A(m, k) = a[m * kRowStep + k * kStep], B[k] = b + k * kPanel; `steps` is a multiple of 8.
+    template <int kRowStep, int kStep> HF_INLINE void accumulate(const float* a, const float* b, int steps, Ahead& ahead) {
+        for (int begin = 0; begin < steps; begin += 4) {
+            ahead.step();
 #pragma GCC unroll 4
-        for (int k = 0; k < steps; k++) {
-            Float row[N];
-            for (int n = 0; n < N; n++) row[n] = load(b + k * kPanel + n * kWidth);
-            for (int m = 0; m < M; m++) {
-                Float x = splat(a[m * kRowStep + k * kStep]);
-                for (int n = 0; n < N; n++) at[m][n] = fma(x, row[n], at[m][n]);
+            for (int k = begin; k < begin + 4; k++) {
+                Float row[N];
+                for (int n = 0; n < N; n++) row[n] = load(b + k * kPanel + n * kWidth);
+                for (int m = 0; m < M; m++) {
+                    Float x = splat(a[m * kRowStep + k * kStep]);
+                    for (int n = 0; n < N; n++) at[m][n] = fma(x, row[n], at[m][n]);
+                }
             }
         }
     }

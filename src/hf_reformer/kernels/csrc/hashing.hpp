@@ -63,7 +63,7 @@ inline void hash_tiles(const Hashing& h, int64_t head_index, int64_t begin, int6
             w.rotations[(c / kRows * h.size + k) * kRows + c % kRows] = h.rotations[(head * h.size + k) * columns + c];
     for (int64_t first = begin * kTile; first < std::min(end * kTile, h.length); first += kTile) {
         int count = static_cast<int>(std::min<int64_t>(kTile, h.length - first));
-        for (int i = 0; i < count; i++) vectors.gather(static_cast<int>(first + i), w.rows.data(), i);
+        for (int i = 0; i < count; i++) gather(vectors, static_cast<int>(first + i), w.rows.data(), i);
         transpose_panels(w.rows.data(), static_cast<int>(h.size), w.columns.data());
         project(w.rotations.data(), padded, w.columns.data(), static_cast<int>(h.size), w.projected.data());
         for (int64_t round = 0; round < h.rounds; round++) {

@@ -24,7 +24,7 @@ struct Problem {
     float* out;                         // (B, T, H, D) contiguous, like the gradients
     float *top, *mass;                  // (B, H, T): maximum (in units of log 2) and sum of every row's softmax
     Strided grad;                       // (B, H, T, D) float32, gradient of out
-    float* drift;                       // (B, H, T): rowsum(grad * out)
+    float* drift;                       // (B, H, T): rowsum(grad * out), filled by the backward pass
     float *query_grad, *key_grad, *value_grad;
 };
 

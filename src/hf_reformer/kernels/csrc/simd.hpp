@@ -2,6 +2,7 @@
 // compiler's own vectors of four (SSE2, NEON). Everything above this file is written once, in terms of these names.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -29,6 +30,7 @@ HF_INLINE void store(float* p, Float x) { _mm512_storeu_ps(p, x); }
 HF_INLINE Float splat(float x) { return _mm512_set1_ps(x); }
 HF_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 HF_INLINE Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+HF_INLINE Float sqrt(Float a) { return _mm512_sqrt_ps(a); }
 HF_INLINE Float abs(Float a) { return _mm512_abs_ps(a); }
 HF_INLINE float sum(Float a) { return _mm512_reduce_add_ps(a); }
 HF_INLINE float largest(Float a) { return _mm512_reduce_max_ps(a); }
@@ -93,6 +95,7 @@ HF_INLINE void store(float* p, Float x) { _mm256_storeu_ps(p, x); }
 HF_INLINE Float splat(float x) { return _mm256_set1_ps(x); }
 HF_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 HF_INLINE Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
+HF_INLINE Float sqrt(Float a) { return _mm256_sqrt_ps(a); }
 HF_INLINE Float abs(Float a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 HF_INLINE float sum(Float a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -181,6 +184,7 @@ HF_INLINE Float fma(Float a, Float b, Float c) { return a * b + c; }  // contrac
 HF_INLINE Float select(Mask m, Float a, Float b) { return as<Float>((m & as<Int>(a)) | (~m & as<Int>(b))); }
 HF_INLINE Int select(Mask m, Int a, Int b) { return (m & a) | (~m & b); }
 HF_INLINE Float max(Float a, Float b) { return select(a > b, a, b); }
+HF_INLINE Float sqrt(Float a) { return Float{std::sqrt(a[0]), std::sqrt(a[1]), std::sqrt(a[2]), std::sqrt(a[3])}; }
 HF_INLINE Float abs(Float a) { return as<Float>(as<Int>(a) & splat(0x7fffffff)); }
 HF_INLINE float sum(Float a) { return (a[0] + a[2]) + (a[1] + a[3]); }
 HF_INLINE float largest(Float a) {

@@ -22,54 +22,29 @@ constexpr float kFixed = -5e4f * kLog2E;     // a maximum below this one is a fi
 constexpr float kEasy = 40.0f * kLog2E;      // where no |score| is larger, a softmax needs no maximum
 constexpr int kNowhere = INT_MIN / 2;        // place of a column that holds no token
 
-// One head's rows.
-struct Source {
-    const char* base;
-    int64_t stride;  // bytes
-    bool bfloat16;
-    int size;
+// Where a row's vector that begins at `column` lies in panels.
+template <typename T> HF_INLINE T* in_panels(T* panels, int row, int column) {
+    return panels + column / kPanel * (kTile * kPanel) + row * kPanel + column % kPanel;
+}
 
-    Source(const Strided& x, int64_t batch, int64_t head, bool half, int64_t columns)
-        : base(static_cast<const char*>(x.data) + (batch * x.batch + head * x.head) * (half ? 2 : 4)),
-          stride(x.token * (half ? 2 : 4)), bfloat16(half), size(static_cast<int>(columns)) {}
-
-    const char* row(int token) const { return base + token * stride; }
-    HF_INLINE void prefetch(int token) const {
-        for (int64_t byte = 0; byte < size * (bfloat16 ? 2 : 4); byte += 64) __builtin_prefetch(row(token) + byte, 0, 2);
+// Row `token` into row `at` of panels.
+HF_INLINE void gather(const Source& rows, int token, float* panels, int at) {
+    const char* from = rows.row(token);
+    int column = 0;
+    if (!rows.bfloat16)
+        for (; column + kWidth <= rows.size; column += kWidth)
+            store(in_panels(panels, at, column), load(reinterpret_cast<const float*>(from) + column));
+    for (; column < rows.size; column += kWidth) {
+        alignas(64) float part[kWidth] = {};
+        for (int i = 0; i < std::min(kWidth, rows.size - column); i++) part[i] = rows.element(from, column + i);
+        store(in_panels(panels, at, column), load(part));
     }
-    float element(const char* row, int column) const {
-        if (!bfloat16) return reinterpret_cast<const float*>(row)[column];
-        uint32_t bits = static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(row)[column]) << 16;
-        float value;
-        std::memcpy(&value, &bits, 4);
-        return value;
-    }
-    // Row `token` into row `at` of panels; returns the sum of its squares.
-    HF_INLINE float gather(int token, float* panels, int at) const {
-        const char* from = row(token);
-        Float squares = zero();
-        for (int column = 0; column < size; column += kWidth) {
-            float* to = panels + (column / kPanel) * (kTile * kPanel) + at * kPanel + column % kPanel;
-            Float x;
-            if (!bfloat16 && column + kWidth <= size) {
-                x = load(reinterpret_cast<const float*>(from) + column);
-            } else {
-                alignas(64) float part[kWidth] = {};
-                for (int i = 0; i < std::min(kWidth, size - column); i++) part[i] = element(from, column + i);
-                x = load(part);
-            }
-            squares = fma(x, x, squares);
-            store(to, x);
-        }
-        return sum(squares);
-    }
-};
+}
 
 // Adds (or writes) row `at` of panels, times `factor`, to a row of `size` floats.
 template <bool kAdd> HF_INLINE void scatter(const float* panels, int at, int size, Float factor, float* to) {
     for (int column = 0; column < size; column += kWidth) {
-        const float* from = panels + (column / kPanel) * (kTile * kPanel) + at * kPanel + column % kPanel;
-        Float x = load(from) * factor;
+        Float x = load(in_panels(panels, at, column)) * factor;
         if (column + kWidth <= size) {
             store(to + column, kAdd ? load(to + column) + x : x);
         } else {
@@ -80,6 +55,16 @@ template <bool kAdd> HF_INLINE void scatter(const float* panels, int at, int siz
     }
 }
 
+// Product of row `at` of panels with a row of `size` floats.
+HF_INLINE float product_of_row(const float* panels, int at, const float* with, int size) {
+    Float total = zero();
+    int column = 0;
+    for (; column + kWidth <= size; column += kWidth) total = fma(load(in_panels(panels, at, column)), load(with + column), total);
+    float result = sum(total);
+    for (const float* rest = in_panels(panels, at, column); column < size; column++) result += *rest++ * with[column];
+    return result;
+}
+
 // Panels [columns / kPanel][kTile][kPanel] to panels of the transpose, [kTile / kPanel][columns][kPanel].
 inline void transpose_panels(const float* from, int columns, float* to) {
     int height = (columns + kWidth - 1) / kWidth * kWidth;
@@ -88,6 +73,20 @@ inline void transpose_panels(const float* from, int columns, float* to) {
             for (int half = 0; half < kPanel; half += kWidth)
                 transpose(from + (column / kPanel) * (kTile * kPanel) + (panel * kPanel + half) * kPanel + column % kPanel,
                           kPanel, to + (panel * height + column) * kPanel + half, kPanel);
+}
+
+// Squared lengths of a tile's rows, from their transpose.
+inline void square_rows(const float* columns, int size, float* squares) {
+    const int height = (size + kWidth - 1) / kWidth * kWidth;
+    for (int panel = 0; panel < kTile / kPanel; panel++) {
+        Float first = zero(), second = zero();
+        for (const float *at = columns + panel * height * kPanel, *end = at + size * kPanel; at < end; at += kPanel) {
+            first = fma(load(at), load(at), first);
+            second = fma(load(at + kWidth), load(at + kWidth), second);
+        }
+        store(squares + panel * kPanel, first);
+        store(squares + panel * kPanel + kWidth, second);
+    }
 }
 
 // The line of one head in tiles that never cross a round. Tiles are numbered through all rounds; numbers beyond the
@@ -140,9 +139,15 @@ struct Head {
         query_draw = p.query_draw ? p.query_draw + offset : nullptr;
     }
     bool shared() const { return p.key.data == nullptr; }
+    const int32_t* tokens(int64_t tile) const {  // of geometry.count(tile) places
+        return line + (geometry.first(tile) - geometry.wraps(tile) * p.length * p.rounds);
+    }
     int earlier(int64_t round) const { return p.count_once ? static_cast<int>(round) : 0; }  // rounds that count first
     float* row(float* x, int token, int64_t size) const {  // of a contiguous (B, T, H, size)
         return x + ((batch * p.length + token) * p.heads + head) * size;
+    }
+    Source rows(float* x, int64_t size) const {
+        return Source({x, p.length * p.heads * size, size, p.heads * size}, batch, head, false, size);
     }
 };
 
@@ -200,39 +205,48 @@ struct Tile {
     void read(const Head& head, int64_t tile, int64_t round) {
         const Problem& p = head.p;
         const Geometry& geometry = head.geometry;
-        int64_t first = geometry.first(tile), turn = geometry.wraps(tile) * p.length * p.rounds;
-        const int32_t* tokens = head.line + (first - turn);
+        int64_t first = geometry.first(tile);
+        const int32_t* tokens = head.tokens(tile);
         index = tile;
         count = geometry.count(tile);
-        longest = 0;
         for (int i = 0; i < count; i++) {
             token[i] = tokens[i];
             order[i] = head.mask && !head.mask[token[i]] ? INT_MAX : token[i];
             place[i] = static_cast<int>(first) + i;
-            float squares = head.key.gather(token[i], rows, i);
-            head.value.gather(token[i], values, i);
-            unit[i] = head.shared() ? 1 / std::sqrt((squares / p.size + 1e-6f) * p.size) : 1.0f;
-            scale[i] = unit[i] * kLog2E;
-            longest = std::max(longest, std::sqrt(squares) * unit[i]);
+            gather(head.key, token[i], rows, i);
+            gather(head.value, token[i], values, i);
             if (p.key_draw) draw[i] = p.key_draw[token[i]];
         }
         for (int r = 0; r < head.earlier(round); r++)
             for (int i = 0; i < count; i++) earlier[r * kTile + i] = head.inverse[r * p.length + token[i]];
         for (int i = count; i < kTile; i++) {
             token[i] = order[i] = place[i] = kNowhere;
-            scale[i] = unit[i] = 0;
             draw[i] = 0;
             clear_row(rows, i, p.size);
             clear_row(values, i, p.value_size);
             for (int r = 0; r < head.earlier(round); r++) earlier[r * kTile + i] = kNowhere;
         }
         transpose_panels(rows, static_cast<int>(p.size), columns);
+        measure(head);
         if (value_columns) {
             transpose_panels(values, static_cast<int>(p.value_size), value_columns);
             std::memset(grad, 0, panels_of(p.size) * kPanel * kTile * sizeof(float));
             std::memset(value_grad, 0, panels_of(p.value_size) * kPanel * kTile * sizeof(float));
             std::memset(pull, 0, sizeof pull);
         }
+    }
+    // Lengths of the keys; those of shared query/key attention are the queries over their root mean square.
+    void measure(const Head& head) {
+        const Float size = splat(static_cast<float>(head.p.size)), little = splat(1e-6f), one = splat(1.0f);
+        Float largest_key = zero();
+        square_rows(columns, static_cast<int>(head.p.size), unit);
+        for (int i = 0; i < kTile; i += kWidth) {
+            Float squares = load(unit + i), factor = head.shared() ? one / sqrt((squares / size + little) * size) : one;
+            largest_key = max(largest_key, sqrt(squares) * factor);
+            store(unit + i, factor);
+            store(scale + i, factor * splat(kLog2E));
+        }
+        longest = largest(largest_key);
     }
     static void clear_row(float* panels, int at, int64_t size) {
         for (int panel = 0; panel < panels_of(size); panel++)
@@ -242,34 +256,38 @@ struct Tile {
 
 // What is known of a tile's queries, row by row.
 struct Queries {
+    int64_t tile = 0;
     int count = 0;
     int64_t lowest, highest;            // places that any row sees; lowest > highest: none
+    int64_t group_lowest[kGroups], group_highest[kGroups];  // that any row of a granule sees
     int token[kTile], limit[kTile];     // limit: tokens beyond it are the future, or padding (chunk rule)
     int first[kTile], extent[kTile];    // first place seen, and how many more
     int draw[kTile];
     bool sees[kTile];
     std::vector<int> earlier_first, earlier_extent;  // [rounds - 1][kTile]
-    float norm[kTile];                  // |query| in units of log 2
-    std::vector<float> own_rows;        // queries of their own, panels
+    alignas(64) float norm[kTile];      // |query| in units of log 2
+    std::vector<float> own_rows, own_columns;  // queries of their own, panels
 
     explicit Queries(const Problem& p)
         : earlier_first(p.rounds * kTile), earlier_extent(p.rounds * kTile),
-          own_rows(p.key.data ? panels_of(p.size) * kPanel * kTile : 0) {}
+          own_rows(p.key.data ? panels_of(p.size) * kPanel * kTile : 0), own_columns(own_rows.size()) {}
 
-    void read(const Head& head, int64_t round, int64_t tile) {
+    void read(const Head& head, int64_t round, int64_t index) {
         const Problem& p = head.p;
+        tile = index;
         int64_t place = head.geometry.first(tile);
         count = head.geometry.count(tile);
-        lowest = INT64_MAX;
-        highest = INT64_MIN;
+        std::fill(group_lowest, group_lowest + kGroups, INT64_MAX);
+        std::fill(group_highest, group_highest + kGroups, INT64_MIN);
         for (int i = 0; i < count; i++) {
             token[i] = head.line[place + i];
             limit[i] = p.causal ? token[i] : INT_MAX - 1;
             set_window(head.lo[place + i], head.hi[place + i], first[i], extent[i]);
             sees[i] = head.lo[place + i] <= head.hi[place + i];
             if (sees[i]) {
-                lowest = std::min<int64_t>(lowest, head.lo[place + i]);
-                highest = std::max<int64_t>(highest, head.hi[place + i]);
+                int64_t &low = group_lowest[i / kGranule], &high = group_highest[i / kGranule];
+                low = std::min<int64_t>(low, head.lo[place + i]);
+                high = std::max<int64_t>(high, head.hi[place + i]);
             }
             for (int r = 0; r < head.earlier(round); r++) {
                 int64_t there = r * p.length + head.inverse[r * p.length + token[i]];
@@ -278,10 +296,17 @@ struct Queries {
                            earlier_extent[r * kTile + i]);
             }
             if (head.query_draw) draw[i] = head.query_draw[token[i]];
-            if (!own_rows.empty()) norm[i] = std::sqrt(head.query.gather(token[i], own_rows.data(), i)) * kLog2E;
+            if (!own_rows.empty()) gather(head.query, token[i], own_rows.data(), i);
         }
-        if (!own_rows.empty())
-            for (int i = count; i < kTile; i++) Tile::clear_row(own_rows.data(), i, p.size);
+        lowest = *std::min_element(group_lowest, group_lowest + kGroups);
+        highest = *std::max_element(group_highest, group_highest + kGroups);
+        if (!own_rows.empty()) measure(p);
+    }
+    void measure(const Problem& p) {
+        for (int i = count; i < kTile; i++) Tile::clear_row(own_rows.data(), i, p.size);
+        transpose_panels(own_rows.data(), static_cast<int>(p.size), own_columns.data());
+        square_rows(own_columns.data(), static_cast<int>(p.size), norm);
+        for (int i = 0; i < kTile; i += kWidth) store(norm + i, sqrt(load(norm + i)) * splat(kLog2E));
     }
     static void set_window(int lo, int hi, int& first, int& extent) {
         first = lo <= hi ? lo : INT_MAX / 2;  // no place is at or beyond it

@@ -45,7 +45,7 @@ format: $(READY) ## put style right, where a tool can
 	$(BIN)/ruff format .
 
 bench: $(READY) ## measure against other implementations, in ten minutes
-	$(BIN)/python -m benchmarks.run --short $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.run --short --append $(BENCH_ARGS)
 
 clean: ## remove build products and caches; the virtual environment and runs/ stay
 	rm -rf build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -11,7 +11,8 @@ from hf_reformer.attention_ops import backend_name
 
 from .cases import Case, Entry, Group, Run, Settings
 
-PRODUCT = 1024  # edge of the square matrices whose product sets the rate
+RATES = ("mm", "copy")
+PRODUCT, PRODUCTS = 1024, 10  # edge of the square matrices whose product sets the rate; how many in a call
 COPIED = 2**27  # bytes
 
 
@@ -31,12 +32,13 @@ def facts() -> dict[str, str]:
 
 
 def processor() -> str:
-    """Model name of the processor."""
+    """Model name of the processor, and the widest vectors torch uses on it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or "unknown"
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return f"{next(names, platform.processor() or 'unknown')}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def huge_pages() -> str:
@@ -44,7 +46,7 @@ def huge_pages() -> str:
     try:
         words = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().split()
     except OSError:
-        words = ["[unknown]"]
+        words = []
     setting = next((word.strip("[]") for word in words if word.startswith("[")), "unknown")
     return f"{setting}, {'asked for' if asks_for_huge_pages() else 'not asked for'} by torch"
 
@@ -55,16 +57,18 @@ def asks_for_huge_pages() -> bool:
 
 
 def groups(settings: Settings) -> list[Group]:
-    return [Group("time", [Entry(Case("machine", PRODUCT), rival) for rival in ("mm", "copy")])]
+    return [Group("time", [Entry(Case(section="machine", length=PRODUCT), rival) for rival in RATES])]
 
 
 def make(case: Case, rival: str) -> Run:
-    """`mm`: a square float32 product into memory already touched. `copy`: one long copy, counted as read and write."""
+    """`mm`: square float32 products into memory already touched. `copy`: one long copy, counted as read and write."""
     if rival == "mm":
         a, b, product = (torch.randn(PRODUCT, PRODUCT) for _ in range(3))
-        return Run(lambda: torch.mm(a, b, out=product), flops=2.0 * PRODUCT**3)
+
+        def multiply() -> None:
+            for _ in range(PRODUCTS):
+                torch.mm(a, b, out=product)
+
+        return Run(multiply, flops=2.0 * PRODUCT**3 * PRODUCTS)
     source, target = torch.ones(COPIED // 4), torch.ones(COPIED // 4)
     return Run(lambda: target.copy_(source), bytes=2.0 * COPIED)
-
-
-SECTIONS = {"machine": groups}

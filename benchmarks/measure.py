@@ -30,7 +30,7 @@ class Effort(NamedTuple):
     budget: float
     once_over: float
     min_repeats: int = 3
-    max_repeats: int = 50
+    max_repeats: int = 200
 
 
 @dataclass
@@ -69,20 +69,19 @@ def timed(call: Callable[[], Any]) -> tuple[float, float]:
 
 
 def alternate(calls: Mapping[Key, Callable[[], Any]], effort: Effort) -> dict[Key, Timing]:
-    """Call all rivals in turn, again and again. The first round warms up; the first rival is what others compare to.
+    """Call all rivals in turn, to and fro, again and again; the first round warms up.
 
-    A rival slower than `effort.once_over` keeps its first time; the first rival is always repeated. A rival that
-    fails is out, and the others go on.
+    A rival that fails is out, and the others go on.
     """
     timings = {key: Timing() for key in calls}
-    first = next(iter(calls), None)
     gc.collect()
+    gc.freeze()  # what is there by now need not be looked through between the rounds
     gc.disable()
     try:
         for key, call in calls.items():
             attempt(timings[key], call)
-        for key, timing in timings.items():
-            timing.once = bool(timing.wall) and key != first and timing.median > effort.once_over
+        for timing in timings.values():
+            timing.once = bool(timing.wall) and timing.median > effort.once_over
         again = [key for key, timing in timings.items() if timing.wall and not timing.once]
         for key in again:
             timings[key] = Timing()
@@ -90,6 +89,7 @@ def alternate(calls: Mapping[Key, Callable[[], Any]], effort: Effort) -> dict[Ke
         while repeats < effort.max_repeats and again:
             if repeats >= effort.min_repeats and time.perf_counter() - start > effort.budget:
                 break
+            again.reverse()  # so that nobody always follows the same rival
             for key in again:
                 attempt(timings[key], calls[key])
             again = [key for key in again if not timings[key].failure]
@@ -97,6 +97,7 @@ def alternate(calls: Mapping[Key, Callable[[], Any]], effort: Effort) -> dict[Ke
             repeats += 1
     finally:
         gc.enable()
+        gc.unfreeze()
     return timings
 
 
@@ -143,10 +144,8 @@ def peak_memory(case: Case, rival: str, threads: int, timeout: float) -> dict[st
     except subprocess.TimeoutExpired:
         return {"failure": f"longer than {timeout + START_UP:.0f} s"}
     if done.returncode < 0:
-        return {
-            "failure": f"killed by signal {-done.returncode}"
-            + (", as if out of memory" if done.returncode == -9 else "")
-        }
+        why = ", as if out of memory" if done.returncode == -9 else ""
+        return {"failure": f"killed by signal {-done.returncode}{why}"}
     if done.returncode:
         return {"failure": " ".join(done.stderr.strip().splitlines()[-1:])[:160] or f"exit status {done.returncode}"}
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -14,28 +14,39 @@ from pathlib import Path
 import torch
 
 from .cases import Case
-from .limits import bound_memory
 from .plan import make
 
+SHARE = 0.9  # of the memory that is free, for one measuring process
 
-def status(name: str) -> int | None:
-    """A field of this process's memory status in bytes, None where the system does not tell."""
+
+def proc(file: str, name: str) -> int | None:
+    """A field of a file in /proc in bytes, None where the system does not tell."""
     try:
-        found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc", file).read_text(), re.MULTILINE)
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None
 
 
+def bound_memory() -> None:
+    """Allow this process most of what is free, so that a rival that wants more fails by itself and kills nothing."""
+    free, used = proc("meminfo", "MemAvailable"), proc("self/status", "VmData")
+    if free is None or used is None:
+        return
+    limit, hard = int(SHARE * free) + used, resource.getrlimit(resource.RLIMIT_DATA)[1]
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
 def resident() -> int:
     """Bytes in memory now; where the system does not tell, the highest so far."""
-    return status("VmRSS") or highest()
+    return proc("self/status", "VmRSS") or highest()
 
 
 def highest() -> int:
     """The most bytes ever in memory."""
     unit = 1 if sys.platform == "darwin" else 1024
-    return status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return proc("self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def forget_highest() -> bool:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -10,29 +11,30 @@ from torch.utils.checkpoint import checkpoint
 import hf_reformer
 
 VOCABULARY, HIDDEN, HEADS, HEAD_SIZE, FEED_FORWARD = 320, 512, 8, 64, 1024
-ROUNDS = 2
+LAYERS, ROUNDS = 6, 2
 Cache = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of every layer, (B, H, T, D) each
 
 
-def layer_kinds(layers: int) -> list[str]:
-    return [("local", "lsh")[i % 2] for i in range(layers)]
+def common(length: int, layers: int, causal: bool) -> dict[str, Any]:
+    """What both Reformers' configs say alike. All else is each package's default, but for dropout: there is none."""
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "attn_layers": [("local", "lsh")[i % 2] for i in range(layers)],
+        "num_attention_heads": HEADS,
+        "attention_head_size": HEAD_SIZE,
+        "feed_forward_size": FEED_FORWARD,
+        "max_position_embeddings": length,
+        "num_hashes": ROUNDS,
+        "hidden_dropout_prob": 0.0,
+        "lsh_attention_probs_dropout_prob": 0.0,
+        "local_attention_probs_dropout_prob": 0.0,
+        "is_decoder": causal,
+    }
 
 
 def our_config(length: int, layers: int, causal: bool, **changes: Any) -> hf_reformer.ReformerConfig:
-    """Default windows, number of buckets fitting the length, no dropout."""
-    return hf_reformer.ReformerConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        attn_layers=layer_kinds(layers),
-        num_attention_heads=HEADS,
-        attention_head_size=HEAD_SIZE,
-        feed_forward_size=FEED_FORWARD,
-        max_position_embeddings=length,
-        num_hashes=ROUNDS,
-        hidden_dropout_prob=0.0,
-        is_decoder=causal,
-        **changes,
-    )
+    return hf_reformer.ReformerConfig(**common(length, layers, causal), **changes)
 
 
 def our_model(length: int, layers: int, causal: bool = True, **changes: Any) -> nn.Module:
@@ -43,29 +45,17 @@ def our_model(length: int, layers: int, causal: bool = True, **changes: Any) -> 
 
 def built_in_model(length: int, layers: int, causal: bool = True) -> nn.Module:
     """transformers' own Reformer; in training its axial shape must multiply to the very length."""
-    from transformers import ReformerConfig, ReformerForMaskedLM, ReformerModelWithLMHead
-
     bits = length.bit_length() - 1
     if length != 2**bits:
         raise ValueError(f"length {length}: the built-in Reformer is measured at powers of two only")
-    config = ReformerConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=HIDDEN,
-        attn_layers=layer_kinds(layers),
-        num_attention_heads=HEADS,
-        attention_head_size=HEAD_SIZE,
-        feed_forward_size=FEED_FORWARD,
-        max_position_embeddings=length,
+    config = transformers.ReformerConfig(
+        **common(length, layers, causal),
         axial_pos_shape=[2 ** (bits // 2), 2 ** (bits - bits // 2)],
         axial_pos_embds_dim=[HIDDEN // 4, HIDDEN - HIDDEN // 4],
-        num_hashes=ROUNDS,
-        hidden_dropout_prob=0.0,
-        lsh_attention_probs_dropout_prob=0.0,
-        local_attention_probs_dropout_prob=0.0,
-        is_decoder=causal,
         use_cache=False,
     )
-    return ReformerModelWithLMHead(config) if causal else ReformerForMaskedLM(config)
+    head = transformers.ReformerModelWithLMHead if causal else transformers.ReformerForMaskedLM
+    return head(config)
 
 
 class FullLayer(nn.Module):
@@ -90,20 +80,21 @@ class FullLayer(nn.Module):
 
 
 class FullModel(nn.Module):
-    """Transformer of the same size: as many layers, heads, features and positions."""
+    """Transformer of the same size: as many layers, heads and features. Positions are a fixed table."""
 
     def __init__(self, length: int, layers: int, causal: bool = True, checkpointing: bool = False):
         super().__init__()
         self.causal, self.checkpointing = causal, checkpointing
         self.embed_tokens = nn.Embedding(VOCABULARY, HIDDEN)
-        self.embed_positions = nn.Embedding(length, HIDDEN)
+        self.positions: torch.Tensor
+        self.register_buffer("positions", torch.randn(length, HIDDEN), persistent=False)
         self.layers = nn.ModuleList(FullLayer(causal) for _ in range(layers))
         self.norm = nn.LayerNorm(HIDDEN)
         self.lm_head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean loss of (B, T) tokens."""
-        x = self.embed_tokens(input_ids) + self.embed_positions.weight[: input_ids.shape[1]]
+        x = self.embed_tokens(input_ids) + self.positions[: input_ids.shape[1]]
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=False)[0] if self.checkpointing else layer(x)[0]
         logits = self.lm_head(self.norm(x))
@@ -114,7 +105,7 @@ class FullModel(nn.Module):
     def next_logits(self, input_ids: torch.Tensor, past: Cache | None = None) -> tuple[torch.Tensor, Cache]:
         """Logits of the last token and the cache: all tokens without a cache, the last one with it."""
         first = 0 if past is None else past[0][0].shape[2]
-        x = self.embed_tokens(input_ids) + self.embed_positions.weight[first : first + input_ids.shape[1]]
+        x = self.embed_tokens(input_ids) + self.positions[first : first + input_ids.shape[1]]
         cache = []
         for index, layer in enumerate(self.layers):
             x, kept = layer(x, None if past is None else past[index])

@@ -1,90 +1,174 @@
-"""Lines over length and depth, from rows alone."""
+"""Lines over length and depth, from rows alone; both axes logarithmic, every line named at its end."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from .cases import BOTH, FORWARD
+from .cases import BOTH, FORWARD, STEP
 from .results import Row
-from .training import STEP
 
-COLOURS = {
-    "ours": "#1f6f8b",
-    "ours window": "#1f6f8b",
-    "ours chunk": "#5fb0c9",
-    "ours plain": "#5fb0c9",
-    "ours torch": "#9aa5b1",
-    "ours window torch": "#9aa5b1",
-    "ours chunk torch": "#c3cad2",
-    "built-in": "#d1495b",
-    "reformer-pytorch": "#edae49",
-    "sdpa": "#4b3f72",
-    "full": "#4b3f72",
-    "local": "#8d8d8d",
+
+class Style(NamedTuple):
+    label: str
+    colour: str
+    line: str = "-"
+
+
+STYLES = {
+    "ours window": Style("ours, windows", "#0b5d7a"),
+    "ours chunk": Style("ours, chunks", "#3fa0c0"),
+    "ours": Style("ours", "#0b5d7a"),
+    "ours plain": Style("ours, not reversible", "#3fa0c0"),
+    "ours window torch": Style("windows, PyTorch alone", "#0b5d7a", ":"),
+    "ours chunk torch": Style("chunks, PyTorch alone", "#3fa0c0", ":"),
+    "ours torch": Style("ours, PyTorch alone", "#0b5d7a", ":"),
+    "built-in": Style("transformers' Reformer", "#d1495b"),
+    "reformer-pytorch": Style("reformer-pytorch", "#d98a1f"),
+    "sdpa": Style("exact attention", "#5b4a8a"),
+    "full": Style("Transformer, exact", "#5b4a8a"),
+    "local": Style("local chunks (bound)", "#8d8d8d", "--"),
 }
-UNITS: dict[str, tuple[str, Callable[[Row], float]]] = {
-    "time": ("seconds", lambda row: row.seconds or 0.0),
-    "memory": ("MiB beyond what was there", lambda row: (row.peak_bytes or 0.0) / 2**20),
-}
-# section, quantity, works (a panel each), axis
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file of panels, each a quantity of a kind of work."""
+
+    name: str
+    section: str
+    axis: str  # "length" or "layers"
+    panels: tuple[tuple[str, str], ...]
+
+
 PICTURES = [
-    ("core", "time", (FORWARD, BOTH), "length"),
-    ("core", "memory", (FORWARD, BOTH), "length"),
-    ("step", "time", (STEP,), "length"),
-    ("step", "memory", (STEP,), "length"),
-    ("depth", "time", (STEP,), "layers"),
-    ("depth", "memory", (STEP,), "layers"),
+    Picture("core_time", "core", "length", (("time", FORWARD), ("time", BOTH))),
+    Picture("core_memory", "core", "length", (("memory", FORWARD), ("memory", BOTH))),
+    Picture("step_over_length", "step", "length", (("time", STEP), ("memory", STEP))),
+    Picture("step_over_depth", "depth", "layers", (("time", STEP), ("memory", STEP))),
 ]
+UNITS: dict[str, Callable[[Row], float]] = {"time": lambda row: row.seconds, "memory": lambda row: row.peak_bytes}
+LABEL_GAP = 0.058  # of the panel's height, between names
 
 
 def draw_all(rows: list[Row], folder: Path) -> list[Path]:
-    """Every picture for which there are rows."""
+    """Every picture for which there are rows that make a line."""
+    settings = sorted({(row.threads, row.huge_pages) for row in rows if row.quantity == "time"})
     made = []
-    for section, quantity, works, axis in PICTURES:
-        mine = [row for row in rows if (row.section, row.quantity) == (section, quantity) and row.value and row.causal]
-        mine = [row for row in mine if row.rival in COLOURS]
-        for threads, huge_pages in sorted({(row.threads, row.huge_pages) for row in mine}):
-            same = [row for row in mine if (row.threads, row.huge_pages) == (threads, huge_pages)]
-            rounds = {row.rounds for row in same}
-            same = [row for row in same if row.rounds == (2 if 2 in rounds else min(rounds))]
-            end = f"_{threads}_threads" * (quantity == "time") + "_huge_pages" * huge_pages
-            path = folder / f"{section}_{quantity}_over_{axis}{end}.png"
-            draw(same, quantity, works, axis, f"{section}, {threads} thread{'s' * (threads > 1)}", path)
-            made.append(path)
-    return made
+    for picture in PICTURES:
+        for threads, huge_pages in settings:
+            panels = [panel_rows(rows, picture, panel, threads, huge_pages) for panel in picture.panels]
+            if any(row.quantity == picture.panels[0][0] for panel in panels for row in panel):
+                end = f"_{threads}_threads" * (picture.panels[0][0] == "time") + "_huge_pages" * huge_pages
+                path = folder / f"{picture.name}{end}.png"
+                draw(picture, [panel for panel in panels if panel], threads, path)
+                made.append(path)
+    return list(dict.fromkeys(made))
 
 
-def draw(rows: list[Row], quantity: str, works: tuple[str, ...], axis: str, title: str, path: Path) -> None:
-    """One picture, a panel for every kind of work that was measured."""
+def panel_rows(rows: list[Row], picture: Picture, panel: tuple[str, str], threads: int, huge_pages: bool) -> list[Row]:
+    """Causal rows of one panel, at two rounds if there are, one length if depth is the axis; none if it is a point."""
+    quantity, work = panel
+    found = [row for row in rows if (row.section, row.quantity, row.work) == (picture.section, quantity, work)]
+    found = [row for row in found if row.value and row.causal and row.huge_pages == huge_pages]
+    found = [row for row in found if row.rival in STYLES and (row.threads == threads or quantity == "memory")]
+    rounds = {row.rounds for row in found}
+    found = [row for row in found if row.rounds == (2 if 2 in rounds else min(rounds))]
+    if picture.axis == "layers":
+        found = [row for row in found if row.length == max(other.length for other in found)]
+    return found if len({getattr(row, picture.axis) for row in found}) > 1 else []
+
+
+def draw(picture: Picture, panels: list[list[Row]], threads: int, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    works = tuple(work for work in works if any(row.work == work for row in rows))
-    figure = Figure(figsize=(5.5 * len(works), 4.2), layout="constrained")
+    figure = Figure(figsize=(6.4 * len(panels), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(works), squeeze=False)[0]
-    for panel, work in zip(panels, works, strict=True):
-        panel_rows = [row for row in rows if row.work == work]
-        draw_panel(panel, panel_rows, quantity, axis)
-        panel.set_title(f"{title}: {work}" if work != title else title)
+    for panel, rows in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        draw_panel(panel, rows, picture.axis)
+        row = rows[0]
+        words = [row.work, f"{row.layers} layers" if picture.axis == "length" and row.layers else ""]
+        words += [f"{row.rounds} rounds" if not row.layers else "", "causal"]
+        words += [f"{row.length} tokens" if picture.axis == "layers" else ""]
+        words += [f"{threads} thread{'s' * (threads > 1)}" if row.quantity == "time" else ""]
+        title = "Time" if row.quantity == "time" else "Peak memory beyond inputs and weights"
+        panel.set_title(f"{title}\n{', '.join(filter(None, words))}", fontsize=10, loc="left")
     figure.savefig(path, dpi=150)
 
 
-def draw_panel(panel, rows: list[Row], quantity: str, axis: str) -> None:
-    """Both axes by powers of two over length; plain axes over depth."""
-    unit, value = UNITS[quantity]
-    for rival in [name for name in COLOURS if any(row.rival == name for row in rows)]:
-        points = sorted((getattr(row, axis), value(row)) for row in rows if row.rival == rival)
-        ours = rival.startswith("ours")
-        panel.plot(*zip(*points, strict=True), marker="o", color=COLOURS[rival], linewidth=2.2 if ours else 1.4)
-        panel.lines[-1].set_label(rival)
+def draw_panel(panel, rows: list[Row], axis: str) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    value, quantity = UNITS[rows[0].quantity], rows[0].quantity
     ticks = sorted({getattr(row, axis) for row in rows})
-    if axis == "length":
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-    else:
-        panel.set_ylim(bottom=0)
-    panel.set_xticks(ticks, [str(tick) for tick in ticks])
+    ends = {}
+    for rival in (name for name in STYLES if any(row.rival == name for row in rows)):
+        points = sorted((getattr(row, axis), value(row)) for row in rows if row.rival == rival)
+        style, bold = STYLES[rival], rival.startswith("ours") and not rival.endswith("torch")
+        width = 2.4 if bold else 1.5
+        panel.plot(
+            *zip(*points, strict=True), style.line, color=style.colour, linewidth=width, marker="o", markersize=4
+        )
+        ends[rival] = points[-1]
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xticks(ticks, [thousands(tick) for tick in ticks])
+    panel.xaxis.set_minor_locator(NullLocator())
     panel.set_xlabel("tokens" if axis == "length" else "layers")
-    panel.set_ylabel(unit)
-    panel.grid(alpha=0.3)
-    panel.legend(frameon=False, fontsize="small")
+    span = max(map(value, rows)) / min(map(value, rows))
+    base, subs = (
+        (2, (1,) if span > 16 else (1, 1.5)) if quantity == "memory" else (10, (1,) if span > 500 else (1, 2, 5))
+    )
+    panel.yaxis.set_major_locator(LogLocator(base, subs, numticks=12))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: seconds(y) if quantity == "time" else size(y)))
+    panel.grid(alpha=0.25)
+    for side in ("top", "right"):
+        panel.spines[side].set_visible(False)
+    name_lines(panel, ends)
+
+
+def name_lines(panel, ends: dict[str, tuple[float, float]]) -> None:
+    """Names in the right margin, apart from each other, with a thin line to where each curve ends."""
+    to_panel = panel.transData + panel.transAxes.inverted()
+    places = {rival: to_panel.transform(end) for rival, end in ends.items()}
+    ordered = sorted(ends, key=lambda rival: places[rival][1])
+    for rival, height in zip(ordered, spread([places[rival][1] for rival in ordered], LABEL_GAP), strict=True):
+        style = STYLES[rival]
+        panel.annotate(
+            style.label,
+            xy=places[rival],
+            xytext=(1.04, height),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            color=style.colour,
+            fontsize=9,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": style.colour, "linewidth": 0.6, "alpha": 0.6, "relpos": (0, 0.5)},
+        )
+
+
+def spread(heights: list[float], gap: float) -> list[float]:
+    """Ascending heights moved as little as a few rounds of pushing neighbours apart need."""
+    moved = list(heights)
+    for _ in range(200):
+        for i in range(len(moved) - 1):
+            short = gap - (moved[i + 1] - moved[i])
+            if short > 1e-6:
+                moved[i] -= short / 2
+                moved[i + 1] += short / 2
+    return moved
+
+
+def thousands(tokens: int) -> str:
+    return f"{tokens // 1024}k" if tokens >= 1024 and tokens % 1024 == 0 else str(tokens)
+
+
+def seconds(value: float) -> str:
+    return f"{value:g} s" if value >= 1 else f"{value * 1e3:g} ms"
+
+
+def size(value: float) -> str:
+    return f"{value / 2**30:g} GiB" if value >= 2**30 else f"{value / 2**20:g} MiB"

@@ -1,33 +1,40 @@
-"""Which sections there are, in the order in which they run; and the way from a case to something to call."""
+"""Which sections there are, and the way from a case to something to call."""
 
 from collections.abc import Callable
-from types import ModuleType
+from typing import NamedTuple
 
 from . import attention, generation, machine, training
 from .cases import Case, Group, Run, Settings
 
+
+class Section(NamedTuple):
+    groups: Callable[[Settings], list[Group]]
+    make: Callable[[Case, str], Run]
+
+
 # The most telling first, for runs that end by the clock.
-OWNERS: dict[str, ModuleType] = {
-    "machine": machine,
-    "core": attention,
-    "ops": attention,
-    "break-even": attention,
-    "step": training,
-    "growth": attention,
-    "depth": training,
-    "generation": generation,
-    "step growth": training,
+SECTIONS = {
+    "machine": Section(machine.groups, machine.make),
+    "core": Section(attention.core_groups, attention.make_core_run),
+    "ops": Section(attention.op_groups, attention.make_op),
+    "break-even": Section(attention.break_even_groups, attention.make_core_run),
+    "step": Section(training.step_groups, training.make),
+    "growth": Section(attention.growth_groups, attention.make_core_run),
+    "depth": Section(training.depth_groups, training.make),
+    "generation": Section(generation.groups, generation.make),
+    "step-growth": Section(training.growth_groups, training.make),
 }
 
 
-def plan(settings: Settings, sections: list[str]) -> list[Group]:
-    """All groups of the named sections."""
-    makers: dict[str, Callable[[Settings], list[Group]]] = {}
-    for owner in dict.fromkeys(OWNERS.values()):
-        makers |= owner.SECTIONS
-    return [group for section in OWNERS if section in sections for group in makers[section](settings)]
+def plan(settings: Settings, sections: list[str], rivals: list[str] | None = None) -> list[Group]:
+    """All groups of the named sections, with all rivals or the named ones."""
+    groups = [group for name, section in SECTIONS.items() if name in sections for group in section.groups(settings)]
+    if rivals is None:
+        return groups
+    cut = [group._replace(entries=[entry for entry in group.entries if entry.rival in rivals]) for group in groups]
+    return [group for group in cut if group.entries]
 
 
 def make(case: Case, rival: str) -> Run:
     """The rival on the case, ready to be called."""
-    return OWNERS[case.section].make(case, rival)
+    return SECTIONS[case.section].make(case, rival)

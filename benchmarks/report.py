@@ -1,13 +1,10 @@
-"""Tables and pictures from results alone.
+"""Tables and pictures from results alone."""
 
-python -m benchmarks.report runs/benchmarks/results.csv [more.csv …] --output_dir docs/benchmarks
-"""
-
-import argparse
 import math
 from collections.abc import Iterable
 from pathlib import Path
 
+from .machine import RATES
 from .pictures import draw_all
 from .results import Row, load
 from .targets import Target, find_targets
@@ -21,29 +18,42 @@ TITLES = {
     "growth": "Growth of the core",
     "depth": "Depth",
     "generation": "One more token",
-    "step growth": "Growth of a training step",
+    "step-growth": "Growth of a training step",
 }
 NOTES = """\
-All figures: float32, batch 1, 8 heads of 64, wall-clock medians of calls in turn within one process; in brackets the \
-ratio to the first column. Chunk mode is the rivals' own rule (chunks of 64, one back). Window mode shows as many \
-places per query (96, position order off) with as many hash orders. Models have hidden size 512, feed-forward 1024, \
-layers (local, lsh) in turn, no dropout; ours have the default windows. `local` is exact attention inside chunks \
-along the sequence: a bound for one round, not a rival. A step's floor is its dense products (forward, recomputation, \
-backward) at the measured rate of matrix products, plus its attention. Memory is the high-water mark of a process of \
-its own above what was there before the call. `*`: too slow to repeat, called once, cold.
+All figures: float32, batch 1, 8 heads of 64. Times are wall-clock medians of calls in turn, to and fro, within one \
+process, after a call each to warm up; in brackets the median ratio to the first of them. `*`: too slow to repeat, \
+called once, cold. Memory is the high-water mark of a process of its own above what was there before the call. \
+Everyone gets the same inputs and gives the gradients of all of them.
 
-Page faults are part of the published ratios: the rivals make hundreds of MiB of temporaries in a call. Where torch's \
-allocator asks for transparent huge pages (`--huge_pages`) the ratios to them shrink by about a third."""
+- **Page faults are part of the ratios.** The rivals make hundreds of MiB of temporaries in a call, and the default \
+allocator takes them from the system anew each time. With transparent huge pages (`--huge_pages`, in tables of their \
+own) faults are few, and the ratios to the rivals shrink.
+- Chunk mode is the rivals' own rule: chunks of 64 that see one back. Window mode shows 96 places in as many hash \
+orders (position order off): what a place of a chunk sees on average up to itself.
+- The built-in Reformer hashes with as many buckets as our chunk mode, factorised from the same length on. \
+reformer-pytorch has half as many, one set of rotations for all heads, and never factorises: time and memory of its \
+hash grow with the square of the length.
+- `sdpa` is torch's exact attention; it and `local`, exact attention inside chunks along the sequence, do not depend \
+on the number of rounds. `local` is a bound for one round, not a rival.
+- Models have hidden size 512, feed-forward 1024, layers (local, lsh) in turn, no dropout. Ours has its default \
+windows of 128, which in training show a position order, two hash orders and one of exploration; the built-in one its \
+default chunks of 64, two rounds. `ours plain` keeps activations instead of recomputing them. `full` is a Transformer \
+on `sdpa` with fixed positions; from 65536 tokens on it recomputes its layers, as ours does at every length.
+- A step's floor is its dense products (forward, recomputation, backward) at the rate of `mm`, plus its attention \
+measured alone. An op's floor is its products at the rate of `mm` or its reading and writing at that of `copy`, \
+whichever takes longer.
+- The next token: the rivals use their caches. The built-in one keeps states, projects what it needs anew, and makes \
+the positions of the whole context."""
 
 
-def write_report(results: list[Path], folder: Path) -> list[Path]:
+def write_report(results: Path, folder: Path) -> list[Path]:
     """Write report.md and the pictures into `folder`; the paths of all that was made."""
     rows = load(results)
-    folder.mkdir(parents=True, exist_ok=True)
     pictures = draw_all(rows, folder)
     parts = ["# Benchmarks", facts_table(rows), NOTES]
-    settings = sorted({(row.threads, row.huge_pages) for row in rows if row.quantity == "time"})
-    for threads, huge_pages in settings or sorted({(row.threads, row.huge_pages) for row in rows if row.threads}):
+    timed = sorted({(row.threads, row.huge_pages) for row in rows if row.quantity == "time"})
+    for threads, huge_pages in timed or sorted({(row.threads, row.huge_pages) for row in rows if row.threads}):
         parts += [f"## Targets, {name_of(threads, huge_pages)}", target_table(find_targets(rows, threads, huge_pages))]
     for section, title in TITLES.items():
         mine = [row for row in rows if row.section == section and row.quantity != "fact"]
@@ -57,7 +67,7 @@ def write_report(results: list[Path], folder: Path) -> list[Path]:
 
 
 def name_of(threads: int, huge_pages: bool) -> str:
-    return f"{threads} thread{'s' * (threads > 1)}" + (", huge pages" if huge_pages else "")
+    return f"{threads} thread{'s' * (threads > 1)}" + ", huge pages" * huge_pages
 
 
 def table(head: list[str], lines: Iterable[list[str]]) -> str:
@@ -67,9 +77,8 @@ def table(head: list[str], lines: Iterable[list[str]]) -> str:
 
 
 def facts_table(rows: list[Row]) -> str:
-    facts = [row for row in rows if row.quantity == "fact"]
-    lines = ([row.rival + (" (--huge_pages)" if row.huge_pages else ""), row.note] for row in facts)
-    return table(["machine", ""], lines)
+    facts = dict.fromkeys((row.rival, row.note) for row in rows if row.quantity == "fact")
+    return table(["machine", ""], map(list, facts))
 
 
 def target_table(targets: list[Target]) -> str:
@@ -108,9 +117,8 @@ def section_tables(rows: list[Row]) -> list[str]:
         mine = [row for row in rows if row.quantity == kind]
         for threads, huge_pages in sorted({(row.threads, row.huge_pages) for row in mine}):
             same = [row for row in mine if (row.threads, row.huge_pages) == (threads, huge_pages)]
-            caption = f"{kind.capitalize()}, {name_of(threads, huge_pages)}"
-            single = same[0].section in ("ops", "machine")
-            found += [f"**{caption}**", op_table(same) if single else case_table(same)]
+            make_table = op_table if same[0].section in ("ops", "machine") else case_table
+            found += [f"**{kind.capitalize()}, {name_of(threads, huge_pages)}**", make_table(same)]
     notes = sorted({f"- {row.rival}, {row.length} tokens: {row.note}" for row in rows if row.status == "failed"})
     return found + (["\n".join(notes)] if notes else [])
 
@@ -133,13 +141,9 @@ def cell(row: Row) -> str:
     if row.value is None:
         return f"skipped: {row.note}" if row.status == "skipped" else row.status
     shown = f"{row.value * 1e3:.4g} ms" if row.quantity == "time" else f"{row.value / 2**20:.4g} MiB"
-    same_length = row.base.rsplit(" ", 1)[-1] == str(row.length)
-    ratio = (
-        f" ({row.ratio:.2f})"
-        if row.ratio is not None and same_length and row.base != f"{row.rival} {row.length}"
-        else ""
-    )
-    return shown + ratio + ("*" if row.status == "once" else "")
+    of_another = row.base.endswith(f" {row.length}") and row.base != f"{row.rival} {row.length}"
+    ratio = f" ({row.ratio:.2f})" if row.ratio is not None and of_another and row.rival not in RATES else ""
+    return shown + ratio + "*" * (row.status == "once")
 
 
 def op_table(rows: list[Row]) -> str:
@@ -149,7 +153,7 @@ def op_table(rows: list[Row]) -> str:
         if row.seconds is None:
             lines.append([row.rival, str(row.length), row.work, cell(row), "", "", ""])
             continue
-        rates = [f"{(amount or 0) / row.seconds / 1e9:.1f}" for amount in (row.flops, row.bytes)]
+        rates = [f"{amount / row.seconds / 1e9:.1f}" if amount else "" for amount in (row.flops, row.bytes)]
         floor = floor_of(row, rows)
         shown = f"{floor / row.seconds:.2f}" if floor is not None else ""
         lines.append([row.rival, str(row.length), row.work, f"{row.seconds * 1e3:.4g} ms", *rates, shown])
@@ -158,23 +162,9 @@ def op_table(rows: list[Row]) -> str:
 
 def floor_of(row: Row, rows: list[Row]) -> float | None:
     """Seconds that the op's products and bytes would take at the rates measured beside it."""
-    if row.rival in ("mm", "copy"):
-        return None
-    rates = {other.rival: other for other in rows if other.length == row.length and other.seconds}
-    product, copy = rates.get("mm"), rates.get("copy")
-    if not product or not copy or not product.flops or not copy.bytes or not product.seconds or not copy.seconds:
+    product, copy = (
+        next((other for other in rows if (other.rival, other.length) == (rival, row.length)), None) for rival in RATES
+    )
+    if row.rival in RATES or not (product and copy and product.seconds and copy.seconds):
         return None
     return max((row.flops or 0) / product.flops * product.seconds, (row.bytes or 0) / copy.bytes * copy.seconds)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+")
-    parser.add_argument("--output_dir", type=Path, help="by default beside the first results")
-    args = parser.parse_args()
-    for made in write_report(args.results, args.output_dir or args.results[0].parent):
-        print(made)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .cases import Case
 
-@dataclass(frozen=True)
-class Row:
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Case):
     """A line of the CSV; numbers that were not measured are None.
 
     Attributes:
@@ -20,13 +22,7 @@ class Row:
     """
 
     quantity: str
-    section: str
     rival: str
-    length: int = 0
-    work: str = ""
-    rounds: int = 0
-    causal: bool = True
-    layers: int = 0
     threads: int = 0
     huge_pages: bool = False
     status: str = "ok"
@@ -47,14 +43,14 @@ class Row:
         return self.seconds if self.quantity == "time" else self.peak_bytes
 
     @property
-    def identity(self) -> tuple:
-        """What a later row must share to replace this one."""
-        return self.setting, self.rival, self.threads, self.huge_pages
-
-    @property
     def setting(self) -> tuple:
         """The case, without the rival."""
         return self.quantity, self.section, self.causal, self.rounds, self.layers, self.work, self.length
+
+    @property
+    def identity(self) -> tuple:
+        """What a later row must share to replace this one."""
+        return self.setting, self.rival, self.threads, self.huge_pages
 
 
 COLUMNS = [field.name for field in fields(Row)]
@@ -67,10 +63,16 @@ PARSERS = {
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to the file, at once, so that a run that ends early leaves what it has."""
+    """Add rows to the file, at once, so that a run that ends early leaves what it has.
+
+    Raises:
+        ValueError: the file's columns are others.
+    """
     fresh = not path.exists()
+    if not fresh and path.read_text().partition("\n")[0].split(",") != COLUMNS:
+        raise ValueError(f"{path} has other columns than these results. Choose another --output_dir.")
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if fresh:
             writer.writeheader()
         for row in rows:
@@ -84,12 +86,11 @@ def tidy(value: Any) -> Any:
     return "" if value is None else value
 
 
-def load(paths: Iterable[Path]) -> list[Row]:
-    """All rows of the files; of rows on the same thing the last one counts."""
+def load(path: Path) -> list[Row]:
+    """All rows; of several on the same thing the last one counts, and one without a number only if none has one."""
     found: dict[tuple, Row] = {}
-    for path in paths:
-        for row in read(path):
-            found.pop(row.identity, None)
+    for row in read(path):
+        if row.value is not None or found.get(row.identity, row).value is None:
             found[row.identity] = row
     return list(found.values())
 

@@ -3,12 +3,14 @@
 From the root of the repository, with the package and its `bench` extra installed:
 
     python -m benchmarks.run --short                             # about ten minutes on two cores
-    python -m benchmarks.run --output_dir runs/benchmarks        # everything; some hours
-    python -m benchmarks.run --only core --lengths 4096 --rounds 2 --threads 1 --output_dir runs/core
-    python -m benchmarks.run --only core step --huge_pages --append --output_dir runs/benchmarks
+    python -m benchmarks.run                                     # everything; hours
+    python -m benchmarks.run --only core --lengths 65536 --rounds 2 --threads 2 --append     # one piece of it
+    python -m benchmarks.run --only step --lengths 65536 --rivals full --threads 2 --append  # one slow rival
+    python -m benchmarks.run --only core --huge_pages --append   # where page faults weigh less
+    python -m benchmarks.run --report                            # tables and pictures again, from what is there
 
 Every repetition calls all rivals in turn, so that a busy machine slows them alike. Rows go to results.csv as they are
-found; tables and pictures are made from it, also later: `python -m benchmarks.report runs/benchmarks/results.csv`.
+found; report.md and the pictures beside it are made from it alone.
 """
 
 import argparse
@@ -16,39 +18,41 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import median
 
 import torch
-from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from . import machine
 from .cases import Entry, Group, Run, Settings
-from .limits import bound_memory
 from .measure import Effort, Forecasts, Timing, alternate, describe, peak_memory
-from .plan import OWNERS, make, plan
-from .report import write_report
+from .memory import bound_memory
+from .plan import SECTIONS, make, plan
+from .report import cell, write_report
 from .results import Row, append
 
-BUDGET, SHORT_BUDGET = 60.0, 6.0  # seconds for the repetitions of a group of single ops
-LONGEST, SHORT_LONGEST = 300.0, 10.0  # seconds for one call of a single op
+BUDGET, SHORT_BUDGET = 20.0, 3.0  # seconds for the repetitions of a group of single ops
+LONGEST, SHORT_LONGEST = 120.0, 10.0  # seconds for one call of a single op
 SHORT_MINUTES = 9.0
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="fewer lengths and repetitions, at most ten minutes")
-    parser.add_argument("--only", nargs="+", choices=list(OWNERS), default=list(OWNERS), help="sections to measure")
+    parser.add_argument("--short", action="store_true", help="fewer lengths and repetitions, about ten minutes")
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to measure")
     parser.add_argument("--lengths", type=int, nargs="+", help="instead of every section's own; multiples of 128")
     parser.add_argument("--rounds", type=int, nargs="+", help="hash rounds of the cores (1 2 4; short: 2)")
     parser.add_argument("--threads", type=int, nargs="+", help="thread counts (1 2; short: 2)")
     parser.add_argument("--quantities", nargs="+", choices=["time", "memory"], default=["time", "memory"])
-    parser.add_argument("--budget", type=float, help="seconds for the repetitions of a group; models get more")
-    parser.add_argument("--longest_run", type=float, help="seconds a call may take at all; models get more")
+    parser.add_argument("--rivals", nargs="+", help="only these, by their names in results.csv")
+    parser.add_argument("--budget", type=float, help=f"seconds to repeat each group in ({BUDGET:.0f})")
+    parser.add_argument("--longest_run", type=float, help=f"seconds a call may take ({LONGEST:.0f}); models get more")
     parser.add_argument("--minutes", type=float, help="what has not begun by then is written as skipped")
     parser.add_argument("--huge_pages", action="store_true", help="let torch ask for transparent huge pages")
     parser.add_argument("--append", action="store_true", help="add to the results that are there; later rows count")
+    parser.add_argument("--report", action="store_true", help="measure nothing, report on what is there")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks"))
     args = parser.parse_args(arguments)
     cores = os.cpu_count() or 1
@@ -57,7 +61,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args.budget = args.budget or (SHORT_BUDGET if args.short else BUDGET)
     args.longest_run = args.longest_run or (SHORT_LONGEST if args.short else LONGEST)
     args.minutes = args.minutes or (SHORT_MINUTES if args.short else None)
-    if args.lengths and any(length < 1 or length % 128 for length in args.lengths):
+    if args.lengths and any(length < 128 or length % 128 for length in args.lengths):
         parser.error(f"--lengths {args.lengths}: the rivals take multiples of 128 only.")
     return args
 
@@ -71,50 +75,34 @@ class Runner:
         self.warm: set[tuple] = set()
 
     def row(self, quantity: str, entry: Entry, threads: int, **found) -> Row:
-        case = entry.case
+        pages = machine.asks_for_huge_pages()
         return Row(
-            quantity,
-            case.section,
-            entry.rival,
-            case.length,
-            case.work,
-            case.rounds,
-            case.causal,
-            case.layers,
-            threads,
-            machine.asks_for_huge_pages(),
-            **found,
+            **asdict(entry.case), quantity=quantity, rival=entry.rival, threads=threads, huge_pages=pages, **found
         )
 
     def skipped(self, group: Group, threads: int, why: str) -> list[Row]:
         return [self.row(group.quantity, entry, threads, status="skipped", note=why) for entry in group.entries]
 
-    def split(self, group: Group, threads: int) -> tuple[list[Entry], list[Row]]:
-        """Entries to measure, and rows for those that would take too long."""
-        allowed, measured, rows = self.args.longest_run * group.allowed, [], []
-        for entry in group.entries:
-            seconds = self.forecasts.seconds(entry.case, entry.rival, threads)
-            if seconds <= allowed:
-                measured.append(entry)
-                continue
-            why = f"forecast {seconds:.0f} s, more than {allowed:.0f} s"
-            rows.append(self.row(group.quantity, entry, threads, status="skipped", note=why))
-        return measured, rows
-
     def measure(self, group: Group, threads: int) -> list[Row]:
-        entries, rows = self.split(group, threads)
-        measured = self.memory if group.quantity == "memory" else self.time
-        return with_ratios(list(measured(entries, group.allowed, threads))) + rows
+        """Rows of a group; those that would take too long are skipped."""
+        allowed = self.args.longest_run * group.scale
+        forecasts = {entry: self.forecasts.seconds(entry.case, entry.rival, threads) for entry in group.entries}
+        entries = [entry for entry, seconds in forecasts.items() if seconds <= allowed]
+        rows = [*(self.memory if group.quantity == "memory" else self.time)(entries, group.scale, threads)]
+        for entry, seconds in forecasts.items():
+            if seconds > allowed:
+                why = f"forecast {seconds:.0f} s, more than {allowed:.0f} s"
+                rows += self.skipped(group._replace(entries=[entry]), threads, why)
+        return with_base(rows)
 
-    def memory(self, entries: list[Entry], allowed: float, threads: int) -> Iterator[Row]:
+    def memory(self, entries: list[Entry], scale: float, threads: int) -> Iterator[Row]:
         for entry in entries:
-            found = peak_memory(entry.case, entry.rival, threads, self.args.longest_run * allowed)
+            found = peak_memory(entry.case, entry.rival, threads, self.args.longest_run * scale)
             if "failure" in found:
-                yield self.row("memory", entry, threads, status="failed", note=found["failure"])
-            else:
-                yield self.row("memory", entry, threads, **found)
+                found = {"status": "failed", "note": found["failure"]}
+            yield self.row("memory", entry, threads, **found)
 
-    def time(self, entries: list[Entry], allowed: float, threads: int) -> Iterator[Row]:
+    def time(self, entries: list[Entry], scale: float, threads: int) -> Iterator[Row]:
         torch.set_num_threads(threads)
         runs, failures = {}, {}
         for entry in entries:
@@ -122,12 +110,10 @@ class Runner:
                 runs[entry] = self.prepare(entry)
             except Exception as error:  # a rival that is not installed or cannot take the case
                 failures[entry] = Timing(failure=describe(error))
-        budget = self.args.budget * allowed
-        effort = Effort(budget, once_over=budget / 4)
+        effort = Effort(self.args.budget, once_over=self.args.budget * scale)
         timings = alternate({entry: run.call for entry, run in runs.items()}, effort) | failures
-        base = timings[entries[0]] if entries else Timing()
         for entry in entries:
-            yield self.time_row(entry, threads, timings[entry], base, runs.get(entry))
+            yield self.time_row(entry, threads, timings[entry], timings[entries[0]], runs.get(entry))
 
     def prepare(self, entry: Entry) -> Run:
         """The entry ready to be called; the first of its kind is called in small, which loads what it needs."""
@@ -148,16 +134,16 @@ class Runner:
             status="once" if timing.once else "ok",
             seconds=timing.median,
             fastest=min(timing.wall),
-            cpu_seconds=sorted(timing.cpu)[len(timing.cpu) // 2],
+            cpu_seconds=median(timing.cpu),
             repeats=len(timing.wall),
-            ratio=timing.ratio(base) if base.wall else None,
+            ratio=None if base.failure else timing.ratio(base),
             flops=run.flops or None,
             bytes=run.bytes or None,
             note=run.note,
         )
 
 
-def with_ratios(rows: list[Row]) -> list[Row]:
+def with_base(rows: list[Row]) -> list[Row]:
     """Name the first row as everyone's base, and compare peaks of memory to its own."""
     if not rows or rows[0].value is None:
         return rows
@@ -167,10 +153,20 @@ def with_ratios(rows: list[Row]) -> list[Row]:
     return [replace(row, ratio=row.peak_bytes / max(peak, 1)) if peak and row.peak_bytes else row for row in found]
 
 
-def label_of(group: Group) -> str:
+def label_of(group: Group, threads: int) -> str:
+    """What the cases of a group have in common, on a line."""
     case = group.entries[0].case
-    words = [group.quantity, case.section, f"{case.length}", case.work]
-    return " ".join(words + ([f"{case.rounds} rounds"] if case.section == "core" else []))
+    lengths, works = (list(dict.fromkeys(getattr(e.case, name) for e in group.entries)) for name in ("length", "work"))
+    words = [case.section, group.quantity, f"{' and '.join(map(str, lengths))} tokens"]
+    words += [] if case.causal else ["bidirectional"]
+    words += [" and ".join(works), f"{case.layers} layers" if case.layers else f"{case.rounds} rounds"]
+    return ", ".join([*words, f"threads: {threads}"])
+
+
+def name_of(row: Row, group: Group) -> str:
+    """The rival, and what sets its case apart from others of the group."""
+    varies = [name for name in ("work", "length") if len({getattr(entry.case, name) for entry in group.entries}) > 1]
+    return " ".join([row.rival, *(str(getattr(row, name)) for name in varies)])
 
 
 def restart_with_huge_pages() -> None:
@@ -179,36 +175,47 @@ def restart_with_huge_pages() -> None:
     os.execve(sys.executable, [sys.executable, "-m", "benchmarks.run", *sys.argv[1:]], environment)
 
 
-def main() -> None:
-    args = parse()
-    if args.huge_pages and not machine.asks_for_huge_pages():
-        restart_with_huge_pages()
-    path = args.output_dir / "results.csv"
-    if path.exists() and not args.append:
-        sys.exit(f"{path} is there already. Add to it with --append, or choose another --output_dir.")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    logging.set_verbosity_error()
-    bound_memory()
-    start, runner = time.monotonic(), Runner(args)
-    facts = machine.facts().items()
-    append(
-        path,
-        [Row("fact", "machine", name, huge_pages=machine.asks_for_huge_pages(), note=fact) for name, fact in facts],
-    )
-    groups = plan(Settings(args.lengths, args.rounds, args.short), args.only)
+def measure_all(args: argparse.Namespace, path: Path) -> None:
+    """Carry out the plan, row by row into the file."""
+    groups = plan(Settings(args.lengths, args.rounds, args.short), args.only, args.rivals)
     work = [
         (group, threads)
         for threads in args.threads
         for group in groups
         if group.quantity in args.quantities and (group.quantity == "time" or threads == args.threads[0])
     ]
-    with tqdm(work, desc="benchmarks") as progress:
-        for group, threads in progress:
-            progress.set_postfix_str(f"{label_of(group)}, {threads} threads")
-            late = args.minutes is not None and time.monotonic() - start > args.minutes * 60
-            rows = runner.skipped(group, threads, "out of time") if late else runner.measure(group, threads)
-            append(path, rows)
-    for made in write_report([path], args.output_dir):
+    if not work:
+        sys.exit("Nothing to measure: no group of these sections holds these rivals and quantities.")
+    pages = machine.asks_for_huge_pages()
+    facts = machine.facts().items()
+    rows = [Row(section="machine", length=0, quantity="fact", rival=k, huge_pages=pages, note=v) for k, v in facts]
+    append(path, rows)
+    start, runner = time.monotonic(), Runner(args)
+    for number, (group, threads) in enumerate(work, 1):
+        seconds = time.monotonic() - start
+        clock = f"{int(seconds // 60)}:{int(seconds % 60):02}"
+        print(f"[{number}/{len(work)}, {clock}] {label_of(group, threads)}", flush=True)
+        late = args.minutes is not None and seconds > args.minutes * 60
+        rows = runner.skipped(group, threads, "out of time") if late else runner.measure(group, threads)
+        append(path, rows)
+        print("    " + ", ".join(f"{name_of(row, group)} {cell(row)}" for row in rows), flush=True)
+
+
+def main() -> None:
+    args = parse()
+    path = args.output_dir / "results.csv"
+    if not args.report:
+        if args.huge_pages and not machine.asks_for_huge_pages():
+            restart_with_huge_pages()
+        if path.exists() and not args.append:
+            sys.exit(f"{path} is there already. Add to it with --append, or choose another --output_dir.")
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        logging.set_verbosity_error()
+        bound_memory()
+        measure_all(args, path)
+    elif not path.exists():
+        sys.exit(f"{path} is not there. Measure first, or name its folder with --output_dir.")
+    for made in write_report(path, args.output_dir):
         print(made)
 
 

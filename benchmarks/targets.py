@@ -4,13 +4,12 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .cases import BACKWARD, BOTH, FORWARD
+from .cases import BACKWARD, BOTH, FORWARD, STEP
+from .models import LAYERS
 from .results import Row
-from .training import LAYERS, STEP
 
 K = 1024
 BREAK_EVEN = 384  # tokens
-RIVAL_REFORMERS = ("built-in", "reformer-pytorch")
 
 
 class Target(NamedTuple):
@@ -71,23 +70,18 @@ def find_targets(rows: list[Row], threads: int, huge_pages: bool) -> list[Target
 
 def cores(measured: Measured) -> Iterator[Target]:
     lengths = (K, 4 * K, 16 * K, 64 * K)
-    wanted = {
-        FORWARD: dict(zip(lengths, (12, 12, 18, 18), strict=True)),
-        BOTH: dict(zip(lengths, (8, 10, 13, 13), strict=True)),
-    }
-    for work, by_length in wanted.items():
-        for length, least in by_length.items():
-            yield from against_reformers(measured, work, length, True, least)
-    for work, least in ((FORWARD, 7), (BOTH, 8)):
-        yield from against_reformers(measured, work, 4 * K, False, least)
-
-
-def against_reformers(measured: Measured, work: str, length: int, causal: bool, least: float) -> Iterator[Target]:
-    for rival in RIVAL_REFORMERS:
-        case = {"length": length, "work": work, "rounds": 2, "causal": causal}
-        ratio = measured.quotient("core", rival, "ours chunk", **case)
-        setting = f"{length} tokens, {'causal' if causal else 'bidirectional'}"
-        yield Target(f"core {work}, chunks", rival, setting, least, True, ratio)
+    for work, causal, wanted in (
+        (FORWARD, True, dict(zip(lengths, (12, 12, 18, 18), strict=True))),
+        (BOTH, True, dict(zip(lengths, (8, 10, 13, 13), strict=True))),
+        (FORWARD, False, {4 * K: 7}),
+        (BOTH, False, {4 * K: 8}),
+    ):
+        for length, least in wanted.items():
+            case = {"length": length, "work": work, "rounds": 2, "causal": causal}
+            setting = f"{length} tokens, {'causal' if causal else 'bidirectional'}"
+            for rival in ("built-in", "reformer-pytorch"):
+                ratio = measured.quotient("core", rival, "ours chunk", **case)
+                yield Target(f"core {work}, chunks", rival, setting, least, True, ratio)
 
 
 def modes(measured: Measured) -> Iterator[Target]:
@@ -100,17 +94,17 @@ def modes(measured: Measured) -> Iterator[Target]:
 
 def shares(measured: Measured) -> Iterator[Target]:
     for length, least in ((4 * K, 0.85), (64 * K, 0.75)):
-        product = measured.one("ops", "mm", length=length)
+        product = measured.one("ops", "mm", length=length, rounds=2)
         for work in (FORWARD, BACKWARD):
-            op = measured.one("ops", "chunk attention", length=length, work=work)
+            op = measured.one("ops", "chunk attention", length=length, work=work, rounds=2)
             setting = f"{length} tokens, chunks"
-            yield Target(f"attention alone, {work}", "matrix products", setting, least, True, share(op, product), "")
+            yield Target(f"attention alone, {work}", "matrix products", setting, least, True, share(op, product))
 
 
 def share(op: Row | None, product: Row | None) -> float | None:
     """Part of the rate of large matrix products that an op reaches."""
     slowness = over(op, product)
-    if slowness is None or op is None or product is None or not op.flops or not product.flops:
+    if not slowness or not op.flops or not product.flops:
         return None
     return op.flops / product.flops / slowness
 
@@ -149,27 +143,25 @@ def break_even_length(measured: Measured, work: str) -> tuple[float | None, str]
 
 
 def steps(measured: Measured) -> Iterator[Target]:
-    case = {"length": 16 * K, "layers": LAYERS}
+    case = {"length": 16 * K, "layers": LAYERS, "causal": True}
     faster = measured.quotient("step", "built-in", "ours", **case)
     smaller = measured.quotient("step", "ours", "built-in", quantity="memory", **case)
     yield Target(STEP, "built-in", "16384 tokens", 2, True, faster)
     yield Target(f"memory of a {STEP}", "built-in", "16384 tokens", 1 / 3, False, smaller)
-    yield Target(STEP, "its floor", "16384 tokens", 1.25, False, over_floor(measured, 16 * K))
+    yield Target(STEP, "its floor", "16384 tokens", 1.25, False, over_floor(measured, case))
     for length, least in ((16 * K, 3.5), (64 * K, 10)):
-        row = measured.one("step", "full", length=length)
-        ratio = measured.quotient("step", "full", "ours", length=length, layers=LAYERS)
-        yield Target(STEP, "sdpa Transformer", f"{length} tokens", least, True, ratio, note=row.note if row else "")
+        case = case | {"length": length}
+        row = measured.one("step", "full", **case)
+        note = ", ".join(filter(None, [row.note, "called once" * (row.status == "once")])) if row else ""
+        ratio = measured.quotient("step", "full", "ours", **case)
+        yield Target(STEP, "sdpa Transformer", f"{length} tokens", least, True, ratio, note=note)
 
 
-def over_floor(measured: Measured, length: int) -> float | None:
+def over_floor(measured: Measured, case: dict[str, Any]) -> float | None:
     """Time of a step over that of its dense products at the measured rate plus its attention."""
-    step, product, attention = (
-        measured.one("step", rival, length=length) for rival in ("ours", "mm", "attention part")
-    )
-    if step is None or product is None or attention is None or not product.flops or not step.flops:
-        return None
+    step, product, attention = (measured.one("step", rival, **case) for rival in ("ours", "mm", "attention part"))
     products, attended = over(product, step), over(attention, step)
-    if products is None or attended is None:
+    if not products or not attended or not product.flops or not step.flops:
         return None
     return 1 / (step.flops / product.flops * products + step.layers / 2 * attended)
 
@@ -187,7 +179,7 @@ def torch_backend(measured: Measured) -> Iterator[Target]:
 def growth(measured: Measured) -> Iterator[Target]:
     for section, rivals, works in (
         ("growth", ("ours chunk", "ours window"), (FORWARD, BOTH)),
-        ("step growth", ("ours",), (STEP,)),
+        ("step-growth", ("ours",), (STEP,)),
     ):
         for rival in rivals:
             for work in works:
@@ -202,5 +194,5 @@ def growth_of(measured: Measured, section: str, rival: str, work: str) -> Target
         short, long = rows[0], rows[-1]
         setting, quotient = f"{long.length} to {short.length} tokens", over(long, short)
         ratio = quotient * short.length / long.length if quotient else None
-    what = work if section == "step growth" else f"core {work}, {rival.split()[-1]}s"
+    what = work if section == "step-growth" else f"core {work}, {rival.split()[-1]}s"
     return Target(f"time per token, {what}", "shorter lines", setting, 1.25, False, ratio)

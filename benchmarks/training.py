@@ -7,77 +7,61 @@ from typing import Any
 import torch
 from torch import nn
 
-from hf_reformer.attention_ops import order_makers, ordered_attention
-from hf_reformer.hashing import Orders, window_orders
-
 from . import machine
-from .cases import (
-    BOTH,
-    FORWARD,
-    Case,
-    Entry,
-    Group,
-    Run,
-    Settings,
-    our_core,
-    position_group,
-    run_function,
-)
-from .models import ROUNDS, VOCABULARY, FullModel, built_in_model, our_config, our_model
+from .cases import BOTH, FORWARD, STEP, Case, Entry, Group, Run, Settings
+from .cores import our_core, our_local_core, run_function
+from .models import LAYERS, ROUNDS, VOCABULARY, FullModel, built_in_model, our_config, our_model
 
-STEP = "training step"
-LAYERS = 6
 CHECKPOINTS_FROM = 65536  # tokens from which the exact Transformer recomputes its layers
-RIVALS = ["ours", "ours torch", "built-in", "full"]
+MIDDLE = 4096  # here both directions are measured
+
+
+def step_case(section: str, length: int, layers: int = LAYERS, causal: bool = True) -> Case:
+    return Case(section=section, length=length, work=STEP, rounds=ROUNDS, causal=causal, layers=layers)
 
 
 def step_groups(settings: Settings) -> list[Group]:
     """Steps of six layers, in one group with what makes up the floor."""
+    lengths = settings.choose((1024, 4096, 16384, 65536), (16384,))
+    cases = [step_case("step", length) for length in lengths]
     found = []
-    for length in settings.choose((1024, 4096, 16384, 65536), (16384,)):
-        case = Case("step", length, STEP, ROUNDS, layers=LAYERS)
-        entries = [Entry(case, rival) for rival in ("ours", "attention part", "mm", *RIVALS[1:])]
-        found.append(Group("time", entries, allowed=LAYERS))
-        memory = RIVALS[:1] + RIVALS[2:]
-        if settings.short or length >= CHECKPOINTS_FROM:
-            memory.remove("full")  # as long to run as for the time above
-        found.append(Group("memory", [Entry(case, rival) for rival in memory], allowed=LAYERS))
+    for case in [*cases, step_case("step", MIDDLE, causal=False)] if MIDDLE in lengths else cases:
+        rivals = ["ours", "attention part", "mm", "built-in", "full"]
+        rivals += [] if settings.short else ["ours torch"]
+        found.append(Group("time", [Entry(case, rival) for rival in rivals], LAYERS))
+    for case in cases:
+        rivals = ["ours", "built-in", "full"]
+        if settings.short or case.length >= CHECKPOINTS_FROM:
+            rivals.remove("full")  # as long to run as for the time above
+        found.append(Group("memory", [Entry(case, rival) for rival in rivals], LAYERS))
     return found
 
 
 def depth_groups(settings: Settings) -> list[Group]:
     """Steps of models of growing depth."""
-    length = settings.choose((4096,), (1024,))[0]
     found = []
-    for layers in (2, 6) if settings.short else (2, 4, 8, 16):
-        case = Case("depth", length, STEP, ROUNDS, layers=layers)
-        entries = [Entry(case, rival) for rival in ("ours", "ours plain", "built-in", "full")]
-        found += [Group(quantity, entries, allowed=layers) for quantity in ("time", "memory")]
+    for length in settings.choose((4096,), (2048,)):
+        for layers in (2, 8) if settings.short else (2, 4, 8, 16):
+            case = step_case("depth", length, layers)
+            entries = [Entry(case, rival) for rival in ("ours", "ours plain", "built-in", "full")]
+            found += [Group(quantity, entries, layers) for quantity in ("time", "memory")]
     return found
 
 
 def growth_groups(settings: Settings) -> list[Group]:
     """Our step on a long line beside a shorter one, in turn."""
-    lengths = settings.choose((16384, 131072), (4096, 16384))
-    cases = [Case("step growth", length, STEP, ROUNDS, layers=LAYERS) for length in {lengths[0], lengths[-1]}]
-    return [Group("time", [Entry(case, "ours") for case in sorted(cases, key=lambda c: c.length)], allowed=LAYERS)]
+    cases = [step_case("step-growth", length) for length in settings.ends((16384, 131072), (4096, 16384))]
+    return [Group("time", [Entry(case, "ours") for case in cases], LAYERS)]
 
 
 def make(case: Case, rival: str) -> Run:
     """One training step on random tokens, or a part of the floor."""
-    if rival == "mm":
+    if rival in machine.RATES:
         return machine.make(case, rival)
     if rival == "attention part":
-        return Run(
-            attention_part(case), note=f"one local and one lsh layer, forward twice and backward, x{case.layers // 2}"
-        )
+        pairs = case.layers // 2
+        return Run(attention_part(case), note=f"one local and one lsh layer, forward twice and backward; {pairs} such")
     torch.manual_seed(0)
-    model = make_model(case, rival).train()
-    note = "recomputes its layers" if getattr(model, "checkpointing", False) else ""
-    return Run(training_step(model, case.length), flops=dense_flops(model, case.length), note=note)
-
-
-def make_model(case: Case, rival: str) -> nn.Module:
     makers: dict[str, Callable[..., nn.Module]] = {
         "ours": our_model,
         "ours torch": partial(our_model, attention_backend="torch"),
@@ -85,7 +69,10 @@ def make_model(case: Case, rival: str) -> nn.Module:
         "built-in": built_in_model,
         "full": partial(FullModel, checkpointing=case.length >= CHECKPOINTS_FROM),
     }
-    return makers[rival](case.length, case.layers, case.causal)
+    model = makers[rival](case.length, case.layers, case.causal).train()
+    note = "recomputes its layers" if getattr(model, "checkpointing", False) else ""
+    flops = dense_flops(model, case.length) if rival == "ours" else 0.0
+    return Run(training_step(model, case.length), flops=flops, note=note)
 
 
 def training_step(model: nn.Module, length: int) -> Callable[[], None]:
@@ -121,7 +108,7 @@ def attention_part(case: Case) -> Callable[[], None]:
     config: Any = our_config(case.length, 2, case.causal)
     explored = config.lsh_exploration_orders
     lsh = our_core("window", case.rounds, case.causal, window=config.lsh_window, position=True, exploration=explored)
-    cores = [lsh, our_local(config.local_window, case.causal)]
+    cores = [lsh, our_local_core(case.length, config.local_window, case.causal)]
     runs = [run_function(core, case.length, work) for core in cores for work in (FORWARD, BOTH)]
 
     def call() -> None:
@@ -129,22 +116,3 @@ def attention_part(case: Case) -> Callable[[], None]:
             run()
 
     return call
-
-
-def our_local(window: int, causal: bool) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Our local core, (B, H, T, D); the key is a tensor of its own, here the scaled query."""
-
-    def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        batch, _, length, size = q.shape
-        group = position_group(batch, 1, length, window)
-        orders: Orders = window_orders([group], causal, None, sort=order_makers("auto", q)[1])
-        return ordered_attention(q, q * size**-0.5, v, orders, causal=causal)
-
-    return run
-
-
-SECTIONS: dict[str, Callable[[Settings], list[Group]]] = {
-    "step": step_groups,
-    "depth": depth_groups,
-    "step growth": growth_groups,
-}

@@ -1,0 +1,214 @@
+"""Attention cores, ours and the rivals': hash, sort, attention and combination of rounds, and nothing else.
+
+All take projected q, v of (B, H, T, D) in the projection's own layout, that is (B, T, H, D) transposed, and give the
+same shape. Queries are keys, and the gradients of both inputs are asked of everyone.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from hf_reformer.attention import old_num_buckets
+from hf_reformer.attention_ops import order_makers, ordered_attention
+from hf_reformer.configuration_reformer import default_num_buckets
+from hf_reformer.hashing import (
+    Orders,
+    chunk_orders,
+    exploration_buckets,
+    product_of,
+    window_orders,
+    window_rotations,
+)
+from hf_reformer.randomness import make_key
+
+from .cases import BACKWARD, FORWARD, Case
+
+BATCH, HEADS, SIZE, CHUNK, WINDOW = 1, 8, 64, 64, 96
+
+Core = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # q, v: (B, H, T, D) → out of the same shape
+
+
+@functools.lru_cache(maxsize=2)  # that of the warm-up, and the length that is measured
+def inputs(length: int) -> list[torch.Tensor]:
+    """q, v and the gradient of the output, standard normal (B, H, T, D): the very same tensors for everyone."""
+    torch.manual_seed(0)
+    return [torch.randn(BATCH, length, HEADS, SIZE).transpose(1, 2) for _ in range(3)]
+
+
+def run_function(function: Core, length: int, work: str) -> Callable[[], Any]:
+    """A call of `function`: forward, backward alone, or both. It gives the results, to be kept."""
+    q, v, grad = inputs(length)
+    if work == FORWARD:
+        return torch.no_grad()(lambda: function(q, v))
+    q, v = q.detach().requires_grad_(), v.detach().requires_grad_()
+    if work == BACKWARD:
+        out = function(q, v)
+        return lambda: torch.autograd.grad(out, [q, v], grad, retain_graph=True)
+
+    def both() -> Any:
+        made = function(q, v)
+        return made.detach(), torch.autograd.grad(made, [q, v], grad)
+
+    return both
+
+
+# --- ours
+
+
+def bucket_factors(mode: str, length: int, window: int = WINDOW) -> int | tuple[int, ...]:
+    """Number of buckets that fits the length: chunk mode the older rule's, which is also transformers'."""
+    return old_num_buckets(length, CHUNK, length) if mode == "chunk" else default_num_buckets(length, window)
+
+
+def our_orders(
+    mode: str,
+    q: torch.Tensor,
+    rounds: int,
+    causal: bool,
+    *,
+    window: int = WINDOW,
+    position: bool = False,
+    exploration: int = 0,
+    backend: str = "auto",
+) -> Orders:
+    """Hash and sort in one of the attention modes, rotations drawn afresh as in training.
+
+    `position` and `exploration` add orders in window mode.
+    """
+    batch, heads, length, size = q.shape
+    lsh_buckets, sort_windows, sort_line = order_makers(backend, q)
+    factors = bucket_factors(mode, length, window)
+    buckets = lsh_buckets(q, window_rotations(make_key(0), 0, heads, size, rounds, factors), factors)  # (B, H, R, T)
+    count = product_of(factors)
+    if mode == "chunk":
+        return chunk_orders(buckets, count, CHUNK, 1, 0, None, sort_line)
+    groups = [position_group(batch, heads, length, window)] if position else []
+    groups.append((buckets, count, window))
+    if exploration:
+        ranks = torch.arange(length, dtype=torch.int32)[None]
+        explored = exploration_buckets(make_key(0), 0, heads, exploration, count, ranks)
+        groups.append((explored.expand(batch, -1, -1, -1), count, window))
+    return window_orders(groups, causal, None, sort=sort_windows)
+
+
+def position_group(batch: int, heads: int, length: int, window: int) -> tuple[torch.Tensor, int, int]:
+    """The position order, as `window_orders` takes it."""
+    return torch.zeros(batch, heads, 1, length, dtype=torch.int32), 1, window
+
+
+def our_core(mode: str, rounds: int, causal: bool, backend: str = "auto", **orders: Any) -> Core:
+    """Our lsh core: everything that the benchmarks time as such goes through here."""
+
+    def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        found = our_orders(mode, q, rounds, causal, backend=backend, **orders)
+        return ordered_attention(q, None, v, found, causal=causal, backend=backend)
+
+    return run
+
+
+def our_local_core(length: int, window: int, causal: bool) -> Core:
+    """Our local core, whose key is a tensor of its own, made beforehand."""
+    key = inputs(length)[0] * SIZE**-0.5
+
+    def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        group = position_group(q.shape[0], 1, length, window)
+        orders = window_orders([group], causal, None, sort=order_makers("auto", q)[1])
+        return ordered_attention(q, key, v, orders, causal=causal)
+
+    return run
+
+
+# --- rivals
+
+
+class Given(torch.nn.Module):
+    """Stands in for a projection: gives what it was given beforehand."""
+
+    tensor: torch.Tensor
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        return self.tensor
+
+
+def built_in_core(length: int, rounds: int, causal: bool) -> Core:
+    """transformers' own LSH attention without its projections."""
+    from transformers import ReformerConfig
+    from transformers.models.reformer.modeling_reformer import LSHSelfAttention
+
+    buckets = bucket_factors("chunk", length)
+    config = ReformerConfig(
+        hidden_size=HEADS * SIZE,
+        num_attention_heads=HEADS,
+        attention_head_size=SIZE,
+        num_hashes=rounds,
+        num_buckets=buckets if isinstance(buckets, int) else list(buckets),
+        lsh_attn_chunk_length=CHUNK,
+        is_decoder=causal,
+        max_position_embeddings=length,
+    )
+    module: Any = LSHSelfAttention(config, layer_idx=0).eval()
+    module.query_key, module.value = Given(), Given()
+
+    def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        module.query_key.tensor, module.value.tensor = (x.transpose(1, 2).flatten(2) for x in (q, v))  # (B, T, H·D)
+        out = module(module.query_key.tensor).hidden_states
+        return out.unflatten(-1, (HEADS, SIZE)).transpose(1, 2)
+
+    return run
+
+
+def reformer_pytorch_core(rounds: int, causal: bool) -> Core:
+    """reformer-pytorch's LSH attention; its lengths are multiples of two chunks."""
+    from reformer_pytorch.reformer_pytorch import LSHAttention
+
+    module = LSHAttention(bucket_size=CHUNK, n_hashes=rounds, causal=causal).eval()
+
+    def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return module(q.flatten(0, 1), v.flatten(0, 1))[0].unflatten(0, q.shape[:2])
+
+    return run
+
+
+def full_core(causal: bool) -> Core:
+    """torch's exact attention, query and key shared."""
+    return lambda q, v: F.scaled_dot_product_attention(q, q, v, is_causal=causal)
+
+
+def local_core(causal: bool) -> Core:
+    """Bound: torch's exact attention inside chunks along the sequence, one back; no hash, no sort, one round."""
+
+    def cut(x: torch.Tensor) -> torch.Tensor:
+        """(B, H, T, D) → (B·(C - 1), H, 2·chunk, D): every chunk but the first, behind its predecessor."""
+        return x.unfold(2, 2 * CHUNK, CHUNK).permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+    def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        batch, heads, length, size = q.shape
+        head = slice(CHUNK)  # the first chunk has none before it
+        first = F.scaled_dot_product_attention(q[:, :, head], q[:, :, head], v[:, :, head], is_causal=causal)
+        query = q[:, :, CHUNK:].unflatten(2, (-1, CHUNK)).transpose(1, 2).flatten(0, 1)  # (B·(C - 1), H, chunk, D)
+        shown = torch.ones(CHUNK, 2 * CHUNK, dtype=torch.bool).tril(CHUNK) if causal else None
+        rest = F.scaled_dot_product_attention(query, cut(q), cut(v), attn_mask=shown)
+        rest = rest.unflatten(0, (batch, -1)).transpose(1, 2).reshape(batch, heads, length - CHUNK, size)
+        return torch.cat([first, rest], dim=2)
+
+    return run
+
+
+def make_core(case: Case, rival: str) -> Core:
+    """The core of a rival by its name."""
+    rounds, causal = case.rounds, case.causal
+    makers: dict[str, Callable[[], Core]] = {
+        "ours chunk": lambda: our_core("chunk", rounds, causal),
+        "ours window": lambda: our_core("window", rounds, causal),
+        "ours chunk torch": lambda: our_core("chunk", rounds, causal, backend="torch"),
+        "ours window torch": lambda: our_core("window", rounds, causal, backend="torch"),
+        "ours default": lambda: our_core("window", rounds, causal, window=128, position=True),
+        "built-in": lambda: built_in_core(case.length, rounds, causal),
+        "reformer-pytorch": lambda: reformer_pytorch_core(rounds, causal),
+        "sdpa": lambda: full_core(causal),
+        "local": lambda: local_core(causal),
+    }
+    return makers[rival]()

@@ -33,11 +33,12 @@ class Case:
         hidden: float | None = 0.3,
         shared: bool = True,
         dropout: float = 0.0,
+        scale: float = 1.0,
         dtype: torch.dtype = torch.float64,
     ):
         self.generator = torch.Generator().manual_seed(seed)
         self.mask = None if hidden is None else torch.rand(batch, length, generator=self.generator) >= hidden
-        self.window, self.causal, self.shared, self.mode = window, causal, shared, mode
+        self.window, self.causal, self.shared, self.mode, self.scale = window, causal, shared, mode, scale
         self.buckets = torch.randint(0, count, (batch, heads, rounds, length), generator=self.generator).int()
         if mode == "window":
             groups = [(self.buckets, count, window)]
@@ -63,7 +64,7 @@ class Case:
     def attend(self, query, key, value, backend: str = "auto"):
         """The op on these inputs; shared query/key attention makes its own keys, and `key` is not used."""
         key = None if self.shared else key
-        return ordered_attention(query, key, value, self.orders, **self.options, backend=backend)
+        return ordered_attention(query, key, value, self.orders, **self.options, scale=self.scale, backend=backend)
 
     def values_and_gradients(
         self, backend: str, dtype: torch.dtype | None = None, autocast: bool = False

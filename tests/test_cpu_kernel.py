@@ -43,10 +43,11 @@ def test_the_variant_is_the_one_that_was_asked_for(variant):
 # --- attention
 
 
-@given(drawn=cases, size=st.sampled_from([8, 16, 24, 40]))
+@given(drawn=cases, size=st.sampled_from([8, 16, 24, 40]), scale=st.sampled_from([1.0, -0.3]))
 @settings(max_examples=100)
-def test_it_equals_the_reference(drawn, size):
-    assert_equals_reference(make_case(drawn, size=size, value_size=size, dtype=torch.float32), "cpu", torch.float32)
+def test_it_equals_the_reference(drawn, size, scale):
+    case = make_case(drawn, size=size, value_size=size, scale=scale, dtype=torch.float32)
+    assert_equals_reference(case, "cpu", torch.float32)
 
 
 @pytest.mark.slow

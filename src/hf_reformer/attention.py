@@ -50,6 +50,7 @@ class ReformerAttention(nn.Module):
         self.layer, self.kind = layer, config.attn_layers[layer]
         self.causal, self.backend, self.mode = config.is_decoder, config.attention_backend, config.attention_mode
         self.heads, self.head_size = config.num_attention_heads, config.attention_head_size
+        self.scale = self.head_size**-0.5
         self.output_dropout = config.hidden_dropout_prob
         own = "lsh" if self.kind == "lsh" else "local"
         self.dropout = getattr(config, f"{own}_attention_probs_dropout_prob") or 0.0
@@ -83,9 +84,11 @@ class ReformerAttention(nn.Module):
         else:
             hashed = None
             query, key_vectors = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
-            query, key_vectors = rotate(query, call.rotary), rotate(key_vectors, call.rotary) * self.head_size**-0.5
+            query, key_vectors = rotate(query, call.rotary), rotate(key_vectors, call.rotary)
         if self.kind == "full":
-            return exact_attention(query, key_vectors, value, self.causal, call.mask, self.dropout, dropout_key)
+            return exact_attention(
+                query, key_vectors, value, self.scale, self.causal, call.mask, self.dropout, dropout_key
+            )
         mask, length = call.mask, x.shape[1]
         if self.mode == "chunk" and call.padded_length > length:
             pad = (0, 0, 0, call.padded_length - length)
@@ -104,6 +107,7 @@ class ReformerAttention(nn.Module):
             mask=mask,
             dropout=self.dropout,
             dropout_key=dropout_key,
+            scale=self.scale,
             backend=self.backend,
         )
         return out[:, :, :length]
@@ -167,12 +171,13 @@ def exact_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    scale: float,
     causal: bool,
     mask: torch.Tensor | None,
     dropout: float,
     dropout_key: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Exact attention over all real tokens, (B, H, T, D); `key` is already scaled. Padding gets 0.
+    """Exact attention over all real tokens, (B, H, T, D). Padding gets 0.
 
     torch's own kernel, except under attention dropout, whose keyed mask only the dense reference can give.
     """
@@ -180,12 +185,14 @@ def exact_attention(
         length, batch = query.shape[-2], query.shape[0]
         position = torch.zeros(batch, 1, 1, length, dtype=torch.int32, device=query.device)
         orders = window_orders([(position, 1, length if causal else 2 * length)], causal, mask)
-        return reference_attention(query, key, value, orders, causal=causal, dropout=dropout, dropout_key=dropout_key)
+        return reference_attention(
+            query, key * scale, value, orders, causal=causal, dropout=dropout, dropout_key=dropout_key
+        )
     if mask is None:
-        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=1.0)
+        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
     allowed = mask[:, None, None, :]
     if causal:
         place = torch.arange(query.shape[-2], device=query.device)
         allowed = allowed & (place[:, None] >= place)
-    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=1.0)
+    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale)
     return torch.where(mask[:, None, :, None], out, 0)

@@ -87,18 +87,19 @@ def ordered_attention(
     mask: torch.Tensor | None = None,
     dropout: float = 0.0,
     dropout_key: torch.Tensor | None = None,
+    scale: float = 1.0,
     backend: str = "auto",
 ) -> torch.Tensor:
     """One softmax per token over everything its windows show, each pair counted as `orders` says.
 
     Args:
-        query, value: (B, H, T, D) floating; scores are query @ key^T, so the caller scales. Half precision is
-            accumulated in float32.
+        query, value: (B, H, T, D) floating. Half precision is accumulated in float32.
         key: the same, or None for shared query/key attention: keys are then the queries scaled to unit length
             (`reference.shared_key`), and a token sees itself only where it sees nothing else.
         orders: `hashing.window_orders` or `hashing.chunk_orders`, batch B (heads H or 1).
         causal, mask: used by the chunk rule alone, whose softmax keeps the future and padding with a score of -1e9.
             mask: (B, T) bool, True for real tokens. In window mode `orders` has both built in.
+        scale: scores are query @ key^T * scale; shared keys have their own.
         dropout, dropout_key: dropout on the attention weights, a function of (dropout_key, row, head, query, key).
 
     Returns:
@@ -107,17 +108,11 @@ def ordered_attention(
     if dropout_key is None or dropout == 0:
         dropout, dropout_key = 0.0, None
     name = backend_name(backend, query, value)
+    how = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
+    if name == "cpu":  # without a scaled copy of the keys
+        return KERNELS["cpu"].ordered_attention(query, key, value, orders, scale=scale, **how)
     attend = KERNELS[name].ordered_attention if name in KERNELS else BACKENDS[name]
-    return attend(
-        query,
-        key,
-        value,
-        orders,
-        causal=causal,
-        mask=mask,
-        dropout=dropout,
-        dropout_key=dropout_key,
-    )
+    return attend(query, key if key is None or scale == 1 else key * scale, value, orders, **how)
 
 
 class _Rule(NamedTuple):

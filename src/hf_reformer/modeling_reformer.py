@@ -145,19 +145,24 @@ class ReformerModel(ReformerPreTrainedModel):
         embeds = dropout(embeds, self.config.hidden_dropout_prob, _subkey(call.key, EMBEDDING_DROPOUT))
         precision = "float32" if embeds.device.type == "mps" else self.config.residual_precision  # it has no float64
         grid = choose_grid(precision, self.norm.weight.dtype, rounded=torch.is_grad_enabled())
-        x1, x2, states = self._run_layers(to_stream(embeds, grid), call, grid, bool(output_hidden_states))
+        streams = [to_stream(embeds, grid)] * 2
+        del embeds  # so that the layers can free what they have used up
+        x1, x2, states = self._run_layers(streams, call, grid, bool(output_hidden_states))
         hidden = self.norm(torch.cat([x1, x2], dim=-1))
         hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(call.key, FINAL_DROPOUT))
         return BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=states)
 
-    def _run_layers(self, stream: torch.Tensor, call: Call, grid: Grid, keep_states: bool):
-        """Both streams through all layers, and the states to return. The path is chosen here, the values are one."""
+    def _run_layers(self, streams: list[torch.Tensor], call: Call, grid: Grid, keep_states: bool):
+        """Both streams through all layers, and the states to return. The path is chosen here, the values are one.
+
+        Empties `streams`.
+        """
         checkpointing = self.gradient_checkpointing and self.training
         plain = keep_states or checkpointing or not self.config.reversible or not can_reverse()
         plain = plain or any(wrapped_inside(layer) for layer in self.layers)
         chain = None if plain else Chain(grid, len(self.layers))
-        x1 = x2 = stream
-        states = [x2]
+        x2, x1 = streams.pop(), streams.pop()
+        states = [x2] if keep_states else []
         for index, layer in enumerate(self.layers):
             x2, x1 = layer(x2, x1, call, grid, chain, index)
             if keep_states:

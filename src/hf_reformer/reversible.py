@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.checkpoint import checkpoint
 
@@ -248,24 +249,33 @@ class _ReversibleLayer(torch.autograd.Function):
         wanted = [p for p, n in zip(parameters, need[ctx.extras :], strict=True) if n]
         wanted_extra = [x for x, n in zip(extra, need, strict=False) if n]
 
-        def branch(which: int, run: Callable, stream: torch.Tensor, grad: torch.Tensor | None, inputs: list):
-            """Run f or g again; its output, the gradient of its stream, and those of `inputs`."""
+        def rerun(which: int, branch: Callable, stream: torch.Tensor) -> tuple[torch.Tensor, Callable]:
+            """Run f or g again: its output, and what gives the gradients of its stream and of `inputs` then."""
             with ctx.conditions.replay(which, swap):
                 stream = stream.detach().requires_grad_()
-                out = to_stream(run(stream), chain.grid)
-            if grad is None or not out.requires_grad:
-                return out.detach(), None, [None] * len(inputs)
-            grads = torch.autograd.grad(out, [stream, *inputs], grad, allow_unused=True)
-            return out.detach(), grads[0], list(grads[1:])
+                out = to_stream(branch(stream), chain.grid)
+            edge = get_gradient_edge(out) if out.requires_grad else None  # without the output, which can go
 
-        out, step, grads_g = branch(1, lambda s: ctx.layer.g(s, ctx.call), y1, d2, wanted)
+            def differentiate(grad: torch.Tensor | None, inputs: list) -> list[torch.Tensor | None]:
+                if grad is None or edge is None:
+                    return [None] * (1 + len(inputs))
+                return list(torch.autograd.grad(edge, [stream, *inputs], grad, allow_unused=True))
+
+            return out.detach(), differentiate
+
+        # Every tensor as large as a stream goes as soon as it can: this is where training needs most memory.
+        out, differentiate = rerun(1, lambda s: ctx.layer.g(s, ctx.call), y1)
         x2 = y2 - out
-        d1 = _sum(d1, step)
         del y2, out
-        out, step, grads_f = branch(0, lambda s: ctx.layer.f(s, ctx.call, *extra), x2, d1, wanted_extra + wanted)
+        step, *grads_g = differentiate(d2, wanted)
+        d1 = _sum(d1, step)
+        del step, differentiate
+        out, differentiate = rerun(0, lambda s: ctx.layer.f(s, ctx.call, *extra), x2)
         x1 = y1 - out
-        d2 = _sum(d2, step)
         del y1, out
+        step, *grads_f = differentiate(d1, wanted_extra + wanted)
+        d2 = _sum(d2, step)
+        del step, differentiate
         if ctx.checksums is not None:
             _warn_if_inexact(ctx.checksums, (x1, x2), chain.grid)
         elif any(node is not None and torch._C._will_engine_execute_node(node) for node, _ in ctx.next_functions[:2]):

@@ -44,7 +44,7 @@ _Problem = _structure(
     pointer: mask, query_draw, key_draw
     int: batch, heads, length, rounds, size, value_size, before, after, bfloat16, count_once, causal, threads
     int: keep_threshold
-    double: dropout_scale
+    double: dropout_scale, key_scale
     pointer: out, top, mass
     strided: grad
     pointer: drift, query_grad, key_grad, value_grad
@@ -114,12 +114,12 @@ def _agrees(library: ctypes.CDLL) -> bool:
     windows = hashing.window_orders([(buckets * 0, 1, 20), (buckets, 3, 90)], True, mask)
     for orders in (windows, hashing.chunk_orders(buckets, 3, 64, 1, 0, mask)):
         for key in (None, shared_key(query)):
-            call = _Call(orders, True, mask, 0.3, make_key(0))
+            call = _Call(orders, True, mask, 0.3, make_key(0), 1.0 if key is None else 0.5)
             out, top, mass = _forward(query, key, value, call, library)
             found = [out, *_backward(query, key, value, call, out, top, mass, grad, library)]
             inputs = [x.detach().requires_grad_() for x in (query, value) + (() if key is None else (key,))]
             expected, _ = attention_with_weights(
-                inputs[0], None if key is None else inputs[2], inputs[1], orders,
+                inputs[0], None if key is None else 0.5 * inputs[2], inputs[1], orders,
                 causal=True, mask=mask, dropout=0.3, dropout_key=make_key(0),
             )  # fmt: skip
             grads = torch.autograd.grad(expected, inputs, grad)
@@ -136,8 +136,9 @@ def _agrees(library: ctypes.CDLL) -> bool:
 class _Call:
     """What a call of the op is about, beside query, key and value."""
 
-    def __init__(self, orders: Orders, causal: bool, mask, dropout: float, dropout_key):
+    def __init__(self, orders: Orders, causal: bool, mask, dropout: float, dropout_key, scale: float = 1.0):
         self.orders, self.causal, self.dropout, self.dropout_key = orders, causal, dropout, dropout_key
+        self.scale = scale
         self.mask = None if mask is None or orders.count_once else mask.contiguous()
 
 
@@ -196,7 +197,7 @@ def _problem(query, key, value, call: _Call, keep: list, **pointers) -> ctypes.S
         batch, heads, length, rounds, size, value.shape[-1], orders.before, orders.after,
         _DTYPES[query.dtype], orders.count_once, call.causal, torch.get_num_threads(),
         min(keep_threshold(call.dropout), 2**31 - 1), 0.0 if call.dropout >= 1 else 1 / (1 - call.dropout),
-        **named,
+        call.scale, **named,
     )  # fmt: skip
 
 
@@ -234,22 +235,22 @@ def _backward(query, key, value, call: _Call, out, top, mass, grad, library: cty
 def _attention(
     query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor,
     line: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, before: int, after: int, count_once: bool, causal: bool,
-    mask: torch.Tensor | None, dropout: float, dropout_key: torch.Tensor | None,
+    mask: torch.Tensor | None, dropout: float, dropout_key: torch.Tensor | None, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     orders = Orders(line, lo, hi, 0, before, after, count_once)
-    return _forward(query, key, value, _Call(orders, causal, mask, dropout, dropout_key), _loaded())
+    return _forward(query, key, value, _Call(orders, causal, mask, dropout, dropout_key, scale), _loaded())
 
 
 @torch.library.custom_op("hf_reformer::cpu_attention_backward", mutates_args=(), device_types="cpu")
 def _attention_backward(
     query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor,
     line: torch.Tensor, lo: torch.Tensor, hi: torch.Tensor, before: int, after: int, count_once: bool, causal: bool,
-    mask: torch.Tensor | None, dropout: float, dropout_key: torch.Tensor | None,
+    mask: torch.Tensor | None, dropout: float, dropout_key: torch.Tensor | None, scale: float,
     out: torch.Tensor, top: torch.Tensor, mass: torch.Tensor, grad: torch.Tensor,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Gradients of query, value, and key if it is given."""
     orders = Orders(line, lo, hi, 0, before, after, count_once)
-    call = _Call(orders, causal, mask, dropout, dropout_key)
+    call = _Call(orders, causal, mask, dropout, dropout_key, scale)
     of_query, of_key, of_value = _backward(query, key, value, call, out, top, mass, grad, _loaded())
     return [of_query, of_value] if of_key is None else [of_query, of_value, of_key]
 
@@ -275,27 +276,27 @@ def _(query, key, value, *_):
 def _save_for_backward(ctx, inputs, output):
     tensors = (*inputs[:6], inputs[10], inputs[12], *output)
     ctx.save_for_backward(*tensors)
-    ctx.rule = inputs[6:10], inputs[11]
+    ctx.rule = inputs[6:10], inputs[11], inputs[13]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, grad, *_):
     query, key, value, line, lo, hi, mask, dropout_key, *results = ctx.saved_tensors
-    rule, dropout = ctx.rule
+    rule, dropout, scale = ctx.rule
     if grad is None:
-        return (None,) * 13
+        return (None,) * 14
     of_query, of_value, *of_key = torch.ops.hf_reformer.cpu_attention_backward(
-        query, key, value, line, lo, hi, *rule, mask, dropout, dropout_key, *results, grad
+        query, key, value, line, lo, hi, *rule, mask, dropout, dropout_key, scale, *results, grad
     )
     of_key = of_key[0].to(key.dtype) if of_key else None
-    return of_query.to(query.dtype), of_key, of_value.to(value.dtype), *(None,) * 10
+    return of_query.to(query.dtype), of_key, of_value.to(value.dtype), *(None,) * 11
 
 
 _attention.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-def ordered_attention(query, key, value, orders, *, causal, mask=None, dropout=0.0, dropout_key=None) -> torch.Tensor:
+def ordered_attention(query, key, value, orders, *, causal, mask=None, dropout=0.0, dropout_key=None, scale=1.0):
     """`attention_ops.ordered_attention` in fused C++; see there. Accumulates in float32.
 
     Raises:
@@ -306,7 +307,7 @@ def ordered_attention(query, key, value, orders, *, causal, mask=None, dropout=0
         raise ValueError(f"{places} places a line (rounds x tokens) are more than {LONGEST}. Split the sequence.")
     out, *_ = torch.ops.hf_reformer.cpu_attention(
         query, key, value, orders.line, orders.lo, orders.hi, orders.before, orders.after, orders.count_once, causal,
-        mask, dropout, dropout_key,
+        mask, dropout, dropout_key, scale,
     )  # fmt: skip
     return out.to(value.dtype)
 

@@ -144,11 +144,8 @@ template <bool kShared, bool kWindow> struct BackwardTask {
             }
             Float change = weight * (gain - drift);
             store(score, used);
-            if constexpr (kShared) {
-                store(t.pull + column, fma(change, x, load(t.pull + column)));
-                change = change * load(t.unit + column);
-            }
-            store(slope, change);
+            if constexpr (kShared) store(t.pull + column, fma(change, x, load(t.pull + column)));
+            store(slope, change * load(t.unit + column));
         });
     }
     // Rows whose scores are fixed numbers: themselves (shared query/key), or nothing but padding (chunk rule).

@@ -7,9 +7,9 @@
 namespace hf {
 
 struct HashScratch {
-    std::vector<float> rows, columns, rotations, projected;
+    std::vector<float> rows, columns, projected;
     HashScratch(const Hashing& h, int64_t padded)
-        : rows(panels_of(h.size) * kPanel * kTile), columns(rows.size()), rotations(h.size * padded), projected(padded * kTile) {}
+        : rows(panels_of(h.size) * kPanel * kTile), columns(rows.size()), projected(padded * kTile) {}
 };
 
 // Projections of one tile, transposed: projected[column][token].
@@ -54,38 +54,42 @@ inline Int buckets_of(const float* projected, const Hashing& h) {
     return bucket;
 }
 
-inline void hash_tiles(const Hashing& h, int64_t head_index, int64_t begin, int64_t end, int64_t padded, HashScratch& w) {
-    int64_t batch = head_index / h.heads, head = head_index % h.heads, columns = h.rounds * h.columns;
-    Source vectors(h.vectors, batch, head, h.bfloat16, h.size);
-    std::fill(w.rotations.begin(), w.rotations.end(), 0.0f);
-    for (int64_t k = 0; k < h.size; k++)
-        for (int64_t c = 0; c < columns; c++)
-            w.rotations[(c / kRows * h.size + k) * kRows + c % kRows] = h.rotations[(head * h.size + k) * columns + c];
-    for (int64_t first = begin * kTile; first < std::min(end * kTile, h.length); first += kTile) {
-        int count = static_cast<int>(std::min<int64_t>(kTile, h.length - first));
-        for (int i = 0; i < count; i++) gather(vectors, static_cast<int>(first + i), w.rows.data(), i);
-        transpose_panels(w.rows.data(), static_cast<int>(h.size), w.columns.data());
-        project(w.rotations.data(), padded, w.columns.data(), static_cast<int>(h.size), w.projected.data());
-        for (int64_t round = 0; round < h.rounds; round++) {
-            int32_t* to = h.buckets + (head_index * h.rounds + round) * h.length + first;
-            for (int i = 0; i < count; i += kWidth) {
-                alignas(64) int part[kWidth];
-                store(part, buckets_of(w.projected.data() + round * h.columns * kTile + i, h));
-                std::memcpy(to + i, part, std::min(kWidth, count - i) * sizeof(int));
-            }
+// One head's rotations as [padded / kRows][size][kRows], zeros behind the last column.
+inline void pack_rotations(const Hashing& h, int64_t head, int64_t padded, float* to) {
+    const int64_t columns = h.rounds * h.columns;
+    for (int64_t c = 0; c < padded; c++)
+        for (int64_t k = 0; k < h.size; k++)
+            to[(c / kRows * h.size + k) * kRows + c % kRows] =
+                c < columns ? h.rotations[(head * h.size + k) * columns + c] : 0.0f;
+}
+
+inline void hash_tile(const Hashing& h, int64_t head_index, int64_t first, const float* rotations, int64_t padded, HashScratch& w) {
+    Source vectors(h.vectors, head_index / h.heads, head_index % h.heads, h.bfloat16, h.size);
+    int count = static_cast<int>(std::min<int64_t>(kTile, h.length - first));
+    for (int i = 0; i < count; i++) gather(vectors, static_cast<int>(first + i), w.rows.data(), i);
+    transpose_panels(w.rows.data(), static_cast<int>(h.size), w.columns.data());
+    project(rotations, padded, w.columns.data(), static_cast<int>(h.size), w.projected.data());
+    for (int64_t round = 0; round < h.rounds; round++) {
+        int32_t* to = h.buckets + (head_index * h.rounds + round) * h.length + first;
+        for (int i = 0; i < count; i += kWidth) {
+            alignas(64) int part[kWidth];
+            store(part, buckets_of(w.projected.data() + round * h.columns * kTile + i, h));
+            std::memcpy(to + i, part, std::min(kWidth, count - i) * sizeof(int));
         }
     }
 }
 
+// Heads of a tile one after the other: in a projection's own layout they lie side by side.
 inline void run_hashing(const Hashing& h) {
-    int64_t heads = h.batch * h.heads, tiles = (h.length + kTile - 1) / kTile;
-    int64_t pieces = std::max<int64_t>(1, std::min(tiles, (4 * h.threads + heads - 1) / heads));
-    int64_t padded = (h.rounds * h.columns + kRows - 1) / kRows * kRows;
+    int64_t tiles = (h.length + kTile - 1) / kTile, padded = (h.rounds * h.columns + kRows - 1) / kRows * kRows;
+    std::vector<float> rotations(h.heads * h.size * padded);
+    for (int64_t head = 0; head < h.heads; head++) pack_rotations(h, head, padded, rotations.data() + head * h.size * padded);
     std::vector<std::unique_ptr<HashScratch>> scratch(std::max<int64_t>(1, h.threads));
-    parallel_for(heads * pieces, h.threads, [&](int64_t task, int worker) {
+    parallel_for(h.batch * tiles, h.threads, [&](int64_t task, int worker) {
         if (!scratch[worker]) scratch[worker] = std::make_unique<HashScratch>(h, padded);
-        int64_t piece = task % pieces;
-        hash_tiles(h, task / pieces, tiles * piece / pieces, tiles * (piece + 1) / pieces, padded, *scratch[worker]);
+        for (int64_t head = 0; head < h.heads; head++)
+            hash_tile(h, task / tiles * h.heads + head, task % tiles * kTile, rotations.data() + head * h.size * padded, padded,
+                      *scratch[worker]);
     });
 }
 

@@ -21,6 +21,7 @@ struct Problem {
     int64_t bfloat16, count_once, causal, threads;
     int64_t keep_threshold;             // a pair is kept where its draw is at least this
     double dropout_scale;               // 1 / (1 - p); 0 for p = 1
+    double key_scale;                   // of scores with keys of their own
     float* out;                         // (B, T, H, D) contiguous, like the gradients
     float *top, *mass;                  // (B, H, T): maximum (in units of log 2) and sum of every row's softmax
     Strided grad;                       // (B, H, T, D) float32, gradient of out

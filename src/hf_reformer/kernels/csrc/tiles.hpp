@@ -181,7 +181,7 @@ struct Tile {
     alignas(64) int place[kTile];
     alignas(64) int draw[kTile];        // dropout
     alignas(64) float scale[kTile];     // of the query's product with this key, to a score in units of log 2
-    alignas(64) float unit[kTile];      // shared: 1 / (|q| sqrt(size)), about; the key is query * unit
+    alignas(64) float unit[kTile];      // key = row * unit. Shared: 1 / (|q| sqrt(size)), about; else key_scale
     alignas(64) float pull[kTile];      // shared, backward: sum over queries of dS * S
     float longest = 0;                  // largest |key|
     int* earlier = nullptr;             // [rounds - 1][kTile] places in the earlier rounds
@@ -238,11 +238,12 @@ struct Tile {
     // Lengths of the keys; those of shared query/key attention are the queries over their root mean square.
     void measure(const Head& head) {
         const Float size = splat(static_cast<float>(head.p.size)), little = splat(1e-6f), one = splat(1.0f);
+        const Float given = splat(static_cast<float>(head.p.key_scale));
         Float largest_key = zero();
         square_rows(columns, static_cast<int>(head.p.size), unit);
         for (int i = 0; i < kTile; i += kWidth) {
-            Float squares = load(unit + i), factor = head.shared() ? one / sqrt((squares / size + little) * size) : one;
-            largest_key = max(largest_key, sqrt(squares) * factor);
+            Float squares = load(unit + i), factor = head.shared() ? one / sqrt((squares / size + little) * size) : given;
+            largest_key = max(largest_key, sqrt(squares) * abs(factor));
             store(unit + i, factor);
             store(scale + i, factor * splat(kLog2E));
         }

@@ -199,7 +199,7 @@ def test_the_ops_keep_their_promises_to_torch():
     case = Case(size=8, value_size=16, dtype=torch.float32, mode="window")
     query, _, value = (x.detach().requires_grad_() for x in case.inputs)
     orders = case.orders
-    rule = (orders.before, orders.after, orders.count_once, True, case.mask, 0.0, None)
+    rule = (orders.before, orders.after, orders.count_once, True, case.mask, 0.0, None, 1.0)
     torch.library.opcheck(torch.ops.hf_reformer.cpu_attention.default, (query, None, value, *orders[:3], *rule))
     rotations = window_rotations(make_key(0), 0, 2, 8, 2, 6)
     torch.library.opcheck(torch.ops.hf_reformer.cpu_buckets.default, (query.detach(), rotations, [6]))

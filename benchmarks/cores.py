@@ -79,19 +79,20 @@ def our_orders(
     `position` and `exploration` add orders in window mode.
     """
     batch, heads, length, size = q.shape
-    lsh_buckets, sort_windows, sort_line = order_makers(backend, q)
+    makers = order_makers(backend, q)
     factors = bucket_factors(mode, length, window)
-    buckets = lsh_buckets(q, window_rotations(make_key(0), 0, heads, size, rounds, factors), factors)  # (B, H, R, T)
+    rotations = window_rotations(make_key(0), 0, heads, size, rounds, factors, makers.normals)
+    buckets = makers.lsh_buckets(q, rotations, factors)  # (B, H, R, T)
     count = product_of(factors)
     if mode == "chunk":
-        return chunk_orders(buckets, count, CHUNK, 1, 0, None, sort_line)
+        return chunk_orders(buckets, count, CHUNK, 1, 0, None, makers.sort_line)
     groups = [position_group(batch, heads, length, window)] if position else []
     groups.append((buckets, count, window))
     if exploration:
         ranks = torch.arange(length, dtype=torch.int32)[None]
         explored = exploration_buckets(make_key(0), 0, heads, exploration, count, ranks)
         groups.append((explored.expand(batch, -1, -1, -1), count, window))
-    return window_orders(groups, causal, None, sort=sort_windows)
+    return window_orders(groups, causal, None, sort=makers.sort_windows)
 
 
 def position_group(batch: int, heads: int, length: int, window: int) -> tuple[torch.Tensor, int, int]:
@@ -115,7 +116,7 @@ def our_local_core(length: int, window: int, causal: bool) -> Core:
 
     def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         group = position_group(q.shape[0], 1, length, window)
-        orders = window_orders([group], causal, None, sort=order_makers("auto", q)[1])
+        orders = window_orders([group], causal, None, sort=order_makers("auto", q).sort_windows)
         return ordered_attention(q, key, v, orders, causal=causal)
 
     return run

@@ -13,7 +13,7 @@ from hf_reformer import ReformerForCausalLM
 from hf_reformer.attention_ops import backend_name
 from hf_reformer.hashing import lsh_buckets, sorted_line, sorted_windows, window_rotations
 from hf_reformer.kernels import build, cpu
-from hf_reformer.randomness import make_key
+from hf_reformer.randomness import fold, make_key, normal_rows
 
 try:
     build.compiler()
@@ -203,10 +203,20 @@ def test_the_ops_keep_their_promises_to_torch():
     torch.library.opcheck(torch.ops.hf_reformer.cpu_attention.default, (query, None, value, *orders[:3], *rule))
     rotations = window_rotations(make_key(0), 0, 2, 8, 2, 6)
     torch.library.opcheck(torch.ops.hf_reformer.cpu_buckets.default, (query.detach(), rotations, [6]))
+    torch.library.opcheck(torch.ops.hf_reformer.cpu_normals.default, (torch.arange(2, dtype=torch.int32), 5))
     torch.library.opcheck(torch.ops.hf_reformer.cpu_sort.default, (case.buckets, case.mask, 3, 4, 0, True))
 
 
 # --- hashing and sorting
+
+
+@given(seed=st.integers(-(2**31), 2**31 - 1), rows=st.integers(1, 4), count=st.integers(1, 9000))
+@settings(max_examples=30)
+def test_normal_numbers_are_those_of_the_torch_backend(seed, rows, count):
+    keys = fold(make_key(seed), torch.arange(rows, dtype=torch.int32))
+    found = cpu.normal_rows(keys, count)
+    assert found.dtype == torch.float32
+    assert largest_gap(found, normal_rows(keys, count)) <= 5e-6
 
 
 @given(

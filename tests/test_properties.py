@@ -361,7 +361,7 @@ class Replay:
 def test_padding_changes_nothing_in_float32_where_buckets_agree(case, causal, monkeypatch):
     makers = attention_module.order_makers
     replay = Replay(lambda vectors, *args: makers("auto", vectors)[0](vectors, *args))
-    monkeypatch.setattr(attention_module, "order_makers", lambda *args: (replay, *makers(*args)[1:]))
+    monkeypatch.setattr(attention_module, "order_makers", lambda *args: makers(*args)._replace(lsh_buckets=replay))
     model = model_of(*case, causal, initializer_range=0.1).float()
     ids = make_ids(1, 1000)
     alone = run(model, ids)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from .attention_ops import order_makers, ordered_attention
+from .attention_ops import OrderMakers, order_makers, ordered_attention
 from .configuration_reformer import ReformerConfig
 from .hashing import (
     Orders,
@@ -115,38 +115,38 @@ class ReformerAttention(nn.Module):
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)  # (B, H, T, D)
 
-    def _rotations(self, hashed: torch.Tensor, call: Call, num_buckets: int | tuple[int, ...]) -> torch.Tensor:
+    def _rotations(self, hashed: torch.Tensor, call: Call, num_buckets, makers: OrderMakers) -> torch.Tensor:
         """Rotations of this call: float32 functions of a key, or the older rule's draws where its seed is given."""
         seed, shape = self.config.hash_seed, (self.heads, self.head_size, call.num_hashes, num_buckets)
         if self.mode == "chunk" and seed is not None:
             return seeded_rotations(seed, *shape, like=hashed)
         fresh = call.key is not None and self.config.resample_rotations
         key = call.key if fresh else make_key(seed or 0, hashed.device)
-        return window_rotations(key, self.layer, *shape)
+        return window_rotations(key, self.layer, *shape, normals=makers.normals)
 
     def _window_orders(self, hashed: torch.Tensor | None, mask: torch.Tensor | None, call: Call, value) -> Orders:
         """Position order, hash orders, and in training exploration orders."""
         config, (batch, heads, length, _) = self.config, value.shape
-        lsh_buckets, sort, _ = order_makers(self.backend, value)
+        makers = order_makers(self.backend, value)
         heads = 1 if hashed is None else heads
         position = torch.zeros(batch, heads, 1, length, dtype=torch.int32, device=value.device)
         groups = [(position, 1, config.local_window)]
         if hashed is not None:
             count, window = product_of(call.num_buckets), config.lsh_window
             groups = groups if config.lsh_include_local else []
-            rotations = self._rotations(hashed, call, call.num_buckets)
-            groups.append((lsh_buckets(hashed, rotations, call.num_buckets), count, window))
+            rotations = self._rotations(hashed, call, call.num_buckets, makers)
+            groups.append((makers.lsh_buckets(hashed, rotations, call.num_buckets), count, window))
             if call.key is not None and config.lsh_exploration_orders:
                 key = call.key if config.resample_rotations else make_key(config.hash_seed or 0, value.device)
                 explored = exploration_buckets(
                     key, self.layer, heads, config.lsh_exploration_orders, count, call.ranks
                 )
                 groups.append((explored.expand(batch, -1, -1, -1), count, window))
-        return window_orders(groups, self.causal, mask, sort=sort)
+        return window_orders(groups, self.causal, mask, sort=makers.sort_windows)
 
     def _chunk_orders(self, hashed: torch.Tensor | None, mask: torch.Tensor | None, call: Call, value) -> Orders:
         batch, _, length, _ = value.shape
-        lsh_buckets, _, sort = order_makers(self.backend, value)
+        makers = order_makers(self.backend, value)
         buckets = torch.zeros(batch, 1, 1, length, dtype=torch.int32, device=value.device)
         count = 1
         if hashed is None:
@@ -156,8 +156,8 @@ class ReformerAttention(nn.Module):
             if factors is None:
                 factors = old_num_buckets(length, self.chunk, self.config.max_position_embeddings)
             count = product_of(factors)
-            buckets = lsh_buckets(hashed, self._rotations(hashed, call, factors), factors)
-        return chunk_orders(buckets, count, self.chunk, self.before, self.after, mask, sort)
+            buckets = makers.lsh_buckets(hashed, self._rotations(hashed, call, factors, makers), factors)
+        return chunk_orders(buckets, count, self.chunk, self.before, self.after, mask, makers.sort_line)
 
 
 def old_num_buckets(length: int, chunk: int, max_positions: int) -> int | tuple[int, int]:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .hashing import Orders, lsh_buckets
-from .randomness import keep_threshold, pair_scramble
+from .hashing import Orders, lsh_buckets, sorted_line, sorted_windows
+from .randomness import keep_threshold, normal_rows, pair_scramble
 from .reference import MASKED_SCORE, SELF_SCORE, pair_keys, places_of, shared_key
 from .reference import ordered_attention as reference_attention
 
@@ -65,16 +65,27 @@ def backend_name(choice: str, query: torch.Tensor, value: torch.Tensor) -> str:
     return choice
 
 
-def order_makers(choice: str, vectors: torch.Tensor) -> tuple[Callable, Callable | None, Callable | None]:
-    """What the backend for `vectors` (B, H, T, D) brings for making orders.
+class OrderMakers(NamedTuple):
+    """What a backend brings for making orders.
 
-    Returns:
-        `hashing.lsh_buckets` or a faster one, and faster ways for the `sort` of `window_orders` and `chunk_orders`.
+    Attributes:
+        lsh_buckets: `hashing.lsh_buckets`, or a faster one.
+        sort_windows, sort_line: for the `sort` of `window_orders` and `chunk_orders`.
+        normals: for those of `window_rotations`.
     """
+
+    lsh_buckets: Callable
+    sort_windows: Callable
+    sort_line: Callable
+    normals: Callable
+
+
+def order_makers(choice: str, vectors: torch.Tensor) -> OrderMakers:
+    """Those of the backend that serves `vectors` (B, H, T, D)."""
     if backend_name(choice, vectors, vectors) == "cpu":
         kernel = KERNELS["cpu"]
-        return kernel.lsh_buckets, kernel.sorted_windows, kernel.sorted_line
-    return lsh_buckets, None, None
+        return OrderMakers(kernel.lsh_buckets, kernel.sorted_windows, kernel.sorted_line, kernel.normal_rows)
+    return OrderMakers(lsh_buckets, sorted_windows, sorted_line, normal_rows)
 
 
 def ordered_attention(

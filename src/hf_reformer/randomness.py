@@ -58,6 +58,11 @@ def normal(key: torch.Tensor) -> torch.Tensor:
     return torch.sqrt(-2 * torch.log(radius)) * torch.cos(angle)
 
 
+def normal_rows(keys: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` standard normal numbers for every key: (R) int32 → (R, count) float32."""
+    return normal(fold(keys[:, None], torch.arange(count, dtype=torch.int32, device=keys.device)))
+
+
 def pair_scramble(query_key: torch.Tensor, key_key: torch.Tensor) -> torch.Tensor:
     """One int32 number for every (query, key) pair from a number of each; cheap, for large numbers of pairs."""
     x = (query_key ^ key_key) * _MIX_1

@@ -59,6 +59,14 @@ _Hashing = _structure(
     pointer: buckets
     """,
 )
+_Normals = _structure(
+    "_Normals",
+    """
+    pointer: keys
+    int: rows, count, threads
+    pointer: values
+    """,
+)
 _Sorting = _structure(
     "_Sorting",
     """
@@ -337,6 +345,26 @@ def _(vectors, rotations, factors):
 def lsh_buckets(vectors: torch.Tensor, rotations: torch.Tensor, num_buckets) -> torch.Tensor:
     """`hashing.lsh_buckets`, projections and argmax in one pass. Near-ties may fall differently."""
     return torch.ops.hf_reformer.cpu_buckets(vectors.detach(), rotations, list(factors_of(num_buckets)))
+
+
+@torch.library.custom_op("hf_reformer::cpu_normals", mutates_args=(), device_types="cpu")
+def _normals(keys: torch.Tensor, count: int) -> torch.Tensor:
+    keys = keys.contiguous()
+    values = torch.empty(keys.shape[0], count)
+    if values.numel():
+        call = _Normals(keys.data_ptr(), keys.shape[0], count, torch.get_num_threads(), values.data_ptr())
+        _run(_loaded(), "hf_normals", call)
+    return values
+
+
+@_normals.register_fake
+def _(keys, count):
+    return keys.new_empty(keys.shape[0], count, dtype=torch.float32)
+
+
+def normal_rows(keys: torch.Tensor, count: int) -> torch.Tensor:
+    """`randomness.normal_rows`, equal but for the last bits."""
+    return torch.ops.hf_reformer.cpu_normals(keys, count)
 
 
 @torch.library.custom_op("hf_reformer::cpu_sort", mutates_args=(), device_types="cpu")

@@ -3,6 +3,7 @@
 
 #include "backward.hpp"
 #include "hashing.hpp"
+#include "normals.hpp"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -54,6 +55,10 @@ const char* hf_variant() { return hf::kVariant; }
 
 int hf_hash(const hf::Hashing* h) {
     return guarded([&] { hf::run_hashing(*h); });
+}
+
+int hf_normals(const hf::Normals* n) {
+    return guarded([&] { hf::run_normals(*n); });
 }
 
 int hf_sort(const hf::Sorting* s) {

@@ -37,6 +37,12 @@ struct Hashing {
     int32_t* buckets;                   // (B, H, R, T) contiguous
 };
 
+struct Normals {
+    const int32_t* keys;                // (rows)
+    int64_t rows, count, threads;
+    float* values;                      // (rows, count)
+};
+
 struct Sorting {
     Strided buckets;                    // (B, H, R * T) int32, below count
     const uint8_t* mask;                // (B, T) or null: padding goes behind all buckets

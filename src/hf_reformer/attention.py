@@ -1,6 +1,6 @@
 """The attention branch: LSH, local and full self-attention modules."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,7 +43,7 @@ class Call(NamedTuple):
 
 
 class ReformerAttention(nn.Module):
-    """Projections, ordered attention, output projection: (B, T, D) → (B, T, D)."""
+    """Projections, ordered attention, output projection: `attention(attention.project(x), call)`."""
 
     def __init__(self, config: ReformerConfig, layer: int):
         super().__init__()
@@ -67,35 +67,40 @@ class ReformerAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
-    def forward(self, x: torch.Tensor, call: Call) -> torch.Tensor:
-        """`x`: (B, T, D) normalised stream."""
+    def project(self, x: torch.Tensor) -> list[torch.Tensor | None]:
+        """(B, T, D) normalised stream → query, key (None where it is the query) and value, (B, H, T, head_size)."""
+        if self.kind == "lsh":
+            return [self._heads(self.qk_proj(x)), None, self._heads(self.v_proj(x))]
+        return [self._heads(self.q_proj(x)), self._heads(self.k_proj(x)), self._heads(self.v_proj(x))]
+
+    def forward(self, projected: list[torch.Tensor | None], call: Call) -> torch.Tensor:
+        """What `project` gave → (B, T, D). Empties the list, so that nothing outlives its use: neither the stream's norm
+        its projections, nor these the attention.
+        """
         key = None if call.key is None else fold(call.key, self.layer)
-        heads_of = self._attend(x, call, key)  # (B, H, T, D)
+        heads_of = self._attend(projected, call, key)  # (B, H, T, D)
         out = self.o_proj(heads_of.transpose(1, 2).flatten(2))
         return dropout(out, self.output_dropout, None if key is None else fold(key, OUTPUT_DROPOUT))
 
-    def _attend(self, x: torch.Tensor, call: Call, key: torch.Tensor | None) -> torch.Tensor:
+    def _attend(self, projected: list[Any], call: Call, key: torch.Tensor | None) -> torch.Tensor:
+        query, key_vectors, value = projected
+        projected.clear()
         dropout_key = None if key is None or not self.dropout else fold(key, ATTENTION_DROPOUT)
-        value = self._heads(self.v_proj(x))
-        if self.kind == "lsh":
-            query = hashed = self._heads(self.qk_proj(x))
-            query = rotate(query, call.rotary)
-            key_vectors = None
-        else:
-            hashed = None
-            query, key_vectors = self._heads(self.q_proj(x)), self._heads(self.k_proj(x))
-            query, key_vectors = rotate(query, call.rotary), rotate(key_vectors, call.rotary)
+        hashed = query if self.kind == "lsh" else None
+        query = rotate(query, call.rotary)
+        if key_vectors is not None:
+            key_vectors = rotate(key_vectors, call.rotary)
         if self.kind == "full":
             return exact_attention(
                 query, key_vectors, value, self.scale, self.causal, call.mask, self.dropout, dropout_key
             )
-        mask, length = call.mask, x.shape[1]
+        mask, length = call.mask, value.shape[2]
         if self.mode == "chunk" and call.padded_length > length:
             pad = (0, 0, 0, call.padded_length - length)
             query, key_vectors, value, hashed = (
                 None if t is None else nn.functional.pad(t, pad) for t in (query, key_vectors, value, hashed)
             )
-            mask = mask if mask is not None else x.new_ones(x.shape[:2], dtype=torch.bool)
+            mask = mask if mask is not None else value.new_ones(value.shape[0], length, dtype=torch.bool)
             mask = nn.functional.pad(mask, (0, call.padded_length - length))
         orders = (self._window_orders if self.mode == "window" else self._chunk_orders)(hashed, mask, call, value)
         out = ordered_attention(

@@ -146,12 +146,13 @@ def window_orders(
     """
     sort = sort or sorted_windows
     sorted_groups = [sort(group, count, window, causal, mask) for group, count, window in buckets]
-    line, lo, hi = (torch.cat(parts, dim=2) for parts in zip(*sorted_groups, strict=True))
+    parts = zip(*sorted_groups, strict=True)
+    line, lo, hi = (part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts)
     rounds, length = line.shape[2:]
     start = torch.arange(rounds, dtype=torch.int32, device=line.device)[:, None] * length
     widest = max(window for *_, window in buckets)
     before, after = (min(far, length - 1) for far in reach(widest, causal))
-    return Orders(line, lo + start, hi + start, min(tile, length), before, after, count_once=True)
+    return Orders(line, lo.add_(start), hi.add_(start), min(tile, length), before, after, count_once=True)
 
 
 def reach(window: int, causal: bool) -> tuple[int, int]:

@@ -20,7 +20,7 @@ class ReformerLayer(GradientCheckpointingLayer):
         self.feed_forward = FeedForward(config, layer)
 
     def f(self, x2: torch.Tensor, call: Call) -> torch.Tensor:
-        return self.attention(self.attention_norm(x2), call)
+        return self.attention(self.attention.project(self.attention_norm(x2)), call)
 
     def g(self, y1: torch.Tensor, call: Call) -> torch.Tensor:
         return self.feed_forward(self.feed_forward_norm(y1), call.key)

@@ -74,8 +74,9 @@ class ReformerAttention(nn.Module):
         return [self._heads(self.q_proj(x)), self._heads(self.k_proj(x)), self._heads(self.v_proj(x))]
 
     def forward(self, projected: list[torch.Tensor | None], call: Call) -> torch.Tensor:
-        """What `project` gave → (B, T, D). Empties the list, so that nothing outlives its use: neither the stream's norm
-        its projections, nor these the attention.
+        """What `project` gave → (B, T, D).
+
+        Empties the list, so that nothing outlives its use: the stream's norm its projections, or these the attention.
         """
         key = None if call.key is None else fold(call.key, self.layer)
         heads_of = self._attend(projected, call, key)  # (B, H, T, D)

@@ -11,29 +11,30 @@ import torch
 from ...hashing import Orders
 
 LARGEST_HEAD = 128
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LONGEST = 2**29  # places of a line (rounds x tokens), so that one wrapped around still fits in int32
 OLDEST_DEVICE = (8, 0)  # compute capability; the tiles are chosen for its shared memory and its bfloat16 products
-
-__all__ = ["ordered_attention", "why_not"]
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def why_not(query: torch.Tensor, value: torch.Tensor) -> str | None:
-    """A sentence that says why the kernels cannot serve these tensors (B, H, T, D), or None if they can."""
+    """Why this backend cannot serve such tensors (B, H, T, D), or None."""
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed."
-    for name, x in (("query", query), ("value", value)):
-        if x.dtype not in DTYPES:
-            return f"The Triton kernels compute in float32, bfloat16 and float16, and {name} is {x.dtype}."
+        return "Triton is not installed"
+    for x in (query, value):
+        if x.dtype not in _DTYPES:
+            return f"it knows float32, bfloat16 and float16, not {x.dtype}"
         if not 0 < x.shape[-1] <= LARGEST_HEAD:
-            return f"The Triton kernels take head sizes from 1 to {LARGEST_HEAD}, and {name}'s is {x.shape[-1]}."
+            return f"head sizes must be 1 to {LARGEST_HEAD}, not {x.shape[-1]}"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "it has no rule for torch.func transforms"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if query.device.type != "cuda":
-        return f"The Triton kernels run on a CUDA GPU, and the tensors are on {query.device.type}."
+        return f"it runs on a CUDA GPU, not on {query.device.type}"
     if torch.version.hip is not None:
-        return "The Triton kernels have been compiled for NVIDIA GPUs alone, and this is an AMD GPU."
+        return "its kernels are compiled for NVIDIA GPUs alone, and this is an AMD GPU"
     if torch.cuda.get_device_capability(query.device) < OLDEST_DEVICE:
-        return "The Triton kernels need a GPU of compute capability 8.0 or newer."
+        return "it needs a GPU of compute capability 8.0 or newer"
     return None
 
 
@@ -48,7 +49,21 @@ def ordered_attention(
     dropout: float = 0.0,
     dropout_key: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`attention_ops.ordered_attention` on tensors that `why_not` has nothing against: (B, H, T, D) → (B, H, T, D)."""
+    """`attention_ops.ordered_attention` on a GPU; see there. Accumulates in float32.
+
+    Args:
+        query, key, value: (B, H, T, D) that `why_not` has nothing against; value's D may differ from the others'.
+            Inputs of several dtypes are computed in float32.
+
+    Returns:
+        (B, H, T, D) in value's dtype.
+
+    Raises:
+        ValueError: a line of more than LONGEST places.
+    """
+    places = orders.line.shape[2] * query.shape[2]
+    if places > LONGEST:
+        raise ValueError(f"{places} places a line (rounds x tokens) are more than {LONGEST}. Split the sequence.")
     from .operator import attend
 
     return attend(query, key, value, orders, causal, mask, dropout, dropout_key)

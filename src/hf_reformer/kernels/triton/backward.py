@@ -6,299 +6,162 @@ the launch writes (within a round every token stands once; rounds are launched o
 gradients are the same in every run. Gradients gather in float32 and turn to the inputs' dtype in the last round.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from .forward import seen_by
+from .forward import first_and_last_seen
 from .pairs import (
     FARTHEST,
-    LOG2_E,
     along,
-    is_kept,
-    is_shown,
-    key_numbers,
+    drop,
+    fill_fixed,
+    keys_at,
     load_rows,
     locate,
     matmul,
     pair_scores,
-    query_numbers,
+    queries_at,
     store_rows,
     wrap,
 )
 
 
+class Saved(NamedTuple):
+    """What the forward left, and what came back."""
+
+    out: Any  # (B, T, H, value_size)
+    grad: Any  # the same: gradient of the output
+    top: Any  # (B, H, T) float32: maximum of every query's scores
+    mass: Any  # (B, H, T) float32: sum of its weights
+    drift: Any  # (B, H, T) float32: sum of out * grad, written by the first launch of `backward_queries_round`
+
+
 @triton.jit
-def slopes(
-    products,  # tiles of float32: query @ key in units of log 2
+def weights_and_slopes(
+    products,  # tiles of float32: query @ key
     grad_weights,  # and grad @ value
-    shown,
-    query_token,
-    key_token,
-    top,  # (queries) float32
-    mass,
-    drift,
-    real,
-    query_number,  # (queries), (keys) uint32; unused without dropout
-    key_number,
-    threshold,
-    keep_scale,
+    drift,  # (queries) float32
+    inputs,
+    saved,
+    at,
+    queries,
+    keys,
+    numbers,
+    round,
     QUERY_AXIS: tl.constexpr,
-    SHARED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PADDED: tl.constexpr,
-    COUNT_ONCE: tl.constexpr,
-    DROPOUT: tl.constexpr,
+    FIRST: tl.constexpr,
+    kind,
 ):
     """Weights after dropout, and the gradients of the scores (in natural units): two tiles of float32."""
-    scores, free = pair_scores(
-        products, shown, query_token, key_token, real, QUERY_AXIS, SHARED, CAUSAL, PADDED, COUNT_ONCE
-    )
-    weights = tl.exp2(scores - along(top, QUERY_AXIS)) * along(1 / mass, QUERY_AXIS)
+    scores = pair_scores(products, inputs, at, queries, keys, round, QUERY_AXIS, FIRST, kind)
+    number = at.first_number + queries.token
+    share = 1 / tl.load(saved.mass + number)
+    weights = tl.exp2(scores - along(tl.load(saved.top + number), QUERY_AXIS)) * along(share, QUERY_AXIS)
     used = weights
-    if DROPOUT:
-        kept = tl.where(is_kept(query_number, key_number, threshold, QUERY_AXIS), keep_scale, 0.0)
-        used = weights * kept
-        grad_weights = grad_weights * kept
-    slope = weights * (grad_weights - along(drift, QUERY_AXIS))
-    if SHARED or not COUNT_ONCE:
-        slope = tl.where(free, slope, 0.0)
-    return used, slope
+    if kind.dropout:
+        used = drop(weights, queries, keys, numbers, QUERY_AXIS)
+        grad_weights = drop(grad_weights, queries, keys, numbers, QUERY_AXIS)
+    slopes = weights * (grad_weights - along(drift, QUERY_AXIS))
+    return used, fill_fixed(slopes, 0.0, 0.0, inputs, at, queries, keys, QUERY_AXIS, kind)
 
 
-@triton.jit(do_not_specialize=["length", "heads", "order_heads", "rounds", "round", "threshold"])
+@triton.jit(do_not_specialize=["length", "round"])
 def backward_queries_round(
-    query,  # inputs as in `forward_round`
-    key,
-    value,
-    factor,
-    line,
-    lo,
-    hi,
-    place_of,
-    lowest_of,
-    highest_of,
-    real,
-    dropout_key,
-    out,  # (B, T, H, VALUE_SIZE)
-    grad,  # the same: gradient of the output
-    top,  # (B, H, T) float32, as the forward left them
-    mass,
-    drift,  # (B, H, T) float32, sum of out * grad: written in the FIRST round, read in the others
-    sums,  # (B, T, H, SIZE) float32, gradient so far
-    target,  # the same, new
+    inputs,  # `pairs.Inputs`
+    saved,  # `Saved`
+    sums,  # (B, T, H, size) float32: gradient so far
+    target,  # (B, T, H, size): the same, new
+    numbers,  # `pairs.Numbers`
     length,
-    heads,
-    order_heads,
-    rounds,
     round,
-    threshold,
-    keep_scale,
+    kind,  # `pairs.Kind`
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
-    SIZE: tl.constexpr,
-    VALUE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    SHARED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PADDED: tl.constexpr,
-    COUNT_ONCE: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    EARLIER: tl.constexpr,
     FIRST: tl.constexpr,
 ):
     """Gradient of a tile of queries; of shared query/key attention only the queries' part of it."""
-    tile, batch, head, first_row, first_number, first_place = locate(QUERIES, length, heads, order_heads, rounds)
-    line, lo, hi = line + first_place, lo + first_place, hi + first_place
-    offset = tile * QUERIES + tl.arange(0, QUERIES)
-    inside = offset < length
-    token = tl.load(line + round * length + offset, mask=inside, other=0)
-    lowest, highest, begin, end = seen_by(lo, hi, round * length + offset, inside)
-    rows = load_rows(query, first_row, token, heads, SIZE, BLOCK)
-    grads = load_rows(grad, first_row, token, heads, VALUE_SIZE, VALUE_BLOCK)
-    maximum = tl.load(top + first_number + token)
-    total = tl.load(mass + first_number + token)
+    at, place, inside = locate(QUERIES, numbers, length, round)
+    queries = queries_at(inputs, at, place, kind)
+    query_rows = load_rows(inputs.query, at, queries.token, kind.size, kind.block)
+    grads = load_rows(saved.grad, at, queries.token, kind.value_size, kind.value_block)
     if FIRST:
-        outs = load_rows(out, first_row, token, heads, VALUE_SIZE, VALUE_BLOCK)
-        drifts = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), axis=1)
-        tl.store(drift + first_number + token, drifts, mask=inside)
-        grad_rows = tl.zeros([QUERIES, BLOCK], tl.float32)
+        outs = load_rows(saved.out, at, queries.token, kind.value_size, kind.value_block)
+        drift = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), axis=1)
+        tl.store(saved.drift + at.first_number + queries.token, drift, mask=inside)
+        grad_queries = tl.zeros([QUERIES, kind.block], tl.float32)
     else:
-        drifts = tl.load(drift + first_number + token)
-        grad_rows = load_rows(sums, first_row, token, heads, SIZE, BLOCK)
-    query_number = query_numbers(dropout_key, batch, head, token) if DROPOUT else None
-    for start in range(begin, end + 1, KEYS):
-        key_place = start + tl.arange(0, KEYS)
-        key_token = tl.load(line + wrap(key_place, rounds * length))
-        keys = load_rows(key, first_row, key_token, heads, SIZE, BLOCK)
-        values = load_rows(value, first_row, key_token, heads, VALUE_SIZE, VALUE_BLOCK)
-        products = matmul(rows, tl.trans(keys)) * LOG2_E
-        if SHARED:
-            scale = tl.load(factor + first_number + key_token)[None, :]
-            products = products * scale
-        shown = is_shown(
-            lowest,
-            highest,
-            key_place,
-            token,
-            key_token,
-            place_of + first_place if EARLIER else None,
-            lowest_of + first_place if EARLIER else None,
-            highest_of + first_place if EARLIER else None,
-            length,
-            0,
-            EARLIER,
-        )
-        _, slope = slopes(
-            products,
-            matmul(grads, tl.trans(values)),
-            shown,
-            token,
-            key_token,
-            maximum,
-            total,
-            drifts,
-            real + batch.to(tl.int64) * length if PADDED else None,
-            query_number,
-            key_numbers(dropout_key, key_token) if DROPOUT else None,
-            threshold,
-            keep_scale,
-            0,
-            SHARED,
-            CAUSAL,
-            PADDED,
-            COUNT_ONCE,
-            DROPOUT,
-        )
-        if SHARED:
-            slope = slope * scale
-        grad_rows += matmul(slope.to(keys.dtype), keys)
-    store_rows(target, grad_rows, inside, first_row, token, heads, SIZE, BLOCK)
+        drift = tl.load(saved.drift + at.first_number + queries.token)
+        grad_queries = load_rows(sums, at, queries.token, kind.size, kind.block)
+    first, last = first_and_last_seen(queries, inside)
+    for start in range(first, last + 1, KEYS):
+        keys = keys_at(inputs, at, start + tl.arange(0, KEYS), kind)
+        key_rows = load_rows(inputs.key, at, keys.token, kind.size, kind.block)
+        values = load_rows(inputs.value, at, keys.token, kind.value_size, kind.value_block)
+        _, slopes = weights_and_slopes(
+            matmul(query_rows, tl.trans(key_rows)), matmul(grads, tl.trans(values)), drift,
+            inputs, saved, at, queries, keys, numbers, round, 0, FIRST, kind,
+        )  # fmt: skip
+        if kind.shared:
+            slopes = slopes * keys.factor[None, :]
+        grad_queries += matmul(slopes.to(key_rows.dtype), key_rows)
+    store_rows(target, grad_queries, inside, at, queries.token, kind.size, kind.block)
 
 
-@triton.jit(
-    do_not_specialize=["length", "heads", "order_heads", "rounds", "round", "threshold", "reach", "before", "after"]
-)
+@triton.jit(do_not_specialize=["length", "round", "reach", "before", "after"])
 def backward_keys_round(
-    query,  # inputs as in `forward_round`
-    key,
-    value,
-    factor,
-    line,
-    lo,
-    hi,
-    place_of,
-    lowest_of,
-    highest_of,
-    real,
-    dropout_key,
-    grad,  # (B, T, H, VALUE_SIZE)
-    top,  # (B, H, T) float32
-    mass,
-    drift,
-    sums,  # (B, T, H, SIZE) float32, gradient so far of the keys, or of the queries if they are the keys
-    target,  # the same, new
-    value_sums,  # (B, T, H, VALUE_SIZE) float32, and of the values
+    inputs,  # `pairs.Inputs`
+    saved,  # `Saved`
+    sums,  # (B, T, H, size) float32: gradient so far of the keys, or of the queries if they are the keys
+    target,  # (B, T, H, size): the same, new
+    value_sums,  # (B, T, H, value_size) float32: and of the values
     value_target,
+    numbers,  # `pairs.Numbers`
     length,
-    heads,
-    order_heads,
-    rounds,
     round,
-    threshold,
-    keep_scale,
-    reach,  # tile of places to which `before` and `after` refer
+    reach,  # `before` and `after` count from the ends of tiles of so many places
     before,
     after,
+    kind,  # `pairs.Kind`
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
-    SIZE: tl.constexpr,
-    VALUE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    SHARED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PADDED: tl.constexpr,
-    COUNT_ONCE: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    EARLIER: tl.constexpr,
     FIRST: tl.constexpr,
 ):
     """Gradients of a tile of keys and values, over the queries that see the tile: those of this round (window rule),
     or of any round (chunk rule, whose windows wrap around).
     """
-    tile, batch, head, first_row, first_number, first_place = locate(KEYS, length, heads, order_heads, rounds)
-    line, lo, hi = line + first_place, lo + first_place, hi + first_place
-    offset = tile * KEYS + tl.arange(0, KEYS)
-    inside = offset < length
-    token = tl.load(line + round * length + offset, mask=inside, other=0)
-    key_place = tl.where(inside, round * length + offset, -FARTHEST)  # the next round's places are not this tile's
-    keys = load_rows(key, first_row, token, heads, SIZE, BLOCK)
-    values = load_rows(value, first_row, token, heads, VALUE_SIZE, VALUE_BLOCK)
-    if SHARED:
-        scale = tl.load(factor + first_number + token)
-    key_number = key_numbers(dropout_key, token) if DROPOUT else None
-    grad_keys = tl.zeros([KEYS, BLOCK], tl.float32)
-    grad_values = tl.zeros([KEYS, VALUE_BLOCK], tl.float32)
-    begin = round * length + tile * KEYS
-    end = begin + tl.minimum(KEYS, length - tile * KEYS) - 1 + before
-    begin = begin - after
-    begin, end = begin - wrap(begin, reach), end - wrap(end, reach) + reach - 1
-    if COUNT_ONCE:
-        begin, end = tl.maximum(begin, round * length), tl.minimum(end, (round + 1) * length - 1)
-    for start in range(begin, end + 1, QUERIES):
-        query_place = start + tl.arange(0, QUERIES)
-        wrapped = wrap(query_place, rounds * length)
-        laps = query_place - wrapped
-        query_token = tl.load(line + wrapped)
-        rows = load_rows(query, first_row, query_token, heads, SIZE, BLOCK)
-        grads = load_rows(grad, first_row, query_token, heads, VALUE_SIZE, VALUE_BLOCK)
-        products = matmul(keys, tl.trans(rows)) * LOG2_E
-        if SHARED:
-            products = products * scale[:, None]
-        shown = is_shown(
-            tl.load(lo + wrapped) + laps,
-            tl.load(hi + wrapped) + laps,
-            key_place,
-            query_token,
-            token,
-            place_of + first_place if EARLIER else None,
-            lowest_of + first_place if EARLIER else None,
-            highest_of + first_place if EARLIER else None,
-            length,
-            1,
-            EARLIER,
-        )
-        used, slope = slopes(
-            products,
-            matmul(values, tl.trans(grads)),
-            shown,
-            query_token,
-            token,
-            tl.load(top + first_number + query_token),
-            tl.load(mass + first_number + query_token),
-            tl.load(drift + first_number + query_token),
-            real + batch.to(tl.int64) * length if PADDED else None,
-            query_numbers(dropout_key, batch, head, query_token) if DROPOUT else None,
-            key_number,
-            threshold,
-            keep_scale,
-            1,
-            SHARED,
-            CAUSAL,
-            PADDED,
-            COUNT_ONCE,
-            DROPOUT,
-        )
+    at, place, inside = locate(KEYS, numbers, length, round)
+    keys = keys_at(inputs, at, place, kind)
+    key_rows = load_rows(inputs.key, at, keys.token, kind.size, kind.block)
+    values = load_rows(inputs.value, at, keys.token, kind.value_size, kind.value_block)
+    grad_keys = tl.zeros([KEYS, kind.block], tl.float32)
+    grad_values = tl.zeros([KEYS, kind.value_block], tl.float32)
+    first = tl.min(place, axis=0) - after
+    last = tl.max(tl.where(inside, place, -FARTHEST), axis=0) + before
+    first, last = first - wrap(first, reach), last - wrap(last, reach) + reach - 1
+    if kind.count_once:
+        first, last = tl.maximum(first, round * length), tl.minimum(last, (round + 1) * length - 1)
+    for start in range(first, last + 1, QUERIES):
+        queries = queries_at(inputs, at, start + tl.arange(0, QUERIES), kind)
+        query_rows = load_rows(inputs.query, at, queries.token, kind.size, kind.block)
+        grads = load_rows(saved.grad, at, queries.token, kind.value_size, kind.value_block)
+        used, slopes = weights_and_slopes(
+            matmul(key_rows, tl.trans(query_rows)), matmul(values, tl.trans(grads)),
+            tl.load(saved.drift + at.first_number + queries.token),
+            inputs, saved, at, queries, keys, numbers, round, 1, FIRST, kind,
+        )  # fmt: skip
         grad_values += matmul(used.to(grads.dtype), grads)
-        grad_keys += matmul(slope.to(rows.dtype), rows)
-    if SHARED:  # key = query * factor: take out the part along the key, which a unit length does not pass on
-        grad_keys = grad_keys * scale[:, None]
-        single = load_rows(key, first_row, token, heads, SIZE, BLOCK).to(tl.float32)  # again: registers are dear
-        grad_keys -= single * (scale * scale * tl.sum(single * grad_keys, axis=1))[:, None]
-    if SHARED or not FIRST:
-        grad_keys += load_rows(sums, first_row, token, heads, SIZE, BLOCK)
+        grad_keys += matmul(slopes.to(query_rows.dtype), query_rows)
+    if kind.shared:  # key = query * factor: take out the part along the key, which a unit length does not pass on
+        grad_keys = grad_keys * keys.factor[:, None]
+        key_rows = load_rows(inputs.key, at, keys.token, kind.size, kind.block)  # again: registers are dear
+        single = key_rows.to(tl.float32)
+        along_key = keys.factor * keys.factor * tl.sum(single * grad_keys, axis=1)
+        grad_keys -= single * along_key[:, None]
+    if kind.shared or not FIRST:
+        grad_keys += load_rows(sums, at, keys.token, kind.size, kind.block)
     if not FIRST:
-        grad_values += load_rows(value_sums, first_row, token, heads, VALUE_SIZE, VALUE_BLOCK)
-    store_rows(target, grad_keys, inside, first_row, token, heads, SIZE, BLOCK)
-    store_rows(value_target, grad_values, inside, first_row, token, heads, VALUE_SIZE, VALUE_BLOCK)
+        grad_values += load_rows(value_sums, at, keys.token, kind.value_size, kind.value_block)
+    store_rows(target, grad_keys, inside, at, keys.token, kind.size, kind.block)
+    store_rows(value_target, grad_values, inside, at, keys.token, kind.value_size, kind.value_block)

@@ -7,26 +7,12 @@ and the running sums of a token pass from launch to launch without atomics: resu
 import triton
 import triton.language as tl
 
-from .pairs import (
-    FARTHEST,
-    FLOOR,
-    LOG2_E,
-    is_kept,
-    is_shown,
-    key_numbers,
-    load_rows,
-    locate,
-    matmul,
-    pair_scores,
-    query_numbers,
-    store_rows,
-    wrap,
-)
+from .pairs import FARTHEST, FLOOR, drop, keys_at, load_rows, locate, matmul, pair_scores, queries_at, store_rows
 
 
 @triton.jit(do_not_specialize=["places", "length", "total"])
 def invert_orders(line, lo, hi, place_of, lowest_of, highest_of, places, length, total, BLOCK: tl.constexpr):
-    """By place → by token: where every token stands and what it sees there, all (B, H, R, T) int32.
+    """By place → by token: where every token stands and what it sees there, all (B, H or 1, R, T) int32.
 
     A program takes BLOCK of all `places`; length is T, total is R * T.
     """
@@ -39,120 +25,61 @@ def invert_orders(line, lo, hi, place_of, lowest_of, highest_of, places, length,
 
 
 @triton.jit
-def seen_by(lo, hi, place, inside):
-    """Places that n queries see, and the first and the last place that any of them sees; outside sees nothing."""
-    lowest = tl.load(lo + place, mask=inside, other=1)
-    highest = tl.load(hi + place, mask=inside, other=0)
-    sees = lowest <= highest
-    begin = tl.min(tl.where(sees, lowest, FARTHEST), axis=0)
-    end = tl.max(tl.where(sees, highest, -FARTHEST), axis=0)
-    return lowest, highest, begin, end
+def first_and_last_seen(queries, inside):
+    """The first and the last place that any of the queries `inside` (n) sees; first > last if none sees any."""
+    sees = inside & (queries.lowest <= queries.highest)
+    first = tl.min(tl.where(sees, queries.lowest, FARTHEST), axis=0)
+    last = tl.max(tl.where(sees, queries.highest, -FARTHEST), axis=0)
+    return first, last
 
 
-@triton.jit(do_not_specialize=["length", "heads", "order_heads", "rounds", "round", "threshold"])
+@triton.jit(do_not_specialize=["length", "round"])
 def forward_round(
-    query,  # (B, T, H, SIZE)
-    key,
-    value,  # (B, T, H, VALUE_SIZE)
-    factor,  # (B, H, T) float32: shared keys are queries times this
-    line,  # (B, order_heads, R, T)
-    lo,
-    hi,
-    place_of,  # the same, by token; unused where EARLIER is 0
-    lowest_of,
-    highest_of,
-    real,  # (B, T) uint8
-    dropout_key,
-    sums,  # (B, T, H, VALUE_SIZE) float32, weighted values so far, relative to the running maximum
-    out,  # the same: the new sums, or after the LAST round the output
-    top,  # (B, H, T) float32, running maximum of the scores
-    mass,  # (B, H, T) float32, running sum of the weights
+    inputs,  # `pairs.Inputs`
+    sums,  # (B, T, H, value_size) float32: weighted values so far, relative to the running maximum
+    out,  # (B, T, H, value_size): the new sums, or after the LAST round the output
+    top,  # (B, H, T) float32: running maximum of the scores
+    mass,  # (B, H, T) float32: running sum of the weights
+    numbers,  # `pairs.Numbers`
     length,
-    heads,
-    order_heads,
-    rounds,
     round,
-    threshold,
-    keep_scale,
+    kind,  # `pairs.Kind`
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
-    SIZE: tl.constexpr,
-    VALUE_SIZE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VALUE_BLOCK: tl.constexpr,
-    SHARED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PADDED: tl.constexpr,
-    COUNT_ONCE: tl.constexpr,
-    DROPOUT: tl.constexpr,
-    EARLIER: tl.constexpr,  # rounds before this one in which a pair may have counted
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
 ):
     """Online softmax of a tile of queries over all that this round shows them (Dao et al. 2022, section 3.1)."""
-    tile, batch, head, first_row, first_number, first_place = locate(QUERIES, length, heads, order_heads, rounds)
-    line, lo, hi = line + first_place, lo + first_place, hi + first_place
-    offset = tile * QUERIES + tl.arange(0, QUERIES)
-    inside = offset < length
-    token = tl.load(line + round * length + offset, mask=inside, other=0)
-    lowest, highest, begin, end = seen_by(lo, hi, round * length + offset, inside)
-    rows = load_rows(query, first_row, token, heads, SIZE, BLOCK)
-    if DROPOUT:
-        query_number = query_numbers(dropout_key, batch, head, token)
+    at, place, inside = locate(QUERIES, numbers, length, round)
+    queries = queries_at(inputs, at, place, kind)
+    number = at.first_number + queries.token
+    query_rows = load_rows(inputs.query, at, queries.token, kind.size, kind.block)
     if FIRST:
         maximum = tl.full([QUERIES], FLOOR, tl.float32)
         total = tl.zeros([QUERIES], tl.float32)
-        shown_values = tl.zeros([QUERIES, VALUE_BLOCK], tl.float32)
+        weighted = tl.zeros([QUERIES, kind.value_block], tl.float32)
     else:
-        maximum = tl.load(top + first_number + token)
-        total = tl.load(mass + first_number + token)
-        shown_values = load_rows(sums, first_row, token, heads, VALUE_SIZE, VALUE_BLOCK)
-    for start in range(begin, end + 1, KEYS):
-        key_place = start + tl.arange(0, KEYS)
-        key_token = tl.load(line + wrap(key_place, rounds * length))
-        keys = load_rows(key, first_row, key_token, heads, SIZE, BLOCK)
-        products = matmul(rows, tl.trans(keys)) * LOG2_E
-        if SHARED:
-            products = products * tl.load(factor + first_number + key_token)[None, :]
-        shown = is_shown(
-            lowest,
-            highest,
-            key_place,
-            token,
-            key_token,
-            place_of + first_place if EARLIER else None,
-            lowest_of + first_place if EARLIER else None,
-            highest_of + first_place if EARLIER else None,
-            length,
-            0,
-            EARLIER,
-        )
-        scores, _ = pair_scores(
-            products,
-            shown,
-            token,
-            key_token,
-            real + batch.to(tl.int64) * length if PADDED else None,
-            0,
-            SHARED,
-            CAUSAL,
-            PADDED,
-            COUNT_ONCE,
-        )
+        maximum = tl.load(top + number)
+        total = tl.load(mass + number)
+        weighted = load_rows(sums, at, queries.token, kind.value_size, kind.value_block)
+    first, last = first_and_last_seen(queries, inside)
+    for start in range(first, last + 1, KEYS):
+        keys = keys_at(inputs, at, start + tl.arange(0, KEYS), kind)
+        key_rows = load_rows(inputs.key, at, keys.token, kind.size, kind.block)
+        products = matmul(query_rows, tl.trans(key_rows))
+        scores = pair_scores(products, inputs, at, queries, keys, round, 0, FIRST, kind)
         larger = tl.maximum(maximum, tl.max(scores, axis=1))
         decay = tl.exp2(maximum - larger)
         weights = tl.exp2(scores - larger[:, None])
         total = total * decay + tl.sum(weights, axis=1)
-        if DROPOUT:
-            kept = is_kept(query_number, key_numbers(dropout_key, key_token), threshold, 0)
-            weights = tl.where(kept, weights, 0.0)
-        values = load_rows(value, first_row, key_token, heads, VALUE_SIZE, VALUE_BLOCK)
-        added = matmul(weights.to(values.dtype), values)
-        shown_values = shown_values * decay[:, None] + added
+        if kind.dropout:
+            weights = drop(weights, queries, keys, numbers, 0)
+        values = load_rows(inputs.value, at, keys.token, kind.value_size, kind.value_block)
+        weighted = weighted * decay[:, None] + matmul(weights.to(values.dtype), values)
         maximum = larger
     if LAST:
-        total = tl.where(total > 0, total, 1.0)  # a token that sees nothing gives 0
-        shown_values = shown_values * (keep_scale / total)[:, None]
-    tl.store(top + first_number + token, maximum, mask=inside)
-    tl.store(mass + first_number + token, total, mask=inside)
-    store_rows(out, shown_values, inside, first_row, token, heads, VALUE_SIZE, VALUE_BLOCK)
+        total = tl.where(total == 0, 1.0, total)  # a token that sees nothing gives 0
+        weighted = weighted / total[:, None]
+    tl.store(top + number, maximum, mask=inside)
+    tl.store(mass + number, total, mask=inside)
+    store_rows(out, weighted, inside, at, queries.token, kind.value_size, kind.value_block)

@@ -3,90 +3,72 @@
 import torch
 
 from ...hashing import Orders
-from .launch import empty_rows, run_backward, run_forward
+from .launch import empty_rows, prepare, run_backward, run_forward
+
+_TENSORS = (
+    "Tensor query, Tensor? key, Tensor value, Tensor line, Tensor lo, Tensor hi, Tensor? mask, Tensor? dropout_key"
+)
+_NUMBERS = "int tile, int before, int after, bool count_once, bool causal, float dropout"
+_TENSOR_COUNT, _NUMBER_COUNT = (len(text.split(",")) for text in (_TENSORS, _NUMBERS))
 
 
-@torch.library.custom_op("hf_reformer::triton_attention", mutates_args=())
-def triton_attention(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor,
-    line: torch.Tensor,
-    lo: torch.Tensor,
-    hi: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout_key: torch.Tensor | None,
-    tile: int,
-    before: int,
-    after: int,
-    count_once: bool,
-    causal: bool,
-    dropout: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output (B, H, T, D), and the maximum and the sum of every token's scores (B, H, T), float32, for backward."""
-    orders = Orders(line, lo, hi, tile, before, after, count_once)
-    return run_forward(query, key, value, orders, mask, dropout_key, causal, dropout)
+@torch.library.custom_op(
+    "hf_reformer::triton_attention", mutates_args=(), schema=f"({_TENSORS}, {_NUMBERS}) -> (Tensor, Tensor, Tensor)"
+)
+def triton_attention(*inputs):
+    """Output (B, H, T, D), and the maximum and the sum of every token's scores (B, H, T), float32, for backward.
+
+    Query, key (or None) and value: (B, H, T, D) of one dtype; orders and mask as `hashing.Orders` and
+    `attention_ops.ordered_attention` have them; dropout_key: () int32, None if and only if dropout is 0.
+    """
+    with torch.cuda.device_of(inputs[0]):
+        return run_forward(prepare(*inputs))
 
 
 @triton_attention.register_fake
 def _(query, key, value, *_):
-    out = empty_rows((*query.shape[:3], value.shape[-1]), value.dtype, value.device)
+    out = empty_rows(value.shape, value.dtype, value.device)
     return out, *(torch.empty(query.shape[:3], dtype=torch.float32, device=value.device) for _ in range(2))
 
 
-@torch.library.custom_op("hf_reformer::triton_attention_backward", mutates_args=())
-def triton_attention_backward(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor,
-    line: torch.Tensor,
-    lo: torch.Tensor,
-    hi: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout_key: torch.Tensor | None,
-    out: torch.Tensor,
-    top: torch.Tensor,
-    mass: torch.Tensor,
-    grad: torch.Tensor,
-    tile: int,
-    before: int,
-    after: int,
-    count_once: bool,
-    causal: bool,
-    dropout: float,
-) -> list[torch.Tensor]:
+@torch.library.custom_op(
+    "hf_reformer::triton_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor out, Tensor top, Tensor mass, Tensor grad, {_TENSORS}, {_NUMBERS}) -> Tensor[]",
+)
+def triton_attention_backward(out, top, mass, grad, *inputs):
     """Gradients of query, value and, unless it is None, key. It has no autograd rule: a second derivative raises."""
-    orders = Orders(line, lo, hi, tile, before, after, count_once)
-    dq, dk, dv = run_backward(query, key, value, orders, mask, dropout_key, causal, dropout, out, top, mass, grad)
-    return [dq, dv] if dk is None else [dq, dv, dk]
+    with torch.cuda.device_of(out):
+        return run_backward(prepare(*inputs), out, top, mass, grad)
 
 
 @triton_attention_backward.register_fake
-def _(query, key, value, *_):
-    inputs = [query, value] if key is None else [query, value, key]
-    return [empty_rows(x.shape, x.dtype, x.device) for x in inputs]
+def _(out, top, mass, grad, query, key, value, *_):
+    return [empty_rows(x.shape, x.dtype, x.device) for x in (query, value, key) if x is not None]
 
 
 def _setup_context(ctx, inputs, output):
-    tensors, ctx.numbers = inputs[:8], inputs[8:]
-    ctx.save_for_backward(*tensors, *output)
+    tensors, ctx.numbers = inputs[:_TENSOR_COUNT], inputs[_TENSOR_COUNT:]
+    ctx.save_for_backward(*output, *tensors)
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, grad, *_):
-    dq, dv, *dk = triton_attention_backward(*ctx.saved_tensors, grad, *ctx.numbers)
-    return dq, dk[0] if dk else None, dv, *(None,) * 11
+    (out, top, mass), tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+    dq, dv, *dk = triton_attention_backward(out, top, mass, grad, *tensors, *ctx.numbers)
+    return dq, dk[0] if dk else None, dv, *(None,) * (_TENSOR_COUNT - 3 + _NUMBER_COUNT)
 
 
 triton_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def attend(query, key, value, orders, causal, mask, dropout, dropout_key) -> torch.Tensor:
-    """`kernels.triton.ordered_attention`; inputs of several dtypes are computed in the widest."""
+def attend(query, key, value, orders: Orders, causal: bool, mask, dropout: float, dropout_key) -> torch.Tensor:
+    """`kernels.triton.ordered_attention`; inputs of several dtypes are computed in float32."""
     if dropout_key is None or dropout == 0:
         dropout, dropout_key = 0.0, None
-    dtype, wide = value.dtype, torch.promote_types(query.dtype, value.dtype)
-    query, value = query.to(wide), value.to(wide)
-    key = None if key is None else key.to(wide)
+    dtype = value.dtype
+    if any(x is not None and x.dtype != dtype for x in (query, key)):
+        query, key, value = (None if x is None else x.float() for x in (query, key, value))
     out, _, _ = triton_attention(
         query, key, value, *orders[:3], mask, dropout_key, *orders[3:], causal, float(dropout)
     )

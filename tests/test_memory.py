@@ -197,7 +197,9 @@ def test_the_process_agrees_that_memory_is_flat_in_depth():
 def test_the_process_agrees_on_depth_length_and_order():
     runs = [(6, "reversible", 4096), (48, "reversible", 4096), (6, "reversible", 32768)]
     runs += [(6, "checkpointed", 4096), (6, "plain", 4096)]
-    (base, small), (deep, large), (long, _), (checkpointed, _), (plain, _) = in_a_process(*runs)
+    attempts = [in_a_process(*runs) for _ in range(3)]  # one process may find its heap laid out otherwise
+    medians = [sorted(attempt)[1] for attempt in zip(*attempts, strict=True)]
+    (base, small), (deep, large), (long, _), (checkpointed, _), (plain, _) = medians
     assert deep <= 1.1 * base + large - small + 1 * MIB
     assert long <= 9 * base
     assert 0.95 * base <= checkpointed < plain

@@ -53,11 +53,9 @@ class _Round(torch.autograd.Function):
 
     @staticmethod
     def forward(x, grid):
-        scale = 2.0**grid.bits  # every new tensor of this size costs as much as an operation: one is enough
-        scaled = x * scale if x.dtype == grid.dtype else x.to(grid.dtype).mul_(scale)
-        scaled.round_()
-        zero = scaled.new_zeros(())  # zero + (-0) = +0, so equal numbers have equal bits
-        return torch.add(zero, scaled, alpha=1 / scale, out=scaled)
+        scale = 2.0**grid.bits
+        scaled = x.to(grid.dtype) * scale
+        return scaled.round_().mul_(1 / scale).add_(0.0)  # + 0.0: -0 becomes +0, so equal numbers have equal bits
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -227,11 +225,9 @@ class _ReversibleLayer(torch.autograd.Function):
         ctx.checksums = (_checksum(x1), _checksum(x2)) if bottom else None
         extra = tensors[:extras]
         with conditions.record():
-            out = to_stream(layer.f(x2, call, *extra), chain.grid)
-        y1 = torch.add(x1, out, out=out)
+            y1 = x1 + to_stream(layer.f(x2, call, *extra), chain.grid)
         with conditions.record():
-            out = to_stream(layer.g(y1, call), chain.grid)
-        y2 = torch.add(x2, out, out=out)
+            y2 = x2 + to_stream(layer.g(y1, call), chain.grid)
         chain.leave(index, y1, y2)
         ctx.layer, ctx.chain, ctx.index, ctx.call = layer, chain, index, call
         ctx.conditions, ctx.names, ctx.extras = conditions, names, extras
@@ -269,13 +265,13 @@ class _ReversibleLayer(torch.autograd.Function):
 
         # Every tensor as large as a stream goes as soon as it can: this is where training needs most memory.
         out, differentiate = rerun(1, lambda s: ctx.layer.g(s, ctx.call), y1)
-        x2 = torch.sub(y2, out, out=out)
+        x2 = y2 - out
         del y2, out
         step, *grads_g = differentiate(d2, wanted)
         d1 = _sum(d1, step)
         del step, differentiate
         out, differentiate = rerun(0, lambda s: ctx.layer.f(s, ctx.call, *extra), x2)
-        x1 = torch.sub(y1, out, out=out)
+        x1 = y1 - out
         del y1, out
         step, *grads_f = differentiate(d1, wanted_extra + wanted)
         d2 = _sum(d2, step)

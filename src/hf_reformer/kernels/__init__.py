@@ -1,1 +1,12 @@
 """Accelerated backends of ordered attention; everything runs without them, only slower."""
+
+from ..hashing import Orders
+
+LONGEST = 2**29  # places of a line, so that one wrapped around still fits in int32
+
+
+def check_places(orders: Orders) -> None:
+    """Raise ValueError for a line of more than LONGEST places (rounds x tokens)."""
+    places = orders.line.shape[2] * orders.line.shape[3]
+    if places > LONGEST:
+        raise ValueError(f"{places} places a line (rounds x tokens) are more than {LONGEST}. Split the sequence.")

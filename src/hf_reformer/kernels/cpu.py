@@ -15,11 +15,10 @@ from .. import hashing
 from ..hashing import Orders, factors_of
 from ..randomness import keep_threshold, make_key
 from ..reference import attention_with_weights, pair_keys, shared_key
-from . import build
+from . import build, check_places
 
 logger = logging.getLogger(__name__)
 
-LONGEST = 2**29  # places of a line (rounds x tokens), so that one wrapped around still fits in int32
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -308,11 +307,9 @@ def ordered_attention(query, key, value, orders, *, causal, mask=None, dropout=0
     """`attention_ops.ordered_attention` in fused C++; see there. Accumulates in float32.
 
     Raises:
-        ValueError: a line of more than LONGEST places.
+        ValueError: a line of more places than `kernels.LONGEST`.
     """
-    places = orders.line.shape[2] * query.shape[2]
-    if places > LONGEST:
-        raise ValueError(f"{places} places a line (rounds x tokens) are more than {LONGEST}. Split the sequence.")
+    check_places(orders)
     out, *_ = torch.ops.hf_reformer.cpu_attention(
         query, key, value, orders.line, orders.lo, orders.hi, orders.before, orders.after, orders.count_once, causal,
         mask, dropout, dropout_key, scale,

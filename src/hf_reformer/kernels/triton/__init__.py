@@ -9,9 +9,9 @@ import os
 import torch
 
 from ...hashing import Orders
+from .. import check_places
 
 LARGEST_HEAD = 128
-LONGEST = 2**29  # places of a line (rounds x tokens), so that one wrapped around still fits in int32
 OLDEST_DEVICE = (8, 0)  # compute capability; the tiles are chosen for its shared memory and its bfloat16 products
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,11 +59,9 @@ def ordered_attention(
         (B, H, T, D) in value's dtype.
 
     Raises:
-        ValueError: a line of more than LONGEST places.
+        ValueError: a line of more places than `kernels.LONGEST`.
     """
-    places = orders.line.shape[2] * query.shape[2]
-    if places > LONGEST:
-        raise ValueError(f"{places} places a line (rounds x tokens) are more than {LONGEST}. Split the sequence.")
+    check_places(orders)
     from .operator import attend
 
     return attend(query, key, value, orders, causal, mask, dropout, dropout_key)

@@ -26,6 +26,8 @@ ORDER = [
     ("reference", TORCH),
     ("kernels", STAYS),  # a folder: its files import each other freely
     ("attention_ops", TORCH),
+    ("replay", TORCH),
+    ("slices", TORCH),
     ("reversible", TORCH),
     ("losses", TORCH),
     ("positions", MODEL),

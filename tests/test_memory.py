@@ -142,8 +142,13 @@ def test_streams_in_float32_need_less():
 @pytest.mark.parametrize("path", ["reversible", "checkpointed", "plain"])
 def test_chunks_of_the_feed_forward_lower_the_peak(path):
     """One activation of the wide feed-forward is 16 MiB, that of a chunk a sixteenth."""
-    whole, chunked = (peak_of(2, path, feed_forward_size=1024, chunk_size_feed_forward=size) for size in (0, 256))
+    whole, chunked = (peak_of(2, path, feed_forward_size=1024, chunk_size_feed_forward=size) for size in (4096, 256))
     assert chunked < whole - 2 * 16 * MIB
+
+
+def test_the_automatic_chunk_lowers_the_peak():
+    whole, automatic = (peak_of(2, feed_forward_size=1024, chunk_size_feed_forward=size) for size in (4096, 0))
+    assert automatic < whole - 2 * 12 * MIB
 
 
 def test_logits_never_exist_as_a_whole():

@@ -156,6 +156,19 @@ def test_every_kind_of_model(changes):
     assert gap(step(model), step(twin_of(model))) <= EXACT
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 33, 99], ids=str)
+def test_automatic_slices_change_nothing(tokens, monkeypatch):
+    whole = make()
+    expected, values = step(whole), hidden_of(whole)
+    monkeypatch.setattr("hf_reformer.slices.SLICE", tokens)
+    sliced = make()
+    assert gap(step(sliced), step(twin_of(sliced))) <= EXACT
+    assert gap(step(sliced), expected) <= 1e-5  # other matrix products
+    for context in (torch.enable_grad(), torch.no_grad()):
+        with context:
+            assert torch.allclose(hidden_of(sliced), values, atol=1e-6)
+
+
 @pytest.mark.parametrize("hold", ["left", "right", "holes"])
 def test_padding(hold):
     mask = torch.ones_like(IDS)
@@ -322,23 +335,31 @@ def test_no_zero_of_a_stream_is_negative():
 class Toy(nn.Module):
     """Branches with foreign dropout and foreign draws that decide something, so that a wrong bit or draw shows."""
 
-    def __init__(self, width=8):
+    def __init__(self, width=8, chunk_size=0):
         super().__init__()
         self.first, self.second, self.dropout = nn.Linear(width, width), nn.Linear(width, width), nn.Dropout(0.2)
+        self.chunk_size = chunk_size
 
-    def f(self, x2, call, *extra):
+    def project(self, x2, call, first):
+        return [x2]
+
+    def attend(self, projected, call, *extra):
+        (x2,) = projected
         x = self.first(x2.float() + sum(extra))
         bucket = (x.detach() @ torch.randn(x.shape[-1], 6)).argmax(-1, keepdim=True)
-        return self.dropout(x.tanh() * (1 + bucket % 3))
+        return x.tanh() * (1 + bucket % 3)
 
-    def g(self, y1, call):
+    def merge(self, mixed, call, first):
+        return self.dropout(mixed)
+
+    def g(self, y1, call, first):
         return self.dropout(self.second(y1.float()).relu())
 
 
 class Zero(Toy):
     """Branches that give negative zeros."""
 
-    def g(self, y1, call):
+    def g(self, y1, call, first):
         return -0.0 * self.second(y1.float()).relu()
 
 
@@ -357,15 +378,16 @@ def run_toys(layers, x, reversible, *extra):
     return torch.cat([x1, x2], -1)
 
 
-def toys(order, layer=Toy):
+def toys(order, layer=Toy, **kwargs):
     torch.manual_seed(0)
-    made = [layer() for _ in range(max(order) + 1)]
+    made = [layer(**kwargs) for _ in range(max(order) + 1)]
     return nn.ModuleList(made[i] for i in order)
 
 
+@pytest.mark.parametrize("chunk", [0, 2], ids=["whole", "slices"])
 @pytest.mark.parametrize("order", [[0], [0, 1, 2, 3], [0, 0, 0, 0, 0], [0, 1, 0, 1]], ids=str)
-def test_layers_may_be_used_several_times(order):
-    layers, x = toys(order), torch.randn(2, 5, 8)
+def test_layers_may_be_used_several_times(order, chunk):
+    layers, x = toys(order, chunk_size=chunk), torch.randn(2, 5, 8)
     found = []
     for reversible in (True, False):
         layers.zero_grad()
@@ -395,12 +417,52 @@ def test_other_tensors_get_their_gradients():
     assert gap(*found) <= EXACT
 
 
+class Shared(Toy):
+    """Two parameters whose gradients autograd hands out as one tensor."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.a, self.b = (nn.Parameter(torch.randn(8)) for _ in range(2))
+
+    def g(self, y1, call, first):
+        return y1.float() * 0.5 + (self.a + self.b)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 2, 5], ids=str)
+def test_gradients_of_slices_add_up_for_every_parameter_alone(chunk):
+    layers, x = toys([0, 1], Shared, chunk_size=chunk), torch.randn(2, 5, 8)
+    found = []
+    for reversible in (True, False):
+        layers.zero_grad()
+        loss_of(run_toys(layers, x, reversible)).backward()
+        found.append([p.grad.clone() for p in layers.parameters() if p.grad is not None])
+    assert gap(*found) <= EXACT
+
+
+def test_gradients_of_slices_add_up_in_float32():
+    """In bfloat16 a sum of a thousand equal numbers would stop growing at 256."""
+    length = 1024
+
+    class Half(Toy):
+        def g(self, y1, call, first):
+            return self.second.bias.expand(*y1.shape) + 0 * y1.to(torch.bfloat16)
+
+    layer = Half(chunk_size=1)
+    layer.second.to(torch.bfloat16)
+    _, x2 = reversible_step(layer, *[torch.zeros(1, length, 8, dtype=torch.float64)] * 2, None, Chain(GRID, 1), 0)
+    x2.sum().backward()
+    assert torch.equal(layer.second.bias.grad, torch.full((8,), float(length), dtype=torch.bfloat16))
+
+
 def test_gradcheck_sees_through_the_grid():
     class Smooth(Toy):
-        def f(self, x2, call, *extra):
-            return self.first(x2 + sum(extra)).tanh()
+        def attend(self, projected, call, *extra):
+            return self.first(projected[0] + sum(extra)).tanh()
 
-        def g(self, y1, call):
+        def merge(self, mixed, call, first):
+            return mixed
+
+        def g(self, y1, call, first):
             return self.second(y1).tanh()
 
     layers = nn.ModuleList(Smooth(3).double() for _ in range(3))

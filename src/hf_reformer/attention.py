@@ -43,7 +43,7 @@ class Call(NamedTuple):
 
 
 class ReformerAttention(nn.Module):
-    """Projections, ordered attention, output projection: `attention(attention.project(x), call)`."""
+    """Projections, ordered attention, output projection: `project(x)`, then `forward`, then `merge`."""
 
     def __init__(self, config: ReformerConfig, layer: int):
         super().__init__()
@@ -68,24 +68,33 @@ class ReformerAttention(nn.Module):
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor | None]:
-        """(B, T, D) normalised stream → query, key (None where it is the query) and value, (B, H, T, head_size)."""
+        """(B, T, D) normalised stream → query, key (None where it is the query) and value, (B, T, H * head_size)."""
         if self.kind == "lsh":
-            return [self._heads(self.qk_proj(x)), None, self._heads(self.v_proj(x))]
-        return [self._heads(self.q_proj(x)), self._heads(self.k_proj(x)), self._heads(self.v_proj(x))]
+            return [self.qk_proj(x), None, self.v_proj(x)]
+        return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+
+    def merge(self, mixed: torch.Tensor, key: torch.Tensor | None, first: int = 0) -> torch.Tensor:
+        """What attention gave, (B, T, H * head_size) → (B, T, D).
+
+        Args:
+            key: of this forward's dropout, None in evaluation.
+            first: position of mixed[:, 0] in its sequence.
+        """
+        key = None if key is None else fold(key, self.layer, OUTPUT_DROPOUT)
+        return dropout(self.o_proj(mixed), self.output_dropout, key, first)
 
     def forward(self, projected: list[torch.Tensor | None], call: Call) -> torch.Tensor:
-        """What `project` gave → (B, T, D).
+        """What `project` gave → (B, T, H * head_size), every head's attention side by side.
 
-        Empties the list, so that nothing outlives its use: the stream's norm its projections, or these the attention.
+        Empties the list, so that projections are freed as soon as they were used.
         """
         key = None if call.key is None else fold(call.key, self.layer)
-        heads_of = self._attend(projected, call, key)  # (B, H, T, D)
-        out = self.o_proj(heads_of.transpose(1, 2).flatten(2))
-        return dropout(out, self.output_dropout, None if key is None else fold(key, OUTPUT_DROPOUT))
-
-    def _attend(self, projected: list[Any], call: Call, key: torch.Tensor | None) -> torch.Tensor:
-        query, key_vectors, value = projected
+        query, key_vectors, value = (None if x is None else self._heads(x) for x in projected)
         projected.clear()
+        out = self._attend(query, key_vectors, value, call, key)  # (B, H, T, head_size)
+        return out.transpose(1, 2).flatten(2)
+
+    def _attend(self, query: Any, key_vectors: Any, value: Any, call: Call, key: torch.Tensor | None) -> torch.Tensor:
         dropout_key = None if key is None or not self.dropout else fold(key, ATTENTION_DROPOUT)
         hashed = query if self.kind == "lsh" else None
         query = rotate(query, call.rotary)

@@ -6,7 +6,6 @@ from transformers.activations import ACT2FN
 
 from .configuration_reformer import ReformerConfig
 from .randomness import FEED_FORWARD_DROPOUT, HIDDEN_DROPOUT, dropout, fold
-from .reversible import recomputed
 
 
 class LayerNorm(nn.LayerNorm):
@@ -17,29 +16,23 @@ class LayerNorm(nn.LayerNorm):
 
 
 class FeedForward(nn.Module):
-    """Two projections with dropout before and after; optionally on a few tokens at a time (paper, section 3).
-
-    With `chunk_size_feed_forward > 0` the activations of one chunk at a time exist, in backward too.
-    """
+    """Two projections with dropout before and after."""
 
     def __init__(self, config: ReformerConfig, layer: int):
         super().__init__()
         self.layer = layer
         self.dropout = config.hidden_dropout_prob
-        self.chunk_size = config.chunk_size_feed_forward
         self.act = ACT2FN[config.hidden_act]
         self.up_proj = nn.Linear(config.hidden_size, config.feed_forward_size)
         self.down_proj = nn.Linear(config.feed_forward_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor, key: torch.Tensor | None) -> torch.Tensor:
-        """(B, T, D) → (B, T, D). `key`: of this forward's dropout, None in evaluation."""
-        if not self.chunk_size or self.chunk_size >= x.shape[1]:
-            return self._tokens(x, key, 0)
-        starts = range(0, x.shape[1], self.chunk_size)
-        chunks = zip(x.split(self.chunk_size, dim=1), starts, strict=True)
-        return torch.cat([recomputed(self, self._tokens, chunk, key, start) for chunk, start in chunks], dim=1)
+    def forward(self, x: torch.Tensor, key: torch.Tensor | None, first: int = 0) -> torch.Tensor:
+        """(B, T, D) → (B, T, D).
 
-    def _tokens(self, x: torch.Tensor, key: torch.Tensor | None, first: int) -> torch.Tensor:
+        Args:
+            key: of this forward's dropout, None in evaluation.
+            first: position of x[:, 0] in its sequence.
+        """
         key = key if key is None else fold(key, self.layer)
         x = self.up_proj(x)
         x = dropout(x, self.dropout, key if key is None else fold(key, HIDDEN_DROPOUT), first)

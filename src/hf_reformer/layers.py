@@ -10,20 +10,27 @@ from .reversible import Chain, Grid, residual_step, reversible_step
 
 
 class ReformerLayer(GradientCheckpointingLayer):
-    """y1 = x1 + f(x2), y2 = x2 + g(y1) (paper, equation 9)."""
+    """y1 = x1 + f(x2), y2 = x2 + g(y1) (paper, equation 9); f is `project`, then `attend`, then `merge`."""
 
     def __init__(self, config: ReformerConfig, layer: int):
         super().__init__()
+        self.chunk_size = config.chunk_size_feed_forward
         self.attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = ReformerAttention(config, layer)
         self.feed_forward_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config, layer)
 
-    def f(self, x2: torch.Tensor, call: Call) -> torch.Tensor:
-        return self.attention(self.attention.project(self.attention_norm(x2)), call)
+    def project(self, x2: torch.Tensor, call: Call, first: int) -> list[torch.Tensor | None]:
+        return self.attention.project(self.attention_norm(x2))
 
-    def g(self, y1: torch.Tensor, call: Call) -> torch.Tensor:
-        return self.feed_forward(self.feed_forward_norm(y1), call.key)
+    def attend(self, projected: list[torch.Tensor | None], call: Call) -> torch.Tensor:
+        return self.attention(projected, call)
+
+    def merge(self, mixed: torch.Tensor, call: Call, first: int) -> torch.Tensor:
+        return self.attention.merge(mixed, call.key, first)
+
+    def g(self, y1: torch.Tensor, call: Call, first: int) -> torch.Tensor:
+        return self.feed_forward(self.feed_forward_norm(y1), call.key, first)
 
     def forward(
         self, x2: torch.Tensor, x1: torch.Tensor, call: Call, grid: Grid, chain: Chain | None = None, index: int = 0

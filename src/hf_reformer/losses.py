@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .reversible import recomputed
+from .replay import recomputed
 
 IGNORE = -100
 LOGITS_AT_A_TIME = 2**22

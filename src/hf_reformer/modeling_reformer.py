@@ -17,7 +17,8 @@ from .hashing import product_of
 from .layers import ReformerLayer
 from .positions import AxialPositionEmbeddings, LearnedPositionEmbeddings, rotary_tables
 from .randomness import EMBEDDING_DROPOUT, FINAL_DROPOUT, draw_key, dropout, fold
-from .reversible import Chain, Grid, can_reverse, choose_grid, to_stream, wrapped_inside
+from .replay import can_reverse
+from .reversible import Chain, Grid, choose_grid, to_stream, wrapped_inside
 
 logger = logging.get_logger(__name__)
 

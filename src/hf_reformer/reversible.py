@@ -8,18 +8,19 @@ One autograd Function per layer takes the two streams, the layer's parameters an
 inputs and *returns* their gradients. So wrappers that watch parameters (DDP, FSDP2, adapters) see an ordinary graph.
 """
 
-import contextlib
-import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.utils.stateless import _reparametrize_module
-from torch.utils.checkpoint import checkpoint
+
+from .replay import Conditions, autocast_again, autocast_state, layer_tensors, recomputed
+from .slices import Joined, Tensors, map_tokens, slice_length, token_slices
 
 
 class Grid(NamedTuple):
@@ -54,8 +55,9 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def forward(x, grid):
         scale = 2.0**grid.bits
-        scaled = x.to(grid.dtype) * scale
-        return scaled.round_().mul_(1 / scale).add_(0.0)  # + 0.0: -0 becomes +0, so equal numbers have equal bits
+        whole = (x.to(torch.promote_types(x.dtype, torch.float32)) * scale).round_().to(grid.dtype)
+        zero = whole.new_zeros(())  # added because -0 becomes +0 then, so that equal numbers have equal bits
+        return torch.add(zero, whole, alpha=1 / scale, out=whole)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -71,10 +73,61 @@ def to_stream(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     return x.to(grid.dtype) if grid.bits is None else _Round.apply(x, grid)
 
 
-def residual_step(layer: Any, x1: torch.Tensor, x2: torch.Tensor, call: Any, grid: Grid, extra=()):
-    """The layer's equations, for every path: (y1, y2)."""
-    y1 = x1 + to_stream(layer.f(x2, call, *extra), grid)
-    y2 = x2 + to_stream(layer.g(y1, call), grid)
+class Stages:
+    """The parts of a layer as the paths run them. All but `attend` treat every token alike, so they work on slices."""
+
+    def __init__(self, layer: Any, call: Any, grid: Grid, extra, during: Callable[[Hashable], AbstractContextManager]):
+        self.layer, self.call, self.grid, self.extra = layer, call, grid, extra
+        self.during = during
+
+    def project(self, first: int, x2: torch.Tensor) -> Tensors:
+        with self.during(("project", first)):
+            return self.layer.project(x2, self.call, first)
+
+    def attend(self, projected: Tensors) -> torch.Tensor:
+        with self.during("attend"):
+            return self.layer.attend(projected, self.call, *self.extra)
+
+    def merge(self, first: int, mixed: torch.Tensor) -> torch.Tensor:
+        """f(x2) = merge(attend(project(x2))), on the grid."""
+        with self.during(("merge", first)):
+            return to_stream(self.layer.merge(mixed, self.call, first), self.grid)
+
+    def g(self, first: int, y1: torch.Tensor) -> torch.Tensor:
+        with self.during(("g", first)):
+            return to_stream(self.layer.g(y1, self.call, first), self.grid)
+
+
+def _as_now(device: torch.device) -> Callable[[Hashable], AbstractContextManager]:
+    if torch.compiler.is_compiling():
+        return lambda part: nullcontext()
+    return lambda part: autocast_again(device, autocast_state(device))
+
+
+def residual_step(
+    layer: Any, x1: torch.Tensor, x2: torch.Tensor, call: Any, grid: Grid, extra=(), during=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer's equations, for every path: (y1, y2).
+
+    Args:
+        layer: has `project(x2, call, first)`, `attend(projected, call, *extra)`, `merge(mixed, call, first)` and
+            `g(y1, call, first)`, where `first` is the position of a slice's first token, and `chunk_size`: tokens of
+            a slice, 0 for an automatic number. Where it is given, the plain path recomputes g in backward.
+        x1, x2: (B, T, D) streams of the grid's dtype.
+        during: context of a part of the layer, by its name.
+    """
+    stages = Stages(layer, call, grid, extra, during or _as_now(x2.device))
+    size, length = slice_length(x2, layer.chunk_size), x2.shape[1]
+    mixed = stages.attend(map_tokens(stages.project, size, x2))
+    (y1,) = map_tokens(lambda first, x, mixed: [x + stages.merge(first, mixed)], size, x1, mixed)
+    del mixed
+
+    def feed_forward(first: int, x: torch.Tensor, y: torch.Tensor) -> Tensors:
+        again = 0 < layer.chunk_size < length
+        g = partial(stages.g, first)
+        return [x + (recomputed(layer, g, y) if again else g(y))]
+
+    (y2,) = map_tokens(feed_forward, size, x2, y1)
     return y1.view_as(y1), y2  # a view, so that hooks on y1 see the same gradient on every path
 
 
@@ -108,16 +161,17 @@ class Chain:
     def put(self, index: int, streams: tuple[torch.Tensor, torch.Tensor]) -> None:
         self._pending[torch._C._current_graph_task_id(), index] = streams
 
-    def take(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def take(self, index: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
+        """Outputs of layer `index`, and whether they may be overwritten."""
         found = self._pending.pop((torch._C._current_graph_task_id(), index), None)
         if index in self._kept:
-            return self._kept[index]
+            return *self._kept[index], False
         if found is None:
             raise RuntimeError(
                 f"A gradient reached reversible layer {index} without passing through layer {index + 1}, so "
                 "its outputs are unknown. Take the plain path: `output_hidden_states=True` or `reversible=False`."
             )
-        return found
+        return *found, True
 
 
 def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -128,106 +182,14 @@ def _checksum(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(torch.int32).sum(dtype=torch.int64)
 
 
-def layer_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """Named parameters, and plain tensors that stand where a parameter was (FSDP1 keeps views there)."""
-    tensors: dict[str, torch.Tensor] = dict(layer.named_parameters())
-    for name, module in layer.named_modules():
-        for key, value in module.__dict__.items():
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                tensors[f"{name}.{key}" if name else key] = value
-    return tensors
-
-
-# The default generators and the modules' training flags are shared by all threads that walk one graph.
-_REPLAY_LOCK = threading.RLock()
-
-
-def _generator_state(device: torch.device) -> tuple[torch.Tensor, ...]:
-    states = (torch.get_rng_state(),)
-    return (*states, torch.cuda.get_rng_state(device)) if device.type == "cuda" else states
-
-
-def _set_generator_state(states: tuple[torch.Tensor, ...], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
-
-
-class _Conditions:
-    """What a branch ran under, to run it again just so: autocast, training flags, and foreign randomness if any.
-
-    Our own randomness comes from keys. Modules put into a layer by others (adapters) may draw from the default
-    generators; then, and only then, their state is kept.
-    """
-
-    def __init__(self, layer: nn.Module, device: torch.device):
-        self.layer, self.device = layer, device
-        self.autocast = (torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type))
-        self.training = tuple(module.training for module in layer.modules())
-        self.states: list[tuple[torch.Tensor, ...] | None] = []
-
-    @contextlib.contextmanager
-    def record(self) -> Iterator[None]:
-        before = _generator_state(self.device)
-        enabled, dtype = self.autocast
-        with torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False):
-            yield
-        after = _generator_state(self.device)
-        drawn = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        self.states.append(before if drawn else None)
-
-    @contextlib.contextmanager
-    def replay(self, branch: int, tensors: dict[str, torch.Tensor] | None) -> Iterator[None]:
-        state, (enabled, dtype) = self.states[branch], self.autocast
-        modules = list(self.layer.modules())
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_REPLAY_LOCK)  # before looking: another thread may have flipped flags for its replay
-            flipped = [(m, m.training) for m, was in zip(modules, self.training, strict=True) if m.training != was]
-            if state is None and not flipped and tensors is None:
-                stack.close()  # nothing shared is touched, so threads may go on side by side
-            if tensors is not None:
-                stack.enter_context(_reparametrize_module(self.layer, tensors))
-            if state is not None:
-                stack.callback(_set_generator_state, _generator_state(self.device), self.device)
-                _set_generator_state(state, self.device)
-            for module, now in flipped:
-                stack.callback(setattr, module, "training", now)
-                module.training = not now
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(self.device.type, dtype=dtype, enabled=enabled, cache_enabled=False))
-            yield
-
-
-def recomputed(module: nn.Module, function: Callable, x: torch.Tensor, *args: Any) -> torch.Tensor:
-    """`function(x, *args)`, which uses `module`; backward runs it again instead of keeping what is inside.
-
-    Unlike torch's checkpoint, with the parameters and training flags of this forward: when backward comes they may be
-    others (functional_call, `eval()`).
-    """
-    if not can_reverse():
-        traced = torch.is_grad_enabled() and torch.compiler.is_compiling()
-        return checkpoint(function, x, *args, use_reentrant=False) if traced else function(x, *args)
-    conditions, tensors = _Conditions(module, x.device), layer_tensors(module)
-
-    def run(*args):
-        with conditions.replay(0, tensors) if conditions.states else conditions.record():
-            return function(*args)
-
-    return checkpoint(run, x, *args, use_reentrant=False, preserve_rng_state=False)
-
-
 class _ReversibleLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layer, chain, index, call, names, extras, x1, x2, *tensors):
-        conditions = _Conditions(layer, x1.device)
+        conditions = Conditions(layer, x1.device)
         chain.enter(index, x1, x2)
         bottom = index == 0 or not any(ctx.needs_input_grad[6:8])  # the last layer that backward comes to
         ctx.checksums = (_checksum(x1), _checksum(x2)) if bottom else None
-        extra = tensors[:extras]
-        with conditions.record():
-            y1 = x1 + to_stream(layer.f(x2, call, *extra), chain.grid)
-        with conditions.record():
-            y2 = x2 + to_stream(layer.g(y1, call), chain.grid)
+        y1, y2 = residual_step(layer, x1, x2, call, chain.grid, tensors[:extras], conditions.record)
         chain.leave(index, y1, y2)
         ctx.layer, ctx.chain, ctx.index, ctx.call = layer, chain, index, call
         ctx.conditions, ctx.names, ctx.extras = conditions, names, extras
@@ -240,49 +202,102 @@ class _ReversibleLayer(torch.autograd.Function):
     def backward(ctx, d1, d2):
         saved, chain, index = ctx.saved_tensors, ctx.chain, ctx.index
         if index == chain.depth - 1:
-            *tensors, y1, y2 = saved
+            (*tensors, y1, y2), ours = saved, False
         else:
-            tensors, (y1, y2) = list(saved), chain.take(index)
+            tensors, (y1, y2, ours) = list(saved), chain.take(index)
         need = ctx.needs_input_grad[8:]
         extra = [_leaf(x, wanted) for x, wanted in zip(tensors[: ctx.extras], need, strict=False)]
         parameters, swap = _parameters(ctx, tensors[ctx.extras :], need[ctx.extras :])
-        wanted = [p for p, n in zip(parameters, need[ctx.extras :], strict=True) if n]
-        wanted_extra = [x for x, n in zip(extra, need, strict=False) if n]
-
-        def rerun(which: int, branch: Callable, stream: torch.Tensor) -> tuple[torch.Tensor, Callable]:
-            """Run f or g again: its output, and what gives the gradients of its stream and of `inputs` then."""
-            with ctx.conditions.replay(which, swap):
-                stream = stream.detach().requires_grad_()
-                out = to_stream(branch(stream), chain.grid)
-            edge = get_gradient_edge(out) if out.requires_grad else None  # without the output, which can go
-
-            def differentiate(grad: torch.Tensor | None, inputs: list) -> list[torch.Tensor | None]:
-                if grad is None or edge is None:
-                    return [None] * (1 + len(inputs))
-                return list(torch.autograd.grad(edge, [stream, *inputs], grad, allow_unused=True))
-
-            return out.detach(), differentiate
-
+        stages = Stages(ctx.layer, ctx.call, chain.grid, extra, partial(ctx.conditions.replay, swap))
+        totals = _Totals([x for x, n in zip([*extra, *parameters], need, strict=True) if n])
+        size = slice_length(y1, ctx.layer.chunk_size)
         # Every tensor as large as a stream goes as soon as it can: this is where training needs most memory.
-        out, differentiate = rerun(1, lambda s: ctx.layer.g(s, ctx.call), y1)
-        x2 = y2 - out
-        del y2, out
-        step, *grads_g = differentiate(d2, wanted)
-        d1 = _sum(d1, step)
-        del step, differentiate
-        out, differentiate = rerun(0, lambda s: ctx.layer.f(s, ctx.call, *extra), x2)
-        x1 = y1 - out
-        del y1, out
-        step, *grads_f = differentiate(d1, wanted_extra + wanted)
-        d2 = _sum(d2, step)
-        del step, differentiate
+        x2, d1 = _take_back(stages.g, size, y2, y1, d2, d1, totals, Joined(y2.shape[1], *[y2] * ours))
+        del y2
+        x1, d2 = _take_back_f(stages, size, y1, x2, d1, d2, totals, Joined(y1.shape[1], *[y1] * ours))
+        del y1
         if ctx.checksums is not None:
             _warn_if_inexact(ctx.checksums, (x1, x2), chain.grid)
         elif any(node is not None and torch._C._will_engine_execute_node(node) for node, _ in ctx.next_functions[:2]):
             chain.put(index - 1, (x1, x2))
-        count = len(wanted_extra)
-        grads = iter(grads_f[:count] + [_sum(a, b) for a, b in zip(grads_g, grads_f[count:], strict=True)])
+        grads = iter(totals.result())
         return (None,) * 6 + (d1, d2) + tuple(next(grads) if n else None for n in need)
+
+
+class _Totals:
+    """Gradients of a layer's parameters, added up over slices and branches."""
+
+    def __init__(self, tensors: list[torch.Tensor]):
+        self.tensors = tensors
+        self.sums: Tensors = [None] * len(tensors)
+        self.owned = [False] * len(tensors)
+
+    def differentiate(self, outputs: list, grads: Tensors, inputs: Tensors) -> Tensors:
+        """The inputs' gradients; those of the parameters are added. `outputs` are tensors or edges of the graph."""
+        pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out is not None and grad is not None]
+        if not pairs:
+            return [None] * len(inputs)
+        wanted = [x for x in inputs if x is not None]
+        outputs, grads = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outputs, wanted + self.tensors, grads, allow_unused=True)
+        for index, grad in enumerate(found[len(wanted) :]):
+            if grad is not None:
+                self._add(index, grad)
+        steps = iter(found)
+        return [None if x is None else next(steps) for x in inputs]
+
+    def _add(self, index: int, grad: torch.Tensor) -> None:
+        total = self.sums[index]
+        if total is None:
+            self.sums[index] = grad  # perhaps shared with another parameter
+        elif self.owned[index]:
+            total.add_(grad)
+        else:
+            self.sums[index] = total.to(torch.promote_types(grad.dtype, torch.float32)) + grad
+            self.owned[index] = True
+
+    def result(self) -> Tensors:
+        return [None if x is None else x.to(like.dtype) for x, like in zip(self.sums, self.tensors, strict=True)]
+
+
+def _edge(x: torch.Tensor | None):
+    """Where backward enters x's graph: without x itself, which can go."""
+    return get_gradient_edge(x) if x is not None and x.requires_grad else None
+
+
+def _take_back(branch: Callable, size: int, y, given, grad, base, totals: _Totals, x: Joined) -> Tensors:
+    """Undo y = x + branch(given): `x`, and the gradient of `given` by that of y, added to `base`."""
+    step = Joined(y.shape[1])
+    for first, (y_slice, piece, grad_slice, base_slice) in token_slices(size, y, given, grad, base):
+        leaf = piece.detach().requires_grad_()
+        out = branch(first, leaf)
+        x.put(first, y_slice - out.detach())
+        (found,) = totals.differentiate([out if out.requires_grad else None], [grad_slice], [leaf])
+        step.put(first, _sum(base_slice, found))
+    return x.tensors + step.tensors
+
+
+def _take_back_f(stages: Stages, size: int, y1, x2, d1, d2, totals: _Totals, x1: Joined) -> Tensors:
+    """Undo y1 = x1 + f(x2): x1, and the gradient of x2 by that of y1, added to d2."""
+    projected, graphs = Joined(x2.shape[1]), []
+    for first, (piece,) in token_slices(size, x2):
+        leaf = piece.detach().requires_grad_()
+        outputs = stages.project(first, leaf)
+        projected.put(first, *(None if x is None else x.detach() for x in outputs))
+        graphs.append((leaf, [_edge(x) for x in outputs]))
+    inputs = [None if x is None else x.detach().requires_grad_() for x in projected.tensors]
+    del projected, outputs
+    mixed = stages.attend(list(inputs))
+    edge, mixed = _edge(mixed), mixed.detach()
+    _, d_mixed = _take_back(stages.merge, size, y1, mixed, d1, None, totals, x1)
+    del mixed
+    grads = totals.differentiate([edge], [d_mixed], inputs)
+    del d_mixed, edge, inputs
+    step = Joined(x2.shape[1])
+    for (first, (_, base, *slices)), (leaf, edges) in zip(token_slices(size, x2, d2, *grads), graphs, strict=True):
+        (found,) = totals.differentiate(edges, slices, [leaf])
+        step.put(first, _sum(base, found))
+    return x1.tensors + step.tensors
 
 
 def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
@@ -325,26 +340,15 @@ def wrapped_inside(layer: nn.Module) -> bool:
     )
 
 
-def can_reverse() -> bool:
-    """Whether the reversible Function may run: recording a graph, not traced, not in a functorch transform."""
-    return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and torch._C._functorch.maybe_current_level() is None
-    )
-
-
 def reversible_step(
     layer: nn.Module, x1: torch.Tensor, x2: torch.Tensor, call: Any, chain: Chain, index: int, extra=()
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One layer of a reversible stack: the values of `residual_step`, with nothing kept but the last layer's output.
 
     Args:
-        layer: has `f(x2, call, *extra)` and `g(y1, call)`.
-        x1, x2: (B, T, D) streams of `chain.grid`'s dtype.
-        call: what the layer needs beside tensors with gradients; handed to f and g as it is.
-        extra: further tensors with gradients for f (encoder states).
+        layer, x1, x2: as there.
+        call: what the layer needs beside tensors with gradients; handed to its parts as it is.
+        extra: further tensors with gradients for `attend` (encoder states).
     """
     tensors = layer_tensors(layer)
     return _ReversibleLayer.apply(

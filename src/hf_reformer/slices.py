@@ -1,0 +1,58 @@
+"""Functions that treat every token alike, on a few tokens at a time (paper, section 3: chunking).
+
+What such a function computes in between then stays in the processor's cache, and never exists for the whole sequence.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+SLICE = 1024  # tokens of all rows together: matrix products of this size reach their full speed on a CPU
+
+Tensors = list[torch.Tensor | None]
+
+
+def slice_length(x: torch.Tensor, asked: int = 0) -> int:
+    """Tokens per slice of x, (B, T, ...): as asked, or where 0 is asked what is fastest on its device."""
+    whole = x.device.type != "cpu" or torch.compiler.is_compiling()
+    return asked or (max(x.shape[1], 1) if whole else max(1, SLICE // x.shape[0]))
+
+
+def token_slices(size: int, *tensors: torch.Tensor | None) -> Iterator[tuple[int, Tensors]]:
+    """First token and views of `size` tokens, (B, size, ...), of every tensor but None; the last may be shorter."""
+    length = next(x.shape[1] for x in tensors if x is not None)
+    for first in range(0, length, size):
+        yield first, [None if x is None else x[:, first : first + size] for x in tensors]
+
+
+class Joined:
+    """Tensors (B, T, ...) that are filled slice by slice: those given, or new ones. None stays None."""
+
+    def __init__(self, length: int, *tensors: torch.Tensor):
+        self.length = length
+        self.tensors: Tensors = [*tensors]
+
+    def put(self, first: int, *pieces: torch.Tensor | None) -> None:
+        if not self.tensors:
+            self.tensors = [x if x is None or x.shape[1] == self.length else _room(x, self.length) for x in pieces]
+        for joined, piece in zip(self.tensors, pieces, strict=True):
+            if joined is not piece:
+                joined[:, first : first + piece.shape[1]] = piece
+
+
+def _room(x: torch.Tensor, length: int) -> torch.Tensor:
+    return x.new_empty(x.shape[0], length, *x.shape[2:])
+
+
+def map_tokens(function: Callable[..., Tensors], size: int, *tensors: torch.Tensor) -> Tensors:
+    """`function(first, *slices)` of all slices, joined: (B, T, ...) each."""
+    if size >= tensors[0].shape[1]:
+        return function(0, *tensors)
+    slices = token_slices(size, *tensors)
+    if torch.is_grad_enabled():
+        found = [function(first, *pieces) for first, pieces in slices]
+        return [None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*found, strict=True)]
+    joined = Joined(tensors[0].shape[1])
+    for first, pieces in slices:
+        joined.put(first, *function(first, *pieces))
+    return joined.tensors

@@ -202,7 +202,8 @@ class _ReversibleLayer(torch.autograd.Function):
     def backward(ctx, d1, d2):
         saved, chain, index = ctx.saved_tensors, ctx.chain, ctx.index
         if index == chain.depth - 1:
-            (*tensors, y1, y2), ours = saved, False
+            *tensors, y1, y2 = saved
+            ours = False
         else:
             tensors, (y1, y2, ours) = list(saved), chain.take(index)
         need = ctx.needs_input_grad[8:]

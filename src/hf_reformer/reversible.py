@@ -239,8 +239,8 @@ class _Totals:
         if not pairs:
             return [None] * len(inputs)
         wanted = [x for x in inputs if x is not None]
-        outputs, grads = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, wanted + self.tensors, grads, allow_unused=True)
+        roots, given = zip(*pairs, strict=True)
+        found = torch.autograd.grad(roots, wanted + self.tensors, given, allow_unused=True)
         for index, grad in enumerate(found[len(wanted) :]):
             if grad is not None:
                 self._add(index, grad)

@@ -31,7 +31,7 @@ class Arguments:
     hidden_size: int = 256
     feed_forward_size: int = 512
     num_hashes: int = 2
-    chunk_size_feed_forward: int = field(default=16384, metadata={"help": "tokens at a time in the feed-forward"})
+    chunk_size_feed_forward: int = field(default=0, metadata={"help": "tokens at a time in token-wise parts"})
     residual_precision: str = field(
         default="float32", metadata={"help": "of the residual streams: float32 or float64"}
     )

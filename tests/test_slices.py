@@ -42,9 +42,9 @@ def test_given_tensors_are_filled_in_place():
     assert given.tolist() == [[0, 1, 2, 3, 4]]
 
 
-def test_a_slice_holds_as_many_tokens_in_any_batch():
-    assert slice_length(torch.zeros(1, 5000)) == slices.SLICE
-    assert slice_length(torch.zeros(4, 5000)) == slices.SLICE // 4
-    assert slice_length(torch.zeros(2 * slices.SLICE, 3)) == 1
-    assert slice_length(torch.zeros(4, 5000), asked=7) == 7
-    assert slice_length(torch.zeros(1, 5000, device="meta")) == 5000
+def test_a_slice_holds_as_many_numbers_in_any_batch():
+    assert slice_length(torch.zeros(1, 5000, 512)) == slices.SLICE // 512
+    assert slice_length(torch.zeros(4, 5000, 512)) == slices.SLICE // 2048
+    assert slice_length(torch.zeros(2, 3, slices.SLICE)) == 1
+    assert slice_length(torch.zeros(4, 5000, 512), asked=7) == 7
+    assert slice_length(torch.zeros(1, 5000, 512, device="meta")) == 5000

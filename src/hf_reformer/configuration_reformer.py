@@ -91,9 +91,9 @@ class ReformerConfig(PreTrainedConfig):
             `HF_REFORMER_BACKEND` overrides it.
         chunk_size_feed_forward, chunk_size_lm_head (`int`, defaults to 0):
             Tokens at a time in the parts of a layer that treat every token alike (norms, projections, feed-forward),
-            and in the language-model loss; they need divide nothing. 0: an automatic size (for layers on a CPU: 1024
-            tokens, which stay in its cache; elsewhere: the whole sequence). Given, the feed-forward is recomputed in
-            backward even with `reversible=False`.
+            and in the language-model loss; they need divide nothing. 0: an automatic size (layers: on a CPU about a
+            million numbers of the stream, which stay in its cache; elsewhere the whole sequence). Given, the
+            feed-forward is recomputed in backward even with `reversible=False`.
         is_decoder (`bool`, defaults to `False`): Causal attention. `ReformerForCausalLM` always sets it.
 
     Raises:

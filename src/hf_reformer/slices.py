@@ -3,11 +3,12 @@
 What such a function computes in between then stays in the processor's cache, and never exists for the whole sequence.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 
-SLICE = 1024  # tokens of all rows together: matrix products of this size reach their full speed on a CPU
+SLICE = 2**20  # numbers in a slice of a stream, all rows together: enough for matrix products at full speed on a CPU
 
 Tensors = list[torch.Tensor | None]
 
@@ -15,7 +16,7 @@ Tensors = list[torch.Tensor | None]
 def slice_length(x: torch.Tensor, asked: int = 0) -> int:
     """Tokens per slice of x, (B, T, ...): as asked, or where 0 is asked what is fastest on its device."""
     whole = x.device.type != "cpu" or torch.compiler.is_compiling()
-    return asked or (max(x.shape[1], 1) if whole else max(1, SLICE // x.shape[0]))
+    return asked or (max(x.shape[1], 1) if whole else max(1, SLICE // (x.shape[0] * math.prod(x.shape[2:]))))
 
 
 def token_slices(size: int, *tensors: torch.Tensor | None) -> Iterator[tuple[int, Tensors]]:

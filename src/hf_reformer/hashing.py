@@ -147,12 +147,13 @@ def window_orders(
     sort = sort or sorted_windows
     sorted_groups = [sort(group, count, window, causal, mask) for group, count, window in buckets]
     parts = zip(*sorted_groups, strict=True)
-    line, lo, hi = (part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts)
+    line, lo, *hi = (part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts)
     rounds, length = line.shape[2:]
-    start = torch.arange(rounds, dtype=torch.int32, device=line.device)[:, None] * length
+    place = torch.arange(rounds * length, dtype=torch.int32, device=line.device).view(rounds, length)
+    lo, last = lo.add_(place[:, :1]), hi[0].add_(place[:, :1]) if hi else place.expand_as(line)
     widest = max(window for *_, window in buckets)
     before, after = (min(far, length - 1) for far in reach(widest, causal))
-    return Orders(line, lo.add_(start), hi.add_(start), min(tile, length), before, after, count_once=True)
+    return Orders(line, lo, last, min(tile, length), before, after, count_once=True)
 
 
 def reach(window: int, causal: bool) -> tuple[int, int]:
@@ -162,8 +163,11 @@ def reach(window: int, causal: bool) -> tuple[int, int]:
 
 def sorted_windows(
     buckets: torch.Tensor, count: int, window: int, causal: bool, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(line, lo, hi) of a group of rounds, (B, H, R, T) int32, places counted within each round."""
+) -> list[torch.Tensor]:
+    """Line, lo and hi of a group of rounds, (B, H, R, T) int32, places counted within each round.
+
+    Without hi if causal: a window then ends at its own place.
+    """
     length = buckets.shape[-1]
     place = torch.arange(length, dtype=torch.int32, device=buckets.device)
     if mask is not None:
@@ -178,11 +182,13 @@ def sorted_windows(
         values = values.to(torch.int64)
         first, last = starts.gather(-1, values), ends.gather(-1, values) - 1
     back, on = reach(window, causal)
-    lo, hi = torch.maximum(first, place - back), torch.minimum(last, place + on)
-    if mask is not None:
-        real = place < mask.sum(-1, dtype=torch.int32)[:, None, None, None]
-        lo, hi = torch.where(real, lo, place + 1), torch.where(real, hi, place)
-    return line.to(torch.int32), lo, hi
+    lo = torch.maximum(first, place - back)
+    real = None if mask is None else place < mask.sum(-1, dtype=torch.int32)[:, None, None, None]
+    lo = lo if real is None else torch.where(real, lo, place + 1)
+    if causal:
+        return [line.to(torch.int32), lo]
+    hi = torch.minimum(last, place + on)
+    return [line.to(torch.int32), lo, hi if real is None else torch.where(real, hi, place)]
 
 
 @torch.no_grad()

@@ -366,11 +366,11 @@ def normal_rows(keys: torch.Tensor, count: int) -> torch.Tensor:
 
 @torch.library.custom_op("hf_reformer::cpu_sort", mutates_args=(), device_types="cpu")
 def _sort(
-    buckets: torch.Tensor, mask: torch.Tensor | None, count: int, back: int, on: int, windows: bool
+    buckets: torch.Tensor, mask: torch.Tensor | None, count: int, back: int, on: int, parts: int
 ) -> list[torch.Tensor]:
-    """Line, and with `windows` lo and hi: (B, H, R, T) int32, places counted within their round."""
+    """The first `parts` of line, lo and hi: (B, H, R, T) int32, places counted within their round."""
     batch, heads, rounds, length = buckets.shape
-    results = [torch.empty(buckets.shape, dtype=torch.int32) for _ in range(3 if windows else 1)]
+    results = [torch.empty(buckets.shape, dtype=torch.int32) for _ in range(parts)]
     buckets = _line_like(buckets, heads)
     mask = None if mask is None else mask.contiguous()
     call = _Sorting(
@@ -383,16 +383,16 @@ def _sort(
 
 
 @_sort.register_fake
-def _(buckets, mask, count, back, on, windows):
-    return [buckets.new_empty(buckets.shape, dtype=torch.int32) for _ in range(3 if windows else 1)]
+def _(buckets, mask, count, back, on, parts):
+    return [buckets.new_empty(buckets.shape, dtype=torch.int32) for _ in range(parts)]
 
 
 def sorted_windows(buckets: torch.Tensor, count: int, window: int, causal: bool, mask: torch.Tensor | None):
     """`hashing.sorted_windows` by counting."""
     back, on = hashing.reach(window, causal)
-    return torch.ops.hf_reformer.cpu_sort(buckets, mask, count, back, on, True)
+    return torch.ops.hf_reformer.cpu_sort(buckets, mask, count, back, on, 2 if causal else 3)
 
 
 def sorted_line(buckets: torch.Tensor, count: int, mask: torch.Tensor | None) -> torch.Tensor:
     """`hashing.sorted_line` by counting."""
-    return torch.ops.hf_reformer.cpu_sort(buckets, mask, count, 0, 0, False)[0]
+    return torch.ops.hf_reformer.cpu_sort(buckets, mask, count, 0, 0, 1)[0]

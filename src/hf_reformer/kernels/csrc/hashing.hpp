@@ -111,8 +111,9 @@ inline void sort_round(const Sorting& s, int64_t head_index, int64_t round) {
         for (int64_t place = ends[b]; place < ends[b + 1]; place++) {
             bool padding = b == s.count;
             int64_t lo = padding ? place + 1 : std::max<int64_t>(ends[b], place - s.back);
-            int64_t hi = padding ? place : std::min<int64_t>(ends[b + 1] - 1, place + s.on);
             s.lo[at + place] = static_cast<int32_t>(lo);
+            if (!s.hi) continue;
+            int64_t hi = padding ? place : std::min<int64_t>(ends[b + 1] - 1, place + s.on);
             s.hi[at + place] = static_cast<int32_t>(hi);
         }
 }

@@ -48,7 +48,7 @@ struct Sorting {
     const uint8_t* mask;                // (B, T) or null: padding goes behind all buckets
     int64_t batch, heads, length, rounds, count, threads;
     int64_t back, on;                   // window: places ahead and behind
-    int32_t *line, *lo, *hi;            // (B, H, R, T) contiguous, lo and hi counted within the round; or these null
+    int32_t *line, *lo, *hi;            // (B, H, R, T) contiguous, lo and hi counted within the round; hi or both may be null
 };
 
 }  // namespace hf

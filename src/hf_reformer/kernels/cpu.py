@@ -192,7 +192,8 @@ def _problem(query, key, value, call: _Call, keep: list, **pointers) -> ctypes.S
     line, lo, hi = (_line_like(x, heads) for x in (orders.line, orders.lo, orders.hi))
     inverse = None
     if orders.count_once and rounds > 1:
-        inverse = torch.empty(batch, orders.line.shape[1], rounds * length, dtype=torch.int32).expand(-1, heads, -1)
+        places = torch.empty(batch, orders.line.shape[1], (rounds - 1) * length, dtype=torch.int32)
+        inverse = places.expand(-1, heads, -1)
     draws: list[torch.Tensor | None] = [None, None]
     if call.dropout_key is not None:
         draws = [x.contiguous() for x in pair_keys(call.dropout_key, batch, heads, length)]

@@ -38,9 +38,9 @@ void prefer_huge_pages(void* data, int64_t bytes) {
 
 void invert_lines(const Problem& p) {
     if (!p.inverse.data) return;
-    int64_t groups = p.inverse.head ? p.heads : 1;
-    hf::parallel_for(p.batch * groups * p.rounds, p.threads, [&](int64_t task, int) {
-        int64_t round = task % p.rounds, group = task / p.rounds % groups, batch = task / p.rounds / groups;
+    int64_t groups = p.inverse.head ? p.heads : 1, rounds = p.rounds - 1;
+    hf::parallel_for(p.batch * groups * rounds, p.threads, [&](int64_t task, int) {
+        int64_t round = task % rounds, group = task / rounds % groups, batch = task / rounds / groups;
         const int32_t* line = hf::Head::ints(p.line, batch, group) + round * p.length;
         int32_t* inverse = const_cast<int32_t*>(hf::Head::ints(p.inverse, batch, group)) + round * p.length;
         for (int64_t place = 0; place < p.length; place++) inverse[line[place]] = static_cast<int32_t>(place);

@@ -13,7 +13,7 @@ struct Strided {  // a tensor (B, H, T, D) or (B, H, R * T) whose last dimension
 struct Problem {
     Strided query, key, value;          // (B, H, T, D); key.data null: shared query/key attention
     Strided line, lo, hi;               // (B, H, R * T) int32
-    Strided inverse;                    // (B, H, R * T) int32: place of every token within each round; window rule
+    Strided inverse;                    // (B, H, (R - 1) * T) int32: places of tokens within each round but the last; window rule
     const uint8_t* mask;                // (B, T), chunk rule only, or null
     const int32_t* query_draw;          // (B, H, T) random numbers for dropout, or null
     const int32_t* key_draw;            // (T)

@@ -108,6 +108,7 @@ BAD = [
     ({"num_buckets": 0}, "num_buckets=0", "even number"),
     ({"num_buckets": [4, 5]}, r"num_buckets=\(4, 5\)", r"\[16, 32\]"),
     ({"num_buckets": []}, r"num_buckets=\(\)", "Choose"),
+    ({"num_buckets": [65536, 65536]}, r"makes 4294967296 buckets", "max_position_embeddings / lsh_window"),
     ({"attn_layers": ["local", "global"]}, r"\['global'\]", "'local', 'lsh', 'full'"),
     ({"attn_layers": []}, "empty", "at least one layer"),
     ({"attn_layers": ["lsh"], "num_hidden_layers": 2}, "num_hidden_layers=2.*1 layers", "only one of the two"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hf_reformer import ReformerForCausalLM
 from hf_reformer.attention_ops import backend_name
 from hf_reformer.hashing import lsh_buckets, sorted_line, sorted_windows, window_rotations
-from hf_reformer.kernels import build, cpu
+from hf_reformer.kernels import build, checks, cpu
 from hf_reformer.randomness import fold, make_key, normal_rows
 
 try:
@@ -74,6 +74,40 @@ def test_it_equals_the_reference_at_usual_sizes(mode, causal, shared, dropout):
 def test_any_window(window):
     case = Case(window=window, size=8, value_size=16, dtype=torch.float32, **FOUR_TILES)
     assert_equals_reference(case, "cpu", torch.float32)
+
+
+@pytest.fixture
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    ("chunk", "length"), [(384, 1152), (300, 900), (96, 960), (832, 3328), (400, 400), (1500, 1500)]
+)
+def test_chunks_far_longer_than_the_kernels_tiles(chunk, length, shared, two_threads):
+    """A chunk sees the one before it, and one that is as long as the input sees itself."""
+    case = Case(
+        mode="chunk", window=chunk, length=length, shared=shared, rounds=1, batch=1, heads=1, size=8, value_size=8,
+        dtype=torch.float32,
+    )  # fmt: skip
+    assert_equals_reference(case, "cpu", torch.float32)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_does_not_matter(default, monkeypatch):
+    case = Case(length=200, size=8, value_size=8, dtype=torch.float32)
+    expected = case.values_and_gradients("cpu")
+    normals = cpu.normal_rows(make_key(0)[None], 100)
+    torch.set_default_dtype(default)
+    try:
+        cpu._library.cache_clear()  # the library is checked again
+        assert all(map(torch.equal, case.values_and_gradients("cpu"), expected))
+        assert torch.equal(cpu.normal_rows(make_key(0)[None], 100), normals)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -199,12 +233,13 @@ def test_the_ops_keep_their_promises_to_torch():
     case = Case(size=8, value_size=16, dtype=torch.float32, mode="window")
     query, _, value = (x.detach().requires_grad_() for x in case.inputs)
     orders = case.orders
-    rule = (orders.before, orders.after, orders.count_once, True, case.mask, 0.0, None, 1.0)
-    torch.library.opcheck(torch.ops.hf_reformer.cpu_attention.default, (query, None, value, *orders[:3], *rule))
+    call = (query, None, value, *orders[:3], case.mask, None, *orders[3:], True, 0.0, 1.0)
+    torch.library.opcheck(torch.ops.hf_reformer.cpu_attention.default, call)
     rotations = window_rotations(make_key(0), 0, 2, 8, 2, 6)
     torch.library.opcheck(torch.ops.hf_reformer.cpu_buckets.default, (query.detach(), rotations, [6]))
     torch.library.opcheck(torch.ops.hf_reformer.cpu_normals.default, (torch.arange(2, dtype=torch.int32), 5))
-    torch.library.opcheck(torch.ops.hf_reformer.cpu_sort.default, (case.buckets, case.mask, 3, 4, 0, True))
+    for parts in (1, 2, 3):
+        torch.library.opcheck(torch.ops.hf_reformer.cpu_sort.default, (case.buckets, case.mask, 3, 4, 0, parts))
 
 
 # --- hashing and sorting
@@ -278,23 +313,36 @@ def test_what_it_cannot_serve_is_told(monkeypatch):
         backend_name("cpu", odd, odd)
 
 
+def test_numbers_out_of_range_are_refused():
+    buckets = torch.tensor([[[[0, 1, 9]]]], dtype=torch.int32)
+    with pytest.raises(ValueError, match="outside of the number of buckets"):
+        cpu.sorted_line(buckets, 7, None)
+    with pytest.raises(ValueError, match="3 columns don't fit bucket factors \\[8\\]"):
+        cpu.lsh_buckets(torch.zeros(1, 2, 4, 8), window_rotations(make_key(0), 0, 2, 8, 1, 6), 8)
+
+
+def test_a_key_of_another_dtype_is_not_narrowed():
+    query = torch.zeros(1, 1, 4, 8)
+    assert backend_name("auto", query, query, query.double()) == "torch"
+
+
 def test_a_kernel_that_disagrees_is_not_used(monkeypatch, caplog):
-    monkeypatch.setattr(cpu, "_agrees", lambda library: False)
+    monkeypatch.setattr(cpu, "agrees", lambda library: False)
     cpu._library.cache_clear()
     single = torch.zeros(1, 1, 4, 8)
     with caplog.at_level(logging.WARNING):
         assert backend_name("auto", single, single) == "torch"
         assert backend_name("auto", single, single) == "torch"
-    assert sum("disagrees with the pure-PyTorch op" in message for message in caplog.messages) == 1
+    assert sum("disagrees with its definition" in message for message in caplog.messages) == 1
 
 
 def test_the_check_sees_a_wrong_result(monkeypatch):
-    real = cpu._backward
+    real = checks.backward
 
     def wrong(*args):
         of_query, *others = real(*args)
         return of_query + 1e-2, *others
 
-    assert cpu._agrees(cpu._library())
-    monkeypatch.setattr(cpu, "_backward", wrong)
-    assert not cpu._agrees(cpu._library())
+    assert checks.agrees(cpu._library())
+    monkeypatch.setattr(checks, "backward", wrong)
+    assert not checks.agrees(cpu._library())

@@ -43,6 +43,18 @@ def test_without_a_compiler_everything_runs_in_pytorch(tmp_path):
     assert done.stderr.count("there is no C++ compiler") == 1
 
 
+def test_a_compiler_that_is_not_there_is_told_about(tmp_path):
+    done = attend(tmp_path, CXX="no-such-compiler")
+    assert done.stdout.strip() == "torch", done.stderr
+    assert done.stderr.count("CXX='no-such-compiler' cannot be found") == 1
+
+
+def test_a_compiler_may_bring_arguments(monkeypatch, needs_compiler):
+    path, *_ = build.compiler()
+    monkeypatch.setenv("CXX", f"{path} -g0")
+    assert build.compiler() == [path, "-g0"]
+
+
 def test_a_compiler_that_fails_is_told_about(tmp_path):
     done = attend(tmp_path, CXX=shutil.which("false"))
     assert done.stdout.strip() == "torch", done.stderr
@@ -63,7 +75,9 @@ def test_it_is_compiled_once_and_says_so(tmp_path, needs_compiler):
     assert [done.stderr.count("compiling the") for done in found] == [1, 0]
 
 
-def test_an_unknown_variant_is_refused(monkeypatch):
-    monkeypatch.setenv("HF_REFORMER_CPU_VARIANT", "mmx")
-    with pytest.raises(ValueError, match=r"'mmx' is none of.*avx2"):
+@pytest.mark.parametrize("variant", ["mmx", "avx512"])
+def test_a_variant_that_the_processor_does_not_run_is_refused(variant, monkeypatch):
+    monkeypatch.setattr(build.torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setenv("HF_REFORMER_CPU_VARIANT", variant)
+    with pytest.raises(ValueError, match=rf"'{variant}' is none of \['avx2', 'portable'\]"):
         build.supported_variants()

@@ -302,6 +302,12 @@ def test_the_plain_path_has_no_range(recwarn):
     assert not recwarn.list
 
 
+def test_rounding_passes_through_vmap():
+    x = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    grid = choose_grid("float64", torch.float32, True)
+    assert torch.equal(torch.func.vmap(lambda row: to_stream(row, grid))(x), to_stream(x, grid))
+
+
 @pytest.mark.parametrize(("precision", "bits"), [("float64", 32), ("float32", 16)])
 def test_sums_on_the_grid_can_be_undone_up_to_its_limit(precision, bits):
     grid = choose_grid(precision, torch.float32, rounded=True)

@@ -6,6 +6,8 @@ length x keys is kept. It is built from arithmetic rather than from masks: on a 
 twice as much as a matrix product of the same size.
 """
 
+import functools
+import logging
 import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -26,6 +28,8 @@ try:
     KERNELS: dict[str, ModuleType] = {"cpu": _cpu, "triton": _triton}
 except ImportError:  # this file travels alone: a model loaded with trust_remote_code, without the package
     KERNELS = {}
+
+logger = logging.getLogger(__name__)
 
 LONGEST = 2**22  # tokens a row; beyond it float32 would no longer tell places apart
 BLOCK_SCORES = 2**20  # scores worked on at a time: 4 MiB in float32, about what caches hold
@@ -49,20 +53,29 @@ def chosen_backend(choice: str = "auto") -> str:
     return choice
 
 
-def backend_name(choice: str, query: torch.Tensor, value: torch.Tensor) -> str:
-    """The backend that serves such tensors (B, H, T, D). "auto": the compiled kernel on a CPU, where it can be used,
-    else "torch".
+def backend_name(choice: str, *tensors: torch.Tensor) -> str:
+    """The backend that serves query, value and perhaps key, (B, H, T, D). "auto": the compiled kernel on a CPU, where it
+    can be used, else "torch".
 
     Raises:
         ValueError: no such backend, or it cannot serve these tensors.
     """
     choice = chosen_backend(choice)
     if choice == "auto":
-        serves = "cpu" in KERNELS and query.device.type == "cpu" and KERNELS["cpu"].why_not(query, value) is None
-        return "cpu" if serves else "torch"
-    if choice in KERNELS and (reason := KERNELS[choice].why_not(query, value)):
+        if "cpu" not in KERNELS or tensors[0].device.type != "cpu":
+            return "torch"
+        reason = KERNELS["cpu"].why_not(*tensors)
+        if reason is not None:
+            _tell_once(reason)
+        return "cpu" if reason is None else "torch"
+    if choice in KERNELS and (reason := KERNELS[choice].why_not(*tensors)):
         raise ValueError(f"attention backend {choice!r} cannot be used here: {reason}. Choose 'auto', or 'torch'.")
     return choice
+
+
+@functools.cache
+def _tell_once(reason: str) -> None:
+    logger.warning("Attention runs in pure PyTorch, several times slower than compiled: %s.", reason)
 
 
 class OrderMakers(NamedTuple):
@@ -118,7 +131,7 @@ def ordered_attention(
     """
     if dropout_key is None or dropout == 0:
         dropout, dropout_key = 0.0, None
-    name = backend_name(backend, query, value)
+    name = backend_name(backend, *(x for x in (query, value, key) if x is not None))
     how = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
     if name == "cpu":  # without a scaled copy of the keys
         return KERNELS["cpu"].ordered_attention(query, key, value, orders, scale=scale, **how)

@@ -11,6 +11,7 @@ ATTENTION_MODES = ("window", "chunk")
 POSITION_TYPES = ("axial", "learned", "rotary")
 POOLINGS = ("mean", "last", "first")
 RESIDUAL_PRECISIONS = ("float64", "float32")
+MOST_BUCKETS = 2**24
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # What transformers' own Reformer assumes where its config.json is silent and our default differs.
@@ -86,9 +87,8 @@ class ReformerConfig(PreTrainedConfig):
             Residual streams as `"float64"` on a grid of 2^-32 (range 2^21) or `"float32"` on a grid of 2^-16 (exact
             while |stream| <= 256; less memory, for the longest sequences and for devices without float64).
         attention_backend (`str`, defaults to `"auto"`):
-            `"auto"` takes the fastest that works here; `"cpu"` (compiled), `"torch"`, `"triton"` and `"reference"`
-            insist. The environment variable
-            `HF_REFORMER_BACKEND` overrides it.
+            `"auto"` takes the compiled kernel on a CPU where it can be used, else pure PyTorch; `"cpu"`, `"torch"`,
+            `"triton"` and `"reference"` insist. The environment variable `HF_REFORMER_BACKEND` overrides it.
         chunk_size_feed_forward, chunk_size_lm_head (`int`, defaults to 0):
             Tokens at a time in the parts of a layer that treat every token alike (norms, projections, feed-forward),
             and in the language-model loss; they need divide nothing. 0: an automatic size (layers: on a CPU about a
@@ -327,6 +327,11 @@ def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int]) -> None:
         raise ValueError(
             f"`num_buckets={num_buckets}` must be an even number or a list of even numbers: a rotation's columns and "
             "their opposites give two buckets each. Choose for example 32, or [16, 32] for 512 buckets."
+        )
+    if math.prod(factors) > MOST_BUCKETS:
+        raise ValueError(
+            f"`num_buckets={num_buckets}` makes {math.prod(factors)} buckets, more than {MOST_BUCKETS}. About as many as "
+            "the longest input has windows are useful: `max_position_embeddings / lsh_window`."
         )
 
 

@@ -20,7 +20,7 @@ class Orders(NamedTuple):
 
     Attributes:
         line: (B, H, R, T) int32, the token at each place; every round is a permutation of the tokens.
-        lo, hi: (B, H, R, T) int32.
+        lo, hi: (B, H, R, T) int32; perhaps views of fewer numbers, so not to be written to.
         tile: queries are worked on in tiles of this many neighbouring places.
         before, after: no place of a tile sees further than `before` places ahead of the tile's first place or
             `after` places beyond its last.
@@ -139,7 +139,7 @@ def window_orders(
             group with one bucket. All share B, H and T (H may be 1 throughout).
         causal: a token sees itself and the `window - 1` places before it; otherwise `window // 2` on either side.
         mask: (B, T) bool, True for real tokens, or None. Padding stands at the end of the line and sees nothing.
-        sort: does the work of `sorted_windows`, faster.
+        sort: does the work of `sorted_windows`, faster; gives tensors that may be written to.
 
     Returns:
         Orders with `count_once=True`; lo and hi never leave their round.

@@ -15,8 +15,8 @@ import torch
 ROTATIONS, EXPLORATION, ATTENTION_DROPOUT, OUTPUT_DROPOUT = 1, 2, 3, 4
 HIDDEN_DROPOUT, FEED_FORWARD_DROPOUT, EMBEDDING_DROPOUT, FINAL_DROPOUT = 5, 6, 7, 8
 
-_GOLDEN = -1640531527  # 2^32 / golden ratio, odd
-_MIX_1, _MIX_2 = -2048144789, -1028477387  # multipliers of MurmurHash3's finaliser (A. Appleby, public domain)
+GOLDEN = -1640531527  # 2^32 / golden ratio, odd
+MIX_1, MIX_2 = -2048144789, -1028477387  # multipliers of MurmurHash3's finaliser (A. Appleby, public domain)
 
 
 def draw_key(device: torch.device | str | None = None) -> torch.Tensor:
@@ -35,15 +35,15 @@ def _logical_shift(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def mix(x: torch.Tensor) -> torch.Tensor:
     """Scramble int32 values so that every input bit reaches every output bit."""
-    x = (x ^ _logical_shift(x, 16)) * _MIX_1
-    x = (x ^ _logical_shift(x, 13)) * _MIX_2
+    x = (x ^ _logical_shift(x, 16)) * MIX_1
+    x = (x ^ _logical_shift(x, 13)) * MIX_2
     return x ^ _logical_shift(x, 16)
 
 
 def fold(key: torch.Tensor, *counters: int | torch.Tensor) -> torch.Tensor:
     """Derive a key from `key` and counters (ints or int32 tensors); shapes broadcast. Order matters."""
     for counter in counters:
-        key = mix((key ^ (counter * _GOLDEN if isinstance(counter, torch.Tensor) else _wrap(counter * _GOLDEN))) + 1)
+        key = mix((key ^ (counter * GOLDEN if isinstance(counter, torch.Tensor) else _wrap(counter * GOLDEN))) + 1)
     return key
 
 
@@ -65,8 +65,8 @@ def normal_rows(keys: torch.Tensor, count: int) -> torch.Tensor:
 
 def pair_scramble(query_key: torch.Tensor, key_key: torch.Tensor) -> torch.Tensor:
     """One int32 number for every (query, key) pair from a number of each; cheap, for large numbers of pairs."""
-    x = (query_key ^ key_key) * _MIX_1
-    x = (x ^ _logical_shift(x, 15)) * _MIX_2
+    x = (query_key ^ key_key) * MIX_1
+    x = (x ^ _logical_shift(x, 15)) * MIX_2
     return x
 
 

@@ -55,9 +55,9 @@ class _Round(torch.autograd.Function):
     @staticmethod
     def forward(x, grid):
         scale = 2.0**grid.bits
-        whole = (x.to(torch.promote_types(x.dtype, torch.float32)) * scale).round_().to(grid.dtype)
-        zero = whole.new_zeros(())  # added because -0 becomes +0 then, so that equal numbers have equal bits
-        return torch.add(zero, whole, alpha=1 / scale, out=whole)
+        whole = (x.to(torch.promote_types(x.dtype, torch.float32)) * scale).round_()
+        whole.add_(0.0)  # -0 becomes +0, so that equal numbers have equal bits
+        return whole.to(grid.dtype).mul_(1 / scale)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -2,11 +2,11 @@
 
 from ..hashing import Orders
 
-LONGEST = 2**29  # places of a line, so that one wrapped around still fits in int32
+LONGEST_LINE = 2**29  # places of a line, so that one wrapped around still fits in int32
 
 
 def check_places(orders: Orders) -> None:
-    """Raise ValueError for a line of more than LONGEST places (rounds x tokens)."""
+    """Raise ValueError for a line of more than LONGEST_LINE places (rounds x tokens)."""
     places = orders.line.shape[2] * orders.line.shape[3]
-    if places > LONGEST:
-        raise ValueError(f"{places} places a line (rounds x tokens) are more than {LONGEST}. Split the sequence.")
+    if places > LONGEST_LINE:
+        raise ValueError(f"{places} places a line (rounds x tokens) are more than {LONGEST_LINE}. Split the sequence.")

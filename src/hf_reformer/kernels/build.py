@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,29 +37,30 @@ def supported_variants() -> list[str]:
     """Variants that this processor runs, best first; HF_REFORMER_CPU_VARIANT names one to use alone.
 
     Raises:
-        ValueError: the environment variable names no variant.
+        ValueError: the environment variable names no variant, or one that this processor cannot run.
     """
-    chosen = os.environ.get("HF_REFORMER_CPU_VARIANT")
-    if chosen:
-        if chosen not in VARIANTS:
-            raise ValueError(f"HF_REFORMER_CPU_VARIANT={chosen!r} is none of {sorted(VARIANTS)}.")
-        return [chosen]
     capability = torch.backends.cpu.get_cpu_capability()
-    best = {"AVX512": 0, "AVX2": 1}.get(capability, 2)
-    return list(VARIANTS)[best:]
+    runs = list(VARIANTS)[{"AVX512": 0, "AVX2": 1}.get(capability, 2) :]
+    chosen = os.environ.get("HF_REFORMER_CPU_VARIANT")
+    if chosen and chosen not in runs:
+        raise ValueError(f"HF_REFORMER_CPU_VARIANT={chosen!r} is none of {runs}, which this processor runs.")
+    return [chosen] if chosen else runs
 
 
-def compiler() -> str:
-    """Path of the C++ compiler: $CXX, or the first of c++, g++ and clang++.
+def compiler() -> list[str]:
+    """The C++ compiler and its first arguments: $CXX, else the first of c++, g++ and clang++.
 
     Raises:
-        CannotBuild: there is none.
+        CannotBuild: there is none, or what CXX names cannot be found.
     """
     if sys.platform == "win32":
         raise CannotBuild("the compiled kernels are not built on Windows")
-    for name in filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]):
-        if found := shutil.which(name):
-            return found
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for command in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
+        if found := shutil.which(command[0]):
+            return [found, *command[1:]]
+    if chosen:
+        raise CannotBuild(f"CXX={os.environ['CXX']!r} cannot be found; correct it, or unset it")
     raise CannotBuild("there is no C++ compiler (c++, g++ or clang++; or set CXX)")
 
 
@@ -70,8 +72,7 @@ def cache_folder() -> Path:
 
 
 def _command(variant: str) -> list[str]:
-    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none; plain threads then
-    return [compiler(), *FLAGS, *openmp, *VARIANTS[variant], str(SOURCES / "api.cpp")]
+    return [*compiler(), *FLAGS, *VARIANTS[variant], str(SOURCES / "api.cpp")]
 
 
 def library_path(variant: str) -> Path:
@@ -79,7 +80,7 @@ def library_path(variant: str) -> Path:
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    version = subprocess.run([compiler(), "--version"], capture_output=True, check=False).stdout
+    version = subprocess.run([*compiler(), "--version"], capture_output=True, check=False).stdout
     digest.update(version + " ".join([*_command(variant), platform.machine()]).encode())
     return cache_folder() / f"kernels-{variant}-{digest.hexdigest()[:16]}.so"
 
@@ -107,10 +108,17 @@ def _compile(variant: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         command = [*_command(variant), "-o", str(built)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False)
-        except subprocess.TimeoutExpired as error:
-            raise CannotBuild(f"compiling took more than {COMPILE_SECONDS} seconds: {' '.join(command)}") from error
-        if done.returncode:
+        for threads in (["-fopenmp"], []):  # without OpenMP (Apple, clang without libomp) it starts threads of its own
+            try:
+                done = subprocess.run(
+                    command + threads, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
+                )
+            except subprocess.TimeoutExpired as error:
+                raise CannotBuild(
+                    f"compiling took more than {COMPILE_SECONDS} seconds: {' '.join(command)}"
+                ) from error
+            if done.returncode == 0:
+                break
+        else:
             raise CannotBuild(f"compiling failed: {' '.join(command)}\n{done.stderr[-2000:]}")
         built.replace(path)

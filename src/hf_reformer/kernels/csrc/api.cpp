@@ -1,5 +1,6 @@
 // The C interface: no torch, no Python, so that one build serves every version of either.
 #include <exception>
+#include <stdexcept>
 
 #include "backward.hpp"
 #include "hashing.hpp"
@@ -13,11 +14,13 @@ namespace {
 
 using hf::Problem;
 
-// Returns 0, or 1 when memory ran out; exceptions do not cross the C interface.
+// Returns 0; 1 when memory ran out, 2 for a number out of its range. Exceptions do not cross the C interface.
 template <typename F> int guarded(F&& f) {
     try {
         f();
         return 0;
+    } catch (const std::out_of_range&) {
+        return 2;
     } catch (const std::exception&) {
         return 1;
     }

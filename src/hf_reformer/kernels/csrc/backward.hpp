@@ -43,14 +43,7 @@ template <bool kShared, bool kWindow> struct BackwardTask {
             Tile& own = w.ring.get(head, tile, round, leave);
             const float* rows = kShared ? own.rows : w.queries.own_rows.data();
             float* grad = kShared ? own.grad : w.query_grad;
-            int64_t key_tile = tile;
-            while (head.geometry.first(key_tile) > w.queries.lowest) key_tile--;
-            do {
-                KeyBlock block;
-                for (; block.tiles < kBlock && head.geometry.first(key_tile) <= w.queries.highest; key_tile++)
-                    block.add(w.ring.get(head, key_tile, round, leave), w.queries);
-                add_block(block, rows, grad);
-            } while (head.geometry.first(key_tile) <= w.queries.highest);
+            for_key_blocks(head, w.queries, round, w.ring, leave, [&](KeyBlock& block) { add_block(block, rows, grad); });
             if (!kShared) store_query_gradients();
         }
         w.ring.clear(leave);
@@ -61,9 +54,8 @@ template <bool kShared, bool kWindow> struct BackwardTask {
     void look_ahead(int64_t next, int64_t end) {
         w.ahead.clear();
         if (next >= end) return;
-        int64_t keys = next;  // the next tile that is not in the ring yet, and the one whose place it takes
-        while (head.geometry.first(keys) <= w.queries.highest) keys++;
-        const Tile& leaving = w.ring.slot(keys);
+        int64_t keys = beyond(head, w.queries, next);
+        const Tile& leaving = w.ring.slot(keys);  // whose place it takes
         int count = head.geometry.count(keys), own_count = head.geometry.count(next);
         w.ahead.add(head.key, head.tokens(keys), count);
         w.ahead.add(head.value, head.tokens(keys), count);

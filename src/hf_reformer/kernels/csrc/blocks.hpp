@@ -64,6 +64,25 @@ struct KeyBlock {
     bool shows(int slot, int group, int column) const { return begin[slot][group] <= column && column < end[slot][group]; }
 };
 
+// Calls add(block) for all that a tile of queries sees, block by block; `leave` as in Ring::get.
+template <typename Leave, typename Add>
+void for_key_blocks(const Head& head, const Queries& queries, int64_t round, Ring& ring, Leave&& leave, Add&& add) {
+    int64_t tile = queries.tile;
+    while (head.geometry.first(tile) > queries.lowest) tile--;
+    do {
+        KeyBlock block;
+        for (; block.tiles < kBlock && head.geometry.first(tile) <= queries.highest; tile++)
+            block.add(ring.get(head, tile, round, leave), queries);
+        add(block);
+    } while (head.geometry.first(tile) <= queries.highest);
+}
+
+// The first tile from `tile` on that the queries don't see: the next to be read.
+inline int64_t beyond(const Head& head, const Queries& queries, int64_t tile) {
+    while (head.geometry.first(tile) <= queries.highest) tile++;
+    return tile;
+}
+
 // First column right of the panels that hold the diagonal, for the rows of a granule.
 HF_INLINE int beyond_diagonal(int row) { return ((row / kGranule + 1) * kGranule + kPanel - 1) / kPanel * kPanel; }
 
@@ -216,12 +235,5 @@ template <bool kShared, bool kWindow> struct RowMask {
         return greater(threshold, x);
     }
 };
-
-// The same for one pair.
-inline bool is_dropped(int query_draw, int key_draw, int64_t threshold) {
-    uint32_t x = static_cast<uint32_t>(query_draw ^ key_draw) * 2246822507u;
-    x = (x ^ (x >> 15)) * 3266489909u;
-    return static_cast<int32_t>(x) < threshold;
-}
 
 }  // namespace hf

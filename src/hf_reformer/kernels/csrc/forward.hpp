@@ -45,26 +45,15 @@ template <bool kShared, bool kWindow> struct ForwardTask {
                 const Tile& own = w.ring.get(head, tile, round, nothing);
                 if (kShared) w.queries.take_norms(own);
                 const float* rows = kShared ? own.rows : w.queries.own_rows.data();
-                int64_t key_tile = first_tile(tile);
-                do {
-                    KeyBlock block;
-                    for (; block.tiles < kBlock && head.geometry.first(key_tile) <= w.queries.highest; key_tile++)
-                        block.add(w.ring.get(head, key_tile, round, nothing), w.queries);
-                    add_block(block, rows);
-                } while (head.geometry.first(key_tile) <= w.queries.highest);
+                for_key_blocks(head, w.queries, round, w.ring, nothing, [&](const KeyBlock& block) { add_block(block, rows); });
             }
             finish();
         }
     }
-    int64_t first_tile(int64_t tile) const {
-        while (head.geometry.first(tile) > w.queries.lowest) tile--;
-        return tile;
-    }
     void look_ahead(int64_t next, int64_t end) {
         w.ahead.clear();
         if (next >= end) return;
-        int64_t keys = next;  // the next tile that is not in the ring yet
-        while (head.geometry.first(keys) <= w.queries.highest) keys++;
+        int64_t keys = beyond(head, w.queries, next);
         w.ahead.add(head.key, head.tokens(keys), head.geometry.count(keys));
         w.ahead.add(head.value, head.tokens(keys), head.geometry.count(keys));
         if (!kShared) w.ahead.add(head.query, head.tokens(next), head.geometry.count(next));

@@ -1,6 +1,8 @@
 // Angular LSH (Andoni et al. 2015) and the orders made of buckets: projections, argmax over [x; -x], counting sort.
 #pragma once
 
+#include <stdexcept>
+
 #include "parallel.hpp"
 #include "tiles.hpp"
 
@@ -100,9 +102,13 @@ inline void sort_round(const Sorting& s, int64_t head_index, int64_t round) {
         static_cast<const int32_t*>(s.buckets.data) + batch * s.buckets.batch + head * s.buckets.head + round * length;
     const uint8_t* mask = s.mask ? s.mask + batch * length : nullptr;
     int64_t at = (head_index * s.rounds + round) * length;
-    std::vector<int32_t> ends(s.count + 2, 0);  // ends[b + 1]: tokens in bucket b, then the place of its next token
+    std::vector<int32_t> ends(s.count + 2, 0);  // ends[b + 1]: tokens in bucket b; summed, the place behind its last
     auto bucket_of = [&](int64_t t) { return mask && !mask[t] ? s.count : buckets[t]; };
-    for (int64_t t = 0; t < length; t++) ends[bucket_of(t) + 1]++;
+    for (int64_t t = 0; t < length; t++) {
+        int64_t bucket = bucket_of(t);
+        if (bucket < 0 || bucket > s.count) throw std::out_of_range("bucket");
+        ends[bucket + 1]++;
+    }
     for (int64_t b = 0; b <= s.count; b++) ends[b + 1] += ends[b];
     std::vector<int32_t> next(ends.begin(), ends.end() - 1);
     for (int64_t t = 0; t < length; t++) s.line[at + next[bucket_of(t)]++] = static_cast<int32_t>(t);

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <exception>
+#include <mutex>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -13,6 +15,26 @@
 
 namespace hf {
 
+// The first exception of any thread, for its caller: none may leave the thread itself.
+class Failure {
+  public:
+    template <typename F> void guard(F&& f) noexcept {
+        try {
+            f();
+        } catch (...) {
+            std::lock_guard<std::mutex> lock(mutex_);
+            if (!first_) first_ = std::current_exception();
+        }
+    }
+    void rethrow() {
+        if (first_) std::rethrow_exception(first_);
+    }
+
+  private:
+    std::mutex mutex_;
+    std::exception_ptr first_;
+};
+
 // Calls body(task, worker) for tasks 0 … tasks - 1; worker < threads.
 template <typename F> void parallel_for(int64_t tasks, int64_t threads, F&& body) {
     if (threads > tasks) threads = tasks;
@@ -20,19 +42,23 @@ template <typename F> void parallel_for(int64_t tasks, int64_t threads, F&& body
         for (int64_t task = 0; task < tasks; task++) body(task, 0);
         return;
     }
+    Failure failure;
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; task++) body(task, omp_get_thread_num());
+    for (int64_t task = 0; task < tasks; task++) failure.guard([&] { body(task, omp_get_thread_num()); });
 #else
     std::atomic<int64_t> next{0};
     auto work = [&](int worker) {
-        for (int64_t task; (task = next.fetch_add(1)) < tasks;) body(task, worker);
+        for (int64_t task; (task = next.fetch_add(1)) < tasks;) failure.guard([&] { body(task, worker); });
     };
     std::vector<std::thread> pool;
-    for (int worker = 1; worker < threads; worker++) pool.emplace_back(work, worker);
+    failure.guard([&] {
+        for (int worker = 1; worker < threads; worker++) pool.emplace_back(work, worker);
+    });
     work(0);
     for (auto& thread : pool) thread.join();
 #endif
+    failure.rethrow();
 }
 
 }  // namespace hf

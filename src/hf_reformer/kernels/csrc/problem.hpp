@@ -17,7 +17,8 @@ struct Problem {
     const uint8_t* mask;                // (B, T), chunk rule only, or null
     const int32_t* query_draw;          // (B, H, T) random numbers for dropout, or null
     const int32_t* key_draw;            // (T)
-    int64_t batch, heads, length, rounds, size, value_size, before, after;
+    int64_t batch, heads, length, rounds, size, value_size;
+    int64_t tile, before, after;        // as hashing.Orders counts: chunk rule from the ends of tiles, window rule from every place
     int64_t bfloat16, count_once, causal, threads;
     int64_t keep_threshold;             // a pair is kept where its draw is at least this
     double dropout_scale;               // 1 / (1 - p); 0 for p = 1

@@ -109,7 +109,8 @@ struct Geometry {
 
 // Tiles a query tile may have to look at, its own included.
 inline int64_t reach_in_tiles(const Problem& p) {
-    int64_t span = p.before + p.after + kTile;
+    int64_t longer = p.tile % kTile == 0 ? p.tile - kTile : kTile % p.tile == 0 ? 0 : p.tile - 1;  // chunks than tiles
+    int64_t span = p.before + p.after + kTile + (p.count_once ? 0 : 2 * longer);
     return span / kTile + (p.count_once ? 0 : span / p.length) + 4;
 }
 
@@ -264,7 +265,6 @@ struct Queries {
     int token[kTile], limit[kTile];     // limit: tokens beyond it are the future, or padding (chunk rule)
     int first[kTile], extent[kTile];    // first place seen, and how many more
     int draw[kTile];
-    bool sees[kTile];
     std::vector<int> earlier_first, earlier_extent;  // [rounds - 1][kTile]
     alignas(64) float norm[kTile];      // |query| in units of log 2
     std::vector<float> own_rows, own_columns;  // queries of their own, panels
@@ -284,8 +284,7 @@ struct Queries {
             token[i] = head.line[place + i];
             limit[i] = p.causal ? token[i] : INT_MAX - 1;
             set_window(head.lo[place + i], head.hi[place + i], first[i], extent[i]);
-            sees[i] = head.lo[place + i] <= head.hi[place + i];
-            if (sees[i]) {
+            if (head.lo[place + i] <= head.hi[place + i]) {
                 int64_t &low = group_lowest[i / kGranule], &high = group_highest[i / kGranule];
                 low = std::min<int64_t>(low, head.lo[place + i]);
                 high = std::max<int64_t>(high, head.hi[place + i]);

@@ -1,4 +1,4 @@
-"""The GPU backend of ordered attention: Triton kernels for one round of one line at a time.
+"""The GPU backend of ordered attention: Triton kernels, a launch for every round.
 
 Triton is imported on the first call, so this package can be imported where Triton is missing; ask `why_not` first.
 """
@@ -16,11 +16,11 @@ OLDEST_DEVICE = (8, 0)  # compute capability; the tiles are chosen for its share
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def why_not(query: torch.Tensor, value: torch.Tensor) -> str | None:
-    """Why this backend cannot serve such tensors (B, H, T, D), or None."""
+def why_not(*tensors: torch.Tensor) -> str | None:
+    """Why this backend cannot serve query, value and perhaps key, (B, H, T, D), or None."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    for x in (query, value):
+    for x in tensors:
         if x.dtype not in _DTYPES:
             return f"it knows float32, bfloat16 and float16, not {x.dtype}"
         if not 0 < x.shape[-1] <= LARGEST_HEAD:
@@ -29,11 +29,12 @@ def why_not(query: torch.Tensor, value: torch.Tensor) -> str | None:
         return "it has no rule for torch.func transforms"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    if query.device.type != "cuda":
-        return f"it runs on a CUDA GPU, not on {query.device.type}"
+    device = tensors[0].device
+    if device.type != "cuda":
+        return f"it runs on a CUDA GPU, not on {device.type}"
     if torch.version.hip is not None:
         return "its kernels are compiled for NVIDIA GPUs alone, and this is an AMD GPU"
-    if torch.cuda.get_device_capability(query.device) < OLDEST_DEVICE:
+    if torch.cuda.get_device_capability(device) < OLDEST_DEVICE:
         return "it needs a GPU of compute capability 8.0 or newer"
     return None
 
@@ -59,7 +60,7 @@ def ordered_attention(
         (B, H, T, D) in value's dtype.
 
     Raises:
-        ValueError: a line of more places than `kernels.LONGEST`.
+        ValueError: a line of more places than `kernels.LONGEST_LINE`.
     """
     check_places(orders)
     from .operator import attend

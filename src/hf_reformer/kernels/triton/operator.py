@@ -54,7 +54,7 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
-    (out, top, mass), tensors = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+    out, top, mass, *tensors = ctx.saved_tensors
     dq, dv, *dk = triton_attention_backward(out, top, mass, grad, *tensors, *ctx.numbers)
     return dq, dk[0] if dk else None, dv, *(None,) * (_TENSOR_COUNT - 3 + _NUMBER_COUNT)
 
@@ -64,8 +64,6 @@ triton_attention.register_autograd(_backward, setup_context=_setup_context)
 
 def attend(query, key, value, orders: Orders, causal: bool, mask, dropout: float, dropout_key) -> torch.Tensor:
     """`kernels.triton.ordered_attention`; inputs of several dtypes are computed in float32."""
-    if dropout_key is None or dropout == 0:
-        dropout, dropout_key = 0.0, None
     dtype = value.dtype
     if any(x is not None and x.dtype != dtype for x in (query, key)):
         query, key, value = (None if x is None else x.float() for x in (query, key, value))

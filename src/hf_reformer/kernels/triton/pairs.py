@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from ...randomness import _GOLDEN, _MIX_1, _MIX_2
+from ... import randomness
 from ...reference import MASKED_SCORE, SELF_SCORE
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # scores are kept in units of log 2, for exp2
@@ -21,7 +21,7 @@ MASKED = tl.constexpr(MASKED_SCORE * 1.4426950408889634)
 FLOOR = tl.constexpr(-1e30)  # running maxima start here: below every score, and finite, so differences stay numbers
 FARTHEST = tl.constexpr(2**31 - 1)  # beyond every place
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-GOLDEN, MIX_1, MIX_2 = (tl.constexpr(x % 2**32) for x in (_GOLDEN, _MIX_1, _MIX_2))
+GOLDEN, MIX_1, MIX_2 = (tl.constexpr(x % 2**32) for x in (randomness.GOLDEN, randomness.MIX_1, randomness.MIX_2))
 
 
 class Inputs(NamedTuple):

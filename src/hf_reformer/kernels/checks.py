@@ -1,0 +1,52 @@
+"""Whether a compiled library computes on this machine what the definitions say; asked once a process."""
+
+import ctypes
+
+import torch
+
+from .. import hashing
+from ..randomness import make_key, normal_rows
+from ..reference import attention_with_weights, shared_key
+from .calls import Call, backward, forward, run_hashing, run_normals, run_sorting
+
+
+def agrees(library: ctypes.CDLL) -> bool:
+    """Compare every entry of the library with its definition, on small inputs that use every mask."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    query, value, grad = (_normal(generator, 2, 2, 192, 24) for _ in range(3))
+    mask = torch.rand(2, 192, generator=generator, device="cpu", dtype=torch.float32) > 0.1
+    rotations, factors = _normal(generator, 2, 24, 2, 6), (2, 10)
+    buckets = hashing.lsh_buckets(query, rotations, factors)
+    lines = run_sorting(buckets, mask, 20, *hashing.reach(31, False), 3, library)
+    keys = buckets[0, 0, 0]
+    return (
+        (run_hashing(query, rotations, list(factors), library) != buckets).float().mean() < 0.01  # near-ties
+        and all(map(torch.equal, lines, hashing.sorted_windows(buckets, 20, 31, False, mask)))
+        and torch.allclose(run_normals(keys, 50, library), normal_rows(keys, 50), atol=1e-4)
+        and _attention_agrees(query, value, grad, buckets, mask, library)
+    )
+
+
+def _attention_agrees(query, value, grad, buckets, mask, library: ctypes.CDLL) -> bool:
+    windows = hashing.window_orders([(buckets * 0, 1, 20), (buckets, 20, 90)], True, mask)
+    dropout_key = make_key(0, "cpu")
+    for orders in (windows, hashing.chunk_orders(buckets, 20, 64, 1, 0, mask)):
+        for key in (None, shared_key(query)):
+            scale = 1.0 if key is None else 0.5
+            call = Call(orders, True, mask, 0.3, dropout_key, scale)
+            out, top, mass = forward(query, key, value, call, library)
+            found = [out, *backward(query, key, value, call, out, top, mass, grad, library)]
+            inputs = [None if x is None else x.detach().requires_grad_() for x in (query, key, value)]
+            keys = None if key is None else scale * inputs[1]
+            rule = {"causal": True, "mask": mask, "dropout": 0.3, "dropout_key": dropout_key}
+            expected, _ = attention_with_weights(inputs[0], keys, inputs[2], orders, **rule)
+            grads = iter(torch.autograd.grad(expected, [x for x in inputs if x is not None], grad))
+            wanted = [expected, *(None if x is None else next(grads) for x in inputs)]
+            pairs = ((a, b) for a, b in zip(found, wanted, strict=True) if b is not None)
+            if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs):
+                return False
+    return True
+
+
+def _normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)

@@ -54,8 +54,9 @@ def chosen_backend(choice: str = "auto") -> str:
 
 
 def backend_name(choice: str, *tensors: torch.Tensor) -> str:
-    """The backend that serves query, value and perhaps key, (B, H, T, D). "auto": the compiled kernel on a CPU, where it
-    can be used, else "torch".
+    """The backend that serves query, value and perhaps key, (B, H, T, D).
+
+    "auto" is the compiled kernel on a CPU where it can be used, else "torch".
 
     Raises:
         ValueError: no such backend, or it cannot serve these tensors.

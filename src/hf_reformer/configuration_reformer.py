@@ -330,8 +330,8 @@ def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int]) -> None:
         )
     if math.prod(factors) > MOST_BUCKETS:
         raise ValueError(
-            f"`num_buckets={num_buckets}` makes {math.prod(factors)} buckets, more than {MOST_BUCKETS}. About as many as "
-            "the longest input has windows are useful: `max_position_embeddings / lsh_window`."
+            f"`num_buckets={num_buckets}` makes {math.prod(factors)} buckets, more than {MOST_BUCKETS}. About as many "
+            "as the longest input has windows are useful: `max_position_embeddings / lsh_window`."
         )
 
 

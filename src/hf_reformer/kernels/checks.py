@@ -19,8 +19,9 @@ def agrees(library: ctypes.CDLL) -> bool:
     buckets = hashing.lsh_buckets(query, rotations, factors)
     lines = run_sorting(buckets, mask, 20, *hashing.reach(31, False), 3, library)
     keys = buckets[0, 0, 0]
+    other_buckets = int((run_hashing(query, rotations, list(factors), library) != buckets).sum())
     return (
-        (run_hashing(query, rotations, list(factors), library) != buckets).float().mean() < 0.01  # near-ties
+        other_buckets < 0.01 * buckets.numel()  # near-ties
         and all(map(torch.equal, lines, hashing.sorted_windows(buckets, 20, 31, False, mask)))
         and torch.allclose(run_normals(keys, 50, library), normal_rows(keys, 50), atol=1e-4)
         and _attention_agrees(query, value, grad, buckets, mask, library)

@@ -44,7 +44,7 @@ format: $(READY) ## put style right, where a tool can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## measure against other implementations, in ten minutes
+bench: $(READY) ## measure against other implementations, in seven minutes
 	$(BIN)/python -m benchmarks.run --short --append $(BENCH_ARGS)
 
 clean: ## remove build products and caches; the virtual environment and runs/ stay

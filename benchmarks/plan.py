@@ -29,6 +29,9 @@ SECTIONS = {
 def plan(settings: Settings, sections: list[str], rivals: list[str] | None = None) -> list[Group]:
     """All groups of the named sections, with all rivals or the named ones."""
     groups = [group for name, section in SECTIONS.items() if name in sections for group in section.groups(settings)]
+    names = {entry.rival for group in groups for entry in group.entries}
+    if unknown := set(rivals or []) - names:
+        raise ValueError(f"--rivals {sorted(unknown)} are not in these sections, which hold {sorted(names)}.")
     if rivals is None:
         return groups
     cut = [group._replace(entries=[entry for entry in group.entries if entry.rival in rivals]) for group in groups]

@@ -23,7 +23,8 @@ TITLES = {
 NOTES = """\
 All figures: float32, batch 1, 8 heads of 64. Times are wall-clock medians of calls in turn, to and fro, within one \
 process, after a call each to warm up; in brackets the median ratio to the first of them. `*`: too slow to repeat, \
-called once, cold. Memory is the high-water mark of a process of its own above what was there before the call. \
+called once, cold. Memory is the high-water mark of a process of its own above what was there before the call, where \
+malloc returns freed blocks to the system (`MALLOC_MMAP_THRESHOLD_=65536`). \
 Everyone gets the same inputs and gives the gradients of all of them.
 
 - **Page faults are part of the ratios.** The rivals make hundreds of MiB of temporaries in a call, and the default \

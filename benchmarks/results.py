@@ -69,14 +69,23 @@ def append(path: Path, rows: Iterable[Row]) -> None:
         ValueError: the file's columns are others.
     """
     fresh = not path.exists()
-    if not fresh and path.read_text().partition("\n")[0].split(",") != COLUMNS:
-        raise ValueError(f"{path} has other columns than these results. Choose another --output_dir.")
+    if not fresh:
+        check(path)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         if fresh:
             writer.writeheader()
         for row in rows:
             writer.writerow({name: tidy(value) for name, value in asdict(row).items()})
+
+
+def check(path: Path) -> None:
+    """Raise ValueError unless the file holds whole rows of these results."""
+    text = path.read_text()
+    if text.partition("\n")[0].split(",") != COLUMNS:
+        raise ValueError(f"{path} has other columns than these results. Choose another --output_dir.")
+    if not text.endswith("\n"):
+        raise ValueError(f"{path} ends in the middle of a row. Remove its last line.")
 
 
 def tidy(value: Any) -> Any:
@@ -96,6 +105,7 @@ def load(path: Path) -> list[Row]:
 
 
 def read(path: Path) -> Iterator[Row]:
+    check(path)
     with path.open(newline="") as file:
         for line in csv.DictReader(file):
             yield Row(**{field.name: PARSERS[field.type](line[field.name]) for field in fields(Row)})  # type: ignore

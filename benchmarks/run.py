@@ -2,7 +2,7 @@
 
 From the root of the repository, with the package and its `bench` extra installed:
 
-    python -m benchmarks.run --short                             # about ten minutes on two cores
+    python -m benchmarks.run --short                             # about seven minutes on two cores
     python -m benchmarks.run                                     # everything; hours
     python -m benchmarks.run --only core --lengths 65536 --rounds 2 --threads 2 --append     # one piece of it
     python -m benchmarks.run --only step --lengths 65536 --rivals full --threads 2 --append  # one slow rival
@@ -31,7 +31,7 @@ from .measure import Effort, Forecasts, Timing, alternate, describe, peak_memory
 from .memory import bound_memory
 from .plan import SECTIONS, make, plan
 from .report import cell, write_report
-from .results import Row, append
+from .results import Row, append, check
 
 BUDGET, SHORT_BUDGET = 20.0, 3.0  # seconds for the repetitions of a group of single ops
 LONGEST, SHORT_LONGEST = 120.0, 10.0  # seconds for one call of a single op
@@ -40,7 +40,7 @@ SHORT_MINUTES = 9.0
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="fewer lengths and repetitions, about ten minutes")
+    parser.add_argument("--short", action="store_true", help="fewer lengths and repetitions, about seven minutes")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to measure")
     parser.add_argument("--lengths", type=int, nargs="+", help="instead of every section's own; multiples of 128")
     parser.add_argument("--rounds", type=int, nargs="+", help="hash rounds of the cores (1 2 4; short: 2)")
@@ -56,6 +56,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/benchmarks"))
     args = parser.parse_args(arguments)
     cores = os.cpu_count() or 1
+    for name in ("threads", "rounds", "budget", "longest_run", "minutes"):
+        given = getattr(args, name)
+        if given is not None and min(given if isinstance(given, list) else [given]) <= 0:
+            parser.error(f"--{name} {given}: must be more than 0.")
     args.threads = args.threads or ([min(2, cores)] if args.short else sorted({1, min(2, cores)}))
     args.rounds = args.rounds or ([2] if args.short else [1, 2, 4])
     args.budget = args.budget or (SHORT_BUDGET if args.short else BUDGET)
@@ -63,6 +67,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args.minutes = args.minutes or (SHORT_MINUTES if args.short else None)
     if args.lengths and any(length < 128 or length % 128 for length in args.lengths):
         parser.error(f"--lengths {args.lengths}: the rivals take multiples of 128 only.")
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        parser.error(f"--output_dir {args.output_dir} is a file.")
     return args
 
 
@@ -177,7 +183,10 @@ def restart_with_huge_pages() -> None:
 
 def measure_all(args: argparse.Namespace, path: Path) -> None:
     """Carry out the plan, row by row into the file."""
-    groups = plan(Settings(args.lengths, args.rounds, args.short), args.only, args.rivals)
+    try:
+        groups = plan(Settings(args.lengths, args.rounds, args.short), args.only, args.rivals)
+    except ValueError as error:
+        sys.exit(str(error))
     work = [
         (group, threads)
         for threads in args.threads
@@ -204,6 +213,11 @@ def measure_all(args: argparse.Namespace, path: Path) -> None:
 def main() -> None:
     args = parse()
     path = args.output_dir / "results.csv"
+    if path.exists():
+        try:
+            check(path)
+        except ValueError as error:
+            sys.exit(str(error))
     if not args.report:
         if args.huge_pages and not machine.asks_for_huge_pages():
             restart_with_huge_pages()

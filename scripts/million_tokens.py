@@ -10,6 +10,7 @@ layers. Each job runs in a process of its own, so that its peak is its own.
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import sysconfig
 import time
@@ -133,7 +134,8 @@ def main() -> None:
         process.start()
         process.join()
         if process.exitcode:
-            raise SystemExit(f"{job} ended with exit code {process.exitcode} (-9: the machine ran out of memory).")
+            why = " (the machine ran out of memory)" if process.exitcode == -signal.SIGKILL else ""
+            raise SystemExit(f"{job} ended with exit code {process.exitcode}{why}.")
 
 
 if __name__ == "__main__":

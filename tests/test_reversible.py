@@ -596,6 +596,92 @@ def test_weights_changed_before_backward_are_refused():
         loss.backward()
 
 
+def test_weights_changed_before_the_plain_path_recomputes_are_refused():
+    model = make(reversible=False, chunk_size_feed_forward=7)
+    loss = loss_of(hidden_of(model))
+    with torch.no_grad():
+        model.layers[2].feed_forward.up_proj.weight.mul_(3)
+    with pytest.raises(
+        RuntimeError, match=r"modified (by an inplace operation|in place between forward and backward)"
+    ):
+        loss.backward()
+
+
+@pytest.mark.parametrize("chunk", [0, 7], ids=["whole", "chunked"])
+def test_hooks_on_parameters_see_whole_gradients_once(chunk):
+    """Clipping, masking or scaling by `register_hook` acts on the sum over slices and branches."""
+    calls = []
+
+    def clip(grad):
+        calls.append(grad)
+        return grad.clamp(-1e-4, 1e-4)
+
+    found = {}
+    for reversible in (True, False):
+        model = make(chunk_size_feed_forward=chunk, reversible=reversible)
+        for parameter in model.parameters():
+            parameter.register_hook(clip)
+        calls.clear()
+        found[reversible] = step(model)
+        assert len(calls) == len(found[reversible])
+    assert gap(found[True], found[False]) <= EXACT
+
+
+def test_weights_kept_by_a_parametrization_cache_get_gradients():
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    model = make()
+    for layer in model.layers:
+        nn.utils.parametrize.register_parametrization(layer.feed_forward.up_proj, "weight", Doubled())
+    expected = step(twin_of(model))
+    with nn.utils.parametrize.cached():
+        assert gap(step(model), expected) <= EXACT
+    assert gap(step(model), expected) <= EXACT
+
+
+def test_a_trainable_tensor_from_outside_is_refused_rather_than_forgotten():
+    model, steer = make(), nn.Parameter(torch.zeros(32))
+    handle = model.layers[1].feed_forward.register_forward_hook(lambda module, given, out: out + steer)
+    loss = loss_of(hidden_of(model))
+    with pytest.raises(
+        RuntimeError, match=r"shape \(32,\) comes into a reversible layer from outside.*reversible=False"
+    ):
+        loss.backward()
+    model.config.reversible = False
+    loss_of(hidden_of(model)).backward()
+    assert steer.grad.abs().sum() > 0
+    handle.remove()
+
+
+def test_modules_replaced_before_backward_are_told_about():
+    model = make()
+    loss = loss_of(hidden_of(model))
+    model.layers[1].feed_forward.down_proj = nn.Sequential(model.layers[1].feed_forward.down_proj)
+    with pytest.raises(RuntimeError, match=r"Modules within ReformerLayer were added, removed or replaced"):
+        loss.backward()
+
+
+def test_backward_keeps_to_the_slices_of_its_forward():
+    model = make(chunk_size_feed_forward=7)
+    expected = step(model)
+    loss = loss_of(hidden_of(model))
+    for layer in model.layers:
+        layer.chunk_size = 5
+    model.zero_grad()
+    loss.backward()
+    assert gap(gradients(model), expected) == 0
+
+
+def test_what_is_not_a_number_is_no_matter_of_the_streams_range(messages):
+    model = make()
+    with torch.no_grad():
+        model.layers[0].feed_forward.down_proj.bias[3] = float("nan")
+    step(model)
+    assert not [message for message in messages if "reconstruct" in message]
+
+
 def test_double_backward_is_refused():
     model = make()
     grads = torch.autograd.grad(loss_of(hidden_of(model)), trainable(model), create_graph=True)

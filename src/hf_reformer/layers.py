@@ -41,6 +41,7 @@ class ReformerLayer(GradientCheckpointingLayer):
         """
         if chain is None:
             y1, y2 = residual_step(self, x1, x2, call, grid)
+            y1 = y1.view_as(y1)  # so that hooks on y1 see the same gradient as on the reversible path
         else:
             y1, y2 = reversible_step(self, x1, x2, call, chain, index)
         return y2, y1

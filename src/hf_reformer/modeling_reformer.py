@@ -18,7 +18,7 @@ from .layers import ReformerLayer
 from .positions import AxialPositionEmbeddings, LearnedPositionEmbeddings, rotary_tables
 from .randomness import EMBEDDING_DROPOUT, FINAL_DROPOUT, draw_key, dropout, fold
 from .replay import can_reverse
-from .reversible import Chain, Grid, choose_grid, to_stream, wrapped_inside
+from .reversible import Chain, Grid, choose_grid, needs_plain_path, to_stream
 
 logger = logging.get_logger(__name__)
 
@@ -160,7 +160,7 @@ class ReformerModel(ReformerPreTrainedModel):
         """
         checkpointing = self.gradient_checkpointing and self.training
         plain = keep_states or checkpointing or not self.config.reversible or not can_reverse()
-        plain = plain or any(wrapped_inside(layer) for layer in self.layers)
+        plain = plain or any(needs_plain_path(layer) for layer in self.layers)
         chain = None if plain else Chain(grid, len(self.layers))
         x2, x1 = streams.pop(), streams.pop()
         states = [x2] if keep_states else []
@@ -269,8 +269,8 @@ def _check_positions_cover(config, length: int, attention_mask) -> None:
             f"axial_pos_shape={config.axial_pos_shape}" if kind == "axial" else f"max_position_embeddings={covered}"
         )
         raise ValueError(
-            f"`{field}` covers {covered} positions but the input has {length} tokens. Enlarge it, shorten the input, "
-            'or set `position_embedding_type="rotary"`.'
+            f"`{field}` covers {covered} positions but the input has {length} tokens. Make the model with a larger "
+            '`max_position_embeddings`, shorten the input, or set `position_embedding_type="rotary"`.'
         )
 
 

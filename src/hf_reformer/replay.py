@@ -65,7 +65,8 @@ class Conditions:
     def __init__(self, layer: nn.Module, device: torch.device):
         self.layer, self.device = layer, device
         self.autocast = autocast_state(device)
-        self.training = tuple(module.training for module in layer.modules())
+        self.modules = tuple(layer.modules())
+        self.training = tuple(module.training for module in self.modules)
         self.states: dict[Hashable, tuple[torch.Tensor, ...] | None] = {}
 
     @contextlib.contextmanager
@@ -79,10 +80,17 @@ class Conditions:
 
     @contextlib.contextmanager
     def replay(self, tensors: dict[str, torch.Tensor] | None, part: Hashable = None) -> Iterator[None]:
-        state, modules = self.states[part], list(self.layer.modules())
+        if tuple(self.layer.modules()) != self.modules:
+            raise RuntimeError(
+                f"Modules within {type(self.layer).__name__} were added, removed or replaced after the forward, so it "
+                "cannot be run again for the gradients. Call backward first."
+            )
+        state = self.states[part]
         with contextlib.ExitStack() as stack:
             stack.enter_context(_REPLAY_LOCK)  # before looking: another thread may have flipped flags for its replay
-            flipped = [(m, m.training) for m, was in zip(modules, self.training, strict=True) if m.training != was]
+            flipped = [
+                (m, m.training) for m, was in zip(self.modules, self.training, strict=True) if m.training != was
+            ]
             if state is None and not flipped and tensors is None:
                 stack.close()  # nothing shared is touched, so threads may go on side by side
             if tensors is not None:
@@ -108,8 +116,11 @@ def recomputed(module: nn.Module, function: Callable, x: torch.Tensor, *args: An
         traced = torch.is_grad_enabled() and torch.compiler.is_compiling()
         return checkpoint(function, x, *args, use_reentrant=False) if traced else function(x, *args)
     conditions, tensors = Conditions(module, x.device), layer_tensors(module)
+    versions = [tensor._version for tensor in tensors.values()]
 
     def run(*args):
+        if versions != [tensor._version for tensor in tensors.values()]:
+            raise RuntimeError("A parameter was modified in place between forward and backward. Call backward first.")
         with conditions.replay(tensors) if conditions.states else conditions.record():
             return function(*args)
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
+from torch.nn.utils import parametrize
 
 from .replay import Conditions, autocast_again, autocast_state, layer_tensors, recomputed
 from .slices import Joined, Tensors, map_tokens, slice_length, token_slices
@@ -117,18 +118,18 @@ def residual_step(
         during: context of a part of the layer, by its name.
     """
     stages = Stages(layer, call, grid, extra, during or _as_now(x2.device))
-    size, length = slice_length(x2, layer.chunk_size), x2.shape[1]
+    size = slice_length(x2, layer.chunk_size)
+    again = 0 < layer.chunk_size < x2.shape[1]
     mixed = stages.attend(map_tokens(stages.project, size, x2))
     (y1,) = map_tokens(lambda first, x, mixed: [x + stages.merge(first, mixed)], size, x1, mixed)
     del mixed
 
     def feed_forward(first: int, x: torch.Tensor, y: torch.Tensor) -> Tensors:
-        again = 0 < layer.chunk_size < length
         g = partial(stages.g, first)
         return [x + (recomputed(layer, g, y) if again else g(y))]
 
     (y2,) = map_tokens(feed_forward, size, x2, y1)
-    return y1.view_as(y1), y2  # a view, so that hooks on y1 see the same gradient on every path
+    return y1, y2
 
 
 class Chain:
@@ -189,6 +190,7 @@ class _ReversibleLayer(torch.autograd.Function):
         chain.enter(index, x1, x2)
         bottom = index == 0 or not any(ctx.needs_input_grad[6:8])  # the last layer that backward comes to
         ctx.checksums = (_checksum(x1), _checksum(x2)) if bottom else None
+        ctx.size = slice_length(x2, layer.chunk_size)
         y1, y2 = residual_step(layer, x1, x2, call, chain.grid, tensors[:extras], conditions.record)
         chain.leave(index, y1, y2)
         ctx.layer, ctx.chain, ctx.index, ctx.call = layer, chain, index, call
@@ -211,7 +213,7 @@ class _ReversibleLayer(torch.autograd.Function):
         parameters, swap = _parameters(ctx, tensors[ctx.extras :], need[ctx.extras :])
         stages = Stages(ctx.layer, ctx.call, chain.grid, extra, partial(ctx.conditions.replay, swap))
         totals = _Totals([x for x, n in zip([*extra, *parameters], need, strict=True) if n])
-        size = slice_length(y1, ctx.layer.chunk_size)
+        size = ctx.size
         # Every tensor as large as a stream goes as soon as it can: this is where training needs most memory.
         x2, d1 = _take_back(stages.g, size, y2, y1, d2, d1, totals, Joined(y2.shape[1], *[y2] * ours))
         del y2
@@ -240,6 +242,7 @@ class _Totals:
             return [None] * len(inputs)
         wanted = [x for x in inputs if x is not None]
         roots, given = zip(*pairs, strict=True)
+        _refuse_strangers(roots, wanted + self.tensors)
         found = torch.autograd.grad(roots, wanted + self.tensors, given, allow_unused=True)
         for index, grad in enumerate(found[len(wanted) :]):
             if grad is not None:
@@ -259,6 +262,24 @@ class _Totals:
 
     def result(self) -> Tensors:
         return [None if x is None else x.to(like.dtype) for x, like in zip(self.sums, self.tensors, strict=True)]
+
+
+def _refuse_strangers(roots, known: list[torch.Tensor]) -> None:
+    """Raise RuntimeError if the graph of a part of a layer ends in a tensor whose gradient nobody would return."""
+    seen = {get_gradient_edge(x).node for x in known}
+    waiting = [root.grad_fn if isinstance(root, torch.Tensor) else root.node for root in roots]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            raise RuntimeError(
+                f"A trainable tensor of shape {tuple(node.variable.shape)} comes into a reversible layer from outside,"
+                " perhaps by a hook, so it would get no gradient. Make it a parameter of a module in the layer, or use "
+                "`config.reversible=False`."
+            )
+        waiting += [parent for parent, _ in node.next_functions]
 
 
 def _edge(x: torch.Tensor | None):
@@ -310,12 +331,14 @@ def _leaf(x: Any, wanted: bool) -> Any:
 
 
 def _parameters(ctx, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor], dict[str, torch.Tensor] | None]:
-    """The tensors to differentiate by, and what to swap into the layer where the saved ones are not its own.
+    """The tensors to differentiate by, and what to swap into the layer where the saved ones cannot serve.
 
-    They differ under functional_call, an outer checkpoint, or saved-tensor hooks.
+    They are not its own under functional_call, an outer checkpoint, or saved-tensor hooks. And hooks on a tensor would
+    see each of its partial gradients, where they are meant for the sum.
     """
     now = layer_tensors(ctx.layer)
-    if all(now.get(name) is tensor for name, tensor in zip(ctx.names, saved, strict=True)):
+    own = all(now.get(name) is tensor for name, tensor in zip(ctx.names, saved, strict=True))
+    if own and not any(tensor._backward_hooks for tensor in saved):
         return saved, None
     saved = [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(saved, need, strict=True)]
     return saved, dict(zip(ctx.names, saved, strict=True))
@@ -324,6 +347,8 @@ def _parameters(ctx, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor
 def _warn_if_inexact(before: tuple[torch.Tensor, ...], streams: tuple[torch.Tensor, ...], grid: Grid) -> None:
     if bool((_checksum(streams[0]) == before[0]) & (_checksum(streams[1]) == before[1])):
         return
+    if not all(bool(x.isfinite().all()) for x in streams):
+        return  # the loss tells of NaN and infinity
     warnings.warn(
         "A reversible stack did not reconstruct its input exactly: the residual streams left the range "
         f"|x| <= {grid.limit:g} of their grid, or a layer does not compute the same thing twice. Gradients are "
@@ -334,10 +359,13 @@ def _warn_if_inexact(before: tuple[torch.Tensor, ...], streams: tuple[torch.Tens
     )
 
 
-def wrapped_inside(layer: nn.Module) -> bool:
-    """Whether FSDP2 wraps modules within `layer`; their parameters change identity, so take the plain path."""
+def needs_plain_path(layer: nn.Module) -> bool:
+    """Whether parameters of `layer` may be others when it runs again: FSDP2 wraps modules within it, or it computes
+    weights from others (torch's parametrizations) and keeps them in `parametrize.cached()`."""
     return any(
-        m is not layer and type(m).__name__.startswith("FSDP") and hasattr(m, "unshard") for m in layer.modules()
+        (m is not layer and type(m).__name__.startswith("FSDP") and hasattr(m, "unshard"))
+        or (parametrize._cache_enabled and hasattr(m, "parametrizations"))
+        for m in layer.modules()
     )
 
 

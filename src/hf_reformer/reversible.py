@@ -276,7 +276,7 @@ def _refuse_strangers(roots, known: list[torch.Tensor]) -> None:
         if hasattr(node, "variable"):
             raise RuntimeError(
                 f"A trainable tensor of shape {tuple(node.variable.shape)} comes into a reversible layer from outside,"
-                " perhaps by a hook, so it would get no gradient. Make it a parameter of a module in the layer, or use "
+                " perhaps by a hook, and would get no gradient. Make it a parameter of a module in the layer, or set "
                 "`config.reversible=False`."
             )
         waiting += [parent for parent, _ in node.next_functions]

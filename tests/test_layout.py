@@ -30,6 +30,7 @@ ORDER = [
     ("slices", TORCH),
     ("reversible", TORCH),
     ("losses", TORCH),
+    ("sharding", TORCH),
     ("positions", MODEL),
     ("attention", MODEL),
     ("feed_forward", MODEL),

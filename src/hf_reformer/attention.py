@@ -19,6 +19,7 @@ from .hashing import (
 from .positions import rotate
 from .randomness import ATTENTION_DROPOUT, OUTPUT_DROPOUT, dropout, fold, make_key
 from .reference import ordered_attention as reference_attention
+from .sharding import Shard, heads_to_tokens, tokens_to_heads
 
 
 class Call(NamedTuple):
@@ -26,20 +27,29 @@ class Call(NamedTuple):
 
     Attributes:
         mask: (B, T) bool, True for real tokens, or None.
-        ranks: (B or 1, T) int32, number of real tokens before each token.
+        samples: (B, T) int32, which of the samples packed into its row a token belongs to; None: every row is one.
+        ranks: (B or 1, T) int32, number of real tokens of its sample before each token.
         rotary: cos and sin of `positions.rotary_tables`, or None.
         key: int32 key of shape () of this forward's randomness; None in evaluation.
         num_hashes, num_buckets: the config's, or this call's own. `num_buckets=None`: the older rule by length.
         padded_length: chunk rule: length up to which layers pad, a multiple of the chunk lengths.
+        shard: this process's part, where several share every sequence. T is the whole length.
     """
 
     mask: torch.Tensor | None
+    samples: torch.Tensor | None
     ranks: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor] | None
     key: torch.Tensor | None
     num_hashes: int
     num_buckets: int | tuple[int, ...] | None
     padded_length: int
+    shard: Shard | None = None
+
+    @property
+    def first(self) -> int:
+        """Position of the first token that this process holds outside attention."""
+        return 0 if self.shard is None else self.shard.begin
 
 
 class ReformerAttention(nn.Module):
@@ -89,20 +99,23 @@ class ReformerAttention(nn.Module):
         Empties the list, so that projections are freed as soon as they were used.
         """
         key = None if call.key is None else fold(call.key, self.layer)
-        query, key_vectors, value = (None if x is None else self._heads(x) for x in projected)
+        query, key_vectors, value = (None if x is None else self._heads(x, call.shard) for x in projected)
         projected.clear()
         out = self._attend(query, key_vectors, value, call, key)  # (B, H, T, head_size)
+        out = out if call.shard is None else heads_to_tokens(out, call.shard)
         return out.transpose(1, 2).flatten(2)
 
     def _attend(self, query: Any, key_vectors: Any, value: Any, call: Call, key: torch.Tensor | None) -> torch.Tensor:
         dropout_key = None if key is None or not self.dropout else fold(key, ATTENTION_DROPOUT)
+        if dropout_key is not None and call.shard is not None:
+            dropout_key = torch.stack([dropout_key, dropout_key.new_tensor(call.shard.own_heads(self.heads).start)])
         hashed = query if self.kind == "lsh" else None
         query = rotate(query, call.rotary)
         if key_vectors is not None:
             key_vectors = rotate(key_vectors, call.rotary)
         if self.kind == "full":
             return exact_attention(
-                query, key_vectors, value, self.scale, self.causal, call.mask, self.dropout, dropout_key
+                query, key_vectors, value, self.scale, self.causal, call.mask, call.samples, self.dropout, dropout_key
             )
         mask, length = call.mask, value.shape[2]
         if self.mode == "chunk" and call.padded_length > length:
@@ -127,17 +140,20 @@ class ReformerAttention(nn.Module):
         )
         return out[:, :, :length]
 
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)  # (B, H, T, D)
+    def _heads(self, x: torch.Tensor, shard: Shard | None) -> torch.Tensor:
+        x = x.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)
+        return x if shard is None else tokens_to_heads(x, shard)  # (B, H or own heads, T, D)
 
     def _rotations(self, hashed: torch.Tensor, call: Call, num_buckets, makers: OrderMakers) -> torch.Tensor:
         """Rotations of this call: float32 functions of a key, or the older rule's draws where its seed is given."""
         seed, shape = self.config.hash_seed, (self.heads, self.head_size, call.num_hashes, num_buckets)
         if self.mode == "chunk" and seed is not None:
-            return seeded_rotations(seed, *shape, like=hashed)
-        fresh = call.key is not None and self.config.resample_rotations
-        key = call.key if fresh else make_key(seed or 0, hashed.device)
-        return window_rotations(key, self.layer, *shape, normals=makers.normals)
+            rotations = seeded_rotations(seed, *shape, like=hashed)
+        else:
+            fresh = call.key is not None and self.config.resample_rotations
+            key = call.key if fresh else make_key(seed or 0, hashed.device)
+            rotations = window_rotations(key, self.layer, *shape, normals=makers.normals)
+        return rotations if call.shard is None else rotations[call.shard.own_heads(self.heads)]
 
     def _window_orders(self, hashed: torch.Tensor | None, mask: torch.Tensor | None, call: Call, value) -> Orders:
         """Position order, hash orders, and in training exploration orders."""
@@ -154,9 +170,13 @@ class ReformerAttention(nn.Module):
             if call.key is not None and config.lsh_exploration_orders:
                 key = call.key if config.resample_rotations else make_key(config.hash_seed or 0, value.device)
                 explored = exploration_buckets(
-                    key, self.layer, heads, config.lsh_exploration_orders, count, call.ranks
+                    key, self.layer, self.heads, config.lsh_exploration_orders, count, call.ranks
                 )
+                explored = explored if call.shard is None else explored[:, call.shard.own_heads(self.heads)]
                 groups.append((explored.expand(batch, -1, -1, -1), count, window))
+        if call.samples is not None:  # the samples of a row lie one after the other in every order
+            sample = call.samples[:, None, None, :]
+            groups = [(sample * count + group, None, window) for group, count, window in groups]
         return window_orders(groups, self.causal, mask, sort=makers.sort_windows)
 
     def _chunk_orders(self, hashed: torch.Tensor | None, mask: torch.Tensor | None, call: Call, value) -> Orders:
@@ -189,25 +209,30 @@ def exact_attention(
     scale: float,
     causal: bool,
     mask: torch.Tensor | None,
+    samples: torch.Tensor | None,
     dropout: float,
     dropout_key: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Exact attention over all real tokens, (B, H, T, D). Padding gets 0.
+    """Exact attention over all real tokens of the same sample, (B, H, T, D). Padding gets 0.
 
     torch's own kernel, except under attention dropout, whose keyed mask only the dense reference can give.
     """
+    length, batch = query.shape[-2], query.shape[0]
     if dropout_key is not None:
-        length, batch = query.shape[-2], query.shape[0]
         position = torch.zeros(batch, 1, 1, length, dtype=torch.int32, device=query.device)
-        orders = window_orders([(position, 1, length if causal else 2 * length)], causal, mask)
+        position = position if samples is None else samples[:, None, None, :]
+        window = length if causal else 2 * length
+        orders = window_orders([(position, 1 if samples is None else None, window)], causal, mask)
         return reference_attention(
             query, key * scale, value, orders, causal=causal, dropout=dropout, dropout_key=dropout_key
         )
-    if mask is None:
+    if mask is None and samples is None:
         return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
-    allowed = mask[:, None, None, :]
+    allowed = torch.ones((), dtype=torch.bool, device=query.device) if mask is None else mask[:, None, None, :]
+    if samples is not None:
+        allowed = allowed & (samples[:, None, :, None] == samples[:, None, None, :])
     if causal:
-        place = torch.arange(query.shape[-2], device=query.device)
+        place = torch.arange(length, device=query.device)
         allowed = allowed & (place[:, None] >= place)
     out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale)
-    return torch.where(mask[:, None, :, None], out, 0)
+    return out if mask is None else torch.where(mask[:, None, :, None], out, 0)

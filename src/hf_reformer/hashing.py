@@ -126,7 +126,7 @@ def exploration_buckets(
 
 @torch.no_grad()
 def window_orders(
-    buckets: list[tuple[torch.Tensor, int, int]],
+    buckets: list[tuple[torch.Tensor, int | None, int]],
     causal: bool,
     mask: torch.Tensor | None,
     tile: int = 32,
@@ -135,8 +135,8 @@ def window_orders(
     """Sort tokens by (bucket, position) and give every token its window inside its bucket.
 
     Args:
-        buckets: groups of rounds: (buckets (B, H, R, T) int32, number of buckets, window). The position order is a
-            group with one bucket. All share B, H and T (H may be 1 throughout).
+        buckets: groups of rounds: (buckets (B, H, R, T) int32, number of buckets if known, window). The position order
+            is a group with one bucket. All share B, H and T (H may be 1 throughout).
         causal: a token sees itself and the `window - 1` places before it; otherwise `window // 2` on either side.
         mask: (B, T) bool, True for real tokens, or None. Padding stands at the end of the line and sees nothing.
         sort: does the work of `sorted_windows`, faster; gives tensors that may be written to.
@@ -162,7 +162,7 @@ def reach(window: int, causal: bool) -> tuple[int, int]:
 
 
 def sorted_windows(
-    buckets: torch.Tensor, count: int, window: int, causal: bool, mask: torch.Tensor | None
+    buckets: torch.Tensor, count: int | None, window: int, causal: bool, mask: torch.Tensor | None
 ) -> list[torch.Tensor]:
     """Line, lo and hi of a group of rounds, (B, H, R, T) int32, places counted within each round.
 
@@ -171,16 +171,15 @@ def sorted_windows(
     length = buckets.shape[-1]
     place = torch.arange(length, dtype=torch.int32, device=buckets.device)
     if mask is not None:
-        buckets = torch.where(mask[:, None, None, :], buckets, count)
+        buckets = torch.where(mask[:, None, None, :], buckets, torch.iinfo(torch.int32).max)
     if count == 1 and mask is None:
         line, first, last = place.expand_as(buckets), torch.zeros_like(buckets), torch.full_like(buckets, length - 1)
     else:
         values, line = torch.sort(buckets, dim=-1, stable=True)  # (B, H, R, T)
-        ids = torch.arange(count + 1, dtype=torch.int32, device=buckets.device).expand(*values.shape[:-1], count + 1)
-        starts = torch.searchsorted(values, ids.contiguous(), out_int32=True)  # (B, H, R, count + 1)
-        ends = torch.cat([starts[..., 1:], torch.full_like(starts[..., :1], length)], dim=-1)
-        values = values.to(torch.int64)
-        first, last = starts.gather(-1, values), ends.gather(-1, values) - 1
+        border = values[..., 1:] != values[..., :-1]
+        first = torch.nn.functional.pad(border * place[1:], (1, 0)).cummax(-1).values
+        last = torch.nn.functional.pad(torch.where(border, place[:-1], length - 1), (0, 1), value=length - 1)
+        last = last if causal else last.flip(-1).cummin(-1).values.flip(-1)
     back, on = reach(window, causal)
     lo = torch.maximum(first, place - back)
     real = None if mask is None else place < mask.sum(-1, dtype=torch.int32)[:, None, None, None]

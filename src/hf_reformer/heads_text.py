@@ -19,6 +19,7 @@ from transformers.utils import can_return_tuple
 from .configuration_reformer import ReformerConfig
 from .losses import IGNORE, chunked_cross_entropy, cross_entropy
 from .modeling_reformer import ReformerModel, ReformerPreTrainedModel
+from .sharding import Shard, own_tokens, sum_of_shares, whole_sequence
 
 
 class _LanguageModel(ReformerPreTrainedModel):
@@ -41,22 +42,26 @@ class _LanguageModel(ReformerPreTrainedModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
-    def _loss_and_logits(self, hidden, targets, num_items, logits_to_keep=0):
-        """In training with targets the logits exist for a few tokens at a time and are not returned."""
-        labels = None if targets is None else targets.reshape(-1).to(hidden.device)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        if labels is not None and self.training:
-            loss = chunked_cross_entropy(
-                flat, self.lm_head, labels, self.config.vocab_size, self.config.chunk_size_lm_head, num_items
-            )
-            return loss, None
-        logits = self.lm_head(slice_logits_to_keep(hidden, logits_to_keep))
-        if labels is None:
-            return None, logits
-        if logits.shape[:2] != hidden.shape[:2]:
-            loss = chunked_cross_entropy(flat, self.lm_head, labels, self.config.vocab_size, 0, num_items)
-        else:
-            loss = cross_entropy(logits.reshape(-1, logits.shape[-1]), labels, num_items)
+    def _loss_and_logits(self, hidden, targets, shard: Shard | None, num_items, logits_to_keep=0):
+        """Hidden states of this process's tokens, (B, T, 2 D), and targets of all, or None.
+
+        In training with targets the logits exist for a few tokens at a time and are not returned.
+        """
+        loss = logits = None
+        if targets is None or not self.training:
+            logits = self.lm_head(kept_tokens(hidden, logits_to_keep, shard))
+        if targets is not None:
+            targets = targets.to(hidden.device)
+            num_items = (targets != IGNORE).sum() if num_items is None else num_items
+            own = own_tokens(targets, shard).reshape(-1)
+            if logits is not None and logits.shape[:2] == hidden.shape[:2]:
+                loss = cross_entropy(logits.flatten(0, 1), own, num_items)
+            else:
+                chunk, size = self.config.chunk_size_lm_head, self.config.vocab_size
+                loss = chunked_cross_entropy(hidden.flatten(0, 1), self.lm_head, own, size, chunk, num_items)
+            loss = sum_of_shares(loss, shard)
+        if logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0:
+            logits = whole_sequence(logits, shard)
         return loss, logits
 
 
@@ -94,12 +99,13 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
             CausalLMOutputWithPast. `logits` (B, T, vocab_size) is None in training with labels.
         """
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
-        hidden = outputs.last_hidden_state
-        _check_label_shape(shift_labels if shift_labels is not None else labels, hidden.shape[:2])
+        hidden, shape = outputs.last_hidden_state, given_shape(input_ids, inputs_embeds)
+        _check_label_shape(shift_labels if shift_labels is not None else labels, shape)
         targets: torch.Tensor | None = shift_labels
         if targets is None and labels is not None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        loss, logits = self._loss_and_logits(hidden, targets, num_items_in_batch, logits_to_keep)
+        shard = self.model.shard(shape[1])
+        loss, logits = self._loss_and_logits(hidden, targets, shard, num_items_in_batch, logits_to_keep)
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
@@ -133,8 +139,10 @@ class ReformerForMaskedLM(_LanguageModel):
     ) -> MaskedLMOutput:
         r"""`labels`: (B, T) int64, -100 where nothing was masked. `logits` is None in training with labels."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
-        _check_label_shape(labels, outputs.last_hidden_state.shape[:2])
-        loss, logits = self._loss_and_logits(outputs.last_hidden_state, labels, num_items_in_batch)
+        shape = given_shape(input_ids, inputs_embeds)
+        _check_label_shape(labels, shape)
+        shard = self.model.shard(shape[1])
+        loss, logits = self._loss_and_logits(outputs.last_hidden_state, labels, shard, num_items_in_batch)
         return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
@@ -175,7 +183,8 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
     ) -> SequenceClassifierOutput:
         r"""`labels`: (B) int64 classes, (B) or (B, num_labels) floats for regression or several labels a row."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
-        logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling))
+        shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
+        logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling, shard))
         loss = None if labels is None else _classification_loss(self.config, logits, labels.to(logits.device))
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
@@ -204,7 +213,8 @@ class ReformerForTokenClassification(ReformerPreTrainedModel):
     ) -> TokenClassifierOutput:
         r"""`labels`: (B, T) int64, -100 for no target."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
+        logits = whole_sequence(self.classifier(self.dropout(outputs.last_hidden_state)), shard)
         _check_label_shape(labels, logits.shape[:2])
         loss = None
         if labels is not None:
@@ -236,7 +246,8 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
     ) -> QuestionAnsweringModelOutput:
         r"""`start_positions`, `end_positions`: (B) int64; a position outside the input (cut away) is no target."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)  # (B, T) each
+        shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
+        start_logits, end_logits = whole_sequence(self.qa_outputs(outputs.last_hidden_state), shard).unbind(-1)
         if (start_positions is None) != (end_positions is None):
             raise ValueError("Give both `start_positions` and `end_positions`, or neither.")
         loss = None
@@ -283,24 +294,51 @@ class ReformerForMultipleChoice(ReformerPreTrainedModel):
             None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, position_ids, inputs_embeds)
         ]
         outputs = self.model(*flat, return_dict=True, **kwargs)
-        logits = self.classifier(pool(outputs.last_hidden_state, flat[1], self.config.pooling)).view(-1, choices)
+        shard = self.model.shard(given.shape[2])
+        pooled = pool(outputs.last_hidden_state, flat[1], self.config.pooling, shard)
+        logits = self.classifier(pooled).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels.to(logits.device))
         return MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-def pool(hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str) -> torch.Tensor:
-    """(B, T, D) → (B, D): mean over the real tokens, or the last or first real one.
+def given_shape(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Size:
+    """(B, T) of the input; what there is of it was checked by the backbone."""
+    return (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+
+
+def pool(
+    hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str, shard: Shard | None = None
+) -> torch.Tensor:
+    """(B, T, D) → (B, D): mean over the real tokens, or the last or first real one; of all processes' tokens.
 
     A row without a real token gives 0 (mean), or its last or first token.
     """
-    rows, length = hidden.shape[:2]
+    rows, length = hidden.shape[0], hidden.shape[1] if shard is None else shard.length
     mask = hidden.new_ones(rows, length) if attention_mask is None else (attention_mask != 0).to(hidden.device)
     mask = mask.to(torch.promote_types(hidden.dtype, torch.float32))  # half precision cannot count a long sequence
     if pooling == "mean":
-        weights = mask / mask.sum(-1, keepdim=True).clamp(min=1)
-        return (hidden * weights[..., None]).sum(1).to(hidden.dtype)
+        weights = own_tokens(mask / mask.sum(-1, keepdim=True).clamp(min=1), shard)
+        return sum_of_shares((hidden * weights[..., None]).sum(1), shard).to(hidden.dtype)
     place = mask.argmax(-1) if pooling == "first" else length - 1 - mask.flip(-1).argmax(-1)  # (B)
-    return hidden[torch.arange(rows, device=hidden.device), place]
+    return tokens_at(hidden, place[:, None], shard)[:, 0]
+
+
+def tokens_at(hidden: torch.Tensor, places: torch.Tensor, shard: Shard | None) -> torch.Tensor:
+    """(B, own tokens, D) and places (B, N) in the whole sequence → (B, N, D), on every process."""
+    begin, end = (0, hidden.shape[1]) if shard is None else (shard.begin, shard.end)
+    found = hidden.gather(1, (places - begin).clamp(0, end - begin - 1)[..., None].expand(-1, -1, hidden.shape[2]))
+    if shard is None:
+        return found
+    mine = (places >= begin) & (places < end)
+    return sum_of_shares(torch.where(mine[..., None], found, 0), shard)
+
+
+def kept_tokens(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor, shard: Shard | None) -> torch.Tensor:
+    """The hidden states whose logits are wanted; of several processes, unless all are wanted."""
+    if shard is None or (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        return slice_logits_to_keep(hidden, logits_to_keep)
+    places = torch.arange(shard.length, device=hidden.device).expand(hidden.shape[0], -1)[..., None]
+    return tokens_at(hidden, slice_logits_to_keep(places, logits_to_keep)[..., 0], shard)
 
 
 def _classifier_dropout(config: ReformerConfig) -> float:

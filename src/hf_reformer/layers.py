@@ -27,10 +27,10 @@ class ReformerLayer(GradientCheckpointingLayer):
         return self.attention(projected, call)
 
     def merge(self, mixed: torch.Tensor, call: Call, first: int) -> torch.Tensor:
-        return self.attention.merge(mixed, call.key, first)
+        return self.attention.merge(mixed, call.key, call.first + first)
 
     def g(self, y1: torch.Tensor, call: Call, first: int) -> torch.Tensor:
-        return self.feed_forward(self.feed_forward_norm(y1), call.key, first)
+        return self.feed_forward(self.feed_forward_norm(y1), call.key, call.first + first)
 
     def forward(
         self, x2: torch.Tensor, x1: torch.Tensor, call: Call, grid: Grid, chain: Chain | None = None, index: int = 0

@@ -1,6 +1,7 @@
 """ReformerModel: embeddings, a stack of reversible layers, a final norm over both streams."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,6 +20,7 @@ from .positions import AxialPositionEmbeddings, LearnedPositionEmbeddings, rotar
 from .randomness import EMBEDDING_DROPOUT, FINAL_DROPOUT, draw_key, dropout, fold
 from .replay import can_reverse
 from .reversible import Chain, Grid, choose_grid, needs_plain_path, to_stream
+from .sharding import Shard, make_shard, own_tokens, same_everywhere
 
 logger = logging.get_logger(__name__)
 
@@ -63,6 +65,19 @@ class ReformerPreTrainedModel(PreTrainedModel):
         model._weight_conversions = None  # what is saved from now on bears our own names
         return loaded
 
+    def share_sequences(self, group: Any) -> None:
+        """Let the processes of a `torch.distributed` group share every sequence (sequence parallelism).
+
+        From now on all of them must be given the same inputs. Outside attention each works on its share of the tokens,
+        inside on its share of the heads: exact, with a share of the memory. Losses and the heads' logits are whole on
+        every process; hidden states hold a process's own tokens. Gradients are those of one process once they are
+        averaged over the group, as DistributedDataParallel does. `None` ends it.
+
+        Raises:
+            ValueError: in `forward`, heads that the group's size does not divide, or fewer tokens than processes.
+        """
+        self.base_model.sequence_group = group
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -94,7 +109,13 @@ class ReformerModel(ReformerPreTrainedModel):
         self.layers = nn.ModuleList(ReformerLayer(config, i) for i in range(len(config.attn_layers)))
         self.norm = LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
+        self.sequence_group = None
         self.post_init()
+
+    def shard(self, length: int) -> Shard | None:
+        """This process's part of sequences of `length` tokens; None unless `share_sequences` was called."""
+        group = self.sequence_group
+        return None if group is None else make_shard(group, length, self.config.num_attention_heads)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -120,7 +141,8 @@ class ReformerModel(ReformerPreTrainedModel):
             input_ids: (B, T) int64, any T up to the positions the config covers; or `inputs_embeds`: (B, T, D).
             attention_mask: (B, T), 1 for real tokens. Zeros may stand anywhere; the output there is meaningless.
             position_ids: (B, T). Default: in window mode the number of real tokens before each token, so that left
-                padding changes nothing; in chunk mode 0 … T - 1.
+                padding changes nothing; in chunk mode 0 … T - 1. Where they restart at 0 within a row, another sample
+                begins: samples packed into a row don't see each other (window mode).
             num_hashes, num_buckets: this call's own number of hash rounds and of buckets.
             output_hidden_states: also give the feed-forward stream before every layer and after the last, (B, T, D)
                 each. In training this takes the plain path, whose memory grows with depth.
@@ -139,18 +161,23 @@ class ReformerModel(ReformerPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets)
-        embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        call, positions = self._make_call(embeds, attention_mask, position_ids, num_hashes, num_buckets)
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        shard = self.shard(given.shape[1])
+        own = own_tokens(given, shard)
+        embeds = self.embed_tokens(own) if inputs_embeds is None else own
+        call, positions = self._make_call(
+            embeds, given.shape[1], shard, attention_mask, position_ids, num_hashes, num_buckets
+        )
         if self.config.position_embedding_type != "rotary":
-            embeds = embeds + self.position_embeddings(positions)
-        embeds = dropout(embeds, self.config.hidden_dropout_prob, _subkey(call.key, EMBEDDING_DROPOUT))
+            embeds = embeds + self.position_embeddings(own_tokens(positions, shard))
+        embeds = dropout(embeds, self.config.hidden_dropout_prob, _subkey(call.key, EMBEDDING_DROPOUT), call.first)
         precision = "float32" if embeds.device.type == "mps" else self.config.residual_precision  # it has no float64
         grid = choose_grid(precision, self.norm.weight.dtype, rounded=torch.is_grad_enabled())
         streams = [to_stream(embeds, grid)] * 2
         del embeds  # so that the layers can free what they have used up
         x1, x2, states = self._run_layers(streams, call, grid, bool(output_hidden_states))
         hidden = self.norm(torch.cat([x1, x2], dim=-1))
-        hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(call.key, FINAL_DROPOUT))
+        hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(call.key, FINAL_DROPOUT), call.first)
         return BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=states)
 
     def _run_layers(self, streams: list[torch.Tensor], call: Call, grid: Grid, keep_states: bool):
@@ -171,15 +198,24 @@ class ReformerModel(ReformerPreTrainedModel):
         dtype = self.norm.weight.dtype
         return x1, x2, tuple(state.to(dtype) for state in states) if keep_states else None
 
-    def _make_call(self, embeds, attention_mask, position_ids, num_hashes, num_buckets) -> tuple[Call, torch.Tensor]:
+    def _make_call(
+        self, embeds, length: int, shard: Shard | None, attention_mask, position_ids, num_hashes, num_buckets
+    ) -> tuple[Call, torch.Tensor]:
         """What every layer is told, and the position ids (B or 1, T)."""
-        config, device, length = self.config, embeds.device, embeds.shape[1]
+        config, device = self.config, embeds.device
         places = torch.arange(length, device=device)[None]
-        mask = ranks = None
-        if attention_mask is not None:
-            mask = attention_mask.to(device) != 0
-            ranks = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        ranks = places if ranks is None else ranks
+        mask = None if attention_mask is None else attention_mask.to(device) != 0
+        ranks = places if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
+        samples = None if position_ids is None else packed_samples(position_ids.to(device), ranks, mask)
+        if samples is not None:
+            if config.attention_mode == "chunk":
+                raise ValueError(
+                    "`position_ids` restart at 0 within a row, which packs several samples into it. Chunks cannot keep "
+                    'them apart: pad instead, or use `attention_mode="window"`.'
+                )
+            samples = samples.expand(embeds.shape[0], -1).contiguous()
+            first = torch.searchsorted(samples, samples)  # where each token's sample begins
+            ranks = ranks.expand_as(first) - ranks.expand_as(first).gather(-1, first)
         if position_ids is None:
             position_ids = ranks if config.attention_mode == "window" else places
         rotary = None
@@ -193,13 +229,33 @@ class ReformerModel(ReformerPreTrainedModel):
             )
         return Call(
             mask=mask,
+            samples=samples,
             ranks=ranks.to(torch.int32),
             rotary=rotary,
-            key=draw_key(device) if self.training else None,
+            key=_fresh_key(device, shard) if self.training else None,
             num_hashes=num_hashes or config.num_hashes,
             num_buckets=num_buckets if isinstance(num_buckets, int | None) else tuple(num_buckets),
             padded_length=padded_length(config, length),
+            shard=shard,
         ), position_ids
+
+
+def _fresh_key(device: torch.device, shard: Shard | None) -> torch.Tensor:
+    key = draw_key(device)
+    return key if shard is None else same_everywhere(key, shard.group)
+
+
+def packed_samples(position_ids: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Which sample of its row each token belongs to, (B, T) int32; None where every row is one sample.
+
+    A sample begins wherever a real token's position is 0 (as data collators number packed samples). Under compile, where
+    values cannot be looked at, never None.
+    """
+    begins = (position_ids == 0) & (ranks > 0)
+    begins = begins if mask is None else begins & mask
+    if not torch.compiler.is_compiling() and not begins.any():
+        return None
+    return begins.cumsum(-1, dtype=torch.int32)
 
 
 def make_position_embeddings(config: ReformerConfig) -> nn.Module:

@@ -42,8 +42,13 @@ def shared_key(query: torch.Tensor) -> torch.Tensor:
 
 
 def pair_keys(key: torch.Tensor, batch: int, heads: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random numbers of queries (B, H, T) and of keys (T), int32; a pair's dropout bit is a function of both."""
+    """Random numbers of queries (B, H, T) and of keys (T), int32; a pair's dropout bit is a function of both.
+
+    key: (), or (2): the key, and the number of the first head, where these are some of a layer's heads.
+    """
     rows, head, place = (torch.arange(n, dtype=torch.int32, device=key.device) for n in (batch, heads, length))
+    if key.dim():
+        key, head = key[0], head + key[1]
     return fold(key, rows[:, None, None], head[:, None], place), fold(key, -1, place)
 
 

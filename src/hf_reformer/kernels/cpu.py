@@ -170,9 +170,11 @@ def normal_rows(keys: torch.Tensor, count: int) -> torch.Tensor:
 
 @torch.library.custom_op("hf_reformer::cpu_sort", mutates_args=(), device_types="cpu")
 def _sort(
-    buckets: torch.Tensor, mask: torch.Tensor | None, count: int, back: int, on: int, parts: int
+    buckets: torch.Tensor, mask: torch.Tensor | None, count: int | None, back: int, on: int, parts: int
 ) -> list[torch.Tensor]:
     """The first `parts` of line, lo and hi: (B, H, R, T) int32, places counted within their round."""
+    if count is None:
+        count = int(buckets.max()) + 1 if buckets.numel() else 0
     return run_sorting(buckets, mask, count, back, on, parts, _loaded())
 
 
@@ -181,7 +183,7 @@ def _(buckets, mask, count, back, on, parts):
     return [buckets.new_empty(buckets.shape, dtype=torch.int32) for _ in range(parts)]
 
 
-def sorted_windows(buckets: torch.Tensor, count: int, window: int, causal: bool, mask: torch.Tensor | None):
+def sorted_windows(buckets: torch.Tensor, count: int | None, window: int, causal: bool, mask: torch.Tensor | None):
     """`hashing.sorted_windows` by counting."""
     back, on = reach(window, causal)
     return torch.ops.hf_reformer.cpu_sort(buckets, mask, count, back, on, 2 if causal else 3)

@@ -68,6 +68,11 @@ def by_token(orders: Orders) -> dict[str, torch.Tensor | None]:
     return found
 
 
+def with_first_head(key: torch.Tensor | None) -> torch.Tensor | None:
+    """A dropout key as `reference.pair_keys` takes it, (2) always."""
+    return key if key is None or key.dim() else torch.stack([key, torch.zeros_like(key)])
+
+
 def prepare(
     query: torch.Tensor,
     key: torch.Tensor | None,
@@ -101,7 +106,7 @@ def prepare(
         hi,
         **by_token(orders),
         real=mask.contiguous().view(torch.uint8) if padded else None,
-        dropout_key=dropout_key,
+        dropout_key=with_first_head(dropout_key),
     )
     keep_scale = 1 / (1 - dropout) if dropout < 1 else 0.0
     threshold = min(keep_threshold(dropout), 2**31 - 1)

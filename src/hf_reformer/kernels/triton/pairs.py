@@ -38,7 +38,7 @@ class Inputs(NamedTuple):
     lowest_of: Any
     highest_of: Any
     real: Any  # (B, T) uint8, 1 for real tokens
-    dropout_key: Any  # () int32
+    dropout_key: Any  # (2) int32: the key, and the number of the first head
 
 
 class Numbers(NamedTuple):
@@ -252,7 +252,8 @@ def fold(key, counter):
 def query_draw(inputs, at, token):
     """`reference.pair_keys` of the queries."""
     key = tl.load(inputs.dropout_key).to(tl.uint32, bitcast=True)
-    key = fold(fold(key, at.batch.to(tl.uint32, bitcast=True)), at.head.to(tl.uint32, bitcast=True))
+    head = at.head + tl.load(inputs.dropout_key + 1)
+    key = fold(fold(key, at.batch.to(tl.uint32, bitcast=True)), head.to(tl.uint32, bitcast=True))
     return fold(key, token.to(tl.uint32, bitcast=True))
 
 

@@ -1,0 +1,179 @@
+"""One sequence over several processes, by exchanging heads (Jacobs et al. 2023, arXiv 2309.14509).
+
+Every process holds a share of the tokens, and inside attention all tokens of a share of the heads. Orders and windows
+belong to a head, so the result is that of one process.
+
+Gradients follow torch's collectives: what all processes compute alike, such as the loss, counts once for each. So the
+mean over the processes, as DistributedDataParallel takes it, is the gradient of one process.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class Shard(NamedTuple):
+    """A process's part of sequences of `length` tokens.
+
+    Attributes:
+        group: the processes that share a sequence; all are given the same inputs.
+        rank, size: this process's number among them, and how many they are.
+        length: tokens of the whole sequence.
+    """
+
+    group: Any
+    rank: int
+    size: int
+    length: int
+
+    def first(self, rank: int) -> int:
+        """First token of a process's share; shares differ by at most one token."""
+        small, longer = divmod(self.length, self.size)
+        return rank * small + min(rank, longer)
+
+    @property
+    def begin(self) -> int:
+        return self.first(self.rank)
+
+    @property
+    def end(self) -> int:
+        return self.first(self.rank + 1)
+
+    def shares(self) -> list[int]:
+        """Number of tokens of every process."""
+        return [self.first(rank + 1) - self.first(rank) for rank in range(self.size)]
+
+    def own_heads(self, heads: int) -> slice:
+        """The heads whose attention this process computes."""
+        return slice(self.rank * heads // self.size, (self.rank + 1) * heads // self.size)
+
+
+def make_shard(group: Any, length: int, heads: int) -> Shard:
+    """This process's part.
+
+    Raises:
+        ValueError: the heads cannot be divided evenly, or there are fewer tokens than processes.
+    """
+    size = dist.get_world_size(group)
+    if heads % size:
+        raise ValueError(
+            f"{heads} attention heads cannot be shared evenly among {size} processes. Use a group whose size divides "
+            "`num_attention_heads`."
+        )
+    if length < size:
+        raise ValueError(
+            f"The input has {length} tokens, fewer than the {size} processes that share it. Use a smaller group, or "
+            "longer sequences."
+        )
+    return Shard(group, dist.get_rank(group), size, length)
+
+
+def same_everywhere(x: torch.Tensor, group: Any) -> torch.Tensor:
+    """The x of the group's first process."""
+    x = x.clone()
+    dist.broadcast(x, dist.get_global_rank(group, 0), group=group)
+    return x
+
+
+def _all_to_all(parts: list[torch.Tensor], shapes: list[torch.Size], group: Any) -> list[torch.Tensor]:
+    """Send part i to process i; what comes from each has the shape given."""
+    sent = torch.cat([part.reshape(-1) for part in parts])
+    sizes = [shape.numel() for shape in shapes]
+    received = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group)
+    return [piece.view(shape) for piece, shape in zip(received.split(sizes), shapes, strict=True)]
+
+
+def _tokens_to_heads(x: torch.Tensor, shard: Shard) -> torch.Tensor:
+    batch, heads, _, size = x.shape
+    own = heads // shard.size
+    shapes = [torch.Size((batch, own, share, size)) for share in shard.shares()]
+    return torch.cat(_all_to_all(list(x.split(own, dim=1)), shapes, shard.group), dim=2)
+
+
+def _heads_to_tokens(x: torch.Tensor, shard: Shard) -> torch.Tensor:
+    batch, own, _, size = x.shape
+    shapes = [torch.Size((batch, own, shard.end - shard.begin, size))] * shard.size
+    return torch.cat(_all_to_all(list(x.split(shard.shares(), dim=2)), shapes, shard.group), dim=1)
+
+
+class _TokensToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shard):
+        ctx.shard = shard
+        return _tokens_to_heads(x, shard)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _heads_to_tokens(grad, ctx.shard), None
+
+
+class _HeadsToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shard):
+        ctx.shard = shard
+        return _heads_to_tokens(x, shard)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _tokens_to_heads(grad, ctx.shard), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _summed(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _summed(grad, ctx.group), None
+
+
+def _summed(x: torch.Tensor, group: Any) -> torch.Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=group)
+    return x
+
+
+class _WholeSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, shard):
+        ctx.shard = shard
+        batch, _, *rest = x.shape
+        shapes = [torch.Size((batch, share, *rest)) for share in shard.shares()]
+        return torch.cat(_all_to_all([x] * shard.size, shapes, shard.group), dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        shard = ctx.shard
+        batch, _, *rest = grad.shape
+        parts = list(grad.split(shard.shares(), dim=1))
+        shapes = [torch.Size((batch, shard.end - shard.begin, *rest))] * shard.size
+        return torch.stack(_all_to_all(parts, shapes, shard.group)).sum(0), None
+
+
+def tokens_to_heads(x: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """(B, H, own tokens, D) → (B, own heads, T, D)"""
+    return _TokensToHeads.apply(x, shard)
+
+
+def heads_to_tokens(x: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """(B, own heads, T, D) → (B, H, own tokens, D)"""
+    return _HeadsToTokens.apply(x, shard)
+
+
+def own_tokens(x: torch.Tensor | None, shard: Shard | None) -> torch.Tensor | None:
+    """(B, T, ...) → (B, own tokens, ...); everything where nothing is shared."""
+    return x if x is None or shard is None else x[:, shard.begin : shard.end]
+
+
+def whole_sequence(x: torch.Tensor, shard: Shard | None) -> torch.Tensor:
+    """(B, own tokens, ...) → (B, T, ...), on every process."""
+    return x if shard is None else _WholeSequence.apply(x, shard)
+
+
+def sum_of_shares(x: torch.Tensor, shard: Shard | None) -> torch.Tensor:
+    """Every process's x added up."""
+    return x if shard is None else _Sum.apply(x, shard.group)

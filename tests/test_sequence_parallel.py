@@ -1,0 +1,130 @@
+"""A sequence shared by several processes gives what one process gives: outputs, losses, gradients; in less memory."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
+from processes import run_in_processes
+from test_memory import Census
+
+from hf_reformer import (
+    ReformerForCausalLM,
+    ReformerForMaskedLM,
+    ReformerForQuestionAnswering,
+    ReformerForSequenceClassification,
+    ReformerForTokenClassification,
+    ReformerModel,
+)
+
+LENGTH = 67  # no multiple of anything
+IDS = make_ids(2, LENGTH)
+RIGHT = torch.arange(LENGTH) < torch.tensor([[LENGTH], [41]])  # the second row is padded on the right
+LEFT = RIGHT.flip(-1)
+PACKED = torch.cat([torch.arange(20), torch.arange(30), torch.arange(LENGTH - 50)])[None].expand(2, -1)
+CLASSES = torch.tensor([2, 0])
+SIZES = {"num_attention_heads": 4, "classifier_dropout": 0.0, "num_labels": 3, **SMALL_WINDOWS}
+DROPOUT = {"hidden_dropout_prob": 0.1, "lsh_attention_probs_dropout_prob": 0.2, "local_attention_probs_dropout_prob": 0.2}
+FULL = {"attn_layers": ["full", "lsh"], "lsh_attention_probs_dropout_prob": 0.2}
+
+# name: class, config, inputs
+CASES = {
+    "causal language model": (ReformerForCausalLM, DROPOUT, {"labels": IDS}),
+    "padded on the left": (ReformerForCausalLM, DROPOUT, {"labels": IDS.where(LEFT, -100), "attention_mask": LEFT.long()}),
+    "packed samples": (ReformerForCausalLM, DROPOUT, {"labels": IDS, "position_ids": PACKED}),
+    "rotary positions": (ReformerForCausalLM, {"position_embedding_type": "rotary"}, {"labels": IDS}),
+    "chunks": (ReformerForCausalLM, {"attention_mode": "chunk", "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16, **DROPOUT}, {"labels": IDS}),
+    "a full layer": (ReformerForCausalLM, FULL, {"labels": IDS}),
+    "plain path": (ReformerForCausalLM, {"reversible": False, **DROPOUT}, {"labels": IDS}),
+    "masked language model": (ReformerForMaskedLM, DROPOUT, {"labels": IDS.where(IDS > 20, -100)}),
+    "mean pooling": (ReformerForSequenceClassification, DROPOUT, {"labels": CLASSES, "attention_mask": RIGHT.long()}),
+    "last token": (ReformerForSequenceClassification, {"is_decoder": True}, {"labels": CLASSES, "attention_mask": RIGHT.long()}),
+    "first token": (ReformerForSequenceClassification, {"classifier_pooling": "first"}, {"labels": CLASSES, "attention_mask": LEFT.long()}),
+    "token classification": (ReformerForTokenClassification, DROPOUT, {"labels": IDS % 3}),
+    "question answering": (ReformerForQuestionAnswering, DROPOUT, {"start_positions": CLASSES, "end_positions": CLASSES + 50}),
+}  # fmt: skip
+
+
+def outcome(name: str, group=None) -> dict[str, torch.Tensor]:
+    """Loss and gradients of a training step, and every output of an evaluation."""
+    cls, config, inputs = CASES[name]
+    model = make_model(cls, **SIZES, **config)
+    model.share_sequences(group)
+    step = model.train() if group is None else torch.nn.parallel.DistributedDataParallel(model.train())
+    torch.manual_seed(5 if group is None else 5 + dist.get_rank())  # the first process's draws count
+    loss = step(IDS, **inputs).loss
+    loss.backward()
+    found = {"loss": loss.detach()} | {f"gradient of {n}": p.grad for n, p in model.named_parameters()}
+    with torch.no_grad():
+        evaluated = model.eval()(IDS, **inputs)
+        found |= {f"evaluated {key}": value for key, value in evaluated.items()}
+        if "logits_to_keep" in cls.forward.__code__.co_varnames:
+            inputs = {key: value for key, value in inputs.items() if key != "labels"}
+            found["last logits"] = model(IDS, logits_to_keep=3, **inputs).logits
+            found["chosen logits"] = model(IDS, logits_to_keep=torch.tensor([0, 40]), **inputs).logits
+    return found
+
+
+def outcomes_in_a_group() -> dict[str, dict[str, torch.Tensor]]:
+    return {name: outcome(name, dist.group.WORLD) for name in CASES}
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def shared(request):
+    return run_in_processes(outcomes_in_a_group, request.param)
+
+
+@pytest.mark.multi_process
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_are_those_of_one_process(name, shared):
+    expected = outcome(name)
+    for found in shared:
+        assert found[name].keys() == expected.keys()
+        for key, value in expected.items():
+            assert largest_gap(found[name][key], value) <= 1e-10, key
+    assert expected["loss"] > 0
+
+
+def peaks_and_states(length: int, seed: int) -> tuple[int, torch.Tensor]:
+    """Bytes of a training step's activations at their peak; and an evaluation's hidden states of own tokens."""
+    model = make_model(ReformerForCausalLM, num_attention_heads=4, attention_head_size=16, hidden_size=64,
+                       max_position_embeddings=length, num_buckets=32, dtype=torch.float32)  # fmt: skip
+    model.share_sequences(dist.group.WORLD)
+    ids = make_ids(1, length, seed=seed)
+    with Census(*model.parameters()) as census:
+        model.train()(ids, labels=ids).loss.backward()
+    with torch.no_grad():
+        return census.peak, model.eval().model(ids).last_hidden_state
+
+
+@pytest.mark.multi_process
+def test_memory_falls_with_the_number_of_processes():
+    peaks = {}
+    for size in (1, 2, 4):
+        found = run_in_processes(peaks_and_states, size, 4099, 0)
+        peaks[size] = max(peak for peak, _ in found)
+        states = torch.cat([states for _, states in found], dim=1)
+        if size == 1:
+            whole = states
+        assert largest_gap(states, whole) <= 1e-4
+    assert peaks[2] <= 0.6 * peaks[1]
+    assert peaks[4] <= 0.36 * peaks[1]
+
+
+def refusals() -> list[str]:
+    model = make_model(ReformerModel)
+    model.share_sequences(dist.group.WORLD)
+    three_heads = make_model(ReformerModel, num_attention_heads=3)
+    three_heads.share_sequences(dist.group.WORLD)
+    messages = []
+    for refusing, length in ((model, 1), (three_heads, 50)):
+        with pytest.raises(ValueError) as error:
+            refusing(make_ids(1, length))
+        messages.append(str(error.value))
+    return messages
+
+
+@pytest.mark.multi_process
+def test_what_cannot_be_shared_is_refused():
+    for few_tokens, three_heads in run_in_processes(refusals, 2):
+        assert "1 tokens, fewer than the 2 processes" in few_tokens
+        assert "3 attention heads cannot be shared evenly among 2 processes" in three_heads

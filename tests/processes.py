@@ -1,5 +1,6 @@
 """A function run in each of several gloo processes on the CPU, as ranks of one group."""
 
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,8 @@ def run_in_processes(function: Callable, size: int, *args) -> list:
 
 def _enter(rank: int, function: Callable, size: int, folder: str, args: tuple) -> None:
     torch.set_num_threads(1)
+    for name, number in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", size), ("LOCAL_WORLD_SIZE", size)):
+        os.environ[name] = str(number)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     torch.save(function(*args), Path(folder) / f"{rank}.pt")
     dist.barrier()

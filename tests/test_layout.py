@@ -45,6 +45,7 @@ ORDER = [
     ("hub", STAYS),
     ("convert", STAYS),
     ("data", STAYS),
+    ("distributed", STAYS),
     ("visualize", STAYS),
     ("__init__", STAYS),
     ("cli", STAYS),

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
 from processes import run_in_processes
 from test_memory import Census
+from transformers import TrainingArguments
 
 from hf_reformer import (
     ReformerForCausalLM,
@@ -15,6 +16,7 @@ from hf_reformer import (
     ReformerForTokenClassification,
     ReformerModel,
 )
+from hf_reformer.distributed import RepeatedBatches, SequenceParallelTrainer
 
 LENGTH = 67  # no multiple of anything
 IDS = make_ids(2, LENGTH)
@@ -23,25 +25,31 @@ LEFT = RIGHT.flip(-1)
 PACKED = torch.cat([torch.arange(20), torch.arange(30), torch.arange(LENGTH - 50)])[None].expand(2, -1)
 CLASSES = torch.tensor([2, 0])
 SIZES = {"num_attention_heads": 4, "classifier_dropout": 0.0, "num_labels": 3, **SMALL_WINDOWS}
-DROPOUT = {"hidden_dropout_prob": 0.1, "lsh_attention_probs_dropout_prob": 0.2, "local_attention_probs_dropout_prob": 0.2}
-FULL = {"attn_layers": ["full", "lsh"], "lsh_attention_probs_dropout_prob": 0.2}
+DROPOUT = {
+    "hidden_dropout_prob": 0.1,
+    "lsh_attention_probs_dropout_prob": 0.2,
+    "local_attention_probs_dropout_prob": 0.2,
+}
+CHUNKS = {"attention_mode": "chunk", "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16}
+ENDS = {"start_positions": CLASSES, "end_positions": CLASSES + 50}
+PADDED, BEFORE = {"attention_mask": RIGHT.long()}, {"attention_mask": LEFT.long()}
 
 # name: class, config, inputs
 CASES = {
     "causal language model": (ReformerForCausalLM, DROPOUT, {"labels": IDS}),
-    "padded on the left": (ReformerForCausalLM, DROPOUT, {"labels": IDS.where(LEFT, -100), "attention_mask": LEFT.long()}),
+    "padded on the left": (ReformerForCausalLM, DROPOUT, {"labels": IDS.where(LEFT, -100), **BEFORE}),
     "packed samples": (ReformerForCausalLM, DROPOUT, {"labels": IDS, "position_ids": PACKED}),
     "rotary positions": (ReformerForCausalLM, {"position_embedding_type": "rotary"}, {"labels": IDS}),
-    "chunks": (ReformerForCausalLM, {"attention_mode": "chunk", "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16, **DROPOUT}, {"labels": IDS}),
-    "a full layer": (ReformerForCausalLM, FULL, {"labels": IDS}),
+    "chunks": (ReformerForCausalLM, {**CHUNKS, **DROPOUT}, {"labels": IDS}),
+    "a full layer": (ReformerForCausalLM, {"attn_layers": ["full", "lsh"], **DROPOUT}, {"labels": IDS}),
     "plain path": (ReformerForCausalLM, {"reversible": False, **DROPOUT}, {"labels": IDS}),
     "masked language model": (ReformerForMaskedLM, DROPOUT, {"labels": IDS.where(IDS > 20, -100)}),
-    "mean pooling": (ReformerForSequenceClassification, DROPOUT, {"labels": CLASSES, "attention_mask": RIGHT.long()}),
-    "last token": (ReformerForSequenceClassification, {"is_decoder": True}, {"labels": CLASSES, "attention_mask": RIGHT.long()}),
-    "first token": (ReformerForSequenceClassification, {"classifier_pooling": "first"}, {"labels": CLASSES, "attention_mask": LEFT.long()}),
+    "mean pooling": (ReformerForSequenceClassification, DROPOUT, {"labels": CLASSES, **PADDED}),
+    "last token": (ReformerForSequenceClassification, {"is_decoder": True}, {"labels": CLASSES, **PADDED}),
+    "first token": (ReformerForSequenceClassification, {"classifier_pooling": "first"}, {"labels": CLASSES, **BEFORE}),
     "token classification": (ReformerForTokenClassification, DROPOUT, {"labels": IDS % 3}),
-    "question answering": (ReformerForQuestionAnswering, DROPOUT, {"start_positions": CLASSES, "end_positions": CLASSES + 50}),
-}  # fmt: skip
+    "question answering": (ReformerForQuestionAnswering, DROPOUT, ENDS),
+}
 
 
 def outcome(name: str, group=None) -> dict[str, torch.Tensor]:
@@ -113,6 +121,10 @@ def test_memory_falls_with_the_number_of_processes():
 def refusals() -> list[str]:
     model = make_model(ReformerModel)
     model.share_sequences(dist.group.WORLD)
+    with pytest.raises(ValueError, match="were given different inputs"):
+        model(make_ids(1, 50, seed=dist.get_rank()))
+    with pytest.raises(ValueError, match="were given different inputs"):
+        model(make_ids(1, 50), torch.ones(1, 50) if dist.get_rank() else None)
     three_heads = make_model(ReformerModel, num_attention_heads=3)
     three_heads.share_sequences(dist.group.WORLD)
     messages = []
@@ -128,3 +140,44 @@ def test_what_cannot_be_shared_is_refused():
     for few_tokens, three_heads in run_in_processes(refusals, 2):
         assert "1 tokens, fewer than the 2 processes" in few_tokens
         assert "3 attention heads cannot be shared evenly among 2 processes" in three_heads
+
+
+# --- with the Trainer
+
+
+def test_batches_are_repeated_whole():
+    sampler = RepeatedBatches(range(5), batch_size=2, times=2)
+    assert list(sampler) == [0, 1, 0, 1, 2, 3, 2, 3, 4, 0, 4, 0]
+    assert len(sampler) == 12
+
+
+def trained(folder: str, sequence_parallel_size: int) -> dict[str, torch.Tensor]:
+    """Weights after an epoch of 4 steps on 8 rows, and the loss of an evaluation."""
+    model = make_model(ReformerForCausalLM, dtype=torch.float32, **SIZES, **DROPOUT)
+    rows = [{"input_ids": ids, "labels": ids} for ids in make_ids(8, 40)]
+    arguments = TrainingArguments(
+        folder, use_cpu=True, per_device_train_batch_size=2, per_device_eval_batch_size=3, num_train_epochs=1,
+        learning_rate=1e-2, save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no", seed=3,
+    )  # fmt: skip
+    trainer = SequenceParallelTrainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows[:5], sequence_parallel_size=sequence_parallel_size
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+    found = {name: p.detach() for name, p in model.named_parameters()}
+    found["loss"] = torch.tensor(trainer.evaluate()["eval_loss"])
+    found["predictions"] = torch.tensor(trainer.predict(rows[:5]).predictions)
+    return found
+
+
+@pytest.mark.multi_process
+def test_the_trainer_trains_as_in_one_process(tmp_path):
+    expected = trained(str(tmp_path), 1)
+    for found in run_in_processes(trained, 2, str(tmp_path), 2):
+        for name, value in expected.items():
+            assert largest_gap(found[name], value) <= 1e-4, name
+
+
+def test_groups_must_divide_the_processes(tmp_path):
+    with pytest.raises(ValueError, match="sequence_parallel_size=2 does not divide the 1 processes"):
+        trained(str(tmp_path), 2)

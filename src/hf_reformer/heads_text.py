@@ -83,7 +83,6 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
@@ -91,13 +90,15 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
         r"""
         Args:
             labels: (B, T) int64: the tokens themselves (shifting happens here), -100 for no target.
-            shift_labels: (B, T) int64: the target of every position, already shifted; instead of `labels`.
+            shift_labels: (B, T) int64, by keyword: the target of every position, already shifted; instead of `labels`.
             logits_to_keep: compute the logits of the last so many positions (0: all), or of the given indices.
             num_items_in_batch: divide the summed loss by it (the Trainer's gradient accumulation).
 
         Returns:
             CausalLMOutputWithPast. `logits` (B, T, vocab_size) is None in training with labels.
         """
+        # Not in the signature: the Trainer evaluates no loss unless it gets all that has "label" in its name there.
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         hidden, shape = outputs.last_hidden_state, given_shape(input_ids, inputs_embeds)
         _check_label_shape(shift_labels if shift_labels is not None else labels, shape)

@@ -1,12 +1,14 @@
 """A Reformer layer: the two branches f (attention) and g (feed-forward) around a pair of residual streams."""
 
+import warnings
+
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import Call, ReformerAttention
 from .configuration_reformer import ReformerConfig
 from .feed_forward import FeedForward, LayerNorm
-from .reversible import Chain, Grid, residual_step, reversible_step
+from .reversible import Chain, Grid, residual_step, reversible_step, to_stream
 
 
 class ReformerLayer(GradientCheckpointingLayer):
@@ -39,6 +41,14 @@ class ReformerLayer(GradientCheckpointingLayer):
 
         Reversibly, as number `index` of a `chain`; without one on the plain path.
         """
+        if x2.dtype != grid.dtype:
+            warnings.warn(
+                f"The residual streams reach a layer as {x2.dtype}, not as {grid.dtype}: something casts what passes "
+                "between layers, perhaps FSDP2's mixed precision. Memory then grows with depth. "
+                "`hf_reformer.distributed.fsdp_policy()` is a policy that does not cast.",
+                stacklevel=2,
+            )
+            x1, x2 = to_stream(x1, grid), to_stream(x2, grid)
         if chain is None:
             y1, y2 = residual_step(self, x1, x2, call, grid)
             y1 = y1.view_as(y1)  # so that hooks on y1 see the same gradient as on the reversible path

@@ -20,7 +20,7 @@ from .positions import AxialPositionEmbeddings, LearnedPositionEmbeddings, rotar
 from .randomness import EMBEDDING_DROPOUT, FINAL_DROPOUT, draw_key, dropout, fold
 from .replay import can_reverse
 from .reversible import Chain, Grid, choose_grid, needs_plain_path, to_stream
-from .sharding import Shard, make_shard, own_tokens, same_everywhere
+from .sharding import Shard, check_same_inputs, make_shard, own_tokens, same_everywhere
 
 logger = logging.get_logger(__name__)
 
@@ -162,6 +162,8 @@ class ReformerModel(ReformerPreTrainedModel):
             output_hidden_states = self.config.output_hidden_states
         check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets)
         given = input_ids if inputs_embeds is None else inputs_embeds
+        if self.sequence_group is not None and not torch.compiler.is_compiling():
+            check_same_inputs(self.sequence_group, given, attention_mask, position_ids)
         shard = self.shard(given.shape[1])
         own = own_tokens(given, shard)
         embeds = self.embed_tokens(own) if inputs_embeds is None else own
@@ -210,8 +212,8 @@ class ReformerModel(ReformerPreTrainedModel):
         if samples is not None:
             if config.attention_mode == "chunk":
                 raise ValueError(
-                    "`position_ids` restart at 0 within a row, which packs several samples into it. Chunks cannot keep "
-                    'them apart: pad instead, or use `attention_mode="window"`.'
+                    "`position_ids` restart at 0 within a row, which packs several samples into it. Chunks cannot "
+                    'keep them apart: pad instead, or use `attention_mode="window"`.'
                 )
             samples = samples.expand(embeds.shape[0], -1).contiguous()
             first = torch.searchsorted(samples, samples)  # where each token's sample begins
@@ -248,8 +250,8 @@ def _fresh_key(device: torch.device, shard: Shard | None) -> torch.Tensor:
 def packed_samples(position_ids: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
     """Which sample of its row each token belongs to, (B, T) int32; None where every row is one sample.
 
-    A sample begins wherever a real token's position is 0 (as data collators number packed samples). Under compile, where
-    values cannot be looked at, never None.
+    A sample begins wherever a real token's position is 0 (as data collators number packed samples). Under compile,
+    where values cannot be looked at, never None.
     """
     begins = (position_ids == 0) & (ranks > 0)
     begins = begins if mask is None else begins & mask

@@ -6,6 +6,15 @@ import torch
 from torch import nn
 
 
+class _Tables(nn.ParameterList):
+    """Parameters that are asked for by a call, so that hooks which bring offloaded weights see it."""
+
+    __call__ = nn.Module.__call__
+
+    def forward(self) -> list[torch.Tensor]:
+        return list(self)
+
+
 class AxialPositionEmbeddings(nn.Module):
     """A grid of positions: one small table per axis, their rows concatenated.
 
@@ -18,7 +27,7 @@ class AxialPositionEmbeddings(nn.Module):
     def __init__(self, shape: tuple[int, ...], dims: tuple[int, ...]):
         super().__init__()
         self.shape = tuple(shape)
-        self.weights = nn.ParameterList(
+        self.weights = _Tables(
             nn.Parameter(torch.ones(*(size if i == axis else 1 for i in range(len(shape))), dim))
             for axis, (size, dim) in enumerate(zip(self.shape, dims, strict=True))
         )
@@ -31,7 +40,7 @@ class AxialPositionEmbeddings(nn.Module):
         """(B or 1, T) int64 → (B or 1, T, sum(dims))"""
         parts = []
         stride = self.num_positions
-        for size, weight in zip(self.shape, self.weights, strict=True):
+        for size, weight in zip(self.shape, self.weights(), strict=True):
             stride //= size
             index = position_ids.div(stride, rounding_mode="floor") % size
             parts.append(nn.functional.embedding(index, weight.view(size, -1)))

@@ -69,6 +69,22 @@ def make_shard(group: Any, length: int, heads: int) -> Shard:
     return Shard(group, dist.get_rank(group), size, length)
 
 
+def check_same_inputs(group: Any, *tensors: torch.Tensor | None) -> None:
+    """Raise ValueError unless all processes of the group were given the same."""
+    sums = [(x.numel(), int(x.reshape(-1).double().sum().view(torch.int64))) for x in tensors if x is not None]
+    device = next(x.device for x in tensors if x is not None)
+    numbers = [len(sums), *(number for pair in sums for number in pair)]
+    mine = torch.tensor(numbers + [0] * (1 + 2 * len(tensors) - len(numbers)), dtype=torch.int64, device=device)
+    low, high = mine.clone(), mine.clone()
+    dist.all_reduce(low, dist.ReduceOp.MIN, group)
+    dist.all_reduce(high, dist.ReduceOp.MAX, group)
+    if not torch.equal(low, high):
+        raise ValueError(
+            "Processes that share sequences were given different inputs. All of a group need the same rows: use "
+            "`hf_reformer.distributed.SequenceParallelTrainer`, or a sampler that knows of the groups."
+        )
+
+
 def same_everywhere(x: torch.Tensor, group: Any) -> torch.Tensor:
     """The x of the group's first process."""
     x = x.clone()

@@ -1,0 +1,106 @@
+"""Training on several devices with accelerate and the Trainer: FSDP2's precision, sequences shared by processes."""
+
+from collections.abc import Iterator, Sized
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import DataLoader, IterableDataset, Sampler
+from transformers import Trainer
+
+
+def fsdp_policy(
+    param_dtype: torch.dtype = torch.bfloat16, reduce_dtype: torch.dtype = torch.float32
+) -> MixedPrecisionPolicy:
+    """Mixed precision for FSDP2 under which reversible layers stay exact and their memory flat.
+
+    accelerate's own policy casts what passes between layers, the residual streams too, so that they cannot be rebuilt
+    from each other any more. Give this one to `FullyShardedDataParallelPlugin(mixed_precision_policy=...)`, or to a
+    Trainer before `train()`:
+
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_policy()
+    """
+    return MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
+
+
+class RepeatedBatches(Sampler[int]):
+    """Every batch of another sampler's indices several times over; the last is filled up from the first indices.
+
+    Processes that take turns in fetching batches then get the same ones, as many as `times` of them in a row.
+    """
+
+    def __init__(self, sampler: Sampler[int], batch_size: int, times: int):
+        self.sampler, self.batch_size, self.times = sampler, batch_size, times
+
+    def __len__(self) -> int:
+        assert isinstance(self.sampler, Sized)
+        return -(-len(self.sampler) // self.batch_size) * self.batch_size * self.times
+
+    def __iter__(self) -> Iterator[int]:
+        indices = list(self.sampler)
+        for first in range(0, len(indices), self.batch_size):
+            batch = indices[first : first + self.batch_size]
+            while len(batch) < self.batch_size:
+                batch += indices[: self.batch_size - len(batch)]
+            for _ in range(self.times):
+                yield from batch
+
+
+class SequenceParallelTrainer(Trainer):
+    """A Trainer whose processes share sequences in groups of `sequence_parallel_size` neighbours.
+
+    Each group works on one batch of `per_device_train_batch_size` rows together; groups are data parallel to each
+    other. Evaluation runs over the whole set in every group.
+
+    Args:
+        sequence_parallel_size: processes that share a sequence; divides their number and the attention heads.
+        others: as `Trainer`.
+
+    Raises:
+        ValueError: the number of processes is no multiple of `sequence_parallel_size`, or a training set without a
+            length.
+    """
+
+    def __init__(self, *args: Any, sequence_parallel_size: int, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        processes = self.args.world_size
+        if sequence_parallel_size < 1 or processes % sequence_parallel_size:
+            raise ValueError(
+                f"sequence_parallel_size={sequence_parallel_size} does not divide the {processes} processes of this "
+                "run. Start a multiple of it, for example by `accelerate launch --num_processes`."
+            )
+        self.sequence_parallel_size = sequence_parallel_size
+        if sequence_parallel_size > 1:
+            group, _ = dist.new_subgroups(sequence_parallel_size)
+            model: Any = self.model  # one of ours
+            model.share_sequences(group)
+
+    def _get_dataloader(
+        self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
+    ) -> DataLoader:
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                "Processes that share sequences must get the same rows, which a dataset without a length and an order "
+                "cannot promise. Give one with both."
+            )
+        if is_training and sampler_fn is not None:
+
+            def repeated(data):
+                return RepeatedBatches(sampler_fn(data), batch_size, self.sequence_parallel_size)
+
+            return super()._get_dataloader(dataset, description, batch_size, repeated, is_training, dataloader_key)
+        collate = self._get_collator_with_removed_columns(self.data_collator, description=description)
+        return DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
+
+    @property
+    def gather_function(self):
+        """In evaluation every process has all results."""
+        return lambda results: results
+
+    @gather_function.setter
+    def gather_function(self, value) -> None:
+        pass
+
+
+__all__ = ["RepeatedBatches", "SequenceParallelTrainer", "fsdp_policy"]

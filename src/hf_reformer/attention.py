@@ -31,6 +31,7 @@ class Call(NamedTuple):
         ranks: (B or 1, T) int32, number of real tokens of its sample before each token.
         rotary: cos and sin of `positions.rotary_tables`, or None.
         key: int32 key of shape () of this forward's randomness; None in evaluation.
+        layer_key: the same for the layer that is told, a function of its number.
         num_hashes, num_buckets: the config's, or this call's own. `num_buckets=None`: the older rule by length.
         padded_length: chunk rule: length up to which layers pad, a multiple of the chunk lengths.
         shard: this process's part, where several share every sequence. T is the whole length.
@@ -45,6 +46,7 @@ class Call(NamedTuple):
     num_buckets: int | tuple[int, ...] | None
     padded_length: int
     shard: Shard | None = None
+    layer_key: torch.Tensor | None = None
 
     @property
     def first(self) -> int:
@@ -87,10 +89,10 @@ class ReformerAttention(nn.Module):
         """What attention gave, (B, T, H * head_size) → (B, T, D).
 
         Args:
-            key: of this forward's dropout, None in evaluation.
+            key: of this layer's dropout, None in evaluation.
             first: position of mixed[:, 0] in its sequence.
         """
-        key = None if key is None else fold(key, self.layer, OUTPUT_DROPOUT)
+        key = None if key is None else fold(key, OUTPUT_DROPOUT)
         return dropout(self.o_proj(mixed), self.output_dropout, key, first)
 
     def forward(self, projected: list[torch.Tensor | None], call: Call) -> torch.Tensor:
@@ -98,10 +100,9 @@ class ReformerAttention(nn.Module):
 
         Empties the list, so that projections are freed as soon as they were used.
         """
-        key = None if call.key is None else fold(call.key, self.layer)
         query, key_vectors, value = (None if x is None else self._heads(x, call.shard) for x in projected)
         projected.clear()
-        out = self._attend(query, key_vectors, value, call, key)  # (B, H, T, head_size)
+        out = self._attend(query, key_vectors, value, call, call.layer_key)  # (B, H, T, head_size)
         out = out if call.shard is None else heads_to_tokens(out, call.shard)
         return out.transpose(1, 2).flatten(2)
 

@@ -66,7 +66,7 @@ def backend_name(choice: str, *tensors: torch.Tensor) -> str:
         if "cpu" not in KERNELS or tensors[0].device.type != "cpu":
             return "torch"
         reason = KERNELS["cpu"].why_not(*tensors)
-        if reason is not None:
+        if reason is not None and not torch.compiler.is_compiling():
             _tell_once(reason)
         return "cpu" if reason is None else "torch"
     if choice in KERNELS and (reason := KERNELS[choice].why_not(*tensors)):

@@ -18,9 +18,8 @@ class LayerNorm(nn.LayerNorm):
 class FeedForward(nn.Module):
     """Two projections with dropout before and after."""
 
-    def __init__(self, config: ReformerConfig, layer: int):
+    def __init__(self, config: ReformerConfig):
         super().__init__()
-        self.layer = layer
         self.dropout = config.hidden_dropout_prob
         self.act = ACT2FN[config.hidden_act]
         self.up_proj = nn.Linear(config.hidden_size, config.feed_forward_size)
@@ -30,10 +29,9 @@ class FeedForward(nn.Module):
         """(B, T, D) → (B, T, D).
 
         Args:
-            key: of this forward's dropout, None in evaluation.
+            key: of this layer's dropout, None in evaluation.
             first: position of x[:, 0] in its sequence.
         """
-        key = key if key is None else fold(key, self.layer)
         x = self.up_proj(x)
         x = dropout(x, self.dropout, key if key is None else fold(key, HIDDEN_DROPOUT), first)
         x = self.down_proj(self.act(x))

@@ -1,6 +1,8 @@
 """A Reformer layer: the two branches f (attention) and g (feed-forward) around a pair of residual streams."""
 
+import inspect
 import warnings
+from typing import Any
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -8,6 +10,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention import Call, ReformerAttention
 from .configuration_reformer import ReformerConfig
 from .feed_forward import FeedForward, LayerNorm
+from .randomness import fold
 from .reversible import Chain, Grid, residual_step, reversible_step, to_stream
 
 
@@ -20,7 +23,9 @@ class ReformerLayer(GradientCheckpointingLayer):
         self.attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = ReformerAttention(config, layer)
         self.feed_forward_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.feed_forward = FeedForward(config, layer)
+        self.feed_forward = FeedForward(config)
+
+    one_artefact = False
 
     def project(self, x2: torch.Tensor, call: Call, first: int) -> list[torch.Tensor | None]:
         return self.attention.project(self.attention_norm(x2))
@@ -29,10 +34,23 @@ class ReformerLayer(GradientCheckpointingLayer):
         return self.attention(projected, call)
 
     def merge(self, mixed: torch.Tensor, call: Call, first: int) -> torch.Tensor:
-        return self.attention.merge(mixed, call.key, call.first + first)
+        return self.attention.merge(mixed, call.layer_key, call.first + first)
 
     def g(self, y1: torch.Tensor, call: Call, first: int) -> torch.Tensor:
-        return self.feed_forward(self.feed_forward_norm(y1), call.key, call.first + first)
+        return self.feed_forward(self.feed_forward_norm(y1), call.layer_key, call.first + first)
+
+    def compile_parts(self, **options: Any) -> None:
+        """Compile all but attention, which is compiled as it is; `options` are `torch.compile`'s.
+
+        The parts are called with and without a graph. Both have to give the same bits, so a forward that would record
+        none records one too and drops it (`one_artefact`).
+        """
+        self.one_artefact = True
+        options = {"dynamic": True, **options}
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13 and later
+            options.setdefault("recompile_limit", 64)  # kinds of layers, with and without graph, first slices and others
+        for name in ("project", "merge", "g"):
+            setattr(self, name, torch.compile(getattr(self, name), **options))
 
     def forward(
         self, x2: torch.Tensor, x1: torch.Tensor, call: Call, grid: Grid, chain: Chain | None = None, index: int = 0
@@ -41,6 +59,8 @@ class ReformerLayer(GradientCheckpointingLayer):
 
         Reversibly, as number `index` of a `chain`; without one on the plain path.
         """
+        if call.key is not None:
+            call = call._replace(layer_key=fold(call.key, self.attention.layer))
         if x2.dtype != grid.dtype:
             warnings.warn(
                 f"The residual streams reach a layer as {x2.dtype}, not as {grid.dtype}: something casts what passes "

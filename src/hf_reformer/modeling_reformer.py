@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
@@ -77,6 +78,18 @@ class ReformerPreTrainedModel(PreTrainedModel):
             ValueError: in `forward`, heads that the group's size does not divide, or fewer tokens than processes.
         """
         self.base_model.sequence_group = group
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compile the token-wise parts of every layer, in place: projections, feed-forward, norms around them.
+
+        The way to compile deep models: layers stay reversible, their memory flat, and compiling takes as long as for one
+        layer. `torch.compile` of the whole model works too; in training it has the memory of a checkpointed model.
+
+        Args:
+            options: those of `torch.compile`.
+        """
+        for layer in self.base_model.layers:
+            layer.compile_parts(**options)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -191,10 +204,15 @@ class ReformerModel(ReformerPreTrainedModel):
         plain = keep_states or checkpointing or not self.config.reversible or not can_reverse()
         plain = plain or any(needs_plain_path(layer) for layer in self.layers)
         chain = None if plain else Chain(grid, len(self.layers))
+        # Traced into a graph, layers cannot rebuild their inputs, but the graph can compute them again.
+        traced = self.config.reversible and torch.is_grad_enabled() and torch.compiler.is_compiling()
         x2, x1 = streams.pop(), streams.pop()
         states = [x2] if keep_states else []
         for index, layer in enumerate(self.layers):
-            x2, x1 = layer(x2, x1, call, grid, chain, index)
+            if traced:
+                x2, x1 = checkpoint(layer, x2, x1, call, grid, use_reentrant=False)
+            else:
+                x2, x1 = layer(x2, x1, call, grid, chain, index)
             if keep_states:
                 states.append(x2)
         dtype = self.norm.weight.dtype

@@ -72,7 +72,8 @@ class Conditions:
     @contextlib.contextmanager
     def record(self, part: Hashable = None) -> Iterator[None]:
         before = _generator_state(self.device)
-        with autocast_again(self.device, self.autocast):
+        recording = torch.is_grad_enabled() or getattr(self.layer, "one_artefact", False)
+        with autocast_again(self.device, self.autocast), torch.set_grad_enabled(recording):
             yield
         after = _generator_state(self.device)
         drawn = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -46,6 +46,11 @@ def why_not(*tensors: torch.Tensor) -> str | None:
             return f"head sizes must be multiples of 8, not {x.shape[-1]}"
     if torch._C._functorch.maybe_current_level() is not None:
         return "it has no rule for torch.func transforms"
+    return _why_no_library()
+
+
+@torch.compiler.assume_constant_result
+def _why_no_library() -> str | None:
     library = _library()
     return library if isinstance(library, str) else None
 

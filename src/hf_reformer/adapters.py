@@ -17,7 +17,7 @@ TABLES = "peft.utils.constants"
 # Queries and values, as for nearly every model in peft's tables. An lsh layer's queries are its keys.
 QUERIES_AND_VALUES = ["qk_proj", "q_proj", "v_proj"]
 EVERY_PROJECTION = ["qk_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-# Kinds that belong elsewhere, by the middle of their table's name. IA3 scales keys, values and what enters `down_proj`.
+# Kinds that go elsewhere, by the middle of their table's name. IA3 scales keys, values and what enters `down_proj`.
 ELSEWHERE = {
     "BEFT_TARGET": ["v_proj"],
     "IA3_FEEDFORWARD": ["down_proj"],

@@ -64,7 +64,6 @@ class _Filling(Loader):
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         fill(module)
 

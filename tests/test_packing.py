@@ -26,8 +26,13 @@ def positions_of(lengths: list[int]) -> torch.Tensor:
 def test_a_packed_sample_equals_the_sample_alone(lengths, kind, backend, causal, training, padded):
     """In training too: exploration orders count positions from the sample's beginning."""
     model = make_model(
-        ReformerModel, attn_layers=[kind] * 2, attention_backend=backend, is_decoder=causal, **SMALL_WINDOWS, **REPEATABLE
-    ).train(training)  # fmt: skip
+        ReformerModel,
+        attn_layers=[kind] * 2,
+        attention_backend=backend,
+        is_decoder=causal,
+        **SMALL_WINDOWS,
+        **REPEATABLE,
+    ).train(training)
     ids, end = make_ids(1, sum(lengths) + padded), sum(lengths)
     mask = torch.arange(ids.shape[1])[None] < end if padded else None
     positions = torch.nn.functional.pad(positions_of(lengths), (0, padded))

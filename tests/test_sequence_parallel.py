@@ -23,25 +23,49 @@ LEFT = RIGHT.flip(-1)
 PACKED = torch.cat([torch.arange(20), torch.arange(30), torch.arange(LENGTH - 50)])[None].expand(2, -1)
 CLASSES = torch.tensor([2, 0])
 SIZES = {"num_attention_heads": 4, "classifier_dropout": 0.0, "num_labels": 3, **SMALL_WINDOWS}
-DROPOUT = {"hidden_dropout_prob": 0.1, "lsh_attention_probs_dropout_prob": 0.2, "local_attention_probs_dropout_prob": 0.2}
+DROPOUT = {
+    "hidden_dropout_prob": 0.1,
+    "lsh_attention_probs_dropout_prob": 0.2,
+    "local_attention_probs_dropout_prob": 0.2,
+}
 FULL = {"attn_layers": ["full", "lsh"], "lsh_attention_probs_dropout_prob": 0.2}
 
 # name: class, config, inputs
 CASES = {
     "causal language model": (ReformerForCausalLM, DROPOUT, {"labels": IDS}),
-    "padded on the left": (ReformerForCausalLM, DROPOUT, {"labels": IDS.where(LEFT, -100), "attention_mask": LEFT.long()}),
+    "padded on the left": (
+        ReformerForCausalLM,
+        DROPOUT,
+        {"labels": IDS.where(LEFT, -100), "attention_mask": LEFT.long()},
+    ),
     "packed samples": (ReformerForCausalLM, DROPOUT, {"labels": IDS, "position_ids": PACKED}),
     "rotary positions": (ReformerForCausalLM, {"position_embedding_type": "rotary"}, {"labels": IDS}),
-    "chunks": (ReformerForCausalLM, {"attention_mode": "chunk", "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16, **DROPOUT}, {"labels": IDS}),
+    "chunks": (
+        ReformerForCausalLM,
+        {"attention_mode": "chunk", "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16, **DROPOUT},
+        {"labels": IDS},
+    ),
     "a full layer": (ReformerForCausalLM, FULL, {"labels": IDS}),
     "plain path": (ReformerForCausalLM, {"reversible": False, **DROPOUT}, {"labels": IDS}),
     "masked language model": (ReformerForMaskedLM, DROPOUT, {"labels": IDS.where(IDS > 20, -100)}),
     "mean pooling": (ReformerForSequenceClassification, DROPOUT, {"labels": CLASSES, "attention_mask": RIGHT.long()}),
-    "last token": (ReformerForSequenceClassification, {"is_decoder": True}, {"labels": CLASSES, "attention_mask": RIGHT.long()}),
-    "first token": (ReformerForSequenceClassification, {"classifier_pooling": "first"}, {"labels": CLASSES, "attention_mask": LEFT.long()}),
+    "last token": (
+        ReformerForSequenceClassification,
+        {"is_decoder": True},
+        {"labels": CLASSES, "attention_mask": RIGHT.long()},
+    ),
+    "first token": (
+        ReformerForSequenceClassification,
+        {"classifier_pooling": "first"},
+        {"labels": CLASSES, "attention_mask": LEFT.long()},
+    ),
     "token classification": (ReformerForTokenClassification, DROPOUT, {"labels": IDS % 3}),
-    "question answering": (ReformerForQuestionAnswering, DROPOUT, {"start_positions": CLASSES, "end_positions": CLASSES + 50}),
-}  # fmt: skip
+    "question answering": (
+        ReformerForQuestionAnswering,
+        DROPOUT,
+        {"start_positions": CLASSES, "end_positions": CLASSES + 50},
+    ),
+}
 
 
 def outcome(name: str, group=None) -> dict[str, torch.Tensor]:
@@ -86,8 +110,15 @@ def test_outputs_and_gradients_are_those_of_one_process(name, shared):
 
 def peaks_and_states(length: int, seed: int) -> tuple[int, torch.Tensor]:
     """Bytes of a training step's activations at their peak; and an evaluation's hidden states of own tokens."""
-    model = make_model(ReformerForCausalLM, num_attention_heads=4, attention_head_size=16, hidden_size=64,
-                       max_position_embeddings=length, num_buckets=32, dtype=torch.float32)  # fmt: skip
+    model = make_model(
+        ReformerForCausalLM,
+        num_attention_heads=4,
+        attention_head_size=16,
+        hidden_size=64,
+        max_position_embeddings=length,
+        num_buckets=32,
+        dtype=torch.float32,
+    )
     model.share_sequences(dist.group.WORLD)
     ids = make_ids(1, length, seed=seed)
     with Census(*model.parameters()) as census:

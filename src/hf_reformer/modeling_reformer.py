@@ -211,8 +211,8 @@ class ReformerModel(ReformerPreTrainedModel):
         if samples is not None:
             if config.attention_mode == "chunk":
                 raise ValueError(
-                    "`position_ids` restart at 0 within a row, which packs several samples into it. Chunks cannot keep "
-                    'them apart: pad instead, or use `attention_mode="window"`.'
+                    "`position_ids` restart at 0 within a row, which packs several samples into it. Chunks cannot "
+                    'keep them apart: pad instead, or use `attention_mode="window"`.'
                 )
             samples = samples.expand(embeds.shape[0], -1).contiguous()
             first = torch.searchsorted(samples, samples)  # where each token's sample begins
@@ -249,8 +249,8 @@ def _fresh_key(device: torch.device, shard: Shard | None) -> torch.Tensor:
 def packed_samples(position_ids: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
     """Which sample of its row each token belongs to, (B, T) int32; None where every row is one sample.
 
-    A sample begins wherever a real token's position is 0 (as data collators number packed samples). Under compile, where
-    values cannot be looked at, never None.
+    A sample begins wherever a real token's position is 0 (as data collators number packed samples). Under compile,
+    where values cannot be looked at, never None.
     """
     begins = (position_ids == 0) & (ranks > 0)
     begins = begins if mask is None else begins & mask

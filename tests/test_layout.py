@@ -41,6 +41,7 @@ ORDER = [
     ("heads_media", MODEL),
     ("seq2seq", MODEL),
     ("tokenization_reformer", STAYS),
+    ("adapters", STAYS),
     ("registration", STAYS),
     ("hub", STAYS),
     ("convert", STAYS),

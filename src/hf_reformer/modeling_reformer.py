@@ -174,6 +174,7 @@ class ReformerModel(ReformerPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets)
+        check_nothing_is_lost(position_ids, **kwargs)
         given = input_ids if inputs_embeds is None else inputs_embeds
         if self.sequence_group is not None and not torch.compiler.is_compiling():
             check_same_inputs(self.sequence_group, given, attention_mask, position_ids)
@@ -330,6 +331,20 @@ def check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds,
         _check_positions_cover(config, shape[1], attention_mask)
     if not torch.compiler.is_compiling():
         _check_values(config, input_ids, attention_mask, position_ids)
+
+
+def check_nothing_is_lost(position_ids, past_key_values=None, cu_seq_lens_q=None, **ignored) -> None:
+    """Raise ValueError for arguments without which a result would be wrong, and of which the model makes no use."""
+    if past_key_values is not None:
+        raise ValueError(
+            "`past_key_values` were given, but attention here reads no keys and values from outside. If prefix tuning "
+            "made them, choose another kind of adapter: prompt tuning, or LoRA."
+        )
+    if position_ids is None and cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2:
+        raise ValueError(
+            f"`cu_seq_lens_q` says that {len(cu_seq_lens_q) - 1} samples are packed into a row. They are told apart "
+            "by `position_ids` that restart at 0, and there are none (prompt tuning drops them). Give them, or pad."
+        )
 
 
 def _check_positions_cover(config, length: int, attention_mask) -> None:

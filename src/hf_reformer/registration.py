@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .adapters import register_adapters
 from .configuration_reformer import ReformerConfig
 from .heads_text import (
     ReformerForCausalLM,
@@ -51,7 +52,7 @@ def register(replace_builtin: bool = False) -> None:
     """Make `AutoConfig`, `AutoModel…` and `AutoTokenizer` give our classes for `model_type: hf_reformer`.
 
     Importing the package does this once; doing it again changes nothing. Configs, models and tokenizers of
-    transformers' own Reformer keep giving the built-in classes.
+    transformers' own Reformer keep giving the built-in classes. peft learns where adapters go by default.
 
     Args:
         replace_builtin: Also give our classes, in this process, for a folder or Hub repository whose config says
@@ -64,6 +65,7 @@ def register(replace_builtin: bool = False) -> None:
         # Trainer's label smoothing and the model card look into the table of names, which `register` leaves alone.
         mapping: Any = auto_class._model_mapping
         mapping._model_mapping[ReformerConfig.model_type] = model_class.__name__
+    register_adapters()
     if replace_builtin:
         CONFIG_MAPPING.register("reformer", ReformerConfig, exist_ok=True)  # `AutoConfig.register` insists on its own
 

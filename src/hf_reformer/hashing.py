@@ -152,8 +152,8 @@ def window_orders(
     place = torch.arange(rounds * length, dtype=torch.int32, device=line.device).view(rounds, length)
     lo, last = lo.add_(place[:, :1]), hi[0].add_(place[:, :1]) if hi else place.expand_as(line)
     widest = max(window for *_, window in buckets)
-    before, after = (min(far, length - 1) for far in reach(widest, causal))
-    return Orders(line, lo, last, min(tile, length), before, after, count_once=True)
+    before, after = (torch.sym_min(far, length - 1) for far in reach(widest, causal))  # min, of traced lengths too
+    return Orders(line, lo, last, torch.sym_min(tile, length), before, after, count_once=True)
 
 
 def reach(window: int, causal: bool) -> tuple[int, int]:

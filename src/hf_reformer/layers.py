@@ -48,7 +48,9 @@ class ReformerLayer(GradientCheckpointingLayer):
         self.one_artefact = True
         options = {"dynamic": True, **options}
         if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13 and later
-            options.setdefault("recompile_limit", 64)  # kinds of layers, with and without graph, first slices and others
+            options.setdefault(
+                "recompile_limit", 64
+            )  # kinds of layers, with and without graph, first slices and others
         for name in ("project", "merge", "g"):
             setattr(self, name, torch.compile(getattr(self, name), **options))
 

@@ -82,8 +82,8 @@ class ReformerPreTrainedModel(PreTrainedModel):
     def compile_layers(self, **options: Any) -> None:
         """Compile the token-wise parts of every layer, in place: projections, feed-forward, norms around them.
 
-        The way to compile deep models: layers stay reversible, their memory flat, and compiling takes as long as for one
-        layer. `torch.compile` of the whole model works too; in training it has the memory of a checkpointed model.
+        The way to compile deep models: layers stay reversible, their memory flat, and compiling takes as long as for
+        one layer. `torch.compile` of the whole model works too; in training it has the memory of a checkpointed model.
 
         Args:
             options: those of `torch.compile`.
@@ -243,7 +243,8 @@ class ReformerModel(ReformerPreTrainedModel):
         if config.position_embedding_type == "rotary":
             rotary = rotary_tables(position_ids, config.attention_head_size, config.rope_theta)
         num_buckets = config.num_buckets if num_buckets is None else num_buckets
-        if config.attention_mode == "window" and length < 2 * product_of(num_buckets):
+        seen = not torch.compiler.is_compiling()
+        if seen and config.attention_mode == "window" and length < 2 * product_of(num_buckets):
             logger.info_once(
                 f"Inputs are so short that {product_of(num_buckets)} hash buckets stay nearly empty: lsh layers see "
                 "little beyond their local window. For short inputs, lower `num_buckets` or `max_position_embeddings`."

@@ -60,7 +60,7 @@ def _why_no_library() -> str | None:
 _TENSORS = (
     "Tensor query, Tensor? key, Tensor value, Tensor line, Tensor lo, Tensor hi, Tensor? mask, Tensor? dropout_key"
 )
-_NUMBERS = "int tile, int before, int after, bool count_once, bool causal, float dropout, float scale"
+_NUMBERS = "SymInt tile, SymInt before, SymInt after, bool count_once, bool causal, float dropout, float scale"
 _TENSOR_COUNT, _NUMBER_COUNT = (len(text.split(",")) for text in (_TENSORS, _NUMBERS))
 
 

@@ -8,7 +8,7 @@ from .launch import empty_rows, prepare, run_backward, run_forward
 _TENSORS = (
     "Tensor query, Tensor? key, Tensor value, Tensor line, Tensor lo, Tensor hi, Tensor? mask, Tensor? dropout_key"
 )
-_NUMBERS = "int tile, int before, int after, bool count_once, bool causal, float dropout"
+_NUMBERS = "SymInt tile, SymInt before, SymInt after, bool count_once, bool causal, float dropout"
 _TENSOR_COUNT, _NUMBER_COUNT = (len(text.split(",")) for text in (_TENSORS, _NUMBERS))
 
 

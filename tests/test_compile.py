@@ -1,0 +1,177 @@
+"""torch.compile and torch.export give the values and gradients of the eager model."""
+
+import pytest
+import torch
+from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
+from test_memory import Census
+from torch._dynamo.utils import counters
+
+from hf_reformer import ReformerForCausalLM, ReformerForQuestionAnswering, ReformerForSequenceClassification
+
+DROPOUT = {"hidden_dropout_prob": 0.1, "lsh_attention_probs_dropout_prob": 0.1}
+MASK = (torch.arange(50) < torch.tensor([[50], [31]])).long()
+IDS = make_ids(2, 50)
+CLASSES = torch.tensor([1, 0])
+INPUTS = {
+    ReformerForCausalLM: {"labels": IDS.where(MASK == 1, -100)},
+    ReformerForSequenceClassification: {"labels": CLASSES},
+    ReformerForQuestionAnswering: {"start_positions": CLASSES, "end_positions": CLASSES + 9},
+}
+KINDS = [
+    (ReformerForCausalLM, {}),
+    pytest.param(
+        ReformerForCausalLM,
+        {"attention_backend": "torch", "position_embedding_type": "rotary"},
+        marks=pytest.mark.slow,
+    ),
+    (ReformerForCausalLM, {"attention_mode": "chunk", "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16}),
+    (ReformerForCausalLM, {"reversible": False, "attn_layers": ["full", "lsh"]}),
+    (ReformerForSequenceClassification, {}),
+    (ReformerForQuestionAnswering, {}),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def make(cls=ReformerForCausalLM, **changes):
+    return make_model(cls, dtype=torch.float32, classifier_dropout=0.0, **{**SMALL_WINDOWS, **DROPOUT, **changes})
+
+
+def step(run, model) -> dict[str, torch.Tensor]:
+    """Loss and gradients of a training step, the generator where it always begins."""
+    torch.manual_seed(3)
+    loss = run(input_ids=IDS, attention_mask=MASK, **INPUTS[type(model)]).loss
+    loss.backward()
+    return {"loss": loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
+    for name, value in expected.items():
+        assert largest_gap(found[name], value) <= tolerance * max(1, value.abs().max().item()), name
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(("cls", "changes"), KINDS)
+def test_a_training_step_in_one_graph(cls, changes):
+    model, eager = make(cls, **changes).train(), make(cls, **changes).train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same(step(compiled, model), step(eager, eager), 1e-6)
+
+
+@torch.no_grad()
+def test_evaluation_in_one_graph_is_compiled_anew_for_another_length_but_once():
+    model = make().eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length, limit in ((50, 1), (61, 2), (90, 2), (33, 2)):
+        ids, mask = make_ids(2, length), torch.ones(2, length, dtype=torch.long)
+        mask[1, length // 2 :] = 0
+        found, expected = compiled(input_ids=ids, attention_mask=mask).logits, model(ids, mask).logits
+        assert largest_gap(found[mask == 1], expected[mask == 1]) <= 1e-6
+        assert graphs() <= limit
+
+
+@torch.no_grad()
+def test_packed_samples_in_one_graph():
+    model = make().eval()
+    positions = torch.cat([torch.arange(20), torch.arange(30)]).expand(2, -1)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    found = compiled(input_ids=IDS, position_ids=positions).logits
+    assert largest_gap(found, model(IDS, position_ids=positions).logits) <= 1e-6
+
+
+def kept_by(model, length: int = 1024) -> int:
+    """Bytes that one compiled forward keeps for backward, weights aside."""
+    ids = make_ids(1, length)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    loss = compiled(input_ids=ids, labels=ids).loss
+    kept, todo, seen = {}, [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+            for x in getattr(node, "saved_tensors", ()):
+                if x is not None:
+                    kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(kept.values())
+
+
+@pytest.mark.slow
+def test_one_graph_has_the_memory_of_a_checkpointed_model():
+    """Of every further layer it keeps less than its two streams."""
+    changes = {"hidden_size": 32, "max_position_embeddings": 2048, "attn_layers": None}
+    stream = 1024 * 32 * 8
+    shallow, deep, plain = (
+        kept_by(make(num_hidden_layers=depth, reversible=reversible, **changes).train())
+        for depth, reversible in ((2, True), (6, True), (6, False))
+    )
+    assert deep - shallow <= 4 * 2 * stream
+    assert deep <= plain / 2
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("slices", [0, pytest.param(7, marks=pytest.mark.slow)])
+def test_compiled_parts_of_layers_are_rebuilt_exactly(bf16, slices, recwarn):
+    changes = {"attn_layers": ["local", "lsh"] * 3, "chunk_size_feed_forward": slices}
+    model, eager = make(**changes).train(), make(**changes).train()
+    model.compile_layers(backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        found, expected = step(model, model), step(eager, eager)
+    assert_same(found, expected, 1e-6)
+    assert not [warning for warning in recwarn if "reconstruct" in str(warning.message)]
+    assert graphs() <= 24  # three parts, two kinds of layers, a few kinds of slices; not by layer
+
+
+def test_compiled_parts_keep_memory_flat():
+    peaks = []
+    for depth in (2, 6):
+        model = make(num_hidden_layers=depth, attn_layers=None, max_position_embeddings=2048).train()
+        model.compile_layers(backend="aot_eager")
+        ids = make_ids(1, 1024)
+        model(ids, labels=ids).loss.backward()  # compiles
+        model.zero_grad()
+        with Census(*model.parameters()) as census:
+            model(ids, labels=ids).loss.backward()
+        peaks.append(census.peak - sum(p.numel() * p.element_size() for p in model.parameters()))
+    assert peaks[1] <= 1.02 * peaks[0]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("cls", "changes"), [KINDS[0], KINDS[4]])
+def test_export_with_any_batch_and_length(cls, changes):
+    model = make(cls, **changes).eval()
+    batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=256)
+    shape = {0: batch, 1: length}
+    exported = torch.export.export(
+        model, (), {"input_ids": IDS, "attention_mask": MASK},
+        dynamic_shapes={"input_ids": shape, "attention_mask": shape},
+    )  # fmt: skip
+    for size in ((2, 50), (3, 77), (1, 19)):
+        ids, mask = make_ids(*size), torch.ones(size, dtype=torch.long)
+        mask[0, size[1] // 2 :] = 0
+        found, expected = exported.module()(input_ids=ids, attention_mask=mask).logits, model(ids, mask).logits
+        real = mask.bool() if found.dim() == 3 else slice(None)
+        assert largest_gap(found[real], expected[real]) <= 1e-6
+
+
+@pytest.mark.slow
+def test_inductor_trains_and_evaluates(monkeypatch):
+    """Inductor rounds otherwise; random numbers are eager's with `fallback_random`."""
+    monkeypatch.setattr(torch._inductor.config, "fallback_random", True)
+    model, eager = make().train(), make().train()
+    assert_same(step(torch.compile(model, fullgraph=True), model), step(eager, eager), 1e-4)
+    with torch.no_grad():
+        model, eager = make().eval(), make().eval()
+        found = torch.compile(model, fullgraph=True)(input_ids=IDS, attention_mask=MASK).logits
+        assert largest_gap(found[MASK == 1], eager(IDS, MASK).logits[MASK == 1]) <= 1e-4

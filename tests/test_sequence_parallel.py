@@ -23,11 +23,7 @@ LEFT = RIGHT.flip(-1)
 PACKED = torch.cat([torch.arange(20), torch.arange(30), torch.arange(LENGTH - 50)])[None].expand(2, -1)
 CLASSES = torch.tensor([2, 0])
 SIZES = {"num_attention_heads": 4, "classifier_dropout": 0.0, "num_labels": 3, **SMALL_WINDOWS}
-DROPOUT = {
-    "hidden_dropout_prob": 0.1,
-    "lsh_attention_probs_dropout_prob": 0.2,
-    "local_attention_probs_dropout_prob": 0.2,
-}
+DROPOUT = {"hidden_dropout_prob": 0.1, "lsh_attention_probs_dropout_prob": 0.2, "local_attention_probs_dropout_prob": 0.2}
 FULL = {"attn_layers": ["full", "lsh"], "lsh_attention_probs_dropout_prob": 0.2}
 
 # name: class, config, inputs

@@ -97,9 +97,7 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
         Returns:
             CausalLMOutputWithPast. `logits` (B, T, vocab_size) is None in training with labels.
         """
-        shift_labels = kwargs.pop(
-            "shift_labels", None
-        )  # by name in the signature, Trainer would evaluate only with it
+        shift_labels = kwargs.pop("shift_labels", None)  # in the signature, Trainer would want it in evaluation
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         hidden, shape = outputs.last_hidden_state, given_shape(input_ids, inputs_embeds)
         _check_label_shape(shift_labels if shift_labels is not None else labels, shape)

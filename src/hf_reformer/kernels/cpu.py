@@ -51,7 +51,7 @@ def why_not(*tensors: torch.Tensor) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _fault() -> str | None:
-    """Why the library itself cannot be used, or None; the same for the life of the process, so dynamo need not look."""
+    """Why the library itself cannot be used, or None; the same all along, so dynamo need not look."""
     library = _library()
     return library if isinstance(library, str) else None
 

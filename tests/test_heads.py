@@ -261,6 +261,27 @@ def test_labels_may_come_shifted():
         assert torch.equal(model(IDS, labels=HOLES).loss, model(IDS, shift_labels=shifted).loss)
 
 
+@pytest.mark.parametrize("padding", [(0, 9), (9, 0), (3, 4)])
+def test_padding_does_not_change_the_loss_of_a_span(padding):
+    model, ids = make_head(ReformerForQuestionAnswering), make_ids(2, 13)
+    starts, ends = torch.tensor([0, 7]), torch.tensor([12, 8])
+    alone = model(ids, torch.ones_like(ids), start_positions=starts, end_positions=ends)
+    padded = model(
+        F.pad(ids, padding),
+        F.pad(torch.ones_like(ids), padding),
+        start_positions=starts + padding[0],
+        end_positions=ends + padding[0],
+    )
+    assert largest_gap(padded.loss, alone.loss) <= 1e-10
+    assert torch.equal(padded.start_logits.argmax(-1), alone.start_logits.argmax(-1) + padding[0])
+
+
+def test_a_span_that_ends_on_padding_was_cut_away():
+    model, mask = make_head(ReformerForQuestionAnswering), MASK
+    found = model(IDS, mask, start_positions=STARTS, end_positions=torch.tensor([4, 17, 19])).loss
+    assert largest_gap(found, model(IDS, mask, start_positions=STARTS, end_positions=ENDS).loss) == 0
+
+
 @pytest.mark.parametrize(
     ("keep", "places"),
     [(0, range(20)), (1, [19]), (5, range(15, 20)), (torch.tensor([3, 0, 19]), [3, 0, 19])],

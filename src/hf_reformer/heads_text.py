@@ -90,15 +90,14 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
         r"""
         Args:
             labels: (B, T) int64: the tokens themselves (shifting happens here), -100 for no target.
-            shift_labels: (B, T) int64, by keyword: the target of every position, already shifted; instead of `labels`.
             logits_to_keep: compute the logits of the last so many positions (0: all), or of the given indices.
             num_items_in_batch: divide the summed loss by it (the Trainer's gradient accumulation).
+            shift_labels: (B, T) int64: the target of every position, already shifted; instead of `labels`.
 
         Returns:
             CausalLMOutputWithPast. `logits` (B, T, vocab_size) is None in training with labels.
         """
-        # Not in the signature: the Trainer evaluates no loss unless it gets all that has "label" in its name there.
-        shift_labels = kwargs.pop("shift_labels", None)
+        shift_labels = kwargs.pop("shift_labels", None)  # in the signature, Trainer would want it in evaluation
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         hidden, shape = outputs.last_hidden_state, given_shape(input_ids, inputs_embeds)
         _check_label_shape(shift_labels if shift_labels is not None else labels, shape)
@@ -245,16 +244,22 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
         end_positions: torch.LongTensor | None = None,
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
-        r"""`start_positions`, `end_positions`: (B) int64; a position outside the input (cut away) is no target."""
+        r"""`start_positions`, `end_positions`: (B) int64; a position outside the input (cut away) or on padding is no
+        target. Logits of padding are as low as the dtype goes."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
-        start_logits, end_logits = whole_sequence(self.qa_outputs(outputs.last_hidden_state), shard).unbind(-1)
+        scores = whole_sequence(self.qa_outputs(outputs.last_hidden_state), shard)  # (B, T, 2)
+        real = torch.ones_like(scores[..., 0], dtype=torch.bool)
+        if attention_mask is not None:  # an answer neither begins nor ends on padding: its width changes no loss
+            real = (attention_mask != 0).to(scores.device)
+            scores = scores.masked_fill(~real[..., None], torch.finfo(scores.dtype).min)
+        start_logits, end_logits = scores.unbind(-1)
         if (start_positions is None) != (end_positions is None):
             raise ValueError("Give both `start_positions` and `end_positions`, or neither.")
         loss = None
         if start_positions is not None and end_positions is not None:
             pairs = ((start_logits, start_positions), (end_logits, end_positions))
-            loss = sum(cross_entropy(logits, _inside(positions, logits)) for logits, positions in pairs) / 2
+            loss = sum(cross_entropy(logits, _inside(positions, real)) for logits, positions in pairs) / 2
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits,
@@ -364,10 +369,13 @@ def _classification_loss(config: ReformerConfig, logits: torch.Tensor, labels: t
     return nn.functional.binary_cross_entropy_with_logits(logits, labels)
 
 
-def _inside(positions: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """(B) targets of a span head, -100 where they lie outside the input."""
-    positions = positions.reshape(-1).to(logits.device)
-    return torch.where((positions >= 0) & (positions < logits.shape[1]), positions, IGNORE)
+def _inside(positions: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """(B) targets of a span head, -100 where they lie outside the input, or on what is not `real`, (B, T) bool."""
+    positions = positions.reshape(-1).to(real.device)
+    _check_label_shape(positions, real.shape[:1])
+    inside = (positions >= 0) & (positions < real.shape[1])
+    nearest = positions.long().clamp(0, real.shape[1] - 1)
+    return torch.where(inside & real.gather(1, nearest[:, None])[:, 0], positions, IGNORE)
 
 
 def _check_label_shape(labels: torch.Tensor | None, shape: torch.Size) -> None:

@@ -88,7 +88,8 @@ class ReformerPreTrainedModel(PreTrainedModel):
         Args:
             options: those of `torch.compile`.
         """
-        for layer in self.base_model.layers:
+        model: Any = self.base_model
+        for layer in model.layers:
             layer.compile_parts(**options)
 
     @torch.no_grad()

@@ -46,11 +46,12 @@ def why_not(*tensors: torch.Tensor) -> str | None:
             return f"head sizes must be multiples of 8, not {x.shape[-1]}"
     if torch._C._functorch.maybe_current_level() is not None:
         return "it has no rule for torch.func transforms"
-    return _why_no_library()
+    return _fault()
 
 
 @torch.compiler.assume_constant_result
-def _why_no_library() -> str | None:
+def _fault() -> str | None:
+    """Why the library itself cannot be used, or None; the same all along, so dynamo need not look."""
     library = _library()
     return library if isinstance(library, str) else None
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
 from hf_reformer import ReformerForCausalLM, ReformerModel
+from hf_reformer.modeling_reformer import packed_samples
 
 
 def positions_of(lengths: list[int]) -> torch.Tensor:
@@ -59,6 +60,9 @@ def test_positions_that_do_not_restart_pack_nothing():
     ids = make_ids(2, 30)
     positions = torch.arange(30).expand(2, -1)
     assert torch.equal(model(ids, position_ids=positions)[0], model(ids)[0])
+    downwards = positions.flip(-1)  # any numbers may be given; these end in 0
+    assert largest_gap(model(ids, position_ids=downwards)[0], model(ids)[0]) > 1e-3
+    assert packed_samples(downwards, positions, None) is None
     mask = torch.arange(30) >= torch.tensor([[0], [9]])
     left = (mask.long().cumsum(-1) - 1).clamp(min=0)  # as generation numbers a row that is padded on the left
     assert torch.equal(model(ids, mask, left)[0], model(ids, mask)[0])

@@ -22,7 +22,8 @@ halves = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 
 def make_head(cls, **overrides):
     """Weights of usual size: the large ones of the other tests make half precision lose more than it does in use."""
-    return make_model(cls, **{"num_labels": 3, "dtype": torch.float32, "initializer_range": 0.1, **SMOOTH, **overrides})
+    fields = {"num_labels": 3, "dtype": torch.float32, "initializer_range": 0.1, **SMOOTH, **overrides}
+    return make_model(cls, **fields)
 
 
 def relative_gap(found: torch.Tensor, expected: torch.Tensor) -> float:

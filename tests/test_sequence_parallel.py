@@ -76,7 +76,7 @@ def outcomes_in_a_group() -> dict[str, dict[str, torch.Tensor]]:
     return {name: outcome(name, dist.group.WORLD) for name in CASES}
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def shared(request):
     return run_in_processes(outcomes_in_a_group, request.param)
 
@@ -104,6 +104,7 @@ def peaks_and_states(length: int, seed: int) -> tuple[int, torch.Tensor]:
         return census.peak, model.eval().model(ids).last_hidden_state
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_memory_falls_with_the_number_of_processes():
     peaks = {}

@@ -271,11 +271,14 @@ def _fresh_key(device: torch.device, shard: Shard | None) -> torch.Tensor:
 def packed_samples(position_ids: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
     """Which sample of its row each token belongs to, (B, T) int32; None where every row is one sample.
 
-    A sample begins wherever a real token's position is 0 (as data collators number packed samples). Under compile,
-    where values cannot be looked at, never None.
+    A row is packed where its real tokens are numbered from 0 again and again, as data collators do; numbers of any other
+    kind are one sample's. Under compile, where values cannot be looked at, never None.
     """
     begins = (position_ids == 0) & (ranks > 0)
-    begins = begins if mask is None else begins & mask
+    odd = (position_ids[:, 1:] != 0) & (position_ids[:, 1:] != position_ids[:, :-1] + 1)
+    if mask is not None:
+        begins, odd = begins & mask, odd & mask[:, 1:] & mask[:, :-1]
+    begins = begins & ~odd.any(-1, keepdim=True)
     if not torch.compiler.is_compiling() and not begins.any():
         return None
     return begins.cumsum(-1, dtype=torch.int32)

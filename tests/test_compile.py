@@ -120,7 +120,7 @@ def test_one_graph_has_the_memory_of_a_checkpointed_model():
     assert deep <= plain / 2
 
 
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("slices", [0, pytest.param(7, marks=pytest.mark.slow)])
 def test_compiled_parts_of_layers_are_rebuilt_exactly(bf16, slices, recwarn):
     changes = {"attn_layers": ["local", "lsh"] * 3, "chunk_size_feed_forward": slices}

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from hf_reformer import ReformerForCausalLM, modeling_reformer
 from hf_reformer.distributed import fsdp_policy
 
+pytestmark = pytest.mark.xdist_group("processes")  # one after the other: each takes several cores
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {"plain": {}, "loss in chunks": {"chunk_size_lm_head": 7}, "not reversible": {"reversible": False}}
 
@@ -68,7 +69,9 @@ def launch(tmp_path_factory):
 
 
 @pytest.mark.multi_process
-@pytest.mark.parametrize("config", ["ddp", "fsdp2", pytest.param("fsdp1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "config", ["fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "fsdp1"))]
+)
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_the_mean_of_both_processes(config, case, launch):
     expected = mean_of_both(**CASES[case])
@@ -76,10 +79,9 @@ def test_gradients_are_the_mean_of_both_processes(config, case, launch):
         assert gap(found[case]["gradients"], expected) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
-@pytest.mark.parametrize(
-    "options", [("--flat_policy",), pytest.param((), marks=pytest.mark.slow)], ids=["flat", "own"]
-)
+@pytest.mark.parametrize("options", [("--flat_policy",), ()], ids=str)
 def test_fsdp2_in_bfloat16(options, launch):
     """With our policy, or with accelerate's, which casts the streams between layers and is warned of."""
     expected = mean_of_both(dtype=torch.bfloat16)
@@ -92,7 +94,9 @@ def test_fsdp2_in_bfloat16(options, launch):
 
 
 @pytest.mark.multi_process
-@pytest.mark.parametrize(("config", "options"), [("fsdp2", ()), ("fsdp2_bf16", ("--flat_policy",))])
+@pytest.mark.parametrize(
+    ("config", "options"), [("fsdp2", ()), pytest.param("fsdp2_bf16", ("--flat_policy",), marks=pytest.mark.slow)]
+)
 def test_training_resumes_from_full_and_from_sharded_checkpoints(config, options, launch):
     for found in launch(config, *options):
         once, again = found["resumed"]

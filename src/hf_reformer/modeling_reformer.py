@@ -271,8 +271,8 @@ def _fresh_key(device: torch.device, shard: Shard | None) -> torch.Tensor:
 def packed_samples(position_ids: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
     """Which sample of its row each token belongs to, (B, T) int32; None where every row is one sample.
 
-    A row is packed where its real tokens are numbered from 0 again and again, as data collators do; numbers of any other
-    kind are one sample's. Under compile, where values cannot be looked at, never None.
+    A row is packed where its real tokens are numbered from 0 again and again, as data collators do; numbers of any
+    other kind are one sample's. Under compile, where values cannot be looked at, never None.
     """
     begins = (position_ids == 0) & (ranks > 0)
     odd = (position_ids[:, 1:] != 0) & (position_ids[:, 1:] != position_ids[:, :-1] + 1)

@@ -347,7 +347,7 @@ def test_an_attention_mask_is_a_function_of_row_head_query_and_key():
     assert torch.equal(dropout_factors(KEY, 0.3, 3, 4, 9), whole[..., :9, :9])
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_dropout_drops_the_same(backend):
     compiled = torch.compile(dropout, backend=backend, fullgraph=True)
     x = torch.randn(2, 8, 5)

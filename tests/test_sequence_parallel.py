@@ -1,5 +1,7 @@
 """A sequence shared by several processes gives what one process gives: outputs, losses, gradients; in less memory."""
 
+from functools import cache
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -77,9 +79,14 @@ def outcomes_in_a_group() -> dict[str, dict[str, torch.Tensor]]:
     return {name: outcome(name, dist.group.WORLD) for name in CASES}
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@cache
+def outcomes_of(size: int) -> list[dict[str, dict[str, torch.Tensor]]]:
+    return run_in_processes(outcomes_in_a_group, size)
+
+
+@pytest.fixture(params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def shared(request):
-    return run_in_processes(outcomes_in_a_group, request.param)
+    return outcomes_of(request.param)
 
 
 @pytest.mark.multi_process

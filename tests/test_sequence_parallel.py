@@ -133,6 +133,8 @@ def refusals() -> list[str]:
     with pytest.raises(ValueError, match="were given different inputs"):
         model(make_ids(1, 50, seed=dist.get_rank()))
     with pytest.raises(ValueError, match="were given different inputs"):
+        model(make_ids(2, 50).roll(dist.get_rank(), dims=0))  # the same rows in another order
+    with pytest.raises(ValueError, match="were given different inputs"):
         model(make_ids(1, 50), torch.ones(1, 50) if dist.get_rank() else None)
     three_heads = make_model(ReformerModel, num_attention_heads=3)
     three_heads.share_sequences(dist.group.WORLD)

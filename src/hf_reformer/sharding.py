@@ -71,7 +71,7 @@ def make_shard(group: Any, length: int, heads: int) -> Shard:
 
 def check_same_inputs(group: Any, *tensors: torch.Tensor | None) -> None:
     """Raise ValueError unless all processes of the group were given the same."""
-    sums = [(x.numel(), int(x.reshape(-1).double().sum().view(torch.int64))) for x in tensors if x is not None]
+    sums = [(x.numel(), int(_checksum(x).view(torch.int64))) for x in tensors if x is not None]
     device = next(x.device for x in tensors if x is not None)
     numbers = [len(sums), *(number for pair in sums for number in pair)]
     mine = torch.tensor(numbers + [0] * (1 + 2 * len(tensors) - len(numbers)), dtype=torch.int64, device=device)
@@ -83,6 +83,12 @@ def check_same_inputs(group: Any, *tensors: torch.Tensor | None) -> None:
             "Processes that share sequences were given different inputs. All of a group need the same rows: use "
             "`hf_reformer.distributed.SequenceParallelTrainer`, or a sampler that knows of the groups."
         )
+
+
+def _checksum(x: torch.Tensor) -> torch.Tensor:
+    """One float64 that depends on every number and on its place."""
+    flat = x.reshape(-1).double()
+    return flat @ torch.arange(1, len(flat) + 1, dtype=torch.float64, device=x.device)
 
 
 def same_everywhere(x: torch.Tensor, group: Any) -> torch.Tensor:
@@ -114,70 +120,46 @@ def _heads_to_tokens(x: torch.Tensor, shard: Shard) -> torch.Tensor:
     return torch.cat(_all_to_all(list(x.split(shard.shares(), dim=2)), shapes, shard.group), dim=1)
 
 
-class _TokensToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, shard):
-        ctx.shard = shard
-        return _tokens_to_heads(x, shard)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _heads_to_tokens(grad, ctx.shard), None
-
-
-class _HeadsToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, shard):
-        ctx.shard = shard
-        return _heads_to_tokens(x, shard)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _tokens_to_heads(grad, ctx.shard), None
-
-
-class _Sum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return _summed(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _summed(grad, ctx.group), None
-
-
-def _summed(x: torch.Tensor, group: Any) -> torch.Tensor:
+def _summed(x: torch.Tensor, shard: Shard) -> torch.Tensor:
     x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=group)
+    dist.all_reduce(x, group=shard.group)
     return x
 
 
-class _WholeSequence(torch.autograd.Function):
+def _gathered(x: torch.Tensor, shard: Shard) -> torch.Tensor:
+    batch, _, *rest = x.shape
+    shapes = [torch.Size((batch, share, *rest)) for share in shard.shares()]
+    return torch.cat(_all_to_all([x] * shard.size, shapes, shard.group), dim=1)
+
+
+def _scattered(x: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """The sum of all processes' x, each its own tokens of it."""
+    batch, _, *rest = x.shape
+    shapes = [torch.Size((batch, shard.end - shard.begin, *rest))] * shard.size
+    return torch.stack(_all_to_all(list(x.split(shard.shares(), dim=1)), shapes, shard.group)).sum(0)
+
+
+class _Exchange(torch.autograd.Function):
+    """A linear map over all processes; its gradient is that of the adjoint map."""
+
     @staticmethod
-    def forward(ctx, x, shard):
-        ctx.shard = shard
-        batch, _, *rest = x.shape
-        shapes = [torch.Size((batch, share, *rest)) for share in shard.shares()]
-        return torch.cat(_all_to_all([x] * shard.size, shapes, shard.group), dim=1)
+    def forward(ctx, x, shard, exchange, adjoint):
+        ctx.shard, ctx.adjoint = shard, adjoint
+        return exchange(x, shard)
 
     @staticmethod
     def backward(ctx, grad):
-        shard = ctx.shard
-        batch, _, *rest = grad.shape
-        parts = list(grad.split(shard.shares(), dim=1))
-        shapes = [torch.Size((batch, shard.end - shard.begin, *rest))] * shard.size
-        return torch.stack(_all_to_all(parts, shapes, shard.group)).sum(0), None
+        return ctx.adjoint(grad, ctx.shard), None, None, None
 
 
 def tokens_to_heads(x: torch.Tensor, shard: Shard) -> torch.Tensor:
     """(B, H, own tokens, D) → (B, own heads, T, D)"""
-    return _TokensToHeads.apply(x, shard)
+    return _Exchange.apply(x, shard, _tokens_to_heads, _heads_to_tokens)
 
 
 def heads_to_tokens(x: torch.Tensor, shard: Shard) -> torch.Tensor:
     """(B, own heads, T, D) → (B, H, own tokens, D)"""
-    return _HeadsToTokens.apply(x, shard)
+    return _Exchange.apply(x, shard, _heads_to_tokens, _tokens_to_heads)
 
 
 def own_tokens(x: torch.Tensor | None, shard: Shard | None) -> torch.Tensor | None:
@@ -187,9 +169,9 @@ def own_tokens(x: torch.Tensor | None, shard: Shard | None) -> torch.Tensor | No
 
 def whole_sequence(x: torch.Tensor, shard: Shard | None) -> torch.Tensor:
     """(B, own tokens, ...) → (B, T, ...), on every process."""
-    return x if shard is None else _WholeSequence.apply(x, shard)
+    return x if shard is None else _Exchange.apply(x, shard, _gathered, _scattered)
 
 
 def sum_of_shares(x: torch.Tensor, shard: Shard | None) -> torch.Tensor:
     """Every process's x added up."""
-    return x if shard is None else _Sum.apply(x, shard.group)
+    return x if shard is None else _Exchange.apply(x, shard, _summed, _summed)

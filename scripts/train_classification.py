@@ -17,40 +17,34 @@ Labels that are numbers with decimals mean regression, lists of labels several l
 `transformers.TrainingArguments` work, `--resume_from_checkpoint last` included.
 """
 
-import ast
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from _classification import MULTI, REGRESSION, SINGLE, GroupedTrainer, Metrics, Task, define_task
+from _models import ModelArguments, make_model, make_tokenizer
 from _reports import check_saved, classify, draw_confusion_matrix, summarise, write_predictions
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     HfArgumentParser,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
     set_seed,
 )
 from transformers.utils import logging
 
-from hf_reformer import ReformerByteTokenizer, ReformerConfig
 from hf_reformer.data import (
     corpus_file,
     find_columns,
     hold_out,
     installed_packages_corpus,
     read_examples,
-    train_bpe_tokenizer,
 )
 
 logger = logging.get_logger("hf_reformer.train_classification")
@@ -133,33 +127,6 @@ class DataArguments:
     )
 
 
-@dataclass
-class ModelArguments:
-    """A model to fine-tune, or the sizes of a new one."""
-
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model to start from."})
-    tokenizer: str | None = field(
-        default=None,
-        metadata={
-            "help": "bytes; train (a byte-level BPE from the training texts); or a name or path. "
-            "Default: the saved model's own, or train."
-        },
-    )
-    tokenizer_vocab_size: int = field(default=8192, metadata={"help": "For --tokenizer train."})
-    hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
-    attn_layers: list[str] = field(
-        default_factory=lambda: ["local", "lsh", "local", "lsh"], metadata={"help": "Kind of every layer."}
-    )
-    num_attention_heads: int = field(default=2, metadata={"help": "Attention heads of every layer."})
-    attention_head_size: int = field(default=64, metadata={"help": "Width of every head."})
-    feed_forward_size: int = field(default=256, metadata={"help": "Width inside the feed-forward layers."})
-    num_hashes: int = field(default=2, metadata={"help": "Hash rounds of the lsh layers."})
-    position_embedding_type: str = field(default="rotary", metadata={"help": "axial, learned or rotary."})
-    config_overrides: str | None = field(
-        default=None, metadata={"help": 'Any other field of ReformerConfig: "lsh_window=64,reversible=False".'}
-    )
-
-
 def parse_arguments(argv: Sequence[str] | None) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
     """Read the command line; presets stand behind whatever is given there."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -173,19 +140,6 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[DataArguments, ModelArg
     if "--early_stopping_patience" in given:
         parser.set_defaults(load_best_model_at_end=True)
     return parser.parse_args_into_dataclasses(argv)
-
-
-def parse_overrides(text: str | None) -> dict[str, Any]:
-    """`"a=1,b=(2,3),c=word"` as a dictionary."""
-
-    def value(word: str) -> Any:
-        try:
-            return ast.literal_eval(word)
-        except (SyntaxError, ValueError):
-            return word
-
-    found = re.findall(r"(\w+)\s*=\s*(\(.*?\)|\[.*?\]|[^,]*)", text or "")
-    return {name: value(word.strip()) for name, word in found}
 
 
 def load_splits(args: DataArguments) -> DatasetDict:
@@ -230,16 +184,6 @@ def prepare_data(args: DataArguments, known_labels: list[str] | None, seed: int)
     return splits, task
 
 
-def make_tokenizer(args: ModelArguments, texts: list[str], max_length: int) -> PreTrainedTokenizerBase:
-    """The tokenizer that was asked for, told where to cut."""
-    name = args.tokenizer or args.model_name_or_path or "train"
-    if name == "train":
-        return train_bpe_tokenizer(texts, args.tokenizer_vocab_size, max_length)
-    tokenizer = ReformerByteTokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
-    tokenizer.model_max_length = max_length
-    return tokenizer
-
-
 def tokenize(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, piece: int | None = None) -> Dataset:
     """Columns `input_ids`, `attention_mask`, `length` and, where known, `labels`; with `piece`, a row per piece."""
 
@@ -253,45 +197,6 @@ def tokenize(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, p
         return {**encoded, "length": [len(ids) for ids in encoded["input_ids"]]}
 
     return dataset.map(encode, batched=True, batch_size=64, remove_columns=dataset.column_names, desc="Tokenising")
-
-
-def make_model(
-    args: ModelArguments, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> PreTrainedModel:
-    """The saved model with a head for this task, or a new small one."""
-    names = task.names or ["score"]
-    labels: dict[str, Any] = {
-        "problem_type": task.problem_type,
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
-    overrides = parse_overrides(args.config_overrides)
-    if args.model_name_or_path is not None:
-        config = AutoConfig.from_pretrained(args.model_name_or_path, **labels, **overrides)
-        if len(tokenizer) > config.vocab_size:
-            raise ValueError(
-                f"The tokenizer has {len(tokenizer)} tokens, but `{args.model_name_or_path}` knows only "
-                f"{config.vocab_size}. Leave `--tokenizer` out to use the model's own."
-            )
-        return AutoModelForSequenceClassification.from_pretrained(
-            args.model_name_or_path, config=config, ignore_mismatched_sizes=True
-        )
-    sizes = {
-        name: getattr(args, name)
-        for name in (
-            "hidden_size",
-            "attn_layers",
-            "num_attention_heads",
-            "attention_head_size",
-            "feed_forward_size",
-            "num_hashes",
-            "position_embedding_type",
-        )
-    }
-    tokens = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
-    settings: dict[str, Any] = {"max_position_embeddings": max_length, **sizes, **tokens, **overrides}
-    config = ReformerConfig(vocab_size=len(tokenizer), **settings, **labels)
-    return AutoModelForSequenceClassification.from_config(config)
 
 
 def train(trainer: GroupedTrainer, resume: str | None) -> None:
@@ -345,7 +250,16 @@ def run(data_args: DataArguments, model_args: ModelArguments, args: TrainingArgu
             longest_first = np.argsort(-np.asarray(encoded[split]["length"]), kind="stable")
             encoded[split] = encoded[split].select(longest_first).add_column("row", longest_first)
     metrics = Metrics(task)
-    model = make_model(model_args, task, tokenizer, data_args.max_length)
+    names = task.names or ["score"]
+    model = make_model(
+        AutoModelForSequenceClassification,
+        model_args,
+        tokenizer,
+        data_args.max_length,
+        problem_type=task.problem_type,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+    )
     validation = {split: part for split, part in encoded.items() if split.startswith("validation")}
     patience = data_args.early_stopping_patience
     trainer = GroupedTrainer(

@@ -1,0 +1,94 @@
+"""The model that a training script begins with, saved or new, and its tokenizer."""
+
+import ast
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_reformer import ReformerByteTokenizer, ReformerConfig
+from hf_reformer.data import train_bpe_tokenizer
+
+SIZES = (
+    "hidden_size", "attn_layers", "num_attention_heads", "attention_head_size", "feed_forward_size", "num_hashes",
+    "position_embedding_type",
+)  # fmt: skip
+
+
+@dataclass
+class ModelArguments:
+    """A saved model to start from, or the sizes of a new one."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model to start from."})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "bytes; train (a byte-level BPE from the training texts); or a name or path. "
+            "Default: the saved model's own, or train."
+        },
+    )
+    tokenizer_vocab_size: int = field(default=8192, metadata={"help": "For --tokenizer train."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
+    attn_layers: list[str] = field(
+        default_factory=lambda: ["local", "lsh", "local", "lsh"], metadata={"help": "Kind of every layer."}
+    )
+    num_attention_heads: int = field(default=2, metadata={"help": "Attention heads of every layer."})
+    attention_head_size: int = field(default=64, metadata={"help": "Width of every head."})
+    feed_forward_size: int = field(default=256, metadata={"help": "Width inside the feed-forward layers."})
+    num_hashes: int = field(default=2, metadata={"help": "Hash rounds of the lsh layers."})
+    position_embedding_type: str = field(default="rotary", metadata={"help": "axial, learned or rotary."})
+    config_overrides: str | None = field(
+        default=None, metadata={"help": 'Any other field of ReformerConfig: "lsh_window=64,reversible=False".'}
+    )
+
+
+def parse_overrides(text: str | None) -> dict[str, Any]:
+    """`"a=1,b=(2,3),c=word"` as a dictionary."""
+
+    def value(word: str) -> Any:
+        try:
+            return ast.literal_eval(word)
+        except (SyntaxError, ValueError):
+            return word
+
+    found = re.findall(r"(\w+)\s*=\s*(\(.*?\)|\[.*?\]|[^,]*)", text or "")
+    return {name: value(word.strip()) for name, word in found}
+
+
+def make_tokenizer(args: ModelArguments, texts: list[str], max_length: int) -> PreTrainedTokenizerBase:
+    """The tokenizer that was asked for, told where to cut."""
+    name = args.tokenizer or args.model_name_or_path or "train"
+    if name == "train":
+        return train_bpe_tokenizer(texts, args.tokenizer_vocab_size, max_length)
+    tokenizer = ReformerByteTokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
+    tokenizer.model_max_length = max_length
+    return tokenizer
+
+
+def make_model(
+    auto_class: Any, args: ModelArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, **settings: Any
+) -> PreTrainedModel:
+    """The saved model under the head of `auto_class`, or a new one for sequences of up to `max_length` tokens.
+
+    Args:
+        settings: further fields of the config, such as labels.
+    """
+    overrides = parse_overrides(args.config_overrides)
+    if args.model_name_or_path is not None:
+        config = AutoConfig.from_pretrained(args.model_name_or_path, **settings, **overrides)
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens, but `{args.model_name_or_path}` knows only "
+                f"{config.vocab_size}. Leave `--tokenizer` out to use the model's own."
+            )
+        return auto_class.from_pretrained(args.model_name_or_path, config=config, ignore_mismatched_sizes=True)
+    new: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": max_length,
+        **{name: getattr(args, name) for name in SIZES},
+        **{f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")},
+        **settings,
+        **overrides,
+    }
+    return auto_class.from_config(ReformerConfig(**new))

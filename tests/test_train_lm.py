@@ -30,7 +30,7 @@ BYTES = ReformerByteTokenizer()
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The script and what it knows about texts, as modules. Neighbours in `scripts/` are found as when Python runs it."""
+    """The script, and what it knows about texts, as modules."""
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
         import _language_modeling

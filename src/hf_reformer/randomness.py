@@ -92,11 +92,25 @@ def dropout(x: torch.Tensor, p: float, key: torch.Tensor | None, first: int = 0)
         return x
     if dropped >= 2**16:
         return x * 0
-    batch, length, width = x.shape
-    rows = torch.arange(batch, dtype=torch.int32, device=x.device)[:, None]
-    places = torch.arange(first, first + length, dtype=torch.int32, device=x.device)
-    words = torch.arange((width + 1) // 2, dtype=torch.int32, device=x.device)
+    draw = _mask_as_op if torch.compiler.is_compiling() else dropout_mask
+    return x * draw(key, *x.shape, dropped, first).to(x.dtype).mul_(2**16 / (2**16 - dropped))
+
+
+def dropout_mask(key: torch.Tensor, batch: int, length: int, width: int, dropped: int, first: int) -> torch.Tensor:
+    """True where `dropout` keeps, (B, T, D); `dropped` of 2^16 entries are False."""
+    rows = torch.arange(batch, dtype=torch.int32, device=key.device)[:, None]
+    places = torch.arange(first, first + length, dtype=torch.int32, device=key.device)
+    words = torch.arange((width + 1) // 2, dtype=torch.int32, device=key.device)
     bits = pair_scramble(fold(key, rows, places)[..., None], fold(key, words))  # (B, T, D / 2)
     bits = (bits ^ _logical_shift(bits, 16)).view(torch.int16)[..., :width]  # two numbers of 16 bits each
-    keep = (bits >= dropped - 2**15).to(x.dtype)
-    return x * keep.mul_(2**16 / (2**16 - dropped))
+    return bits >= dropped - 2**15
+
+
+# Compilers would write the hash anew into every loop that reads the mask, and take minutes. As an op it stays whole.
+# It is named after this module: a copy of this file elsewhere registers its own.
+_mask_as_op = torch.library.custom_op(f"{__name__.replace('.', '_')}::dropout_mask", dropout_mask, mutates_args=())
+
+
+@_mask_as_op.register_fake
+def _(key, batch, length, width, dropped, first):
+    return key.new_empty(batch, length, width, dtype=torch.bool)

@@ -88,10 +88,11 @@ def test_packed_samples_in_one_graph():
     assert largest_gap(found, model(IDS, position_ids=positions).logits) <= 1e-6
 
 
-def kept_by(model, length: int = 1024) -> int:
+def kept_by(model, backend: str = "aot_eager", length: int = 1024) -> int:
     """Bytes that one compiled forward keeps for backward, weights aside."""
+    torch._dynamo.reset()
     ids = make_ids(1, length)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     loss = compiled(input_ids=ids, labels=ids).loss
     kept, todo, seen = {}, [loss.grad_fn], set()
     while todo:
@@ -99,7 +100,7 @@ def kept_by(model, length: int = 1024) -> int:
         if node is not None and node not in seen:
             seen.add(node)
             todo += [parent for parent, _ in node.next_functions]
-            for x in getattr(node, "saved_tensors", ()):
+            for x in (*getattr(node, "saved_tensors", ()), *getattr(node, "_tensors_no_vc_check", ())):
                 if x is not None:
                     kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     for parameter in model.parameters():
@@ -107,17 +108,97 @@ def kept_by(model, length: int = 1024) -> int:
     return sum(kept.values())
 
 
+def put_something_foreign_into(model) -> None:
+    for layer in model.model.layers:
+        layer.feed_forward.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+DEEP = {"hidden_size": 32, "max_position_embeddings": 2048, "attn_layers": None}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+def test_one_graph_keeps_the_same_whatever_its_depth(backend):
+    shallow, deep = (kept_by(make(num_hidden_layers=depth, **DEEP).train(), backend) for depth in (2, 6))
+    assert deep <= 1.02 * shallow
+
+
 @pytest.mark.slow
-def test_one_graph_has_the_memory_of_a_checkpointed_model():
+def test_one_graph_with_foreign_layers_has_the_memory_of_a_checkpointed_model():
     """Of every further layer it keeps less than its two streams."""
-    changes = {"hidden_size": 32, "max_position_embeddings": 2048, "attn_layers": None}
-    stream = 1024 * 32 * 8
-    shallow, deep, plain = (
-        kept_by(make(num_hidden_layers=depth, reversible=reversible, **changes).train())
-        for depth, reversible in ((2, True), (6, True), (6, False))
-    )
+    stream, kept = 1024 * 32 * 8, []
+    for depth, reversible in ((2, True), (6, True), (6, False)):
+        model = make(num_hidden_layers=depth, reversible=reversible, **DEEP).train()
+        put_something_foreign_into(model)
+        kept.append(kept_by(model))
+    shallow, deep, plain = kept
     assert deep - shallow <= 4 * 2 * stream
     assert deep <= plain / 2
+
+
+def test_one_graph_with_foreign_layers():
+    model, eager = make().train(), make().train()
+    put_something_foreign_into(model)
+    put_something_foreign_into(eager)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_same(step(compiled, model), step(eager, eager), 1e-6)
+
+
+def test_training_in_one_graph_is_compiled_anew_for_another_length_but_once():
+    model, eager = make().train(), make().train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for length, limit in ((50, 1), (61, 2), (90, 2), (33, 2)):
+        ids, gradients = make_ids(2, length), []
+        for run in (compiled, eager):
+            torch.manual_seed(3)
+            run(input_ids=ids, labels=ids).loss.backward()
+        for one, other in zip(model.parameters(), eager.parameters(), strict=True):
+            gradients.append(largest_gap(one.grad, other.grad) / max(1, other.grad.abs().max().item()))
+        assert max(gradients) <= 1e-6
+        assert graphs() <= limit
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.model.layers[0].feed_forward, "dropout", 0.5),
+        lambda model: setattr(model.model.layers[0].feed_forward_norm, "eps", 0.1),
+        lambda model: setattr(model.config, "lsh_window", 9),
+        lambda model: setattr(model.config, "lsh_exploration_orders", 0),
+    ],
+    ids=["dropout", "eps", "window", "exploration"],
+)
+def test_a_setting_that_changes_changes_one_graph(change):
+    model, eager = make().train(), make().train()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    before = step(compiled, model)["loss"]
+    model.zero_grad()
+    change(model)
+    change(eager)
+    found = step(compiled, model)
+    assert found["loss"] != before
+    assert_same(found, step(eager, eager), 1e-6)
+
+
+def test_frozen_parameters_in_one_graph():
+    model, eager = make().train(), make().train()
+    for some in (model, eager):
+        some.model.embed_tokens.requires_grad_(False)
+        some.model.layers[0].requires_grad_(False)
+        some.model.layers[1].feed_forward.up_proj.weight.requires_grad_(False)
+    found, expected = step(torch.compile(model, fullgraph=True, backend="aot_eager"), model), step(eager, eager)
+    assert [name for name in found if found[name] is None] == [name for name in expected if expected[name] is None]
+    trained = [name for name in expected if expected[name] is not None]
+    assert_same({name: found[name] for name in trained}, {name: expected[name] for name in trained}, 1e-6)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_one_graph_tells_that_streams_left_the_range(frozen):
+    model = make(residual_precision="float32").train()
+    model.model.requires_grad_(not frozen).layers[1].requires_grad_(True)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(3e3)
+    with pytest.warns(RuntimeWarning, match="did not reconstruct its input exactly"):
+        step(torch.compile(model, fullgraph=True, backend="aot_eager"), model)
 
 
 @pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bfloat16"])

@@ -35,6 +35,7 @@ ORDER = [
     ("attention", MODEL),
     ("feed_forward", MODEL),
     ("layers", MODEL),
+    ("whole_stack", MODEL),
     ("cache", MODEL),
     ("modeling_reformer", MODEL),
     ("heads_text", MODEL),

@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import Call, ReformerAttention
@@ -24,8 +25,25 @@ class ReformerLayer(GradientCheckpointingLayer):
         self.attention = ReformerAttention(config, layer)
         self.feed_forward_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
+        self.made_of = [ReformerLayer, *(type(module) for module in self.modules() if module is not self)]
 
     one_artefact = False
+
+    def is_as_made(self) -> bool:
+        """Whether nothing foreign sits in the layer: no adapters, hooks, weights of another kind or compiled parts."""
+        modules = list(self.modules())
+        return (
+            not self.one_artefact
+            and [type(module) for module in modules] == self.made_of
+            and all(type(parameter) is nn.Parameter for parameter in self.parameters())
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+            and not any("forward" in vars(module) for module in modules)
+            and not any(module._backward_hooks or module._backward_pre_hooks for module in modules)
+        )
+
+    def told(self, call: Call) -> Call:
+        """`call` with this layer's own key."""
+        return call if call.key is None else call._replace(layer_key=fold(call.key, self.attention.layer))
 
     def project(self, x2: torch.Tensor, call: Call, first: int) -> list[torch.Tensor | None]:
         return self.attention.project(self.attention_norm(x2))
@@ -61,8 +79,7 @@ class ReformerLayer(GradientCheckpointingLayer):
 
         Reversibly, as number `index` of a `chain`; without one on the plain path.
         """
-        if call.key is not None:
-            call = call._replace(layer_key=fold(call.key, self.attention.layer))
+        call = self.told(call)
         if x2.dtype != grid.dtype:
             warnings.warn(
                 f"The residual streams reach a layer as {x2.dtype}, not as {grid.dtype}: something casts what passes "

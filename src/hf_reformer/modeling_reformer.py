@@ -22,6 +22,7 @@ from .randomness import EMBEDDING_DROPOUT, FINAL_DROPOUT, draw_key, dropout, fol
 from .replay import can_reverse
 from .reversible import Chain, Grid, choose_grid, needs_plain_path, to_stream
 from .sharding import Shard, check_same_inputs, make_shard, own_tokens, same_everywhere
+from .whole_stack import can_be_whole, whole_stack
 
 logger = logging.get_logger(__name__)
 
@@ -210,6 +211,8 @@ class ReformerModel(ReformerPreTrainedModel):
         traced = self.config.reversible and torch.is_grad_enabled() and torch.compiler.is_compiling()
         x2, x1 = streams.pop(), streams.pop()
         states = [x2] if keep_states else []
+        if traced and not keep_states and can_be_whole(self.layers, call):
+            return *whole_stack(self.layers, x1, x2, call, grid), None
         for index, layer in enumerate(self.layers):
             if traced:
                 x2, x1 = checkpoint(layer, x2, x1, call, grid, use_reentrant=False)

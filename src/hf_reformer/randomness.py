@@ -92,8 +92,9 @@ def dropout(x: torch.Tensor, p: float, key: torch.Tensor | None, first: int = 0)
         return x
     if dropped >= 2**16:
         return x * 0
+    batch, length, width = x.shape
     draw = _mask_as_op if torch.compiler.is_compiling() else dropout_mask
-    return x * draw(key, *x.shape, dropped, first).to(x.dtype).mul_(2**16 / (2**16 - dropped))
+    return x * draw(key, batch, length, width, dropped, first).to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
 def dropout_mask(key: torch.Tensor, batch: int, length: int, width: int, dropped: int, first: int) -> torch.Tensor:

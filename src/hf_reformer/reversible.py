@@ -179,7 +179,7 @@ def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
     return (a.data_ptr(), a.dtype, a.shape, a.stride()) == (b.data_ptr(), b.dtype, b.shape, b.stride())
 
 
-def _checksum(x: torch.Tensor) -> torch.Tensor:
+def checksum(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(torch.int32).sum(dtype=torch.int64)
 
 
@@ -189,7 +189,7 @@ class _ReversibleLayer(torch.autograd.Function):
         conditions = Conditions(layer, x1.device)
         chain.enter(index, x1, x2)
         bottom = index == 0 or not any(ctx.needs_input_grad[6:8])  # the last layer that backward comes to
-        ctx.checksums = (_checksum(x1), _checksum(x2)) if bottom else None
+        ctx.checksums = (checksum(x1), checksum(x2)) if bottom else None
         ctx.size = slice_length(x2, layer.chunk_size)
         y1, y2 = residual_step(layer, x1, x2, call, chain.grid, tensors[:extras], conditions.record)
         chain.leave(index, y1, y2)
@@ -212,22 +212,22 @@ class _ReversibleLayer(torch.autograd.Function):
         extra = [_leaf(x, wanted) for x, wanted in zip(tensors[: ctx.extras], need, strict=False)]
         parameters, swap = _parameters(ctx, tensors[ctx.extras :], need[ctx.extras :])
         stages = Stages(ctx.layer, ctx.call, chain.grid, extra, partial(ctx.conditions.replay, swap))
-        totals = _Totals([x for x, n in zip([*extra, *parameters], need, strict=True) if n])
+        totals = Totals([x for x, n in zip([*extra, *parameters], need, strict=True) if n])
         size = ctx.size
         # Every tensor as large as a stream goes as soon as it can: this is where training needs most memory.
-        x2, d1 = _take_back(stages.g, size, y2, y1, d2, d1, totals, Joined(y2.shape[1], *[y2] * ours))
+        x2, d1 = take_back(stages.g, size, y2, y1, d2, d1, totals, Joined(y2.shape[1], *[y2] * ours))
         del y2
-        x1, d2 = _take_back_f(stages, size, y1, x2, d1, d2, totals, Joined(y1.shape[1], *[y1] * ours))
+        x1, d2 = take_back_f(stages, size, y1, x2, d1, d2, totals, Joined(y1.shape[1], *[y1] * ours))
         del y1
         if ctx.checksums is not None:
-            _warn_if_inexact(ctx.checksums, (x1, x2), chain.grid)
+            warn_if_inexact(ctx.checksums, (x1, x2), chain.grid)
         elif any(node is not None and torch._C._will_engine_execute_node(node) for node, _ in ctx.next_functions[:2]):
             chain.put(index - 1, (x1, x2))
         grads = iter(totals.result())
         return (None,) * 6 + (d1, d2) + tuple(next(grads) if n else None for n in need)
 
 
-class _Totals:
+class Totals:
     """Gradients of a layer's parameters, added up over slices and branches."""
 
     def __init__(self, tensors: list[torch.Tensor]):
@@ -287,7 +287,7 @@ def _edge(x: torch.Tensor | None):
     return get_gradient_edge(x) if x is not None and x.requires_grad else None
 
 
-def _take_back(branch: Callable, size: int, y, given, grad, base, totals: _Totals, x: Joined) -> Tensors:
+def take_back(branch: Callable, size: int, y, given, grad, base, totals: Totals, x: Joined) -> Tensors:
     """Undo y = x + branch(given): `x`, and the gradient of `given` by that of y, added to `base`."""
     step = Joined(y.shape[1])
     for first, (y_slice, piece, grad_slice, base_slice) in token_slices(size, y, given, grad, base):
@@ -299,7 +299,7 @@ def _take_back(branch: Callable, size: int, y, given, grad, base, totals: _Total
     return x.tensors + step.tensors
 
 
-def _take_back_f(stages: Stages, size: int, y1, x2, d1, d2, totals: _Totals, x1: Joined) -> Tensors:
+def take_back_f(stages: Stages, size: int, y1, x2, d1, d2, totals: Totals, x1: Joined) -> Tensors:
     """Undo y1 = x1 + f(x2): x1, and the gradient of x2 by that of y1, added to d2."""
     projected, graphs = Joined(x2.shape[1]), []
     for first, (piece,) in token_slices(size, x2):
@@ -311,7 +311,7 @@ def _take_back_f(stages: Stages, size: int, y1, x2, d1, d2, totals: _Totals, x1:
     del projected, outputs
     mixed = stages.attend(list(inputs))
     edge, mixed = _edge(mixed), mixed.detach()
-    _, d_mixed = _take_back(stages.merge, size, y1, mixed, d1, None, totals, x1)
+    _, d_mixed = take_back(stages.merge, size, y1, mixed, d1, None, totals, x1)
     del mixed
     grads = totals.differentiate([edge], [d_mixed], inputs)
     del d_mixed, edge, inputs
@@ -344,8 +344,8 @@ def _parameters(ctx, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor
     return saved, dict(zip(ctx.names, saved, strict=True))
 
 
-def _warn_if_inexact(before: tuple[torch.Tensor, ...], streams: tuple[torch.Tensor, ...], grid: Grid) -> None:
-    if bool((_checksum(streams[0]) == before[0]) & (_checksum(streams[1]) == before[1])):
+def warn_if_inexact(before: tuple[torch.Tensor, ...], streams: tuple[torch.Tensor, ...], grid: Grid) -> None:
+    if bool((checksum(streams[0]) == before[0]) & (checksum(streams[1]) == before[1])):
         return
     if not all(bool(x.isfinite().all()) for x in streams):
         return  # the loss tells of NaN and infinity

@@ -22,6 +22,9 @@ def slice_length(x: torch.Tensor, asked: int = 0) -> int:
 def token_slices(size: int, *tensors: torch.Tensor | None) -> Iterator[tuple[int, Tensors]]:
     """First token and views of `size` tokens, (B, size, ...), of every tensor but None; the last may be shorter."""
     length = next(x.shape[1] for x in tensors if x is not None)
+    if size >= length:
+        yield 0, [*tensors]  # not by `range`, which would fix the length that a graph is traced with
+        return
     for first in range(0, length, size):
         yield first, [None if x is None else x[:, first : first + size] for x in tensors]
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
 from test_memory import Census
 from torch._dynamo.utils import counters
@@ -65,6 +66,16 @@ def test_a_training_step_in_one_graph(cls, changes):
     model, eager = make(cls, **changes).train(), make(cls, **changes).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_same(step(compiled, model), step(eager, eager), 1e-6)
+
+
+@pytest.mark.parametrize(("bf16", "slices"), [(True, 0), (False, 7)], ids=["bfloat16", "slices"])
+def test_a_training_step_in_one_graph_rebuilds_exactly(bf16, slices, recwarn):
+    changes = {"attn_layers": ["local", "lsh"] * 2, "chunk_size_feed_forward": slices}
+    model, eager = make(**changes).train(), make(**changes).train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        found = step(torch.compile(model, fullgraph=True, backend="aot_eager"), model)
+        assert_same(found, step(eager, eager), 1e-6)
+    assert not [warning for warning in recwarn if "reconstruct" in str(warning.message)]
 
 
 @torch.no_grad()
@@ -189,6 +200,21 @@ def test_frozen_parameters_in_one_graph():
     assert [name for name in found if found[name] is None] == [name for name in expected if expected[name] is None]
     trained = [name for name in expected if expected[name] is not None]
     assert_same({name: found[name] for name in trained}, {name: expected[name] for name in trained}, 1e-6)
+
+
+def test_ddp_makes_a_graph_of_every_bucket(monkeypatch):
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 512)
+    model, eager = make().train(), make().train()
+    expected = step(eager, eager)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_same(step(compiled, model), expected, 1e-6)  # first alone: in one graph
+    model.zero_grad()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(compiled, bucket_cap_mb=0.001)
+        assert_same(step(wrapped, model), expected, 1e-6)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("frozen", [False, True])

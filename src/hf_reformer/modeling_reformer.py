@@ -83,8 +83,9 @@ class ReformerPreTrainedModel(PreTrainedModel):
     def compile_layers(self, **options: Any) -> None:
         """Compile the token-wise parts of every layer, in place: projections, feed-forward, norms around them.
 
-        The way to compile deep models: layers stay reversible, their memory flat, and compiling takes as long as for
-        one layer. `torch.compile` of the whole model works too; in training it has the memory of a checkpointed model.
+        The way to compile deep models: compiling takes as long as for one layer. `torch.compile` of the whole model
+        works too. Its memory in training is flat in depth as well, but that of a checkpointed model where hooks or
+        adapters sit in the layers, under DDP, and before torch 2.13.
 
         Args:
             options: those of `torch.compile`.
@@ -207,7 +208,7 @@ class ReformerModel(ReformerPreTrainedModel):
         plain = keep_states or checkpointing or not self.config.reversible or not can_reverse()
         plain = plain or any(needs_plain_path(layer) for layer in self.layers)
         chain = None if plain else Chain(grid, len(self.layers))
-        # Traced into a graph, layers cannot rebuild their inputs, but the graph can compute them again.
+        # Traced into a graph, layers one by one cannot rebuild their inputs, but the graph can compute them again.
         traced = self.config.reversible and torch.is_grad_enabled() and torch.compiler.is_compiling()
         x2, x1 = streams.pop(), streams.pop()
         states = [x2] if keep_states else []

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.stateless import _reparametrize_module
 
 from .attention import Call
@@ -24,7 +25,8 @@ def can_be_whole(layers: Any, call: Call) -> bool:
     """Whether a graph may hold the layers as one call: in training, as they were made, and in one process."""
     if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting() or torch.__version__ < "2.13":
         return False  # older dynamo hands no modules to such calls
-    return call.shard is None and all(layer.is_as_made() for layer in layers)
+    split = DistributedDataParallel._active_ddp_module is not None  # whose buckets dynamo makes graphs of their own
+    return not split and call.shard is None and all(layer.is_as_made() for layer in layers)
 
 
 def whole_stack(

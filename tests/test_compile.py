@@ -68,7 +68,10 @@ def test_a_training_step_in_one_graph(cls, changes):
     assert_same(step(compiled, model), step(eager, eager), 1e-6)
 
 
-@pytest.mark.parametrize(("bf16", "slices"), [(True, 0), (False, 7)], ids=["bfloat16", "slices"])
+@pytest.mark.parametrize(
+    ("bf16", "slices"),
+    [pytest.param(True, 0, id="bfloat16"), pytest.param(False, 7, id="slices", marks=pytest.mark.slow)],
+)
 def test_a_training_step_in_one_graph_rebuilds_exactly(bf16, slices, recwarn):
     changes = {"attn_layers": ["local", "lsh"] * 2, "chunk_size_feed_forward": slices}
     model, eager = make(**changes).train(), make(**changes).train()

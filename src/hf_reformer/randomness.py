@@ -8,6 +8,7 @@ All arithmetic is 32-bit integer arithmetic that wraps around, the same on every
 """
 
 import math
+import re
 
 import torch
 
@@ -109,7 +110,7 @@ def dropout_mask(key: torch.Tensor, batch: int, length: int, width: int, dropped
 
 # Compilers would write the hash anew into every loop that reads the mask, and take minutes. As an op it stays whole.
 # It is named after this module: a copy of this file elsewhere registers its own.
-_mask_as_op = torch.library.custom_op(f"{__name__.replace('.', '_')}::dropout_mask", dropout_mask, mutates_args=())
+_mask_as_op = torch.library.custom_op(re.sub(r"\W", "_", __name__) + "::dropout_mask", dropout_mask, mutates_args=())
 
 
 @_mask_as_op.register_fake

@@ -6,6 +6,7 @@ call to see what it computes, forward and backward. What decides that, and is no
 """
 
 import contextlib
+import re
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -117,7 +118,7 @@ def _checked(
     return grad.clone()
 
 
-_NAMESPACE = __name__.replace(".", "_")
+_NAMESPACE = re.sub(r"\W", "_", __name__)
 _key_again = torch.library.custom_op(f"{_NAMESPACE}::key_again", _key_again, mutates_args=())
 _key_again.register_fake(lambda key, after: torch.empty_like(key))
 _checked = torch.library.custom_op(f"{_NAMESPACE}::checked", _checked, mutates_args=())

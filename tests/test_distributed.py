@@ -182,6 +182,37 @@ def test_fsdp2_keeps_streams_only_where_they_are_cast():
         assert gap(found["within"], expected) <= 1e-5
 
 
+def with_tied_layers(**changes):
+    """Layers 2 and 3 are made of the modules of layers 0 and 1, as a decoder's are that shares its encoder's."""
+    model = model_of(**changes)
+    for own, other in ((0, 2), (1, 3)):
+        for name, module in list(model.model.layers[own].named_children()):
+            setattr(model.model.layers[other], name, module)
+    return model
+
+
+def fsdp2_with_tied_layers() -> dict[str, torch.Tensor]:
+    model, ids = with_tied_layers(), batch_of(dist.get_rank())
+    layers = model.model.layers
+    for own, other in ((0, 2), (1, 3)):
+        fully_shard([layers[own], layers[other]])
+    fully_shard(model)
+    model(ids, labels=ids).loss.backward()
+    return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+
+
+@pytest.mark.multi_process
+def test_tied_layers_form_one_fsdp2_group():
+    expected = {}
+    for rank in range(2):
+        model, ids = with_tied_layers(), batch_of(rank)
+        model(ids, labels=ids).loss.backward()
+        for name, p in model.named_parameters():
+            expected[name] = expected.get(name, 0) + p.grad / 2
+    for found in run_in_processes(fsdp2_with_tied_layers, 2):
+        assert gap(found, expected) <= 1e-5
+
+
 # --- one process, weights elsewhere
 
 

@@ -1,6 +1,8 @@
 """A training step under `accelerate launch`, on CPUs: writes losses and whole gradients of every model asked for.
 
-python -m accelerate.commands.launch --config_file examples/accelerate/fsdp2.yaml tests/launched.py OUT [--flat_policy]
+python -m accelerate.commands.launch --config_file examples/accelerate/fsdp2.yaml tests/launched.py OUT [OPTION]
+
+OPTION: --flat_policy (FSDP2), --find_unused_parameters or --static_graph (DDP).
 """
 
 import os
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from conftest import make_ids, make_model
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -92,7 +94,8 @@ def weights_after_resuming(accelerator: Accelerator, folder: Path) -> list[dict[
 def main() -> None:
     out, *options = sys.argv[1:]
     pretend_to_have_gpus()
-    accelerator = Accelerator()
+    flags = {option[2:]: True for option in options if option in ("--find_unused_parameters", "--static_graph")}
+    accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(**flags)])
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if "--flat_policy" in options:
         plugin.mixed_precision_policy = fsdp_policy()

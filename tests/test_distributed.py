@@ -68,14 +68,17 @@ def launch(tmp_path_factory):
     return run
 
 
+WAYS = [("ddp",), ("ddp", "--find_unused_parameters"), ("ddp", "--static_graph"), ("fsdp1",)]
+
+
 @pytest.mark.multi_process
 @pytest.mark.parametrize(
-    "config", ["fsdp2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "fsdp1"))]
+    "way", [("fsdp2",), *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS)], ids=" ".join
 )
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_the_mean_of_both_processes(config, case, launch):
+def test_gradients_are_the_mean_of_both_processes(way, case, launch):
     expected = mean_of_both(**CASES[case])
-    for found in launch(config):
+    for found in launch(*way):
         assert gap(found[case]["gradients"], expected) <= 1e-5
 
 

@@ -1,5 +1,8 @@
 """torch.compile and torch.export give the values and gradients of the eager model."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -241,6 +244,25 @@ def test_compiled_parts_of_layers_are_rebuilt_exactly(bf16, slices, recwarn):
     assert_same(found, expected, 1e-6)
     assert not [warning for warning in recwarn if "reconstruct" in str(warning.message)]
     assert graphs() <= 24  # three parts, two kinds of layers, a few kinds of slices; not by layer
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_compile_parts_of_their_own(copied):
+    """A copy computes with its own weights, as a moving average of a model does."""
+    model, eager = make().train(), make().train()
+    model.compile_layers(backend="aot_eager")
+    step(model, model)
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    other = copied(model)
+    other.zero_grad()
+    with torch.no_grad():
+        for p in (*other.parameters(), *eager.parameters()):
+            p.mul_(1.1)
+    assert_same(step(other, other), step(eager, eager), 1e-6)
+    assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters())
+    assert all(layer.one_artefact and "g" in vars(layer) for layer in other.model.layers)
 
 
 def test_compiled_parts_keep_memory_flat():

@@ -14,6 +14,8 @@ from .feed_forward import FeedForward, LayerNorm
 from .randomness import fold
 from .reversible import Chain, Grid, residual_step, reversible_step, to_stream
 
+COMPILED = ("project", "merge", "g")
+
 
 class ReformerLayer(GradientCheckpointingLayer):
     """y1 = x1 + f(x2), y2 = x2 + g(y1) (paper, equation 9); f is `project`, then `attend`, then `merge`."""
@@ -63,14 +65,23 @@ class ReformerLayer(GradientCheckpointingLayer):
         The parts are called with and without a graph. Both have to give the same bits, so a forward that would record
         none records one too and drops it (`one_artefact`).
         """
-        self.one_artefact = True
+        self.one_artefact, self.compile_options = True, options
         options = {"dynamic": True, **options}
         if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13 and later
             options.setdefault(
                 "recompile_limit", 64
             )  # kinds of layers, with and without graph, first slices and others
-        for name in ("project", "merge", "g"):
+        for name in COMPILED:
             setattr(self, name, torch.compile(getattr(self, name), **options))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: compiled parts belong to this very layer, so a copy compiles its own."""
+        return {name: value for name, value in vars(self).items() if name not in COMPILED}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.one_artefact:
+            self.compile_parts(**self.compile_options)
 
     def forward(
         self, x2: torch.Tensor, x1: torch.Tensor, call: Call, grid: Grid, chain: Chain | None = None, index: int = 0

@@ -202,6 +202,13 @@ def test_the_adapter_may_be_off_for_a_while_before_backward():
     assert_equal_gradients(gradients(model, ask_the_reference), gradients(model))
 
 
+def test_another_adapter_before_backward_is_refused():
+    model = make_adapted()
+    model.add_adapter("other", LoraConfig(task_type=LM))
+    with pytest.raises(RuntimeError, match=r"is frozen now.*another adapter was made active.*Call backward first"):
+        gradients(model, lambda: model.set_adapter("other"))
+
+
 def test_a_step_moves_the_adapter_alone():
     model = make_adapted(config=LoraConfig(task_type=LM, modules_to_save=["lm_head"]))
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}

@@ -338,6 +338,12 @@ def _parameters(ctx, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor
     """
     now = layer_tensors(ctx.layer)
     own = all(now.get(name) is tensor for name, tensor in zip(ctx.names, saved, strict=True))
+    frozen = [name for name, x, wanted in zip(ctx.names, saved, need, strict=True) if wanted and not x.requires_grad]
+    if own and frozen:
+        raise RuntimeError(
+            f"`{frozen[0]}` of a reversible layer was trained in forward and is frozen now, in backward: perhaps "
+            "another adapter was made active, and layers would be run again with that one. Call backward first."
+        )
     if own and not any(tensor._backward_hooks for tensor in saved):
         return saved, None
     saved = [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(saved, need, strict=True)]

@@ -114,10 +114,14 @@ def training_rows(documents: Documents, tokenizer: PreTrainedTokenizerBase, leng
     """
     rows = [np.asarray(row["input_ids"], dtype=np.int32) for row in packed_rows(documents, tokenizer, length)]
     if not rows:
-        raise ValueError(
-            f"The training texts do not fill a single row of {length} tokens. Lower --sequence_length, or give more."
-        )
+        raise _no_row(length)
     return Dataset.from_dict({"input_ids": rows})
+
+
+def _no_row(length: int) -> ValueError:
+    return ValueError(
+        f"The training texts do not fill a single row of {length} tokens. Lower --sequence_length, or give more."
+    )
 
 
 def streamed_rows(
@@ -127,11 +131,17 @@ def streamed_rows(
     length: int,
     seed: int,
 ) -> IterableDataset:
-    """`packed_rows` of `open_documents(sources)`, read anew in every epoch and shuffled among 256 neighbours."""
+    """`packed_rows` of `open_documents(sources)`, read anew in every epoch and shuffled among 256 neighbours.
+
+    Raises:
+        ValueError: the texts do not fill a row.
+    """
 
     def rows(sources: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         return packed_rows(open_documents(list(sources)), tokenizer, length)
 
+    if next(rows(tuple(sources)), None) is None:
+        raise _no_row(length)
     return IterableDataset.from_generator(rows, gen_kwargs={"sources": tuple(sources)}).shuffle(
         seed=seed, buffer_size=256
     )

@@ -139,6 +139,18 @@ def check_arguments(texts: TextArguments, model: ModelArguments, args: TrainingA
         raise SystemExit("--streaming does not know how long the texts are: give --max_steps.")
     if texts.streaming and texts.train_file is not None and texts.validation_file is None:
         raise SystemExit("--streaming cannot keep a part of the training texts to judge on: give --validation_file.")
+    if texts.sequence_length < 2:
+        raise SystemExit(
+            f"--sequence_length {texts.sequence_length} leaves nothing to learn: a row needs at least 2 tokens, one "
+            "to predict the other."
+        )
+    if not 0 < texts.mlm_probability <= 1:
+        raise SystemExit(f"--mlm_probability {texts.mlm_probability} must lie above 0, and not above 1.")
+    if not 0 < texts.validation_fraction < 1:
+        raise SystemExit(
+            f"--validation_fraction {texts.validation_fraction} must lie between 0 and 1: some of the texts to train "
+            "on, some to judge on."
+        )
     texts.eval_length = texts.eval_length or texts.sequence_length
     texts.eval_context = texts.eval_length // 2 if texts.eval_context is None else texts.eval_context
     if not 1 <= texts.eval_context < texts.eval_length:

@@ -199,6 +199,10 @@ def test_a_resumed_stream_goes_on_where_it_was(scripts, files):
         (["--train_file", __file__, "--streaming"], "--max_steps"),
         (["--train_file", __file__, "--streaming", "--max_steps", "1"], "--validation_file"),
         (["--train_file", __file__, "--eval_context", "1024"], "--eval_context"),
+        (["--train_file", __file__, "--sequence_length", "1", "--eval_length", "8"], "--sequence_length 1 leaves"),
+        (["--train_file", __file__, "--sequence_length", "0", "--eval_length", "8"], "--sequence_length 0 leaves"),
+        (["--train_file", __file__, "--masked", "--mlm_probability", "0"], "--mlm_probability 0.0 must lie above 0"),
+        (["--train_file", __file__, "--validation_fraction", "1"], "--validation_fraction 1.0 must lie between"),
     ],
 )
 def test_bad_arguments_are_told_before_anything_is_read(scripts, given, told):
@@ -206,10 +210,13 @@ def test_bad_arguments_are_told_before_anything_is_read(scripts, given, told):
         scripts[0].main(given)
 
 
-def test_texts_that_fill_no_row(scripts, tmp_path):
-    (tmp_path / "short.txt").write_text("a short text")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_texts_that_fill_no_row(scripts, tmp_path, streaming):
+    short = str(tmp_path / "short.txt")
+    Path(short).write_text("a short text")
+    more = ["--validation_file", short, "--streaming", "--max_steps", "1"] if streaming else []
     with pytest.raises(ValueError, match="single row of 64 tokens"):
-        scripts[0].main([*TINY, "--train_file", str(tmp_path / "short.txt"), "--output_dir", str(tmp_path / "out")])
+        scripts[0].main([*TINY, "--train_file", short, "--output_dir", str(tmp_path / "out"), *more])
 
 
 @pytest.mark.slow

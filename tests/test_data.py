@@ -171,6 +171,9 @@ def test_unreadable_files_are_explained(tmp_path):
         data.read_examples(tmp_path / "data.xlsx")
     with pytest.raises(FileNotFoundError, match=r"missing\.csv"):
         data.read_examples(tmp_path / "missing.csv")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty\.jsonl` is empty"):
+        data.read_examples(tmp_path / "empty.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -244,6 +244,8 @@ def read_examples(path: str | Path) -> "Dataset":
         )
     if not path.exists():
         raise FileNotFoundError(f"There is no file `{path}`.")
+    if not path.stat().st_size:
+        raise ValueError(f"`{path}` is empty: not even the names of its columns can be read. Leave it out.")
     reader, options = TABLE_FORMATS[path.suffix.lower()]
     return datasets.load_dataset(reader, data_files={"train": str(path)}, split="train", **options)
 

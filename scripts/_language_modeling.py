@@ -180,6 +180,12 @@ def masked_rows(
     return Dataset.from_dict(rows)
 
 
+def every_token_a_target(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch of full rows. Separators are targets like all else, whether or not the tokenizer pads with them."""
+    ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.int64)
+    return {"input_ids": ids, "labels": ids}
+
+
 class LanguageModelTrainer(Trainer):
     """A Trainer that scores every row of evaluation by itself, and gives `compute_metrics` its nats and targets."""
 

@@ -36,11 +36,13 @@ from _language_modeling import (
     Documents,
     LanguageModelTrainer,
     compressors,
+    every_token_a_target,
     hold_out_end,
     hub_documents,
     masked_rows,
     read_documents,
     scored_rows,
+    separator,
     streamed_rows,
     training_rows,
 )
@@ -242,6 +244,11 @@ def run(texts: TextArguments, model_args: ModelArguments, args: TrainingArgument
         documents = partial(streamed_documents, texts)
         known = list(first_texts(documents(sources))) if texts.streaming else train
         tokenizer = make_tokenizer(model_args, known, longest)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token_id = separator(tokenizer)
+        hide = (
+            DataCollatorForLanguageModeling(tokenizer, mlm_probability=texts.mlm_probability) if texts.masked else None
+        )
         rows: Dataset | IterableDataset | None = None
         if texts.streaming:
             rows = streamed_rows(documents, sources, tokenizer, texts.sequence_length, args.seed)
@@ -257,9 +264,7 @@ def run(texts: TextArguments, model_args: ModelArguments, args: TrainingArgument
         train_dataset=rows,
         eval_dataset=judged,
         processing_class=tokenizer,
-        data_collator=DataCollatorForLanguageModeling(
-            tokenizer, mlm=texts.masked, mlm_probability=texts.mlm_probability
-        ),
+        data_collator=hide or every_token_a_target,
         compute_metrics=metrics,
     )
     if args.process_index == 0:

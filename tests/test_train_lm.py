@@ -12,6 +12,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM
 
@@ -188,6 +190,19 @@ def test_a_resumed_stream_goes_on_where_it_was(scripts, files):
     train_lm.main(arguments(files, *stream, "--max_steps", "6", "--resume_from_checkpoint", resumed, out="again"))
     weights = [ReformerForCausalLM.from_pretrained(files / out).state_dict() for out in ("out", "again")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_tokenizer_without_padding(scripts, files):
+    """As GPT-2's: it pads with its separator, which is learnt all the same."""
+    words = {word: number for number, word in enumerate(["<unk>", "<end>", "the", "is", "and"])}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<end>").save_pretrained(
+        files / "words"
+    )
+    scripts[0].main(arguments(files, "--tokenizer", str(files / "words"), "--max_steps", "1", "--eval_strategy", "no"))
+    assert ReformerForCausalLM.from_pretrained(files / "out").config.pad_token_id == 1
+    assert scripts[1].every_token_a_target([{"input_ids": [1, 2]}])["labels"].tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize(

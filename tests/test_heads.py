@@ -284,7 +284,13 @@ def test_a_span_that_ends_on_padding_was_cut_away():
 
 @pytest.mark.parametrize(
     ("keep", "places"),
-    [(0, range(20)), (1, [19]), (5, range(15, 20)), (torch.tensor([3, 0, 19]), [3, 0, 19])],
+    [
+        (0, range(20)),
+        (1, [19]),
+        (5, range(15, 20)),
+        (torch.tensor([3, 0, 19]), [3, 0, 19]),
+        (torch.arange(20).flip(0), range(19, -1, -1)),
+    ],
     ids=str,
 )
 def test_logits_to_keep(keep, places):

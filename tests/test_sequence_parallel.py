@@ -71,6 +71,8 @@ def outcome(name: str, group=None) -> dict[str, torch.Tensor]:
         if "logits_to_keep" in cls.forward.__code__.co_varnames:
             inputs = {key: value for key, value in inputs.items() if key != "labels"}
             found["last logits"] = model(IDS, logits_to_keep=3, **inputs).logits
+            half = model(IDS[:, :34], logits_to_keep=17, labels=IDS[:, :34])  # as many as a process of two has tokens
+            found |= {"half the logits": half.logits, "loss beside half the logits": half.loss}
             found["chosen logits"] = model(IDS, logits_to_keep=torch.tensor([0, 40]), **inputs).logits
     return found
 

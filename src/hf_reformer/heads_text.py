@@ -48,19 +48,20 @@ class _LanguageModel(ReformerPreTrainedModel):
         In training with targets the logits exist for a few tokens at a time and are not returned.
         """
         loss = logits = None
+        every = isinstance(logits_to_keep, int) and logits_to_keep == 0
         if targets is None or not self.training:
             logits = self.lm_head(kept_tokens(hidden, logits_to_keep, shard))
         if targets is not None:
             targets = targets.to(hidden.device)
             num_items = (targets != IGNORE).sum() if num_items is None else num_items
             own = own_tokens(targets, shard).reshape(-1)
-            if logits is not None and logits.shape[:2] == hidden.shape[:2]:
+            if logits is not None and every:
                 loss = cross_entropy(logits.flatten(0, 1), own, num_items)
             else:
                 chunk, size = self.config.chunk_size_lm_head, self.config.vocab_size
                 loss = chunked_cross_entropy(hidden.flatten(0, 1), self.lm_head, own, size, chunk, num_items)
             loss = sum_of_shares(loss, shard)
-        if logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0:
+        if logits is not None and every:
             logits = whole_sequence(logits, shard)
         return loss, logits
 

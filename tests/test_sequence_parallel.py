@@ -129,6 +129,18 @@ def test_memory_falls_with_the_number_of_processes():
     assert peaks[4] <= 0.36 * peaks[1]
 
 
+# what the processes' inputs differ in: what each of the two is given
+DIFFERING = {
+    "labels": ({"labels": IDS}, {"labels": IDS.flip(0)}),
+    "input_ids": ({}, {"input_ids": IDS + 100}),
+    "attention_mask": ({"attention_mask": RIGHT}, {"attention_mask": 2 * RIGHT}),
+    "num_hashes, num_buckets or another keyword": ({"num_hashes": 1}, {"num_hashes": 0}),
+    "logits_to_keep": ({"logits_to_keep": 3}, {}),
+    "train() or eval()": ({"training": True}, {"training": False}),
+    "no_grad()": ({"grad": True}, {"grad": False}),
+}
+
+
 def refusals() -> list[str]:
     model = make_model(ReformerModel)
     model.share_sequences(dist.group.WORLD)
@@ -138,6 +150,25 @@ def refusals() -> list[str]:
         model(make_ids(2, 50).roll(dist.get_rank(), dims=0))  # the same rows in another order
     with pytest.raises(ValueError, match="were given different inputs"):
         model(make_ids(1, 50), torch.ones(1, 50) if dist.get_rank() else None)
+    with pytest.raises(ValueError, match="were given different inputs"):
+        model(make_ids(1, 50).reshape(1 + dist.get_rank(), -1))  # the same numbers in another shape
+    for what, differing in DIFFERING.items():
+        head = make_model(ReformerForCausalLM)
+        head.share_sequences(dist.group.WORLD)
+        inputs = {"input_ids": IDS, **differing[dist.get_rank()]}
+        head.train(inputs.pop("training", False))
+        with torch.set_grad_enabled(inputs.pop("grad", True)), pytest.raises(ValueError) as error:
+            head(**inputs)
+        assert f"were given different inputs: `{what}`. " in str(error.value)
+    bad = IDS.clone()
+    bad[0, 2] = 99  # in the share of one process alone: the other does not wait for it
+    with pytest.raises(ValueError, match="labels reach from 0 to 99"):
+        head.train()(IDS, labels=bad)
+    strangers = [dist.new_group([rank]) for rank in range(2)][1 - dist.get_rank()]
+    mesh = dist.init_device_mesh("cpu", (2,))
+    for group, message in ((strangers, "no member of the group"), (mesh, "found DeviceMesh"), (2, "found int")):
+        with pytest.raises(ValueError, match=message):
+            model.share_sequences(group)
     three_heads = make_model(ReformerModel, num_attention_heads=3)
     three_heads.share_sequences(dist.group.WORLD)
     messages = []

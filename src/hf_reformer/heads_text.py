@@ -17,7 +17,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from .configuration_reformer import ReformerConfig
-from .losses import IGNORE, chunked_cross_entropy, cross_entropy
+from .losses import IGNORE, check_labels, chunked_cross_entropy, cross_entropy
 from .modeling_reformer import ReformerModel, ReformerPreTrainedModel
 from .sharding import Shard, own_tokens, sum_of_shares, whole_sequence
 
@@ -53,6 +53,7 @@ class _LanguageModel(ReformerPreTrainedModel):
             logits = self.lm_head(kept_tokens(hidden, logits_to_keep, shard))
         if targets is not None:
             targets = targets.to(hidden.device)
+            check_labels(targets, self.config.vocab_size)  # of all processes' tokens: all raise, or none
             num_items = (targets != IGNORE).sum() if num_items is None else num_items
             own = own_tokens(targets, shard).reshape(-1)
             if logits is not None and every:

@@ -1,5 +1,6 @@
 """ReformerModel: embeddings, a stack of reversible layers, a final norm over both streams."""
 
+import inspect
 import math
 from typing import Any
 
@@ -21,7 +22,7 @@ from .positions import AxialPositionEmbeddings, LearnedPositionEmbeddings, rotar
 from .randomness import EMBEDDING_DROPOUT, FINAL_DROPOUT, draw_key, dropout, fold
 from .replay import can_reverse
 from .reversible import Chain, Grid, choose_grid, needs_plain_path, to_stream
-from .sharding import Shard, check_same_inputs, make_shard, own_tokens, same_everywhere
+from .sharding import Shard, check_group, check_same_inputs, make_shard, own_tokens, same_everywhere
 from .whole_stack import can_be_whole, whole_stack
 
 logger = logging.get_logger(__name__)
@@ -76,8 +77,13 @@ class ReformerPreTrainedModel(PreTrainedModel):
         averaged over the group, as DistributedDataParallel does. `None` ends it.
 
         Raises:
-            ValueError: in `forward`, heads that the group's size does not divide, or fewer tokens than processes.
+            ValueError: what is no group of this process; in `forward`, inputs that differ between processes, heads
+                that the group's size does not divide, or fewer tokens than processes.
         """
+        if group is not None:
+            check_group(group)
+            if refuse_different_inputs not in self._forward_pre_hooks.values():
+                self.register_forward_pre_hook(refuse_different_inputs, with_kwargs=True)
         self.base_model.sequence_group = group
 
     def compile_layers(self, **options: Any) -> None:
@@ -179,8 +185,6 @@ class ReformerModel(ReformerPreTrainedModel):
         check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets)
         check_nothing_is_lost(position_ids, **kwargs)
         given = input_ids if inputs_embeds is None else inputs_embeds
-        if self.sequence_group is not None and not torch.compiler.is_compiling():
-            check_same_inputs(self.sequence_group, given, attention_mask, position_ids)
         shard = self.shard(given.shape[1])
         own = own_tokens(given, shard)
         embeds = self.embed_tokens(own) if inputs_embeds is None else own
@@ -265,6 +269,19 @@ class ReformerModel(ReformerPreTrainedModel):
             padded_length=padded_length(config, length),
             shard=shard,
         ), position_ids
+
+
+def refuse_different_inputs(model: Any, args: tuple, kwargs: dict) -> None:
+    """Before anything of a forward can fail in one process and leave the others waiting."""
+    group = model.base_model.sequence_group
+    if group is None or torch.compiler.is_compiling():
+        return
+    signature = inspect.signature(model.forward)
+    found = signature.bind(*args, **kwargs).arguments
+    given = {name: found.get(name) for name in signature.parameters}
+    given["num_hashes, num_buckets or another keyword"] = given.pop("kwargs")
+    given |= {"train() or eval()": model.training, "no_grad()": torch.is_grad_enabled()}
+    check_same_inputs(group, model.device, given)
 
 
 def _fresh_key(device: torch.device, shard: Shard | None) -> torch.Tensor:

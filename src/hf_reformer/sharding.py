@@ -69,25 +69,47 @@ def make_shard(group: Any, length: int, heads: int) -> Shard:
     return Shard(group, dist.get_rank(group), size, length)
 
 
-def check_same_inputs(group: Any, *tensors: torch.Tensor | None) -> None:
-    """Raise ValueError unless all processes of the group were given the same."""
-    sums = [(x.numel(), int(_checksum(x).view(torch.int64))) for x in tensors if x is not None]
-    device = next(x.device for x in tensors if x is not None)
-    numbers = [len(sums), *(number for pair in sums for number in pair)]
-    mine = torch.tensor(numbers + [0] * (1 + 2 * len(tensors) - len(numbers)), dtype=torch.int64, device=device)
+def check_group(group: Any) -> None:
+    """Raise ValueError unless this process can share sequences within `group`."""
+    if not isinstance(group, dist.ProcessGroup):
+        member = group != dist.GroupMember.NON_GROUP_MEMBER
+        raise ValueError(
+            f"Sequences are shared by a `torch.distributed` process group, found {type(group).__name__}. Of a device "
+            "mesh, give `mesh.get_group()`."
+            if member
+            else "This process is no member of the group that was to share sequences. Give every process the group "
+            "that it is in: `torch.distributed.new_subgroups` returns it."
+        )
+
+
+def check_same_inputs(group: Any, device: torch.device, given: dict[str, Any]) -> None:
+    """Raise ValueError unless all processes of the group were given the same, by the same names."""
+    mine = torch.tensor([_fingerprint(value) for value in given.values()], dtype=torch.int64, device=device)
     low, high = mine.clone(), mine.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN, group)
     dist.all_reduce(high, dist.ReduceOp.MAX, group)
-    if not torch.equal(low, high):
+    different = [f"`{name}`" for name, other in zip(given, (low != high).tolist(), strict=True) if other]
+    if different:
         raise ValueError(
-            "Processes that share sequences were given different inputs. All of a group need the same rows: use "
-            "`hf_reformer.distributed.SequenceParallelTrainer`, or a sampler that knows of the groups."
+            f"Processes that share sequences were given different inputs: {', '.join(different)}. All of a group need "
+            "the same: use `hf_reformer.distributed.SequenceParallelTrainer`, or a sampler that knows of the groups."
         )
+
+
+def _fingerprint(value: Any) -> int:
+    """An int64 that depends on shapes and numbers, not on their dtype; the same in every process."""
+    if isinstance(value, torch.Tensor):
+        return hash((*value.shape, int(_checksum(value).view(torch.int64))))
+    if isinstance(value, dict):  # by name; what is None may be there or not
+        return hash(tuple(_fingerprint(value[key]) for key in sorted(value) if value[key] is not None))
+    if isinstance(value, list | tuple):
+        return hash(tuple(_fingerprint(x) for x in value))
+    return hash(value) if isinstance(value, int | float) else 0
 
 
 def _checksum(x: torch.Tensor) -> torch.Tensor:
     """One float64 that depends on every number and on its place."""
-    flat = x.reshape(-1).double()
+    flat = x.detach().reshape(-1).double()
     return flat @ torch.arange(1, len(flat) + 1, dtype=torch.float64, device=x.device)
 
 

@@ -1,6 +1,8 @@
 """A sequence shared by several processes gives what one process gives: outputs, losses, gradients; in less memory."""
 
+import copy
 from functools import cache
+from io import BytesIO
 
 import pytest
 import torch
@@ -184,6 +186,25 @@ def test_what_cannot_be_shared_is_refused():
     for few_tokens, three_heads in run_in_processes(refusals, 2):
         assert "1 tokens, fewer than the 2 processes" in few_tokens
         assert "3 attention heads cannot be shared evenly among 2 processes" in three_heads
+
+
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_copies_share_nothing(group_of_one):
+    model = make_model(ReformerForCausalLM, **SIZES)
+    model.share_sequences(group_of_one)
+    file = BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert copied.model.sequence_group is None
+        assert torch.equal(copied(IDS).logits, model(IDS).logits)
+    assert model.model.sequence_group is group_of_one
 
 
 # --- with the Trainer

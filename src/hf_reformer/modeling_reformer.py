@@ -134,6 +134,10 @@ class ReformerModel(ReformerPreTrainedModel):
         self.sequence_group = None
         self.post_init()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which share no sequences: a group of processes cannot be copied."""
+        return self.__dict__ | {"sequence_group": None}
+
     def shard(self, length: int) -> Shard | None:
         """This process's part of sequences of `length` tokens; None unless `share_sequences` was called."""
         group = self.sequence_group

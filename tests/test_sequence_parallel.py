@@ -218,18 +218,23 @@ def test_batches_are_repeated_whole():
 
 def trained(folder: str, sequence_parallel_size: int) -> dict[str, torch.Tensor]:
     """Weights after an epoch of 4 steps on 8 rows, and the loss of an evaluation."""
-    model = make_model(ReformerForCausalLM, dtype=torch.float32, **SIZES, **DROPOUT)
+
+    def model_init():
+        return make_model(ReformerForCausalLM, dtype=torch.float32, **SIZES, **DROPOUT)
+
     rows = [{"input_ids": ids, "labels": ids} for ids in make_ids(8, 40)]
     arguments = TrainingArguments(
         folder, use_cpu=True, per_device_train_batch_size=2, per_device_eval_batch_size=3, num_train_epochs=1,
         learning_rate=1e-2, save_strategy="no", report_to="none", disable_tqdm=True, logging_strategy="no", seed=3,
     )  # fmt: skip
     trainer = SequenceParallelTrainer(
-        model, arguments, train_dataset=rows, eval_dataset=rows[:5], sequence_parallel_size=sequence_parallel_size
-    )
+        None, arguments, model_init=model_init, train_dataset=rows, eval_dataset=rows[:5],
+        sequence_parallel_size=sequence_parallel_size,
+    )  # fmt: skip
     trainer.train()
+    assert (trainer.model.model.sequence_group is None) == (sequence_parallel_size == 1)
     assert trainer.state.global_step == 4
-    found = {name: p.detach() for name, p in model.named_parameters()}
+    found = {name: p.detach() for name, p in trainer.model.named_parameters()}
     found["loss"] = torch.tensor(trainer.evaluate()["eval_loss"])
     found["predictions"] = torch.tensor(trainer.predict(rows[:5]).predictions)
     return found

@@ -62,6 +62,8 @@ class SequenceParallelTrainer(Trainer):
             length.
     """
 
+    sequence_group: Any = None
+
     def __init__(self, *args: Any, sequence_parallel_size: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
         processes = self.args.world_size
@@ -72,9 +74,15 @@ class SequenceParallelTrainer(Trainer):
             )
         self.sequence_parallel_size = sequence_parallel_size
         if sequence_parallel_size > 1:
-            group, _ = dist.new_subgroups(sequence_parallel_size)
+            self.sequence_group, _ = dist.new_subgroups(sequence_parallel_size)
             model: Any = self.model  # one of ours
-            model.share_sequences(group)
+            model.share_sequences(self.sequence_group)
+
+    def call_model_init(self, trial=None):
+        """`model_init` may be asked for a model again when training begins."""
+        model = super().call_model_init(trial)
+        model.share_sequences(self.sequence_group)
+        return model
 
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None

@@ -363,17 +363,20 @@ def check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds,
         _check_values(config, input_ids, attention_mask, position_ids)
 
 
-def check_nothing_is_lost(position_ids, past_key_values=None, cu_seq_lens_q=None, **ignored) -> None:
+def check_nothing_is_lost(position_ids, past_key_values=None, cu_seq_lens_q=None, seq_idx=None, **ignored) -> None:
     """Raise ValueError for arguments without which a result would be wrong, and of which the model makes no use."""
     if past_key_values is not None:
         raise ValueError(
             "`past_key_values` were given, but attention here reads no keys and values from outside. If prefix tuning "
             "made them, choose another kind of adapter: prompt tuning, or LoRA."
         )
-    if position_ids is None and cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2:
+    told = "cu_seq_lens_q" if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2 else None
+    if seq_idx is not None and not torch.compiler.is_compiling() and bool((seq_idx != seq_idx[:, :1]).any()):
+        told = "seq_idx"
+    if position_ids is None and told:
         raise ValueError(
-            f"`cu_seq_lens_q` says that {len(cu_seq_lens_q) - 1} samples are packed into a row. They are told apart "
-            "by `position_ids` that restart at 0, and there are none (prompt tuning drops them). Give them, or pad."
+            f"`{told}` says that several samples are packed into a row. They are told apart by `position_ids` that "
+            "restart at 0, and there are none (prompt tuning drops them). Give them, or pad."
         )
 
 

@@ -80,3 +80,14 @@ def test_samples_numbered_without_positions_are_never_mixed():
     with pytest.raises(ValueError, match="`seq_idx` says that several samples are packed"):
         model(**collate([{"input_ids": make_ids(length).tolist()} for length in (5, 21)]))
     assert model(**collate([{"input_ids": make_ids(21).tolist()}])).loss > 0
+
+
+@torch.no_grad()
+def test_compiled_chunks_take_positions_and_refuse_packed_samples():
+    model = make_model(ReformerModel, attention_mode="chunk")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    ids = make_ids(1, 30)
+    positions = torch.arange(30)[None] + 3
+    assert torch.equal(compiled(ids, position_ids=positions)[0], model(ids, position_ids=positions)[0])
+    with pytest.raises(RuntimeError, match=r"position_ids.*restart at 0.*attention_mode=\"window\""):
+        compiled(ids, position_ids=positions_of([10, 20]))

@@ -241,12 +241,9 @@ class ReformerModel(ReformerPreTrainedModel):
         mask = None if attention_mask is None else attention_mask.to(device) != 0
         ranks = places if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
         samples = None if position_ids is None else packed_samples(position_ids.to(device), ranks, mask)
-        if samples is not None:
-            if config.attention_mode == "chunk":
-                raise ValueError(
-                    "`position_ids` restart at 0 within a row, which packs several samples into it. Chunks cannot "
-                    'keep them apart: pad instead, or use `attention_mode="window"`.'
-                )
+        if samples is not None and config.attention_mode == "chunk":
+            refuse_packed(samples)
+        elif samples is not None:
             samples = samples.expand(embeds.shape[0], -1).contiguous()
             first = torch.searchsorted(samples, samples)  # where each token's sample begins
             ranks = ranks.expand_as(first) - ranks.expand_as(first).gather(-1, first)
@@ -264,7 +261,7 @@ class ReformerModel(ReformerPreTrainedModel):
             )
         return Call(
             mask=mask,
-            samples=samples,
+            samples=samples if config.attention_mode == "window" else None,
             ranks=ranks.to(torch.int32),
             rotary=rotary,
             key=_fresh_key(device, shard) if self.training else None,
@@ -307,6 +304,17 @@ def packed_samples(position_ids: torch.Tensor, ranks: torch.Tensor, mask: torch.
     if not torch.compiler.is_compiling() and not begins.any():
         return None
     return begins.cumsum(-1, dtype=torch.int32)
+
+
+def refuse_packed(samples: torch.Tensor) -> None:
+    """Raise for samples that chunks would mix; when it runs where this is compiled."""
+    message = (
+        "`position_ids` restart at 0 within a row, which packs several samples into it. Chunks cannot keep them "
+        'apart: pad instead, or use `attention_mode="window"`.'
+    )
+    if not torch.compiler.is_compiling():
+        raise ValueError(message)
+    torch._assert_async((samples == 0).all(), message)
 
 
 def make_position_embeddings(config: ReformerConfig) -> nn.Module:

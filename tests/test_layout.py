@@ -32,6 +32,7 @@ ORDER = [
     ("losses", TORCH),
     ("sharding", TORCH),
     ("positions", MODEL),
+    ("decoding", TORCH),
     ("attention", MODEL),
     ("feed_forward", MODEL),
     ("layers", MODEL),

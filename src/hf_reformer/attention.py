@@ -1,5 +1,6 @@
 """The attention branch: LSH, local and full self-attention modules."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import nn
 
 from .attention_ops import OrderMakers, order_makers, ordered_attention
 from .configuration_reformer import ReformerConfig
+from .decoding import attend_to_tokens
 from .hashing import (
     Orders,
     chunk_orders,
@@ -22,6 +24,9 @@ from .reference import ordered_attention as reference_attention
 from .sharding import Shard, heads_to_tokens, tokens_to_heads
 
 
+AT_ONCE = 8  # new tokens on top of a cache, up to which each is looked up by itself
+
+
 class Call(NamedTuple):
     """What one forward of the model tells every layer. Carries no gradients.
 
@@ -35,6 +40,7 @@ class Call(NamedTuple):
         num_hashes, num_buckets: the config's, or this call's own. `num_buckets=None`: the older rule by length.
         padded_length: chunk rule: length up to which layers pad, a multiple of the chunk lengths.
         shard: this process's part, where several share every sequence. T is the whole length.
+        cache: `cache.ReformerCache` of the tokens before these, which the layers read and write. T counts new tokens.
     """
 
     mask: torch.Tensor | None
@@ -47,6 +53,7 @@ class Call(NamedTuple):
     padded_length: int
     shard: Shard | None = None
     layer_key: torch.Tensor | None = None
+    cache: Any = None
 
     @property
     def first(self) -> int:
@@ -102,7 +109,10 @@ class ReformerAttention(nn.Module):
         """
         query, key_vectors, value = (None if x is None else self._heads(x, call.shard) for x in projected)
         projected.clear()
-        out = self._attend(query, key_vectors, value, call, call.layer_key)  # (B, H, T, head_size)
+        if call.cache is not None:
+            out = self._attend_cached(query, key_vectors, value, call)
+        else:
+            out = self._attend(query, key_vectors, value, call, call.layer_key)  # (B, H, T, head_size)
         out = out if call.shard is None else heads_to_tokens(out, call.shard)
         return out.transpose(1, 2).flatten(2)
 
@@ -126,8 +136,16 @@ class ReformerAttention(nn.Module):
             )
             mask = mask if mask is not None else value.new_ones(value.shape[0], length, dtype=torch.bool)
             mask = nn.functional.pad(mask, (0, call.padded_length - length))
-        orders = (self._window_orders if self.mode == "window" else self._chunk_orders)(hashed, mask, call, value)
-        out = ordered_attention(
+        if self.mode == "window":
+            buckets = None if hashed is None else self._buckets(hashed, call)
+            orders = self._window_orders(buckets, mask, call, value)
+        else:
+            orders = self._chunk_orders(hashed, mask, call, value)
+        out = self._over(orders, query, key_vectors, value, mask, dropout_key)
+        return out[:, :, :length]
+
+    def _over(self, orders: Orders, query, key_vectors, value, mask, dropout_key=None) -> torch.Tensor:
+        return ordered_attention(
             query,
             key_vectors,
             value,
@@ -139,7 +157,59 @@ class ReformerAttention(nn.Module):
             scale=self.scale,
             backend=self.backend,
         )
-        return out[:, :, :length]
+
+    def _attend_cached(self, query: Any, key_vectors: Any, value: Any, call: Call) -> torch.Tensor:
+        """Attention of new tokens over those of the cache and each other, as one forward over all would give it."""
+        kept, new = call.cache.layers[self.layer], value.shape[2]
+        buckets = self._buckets(query, call, kept.choose_rotations) if self.kind == "lsh" else None
+        query = rotate(query, call.rotary)
+        keys = query if key_vectors is None else rotate(key_vectors, call.rotary)
+        if not kept.is_initialized:
+            kept.lazy_initialization(keys, value)
+        if kept.columns and new <= AT_ONCE and self.kind != "full":
+            return self._one_by_one(query, keys, value, buckets, call)
+        if self.kind == "local":
+            old_keys, old_values, there = kept.latest(min(kept.columns, self.config.local_window - 1))
+            kept.append(keys, value, None, call.mask)
+            mask = None
+            if call.mask is not None or kept.real is not None:
+                real = there.new_ones(value.shape[0], new) if call.mask is None else call.mask
+                mask = torch.cat([there, real], dim=-1)
+            query, keys, value = (
+                torch.cat(pair, dim=2) for pair in ((old_keys, query), (old_keys, keys), (old_values, value))
+            )
+            return self._over(self._window_orders(None, mask, call, value), query, keys, value, mask)[:, :, -new:]
+        numbers = kept.append(keys, value, buckets, call.mask)
+        keys, values, buckets, mask = kept.all()
+        if self.kind == "full":
+            place = torch.arange(keys.shape[2], device=keys.device)
+            seen = place <= numbers.clamp(min=0)[:, None, :, None]
+            return nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=self.scale)
+        out = self._over(self._window_orders(buckets, mask, call, values), keys, None, values, mask)
+        if mask is None:
+            return out[:, :, -new:]
+        index = numbers.clamp(min=0)[:, None, :, None]
+        return out.gather(2, index.expand(-1, out.shape[1], -1, out.shape[3]))
+
+    def _one_by_one(self, query, keys, value, buckets, call: Call) -> torch.Tensor:
+        kept, found = call.cache.layers[self.layer], []
+        for column in range(value.shape[2]):
+            own = slice(column, column + 1)
+            mask, bucket = call.mask, buckets
+            mask = None if mask is None else mask[:, own]
+            bucket = None if bucket is None else bucket[..., own]
+            number = kept.append(keys[:, :, own], value[:, :, own], bucket, mask)[:, 0]
+            seen = kept.seen_by(number, bucket)
+            scale = None if self.kind == "lsh" else self.scale
+            found.append(attend_to_tokens(query[:, :, column], kept.keys, kept.values, seen, number, scale))
+        return torch.stack(found, dim=2)
+
+    def _buckets(self, hashed: torch.Tensor, call: Call, choose: Any = None) -> torch.Tensor:
+        """Hash buckets (B, H, R, T); `choose` may know the rotations already."""
+        makers = order_makers(self.backend, hashed)
+        make = partial(self._rotations, hashed, call, call.num_buckets, makers)
+        rotations = make() if choose is None else choose(call.num_hashes, call.num_buckets, make)
+        return makers.lsh_buckets(hashed, rotations, call.num_buckets)
 
     def _heads(self, x: torch.Tensor, shard: Shard | None) -> torch.Tensor:
         x = x.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)
@@ -156,18 +226,17 @@ class ReformerAttention(nn.Module):
             rotations = window_rotations(key, self.layer, *shape, normals=makers.normals)
         return rotations if call.shard is None else rotations[call.shard.own_heads(self.heads)]
 
-    def _window_orders(self, hashed: torch.Tensor | None, mask: torch.Tensor | None, call: Call, value) -> Orders:
+    def _window_orders(self, buckets: torch.Tensor | None, mask: torch.Tensor | None, call: Call, value) -> Orders:
         """Position order, hash orders, and in training exploration orders."""
         config, (batch, heads, length, _) = self.config, value.shape
         makers = order_makers(self.backend, value)
-        heads = 1 if hashed is None else heads
+        heads = 1 if buckets is None else heads
         position = torch.zeros(batch, heads, 1, length, dtype=torch.int32, device=value.device)
         groups = [(position, 1, config.local_window)]
-        if hashed is not None:
+        if buckets is not None:
             count, window = product_of(call.num_buckets), config.lsh_window
             groups = groups if config.lsh_include_local else []
-            rotations = self._rotations(hashed, call, call.num_buckets, makers)
-            groups.append((makers.lsh_buckets(hashed, rotations, call.num_buckets), count, window))
+            groups.append((buckets, count, window))
             if call.key is not None and config.lsh_exploration_orders:
                 key = call.key if config.resample_rotations else make_key(config.hash_seed or 0, value.device)
                 explored = exploration_buckets(

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
+from .cache import adopt
 from .configuration_reformer import ReformerConfig
 from .losses import IGNORE, check_labels, chunked_cross_entropy, cross_entropy
 from .modeling_reformer import ReformerModel, ReformerPreTrainedModel
@@ -108,13 +109,28 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
         shard = self.model.shard(shape[1])
         loss, logits = self._loss_and_logits(hidden, targets, shard, num_items_in_batch, logits_to_keep)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return True  # the library says no to whatever is called Reformer
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        """No cache of its own yet: every step of `generate` runs the whole sequence."""
-        if "inputs_embeds" in model_kwargs:
-            raise ValueError("generate(inputs_embeds=…) needs a cache, which is not there yet. Give `input_ids`.")
-        generation_config.use_cache = False
+        """The library's choice of a cache, filled with layers of ours; none for chunks, whose steps run all tokens."""
+        if self.config.attention_mode != "window":
+            if "inputs_embeds" in model_kwargs:
+                raise ValueError("generate(inputs_embeds=…) needs a cache, which chunks have none of. Give `input_ids`.")
+            generation_config.use_cache = False
+        if generation_config.cache_implementation == "quantized":
+            raise ValueError(
+                'cache_implementation="quantized" cannot serve here: its tokens are read one by one, not all at once. '
+                "Leave it out."
+            )
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if model_kwargs.get("past_key_values") is not None:
+            model_kwargs["past_key_values"] = adopt(model_kwargs["past_key_values"], self.config)
 
 
 class ReformerForMaskedLM(_LanguageModel):

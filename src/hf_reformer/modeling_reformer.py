@@ -8,12 +8,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
 from .attention import Call
 from .attention_ops import chosen_backend
+from .cache import ReformerCache, adopt
 from .configuration_reformer import ReformerConfig, check_num_buckets
 from .feed_forward import LayerNorm
 from .hashing import product_of
@@ -160,6 +162,8 @@ class ReformerModel(ReformerPreTrainedModel):
         num_buckets: int | list[int] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         r"""
@@ -172,9 +176,12 @@ class ReformerModel(ReformerPreTrainedModel):
             num_hashes, num_buckets: this call's own number of hash rounds and of buckets.
             output_hidden_states: also give the feed-forward stream before every layer and after the last, (B, T, D)
                 each. In training this takes the plain path, whose memory grows with depth.
+            past_key_values: what an earlier call returned, or an empty cache: the inputs continue it. Then
+                `attention_mask` counts the tokens before, too: (B, before + T).
+            use_cache: return a cache (causal models in window mode). A call with a cache computes as in evaluation.
 
         Returns:
-            BaseModelOutputWithPast with `last_hidden_state` (B, T, 2 D).
+            BaseModelOutputWithPast with `last_hidden_state` (B, T, 2 D), and the cache as `past_key_values`.
 
         Raises:
             ValueError: shapes, ids, positions or masks that cannot be right; the message says which and why.
@@ -186,14 +193,18 @@ class ReformerModel(ReformerPreTrainedModel):
             )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        check_inputs(self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets)
+        cache = self._cache(past_key_values, use_cache)
+        past = 0 if cache is None else cache.get_seq_length()
+        check_inputs(
+            self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets, past
+        )
         check_nothing_is_lost(position_ids, **kwargs)
         given = input_ids if inputs_embeds is None else inputs_embeds
         shard = self.shard(given.shape[1])
         own = own_tokens(given, shard)
         embeds = self.embed_tokens(own) if inputs_embeds is None else own
         call, positions = self._make_call(
-            embeds, given.shape[1], shard, attention_mask, position_ids, num_hashes, num_buckets
+            embeds, given.shape[1], shard, attention_mask, position_ids, num_hashes, num_buckets, cache
         )
         if self.config.position_embedding_type != "rotary":
             embeds = embeds + self.position_embeddings(own_tokens(positions, shard))
@@ -205,7 +216,24 @@ class ReformerModel(ReformerPreTrainedModel):
         x1, x2, states = self._run_layers(streams, call, grid, bool(output_hidden_states))
         hidden = self.norm(torch.cat([x1, x2], dim=-1))
         hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(call.key, FINAL_DROPOUT), call.first)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, hidden_states=states)
+        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)
+
+    def _cache(self, given: Any, wanted: bool | None) -> Cache | None:
+        """The cache of this call: the one given, or a new one where it is asked for."""
+        if given is None and not wanted:
+            return None
+        reason = None
+        if not self.config.is_decoder:
+            reason = "the model is bidirectional (`config.is_decoder=False`), and what comes changes what was"
+        elif self.config.attention_mode != "window":
+            reason = 'chunks (`attention_mode="chunk"`) move when a token is added'
+        elif self.sequence_group is not None:
+            reason = "processes share the sequences (`share_sequences`)"
+        if reason is not None and given is None:
+            return None
+        if reason is not None:
+            raise ValueError(f"`past_key_values` cannot be used: {reason}. Leave it out.")
+        return ReformerCache(self.config) if given is None else adopt(given, self.config)
 
     def _run_layers(self, streams: list[torch.Tensor], call: Call, grid: Grid, keep_states: bool):
         """Both streams through all layers, and the states to return. The path is chosen here, the values are one.
@@ -214,7 +242,7 @@ class ReformerModel(ReformerPreTrainedModel):
         """
         checkpointing = self.gradient_checkpointing and self.training
         plain = keep_states or checkpointing or not self.config.reversible or not can_reverse()
-        plain = plain or any(needs_plain_path(layer) for layer in self.layers)
+        plain = plain or call.cache is not None or any(needs_plain_path(layer) for layer in self.layers)
         chain = None if plain else Chain(grid, len(self.layers))
         # Traced into a graph, layers one by one cannot rebuild their inputs, but the graph can compute them again.
         traced = self.config.reversible and torch.is_grad_enabled() and torch.compiler.is_compiling()
@@ -233,13 +261,16 @@ class ReformerModel(ReformerPreTrainedModel):
         return x1, x2, tuple(state.to(dtype) for state in states) if keep_states else None
 
     def _make_call(
-        self, embeds, length: int, shard: Shard | None, attention_mask, position_ids, num_hashes, num_buckets
+        self, embeds, length: int, shard: Shard | None, attention_mask, position_ids, num_hashes, num_buckets, cache
     ) -> tuple[Call, torch.Tensor]:
         """What every layer is told, and the position ids (B or 1, T)."""
         config, device = self.config, embeds.device
         places = torch.arange(length, device=device)[None]
         mask = None if attention_mask is None else attention_mask.to(device) != 0
+        if cache is not None:
+            mask, before = new_tokens(cache, mask)
         ranks = places if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
+        ranks = ranks if cache is None else ranks + before
         samples = None if position_ids is None else packed_samples(position_ids.to(device), ranks, mask)
         if samples is not None and config.attention_mode == "chunk":
             refuse_packed(samples)
@@ -264,11 +295,12 @@ class ReformerModel(ReformerPreTrainedModel):
             samples=samples if config.attention_mode == "window" else None,
             ranks=ranks.to(torch.int32),
             rotary=rotary,
-            key=_fresh_key(device, shard) if self.training else None,
+            key=_fresh_key(device, shard) if self.training and cache is None else None,
             num_hashes=num_hashes or config.num_hashes,
             num_buckets=num_buckets if isinstance(num_buckets, int | None) else tuple(num_buckets),
             padded_length=padded_length(config, length),
             shard=shard,
+            cache=cache,
         ), position_ids
 
 
@@ -283,6 +315,26 @@ def refuse_different_inputs(model: Any, args: tuple, kwargs: dict) -> None:
     given["num_hashes, num_buckets or another keyword"] = given.pop("kwargs")
     given |= {"train() or eval()": model.training, "no_grad()": torch.is_grad_enabled()}
     check_same_inputs(group, model.device, given)
+
+
+def new_tokens(cache: Cache, mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | int]:
+    """Of a mask (B, before + T) the part of the new tokens, None if all are real; and (B, 1) real tokens before.
+
+    Raises:
+        ValueError: the mask contradicts the one that the cache was filled with.
+    """
+    layer: Any = cache.layers[0]
+    before = layer.lengths[:, None] if layer.columns else 0
+    if mask is None:
+        return None, before
+    seen = mask[:, : layer.columns].sum(-1, keepdim=True)
+    if layer.columns and not torch.equal(seen, layer.lengths[:, None]):
+        raise ValueError(
+            "`attention_mask` masks other tokens of the cache than when it was filled. What is in a cache cannot be "
+            "masked afterwards: begin anew."
+        )
+    mask = mask[:, layer.columns :]
+    return None if bool(mask.all()) else mask, before
 
 
 def _fresh_key(device: torch.device, shard: Shard | None) -> torch.Tensor:
@@ -338,7 +390,9 @@ def padded_length(config: ReformerConfig, length: int) -> int:
     return -(-length // multiple) * multiple
 
 
-def check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets) -> None:
+def check_inputs(
+    config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets, past: int = 0
+) -> None:
     """Raise ValueError for inputs that cannot be right. Values are looked at in eager mode only."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -361,23 +415,21 @@ def check_inputs(config, input_ids, attention_mask, position_ids, inputs_embeds,
     chosen_backend(config.attention_backend)
     for value, label in ((attention_mask, "attention_mask"), (position_ids, "position_ids")):
         rows = (shape[0],) if label == "attention_mask" else (shape[0], 1)
-        if value is not None and (value.dim() != 2 or value.shape[0] not in rows or value.shape[1] != shape[1]):
+        length = shape[1] + (past if label == "attention_mask" else 0)
+        if value is not None and (value.dim() != 2 or value.shape[0] not in rows or value.shape[1] != length):
+            held = f" and {past} tokens in the cache" if past else ""
             raise ValueError(
-                f"`{label}` has shape {tuple(value.shape)}; with `{name}` of {shape} it must be {shape[:2]}."
+                f"`{label}` has shape {tuple(value.shape)}; with `{name}` of {shape}{held} it must be "
+                f"{(shape[0], length)}."
             )
     if position_ids is None:
-        _check_positions_cover(config, shape[1], attention_mask)
+        _check_positions_cover(config, past + shape[1], attention_mask)
     if not torch.compiler.is_compiling():
         _check_values(config, input_ids, attention_mask, position_ids)
 
 
-def check_nothing_is_lost(position_ids, past_key_values=None, cu_seq_lens_q=None, seq_idx=None, **ignored) -> None:
+def check_nothing_is_lost(position_ids, cu_seq_lens_q=None, seq_idx=None, **ignored) -> None:
     """Raise ValueError for arguments without which a result would be wrong, and of which the model makes no use."""
-    if past_key_values is not None:
-        raise ValueError(
-            "`past_key_values` were given, but attention here reads no keys and values from outside. If prefix tuning "
-            "made them, choose another kind of adapter: prompt tuning, or LoRA."
-        )
     told = "cu_seq_lens_q" if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2 else None
     if seq_idx is not None and not torch.compiler.is_compiling() and bool((seq_idx != seq_idx[:, :1]).any()):
         told = "seq_idx"

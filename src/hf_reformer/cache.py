@@ -1,0 +1,390 @@
+"""What generation keeps: projected keys and values, and per head the newest members of every hash bucket.
+
+A layer numbers the real tokens of a row 0, 1, 2 … and keeps them by that number: padding takes no room, and rows of a
+batch may be of different lengths. One step then reads the last `window` members of the new token's buckets, and the
+last `local_window` tokens, whatever the length.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from .configuration_reformer import ReformerConfig
+from .hashing import product_of
+
+GROWTH = 1.125  # of the room for tokens, when it is full
+
+
+class BucketTables:
+    """The newest members of every bucket: (B, H, R) tables of `count` rings of 2 * `window` tokens.
+
+    Twice the window, so that as many tokens may be taken back; where more were, the rings are filled anew.
+    """
+
+    def __init__(self, batch: int, heads: int, rounds: int, count: int, window: int, device: torch.device):
+        self.window, self.count = window, count
+        self.size = 2 * window
+        shape = (batch, heads, rounds, count)
+        self.rings = torch.zeros(*shape, self.size, dtype=torch.int32, device=device)
+        self.added = torch.zeros(shape, dtype=torch.int32, device=device)  # members so far
+        self.most = torch.zeros(shape, dtype=torch.int32, device=device)  # members there ever were
+
+    def add(self, buckets: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Put tokens in, in order: buckets (B, H, R, N) int32 and tokens (B, N) int32, where -1 is none."""
+        batch, heads, rounds, new = buckets.shape
+        tokens = tokens[:, None, None].expand_as(buckets)
+        buckets = torch.where(tokens >= 0, buckets, self.count).long()
+        if new > 1:
+            buckets, order = buckets.sort(dim=-1, stable=True)
+            tokens = tokens.gather(-1, order)
+        place = torch.arange(new, device=buckets.device)
+        begins = torch.ones_like(buckets, dtype=torch.bool)
+        begins[..., 1:] = buckets[..., 1:] != buckets[..., :-1]
+        first = torch.where(begins, place, 0).cummax(-1).values
+        rank = place - first  # among the new ones of its bucket
+        numbers = torch.zeros(batch, heads, rounds, self.count + 1, dtype=torch.int32, device=buckets.device)
+        numbers.scatter_add_(-1, buckets, torch.ones_like(buckets, dtype=torch.int32))
+        behind = numbers.gather(-1, buckets) - rank  # itself and those that follow it into the ring
+        before = torch.nn.functional.pad(self.added, (0, 1)).gather(-1, buckets)
+        slot = buckets * self.size + (before + rank) % self.size
+        stays = (behind <= self.size) & (buckets < self.count)
+        line = torch.arange(batch * heads * rounds, device=buckets.device).view(batch, heads, rounds, 1)
+        slot = slot + line * (self.count * self.size)
+        self.rings.view(-1)[slot[stays]] = tokens[stays]
+        self.added += numbers[..., :-1]
+        self.most = torch.maximum(self.most, self.added)
+
+    def last(self, buckets: torch.Tensor) -> torch.Tensor:
+        """The newest `window` members of one bucket a table, (B, H, R) → (B, H, R * window) int64; -1: fewer."""
+        index = buckets.long()[..., None]
+        number = self.added.gather(-1, index) - 1 - torch.arange(self.window, device=index.device)  # (B, H, R, window)
+        ring = self.rings.gather(-2, index[..., None].expand(*index.shape, self.size)).squeeze(-2)
+        found = ring.gather(-1, (number % self.size).long())
+        return torch.where(number >= 0, found, -1).flatten(-2).long()
+
+    def remove(self, buckets: torch.Tensor, gone: torch.Tensor) -> bool:
+        """Take back the tokens put in last: buckets (B, H, R, N), and which of them are gone, (B, N) bool.
+
+        Returns:
+            Whether the rings still hold every window; otherwise they have to be filled anew.
+        """
+        ones = gone[:, None, None].expand_as(buckets).to(torch.int32)
+        self.added.scatter_add_(-1, buckets.long(), -ones)
+        oldest = (self.added - self.window).clamp(min=0)
+        return not bool(((self.added > 0) & (oldest < self.most - self.size)).any())
+
+
+class ReformerCacheLayer(CacheLayerMixin):
+    """The kept tokens of one layer.
+
+    Attributes:
+        keys, values: (B, H, room, D), by the number of a token in its row; modulo the room in local layers. Keys of
+            lsh layers are their shared query/key vectors as projected, turned by position but not normalised.
+        buckets: (B, H, R, room) int32, lsh layers.
+        lengths: (B) int64, real tokens of every row.
+        real: (B, columns) bool, which of all tokens given so far were real; None: all were.
+    """
+
+    is_croppable = True
+
+    def __init__(self, config: ReformerConfig, layer: int, room: int = 0):
+        super().__init__()
+        self.kind = config.attn_layers[layer]
+        self.local_window, self.window = config.local_window, config.lsh_window
+        self.include_local = self.kind == "local" or config.lsh_include_local
+        self.is_sliding = self.kind == "local"
+        self.first_room = room
+        self.record_past = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        self.keys = self.values = self.buckets = self.real = self.tables = self.rotations = None
+        self.num_hashes = self.num_buckets = None
+        self.is_initialized = False
+        self.columns = self.batch_size = 0
+        self.lengths = self.longest = None
+
+    @property
+    def room(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[2]
+
+    @property
+    def ring(self) -> bool:
+        """Whether old tokens make room for new ones."""
+        return self.kind == "local" and not self.record_past
+
+    # --- growing
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.device, self.dtype = key_states.device, key_states.dtype
+        self.batch_size, heads, _, size = key_states.shape
+        room = 2 * self.local_window if self.ring else self.first_room
+        self.keys = key_states.new_zeros(self.batch_size, heads, room, size)
+        self.values = value_states.new_zeros(self.batch_size, heads, room, size)
+        self.lengths = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
+        self.longest = self.lengths  # that a row ever was
+        self.is_initialized = True
+
+    def choose_rotations(self, num_hashes: int, num_buckets: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The rotations of all tokens kept; made once.
+
+        Raises:
+            ValueError: other numbers of hashes or buckets than those of the tokens kept.
+        """
+        if self.rotations is None:
+            self.rotations, self.num_hashes, self.num_buckets = make(), num_hashes, num_buckets
+        if (num_hashes, num_buckets) != (self.num_hashes, self.num_buckets):
+            raise ValueError(
+                f"num_hashes={num_hashes}, num_buckets={num_buckets} were given, but the tokens in the cache were "
+                f"hashed with {self.num_hashes} and {self.num_buckets}. Keep them, or begin with a new cache."
+            )
+        return self.rotations
+
+    def append(
+        self, keys: torch.Tensor, values: torch.Tensor, buckets: torch.Tensor | None, real: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Keep new tokens, (B, H, N, D) each; buckets (B, H, R, N); real (B, N) bool, None: all.
+
+        Returns:
+            (B, N) int64, their numbers; -1 for padding.
+        """
+        keys, values = keys.detach(), values.detach()
+        new = keys.shape[2]
+        numbers = self.lengths[:, None] + torch.arange(new, device=self.device)
+        if real is not None or self.real is not None:
+            real = torch.ones_like(numbers, dtype=torch.bool) if real is None else real
+            before = self._real_so_far()
+            numbers = torch.where(real, self.lengths[:, None] + real.cumsum(-1) - 1, -1)
+            self.real = torch.cat([before, real], dim=-1)
+        self._make_room(self.columns + new, buckets)
+        self._write(numbers, keys, values, buckets)
+        if buckets is not None:
+            self._tables(buckets).add(buckets, numbers.to(torch.int32))
+        self.columns += new
+        self.lengths = self.lengths + (new if real is None else real.sum(-1))
+        self.longest = torch.maximum(self.longest, self.lengths)
+        return numbers
+
+    def _real_so_far(self) -> torch.Tensor:
+        if self.real is not None:
+            return self.real
+        return torch.ones(self.batch_size, self.columns, dtype=torch.bool, device=self.device)
+
+    def _make_room(self, needed: int, buckets: torch.Tensor | None) -> None:
+        if buckets is not None and self.buckets is None:
+            self.buckets = buckets.new_zeros(*buckets.shape[:3], self.room)
+        if self.ring or needed <= self.room:
+            return
+        room = max(needed, int(self.room * GROWTH) + 1)
+        self.keys, self.values = (_longer(x, room, dim=2) for x in (self.keys, self.values))
+        self.buckets = None if self.buckets is None else _longer(self.buckets, room, dim=3)
+
+    def _write(self, numbers, keys, values, buckets) -> None:
+        new = numbers.shape[1]
+        if self.real is None and not self.ring:
+            own = slice(self.columns, self.columns + new)
+            self.keys[:, :, own], self.values[:, :, own] = keys, values
+            if buckets is not None:
+                self.buckets[..., own] = buckets
+            return
+        stays = numbers >= 0
+        if self.ring:
+            stays &= numbers > numbers.amax(-1, keepdim=True) - self.room
+        row, column = stays.nonzero(as_tuple=True)
+        slot = numbers[row, column] % self.room if self.ring else numbers[row, column]
+        self.keys[row, :, slot], self.values[row, :, slot] = keys[row, :, column], values[row, :, column]
+        if buckets is not None:
+            self.buckets[row, :, :, slot] = buckets[row, :, :, column]
+
+    def _tables(self, buckets: torch.Tensor) -> BucketTables:
+        if self.tables is None:
+            count = product_of(self.num_buckets)
+            self.tables = BucketTables(*buckets.shape[:3], count, self.window, self.device)
+        return self.tables
+
+    # --- reading
+
+    def all(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Keys and values (B, H, T, D), buckets (B, H, R, T) and, unless all are there, which are, (B, T) bool."""
+        length = self.columns if self.real is None else int(self.lengths.max())
+        mask = None
+        if self.real is not None:
+            mask = torch.arange(length, device=self.device) < self.lengths[:, None]
+        buckets = None if self.buckets is None else self.buckets[..., :length]
+        return self.keys[:, :, :length], self.values[:, :, :length], buckets, mask
+
+    def seen_by(self, own: torch.Tensor, buckets: torch.Tensor | None) -> torch.Tensor:
+        """Numbers of the tokens that the newest token of every row sees, (B, H or 1, K) int64; -1: none.
+
+        own: (B) int64, its number; buckets: (B, H, R, 1).
+        """
+        seen = []
+        if self.include_local:
+            near = own[:, None] - torch.arange(self.local_window, device=own.device)  # (B, W)
+            seen.append(near[:, None].clamp(min=-1))
+        if buckets is not None:
+            seen.insert(0, self._tables(buckets).last(buckets[..., 0]))
+            seen = [x.expand(-1, seen[0].shape[1], -1) for x in seen]
+        return torch.cat(seen, dim=-1)
+
+    def latest(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values of the last `count` tokens, (B, H, count, D), and which there are, (B, count) bool."""
+        numbers = self.lengths[:, None] - count + torch.arange(count, device=self.device)
+        slot = (numbers.clamp(min=0) % max(1, self.room))[:, None, :, None]
+        index = slot.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
+        return self.keys.gather(2, index), self.values.gather(2, index), numbers >= 0
+
+    # --- the library's own operations
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise NotImplementedError(
+            "A ReformerCache is written to by the attention of its model, which also hashes. Give it to the model as "
+            "`past_key_values`."
+        )
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def activate_past_recording(self) -> None:
+        """Keep every token from now on, so that any number can be taken back."""
+        if self.kind == "local" and self.is_initialized and not self.record_past:
+            keys, values, _ = self.latest(min(self.room, self.columns))
+            self._unroll(keys, values)
+        self.record_past = True
+
+    def _unroll(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """From a ring to slots by number; numbers before those kept stay unwritten."""
+        room = max(self.columns, 1)
+        numbers = self.lengths[:, None] - keys.shape[2] + torch.arange(keys.shape[2], device=self.device)
+        row, column = (numbers >= 0).nonzero(as_tuple=True)
+        self.keys, self.values = (x.new_zeros(*x.shape[:2], room, x.shape[3]) for x in (keys, values))
+        slot = numbers[row, column]
+        self.keys[row, :, slot], self.values[row, :, slot] = keys[row, :, column], values[row, :, column]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` columns.
+
+        Raises:
+            ValueError: a positive number, or more tokens than there are.
+            RuntimeError: a local layer no longer has the tokens that would come back into its window.
+        """
+        count = -tokens_to_remove
+        if count == 0 or not self.is_initialized:
+            return
+        if not 0 < count <= self.columns:
+            raise ValueError(
+                f"crop({tokens_to_remove}) on a cache of {self.columns} tokens: give the number to take back, as a "
+                "negative number."
+            )
+        gone = self._real_so_far()[:, -count:]
+        lengths = self.lengths - gone.sum(-1)
+        lost = (self.longest > self.room) & (lengths - self.local_window < self.longest - self.room)
+        if self.ring and bool(lost.any()):
+            raise RuntimeError(
+                f"A local layer keeps its last {self.room} tokens, so {count} cannot be taken back. Call "
+                "`cache.activate_past_recording()` first."
+            )
+        old, self.lengths = self.lengths, lengths
+        self.columns -= count
+        self.real = None if self.real is None else self.real[:, : self.columns]
+        if self.tables is None:
+            return
+        numbers = old[:, None] - 1 - torch.arange(count, device=self.device)
+        gone = numbers >= self.lengths[:, None]
+        index = numbers.clamp(min=0)[:, None, None].expand(-1, *self.buckets.shape[1:3], -1)
+        if not self.tables.remove(self.buckets.gather(-1, index), gone):
+            self._fill_tables()
+
+    def _fill_tables(self) -> None:
+        buckets = self.buckets[..., : max(1, int(self.lengths.max()))]
+        self.tables = None
+        numbers = torch.arange(buckets.shape[-1], dtype=torch.int32, device=self.device).expand(self.batch_size, -1)
+        inside = numbers < self.lengths[:, None]
+        self._tables(buckets).add(torch.where(inside[:, None, None], buckets, 0), torch.where(inside, numbers, -1))
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Apply a function to every tensor with a row for each of the batch."""
+        for holder, names in (
+            (self, ("keys", "values", "buckets", "lengths", "longest", "real")),
+            (self.tables, ("rings", "added", "most")),
+        ):
+            for name in names:
+                x = getattr(holder, name, None)
+                if x is not None:
+                    setattr(holder, name, change(x))
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.is_initialized:
+            self._each(lambda x: x[indices.to(x.device)])
+            self.batch_size = self.lengths.shape[0]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+            self.batch_size = self.lengths.shape[0]
+
+    def offload(self) -> None:
+        if self.is_initialized:
+            self._each(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._each(lambda x: x.to(self.device, non_blocking=True))
+
+
+def _longer(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    """x with room for `size` entries along a dimension."""
+    shape = list(x.shape)
+    shape[dim] = size
+    longer = x.new_zeros(shape)
+    longer.narrow(dim, 0, x.shape[dim]).copy_(x)
+    return longer
+
+
+class ReformerCache(Cache):
+    """The cache of a causal Reformer in window mode, a layer for each of its own.
+
+    Args:
+        config: the model's.
+        max_cache_len: tokens to make room for at once; more are taken as they come.
+    """
+
+    def __init__(self, config: ReformerConfig, max_cache_len: int = 0, **options: Any):
+        layers = [ReformerCacheLayer(config, index, max_cache_len) for index in range(len(config.attn_layers))]
+        super().__init__(layers=layers, **options)
+
+
+def adopt(cache: Any, config: ReformerConfig) -> Cache:
+    """A cache that is ours already, or an empty one of the library's (dynamic or static), given layers of ours.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(cache, Cache):
+        if cache.layers and all(isinstance(layer, ReformerCacheLayer) for layer in cache.layers):
+            return cache
+        if not any(getattr(layer, "is_initialized", True) for layer in cache.layers):
+            room = max([getattr(layer, "max_cache_len", 0) for layer in cache.layers], default=0)
+            cache.layers = ReformerCache(config, room).layers
+            cache.layer_class_to_replicate = None
+            return cache
+    raise ValueError(
+        f"`past_key_values` is a {type(cache).__name__} that a Reformer did not fill: attention here reads no keys and "
+        "values from outside. Give what an earlier call returned, or an empty cache. If prefix tuning made it, choose "
+        "another kind of adapter: prompt tuning, or LoRA."
+    )
+
+
+__all__ = ["ReformerCache"]

@@ -1,0 +1,267 @@
+"""What is computed with a cache equals one forward over all tokens; and the cache's own operations."""
+
+import copy
+
+import pytest
+import torch
+from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, StaticCache
+
+from hf_reformer import ReformerConfig, ReformerForCausalLM, ReformerModel, attention, cache
+from hf_reformer.cache import BucketTables, ReformerCache
+
+LENGTH = 70
+KINDS = {"local": ["local"], "lsh": ["lsh"], "full": ["full"], "mixed": ["local", "lsh", "full", "lsh", "local", "lsh"]}
+PIECES = {"one by one": [1] * LENGTH, "sevens": [7] * 10, "prompt": [20] + [1] * 50, "halves": [33, 37],
+          "any": [5, 9, 21, 35]}  # fmt: skip
+IDS = make_ids(4, LENGTH)
+MASK = torch.ones(4, LENGTH, dtype=torch.long)
+MASK[0, :9], MASK[1, 30:33], MASK[3, 40:] = 0, 0, 0  # padded left, with a hole, not at all, and right
+
+
+def make(kinds=KINDS["mixed"], **changes):
+    return make_model(ReformerForCausalLM, **{**SMALL_WINDOWS, "attn_layers": kinds, **changes}).eval()
+
+
+@torch.no_grad()
+def run(model, pieces, ids=IDS, mask=None, kept=None):
+    """Logits of the pieces one after the other, and the cache."""
+    found, at = [], 0 if kept is None else kept.get_seq_length()
+    for length in pieces:
+        part = None if mask is None else mask[:, : at + length]
+        out = model(ids[:, at : at + length], attention_mask=part, past_key_values=kept, use_cache=True)
+        kept, at = out.past_key_values, at + length
+        found.append(out.logits)
+    return torch.cat(found, dim=1), kept
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("pieces", PIECES)
+@pytest.mark.parametrize("kinds", KINDS)
+def test_pieces_equal_the_whole(kinds, pieces, masked):
+    model, mask = make(KINDS[kinds]), MASK if masked else None
+    with torch.no_grad():
+        expected = model(IDS, attention_mask=mask).logits
+    found, kept = run(model, PIECES[pieces], mask=mask)
+    real = MASK.bool() if masked else slice(None)
+    assert largest_gap(found[real], expected[real]) <= 1e-10
+    assert kept.get_seq_length() == LENGTH
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"position_embedding_type": "rotary"},
+        {"lsh_include_local": False},
+        {"num_hashes": 3, "num_buckets": [2, 4]},
+        {"dtype": torch.float32},
+        {"dtype": torch.float32, "attention_backend": "torch"},
+        {"residual_precision": "float32"},
+    ],
+    ids=str,
+)
+def test_pieces_equal_the_whole_in_any_configuration(changes):
+    model = make(**changes)
+    with torch.no_grad():
+        expected = model(IDS, attention_mask=MASK).logits
+    for pieces in PIECES.values():
+        found, _ = run(model, pieces, mask=MASK)
+        assert largest_gap(found[MASK == 1], expected[MASK == 1]) <= 1e-5
+
+
+@pytest.mark.slow
+def test_the_default_configuration_over_long_texts():
+    config = ReformerConfig(is_decoder=True, max_position_embeddings=8192)
+    torch.manual_seed(0)
+    model = ReformerForCausalLM(config).eval()
+    ids, mask = torch.randint(5, 250, (4, 2200)), torch.ones(4, 2200, dtype=torch.long)
+    mask[0, :300], mask[1, 1900:], mask[2, 700:750] = 0, 0, 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+    for pieces in ([1000, 1000, 64, 64, *[7] * 10, 2], [2000, *[1] * 200]):
+        found, _ = run(model, pieces, ids, mask)
+        assert largest_gap(found[mask == 1], expected[mask == 1]) <= 1e-5
+
+
+def test_in_training_mode_a_cache_computes_as_in_evaluation():
+    model = make(hidden_dropout_prob=0.5)
+    expected, _ = run(model, PIECES["any"])
+    assert torch.equal(run(model.train(), PIECES["any"])[0], expected)
+
+
+def test_a_step_reads_so_many_keys_whatever_the_context(monkeypatch):
+    read = []
+
+    def counting(query, keys, values, tokens, own, scale):
+        read.append(tokens.shape[-1])
+        return attend(query, keys, values, tokens, own, scale)
+
+    attend = attention.attend_to_tokens
+    monkeypatch.setattr(attention, "attend_to_tokens", counting)
+    model = make(["local", "lsh"])
+    run(model, PIECES["prompt"])
+    config = model.config
+    assert set(read) == {config.local_window, config.num_hashes * config.lsh_window + config.local_window}
+
+
+def test_gradients_reach_the_new_tokens_alone():
+    model = make()
+    _, kept = run(model, [40])
+    out = model(IDS[:, 40:], past_key_values=kept)
+    out.logits.sum().backward()
+    assert model.lm_head.weight.grad is not None
+    assert not any(layer.keys.requires_grad for layer in kept.layers)
+
+
+# --- the cache's operations
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("kinds", KINDS)
+@pytest.mark.parametrize("removed", [1, 5])
+def test_tokens_taken_back_leave_no_trace(kinds, removed, masked):
+    model, mask = make(KINDS[kinds]), MASK if masked else None
+    other = make_ids(4, LENGTH, seed=1)
+    expected, _ = run(model, [50, *[1] * 20], mask=mask)
+    _, kept = run(model, [50], mask=mask)
+    for _ in range(3):
+        at = kept.get_seq_length()
+        part = None if mask is None else torch.cat([mask[:, :at], torch.ones(4, removed, dtype=torch.long)], dim=-1)
+        with torch.no_grad():
+            model(other[:, :removed], attention_mask=part, past_key_values=kept)
+        kept.crop(-removed)
+    found, _ = run(model, [1] * 20, mask=mask, kept=kept)
+    real = MASK[:, 50:].bool() if masked else slice(None)
+    assert largest_gap(found[real], expected[:, 50:][real]) <= 1e-10
+
+
+@pytest.mark.parametrize("kinds", ["lsh", "full", "mixed"])
+def test_any_number_may_be_taken_back_once_the_past_is_recorded(kinds):
+    model = make(KINDS[kinds])
+    expected, _ = run(model, [10, *[1] * 60])
+    _, kept = run(model, [10])
+    kept.activate_past_recording()
+    run(model, [50], kept=kept)
+    kept.crop(-45)
+    found, _ = run(model, [5, *[1] * 50], kept=kept)
+    assert largest_gap(found, expected[:, 15:]) <= 1e-10
+
+
+def test_a_local_layer_tells_when_too_much_is_taken_back():
+    model = make(["local"])
+    _, kept = run(model, [60])
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        kept.crop(-30)
+    with pytest.raises(ValueError, match="crop"):
+        kept.crop(3)
+
+
+def test_rows_are_chosen_repeated_and_reordered():
+    model = make()
+    expected, _ = run(model, [40, *[1] * 30], mask=MASK)
+    for change, rows in (
+        (lambda kept: kept.batch_select_indices(torch.tensor([2, 0])), [2, 0]),
+        (lambda kept: kept.reorder_cache(torch.tensor([1, 1, 3, 0])), [1, 1, 3, 0]),
+        (lambda kept: kept.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2, 3, 3]),
+    ):
+        _, kept = run(model, [40], mask=MASK)
+        change(kept)
+        found, _ = run(model, [1] * 30, IDS[rows], MASK[rows], kept)
+        real = MASK[rows, 40:] == 1
+        assert largest_gap(found[real], expected[rows, 40:][real]) <= 1e-10
+        assert kept.batch_size == len(rows)
+
+
+def test_reset_offload_and_copy():
+    model = make()
+    expected, kept = run(model, [40])
+    copied = copy.deepcopy(kept)
+    for layer in kept.layers:
+        layer.offload()
+        layer.prefetch()
+    rest, _ = run(model, [30], kept=kept)
+    assert torch.equal(run(model, [30], kept=copied)[0], rest)
+    kept.reset()
+    assert kept.get_seq_length() == 0
+    assert torch.equal(run(model, [40], kept=kept)[0], expected)
+
+
+def test_empty_caches_of_the_library_are_adopted():
+    model = make()
+    expected, _ = run(model, PIECES["any"])
+    config = model.config
+    for given in (DynamicCache(), DynamicCache(config=config), StaticCache(config=config, max_cache_len=LENGTH)):
+        assert torch.equal(run(model, PIECES["any"], kept=given)[0], expected)
+
+
+def test_memory_of_a_cache():
+    """Local layers keep two windows; the others little more than keys and values of the tokens."""
+    model = make(["local", "lsh", "full"], attention_head_size=64, num_attention_heads=2)
+    config = model.config
+    _, kept = run(model, [10, *[1] * 60])
+    assert kept.layers[0].keys.shape[2] == 2 * config.local_window
+    for layer in kept.layers[1:]:
+        assert layer.keys.shape[2] <= 1.125 * LENGTH + 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_tables_know_the_newest_members(data):
+    """Against lists, over any sequence of putting in and taking back."""
+    window, count = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
+    tables = BucketTables(1, 1, 1, count, window, torch.device("cpu"))
+    lists: list[list[int]] = [[] for _ in range(count)]
+    history: list[int] = []
+    for _ in range(data.draw(st.integers(1, 8))):
+        gone = data.draw(st.integers(0, min(len(history), 2 * window)))
+        if gone:
+            removed = history[-gone:][::-1]
+            holds = tables.remove(torch.tensor([[[removed]]]), torch.ones(1, gone, dtype=torch.bool))
+            for bucket in removed:
+                lists[bucket].pop()
+            history = history[:-gone]
+            if not holds:
+                tables = BucketTables(1, 1, 1, count, window, torch.device("cpu"))
+                if history:
+                    tables.add(torch.tensor([[[history]]]).int(), torch.arange(len(history))[None].int())
+        new = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=12))
+        tokens = torch.arange(len(history), len(history) + len(new), dtype=torch.int32)[None]
+        tables.add(torch.tensor([[[new]]], dtype=torch.int32), tokens)
+        for bucket in new:
+            lists[bucket].append(len(history))
+            history.append(bucket)
+        for bucket in range(count):
+            found = tables.last(torch.tensor([[[bucket]]]))[0, 0].tolist()
+            assert [token for token in found if token >= 0] == lists[bucket][::-1][:window]
+
+
+# --- what cannot be
+
+
+def test_what_a_cache_cannot_serve_is_refused():
+    model = make()
+    _, kept = run(model, [20], mask=MASK)
+    new = IDS[:, 20:25]
+    with pytest.raises(ValueError, match=r"must be \(4, 25\)"):
+        model(new, attention_mask=torch.ones(4, 5, dtype=torch.long), past_key_values=kept)
+    with pytest.raises(ValueError, match="masks other tokens"):
+        model(new, attention_mask=torch.ones(4, 25, dtype=torch.long), past_key_values=kept)
+    with pytest.raises(ValueError, match="hashed with"):
+        model(new, past_key_values=kept, num_hashes=5)
+    filled = DynamicCache()
+    filled.update(torch.zeros(4, 2, 3, 8), torch.zeros(4, 2, 3, 8), 0)
+    with pytest.raises(ValueError, match="did not fill"):
+        model(new, past_key_values=filled)
+    both = make_model(ReformerModel, **{**SMALL_WINDOWS, "is_decoder": False}).eval()
+    with pytest.raises(ValueError, match="bidirectional"):
+        both(IDS, past_key_values=DynamicCache())
+    assert both(IDS, use_cache=True).past_key_values is None
+
+
+def test_update_from_outside_is_refused():
+    kept = ReformerCache(make().config)
+    with pytest.raises(NotImplementedError, match="past_key_values"):
+        kept.update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), 0)
+    assert isinstance(kept, cache.Cache)

@@ -462,10 +462,10 @@ def test_generation_warns_of_right_padding(messages):
     assert any("right-padding was detected" in message for message in messages)
 
 
-def test_generation_from_embeddings_is_refused_while_there_is_no_cache():
-    model = make_head(ReformerForCausalLM)
-    with pytest.raises(ValueError, match="needs a cache"):
-        model.generate(inputs_embeds=model.get_input_embeddings()(IDS), max_new_tokens=2)
+def test_generation_from_embeddings_is_that_from_their_tokens():
+    model = make_head(ReformerForCausalLM, eos_token_id=None)
+    found = model.generate(inputs_embeds=model.get_input_embeddings()(IDS), max_new_tokens=4, do_sample=False)
+    assert torch.equal(found, model.generate(IDS, max_new_tokens=4, do_sample=False)[:, IDS.shape[1] :])
 
 
 def test_training_and_evaluation_generate_alike_without_dropout():

@@ -222,6 +222,7 @@ class ReformerModel(ReformerPreTrainedModel):
         """The cache of this call: the one given, or a new one where it is asked for."""
         if given is None and not wanted:
             return None
+        cache = ReformerCache(self.config) if given is None else adopt(given, self.config)
         reason = None
         if not self.config.is_decoder:
             reason = "the model is bidirectional (`config.is_decoder=False`), and what comes changes what was"
@@ -233,7 +234,7 @@ class ReformerModel(ReformerPreTrainedModel):
             return None
         if reason is not None:
             raise ValueError(f"`past_key_values` cannot be used: {reason}. Leave it out.")
-        return ReformerCache(self.config) if given is None else adopt(given, self.config)
+        return cache
 
     def _run_layers(self, streams: list[torch.Tensor], call: Call, grid: Grid, keep_states: bool):
         """Both streams through all layers, and the states to return. The path is chosen here, the values are one.

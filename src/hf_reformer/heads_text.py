@@ -132,6 +132,12 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"] = adopt(model_kwargs["past_key_values"], self.config)
 
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError(
+            "continuous batching hands attention pages of keys that others wrote, and hash buckets are not among them. "
+            "Use `generate` with a batch padded on the left: every row comes out as it would alone."
+        )
+
 
 class ReformerForMaskedLM(_LanguageModel):
     """Reformer with a masked language-model head; needs `is_decoder=False`."""

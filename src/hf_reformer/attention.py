@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .attention_ops import OrderMakers, order_makers, ordered_attention
+from .attention_ops import OrderMakers, compiled_step, order_makers, ordered_attention
 from .configuration_reformer import ReformerConfig
 from .decoding import attend_to_tokens
 from .hashing import (
@@ -160,56 +160,84 @@ class ReformerAttention(nn.Module):
 
     def _attend_cached(self, query: Any, key_vectors: Any, value: Any, call: Call) -> torch.Tensor:
         """Attention of new tokens over those of the cache and each other, as one forward over all would give it."""
-        kept, new = call.cache.layers[self.layer], value.shape[2]
-        buckets = self._buckets(query, call, kept.choose_rotations) if self.kind == "lsh" else None
+        kept, hashed = call.cache.layers[self.layer], query if self.kind == "lsh" else None
         query = rotate(query, call.rotary)
         keys = query if key_vectors is None else rotate(key_vectors, call.rotary)
         if not kept.is_initialized:
             kept.lazy_initialization(keys, value)
-        if kept.columns and new <= AT_ONCE and self.kind != "full":
-            return self._one_by_one(query, keys, value, buckets, call)
+        if self.kind == "full":
+            return self._over_all_kept(query, keys, value, call)
+        if kept.columns and value.shape[2] <= AT_ONCE:
+            return self._one_by_one(query, keys, value, hashed, call)
         if self.kind == "local":
-            old_keys, old_values, there = kept.latest(min(kept.columns, self.config.local_window - 1))
-            kept.append(keys, value, None, call.mask)
-            mask = None
-            if call.mask is not None or kept.real is not None:
-                real = there.new_ones(value.shape[0], new) if call.mask is None else call.mask
-                mask = torch.cat([there, real], dim=-1)
-            query, keys, value = (
-                torch.cat(pair, dim=2) for pair in ((old_keys, query), (old_keys, keys), (old_values, value))
-            )
-            return self._over(self._window_orders(None, mask, call, value), query, keys, value, mask)[:, :, -new:]
+            return self._over_latest(query, keys, value, call)
+        buckets = self._buckets(hashed, call, kept.choose_rotations)
         numbers = kept.append(keys, value, buckets, call.mask)
         keys, values, buckets, mask = kept.all()
-        if self.kind == "full":
-            place = torch.arange(keys.shape[2], device=keys.device)
-            seen = place <= numbers.clamp(min=0)[:, None, :, None]
-            return nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=self.scale)
         out = self._over(self._window_orders(buckets, mask, call, values), keys, None, values, mask)
         if mask is None:
-            return out[:, :, -new:]
+            return out[:, :, -numbers.shape[1] :]
         index = numbers.clamp(min=0)[:, None, :, None]
         return out.gather(2, index.expand(-1, out.shape[1], -1, out.shape[3]))
 
-    def _one_by_one(self, query, keys, value, buckets, call: Call) -> torch.Tensor:
+    def _over_all_kept(self, query, keys, value, call: Call) -> torch.Tensor:
+        kept = call.cache.layers[self.layer]
+        numbers = kept.append(keys, value, None, call.mask)
+        keys, values, *_ = kept.all()
+        place = torch.arange(keys.shape[2], device=keys.device)
+        seen = place <= numbers.clamp(min=0)[:, None, :, None]
+        return nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=self.scale)
+
+    def _over_latest(self, query, keys, value, call: Call) -> torch.Tensor:
+        """Many new tokens of a local layer: they see each other, and the last ones before them."""
+        kept, new = call.cache.layers[self.layer], value.shape[2]
+        old_keys, old_values, there = kept.latest(min(kept.columns, self.config.local_window - 1))
+        kept.append(keys, value, None, call.mask)
+        mask = None
+        if call.mask is not None or kept.real is not None:
+            real = there.new_ones(value.shape[0], new) if call.mask is None else call.mask
+            mask = torch.cat([there, real], dim=-1)
+        pairs = (old_keys, query), (old_keys, keys), (old_values, value)
+        query, keys, value = (torch.cat(pair, dim=2) for pair in pairs)
+        return self._over(self._window_orders(None, mask, call, value), query, keys, value, mask)[:, :, -new:]
+
+    def _one_by_one(self, query, keys, value, hashed, call: Call) -> torch.Tensor:
+        """A few new tokens, each looked up in the cache by itself."""
         kept, found = call.cache.layers[self.layer], []
+        step = compiled_step(self.backend, kept.keys)
+        if hashed is not None:
+            lines = (*value.shape[:2], call.num_hashes)
+            rotations = kept.choose_rotations(*self._hashes(hashed, call))
         for column in range(value.shape[2]):
             own = slice(column, column + 1)
-            mask, bucket = call.mask, buckets
-            mask = None if mask is None else mask[:, own]
-            bucket = None if bucket is None else bucket[..., own]
-            number = kept.append(keys[:, :, own], value[:, :, own], bucket, mask)[:, 0]
-            seen = kept.seen_by(number, bucket)
+            new = [None if x is None else x[:, :, own] for x in (query, keys, value, hashed)]
+            mask = None if call.mask is None else call.mask[:, own]
+            if step is not None:
+                numbers = kept.make_room(1, mask, None if hashed is None else lines)
+                window = self.config.local_window if kept.include_local else 0
+                scale = self.head_size**-0.5
+                found.append(step(*new, kept, numbers[:, 0].contiguous(), window, scale))
+                kept.count(numbers)
+                continue
+            buckets = None
+            if hashed is not None:
+                buckets = order_makers(self.backend, hashed).lsh_buckets(new[3], rotations, call.num_buckets)
+            number = kept.append(new[1], new[2], buckets, mask)[:, 0]
+            seen = kept.seen_by(number, buckets)
             scale = None if self.kind == "lsh" else self.scale
-            found.append(attend_to_tokens(query[:, :, column], kept.keys, kept.values, seen, number, scale))
+            found.append(attend_to_tokens(new[0][:, :, 0], kept.keys, kept.values, seen, number, scale))
         return torch.stack(found, dim=2)
+
+    def _hashes(self, hashed: torch.Tensor, call: Call) -> tuple[int, Any, Any]:
+        """Numbers of hashes and of buckets, and what makes their rotations."""
+        make = partial(self._rotations, hashed, call, call.num_buckets, order_makers(self.backend, hashed))
+        return call.num_hashes, call.num_buckets, make
 
     def _buckets(self, hashed: torch.Tensor, call: Call, choose: Any = None) -> torch.Tensor:
         """Hash buckets (B, H, R, T); `choose` may know the rotations already."""
-        makers = order_makers(self.backend, hashed)
-        make = partial(self._rotations, hashed, call, call.num_buckets, makers)
-        rotations = make() if choose is None else choose(call.num_hashes, call.num_buckets, make)
-        return makers.lsh_buckets(hashed, rotations, call.num_buckets)
+        *numbers, make = self._hashes(hashed, call)
+        rotations = make() if choose is None else choose(*numbers, make)
+        return order_makers(self.backend, hashed).lsh_buckets(hashed, rotations, call.num_buckets)
 
     def _heads(self, x: torch.Tensor, shard: Shard | None) -> torch.Tensor:
         x = x.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)

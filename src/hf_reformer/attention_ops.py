@@ -102,6 +102,13 @@ def order_makers(choice: str, vectors: torch.Tensor) -> OrderMakers:
     return OrderMakers(lsh_buckets, sorted_windows, sorted_line, normal_rows)
 
 
+def compiled_step(choice: str, kept: torch.Tensor) -> Callable | None:
+    """`kernels.cpu.step` where it serves tensors like `kept` (B, H, T, D), else None."""
+    name = backend_name(choice, kept, kept)
+    served = name == "cpu" and kept.dtype in (torch.float32, torch.bfloat16)
+    return KERNELS["cpu"].step if served else None
+
+
 def ordered_attention(
     query: torch.Tensor,
     key: torch.Tensor | None,

@@ -135,7 +135,7 @@ class ReformerCacheLayer(CacheLayerMixin):
             ValueError: other numbers of hashes or buckets than those of the tokens kept.
         """
         if self.rotations is None:
-            self.rotations, self.num_hashes, self.num_buckets = make(), num_hashes, num_buckets
+            self.rotations, self.num_hashes, self.num_buckets = make().contiguous(), num_hashes, num_buckets
         if (num_hashes, num_buckets) != (self.num_hashes, self.num_buckets):
             raise ValueError(
                 f"num_hashes={num_hashes}, num_buckets={num_buckets} were given, but the tokens in the cache were "
@@ -152,35 +152,40 @@ class ReformerCacheLayer(CacheLayerMixin):
             (B, N) int64, their numbers; -1 for padding.
         """
         keys, values = keys.detach(), values.detach()
-        new = keys.shape[2]
+        numbers = self.make_room(keys.shape[2], real, None if buckets is None else buckets.shape[:3])
+        self._write(numbers, keys, values, buckets)
+        if buckets is not None:
+            self.tables.add(buckets, numbers.to(torch.int32))
+        self.count(numbers)
+        return numbers
+
+    def make_room(self, new: int, real: torch.Tensor | None, lines: tuple[int, ...] | None) -> torch.Tensor:
+        """Numbers (B, N) of N new tokens, with room for them; `lines`: (B, H, R) of lsh layers."""
         numbers = self.lengths[:, None] + torch.arange(new, device=self.device)
         if real is not None or self.real is not None:
             real = torch.ones_like(numbers, dtype=torch.bool) if real is None else real
             before = self._real_so_far()
             numbers = torch.where(real, self.lengths[:, None] + real.cumsum(-1) - 1, -1)
             self.real = torch.cat([before, real], dim=-1)
-        self._make_room(self.columns + new, buckets)
-        self._write(numbers, keys, values, buckets)
-        if buckets is not None:
-            self._tables(buckets).add(buckets, numbers.to(torch.int32))
-        self.columns += new
-        self.lengths = self.lengths + (new if real is None else real.sum(-1))
-        self.longest = torch.maximum(self.longest, self.lengths)
+        if lines is not None and self.tables is None:
+            self.tables = BucketTables(*lines, product_of(self.num_buckets), self.window, self.device)
+            self.buckets = torch.zeros(*lines, self.room, dtype=torch.int32, device=self.device)
+        if not self.ring and self.columns + new > self.room:
+            room = max(self.columns + new, int(self.room * GROWTH) + 1)
+            self.keys, self.values = (_longer(x, room, dim=2) for x in (self.keys, self.values))
+            self.buckets = None if self.buckets is None else _longer(self.buckets, room, dim=3)
         return numbers
+
+    def count(self, numbers: torch.Tensor) -> None:
+        """The tokens of these numbers are kept now."""
+        self.columns += numbers.shape[1]
+        self.lengths = torch.maximum(self.lengths, numbers.amax(-1) + 1)
+        self.longest = torch.maximum(self.longest, self.lengths)
 
     def _real_so_far(self) -> torch.Tensor:
         if self.real is not None:
             return self.real
         return torch.ones(self.batch_size, self.columns, dtype=torch.bool, device=self.device)
-
-    def _make_room(self, needed: int, buckets: torch.Tensor | None) -> None:
-        if buckets is not None and self.buckets is None:
-            self.buckets = buckets.new_zeros(*buckets.shape[:3], self.room)
-        if self.ring or needed <= self.room:
-            return
-        room = max(needed, int(self.room * GROWTH) + 1)
-        self.keys, self.values = (_longer(x, room, dim=2) for x in (self.keys, self.values))
-        self.buckets = None if self.buckets is None else _longer(self.buckets, room, dim=3)
 
     def _write(self, numbers, keys, values, buckets) -> None:
         new = numbers.shape[1]
@@ -198,12 +203,6 @@ class ReformerCacheLayer(CacheLayerMixin):
         self.keys[row, :, slot], self.values[row, :, slot] = keys[row, :, column], values[row, :, column]
         if buckets is not None:
             self.buckets[row, :, :, slot] = buckets[row, :, :, column]
-
-    def _tables(self, buckets: torch.Tensor) -> BucketTables:
-        if self.tables is None:
-            count = product_of(self.num_buckets)
-            self.tables = BucketTables(*buckets.shape[:3], count, self.window, self.device)
-        return self.tables
 
     # --- reading
 
@@ -226,7 +225,7 @@ class ReformerCacheLayer(CacheLayerMixin):
             near = own[:, None] - torch.arange(self.local_window, device=own.device)  # (B, W)
             seen.append(near[:, None].clamp(min=-1))
         if buckets is not None:
-            seen.insert(0, self._tables(buckets).last(buckets[..., 0]))
+            seen.insert(0, self.tables.last(buckets[..., 0]))
             seen = [x.expand(-1, seen[0].shape[1], -1) for x in seen]
         return torch.cat(seen, dim=-1)
 
@@ -306,10 +305,9 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     def _fill_tables(self) -> None:
         buckets = self.buckets[..., : max(1, int(self.lengths.max()))]
-        self.tables = None
         numbers = torch.arange(buckets.shape[-1], dtype=torch.int32, device=self.device).expand(self.batch_size, -1)
-        inside = numbers < self.lengths[:, None]
-        self._tables(buckets).add(torch.where(inside[:, None, None], buckets, 0), torch.where(inside, numbers, -1))
+        self.tables = BucketTables(*buckets.shape[:3], self.tables.count, self.window, self.device)
+        self.tables.add(buckets, torch.where(numbers < self.lengths[:, None], numbers, -1))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a function to every tensor with a row for each of the batch."""

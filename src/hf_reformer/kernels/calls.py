@@ -8,7 +8,7 @@ import ctypes
 
 import torch
 
-from ..hashing import Orders
+from ..hashing import Orders, factors_of
 from ..randomness import keep_threshold
 from ..reference import pair_keys
 
@@ -66,6 +66,16 @@ _Sorting = _structure(
     pointer: mask
     int: batch, heads, length, rounds, count, threads, back, on
     pointer: line, lo, hi
+    """,
+)
+_Step = _structure(
+    "_Step",
+    """
+    strided: query, key, value, vectors
+    pointer: rotations, factors, numbers, keys, values, buckets, rings, added, most
+    int: batch, heads, size, rounds, columns, num_factors, count, ring, window, local_window, room, bfloat16, threads
+    double: scale
+    pointer: out
     """,
 )
 
@@ -208,3 +218,31 @@ def run_sorting(buckets, mask, count: int, back: int, on: int, parts: int, libra
     if buckets.numel():
         _run(library, "hf_sort", call)
     return results
+
+
+def run_step(
+    query, key, value, vectors, kept, numbers: torch.Tensor, local_window: int, scale: float, library: ctypes.CDLL
+) -> torch.Tensor:
+    """One new token, (B, H, 1, D) each, on top of `kept` (a cache layer, which is written to); (B, H, D) float32."""
+    batch, heads, _, size = query.shape
+    query, key, value, vectors = (
+        None if x is None else x.detach().to(kept.keys.dtype).contiguous() for x in (query, key, value, vectors)
+    )
+    out = query.new_empty(batch, heads, size, dtype=torch.float32)
+    tables, rotations, factors, counts = kept.tables, None, (), (0, 0, 0, 0)
+    if vectors is not None:
+        rotations, factors = kept.rotations, factors_of(kept.num_buckets)
+        counts = (tables.count, tables.size, tables.window, rotations.shape[2])
+    count, ring, window, rounds = counts
+    numbers_of_factors = (ctypes.c_int64 * max(1, len(factors)))(*factors)
+    step = _Step(
+        *(_strided(x) for x in (query, key, value, vectors)),
+        _pointer(rotations), ctypes.addressof(numbers_of_factors), numbers.data_ptr(),
+        kept.keys.data_ptr(), kept.values.data_ptr(), _pointer(kept.buckets),
+        *(_pointer(getattr(tables, name, None)) for name in ("rings", "added", "most")),
+        batch=batch, heads=heads, size=size, rounds=rounds, columns=sum(factors) // 2, num_factors=len(factors),
+        count=count, ring=ring, window=window, local_window=local_window, room=kept.room,
+        bfloat16=DTYPES[kept.keys.dtype], threads=torch.get_num_threads(), scale=scale, out=out.data_ptr(),
+    )  # fmt: skip
+    _run(library, "hf_step", step)
+    return out

@@ -9,7 +9,7 @@ import torch
 
 from ..hashing import Orders, factors_of, reach
 from . import build, check_places
-from .calls import DTYPES, Call, backward, forward, new_rows, run_hashing, run_normals, run_sorting
+from .calls import DTYPES, Call, backward, forward, new_rows, run_hashing, run_normals, run_sorting, run_step
 from .checks import agrees
 
 logger = logging.getLogger(__name__)
@@ -198,3 +198,18 @@ def sorted_windows(buckets: torch.Tensor, count: int | None, window: int, causal
 def sorted_line(buckets: torch.Tensor, count: int, mask: torch.Tensor | None) -> torch.Tensor:
     """`hashing.sorted_line` by counting."""
     return torch.ops.hf_reformer.cpu_sort(buckets, mask, count, 0, 0, 1)[0]
+
+
+def step(query, key, value, vectors, kept, numbers, local_window: int, scale: float) -> torch.Tensor:
+    """Keep one new token and attend from it, as `cache.ReformerCacheLayer` and `decoding.attend_to_tokens` do.
+
+    Args:
+        query, key, value: (B, H, 1, D), query and key turned by position.
+        vectors: (B, H, 1, D) to be hashed; None in local layers.
+        kept: the cache layer, with room for the token; its tensors are written to.
+        numbers: (B) int64 contiguous, the token's number in its row, or -1: padding, which gives 0.
+
+    Returns:
+        (B, H, D) in value's dtype.
+    """
+    return run_step(query, key, value, vectors, kept, numbers, local_window, scale, _loaded()).to(value.dtype)

@@ -5,6 +5,7 @@
 #include "backward.hpp"
 #include "hashing.hpp"
 #include "normals.hpp"
+#include "step.hpp"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -66,6 +67,10 @@ int hf_normals(const hf::Normals* n) {
 
 int hf_sort(const hf::Sorting* s) {
     return guarded([&] { hf::run_sorting(*s); });
+}
+
+int hf_step(const hf::Step* s) {
+    return guarded([&] { hf::run_step(*s); });
 }
 
 int hf_forward(const Problem* p) {

@@ -1,0 +1,166 @@
+// One new token on top of kept ones: hash it, keep it, and attend to what its buckets and its neighbourhood hold.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "parallel.hpp"
+#include "problem.hpp"
+#include "rows.hpp"
+#include "simd.hpp"
+
+namespace hf {
+
+struct StepScratch {
+    std::vector<float> query, row, projected, scores;
+    std::vector<int32_t> tokens, other;
+    std::vector<int64_t> buckets;
+    StepScratch(const Step& s)
+        : query(s.size + kWidth), row(s.size + kWidth), projected(s.rounds * s.columns + kWidth), buckets(s.rounds) {}
+};
+
+// A row as floats, zeros up to a whole vector behind it: where it lies, if that is what is there.
+inline const float* floats_of(const Source& source, int64_t slot, float* buffer) {
+    const char* row = source.base + slot * source.stride;
+    if (!source.bfloat16 && source.size % kWidth == 0) return reinterpret_cast<const float*>(row);
+    for (int i = 0; i < source.size; i++) buffer[i] = source.element(row, i);
+    std::fill(buffer + source.size, buffer + source.size + kWidth, 0.0f);
+    return buffer;
+}
+
+// Its bucket in every round, by the sums of `project` in their order, so that near-ties fall the same way.
+inline void hash_token(const Step& s, int64_t head, const float* vector, StepScratch& w) {
+    const int64_t columns = s.rounds * s.columns;
+    const float* rotations = s.rotations + head * s.size * columns;
+    for (int64_t c = 0; c < columns; c += kWidth) {
+        const int64_t there = std::min<int64_t>(kWidth, columns - c);
+        Float sums = zero();
+        alignas(64) float part[kWidth] = {};
+        for (int64_t k = 0; k < s.size; k++) {
+            const float* from = rotations + k * columns + c;
+            if (there < kWidth) {
+                std::memcpy(part, from, there * sizeof(float));
+                from = part;
+            }
+            sums = fma(splat(vector[k]), load(from), sums);
+        }
+        store(w.projected.data() + c, sums);
+    }
+    for (int64_t round = 0; round < s.rounds; round++) {
+        int64_t stride = 1, bucket = 0;
+        const float* x = w.projected.data() + round * s.columns;
+        for (int64_t f = 0; f < s.num_factors; f++) {
+            int64_t half = s.factors[f] / 2, index = 0;
+            float best = -1.0f;
+            for (int64_t c = 0; c < half; c++)
+                if (std::fabs(x[c]) > best) {
+                    best = std::fabs(x[c]);
+                    index = x[c] < 0 ? c + half : c;
+                }
+            bucket += index * stride;
+            stride *= s.factors[f];
+            x += half;
+        }
+        w.buckets[round] = bucket;
+    }
+}
+
+// Into its slot and into the rings of its buckets.
+inline void keep_token(const Step& s, int64_t line, int64_t batch, int64_t head, int64_t number, StepScratch& w) {
+    const int64_t width = s.bfloat16 ? 2 : 4, bytes = s.size * width, slot = line * s.room + number % s.room;
+    auto row = [&](const Strided& x) { return static_cast<const char*>(x.data) + (batch * x.batch + head * x.head) * width; };
+    std::memcpy(static_cast<char*>(s.keys) + slot * bytes, row(s.key), bytes);
+    std::memcpy(static_cast<char*>(s.values) + slot * bytes, row(s.value), bytes);
+    for (int64_t round = 0; round < s.rounds; round++) {
+        const int64_t table = line * s.rounds + round, bucket = table * s.count + w.buckets[round];
+        s.buckets[table * s.room + number] = static_cast<int32_t>(w.buckets[round]);
+        s.rings[bucket * s.ring + s.added[bucket] % s.ring] = static_cast<int32_t>(number);
+        s.added[bucket]++;
+        s.most[bucket] = std::max(s.most[bucket], s.added[bucket]);
+    }
+}
+
+// All tokens it sees, newest first, each once.
+inline void find_tokens(const Step& s, int64_t line, int64_t number, StepScratch& w) {
+    w.tokens.clear();
+    for (int64_t t = number; t >= 0 && t > number - s.local_window; t--) w.tokens.push_back(static_cast<int32_t>(t));
+    for (int64_t round = 0; round < s.rounds; round++) {
+        const int64_t bucket = (line * s.rounds + round) * s.count + w.buckets[round];
+        const int32_t *ring = s.rings + bucket * s.ring, added = s.added[bucket];
+        w.other.clear();
+        size_t at = 0;
+        for (int32_t i = added - 1; i >= 0 && i >= added - s.window; i--) {
+            const int32_t token = ring[i % s.ring];
+            while (at < w.tokens.size() && w.tokens[at] > token) w.other.push_back(w.tokens[at++]);
+            if (at < w.tokens.size() && w.tokens[at] == token) at++;
+            w.other.push_back(token);
+        }
+        w.other.insert(w.other.end(), w.tokens.begin() + at, w.tokens.end());
+        w.tokens.swap(w.other);
+    }
+}
+
+inline void attend(const Step& s, int64_t line, int64_t number, float* out, StepScratch& w) {
+    const int64_t count = w.tokens.size(), bytes = s.size * (s.bfloat16 ? 2 : 4);
+    auto kept = [&](void* rows) {
+        return Source({static_cast<char*>(rows) + line * s.room * bytes, 0, 0, s.size}, 0, 0, s.bfloat16, s.size);
+    };
+    const Source keys = kept(s.keys), values = kept(s.values);
+    w.scores.assign(count + kWidth, -INFINITY);
+    auto fetch = [&](const Source& source, int64_t i) {
+        if (i < count)
+            for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(source.base + w.tokens[i] % s.room * bytes + at);
+    };
+    float top = -INFINITY;
+    for (int64_t i = 0; i < count; i++) {
+        fetch(keys, i + 8);
+        const float* key = floats_of(keys, w.tokens[i] % s.room, w.row.data());
+        Float products = zero(), squares = zero();
+        for (int64_t k = 0; k < s.size; k += kWidth) {
+            Float x = load(key + k);
+            products = fma(x, load(w.query.data() + k), products);
+            squares = fma(x, x, squares);
+        }
+        float scale = static_cast<float>(s.scale);
+        if (s.rounds) scale /= std::sqrt(sum(squares) / s.size + 1e-6f);  // shared: keys of unit length
+        w.scores[i] = s.rounds && w.tokens[i] == number ? -1e5f : sum(products) * scale;
+        top = std::max(top, w.scores[i]);
+    }
+    float mass = 0;
+    const Float log2_e = splat(1.4426950408889634f), highest = splat(top);
+    for (int64_t i = 0; i < count; i += kWidth) store(w.scores.data() + i, exp2((load(w.scores.data() + i) - highest) * log2_e));
+    for (int64_t i = 0; i < count; i++) mass += w.scores[i];
+    std::vector<float>& sums = w.query;  // no longer needed
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    for (int64_t i = 0; i < count; i++) {
+        fetch(values, i + 8);
+        const float* value = floats_of(values, w.tokens[i] % s.room, w.row.data());
+        const Float weight = splat(w.scores[i] / mass);
+        for (int64_t k = 0; k < s.size; k += kWidth) store(sums.data() + k, fma(weight, load(value + k), load(sums.data() + k)));
+    }
+    std::copy(sums.begin(), sums.begin() + s.size, out);
+}
+
+inline void run_step(const Step& s) {
+    std::vector<std::unique_ptr<StepScratch>> scratch(std::max<int64_t>(1, s.threads));
+    parallel_for(s.batch * s.heads, s.threads, [&](int64_t line, int worker) {
+        if (!scratch[worker]) scratch[worker] = std::make_unique<StepScratch>(s);
+        StepScratch& w = *scratch[worker];
+        const int64_t batch = line / s.heads, head = line % s.heads, number = s.numbers[batch];
+        float* out = s.out + line * s.size;
+        if (number < 0) {  // padding is not kept and sees nothing
+            std::fill(out, out + s.size, 0.0f);
+            return;
+        }
+        if (s.rounds) hash_token(s, head, floats_of(Source(s.vectors, batch, head, s.bfloat16, s.size), 0, w.row.data()), w);
+        keep_token(s, line, batch, head, number, w);
+        const float* query = floats_of(Source(s.query, batch, head, s.bfloat16, s.size), 0, w.row.data());
+        std::copy(query, query + s.size, w.query.begin());
+        std::fill(w.query.begin() + s.size, w.query.end(), 0.0f);
+        find_tokens(s, line, number, w);
+        attend(s, line, number, out, w);
+    });
+}
+
+}  // namespace hf

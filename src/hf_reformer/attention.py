@@ -25,6 +25,7 @@ from .sharding import Shard, heads_to_tokens, tokens_to_heads
 
 
 AT_ONCE = 8  # new tokens on top of a cache, up to which each is looked up by itself
+STEP_COST = 16  # of looking a token up, in tokens of one forward over all
 
 
 class Call(NamedTuple):
@@ -167,7 +168,8 @@ class ReformerAttention(nn.Module):
             kept.lazy_initialization(keys, value)
         if self.kind == "full":
             return self._over_all_kept(query, keys, value, call)
-        if kept.columns and value.shape[2] <= AT_ONCE:
+        new = value.shape[2]
+        if kept.columns and (new <= AT_ONCE or (self.kind == "lsh" and new * STEP_COST <= kept.columns)):
             return self._one_by_one(query, keys, value, hashed, call)
         if self.kind == "local":
             return self._over_latest(query, keys, value, call)
@@ -202,30 +204,29 @@ class ReformerAttention(nn.Module):
         return self._over(self._window_orders(None, mask, call, value), query, keys, value, mask)[:, :, -new:]
 
     def _one_by_one(self, query, keys, value, hashed, call: Call) -> torch.Tensor:
-        """A few new tokens, each looked up in the cache by itself."""
-        kept, found = call.cache.layers[self.layer], []
-        step = compiled_step(self.backend, kept.keys)
+        """New tokens one after the other, each looked up in the cache by itself: never of the context's length."""
+        kept, lines = call.cache.layers[self.layer], None
         if hashed is not None:
-            lines = (*value.shape[:2], call.num_hashes)
             rotations = kept.choose_rotations(*self._hashes(hashed, call))
+            lines = (*value.shape[:2], call.num_hashes)
+        step = compiled_step(self.backend, kept.keys)
+        if step is not None:
+            numbers = kept.make_room(value.shape[2], call.mask, lines)
+            window = self.config.local_window if kept.include_local else 0
+            out = step(query, keys, value, hashed, kept, numbers, window, self.scale)
+            kept.count(numbers)
+            return out
+        found, makers = [], order_makers(self.backend, value)
         for column in range(value.shape[2]):
             own = slice(column, column + 1)
-            new = [None if x is None else x[:, :, own] for x in (query, keys, value, hashed)]
             mask = None if call.mask is None else call.mask[:, own]
-            if step is not None:
-                numbers = kept.make_room(1, mask, None if hashed is None else lines)
-                window = self.config.local_window if kept.include_local else 0
-                scale = self.head_size**-0.5
-                found.append(step(*new, kept, numbers[:, 0].contiguous(), window, scale))
-                kept.count(numbers)
-                continue
             buckets = None
             if hashed is not None:
-                buckets = order_makers(self.backend, hashed).lsh_buckets(new[3], rotations, call.num_buckets)
-            number = kept.append(new[1], new[2], buckets, mask)[:, 0]
+                buckets = makers.lsh_buckets(hashed[:, :, own], rotations, call.num_buckets)
+            number = kept.append(keys[:, :, own], value[:, :, own], buckets, mask)[:, 0]
             seen = kept.seen_by(number, buckets)
             scale = None if self.kind == "lsh" else self.scale
-            found.append(attend_to_tokens(new[0][:, :, 0], kept.keys, kept.values, seen, number, scale))
+            found.append(attend_to_tokens(query[:, :, column], kept.keys, kept.values, seen, number, scale))
         return torch.stack(found, dim=2)
 
     def _hashes(self, hashed: torch.Tensor, call: Call) -> tuple[int, Any, Any]:

@@ -73,7 +73,8 @@ _Step = _structure(
     """
     strided: query, key, value, vectors
     pointer: rotations, factors, numbers, keys, values, buckets, rings, added, most
-    int: batch, heads, size, rounds, columns, num_factors, count, ring, window, local_window, room, bfloat16, threads
+    int: batch, heads, length, size, rounds, columns, num_factors, count, ring, window, local_window, room, bfloat16
+    int: threads
     double: scale
     pointer: out
     """,
@@ -223,12 +224,13 @@ def run_sorting(buckets, mask, count: int, back: int, on: int, parts: int, libra
 def run_step(
     query, key, value, vectors, kept, numbers: torch.Tensor, local_window: int, scale: float, library: ctypes.CDLL
 ) -> torch.Tensor:
-    """One new token, (B, H, 1, D) each, on top of `kept` (a cache layer, which is written to); (B, H, D) float32."""
-    batch, heads, _, size = query.shape
+    """New tokens, (B, H, T, D) each, on top of `kept` (a cache layer, which is written to); (B, H, T, D) float32."""
+    batch, heads, length, size = query.shape
     query, key, value, vectors = (
-        None if x is None else x.detach().to(kept.keys.dtype).contiguous() for x in (query, key, value, vectors)
+        None if x is None else x.detach().to(kept.keys.dtype) for x in (query, key, value, vectors)
     )
-    out = query.new_empty(batch, heads, size, dtype=torch.float32)
+    query, key, value, vectors = _readable(query, key, value, vectors)
+    numbers, out = numbers.contiguous(), query.new_empty(batch, heads, length, size, dtype=torch.float32)
     tables, rotations, factors, counts = kept.tables, None, (), (0, 0, 0, 0)
     if vectors is not None:
         rotations, factors = kept.rotations, factors_of(kept.num_buckets)
@@ -240,7 +242,7 @@ def run_step(
         _pointer(rotations), ctypes.addressof(numbers_of_factors), numbers.data_ptr(),
         kept.keys.data_ptr(), kept.values.data_ptr(), _pointer(kept.buckets),
         *(_pointer(getattr(tables, name, None)) for name in ("rings", "added", "most")),
-        batch=batch, heads=heads, size=size, rounds=rounds, columns=sum(factors) // 2, num_factors=len(factors),
+        batch=batch, heads=heads, length=length, size=size, rounds=rounds, columns=sum(factors) // 2, num_factors=len(factors),
         count=count, ring=ring, window=window, local_window=local_window, room=kept.room,
         bfloat16=DTYPES[kept.keys.dtype], threads=torch.get_num_threads(), scale=scale, out=out.data_ptr(),
     )  # fmt: skip

@@ -201,15 +201,15 @@ def sorted_line(buckets: torch.Tensor, count: int, mask: torch.Tensor | None) ->
 
 
 def step(query, key, value, vectors, kept, numbers, local_window: int, scale: float) -> torch.Tensor:
-    """Keep one new token and attend from it, as `cache.ReformerCacheLayer` and `decoding.attend_to_tokens` do.
+    """Keep new tokens and attend from each, as `cache.ReformerCacheLayer` and `decoding.attend_to_tokens` do.
 
     Args:
-        query, key, value: (B, H, 1, D), query and key turned by position.
-        vectors: (B, H, 1, D) to be hashed; None in local layers.
-        kept: the cache layer, with room for the token; its tensors are written to.
-        numbers: (B) int64 contiguous, the token's number in its row, or -1: padding, which gives 0.
+        query, key, value: (B, H, T, D), query and key turned by position.
+        vectors: (B, H, T, D) to be hashed; None in local layers.
+        kept: the cache layer, with room for the tokens; its tensors are written to.
+        numbers: (B, T) int64, the tokens' numbers in their rows, or -1: padding, which gives 0.
 
     Returns:
-        (B, H, D) in value's dtype.
+        (B, H, T, D) in value's dtype.
     """
     return run_step(query, key, value, vectors, kept, numbers, local_window, scale, _loaded()).to(value.dtype)

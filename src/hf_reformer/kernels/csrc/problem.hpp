@@ -53,17 +53,17 @@ struct Sorting {
 };
 
 struct Step {
-    Strided query, key, value;          // of the new token, (B, H, 1, D); query and key turned by position
+    Strided query, key, value;          // of the new tokens, (B, H, T, D); query and key turned by position
     Strided vectors;                    // what is hashed
     const float* rotations;             // (H, D, R * columns) contiguous
     const int64_t* factors;
-    const int64_t* numbers;             // (B) the token's number in its row, or -1: padding
+    const int64_t* numbers;             // (B, T) the tokens' numbers in their rows, rising; or -1: padding
     void *keys, *values;                // (B, H, room, D) contiguous, by number modulo room
     int32_t* buckets;                   // (B, H, R, room)
     int32_t *rings, *added, *most;      // (B, H, R, count, ring) and (B, H, R, count): cache.BucketTables
-    int64_t batch, heads, size, rounds, columns, num_factors, count, ring, window, local_window, room, bfloat16, threads;
+    int64_t batch, heads, length, size, rounds, columns, num_factors, count, ring, window, local_window, room, bfloat16, threads;
     double scale;                       // of scores; rounds > 0: shared query/key attention
-    float* out;                         // (B, H, D)
+    float* out;                         // (B, H, T, D)
 };
 
 }  // namespace hf

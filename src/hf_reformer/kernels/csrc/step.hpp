@@ -1,8 +1,9 @@
-// One new token on top of kept ones: hash it, keep it, and attend to what its buckets and its neighbourhood hold.
+// New tokens on top of kept ones, one after the other: hash it, keep it, attend to what its buckets and neighbourhood hold.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
 #include "parallel.hpp"
@@ -67,11 +68,10 @@ inline void hash_token(const Step& s, int64_t head, const float* vector, StepScr
 }
 
 // Into its slot and into the rings of its buckets.
-inline void keep_token(const Step& s, int64_t line, int64_t batch, int64_t head, int64_t number, StepScratch& w) {
-    const int64_t width = s.bfloat16 ? 2 : 4, bytes = s.size * width, slot = line * s.room + number % s.room;
-    auto row = [&](const Strided& x) { return static_cast<const char*>(x.data) + (batch * x.batch + head * x.head) * width; };
-    std::memcpy(static_cast<char*>(s.keys) + slot * bytes, row(s.key), bytes);
-    std::memcpy(static_cast<char*>(s.values) + slot * bytes, row(s.value), bytes);
+inline void keep_token(const Step& s, int64_t line, const char* key, const char* value, int64_t number, StepScratch& w) {
+    const int64_t bytes = s.size * (s.bfloat16 ? 2 : 4), slot = line * s.room + number % s.room;
+    std::memcpy(static_cast<char*>(s.keys) + slot * bytes, key, bytes);
+    std::memcpy(static_cast<char*>(s.values) + slot * bytes, value, bytes);
     for (int64_t round = 0; round < s.rounds; round++) {
         const int64_t table = line * s.rounds + round, bucket = table * s.count + w.buckets[round];
         s.buckets[table * s.room + number] = static_cast<int32_t>(w.buckets[round]);
@@ -147,19 +147,25 @@ inline void run_step(const Step& s) {
     parallel_for(s.batch * s.heads, s.threads, [&](int64_t line, int worker) {
         if (!scratch[worker]) scratch[worker] = std::make_unique<StepScratch>(s);
         StepScratch& w = *scratch[worker];
-        const int64_t batch = line / s.heads, head = line % s.heads, number = s.numbers[batch];
-        float* out = s.out + line * s.size;
-        if (number < 0) {  // padding is not kept and sees nothing
-            std::fill(out, out + s.size, 0.0f);
-            return;
+        const int64_t batch = line / s.heads, head = line % s.heads;
+        auto source = [&](const Strided& x) { return Source(x, batch, head, s.bfloat16, s.size); };
+        const Source queries = source(s.query), keys = source(s.key), values = source(s.value), vectors = source(s.vectors);
+        for (int64_t t = 0; t < s.length; t++) {
+            const int64_t number = s.numbers[batch * s.length + t];
+            float* out = s.out + (line * s.length + t) * s.size;
+            if (number < 0) {  // padding is not kept and sees nothing
+                std::fill(out, out + s.size, 0.0f);
+                continue;
+            }
+            const int token = static_cast<int>(t);
+            if (s.rounds) hash_token(s, head, floats_of(vectors, token, w.row.data()), w);
+            keep_token(s, line, keys.row(token), values.row(token), number, w);
+            const float* query = floats_of(queries, token, w.row.data());
+            std::copy(query, query + s.size, w.query.begin());
+            std::fill(w.query.begin() + s.size, w.query.end(), 0.0f);
+            find_tokens(s, line, number, w);
+            attend(s, line, number, out, w);
         }
-        if (s.rounds) hash_token(s, head, floats_of(Source(s.vectors, batch, head, s.bfloat16, s.size), 0, w.row.data()), w);
-        keep_token(s, line, batch, head, number, w);
-        const float* query = floats_of(Source(s.query, batch, head, s.bfloat16, s.size), 0, w.row.data());
-        std::copy(query, query + s.size, w.query.begin());
-        std::fill(w.query.begin() + s.size, w.query.end(), 0.0f);
-        find_tokens(s, line, number, w);
-        attend(s, line, number, out, w);
     });
 }
 

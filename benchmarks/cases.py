@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 FORWARD, BACKWARD, BOTH, STEP = "forward", "backward", "forward+backward", "training step"
+NEXT = "next token"
 WARM_UP_LENGTH = 512
 
 

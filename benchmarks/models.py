@@ -69,14 +69,15 @@ class FullLayer(nn.Module):
         self.o_proj = nn.Linear(HEADS * HEAD_SIZE, HIDDEN, bias=False)
         self.up_proj, self.down_proj = nn.Linear(HIDDEN, FEED_FORWARD), nn.Linear(FEED_FORWARD, HIDDEN)
 
-    def forward(self, x: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None = None):
-        """`x`: (B, T, D), with `past` the last token alone. Gives the layer's output, and keys and values so far."""
+    def forward(self, x: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """`x`: (B, T, D); with `past`, the last token alone, whose key and value go into the last place there."""
         q, k, v = self.qkv_proj(self.attention_norm(x)).unflatten(-1, (3, HEADS, HEAD_SIZE)).permute(2, 0, 3, 1, 4)
         if past is not None:
-            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)  # (B, H, T, D)
+            past[0][:, :, -1:], past[1][:, :, -1:] = k, v
+            k, v = past  # (B, H, T, D)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and past is None)
         x = x + self.o_proj(out.transpose(1, 2).flatten(2))
-        return x + self.down_proj(F.relu(self.up_proj(self.feed_forward_norm(x)))), (k, v)
+        return x + self.down_proj(F.relu(self.up_proj(self.feed_forward_norm(x))))
 
 
 class FullModel(nn.Module):
@@ -96,18 +97,15 @@ class FullModel(nn.Module):
         """Mean loss of (B, T) tokens."""
         x = self.embed_tokens(input_ids) + self.positions[: input_ids.shape[1]]
         for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False)[0] if self.checkpointing else layer(x)[0]
+            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
         logits = self.lm_head(self.norm(x))
         if self.causal:
             logits, labels = logits[:, :-1], labels[:, 1:]
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
-    def next_logits(self, input_ids: torch.Tensor, past: Cache | None = None) -> tuple[torch.Tensor, Cache]:
-        """Logits of the last token and the cache: all tokens without a cache, the last one with it."""
-        first = 0 if past is None else past[0][0].shape[2]
-        x = self.embed_tokens(input_ids) + self.positions[first : first + input_ids.shape[1]]
-        cache = []
-        for index, layer in enumerate(self.layers):
-            x, kept = layer(x, None if past is None else past[index])
-            cache.append(kept)
-        return self.lm_head(self.norm(x[:, -1])), cache
+    def next_logits(self, token: torch.Tensor, past: Cache) -> torch.Tensor:
+        """Logits of the token, (1, 1), that goes into the last place of every layer's keys and values."""
+        x = self.embed_tokens(token) + self.positions[past[0][0].shape[2] - 1]
+        for layer, kept in zip(self.layers, past, strict=True):
+            x = layer(x, kept)
+        return self.lm_head(self.norm(x[:, -1]))

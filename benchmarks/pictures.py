@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .cases import BOTH, FORWARD, STEP
+from .cases import BOTH, FORWARD, NEXT, STEP
 from .results import Row
 
 
@@ -45,6 +45,7 @@ PICTURES = [
     Picture("core_time", "core", "length", (("time", FORWARD), ("time", BOTH))),
     Picture("core_memory", "core", "length", (("memory", FORWARD), ("memory", BOTH))),
     Picture("step_over_length", "step", "length", (("time", STEP), ("memory", STEP))),
+    Picture("next_token", "generation", "length", (("time", NEXT),)),
     Picture("step_over_depth", "depth", "layers", (("time", STEP), ("memory", STEP))),
 ]
 UNITS: dict[str, Callable[[Row], float]] = {"time": lambda row: row.seconds, "memory": lambda row: row.peak_bytes}

@@ -13,7 +13,12 @@ from hf_reformer import ReformerConfig, ReformerForCausalLM, ReformerModel, atte
 from hf_reformer.cache import BucketTables, ReformerCache
 
 LENGTH = 70
-KINDS = {"local": ["local"], "lsh": ["lsh"], "full": ["full"], "mixed": ["local", "lsh", "full", "lsh", "local", "lsh"]}
+KINDS = {
+    "local": ["local"],
+    "lsh": ["lsh"],
+    "full": ["full"],
+    "mixed": ["local", "lsh", "full", "lsh", "local", "lsh"],
+}
 PIECES = {"one by one": [1] * LENGTH, "sevens": [7] * 10, "prompt": [20] + [1] * 50, "halves": [33, 37],
           "any": [5, 9, 21, 35]}  # fmt: skip
 IDS = make_ids(4, LENGTH)
@@ -192,8 +197,8 @@ def test_empty_caches_of_the_library_are_adopted():
     model = make()
     expected, _ = run(model, PIECES["any"])
     config = model.config
-    for given in (DynamicCache(), DynamicCache(config=config), StaticCache(config=config, max_cache_len=LENGTH)):
-        assert torch.equal(run(model, PIECES["any"], kept=given)[0], expected)
+    for empty in (DynamicCache(), DynamicCache(config=config), StaticCache(config=config, max_cache_len=LENGTH)):
+        assert torch.equal(run(model, PIECES["any"], kept=empty)[0], expected)
 
 
 def test_memory_of_a_cache():
@@ -211,7 +216,7 @@ def test_memory_of_a_cache():
 def test_tables_know_the_newest_members(data):
     """Against lists, over any sequence of putting in and taking back."""
     window, count = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
-    tables = BucketTables(1, 1, 1, count, window, torch.device("cpu"))
+    tables = BucketTables((1, 1, 1), count, window, torch.device("cpu"))
     lists: list[list[int]] = [[] for _ in range(count)]
     history: list[int] = []
     for _ in range(data.draw(st.integers(1, 8))):
@@ -223,7 +228,7 @@ def test_tables_know_the_newest_members(data):
                 lists[bucket].pop()
             history = history[:-gone]
             if not holds:
-                tables = BucketTables(1, 1, 1, count, window, torch.device("cpu"))
+                tables = BucketTables((1, 1, 1), count, window, torch.device("cpu"))
                 if history:
                     tables.add(torch.tensor([[[history]]]).int(), torch.arange(len(history))[None].int())
         new = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=12))

@@ -23,7 +23,6 @@ from .randomness import ATTENTION_DROPOUT, OUTPUT_DROPOUT, dropout, fold, make_k
 from .reference import ordered_attention as reference_attention
 from .sharding import Shard, heads_to_tokens, tokens_to_heads
 
-
 AT_ONCE = 8  # new tokens on top of a cache, up to which each is looked up by itself
 STEP_COST = 16  # of looking a token up, in tokens of one forward over all
 

@@ -18,15 +18,15 @@ GROWTH = 1.125  # of the room for tokens, when it is full
 
 
 class BucketTables:
-    """The newest members of every bucket: (B, H, R) tables of `count` rings of 2 * `window` tokens.
+    """The newest members of every bucket: tables of `count` rings of 2 * `window` tokens, one a line (B, H, R).
 
     Twice the window, so that as many tokens may be taken back; where more were, the rings are filled anew.
     """
 
-    def __init__(self, batch: int, heads: int, rounds: int, count: int, window: int, device: torch.device):
+    def __init__(self, lines: tuple[int, ...], count: int, window: int, device: torch.device):
         self.window, self.count = window, count
         self.size = 2 * window
-        shape = (batch, heads, rounds, count)
+        shape = (*lines, count)
         self.rings = torch.zeros(*shape, self.size, dtype=torch.int32, device=device)
         self.added = torch.zeros(shape, dtype=torch.int32, device=device)  # members so far
         self.most = torch.zeros(shape, dtype=torch.int32, device=device)  # members there ever were
@@ -88,6 +88,14 @@ class ReformerCacheLayer(CacheLayerMixin):
     """
 
     is_croppable = True
+    keys: Any  # None until there are tokens, like all tensors here
+    values: Any
+    buckets: torch.Tensor | None
+    lengths: Any
+    longest: Any
+    real: torch.Tensor | None
+    tables: BucketTables | None
+    rotations: torch.Tensor | None
 
     def __init__(self, config: ReformerConfig, layer: int, room: int = 0):
         super().__init__()
@@ -102,7 +110,8 @@ class ReformerCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget all tokens."""
         self.keys = self.values = self.buckets = self.real = self.tables = self.rotations = None
-        self.num_hashes = self.num_buckets = None
+        self.num_hashes: int | None = None
+        self.num_buckets: Any = None
         self.is_initialized = False
         self.columns = self.batch_size = 0
         self.lengths = self.longest = None
@@ -168,7 +177,7 @@ class ReformerCacheLayer(CacheLayerMixin):
             numbers = torch.where(real, self.lengths[:, None] + real.cumsum(-1) - 1, -1)
             self.real = torch.cat([before, real], dim=-1)
         if lines is not None and self.tables is None:
-            self.tables = BucketTables(*lines, product_of(self.num_buckets), self.window, self.device)
+            self.tables = BucketTables(lines, product_of(self.num_buckets), self.window, self.device)
             self.buckets = torch.zeros(*lines, self.room, dtype=torch.int32, device=self.device)
         if not self.ring and self.columns + new > self.room:
             room = max(self.columns + new, int(self.room * GROWTH) + 1)
@@ -306,7 +315,7 @@ class ReformerCacheLayer(CacheLayerMixin):
     def _fill_tables(self) -> None:
         buckets = self.buckets[..., : max(1, int(self.lengths.max()))]
         numbers = torch.arange(buckets.shape[-1], dtype=torch.int32, device=self.device).expand(self.batch_size, -1)
-        self.tables = BucketTables(*buckets.shape[:3], self.tables.count, self.window, self.device)
+        self.tables = BucketTables(buckets.shape[:3], self.tables.count, self.window, self.device)
         self.tables.add(buckets, torch.where(numbers < self.lengths[:, None], numbers, -1))
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -360,7 +369,7 @@ class ReformerCache(Cache):
     """
 
     def __init__(self, config: ReformerConfig, max_cache_len: int = 0, **options: Any):
-        layers = [ReformerCacheLayer(config, index, max_cache_len) for index in range(len(config.attn_layers))]
+        layers: list[Any] = [ReformerCacheLayer(config, i, max_cache_len) for i in range(len(config.attn_layers))]
         super().__init__(layers=layers, **options)
 
 
@@ -379,9 +388,9 @@ def adopt(cache: Any, config: ReformerConfig) -> Cache:
             cache.layer_class_to_replicate = None
             return cache
     raise ValueError(
-        f"`past_key_values` is a {type(cache).__name__} that a Reformer did not fill: attention here reads no keys and "
-        "values from outside. Give what an earlier call returned, or an empty cache. If prefix tuning made it, choose "
-        "another kind of adapter: prompt tuning, or LoRA."
+        f"`past_key_values` is a {type(cache).__name__} that a Reformer did not fill: attention here reads no keys "
+        "and values from outside. Give what an earlier call returned, or an empty cache. If prefix tuning made it, "
+        "choose another kind of adapter: prompt tuning, or LoRA."
     )
 
 

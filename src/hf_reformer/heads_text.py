@@ -1,6 +1,7 @@
 """Task heads for text: backbone, one projection, one loss each."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -121,21 +122,24 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
         """The library's choice of a cache, filled with layers of ours; none for chunks, whose steps run all tokens."""
         if self.config.attention_mode != "window":
             if "inputs_embeds" in model_kwargs:
-                raise ValueError("generate(inputs_embeds=…) needs a cache, which chunks have none of. Give `input_ids`.")
+                raise ValueError(
+                    "generate(inputs_embeds=…) needs a cache, which chunks have none of. Give `input_ids`."
+                )
             generation_config.use_cache = False
         if generation_config.cache_implementation == "quantized":
             raise ValueError(
                 'cache_implementation="quantized" cannot serve here: its tokens are read one by one, not all at once. '
                 "Leave it out."
             )
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        library: Any = super()
+        library._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"] = adopt(model_kwargs["past_key_values"], self.config)
 
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(
-            "continuous batching hands attention pages of keys that others wrote, and hash buckets are not among them. "
-            "Use `generate` with a batch padded on the left: every row comes out as it would alone."
+            "continuous batching hands attention pages of keys that others wrote, without their hash buckets. Use "
+            "`generate` with a batch padded on the left: every row comes out as it would alone."
         )
 
 

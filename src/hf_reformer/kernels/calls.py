@@ -231,7 +231,8 @@ def run_step(
     )
     query, key, value, vectors = _readable(query, key, value, vectors)
     numbers, out = numbers.contiguous(), query.new_empty(batch, heads, length, size, dtype=torch.float32)
-    tables, rotations, factors, counts = kept.tables, None, (), (0, 0, 0, 0)
+    tables, rotations, counts = kept.tables, None, (0, 0, 0, 0)
+    factors: tuple[int, ...] = ()
     if vectors is not None:
         rotations, factors = kept.rotations, factors_of(kept.num_buckets)
         counts = (tables.count, tables.size, tables.window, rotations.shape[2])
@@ -242,8 +243,8 @@ def run_step(
         _pointer(rotations), ctypes.addressof(numbers_of_factors), numbers.data_ptr(),
         kept.keys.data_ptr(), kept.values.data_ptr(), _pointer(kept.buckets),
         *(_pointer(getattr(tables, name, None)) for name in ("rings", "added", "most")),
-        batch=batch, heads=heads, length=length, size=size, rounds=rounds, columns=sum(factors) // 2, num_factors=len(factors),
-        count=count, ring=ring, window=window, local_window=local_window, room=kept.room,
+        batch=batch, heads=heads, length=length, size=size, rounds=rounds, columns=sum(factors) // 2,
+        num_factors=len(factors), count=count, ring=ring, window=window, local_window=local_window, room=kept.room,
         bfloat16=DTYPES[kept.keys.dtype], threads=torch.get_num_threads(), scale=scale, out=out.data_ptr(),
     )  # fmt: skip
     _run(library, "hf_step", step)

@@ -1,13 +1,14 @@
 """Whether a compiled library computes on this machine what the definitions say; asked once a process."""
 
 import ctypes
+from types import SimpleNamespace
 
 import torch
 
 from .. import hashing
 from ..randomness import make_key, normal_rows
 from ..reference import attention_with_weights, shared_key
-from .calls import Call, backward, forward, run_hashing, run_normals, run_sorting
+from .calls import Call, backward, forward, run_hashing, run_normals, run_sorting, run_step
 
 
 def agrees(library: ctypes.CDLL) -> bool:
@@ -25,7 +26,30 @@ def agrees(library: ctypes.CDLL) -> bool:
         and all(map(torch.equal, lines, hashing.sorted_windows(buckets, 20, 31, False, mask)))
         and torch.allclose(run_normals(keys, 50, library), normal_rows(keys, 50), atol=1e-4)
         and _attention_agrees(query, value, grad, buckets, mask, library)
+        and _step_agrees(query[:, :, :40], value[:, :, :40], library)
     )
+
+
+def _step_agrees(query, value, library: ctypes.CDLL) -> bool:
+    """Tokens put on top of each other see what the definition shows them."""
+    batch, heads, length, size = query.shape
+    count, window, local_window = 6, 5, 7
+    tables = SimpleNamespace(count=count, size=2 * window, window=window)
+    tables.rings = torch.zeros(batch, heads, 2, count, tables.size, dtype=torch.int32)
+    tables.added, tables.most = (torch.zeros(batch, heads, 2, count, dtype=torch.int32) for _ in range(2))
+    kept = SimpleNamespace(
+        keys=torch.zeros_like(query).contiguous(), values=torch.zeros_like(value).contiguous(), tables=tables,
+        buckets=torch.zeros(batch, heads, 2, length, dtype=torch.int32), num_buckets=count, room=length,
+        rotations=_normal(torch.Generator("cpu").manual_seed(1), heads, size, 2, count // 2),
+    )  # fmt: skip
+    numbers = torch.arange(length).expand(batch, -1)
+    found = run_step(query, query, value, query, kept, numbers, local_window, size**-0.5, library)
+    orders = hashing.window_orders(
+        [(kept.buckets[:, :, :1] * 0, 1, local_window), (kept.buckets, count, window)], True, None
+    )
+    expected, _ = attention_with_weights(query, None, value, orders, causal=True)
+    other = int((hashing.lsh_buckets(query, kept.rotations, count) != kept.buckets).sum())
+    return other < 0.01 * kept.buckets.numel() and torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def _attention_agrees(query, value, grad, buckets, mask, library: ctypes.CDLL) -> bool:

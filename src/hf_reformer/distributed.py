@@ -80,7 +80,7 @@ class SequenceParallelTrainer(Trainer):
 
     def call_model_init(self, trial=None):
         """`model_init` may be asked for a model again when training begins."""
-        model = super().call_model_init(trial)
+        model: Any = super().call_model_init(trial)
         model.share_sequences(self.sequence_group)
         return model
 

@@ -119,11 +119,11 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
         return True  # the library says no to whatever is called Reformer
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        """The library's choice of a cache, filled with layers of ours; none for chunks, whose steps run all tokens."""
-        if self.config.attention_mode != "window":
+        """The library's choice of a cache with layers of ours; none for chunks and shared sequences: steps run all."""
+        if self.config.attention_mode != "window" or self.model.sequence_group is not None:
             if "inputs_embeds" in model_kwargs:
                 raise ValueError(
-                    "generate(inputs_embeds=…) needs a cache, which chunks have none of. Give `input_ids`."
+                    "generate(inputs_embeds=…) needs a cache; chunks and shared sequences have none. Give `input_ids`."
                 )
             generation_config.use_cache = False
         if generation_config.cache_implementation == "quantized":

@@ -50,8 +50,10 @@ ORDER = [
     ("data", STAYS),
     ("distributed", STAYS),
     ("visualize", STAYS),
+    ("text_generation", STAYS),
     ("__init__", STAYS),
     ("cli", STAYS),
+    ("__main__", STAYS),
 ]
 PLACE = {name: place for place, (name, _) in enumerate(ORDER)}
 KIND = dict(ORDER)

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 
@@ -33,6 +34,12 @@ def _library() -> ctypes.CDLL | str:
             "processor's name.", variant
         )  # fmt: skip
     return "no compiled kernel agrees with its definition here"
+
+
+def variant() -> str | None:
+    """The compiled variant in use, or None."""
+    library = _library()
+    return None if isinstance(library, str) else Path(library._name).name.split("-")[1]
 
 
 def why_not(*tensors: torch.Tensor) -> str | None:

@@ -33,6 +33,7 @@ ORDER = [
     ("sharding", TORCH),
     ("positions", MODEL),
     ("decoding", TORCH),
+    ("chunk_decoding", TORCH),
     ("attention", MODEL),
     ("feed_forward", MODEL),
     ("layers", MODEL),

@@ -128,21 +128,27 @@ class ReformerAttention(nn.Module):
             return exact_attention(
                 query, key_vectors, value, self.scale, self.causal, call.mask, call.samples, self.dropout, dropout_key
             )
-        mask, length = call.mask, value.shape[2]
-        if self.mode == "chunk" and call.padded_length > length:
-            pad = (0, 0, 0, call.padded_length - length)
-            query, key_vectors, value, hashed = (
-                None if t is None else nn.functional.pad(t, pad) for t in (query, key_vectors, value, hashed)
-            )
-            mask = mask if mask is not None else value.new_ones(value.shape[0], length, dtype=torch.bool)
-            mask = nn.functional.pad(mask, (0, call.padded_length - length))
-        if self.mode == "window":
+        if self.mode == "chunk":
+            hashed = hashed if call.padded_length > self.chunk else None
             buckets = None if hashed is None else self._buckets(hashed, call)
-            orders = self._window_orders(buckets, mask, call, value)
-        else:
-            orders = self._chunk_orders(hashed, mask, call, value)
-        out = self._over(orders, query, key_vectors, value, mask, dropout_key)
-        return out[:, :, :length]
+            return self._over_chunks(buckets, query, key_vectors, value, call, dropout_key)
+        buckets = None if hashed is None else self._buckets(hashed, call)
+        orders = self._window_orders(buckets, call.mask, call, value)
+        return self._over(orders, query, key_vectors, value, call.mask, dropout_key)
+
+    def _over_chunks(self, buckets, query, key_vectors, value, call: Call, dropout_key=None) -> torch.Tensor:
+        """Attention by the older rule, over the input padded to whole chunks; buckets (B, H, R, T) in lsh layers."""
+        mask, length = call.mask, value.shape[2]
+        if call.padded_length > length:
+            more = call.padded_length - length
+            query, key_vectors, value = (
+                None if t is None else nn.functional.pad(t, (0, 0, 0, more)) for t in (query, key_vectors, value)
+            )
+            buckets = None if buckets is None else nn.functional.pad(buckets, (0, more))
+            mask = mask if mask is not None else value.new_ones(value.shape[0], length, dtype=torch.bool)
+            mask = nn.functional.pad(mask, (0, more))
+        orders = self._chunk_orders(buckets, mask, call, value)
+        return self._over(orders, query, key_vectors, value, mask, dropout_key)[:, :, :length]
 
     def _over(self, orders: Orders, query, key_vectors, value, mask, dropout_key=None) -> torch.Tensor:
         return ordered_attention(
@@ -159,7 +165,11 @@ class ReformerAttention(nn.Module):
         )
 
     def _attend_cached(self, query: Any, key_vectors: Any, value: Any, call: Call) -> torch.Tensor:
-        """Attention of new tokens over those of the cache and each other, as one forward over all would give it."""
+        """Attention of new tokens over those of the cache and each other.
+
+        In window mode as one forward over all would give it. In chunk mode the first tokens are one forward, and each
+        that follows is looked up by itself.
+        """
         kept, hashed = call.cache.layers[self.layer], query if self.kind == "lsh" else None
         query = rotate(query, call.rotary)
         keys = query if key_vectors is None else rotate(key_vectors, call.rotary)
@@ -167,9 +177,14 @@ class ReformerAttention(nn.Module):
             kept.lazy_initialization(keys, value)
         if self.kind == "full":
             return self._over_all_kept(query, keys, value, call)
-        new = value.shape[2]
-        if kept.columns and (new <= AT_ONCE or (self.kind == "lsh" and new * STEP_COST <= kept.columns)):
+        new, chunks = value.shape[2], self.mode == "chunk"
+        few = new <= AT_ONCE or (self.kind == "lsh" and new * STEP_COST <= kept.columns)
+        if kept.columns and (few or chunks):
             return self._one_by_one(query, keys, value, hashed, call)
+        if chunks:
+            buckets = None if hashed is None else self._buckets(hashed, call, kept.choose_rotations)
+            kept.append(keys, value, buckets, call.mask)
+            return self._over_chunks(buckets, query, None if key_vectors is None else keys, value, call)
         if self.kind == "local":
             return self._over_latest(query, keys, value, call)
         buckets = self._buckets(hashed, call, kept.choose_rotations)
@@ -208,7 +223,7 @@ class ReformerAttention(nn.Module):
         if hashed is not None:
             rotations = kept.choose_rotations(*self._hashes(hashed, call))
             lines = (*value.shape[:2], call.num_hashes)
-        step = compiled_step(self.backend, kept.keys)
+        step = compiled_step(self.backend, kept.keys) if self.mode == "window" else None
         if step is not None:
             numbers = kept.make_room(value.shape[2], call.mask, lines)
             window = self.config.local_window if kept.include_local else 0
@@ -221,23 +236,31 @@ class ReformerAttention(nn.Module):
             mask = None if call.mask is None else call.mask[:, own]
             buckets = None
             if hashed is not None:
-                buckets = makers.lsh_buckets(hashed[:, :, own], rotations, call.num_buckets)
+                buckets = makers.lsh_buckets(hashed[:, :, own], rotations, kept.num_buckets)
             number = kept.append(keys[:, :, own], value[:, :, own], buckets, mask)[:, 0]
             seen = kept.seen_by(number, buckets)
-            scale = None if self.kind == "lsh" else self.scale
-            found.append(attend_to_tokens(query[:, :, column], kept.keys, kept.values, seen, number, scale))
+            scale, once = None if self.kind == "lsh" else self.scale, self.mode == "window"
+            found.append(attend_to_tokens(query[:, :, column], kept.keys, kept.values, seen, number, scale, once))
         return torch.stack(found, dim=2)
 
     def _hashes(self, hashed: torch.Tensor, call: Call) -> tuple[int, Any, Any]:
         """Numbers of hashes and of buckets, and what makes their rotations."""
-        make = partial(self._rotations, hashed, call, call.num_buckets, order_makers(self.backend, hashed))
-        return call.num_hashes, call.num_buckets, make
+        num_buckets = self._num_buckets(call)
+        make = partial(self._rotations, hashed, call, num_buckets, order_makers(self.backend, hashed))
+        return call.num_hashes, num_buckets, make
 
     def _buckets(self, hashed: torch.Tensor, call: Call, choose: Any = None) -> torch.Tensor:
         """Hash buckets (B, H, R, T); `choose` may know the rotations already."""
-        *numbers, make = self._hashes(hashed, call)
-        rotations = make() if choose is None else choose(*numbers, make)
-        return order_makers(self.backend, hashed).lsh_buckets(hashed, rotations, call.num_buckets)
+        num_hashes, num_buckets, make = self._hashes(hashed, call)
+        rotations = make() if choose is None else choose(num_hashes, num_buckets, make)
+        return order_makers(self.backend, hashed).lsh_buckets(hashed, rotations, num_buckets)
+
+    def _num_buckets(self, call: Call) -> Any:
+        """The call's own; where they are None those of the tokens in the cache, or the older rule by length."""
+        kept = None if call.cache is None else call.cache.layers[self.layer].num_buckets
+        if call.num_buckets is not None or kept is not None:
+            return kept if call.num_buckets is None else call.num_buckets
+        return old_num_buckets(max(call.padded_length, self.chunk), self.chunk, self.config.max_position_embeddings)
 
     def _heads(self, x: torch.Tensor, shard: Shard | None) -> torch.Tensor:
         x = x.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)
@@ -277,19 +300,13 @@ class ReformerAttention(nn.Module):
             groups = [(sample * count + group, None, window) for group, count, window in groups]
         return window_orders(groups, self.causal, mask, sort=makers.sort_windows)
 
-    def _chunk_orders(self, hashed: torch.Tensor | None, mask: torch.Tensor | None, call: Call, value) -> Orders:
-        batch, _, length, _ = value.shape
-        makers = order_makers(self.backend, value)
-        buckets = torch.zeros(batch, 1, 1, length, dtype=torch.int32, device=value.device)
-        count = 1
-        if hashed is None:
+    def _chunk_orders(self, buckets: torch.Tensor | None, mask: torch.Tensor | None, call: Call, value) -> Orders:
+        makers, count = order_makers(self.backend, value), 1
+        if buckets is None:
+            buckets = torch.zeros(value.shape[0], 1, 1, value.shape[2], dtype=torch.int32, device=value.device)
             mask = None  # local chunks follow the sequence; padding keeps its place and is masked in the softmax
-        elif length > self.chunk:
-            factors = call.num_buckets
-            if factors is None:
-                factors = old_num_buckets(length, self.chunk, self.config.max_position_embeddings)
-            count = product_of(factors)
-            buckets = makers.lsh_buckets(hashed, self._rotations(hashed, call, factors, makers), factors)
+        else:
+            count = product_of(self._num_buckets(call))
         return chunk_orders(buckets, count, self.chunk, self.before, self.after, mask, makers.sort_line)
 
 

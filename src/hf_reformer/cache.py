@@ -2,7 +2,8 @@
 
 A layer numbers the real tokens of a row 0, 1, 2 … and keeps them by that number: padding takes no room, and rows of a
 batch may be of different lengths. One step then reads the last `window` members of the new token's buckets, and the
-last `local_window` tokens, whatever the length.
+last `local_window` tokens, whatever the length. In chunk mode a step sorts the buckets of all tokens
+(`chunk_decoding.py`).
 """
 
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .configuration_reformer import ReformerConfig
+from .chunk_decoding import hash_chunks, local_chunks
+from .configuration_reformer import ReformerConfig, padded_length
 from .hashing import product_of
 
 GROWTH = 1.125  # of the room for tokens, when it is full
@@ -96,6 +98,7 @@ class ReformerCacheLayer(CacheLayerMixin):
     real: torch.Tensor | None
     tables: BucketTables | None
     rotations: torch.Tensor | None
+    of_every_row: tuple[str, ...] = ("keys", "values", "buckets", "lengths", "longest", "real")
 
     def __init__(self, config: ReformerConfig, layer: int, room: int = 0):
         super().__init__()
@@ -163,7 +166,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         keys, values = keys.detach(), values.detach()
         numbers = self.make_room(keys.shape[2], real, None if buckets is None else buckets.shape[:3])
         self._write(numbers, keys, values, buckets)
-        if buckets is not None:
+        if self.tables is not None:
             self.tables.add(buckets, numbers.to(torch.int32))
         self.count(numbers)
         return numbers
@@ -176,14 +179,17 @@ class ReformerCacheLayer(CacheLayerMixin):
             before = self._real_so_far()
             numbers = torch.where(real, self.lengths[:, None] + real.cumsum(-1) - 1, -1)
             self.real = torch.cat([before, real], dim=-1)
-        if lines is not None and self.tables is None:
-            self.tables = BucketTables(lines, product_of(self.num_buckets), self.window, self.device)
+        if lines is not None and self.buckets is None:
             self.buckets = torch.zeros(*lines, self.room, dtype=torch.int32, device=self.device)
+            self.tables = self._new_tables(lines)
         if not self.ring and self.columns + new > self.room:
             room = max(self.columns + new, int(self.room * GROWTH) + 1)
             self.keys, self.values = (_longer(x, room, dim=2) for x in (self.keys, self.values))
             self.buckets = None if self.buckets is None else _longer(self.buckets, room, dim=3)
         return numbers
+
+    def _new_tables(self, lines: tuple[int, ...]) -> BucketTables | None:
+        return BucketTables(lines, product_of(self.num_buckets), self.window, self.device)
 
     def count(self, numbers: torch.Tensor) -> None:
         """The tokens of these numbers are kept now."""
@@ -321,7 +327,7 @@ class ReformerCacheLayer(CacheLayerMixin):
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a function to every tensor with a row for each of the batch."""
         for holder, names in (
-            (self, ("keys", "values", "buckets", "lengths", "longest", "real")),
+            (self, self.of_every_row),
             (self.tables, ("rings", "added", "most")),
         ):
             for name in names:
@@ -351,6 +357,48 @@ class ReformerCacheLayer(CacheLayerMixin):
             self._each(lambda x: x.to(self.device, non_blocking=True))
 
 
+class ChunkCacheLayer(ReformerCacheLayer):
+    """The kept tokens of one lsh or local layer in chunk mode. Every row is a sequence of its own, without padding.
+
+    Attributes:
+        chunks_from: (B) int64, lsh layers: a new token with fewer tokens before it sees all of them.
+    """
+
+    of_every_row = (*ReformerCacheLayer.of_every_row, "chunks_from")
+
+    def __init__(self, config: ReformerConfig, layer: int, room: int = 0):
+        super().__init__(config, layer, room)
+        self.config = config
+        self.chunk = getattr(config, f"{self.kind}_attn_chunk_length")
+        self.before = getattr(config, f"{self.kind}_num_chunks_before") or 0
+        self.local_window = (self.before + 1) * self.chunk
+
+    def reset(self) -> None:
+        super().reset()
+        self.chunks_from: Any = None
+
+    def _new_tables(self, lines: tuple[int, ...]) -> None:
+        return None  # a step sorts all tokens
+
+    def count(self, numbers: torch.Tensor) -> None:
+        super().count(numbers)
+        if self.kind == "lsh" and self.columns == numbers.shape[1]:  # the first tokens
+            begins = [self._chunks_from(length) for length in self.lengths.tolist()]
+            self.chunks_from = torch.tensor(begins, device=self.device)
+
+    def _chunks_from(self, length: int) -> int:
+        """A first input of one chunk is not cut in chunks, and neither is the first step after it."""
+        if padded_length(self.config, length) > self.chunk:
+            return min(length, self.chunk)
+        return max(length + 1, self.chunk)
+
+    def seen_by(self, own: torch.Tensor, buckets: torch.Tensor | None) -> torch.Tensor:
+        if buckets is None:
+            return local_chunks(own, self.chunk, self.before)[:, None]
+        kept = self.buckets[..., : self.columns]
+        return hash_chunks(kept, buckets, own, self.lengths, self.chunk, self.before, own >= self.chunks_from)
+
+
 def _longer(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
     """x with room for `size` entries along a dimension."""
     shape = list(x.shape)
@@ -361,7 +409,7 @@ def _longer(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
 
 
 class ReformerCache(Cache):
-    """The cache of a causal Reformer in window mode, a layer for each of its own.
+    """The cache of a causal Reformer, a layer for each of its own.
 
     Args:
         config: the model's.
@@ -369,7 +417,9 @@ class ReformerCache(Cache):
     """
 
     def __init__(self, config: ReformerConfig, max_cache_len: int = 0, **options: Any):
-        layers: list[Any] = [ReformerCacheLayer(config, i, max_cache_len) for i in range(len(config.attn_layers))]
+        chunks = config.attention_mode == "chunk"
+        kinds = [ChunkCacheLayer if chunks and kind != "full" else ReformerCacheLayer for kind in config.attn_layers]
+        layers: list[Any] = [kind(config, index, max_cache_len) for index, kind in enumerate(kinds)]
         super().__init__(layers=layers, **options)
 
 

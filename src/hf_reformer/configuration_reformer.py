@@ -335,4 +335,14 @@ def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int]) -> None:
         )
 
 
+def padded_length(config: ReformerConfig, length: int) -> int:
+    """Chunk rule: the multiple of all chunk lengths up to which a longer input is padded; else the length itself."""
+    kinds = {kind for kind in config.attn_layers if kind != "full"}
+    chunks = [getattr(config, f"{kind}_attn_chunk_length") for kind in kinds]
+    if config.attention_mode == "window" or not chunks or length <= min(chunks):
+        return length
+    multiple = math.lcm(*chunks)
+    return -(-length // multiple) * multiple
+
+
 __all__ = ["ReformerConfig"]

@@ -12,8 +12,9 @@ def attend_to_tokens(
     tokens: torch.Tensor,
     own: torch.Tensor,
     scale: float | None,
+    count_once: bool = True,
 ) -> torch.Tensor:
-    """One softmax per head over the tokens listed, each counted once.
+    """One softmax per head over the tokens listed.
 
     Args:
         query: (B, H, D), of one token a row.
@@ -21,14 +22,17 @@ def attend_to_tokens(
         tokens: (B, H or 1, K) int64; negative: none.
         own: (B) int64, the query's own token.
         scale: of the scores; None for shared query/key attention, whose `keys` are queries (`reference.shared_key`).
+        count_once: whether a token that is listed several times counts once; otherwise so many times.
 
     Returns:
         (B, H, D) in the dtype of `values`. Where nothing is listed it is meaningless, but finite.
     """
     batch, heads, slots, size = keys.shape
-    tokens = tokens.expand(-1, heads, -1).sort(-1).values
+    tokens = tokens.expand(-1, heads, -1)
+    tokens = tokens.sort(-1).values if count_once else tokens
     listed = tokens >= 0
-    listed[..., 1:] &= tokens[..., 1:] != tokens[..., :-1]
+    if count_once:
+        listed[..., 1:] &= tokens[..., 1:] != tokens[..., :-1]
     line = torch.arange(batch * heads, device=keys.device).view(batch, heads, 1) * slots
     rows = (line + tokens.remainder(slots)).flatten()
     shape = (batch, heads, tokens.shape[-1], size)

@@ -89,6 +89,8 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        num_hashes: int | None = None,
+        num_buckets: int | list[int] | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         r"""
@@ -96,13 +98,15 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
             labels: (B, T) int64: the tokens themselves (shifting happens here), -100 for no target.
             logits_to_keep: compute the logits of the last so many positions (0: all), or of the given indices.
             num_items_in_batch: divide the summed loss by it (the Trainer's gradient accumulation).
+            num_hashes, num_buckets: as `ReformerModel` takes them; named here, so that `generate` takes them, too.
             shift_labels: (B, T) int64: the target of every position, already shifted; instead of `labels`.
 
         Returns:
             CausalLMOutputWithPast. `logits` (B, T, vocab_size) is None in training with labels.
         """
         shift_labels = kwargs.pop("shift_labels", None)  # in the signature, Trainer would want it in evaluation
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
+        kwargs.update(num_hashes=num_hashes, num_buckets=num_buckets, return_dict=True)
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         hidden, shape = outputs.last_hidden_state, given_shape(input_ids, inputs_embeds)
         _check_label_shape(shift_labels if shift_labels is not None else labels, shape)
         targets: torch.Tensor | None = shift_labels
@@ -119,11 +123,11 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
         return True  # the library says no to whatever is called Reformer
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        """The library's choice of a cache with layers of ours; none for chunks and shared sequences: steps run all."""
-        if self.config.attention_mode != "window" or self.model.sequence_group is not None:
+        """The library's choice of a cache with layers of ours; none for shared sequences: steps run all."""
+        if self.model.sequence_group is not None:
             if "inputs_embeds" in model_kwargs:
                 raise ValueError(
-                    "generate(inputs_embeds=…) needs a cache; chunks and shared sequences have none. Give `input_ids`."
+                    "generate(inputs_embeds=…) needs a cache, and shared sequences have none. Give `input_ids`."
                 )
             generation_config.use_cache = False
         if generation_config.cache_implementation == "quantized":

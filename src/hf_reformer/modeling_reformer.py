@@ -16,7 +16,7 @@ from transformers.utils import can_return_tuple, logging
 from .attention import Call
 from .attention_ops import chosen_backend
 from .cache import ReformerCache, adopt
-from .configuration_reformer import ReformerConfig, check_num_buckets
+from .configuration_reformer import ReformerConfig, check_num_buckets, padded_length
 from .feed_forward import LayerNorm
 from .hashing import product_of
 from .layers import ReformerLayer
@@ -178,7 +178,8 @@ class ReformerModel(ReformerPreTrainedModel):
                 each. In training this takes the plain path, whose memory grows with depth.
             past_key_values: what an earlier call returned, or an empty cache: the inputs continue it. Then
                 `attention_mask` counts the tokens before, too: (B, before + T).
-            use_cache: return a cache (causal models in window mode). A call with a cache computes as in evaluation.
+            use_cache: return a cache (causal models). A call with a cache computes as in evaluation. In chunk mode its
+                tokens follow the older rule of decoding, which is not that of one call (docs/generation.md).
 
         Returns:
             BaseModelOutputWithPast with `last_hidden_state` (B, T, 2 D), and the cache as `past_key_values`.
@@ -226,8 +227,6 @@ class ReformerModel(ReformerPreTrainedModel):
         reason = None
         if not self.config.is_decoder:
             reason = "the model is bidirectional (`config.is_decoder=False`), and what comes changes what was"
-        elif self.config.attention_mode != "window":
-            reason = 'chunks (`attention_mode="chunk"`) move when a token is added'
         elif self.sequence_group is not None:
             reason = "processes share the sequences (`share_sequences`)"
         if reason is not None and given is None:
@@ -280,7 +279,8 @@ class ReformerModel(ReformerPreTrainedModel):
             first = torch.searchsorted(samples, samples)  # where each token's sample begins
             ranks = ranks.expand_as(first) - ranks.expand_as(first).gather(-1, first)
         if position_ids is None:
-            position_ids = ranks if config.attention_mode == "window" else places
+            past = 0 if cache is None else cache.get_seq_length()
+            position_ids = ranks if config.attention_mode == "window" else places + past
         rotary = None
         if config.position_embedding_type == "rotary":
             rotary = rotary_tables(position_ids, config.attention_head_size, config.rope_theta)
@@ -379,16 +379,6 @@ def make_position_embeddings(config: ReformerConfig) -> nn.Module:
 
 def _subkey(key: torch.Tensor | None, site: int) -> torch.Tensor | None:
     return None if key is None else fold(key, -1, site)
-
-
-def padded_length(config: ReformerConfig, length: int) -> int:
-    """Chunk rule: the multiple of all chunk lengths up to which a longer input is padded; else the length itself."""
-    kinds = {kind for kind in config.attn_layers if kind != "full"}
-    chunks = [getattr(config, f"{kind}_attn_chunk_length") for kind in kinds]
-    if config.attention_mode == "window" or not chunks or length <= min(chunks):
-        return length
-    multiple = math.lcm(*chunks)
-    return -(-length // multiple) * multiple
 
 
 def check_inputs(

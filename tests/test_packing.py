@@ -89,5 +89,5 @@ def test_compiled_chunks_take_positions_and_refuse_packed_samples():
     ids = make_ids(1, 30)
     positions = torch.arange(30)[None] + 3
     assert torch.equal(compiled(ids, position_ids=positions)[0], model(ids, position_ids=positions)[0])
-    with pytest.raises(RuntimeError, match=r"position_ids.*restart at 0.*attention_mode=\"window\""):
+    with pytest.raises(RuntimeError, match=r"position_ids.*restart at 0.*attention_mode='window'"):
         compiled(ids, position_ids=positions_of([10, 20]))

@@ -62,8 +62,8 @@ def test_pieces_equal_the_whole(kinds, pieces, masked):
         {"lsh_include_local": False},
         {"num_hashes": 3, "num_buckets": [2, 4]},
         {"dtype": torch.float32},
-        {"dtype": torch.float32, "attention_backend": "torch"},
-        {"residual_precision": "float32"},
+        pytest.param({"dtype": torch.float32, "attention_backend": "torch"}, marks=pytest.mark.slow),
+        pytest.param({"residual_precision": "float32"}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

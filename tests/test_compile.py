@@ -133,7 +133,7 @@ def put_something_foreign_into(model) -> None:
 DEEP = {"hidden_size": 32, "max_position_embeddings": 2048, "attn_layers": None}
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("aot_eager_decomp_partition", marks=pytest.mark.slow)])
 def test_one_graph_keeps_the_same_whatever_its_depth(backend):
     shallow, deep = (kept_by(make(num_hidden_layers=depth, **DEEP).train(), backend) for depth in (2, 6))
     assert deep <= 1.02 * shallow
@@ -160,6 +160,7 @@ def test_one_graph_with_foreign_layers():
     assert_same(step(compiled, model), step(eager, eager), 1e-6)
 
 
+@pytest.mark.slow
 def test_training_in_one_graph_is_compiled_anew_for_another_length_but_once():
     model, eager = make().train(), make().train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -174,6 +175,7 @@ def test_training_in_one_graph_is_compiled_anew_for_another_length_but_once():
         assert graphs() <= limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -136,7 +136,7 @@ DIFFERING = {
     "labels": ({"labels": IDS}, {"labels": IDS.flip(0)}),
     "input_ids": ({}, {"input_ids": IDS + 100}),
     "attention_mask": ({"attention_mask": RIGHT}, {"attention_mask": 2 * RIGHT}),
-    "num_hashes, num_buckets or another keyword": ({"num_hashes": 1}, {"num_hashes": 0}),
+    "num_hashes": ({"num_hashes": 1}, {"num_hashes": 0}),
     "logits_to_keep": ({"logits_to_keep": 3}, {}),
     "train() or eval()": ({"training": True}, {"training": False}),
     "no_grad()": ({"grad": True}, {"grad": False}),

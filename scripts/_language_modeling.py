@@ -237,5 +237,7 @@ def compressors(train: list[str], texts: list[str]) -> dict[str, float]:
     known, new = "".join(train).encode(), "".join(texts).encode()
     found = {}
     for name, compress in (("xz", lambda x: lzma.compress(x, preset=9 | lzma.PRESET_EXTREME)), ("bz2", bz2.compress)):
-        found[f"{name}, given the training texts"] = 8 * (len(compress(known + new)) - len(compress(known))) / len(new)
+        found[f"{name}, given the training texts" if train else name] = (
+            8 * (len(compress(known + new)) - len(compress(known))) / len(new)
+        )
     return found

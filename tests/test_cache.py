@@ -111,13 +111,10 @@ def test_a_step_reads_so_many_keys_whatever_the_context(monkeypatch):
     assert set(read) == {config.local_window, config.num_hashes * config.lsh_window + config.local_window}
 
 
-def test_gradients_reach_the_new_tokens_alone():
+def test_what_is_kept_holds_no_graph():
     model = make()
-    _, kept = run(model, [40])
-    out = model(IDS[:, 40:], past_key_values=kept)
-    out.logits.sum().backward()
-    assert model.lm_head.weight.grad is not None
-    assert not any(layer.keys.requires_grad for layer in kept.layers)
+    kept = model(IDS, use_cache=True).past_key_values
+    assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in kept.layers)
 
 
 # --- the cache's operations
@@ -152,6 +149,42 @@ def test_any_number_may_be_taken_back_once_the_past_is_recorded(kinds):
     kept.crop(-45)
     found, _ = run(model, [5, *[1] * 50], kept=kept)
     assert largest_gap(found, expected[:, 15:]) <= 1e-10
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_what_a_local_layer_has_lost_does_not_come_back_by_recording(late):
+    model = make(["local"])
+    expected, kept = run(model, [60, *[1] * 10])
+    _, kept = run(model, [60])
+    if late:
+        kept.crop(-2)
+    kept.activate_past_recording()
+    with pytest.raises(RuntimeError, match="no longer has"):
+        kept.crop(-30)
+    run(model, [5], kept=kept)
+    kept.crop(-5)
+    found, _ = run(model, [1] * 10, kept=kept)
+    at = 58 if late else 60
+    assert largest_gap(found, expected[:, at : at + 10]) <= 1e-10
+
+
+def test_a_first_piece_of_padding_alone():
+    model, mask = make(), MASK.clone()
+    mask[0, :20] = 0
+    with torch.no_grad():
+        expected = model(IDS, attention_mask=mask).logits
+    found, _ = run(model, [16, 54], mask=mask)
+    assert largest_gap(found[mask == 1], expected[mask == 1]) <= 1e-10
+    found, _ = run(model, [9, 61], ids=IDS[:1], mask=mask[:1])
+    assert largest_gap(found[:, 20:], expected[:1, 20:]) <= 1e-10
+
+
+def test_autocast_may_change_between_calls():
+    model = make(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, kept = run(model, [30], mask=MASK)
+    found, _ = run(model, [20, *[1] * 20], mask=MASK, kept=kept)
+    assert found.isfinite().all()
 
 
 def test_a_local_layer_tells_when_too_much_is_taken_back():
@@ -253,6 +286,15 @@ def test_what_a_cache_cannot_serve_is_refused():
         model(new, attention_mask=torch.ones(4, 5, dtype=torch.long), past_key_values=kept)
     with pytest.raises(ValueError, match="masks other tokens"):
         model(new, attention_mask=torch.ones(4, 25, dtype=torch.long), past_key_values=kept)
+    other = MASK[:, :20].clone()
+    other[0, :9] = torch.tensor([1, *[0] * 8])
+    other[0, 9] = 0  # as many as before, but others
+    with pytest.raises(ValueError, match="masks other tokens"):
+        model(new, attention_mask=torch.cat([other, MASK[:, 20:25]], dim=-1), past_key_values=kept)
+    with pytest.raises(ValueError, match="one sample a row"):
+        model(IDS, position_ids=torch.cat([torch.arange(30), torch.arange(40)])[None], use_cache=True)
+    with pytest.raises(ValueError, match="did not fill"):
+        make(["local"])(new, past_key_values=kept)
     with pytest.raises(ValueError, match="hashed with"):
         model(new, past_key_values=kept, num_hashes=5)
     filled = DynamicCache()

@@ -110,7 +110,7 @@ class ReformerAttention(nn.Module):
         query, key_vectors, value = (None if x is None else self._heads(x, call.shard) for x in projected)
         projected.clear()
         if call.cache is not None:
-            out = self._attend_cached(query, key_vectors, value, call)
+            out = self._attend_cached(query, key_vectors, value, call).to(value.dtype)
         else:
             out = self._attend(query, key_vectors, value, call, call.layer_key)  # (B, H, T, head_size)
         out = out if call.shard is None else heads_to_tokens(out, call.shard)
@@ -202,6 +202,7 @@ class ReformerAttention(nn.Module):
         keys, values, *_ = kept.all()
         place = torch.arange(keys.shape[2], device=keys.device)
         seen = place <= numbers.clamp(min=0)[:, None, :, None]
+        query = query.to(keys.dtype)
         return nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=self.scale)
 
     def _over_latest(self, query, keys, value, call: Call) -> torch.Tensor:

@@ -98,11 +98,11 @@ class ReformerCacheLayer(CacheLayerMixin):
     real: torch.Tensor | None
     tables: BucketTables | None
     rotations: torch.Tensor | None
-    of_every_row: tuple[str, ...] = ("keys", "values", "buckets", "lengths", "longest", "real")
+    of_every_row: tuple[str, ...] = ("keys", "values", "buckets", "lengths", "longest", "oldest", "real")
 
     def __init__(self, config: ReformerConfig, layer: int, room: int = 0):
         super().__init__()
-        self.kind = config.attn_layers[layer]
+        self.kind, self.like = config.attn_layers[layer], _likes(config)[layer]
         self.local_window, self.window = config.local_window, config.lsh_window
         self.include_local = self.kind == "local" or config.lsh_include_local
         self.is_sliding = self.kind == "local"
@@ -117,7 +117,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         self.num_buckets: Any = None
         self.is_initialized = False
         self.columns = self.batch_size = 0
-        self.lengths = self.longest = None
+        self.lengths = self.longest = self.oldest = None
 
     @property
     def room(self) -> int:
@@ -135,9 +135,10 @@ class ReformerCacheLayer(CacheLayerMixin):
         self.batch_size, heads, _, size = key_states.shape
         room = 2 * self.local_window if self.ring else self.first_room
         self.keys = key_states.new_zeros(self.batch_size, heads, room, size)
-        self.values = value_states.new_zeros(self.batch_size, heads, room, size)
+        self.values = self.keys.clone()
         self.lengths = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
         self.longest = self.lengths  # that a row ever was
+        self.oldest = self.lengths  # number of the first token that is still there, once the past is recorded
         self.is_initialized = True
 
     def choose_rotations(self, num_hashes: int, num_buckets: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -163,7 +164,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         Returns:
             (B, N) int64, their numbers; -1 for padding.
         """
-        keys, values = keys.detach(), values.detach()
+        keys, values = (x.detach().to(self.keys.dtype) for x in (keys, values))
         numbers = self.make_room(keys.shape[2], real, None if buckets is None else buckets.shape[:3])
         self._write(numbers, keys, values, buckets)
         if self.tables is not None:
@@ -176,7 +177,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         numbers = self.lengths[:, None] + torch.arange(new, device=self.device)
         if real is not None or self.real is not None:
             real = torch.ones_like(numbers, dtype=torch.bool) if real is None else real
-            before = self._real_so_far()
+            before = self.real_so_far()
             numbers = torch.where(real, self.lengths[:, None] + real.cumsum(-1) - 1, -1)
             self.real = torch.cat([before, real], dim=-1)
         if lines is not None and self.buckets is None:
@@ -197,7 +198,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         self.lengths = torch.maximum(self.lengths, numbers.amax(-1) + 1)
         self.longest = torch.maximum(self.longest, self.lengths)
 
-    def _real_so_far(self) -> torch.Tensor:
+    def real_so_far(self) -> torch.Tensor:
         if self.real is not None:
             return self.real
         return torch.ones(self.batch_size, self.columns, dtype=torch.bool, device=self.device)
@@ -223,7 +224,7 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     def all(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Keys and values (B, H, T, D), buckets (B, H, R, T) and, unless all are there, which are, (B, T) bool."""
-        length = self.columns if self.real is None else int(self.lengths.max())
+        length = self.columns if self.real is None else max(1, int(self.lengths.max()))
         mask = None
         if self.real is not None:
             mask = torch.arange(length, device=self.device) < self.lengths[:, None]
@@ -271,6 +272,7 @@ class ReformerCacheLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """Keep every token from now on, so that any number can be taken back."""
         if self.kind == "local" and self.is_initialized and not self.record_past:
+            self.oldest = (self.longest - self.room).clamp(min=0)
             keys, values, _ = self.latest(min(self.room, self.columns))
             self._unroll(keys, values)
         self.record_past = True
@@ -299,13 +301,14 @@ class ReformerCacheLayer(CacheLayerMixin):
                 f"crop({tokens_to_remove}) on a cache of {self.columns} tokens: give the number to take back, as a "
                 "negative number."
             )
-        gone = self._real_so_far()[:, -count:]
+        gone = self.real_so_far()[:, -count:]
         lengths = self.lengths - gone.sum(-1)
-        lost = (self.longest > self.room) & (lengths - self.local_window < self.longest - self.room)
-        if self.ring and bool(lost.any()):
+        oldest = self.longest - self.room if self.ring else self.oldest
+        lost = (oldest > 0) & (lengths - self.local_window < oldest)
+        if self.kind == "local" and bool(lost.any()):
             raise RuntimeError(
-                f"A local layer keeps its last {self.room} tokens, so {count} cannot be taken back. Call "
-                "`cache.activate_past_recording()` first."
+                f"{count} tokens cannot be taken back: a local layer no longer has those that would be seen again. "
+                "Begin anew, and call `cache.activate_past_recording()` before what may be taken back."
             )
         old, self.lengths = self.lengths, lengths
         self.columns -= count
@@ -423,6 +426,10 @@ class ReformerCache(Cache):
         super().__init__(layers=layers, **options)
 
 
+def _likes(config: ReformerConfig) -> list[tuple]:
+    return [(kind, config.attention_mode, config.local_window, config.lsh_window) for kind in config.attn_layers]
+
+
 def adopt(cache: Any, config: ReformerConfig) -> Cache:
     """A cache that is ours already, or an empty one of the library's (dynamic or static), given layers of ours.
 
@@ -430,7 +437,7 @@ def adopt(cache: Any, config: ReformerConfig) -> Cache:
         ValueError: it is neither.
     """
     if isinstance(cache, Cache):
-        if cache.layers and all(isinstance(layer, ReformerCacheLayer) for layer in cache.layers):
+        if [layer.like for layer in cache.layers if isinstance(layer, ReformerCacheLayer)] == _likes(config):
             return cache
         if not any(getattr(layer, "is_initialized", True) for layer in cache.layers):
             room = max([getattr(layer, "max_cache_len", 0) for layer in cache.layers], default=0)

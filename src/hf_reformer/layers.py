@@ -68,9 +68,8 @@ class ReformerLayer(GradientCheckpointingLayer):
         self.one_artefact, self.compile_options = True, options
         options = {"dynamic": True, **options}
         if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13 and later
-            options.setdefault(
-                "recompile_limit", 64
-            )  # kinds of layers, with and without graph, first slices and others
+            limit = 64  # kinds of layers, with and without graph, first slices and others
+            options.setdefault("recompile_limit", limit)
         for name in COMPILED:
             setattr(self, name, torch.compile(getattr(self, name), **options))
 

@@ -229,6 +229,8 @@ class ReformerModel(ReformerPreTrainedModel):
             reason = "the model is bidirectional (`config.is_decoder=False`), and what comes changes what was"
         elif self.sequence_group is not None:
             reason = "processes share the sequences (`share_sequences`)"
+        elif self.gradient_checkpointing and self.training:
+            reason = "gradient checkpointing runs layers twice, and each time would write to it"
         if reason is not None and given is None:
             return None
         if reason is not None:
@@ -246,6 +248,7 @@ class ReformerModel(ReformerPreTrainedModel):
         chain = None if plain else Chain(grid, len(self.layers))
         # Traced into a graph, layers one by one cannot rebuild their inputs, but the graph can compute them again.
         traced = self.config.reversible and torch.is_grad_enabled() and torch.compiler.is_compiling()
+        traced = traced and call.cache is None
         x2, x1 = streams.pop(), streams.pop()
         states = [x2] if keep_states else []
         if traced and not keep_states and can_be_whole(self.layers, call):
@@ -272,6 +275,11 @@ class ReformerModel(ReformerPreTrainedModel):
         ranks = places if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
         ranks = ranks if cache is None else ranks + before
         samples = None if position_ids is None else packed_samples(position_ids.to(device), ranks, mask)
+        if samples is not None and cache is not None:
+            raise ValueError(
+                "`position_ids` restart at 0 within a row, which packs several samples into it. A cache holds one "
+                "sample a row: pad instead, or leave out the cache."
+            )
         if samples is not None and config.attention_mode == "chunk":
             refuse_packed(samples)
         elif samples is not None:
@@ -328,8 +336,7 @@ def new_tokens(cache: Cache, mask: torch.Tensor | None) -> tuple[torch.Tensor | 
     before = layer.lengths[:, None] if layer.columns else 0
     if mask is None:
         return None, before
-    seen = mask[:, : layer.columns].sum(-1, keepdim=True)
-    if layer.columns and not torch.equal(seen, layer.lengths[:, None]):
+    if layer.columns and not torch.equal(mask[:, : layer.columns], layer.real_so_far()):
         raise ValueError(
             "`attention_mask` masks other tokens of the cache than when it was filled. What is in a cache cannot be "
             "masked afterwards: begin anew."

@@ -298,7 +298,8 @@ def test_mistakes_end_in_one_line(tmp_path, line):
         assert err.count("\n") == 1
         assert message in err
         assert len(err) < 600
-    for argv in (["--prompt_file", tmp_path / "absent"], ["--prompt", "x", "--temperature", "-1"]):
+    needless = ["--prompt", "x", "--temperature", "0", "--top_p", "0.9"]
+    for argv in (["--prompt_file", tmp_path / "absent"], ["--prompt", "x", "--temperature", "-1"], needless):
         status, _, err = line("generate", "--model", tmp_path / "good", *argv)
         assert status == 2
         assert err.count("\n") == 1

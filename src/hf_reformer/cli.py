@@ -21,8 +21,9 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
     from transformers import set_seed
 
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    if args.greedy and given:
-        raise ValueError(f"--greedy always takes the likeliest token. Leave out --{', --'.join(given)}.")
+    needless = given if args.greedy else [name for name in given if name != "temperature" and args.temperature == 0]
+    if needless:
+        raise ValueError(f"--greedy always takes the likeliest token. Leave out --{', --'.join(needless)}.")
     if args.seed is not None:
         set_seed(args.seed)
     greedy = args.greedy or args.temperature == 0

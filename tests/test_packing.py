@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
 
 from hf_reformer import ReformerForCausalLM, ReformerModel
-from hf_reformer.modeling_reformer import packed_samples
+from hf_reformer.inputs import packed_samples
 
 
 def positions_of(lengths: list[int]) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_positions_that_do_not_restart_pack_nothing():
 
 def test_chunks_refuse_packed_samples():
     model = make_model(ReformerModel, attention_mode="chunk")
-    with pytest.raises(ValueError, match=r"position_ids.*restart at 0.*attention_mode=\"window\""):
+    with pytest.raises(ValueError, match=r"position_ids.*restart at 0.*attention_mode='window'"):
         model(make_ids(1, 30), position_ids=positions_of([10, 20]))
 
 

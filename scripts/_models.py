@@ -1,11 +1,13 @@
-"""The model that a training script begins with, saved or new, and its tokenizer."""
+"""What the training scripts share: the model that they begin with, its tokenizer, training, and the model card."""
 
 import ast
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from hf_reformer import ReformerByteTokenizer, ReformerConfig
 from hf_reformer.data import train_bpe_tokenizer
@@ -56,8 +58,8 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
     return {name: value(word.strip()) for name, word in found}
 
 
-def make_tokenizer(args: ModelArguments, texts: list[str], max_length: int) -> PreTrainedTokenizerBase:
-    """The tokenizer that was asked for, told where to cut."""
+def make_tokenizer(args: ModelArguments, texts: Iterable[str], max_length: int) -> PreTrainedTokenizerBase:
+    """The tokenizer that was asked for, told where to cut. `texts` are read only to learn one."""
     name = args.tokenizer or args.model_name_or_path or "train"
     if name == "train":
         return train_bpe_tokenizer(texts, args.tokenizer_vocab_size, max_length)
@@ -92,3 +94,21 @@ def make_model(
         **overrides,
     }
     return auto_class.from_config(ReformerConfig(**new))
+
+
+def train_and_save(trainer: Trainer, resume: str | None) -> None:
+    """Train, then save the model, its tokenizer and the training figures. `resume`: a checkpoint, or "last"."""
+    result = trainer.train(resume_from_checkpoint=True if resume in ("last", "true", "True") else resume)
+    trainer.save_model()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+
+
+def write_model_card(trainer: Trainer, scores: str, **what: Any) -> None:
+    """Trainer's model card, with our scores at its end; `what`: further arguments of `create_model_card`."""
+    trainer.create_model_card(tags=["hf_reformer", "reformer"], **what)
+    file = Path(trainer.args.output_dir) / "README.md"
+    card = file.read_text(encoding="utf-8")
+    card = card.replace("is a fine-tuned version of [](https://huggingface.co/)", "was trained from scratch")
+    file.write_text(f"{card}\n## Scores\n\n{scores}\n", encoding="utf-8")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from _classification import MULTI, REGRESSION, SINGLE, Metrics, Task
+from _models import write_model_card
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, Trainer, pipeline
 
@@ -125,22 +126,13 @@ def summarise(
         report.append(f"{split}: {len(splits[split])} texts\n\n{format_table(rows)}")
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     if "train" in splits:
-        write_model_card(trainer, metrics.task, dataset, report)
+        glue = {"dataset_tags": "nyu-mll/glue", "dataset_args": metrics.task.glue} if metrics.task.glue else {}
+        write_model_card(trainer, "\n\n".join(report), tasks="text-classification", dataset=dataset, **glue)
     print("\n" + "\n\n".join(report))
     print(f"\nEverything lies in {folder}/")
     for pattern, content in CONTENTS.items():
         if found := ", ".join(sorted(file.name for file in folder.glob(pattern))):
             print(f"  {found:36} {content}")
-
-
-def write_model_card(trainer: Trainer, task: Task, dataset: str, report: list[str]) -> None:
-    """Trainer's model card, with our scores at its end."""
-    glue = {"dataset_tags": "nyu-mll/glue", "dataset_args": task.glue} if task.glue else {}
-    trainer.create_model_card(tasks="text-classification", tags=["hf_reformer", "reformer"], dataset=dataset, **glue)
-    file = Path(trainer.args.output_dir) / "README.md"
-    card = file.read_text(encoding="utf-8")
-    card = card.replace("is a fine-tuned version of [](https://huggingface.co/)", "was trained from scratch")
-    file.write_text(card + "\n## Scores\n\n" + "\n\n".join(report) + "\n", encoding="utf-8")
 
 
 def check_saved(model: PreTrainedModel, folder: str, texts: list[str]) -> None:

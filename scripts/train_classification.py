@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from _classification import MULTI, REGRESSION, SINGLE, GroupedTrainer, Metrics, Task, define_task
-from _models import ModelArguments, make_model, make_tokenizer
+from _models import ModelArguments, make_model, make_tokenizer, train_and_save
 from _reports import check_saved, classify, draw_confusion_matrix, summarise, write_predictions
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import (
@@ -199,15 +199,6 @@ def tokenize(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, p
     return dataset.map(encode, batched=True, batch_size=64, remove_columns=dataset.column_names, desc="Tokenising")
 
 
-def train(trainer: GroupedTrainer, resume: str | None) -> None:
-    """Train, then save the model, its tokenizer and the training figures."""
-    result = trainer.train(resume_from_checkpoint=True if resume in ("last", "true", "True") else resume)
-    trainer.save_model()
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
-
-
 def judge(
     trainer: GroupedTrainer, metrics: Metrics, splits: DatasetDict, encoded: dict[str, Dataset]
 ) -> dict[str, dict]:
@@ -278,7 +269,7 @@ def run(data_args: DataArguments, model_args: ModelArguments, args: TrainingArgu
         print(f"Texts: {counts}; {np.mean(lengths):.0f} tokens on average. Labels: {task.names or task.problem_type}")
         print(f"Parameters: {model.num_parameters():,}; layers: {', '.join(model_args.attn_layers)}")
     if "train" in encoded:
-        train(trainer, args.resume_from_checkpoint)
+        train_and_save(trainer, args.resume_from_checkpoint)
     scores = judge(trainer, metrics, splits, encoded)
     if trainer.is_world_process_zero():
         dataset = "installed packages" if data_args.demo else data_args.task_name or str(data_args.train_file)

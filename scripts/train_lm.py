@@ -46,7 +46,7 @@ from _language_modeling import (
     streamed_rows,
     training_rows,
 )
-from _models import ModelArguments, make_model, make_tokenizer
+from _models import ModelArguments, make_model, make_tokenizer, train_and_save, write_model_card
 from datasets import Dataset, IterableDataset
 from transformers import (
     AutoModelForCausalLM,
@@ -227,10 +227,7 @@ def report(trainer: LanguageModelTrainer, metric: str, scores: dict[str, float],
     lines += [f"| {name:38} | {bits:13.3f} |" for name, bits in scores.items()]
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     task = "fill-mask" if "masked" in metric else "text-generation"
-    trainer.create_model_card(tasks=task, tags=["hf_reformer", "reformer"], dataset=source)
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    card = card.replace("is a fine-tuned version of [](https://huggingface.co/)", "was trained from scratch")
-    (folder / "README.md").write_text(card + "\n## Scores\n\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    write_model_card(trainer, "\n".join(lines), tasks=task, dataset=source)
     print("\n" + "\n".join(lines) + f"\n\nModel, scores and learning_curve.png lie in {folder}/")
 
 
@@ -242,7 +239,7 @@ def run(texts: TextArguments, model_args: ModelArguments, args: TrainingArgument
         longest = max(texts.sequence_length, texts.eval_length)
         sources = texts.train_file or [name for name in [texts.dataset_name] if name]
         documents = partial(streamed_documents, texts)
-        known = list(first_texts(documents(sources))) if texts.streaming else train
+        known = first_texts(documents(sources)) if texts.streaming else train
         tokenizer = make_tokenizer(model_args, known, longest)
         if tokenizer.pad_token is None:
             tokenizer.pad_token_id = separator(tokenizer)
@@ -272,10 +269,7 @@ def run(texts: TextArguments, model_args: ModelArguments, args: TrainingArgument
         print(f"Training texts: {amount}; validation: {metrics.size:,} bytes in {metrics.tokens:,} tokens.")
         print(f"Parameters: {model.num_parameters():,}; layers: {', '.join(model.config.attn_layers)}")
     if rows is not None:
-        resume = args.resume_from_checkpoint
-        trainer.train(resume_from_checkpoint=True if resume in ("last", "true", "True") else resume)
-        trainer.save_model()
-        trainer.save_state()
+        train_and_save(trainer, args.resume_from_checkpoint)
     score = trainer.evaluate()[f"eval_{metrics.name}"]
     if trainer.is_world_process_zero():
         scores = {"Reformer": score}

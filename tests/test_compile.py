@@ -133,7 +133,8 @@ def put_something_foreign_into(model) -> None:
 DEEP = {"hidden_size": 32, "max_position_embeddings": 2048, "attn_layers": None}
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("aot_eager_decomp_partition", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
 def test_one_graph_keeps_the_same_whatever_its_depth(backend):
     shallow, deep = (kept_by(make(num_hidden_layers=depth, **DEEP).train(), backend) for depth in (2, 6))
     assert deep <= 1.02 * shallow
@@ -251,6 +252,7 @@ def test_compiled_parts_of_layers_are_rebuilt_exactly(bf16, slices, recwarn):
 @pytest.mark.parametrize(
     "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
 )
+@pytest.mark.slow
 def test_copies_compile_parts_of_their_own(copied):
     """A copy computes with its own weights, as a moving average of a model does."""
     model, eager = make().train(), make().train()

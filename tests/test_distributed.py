@@ -128,6 +128,7 @@ def gradients_under_ddp() -> dict[str, dict[str, torch.Tensor]]:
 DDP_FLAGS = {"default": {}, "find unused": {"find_unused_parameters": True}, "static graph": {"static_graph": True}}
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_ddp_with_any_flag():
     alone_in_bf16 = []
@@ -204,6 +205,7 @@ def fsdp2_with_tied_layers() -> dict[str, torch.Tensor]:
     return {name: p.grad.full_tensor() for name, p in model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_tied_layers_form_one_fsdp2_group():
     expected = {}

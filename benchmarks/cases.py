@@ -45,11 +45,17 @@ class Entry(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Entries measured side by side; ratios are to the first. `scale`: what a call may take, in single ops."""
+    """Entries measured side by side; ratios are to the first.
+
+    Attributes:
+        scale: what a call may take, in single ops.
+        in_a_row: calls timed together; a time is one call's share.
+    """
 
     quantity: str  # "time" or "memory"
     entries: list[Entry]
     scale: float = 1.0
+    in_a_row: int = 1
 
 
 class Settings(NamedTuple):

@@ -13,7 +13,8 @@ from .models import HEAD_SIZE, HEADS, HIDDEN, LAYERS, ROUNDS, VOCABULARY, FullMo
 def groups(settings: Settings) -> list[Group]:
     lengths = settings.choose((1024, 4096, 16384, 65536), (1024, 16384))
     cases = [Case(section="generation", length=length, work=NEXT, rounds=ROUNDS, layers=LAYERS) for length in lengths]
-    return [Group("time", [Entry(case, rival) for rival in ("ours", "built-in", "full")], LAYERS) for case in cases]
+    rivals = "ours", "built-in", "full"
+    return [Group("time", [Entry(case, rival) for rival in rivals], LAYERS, in_a_row=8) for case in cases]
 
 
 def make(case: Case, rival: str) -> Run:

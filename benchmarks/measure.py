@@ -60,16 +60,18 @@ def describe(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
-def timed(call: Callable[[], Any]) -> tuple[float, float]:
-    """Wall and processor seconds of one call. Its result dies after the clock is read."""
+def timed(call: Callable[[], Any], in_a_row: int = 1) -> tuple[float, float]:
+    """Wall and processor seconds of one of so many calls. Their results die after the clock is read."""
+    results: list[Any] = [None] * in_a_row
     cpu, wall = time.process_time(), time.perf_counter()
-    result = call()
+    for index in range(in_a_row):
+        results[index] = call()
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    del result
-    return wall, cpu
+    del results
+    return wall / in_a_row, cpu / in_a_row
 
 
-def alternate(calls: Mapping[Key, Callable[[], Any]], effort: Effort) -> dict[Key, Timing]:
+def alternate(calls: Mapping[Key, Callable[[], Any]], effort: Effort, in_a_row: int = 1) -> dict[Key, Timing]:
     """Call all rivals in turn, to and fro, again and again; the first round warms up.
 
     A rival that fails is out, and the others go on.
@@ -80,7 +82,7 @@ def alternate(calls: Mapping[Key, Callable[[], Any]], effort: Effort) -> dict[Ke
     gc.disable()
     try:
         for key, call in calls.items():
-            attempt(timings[key], call)
+            attempt(timings[key], call, in_a_row)
         for timing in timings.values():
             timing.once = bool(timing.wall) and timing.median > effort.once_over
         again = [key for key, timing in timings.items() if timing.wall and not timing.once]
@@ -92,7 +94,7 @@ def alternate(calls: Mapping[Key, Callable[[], Any]], effort: Effort) -> dict[Ke
                 break
             again.reverse()  # so that nobody always follows the same rival
             for key in again:
-                attempt(timings[key], calls[key])
+                attempt(timings[key], calls[key], in_a_row)
             again = [key for key in again if not timings[key].failure]
             gc.collect()
             repeats += 1
@@ -102,10 +104,10 @@ def alternate(calls: Mapping[Key, Callable[[], Any]], effort: Effort) -> dict[Ke
     return timings
 
 
-def attempt(timing: Timing, call: Callable[[], Any]) -> None:
+def attempt(timing: Timing, call: Callable[[], Any], in_a_row: int = 1) -> None:
     """Add one call's time, or the reason why there is none."""
     try:
-        wall, cpu = timed(call)
+        wall, cpu = timed(call, in_a_row)
     except Exception as error:  # whatever a rival dies of is written down, and the others go on
         timing.failure = describe(error)
         return

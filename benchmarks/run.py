@@ -94,32 +94,32 @@ class Runner:
         allowed = self.args.longest_run * group.scale
         forecasts = {entry: self.forecasts.seconds(entry.case, entry.rival, threads) for entry in group.entries}
         entries = [entry for entry, seconds in forecasts.items() if seconds <= allowed]
-        rows = [*(self.memory if group.quantity == "memory" else self.time)(entries, group.scale, threads)]
+        rows = [*(self.memory if group.quantity == "memory" else self.time)(group._replace(entries=entries), threads)]
         for entry, seconds in forecasts.items():
             if seconds > allowed:
                 why = f"forecast {seconds:.0f} s, more than {allowed:.0f} s"
                 rows += self.skipped(group._replace(entries=[entry]), threads, why)
         return with_base(rows)
 
-    def memory(self, entries: list[Entry], scale: float, threads: int) -> Iterator[Row]:
-        for entry in entries:
-            found = peak_memory(entry.case, entry.rival, threads, self.args.longest_run * scale)
+    def memory(self, group: Group, threads: int) -> Iterator[Row]:
+        for entry in group.entries:
+            found = peak_memory(entry.case, entry.rival, threads, self.args.longest_run * group.scale)
             if "failure" in found:
                 found = {"status": "failed", "note": found["failure"]}
             yield self.row("memory", entry, threads, **found)
 
-    def time(self, entries: list[Entry], scale: float, threads: int) -> Iterator[Row]:
+    def time(self, group: Group, threads: int) -> Iterator[Row]:
         torch.set_num_threads(threads)
         runs, failures = {}, {}
-        for entry in entries:
+        for entry in group.entries:
             try:
                 runs[entry] = self.prepare(entry)
             except Exception as error:  # a rival that is not installed or cannot take the case
                 failures[entry] = Timing(failure=describe(error))
-        effort = Effort(self.args.budget, once_over=self.args.budget * scale)
-        timings = alternate({entry: run.call for entry, run in runs.items()}, effort) | failures
-        for entry in entries:
-            yield self.time_row(entry, threads, timings[entry], timings[entries[0]], runs.get(entry))
+        effort = Effort(self.args.budget, once_over=self.args.budget * group.scale)
+        timings = alternate({entry: run.call for entry, run in runs.items()}, effort, group.in_a_row) | failures
+        for entry in group.entries:
+            yield self.time_row(entry, threads, timings[entry], timings[group.entries[0]], runs.get(entry))
 
     def prepare(self, entry: Entry) -> Run:
         """The entry ready to be called; the first of its kind is called in small, which loads what it needs."""

@@ -250,21 +250,18 @@ def test_memory_of_a_cache():
 def test_tables_know_the_newest_members(data):
     """Against lists, over any sequence of putting in and taking back."""
     window, count = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
-    tables = BucketTables((1, 1, 1), count, window, torch.device("cpu"))
+    tables = BucketTables((1, 1, 1), count, 200, torch.device("cpu"))
     lists: list[list[int]] = [[] for _ in range(count)]
     history: list[int] = []
     for _ in range(data.draw(st.integers(1, 8))):
-        gone = data.draw(st.integers(0, min(len(history), 2 * window)))
+        gone = data.draw(st.integers(0, len(history)))
         if gone:
             removed = history[-gone:][::-1]
-            holds = tables.remove(torch.tensor([[[removed]]]), torch.ones(1, gone, dtype=torch.bool))
+            numbers = torch.arange(len(history) - 1, len(history) - 1 - gone, -1)[None]
+            tables.remove(torch.tensor([[[removed]]]), numbers)
             for bucket in removed:
                 lists[bucket].pop()
             history = history[:-gone]
-            if not holds:
-                tables = BucketTables((1, 1, 1), count, window, torch.device("cpu"))
-                if history:
-                    tables.add(torch.tensor([[[history]]]).int(), torch.arange(len(history))[None].int())
         new = data.draw(st.lists(st.integers(0, count - 1), min_size=1, max_size=12))
         tokens = torch.arange(len(history), len(history) + len(new), dtype=torch.int32)[None]
         tables.add(torch.tensor([[[new]]], dtype=torch.int32), tokens)
@@ -272,7 +269,7 @@ def test_tables_know_the_newest_members(data):
             lists[bucket].append(len(history))
             history.append(bucket)
         for bucket in range(count):
-            found = tables.last(torch.tensor([[[bucket]]]))[0, 0].tolist()
+            found = tables.last(torch.tensor([[[bucket]]]), window)[0, 0].tolist()
             assert [token for token in found if token >= 0] == lists[bucket][::-1][:window]
 
 

@@ -188,13 +188,25 @@ class ReformerAttention(nn.Module):
         if self.kind == "local":
             return self._over_latest(query, keys, value, call)
         buckets = self._buckets(hashed, call, kept.choose_rotations)
-        numbers = kept.append(keys, value, buckets, call.mask)
+        return self._over_hashed(kept.append(keys, value, buckets, call.mask), call)
+
+    def _over_hashed(self, numbers: torch.Tensor, call: Call) -> torch.Tensor:
+        """Many new tokens of an lsh layer, by their numbers (B, N): the windows of all tokens, where only they see.
+
+        A few heads at a time, so that what is as long as the context is no larger than what is as long as the piece.
+        """
+        kept, found = call.cache.layers[self.layer], []
         keys, values, buckets, mask = kept.all()
-        out = self._over(self._window_orders(buckets, mask, call, values), keys, None, values, mask)
-        if mask is None:
-            return out[:, :, -numbers.shape[1] :]
-        index = numbers.clamp(min=0)[:, None, :, None]
-        return out.gather(2, index.expand(-1, out.shape[1], -1, out.shape[3]))
+        length, new = keys.shape[2], numbers.shape[1]
+        first = torch.where(numbers >= 0, numbers, length).amin(-1)[:, None, None, None]
+        index = None if mask is None else numbers.clamp(min=0)[:, None, :, None]
+        for some in zip(*(x.split(max(1, self.heads * new // length), dim=1) for x in (keys, values, buckets)), strict=True):
+            orders = self._window_orders(some[2], mask, call, some[1])
+            orders = orders._replace(lo=torch.where(orders.line < first, orders.hi + 1, orders.lo))
+            out = self._over(orders, some[0], None, some[1], mask)
+            expanded = None if index is None else index.expand(-1, out.shape[1], -1, out.shape[3])
+            found.append(out[:, :, length - new :].clone() if expanded is None else out.gather(2, expanded))
+        return torch.cat(found, dim=1)
 
     def _over_all_kept(self, query, keys, value, call: Call) -> torch.Tensor:
         kept = call.cache.layers[self.layer]

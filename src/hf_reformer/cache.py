@@ -79,7 +79,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         self.keys = key_states.new_zeros(self.batch_size, heads, room, size)
         self.values = self.keys.clone()
         self.lengths = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
-        self.longest = self.lengths  # that a row ever was
+        self.longest = self.lengths  # that a row was before tokens were taken back
         self.oldest = self.lengths  # number of the first token that is still there, once the past is recorded
         self.is_initialized = True
 
@@ -110,7 +110,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         numbers = self.make_room(keys.shape[2], real, None if buckets is None else buckets.shape[:3])
         self._write(numbers, keys, values, buckets)
         if self.tables is not None:
-            self.tables.add(buckets, numbers.to(torch.int32))
+            self.tables.add(buckets, numbers)
         self.count(numbers)
         return numbers
 
@@ -129,16 +129,17 @@ class ReformerCacheLayer(CacheLayerMixin):
             room = max(self.columns + new, int(self.room * GROWTH) + 1)
             self.keys, self.values = (_longer(x, room, dim=2) for x in (self.keys, self.values))
             self.buckets = None if self.buckets is None else _longer(self.buckets, room, dim=3)
+            if self.tables is not None:
+                self.tables.previous = _longer(self.tables.previous, 1 + room, dim=3)
         return numbers
 
     def _new_tables(self, lines: tuple[int, ...]) -> BucketTables | None:
-        return BucketTables(lines, product_of(self.num_buckets), self.window, self.device)
+        return BucketTables(lines, product_of(self.num_buckets), self.room, self.device)
 
     def count(self, numbers: torch.Tensor) -> None:
         """The tokens of these numbers are kept now."""
         self.columns += numbers.shape[1]
         self.lengths = torch.maximum(self.lengths, numbers.amax(-1) + 1)
-        self.longest = torch.maximum(self.longest, self.lengths)
 
     def real_so_far(self) -> torch.Tensor:
         if self.real is not None:
@@ -183,7 +184,7 @@ class ReformerCacheLayer(CacheLayerMixin):
             near = own[:, None] - torch.arange(self.local_window, device=own.device)  # (B, W)
             seen.append(near[:, None].clamp(min=-1))
         if buckets is not None:
-            seen.insert(0, self.tables.last(buckets[..., 0]))
+            seen.insert(0, self.tables.last(buckets[..., 0], self.window))
             seen = [x.expand(-1, seen[0].shape[1], -1) for x in seen]
         return torch.cat(seen, dim=-1)
 
@@ -214,7 +215,7 @@ class ReformerCacheLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """Keep every token from now on, so that any number can be taken back."""
         if self.kind == "local" and self.is_initialized and not self.record_past:
-            self.oldest = (self.longest - self.room).clamp(min=0)
+            self.oldest = (torch.maximum(self.longest, self.lengths) - self.room).clamp(min=0)
             keys, values, _ = self.latest(min(self.room, self.columns))
             self._unroll(keys, values)
         self.record_past = True
@@ -245,6 +246,7 @@ class ReformerCacheLayer(CacheLayerMixin):
             )
         gone = self.real_so_far()[:, -count:]
         lengths = self.lengths - gone.sum(-1)
+        self.longest = torch.maximum(self.longest, self.lengths)
         oldest = self.longest - self.room if self.ring else self.oldest
         lost = (oldest > 0) & (lengths - self.local_window < oldest)
         if self.kind == "local" and bool(lost.any()):
@@ -258,22 +260,15 @@ class ReformerCacheLayer(CacheLayerMixin):
         if self.tables is None:
             return
         numbers = old[:, None] - 1 - torch.arange(count, device=self.device)
-        gone = numbers >= self.lengths[:, None]
+        numbers = torch.where(numbers >= self.lengths[:, None], numbers, -1)
         index = numbers.clamp(min=0)[:, None, None].expand(-1, *self.buckets.shape[1:3], -1)
-        if not self.tables.remove(self.buckets.gather(-1, index), gone):
-            self._fill_tables()
-
-    def _fill_tables(self) -> None:
-        buckets = self.buckets[..., : max(1, int(self.lengths.max()))]
-        numbers = torch.arange(buckets.shape[-1], dtype=torch.int32, device=self.device).expand(self.batch_size, -1)
-        self.tables = BucketTables(buckets.shape[:3], self.tables.count, self.window, self.device)
-        self.tables.add(buckets, torch.where(numbers < self.lengths[:, None], numbers, -1))
+        self.tables.remove(self.buckets.gather(-1, index), numbers)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a function to every tensor with a row for each of the batch."""
         for holder, names in (
             (self, self.of_every_row),
-            (self.tables, ("rings", "added", "most")),
+            (self.tables, ("newest", "previous")),
         ):
             for name in names:
                 x = getattr(holder, name, None)

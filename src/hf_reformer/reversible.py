@@ -100,7 +100,7 @@ class Stages:
 
 
 def _as_now(device: torch.device) -> Callable[[Hashable], AbstractContextManager]:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device.type):
         return lambda part: nullcontext()
     return lambda part: autocast_again(device, autocast_state(device))
 

@@ -72,8 +72,8 @@ _Step = _structure(
     "_Step",
     """
     strided: query, key, value, vectors
-    pointer: rotations, factors, numbers, keys, values, buckets, rings, added, most
-    int: batch, heads, length, size, rounds, columns, num_factors, count, ring, window, local_window, room, bfloat16
+    pointer: rotations, factors, numbers, keys, values, buckets, newest, previous
+    int: batch, heads, length, size, rounds, columns, num_factors, count, window, local_window, room, bfloat16
     int: threads
     double: scale
     pointer: out
@@ -101,10 +101,11 @@ def _pointer(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
-def _readable(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """In one dtype and in layouts that the kernel reads; copies only where they must be."""
-    dtypes = {x.dtype for x in tensors if x is not None}
-    dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= DTYPES.keys() else torch.float32
+def _readable(*tensors: torch.Tensor | None, dtype: torch.dtype | None = None) -> list[torch.Tensor | None]:
+    """In one dtype, their own if it can be, and in layouts that the kernel reads; copies only where they must be."""
+    if dtype is None:
+        dtypes = {x.dtype for x in tensors if x is not None}
+        dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= DTYPES.keys() else torch.float32
     found = [None if x is None else x.detach().to(dtype) for x in tensors]
     return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in found]
 
@@ -226,25 +227,21 @@ def run_step(
 ) -> torch.Tensor:
     """New tokens, (B, H, T, D) each, on top of `kept` (a cache layer, which is written to); (B, H, T, D) float32."""
     batch, heads, length, size = query.shape
-    query, key, value, vectors = (
-        None if x is None else x.detach().to(kept.keys.dtype) for x in (query, key, value, vectors)
-    )
-    query, key, value, vectors = _readable(query, key, value, vectors)
+    query, key, value, vectors = _readable(query, key, value, vectors, dtype=kept.keys.dtype)
     numbers, out = numbers.contiguous(), query.new_empty(batch, heads, length, size, dtype=torch.float32)
-    tables, rotations, counts = kept.tables, None, (0, 0, 0, 0)
+    rotations, newest, previous, count, window, rounds = None, None, None, 0, 0, 0
     factors: tuple[int, ...] = ()
     if vectors is not None:
-        rotations, factors = kept.rotations, factors_of(kept.num_buckets)
-        counts = (tables.count, tables.size, tables.window, rotations.shape[2])
-    count, ring, window, rounds = counts
+        rotations, factors, window = kept.rotations, factors_of(kept.num_buckets), kept.window
+        newest, previous = kept.tables.newest, kept.tables.previous
+        count, rounds = newest.shape[-1], rotations.shape[2]
     numbers_of_factors = (ctypes.c_int64 * max(1, len(factors)))(*factors)
     step = _Step(
         *(_strided(x) for x in (query, key, value, vectors)),
         _pointer(rotations), ctypes.addressof(numbers_of_factors), numbers.data_ptr(),
-        kept.keys.data_ptr(), kept.values.data_ptr(), _pointer(kept.buckets),
-        *(_pointer(getattr(tables, name, None)) for name in ("rings", "added", "most")),
+        kept.keys.data_ptr(), kept.values.data_ptr(), _pointer(kept.buckets), _pointer(newest), _pointer(previous),
         batch=batch, heads=heads, length=length, size=size, rounds=rounds, columns=sum(factors) // 2,
-        num_factors=len(factors), count=count, ring=ring, window=window, local_window=local_window, room=kept.room,
+        num_factors=len(factors), count=count, window=window, local_window=local_window, room=kept.room,
         bfloat16=DTYPES[kept.keys.dtype], threads=torch.get_num_threads(), scale=scale, out=out.data_ptr(),
     )  # fmt: skip
     _run(library, "hf_step", step)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from .. import hashing
+from ..bucket_tables import BucketTables
 from ..randomness import make_key, normal_rows
 from ..reference import attention_with_weights, shared_key
 from .calls import Call, backward, forward, run_hashing, run_normals, run_sorting, run_step
@@ -34,12 +35,10 @@ def _step_agrees(query, value, library: ctypes.CDLL) -> bool:
     """Tokens put on top of each other see what the definition shows them."""
     batch, heads, length, size = query.shape
     count, window, local_window = 6, 5, 7
-    tables = SimpleNamespace(count=count, size=2 * window, window=window)
-    tables.rings = torch.zeros(batch, heads, 2, count, tables.size, dtype=torch.int32)
-    tables.added, tables.most = (torch.zeros(batch, heads, 2, count, dtype=torch.int32) for _ in range(2))
+    tables = BucketTables((batch, heads, 2), count, length, query.device)
     kept = SimpleNamespace(
         keys=torch.zeros_like(query).contiguous(), values=torch.zeros_like(value).contiguous(), tables=tables,
-        buckets=torch.zeros(batch, heads, 2, length, dtype=torch.int32), num_buckets=count, room=length,
+        buckets=torch.zeros(batch, heads, 2, length, dtype=torch.int32), num_buckets=count, room=length, window=window,
         rotations=_normal(torch.Generator("cpu").manual_seed(1), heads, size, 2, count // 2),
     )  # fmt: skip
     numbers = torch.arange(length).expand(batch, -1)

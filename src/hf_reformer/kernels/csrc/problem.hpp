@@ -60,8 +60,8 @@ struct Step {
     const int64_t* numbers;             // (B, T) the tokens' numbers in their rows, rising; or -1: padding
     void *keys, *values;                // (B, H, room, D) contiguous, by number modulo room
     int32_t* buckets;                   // (B, H, R, room)
-    int32_t *rings, *added, *most;      // (B, H, R, count, ring) and (B, H, R, count): cache.BucketTables
-    int64_t batch, heads, length, size, rounds, columns, num_factors, count, ring, window, local_window, room, bfloat16, threads;
+    int32_t *newest, *previous;         // (B, H, R, count) and (B, H, R, 1 + room): bucket_tables.BucketTables
+    int64_t batch, heads, length, size, rounds, columns, num_factors, count, window, local_window, room, bfloat16, threads;
     double scale;                       // of scores; rounds > 0: shared query/key attention
     float* out;                         // (B, H, T, D)
 };

@@ -15,10 +15,10 @@ namespace hf {
 
 struct StepScratch {
     std::vector<float> query, row, projected, scores;
-    std::vector<int32_t> tokens, other;
+    std::vector<int32_t> tokens, other, chains;
     std::vector<int64_t> buckets;
     StepScratch(const Step& s)
-        : query(s.size + kWidth), row(s.size + kWidth), projected(s.rounds * s.columns + kWidth), buckets(s.rounds) {}
+        : query(s.size + kWidth), row(s.size + kWidth), projected(s.rounds * s.columns + kWidth), chains(s.rounds * s.window), buckets(s.rounds) {}
 };
 
 // A row as floats, zeros up to a whole vector behind it: where it lies, if that is what is there.
@@ -67,18 +67,28 @@ inline void hash_token(const Step& s, int64_t head, const float* vector, StepScr
     }
 }
 
-// Into its slot and into the rings of its buckets.
+// Into its slot, and at the head of its buckets' chains.
 inline void keep_token(const Step& s, int64_t line, const char* key, const char* value, int64_t number, StepScratch& w) {
     const int64_t bytes = s.size * (s.bfloat16 ? 2 : 4), slot = line * s.room + number % s.room;
     std::memcpy(static_cast<char*>(s.keys) + slot * bytes, key, bytes);
     std::memcpy(static_cast<char*>(s.values) + slot * bytes, value, bytes);
     for (int64_t round = 0; round < s.rounds; round++) {
-        const int64_t table = line * s.rounds + round, bucket = table * s.count + w.buckets[round];
+        const int64_t table = line * s.rounds + round;
+        int32_t& newest = s.newest[table * s.count + w.buckets[round]];
         s.buckets[table * s.room + number] = static_cast<int32_t>(w.buckets[round]);
-        s.rings[bucket * s.ring + s.added[bucket] % s.ring] = static_cast<int32_t>(number);
-        s.added[bucket]++;
-        s.most[bucket] = std::max(s.most[bucket], s.added[bucket]);
+        s.previous[table * (1 + s.room) + 1 + number] = newest;
+        newest = static_cast<int32_t>(1 + number);
     }
+}
+
+// The newest members of its buckets. The rounds' chains are followed side by side, so that they wait for memory together.
+inline void follow_chains(const Step& s, int64_t line, StepScratch& w) {
+    for (int64_t i = 0; i < s.window; i++)
+        for (int64_t round = 0; round < s.rounds; round++) {
+            const int64_t table = line * s.rounds + round;
+            int32_t* chain = w.chains.data() + round * s.window + i;
+            *chain = i ? s.previous[table * (1 + s.room) + chain[-1]] : s.newest[table * s.count + w.buckets[round]];
+        }
 }
 
 // All tokens it sees, newest first, each once.
@@ -86,12 +96,11 @@ inline void find_tokens(const Step& s, int64_t line, int64_t number, StepScratch
     w.tokens.clear();
     for (int64_t t = number; t >= 0 && t > number - s.local_window; t--) w.tokens.push_back(static_cast<int32_t>(t));
     for (int64_t round = 0; round < s.rounds; round++) {
-        const int64_t bucket = (line * s.rounds + round) * s.count + w.buckets[round];
-        const int32_t *ring = s.rings + bucket * s.ring, added = s.added[bucket];
+        const int32_t* chain = w.chains.data() + round * s.window;
         w.other.clear();
         size_t at = 0;
-        for (int32_t i = added - 1; i >= 0 && i >= added - s.window; i--) {
-            const int32_t token = ring[i % s.ring];
+        for (int64_t i = 0; i < s.window && chain[i] > 0; i++) {
+            const int32_t token = chain[i] - 1;
             while (at < w.tokens.size() && w.tokens[at] > token) w.other.push_back(w.tokens[at++]);
             if (at < w.tokens.size() && w.tokens[at] == token) at++;
             w.other.push_back(token);
@@ -163,6 +172,7 @@ inline void run_step(const Step& s) {
             const float* query = floats_of(queries, token, w.row.data());
             std::copy(query, query + s.size, w.query.begin());
             std::fill(w.query.begin() + s.size, w.query.end(), 0.0f);
+            follow_chains(s, line, w);
             find_tokens(s, line, number, w);
             attend(s, line, number, out, w);
         }

@@ -14,7 +14,7 @@ def groups(settings: Settings) -> list[Group]:
     lengths = settings.choose((1024, 4096, 16384, 65536), (1024, 16384))
     cases = [Case(section="generation", length=length, work=NEXT, rounds=ROUNDS, layers=LAYERS) for length in lengths]
     rivals = "ours", "built-in", "full"
-    return [Group("time", [Entry(case, rival) for rival in rivals], LAYERS, in_a_row=8) for case in cases]
+    return [Group("time", [Entry(case, rival) for rival in rivals], LAYERS, in_a_row=16) for case in cases]
 
 
 def make(case: Case, rival: str) -> Run:

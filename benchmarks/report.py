@@ -17,7 +17,7 @@ TITLES = {
     "step": "Training steps",
     "growth": "Growth of the core",
     "depth": "Depth",
-    "generation": "One more token, of eight in a row",
+    "generation": "One more token, of sixteen in a row",
     "step-growth": "Growth of a training step",
 }
 NOTES = """\

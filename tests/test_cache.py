@@ -7,6 +7,8 @@ import torch
 from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, StaticCache
 
 from hf_reformer import ReformerConfig, ReformerForCausalLM, ReformerModel, attention, cache
@@ -235,14 +237,55 @@ def test_empty_caches_of_the_library_are_adopted():
         assert torch.equal(run(model, PIECES["any"], kept=empty)[0], expected)
 
 
+def bytes_of(layer):
+    held = [x for part in (layer, layer.tables) if part is not None for x in vars(part).values()]
+    return sum(x.untyped_storage().nbytes() for x in held if isinstance(x, torch.Tensor))
+
+
 def test_memory_of_a_cache():
-    """Local layers keep two windows; the others little more than keys and values of the tokens."""
-    model = make(["local", "lsh", "full"], attention_head_size=64, num_attention_heads=2)
-    config = model.config
-    _, kept = run(model, [10, *[1] * 60])
-    assert kept.layers[0].keys.shape[2] == 2 * config.local_window
-    for layer in kept.layers[1:]:
-        assert layer.keys.shape[2] <= 1.125 * LENGTH + 1
+    """Local layers keep two windows; lsh layers at most 30 % more than keys and values, even of a short text."""
+    config = ReformerConfig(is_decoder=True, attn_layers=["local", "lsh"], max_position_embeddings=65536)
+    model = ReformerForCausalLM(config).eval()
+    token = 2 * config.num_attention_heads * config.attention_head_size * 4  # bytes of its key and value
+    _, kept = run(model, [1000, *[1] * 24], make_ids(1, 1024))
+    local, hashed = kept.layers
+    assert bytes_of(local) <= 1.01 * 2 * config.local_window * token
+    assert bytes_of(hashed) - hashed.rotations.untyped_storage().nbytes() <= 1.3 * 1024 * token
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that an operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+
+        def tensors(tree):
+            return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+        given = {x.untyped_storage().data_ptr() for x in tensors(args)}
+        made = [x.numel() for x in tensors(out) if x.untyped_storage().data_ptr() not in given]
+        self.numel = max([self.numel, *made])
+        return out
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_piece_on_a_long_context_makes_nothing_as_large_as_the_context(backend):
+    length, new = 8192, 1024
+    model = make(
+        ["local", "lsh"],
+        num_attention_heads=8,
+        attention_head_size=16,
+        attention_backend=backend,
+        position_embedding_type="rotary",
+    ).float()
+    ids = make_ids(1, length + new)
+    kept = StaticCache(config=model.config, max_cache_len=length + new)
+    run(model, [length], ids, kept=kept)
+    with Largest() as largest:
+        run(model, [new], ids, kept=kept)
+    assert largest.numel <= (length + new) * 8 * 16 / 2  # half of one layer's keys
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .attention_ops import OrderMakers, compiled_step, order_makers, ordered_attention
+from .attention_ops import compiled_step, order_makers, ordered_attention
 from .configuration_reformer import ReformerConfig
 from .decoding import attend_to_tokens
 from .hashing import (
@@ -195,17 +195,18 @@ class ReformerAttention(nn.Module):
 
         A few heads at a time, so that what is as long as the context is no larger than what is as long as the piece.
         """
-        kept, found = call.cache.layers[self.layer], []
-        keys, values, buckets, mask = kept.all()
-        length, new = keys.shape[2], numbers.shape[1]
+        keys, values, buckets, mask = call.cache.layers[self.layer].all()
+        length, new, found = keys.shape[2], numbers.shape[1], []
         first = torch.where(numbers >= 0, numbers, length).amin(-1)[:, None, None, None]
-        index = None if mask is None else numbers.clamp(min=0)[:, None, :, None]
-        for some in zip(*(x.split(max(1, self.heads * new // length), dim=1) for x in (keys, values, buckets)), strict=True):
-            orders = self._window_orders(some[2], mask, call, some[1])
+        at_once = max(1, self.heads * new // length)
+        for head in range(0, self.heads, at_once):
+            own = slice(head, head + at_once)
+            value = values[:, own]
+            orders = self._window_orders(buckets[:, own], mask, call, value)
             orders = orders._replace(lo=torch.where(orders.line < first, orders.hi + 1, orders.lo))
-            out = self._over(orders, some[0], None, some[1], mask)
-            expanded = None if index is None else index.expand(-1, out.shape[1], -1, out.shape[3])
-            found.append(out[:, :, length - new :].clone() if expanded is None else out.gather(2, expanded))
+            out = self._over(orders, keys[:, own], None, value, mask)
+            index = numbers.clamp(min=0)[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])
+            found.append(out.gather(2, index))
         return torch.cat(found, dim=1)
 
     def _over_all_kept(self, query, keys, value, call: Call) -> torch.Tensor:
@@ -259,7 +260,7 @@ class ReformerAttention(nn.Module):
     def _hashes(self, hashed: torch.Tensor, call: Call) -> tuple[int, Any, Any]:
         """Numbers of hashes and of buckets, and what makes their rotations."""
         num_buckets = self._num_buckets(call)
-        make = partial(self._rotations, hashed, call, num_buckets, order_makers(self.backend, hashed))
+        make = partial(self._rotations, hashed, call, num_buckets)
         return call.num_hashes, num_buckets, make
 
     def _buckets(self, hashed: torch.Tensor, call: Call, choose: Any = None) -> torch.Tensor:
@@ -279,7 +280,7 @@ class ReformerAttention(nn.Module):
         x = x.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)
         return x if shard is None else tokens_to_heads(x, shard)  # (B, H or own heads, T, D)
 
-    def _rotations(self, hashed: torch.Tensor, call: Call, num_buckets, makers: OrderMakers) -> torch.Tensor:
+    def _rotations(self, hashed: torch.Tensor, call: Call, num_buckets) -> torch.Tensor:
         """Rotations of this call: float32 functions of a key, or the older rule's draws where its seed is given."""
         seed, shape = self.config.hash_seed, (self.heads, self.head_size, call.num_hashes, num_buckets)
         if self.mode == "chunk" and seed is not None:
@@ -287,7 +288,7 @@ class ReformerAttention(nn.Module):
         else:
             fresh = call.key is not None and self.config.resample_rotations
             key = call.key if fresh else make_key(seed or 0, hashed.device)
-            rotations = window_rotations(key, self.layer, *shape, normals=makers.normals)
+            rotations = window_rotations(key, self.layer, *shape, normals=order_makers(self.backend, hashed).normals)
         return rotations if call.shard is None else rotations[call.shard.own_heads(self.heads)]
 
     def _window_orders(self, buckets: torch.Tensor | None, mask: torch.Tensor | None, call: Call, value) -> Orders:

@@ -37,6 +37,7 @@ class ReformerCacheLayer(CacheLayerMixin):
     buckets: torch.Tensor | None
     lengths: Any
     longest: Any
+    oldest: Any
     real: torch.Tensor | None
     tables: BucketTables | None
     rotations: torch.Tensor | None
@@ -116,7 +117,8 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     def make_room(self, new: int, real: torch.Tensor | None, lines: tuple[int, ...] | None) -> torch.Tensor:
         """Numbers (B, N) of N new tokens, with room for them; `lines`: (B, H, R) of lsh layers."""
-        numbers = self.lengths[:, None] + torch.arange(new, device=self.device)
+        numbers = self.lengths[:, None]
+        numbers = numbers if new == 1 else numbers + torch.arange(new, device=self.device)
         if real is not None or self.real is not None:
             real = torch.ones_like(numbers, dtype=torch.bool) if real is None else real
             before = self.real_so_far()
@@ -139,7 +141,7 @@ class ReformerCacheLayer(CacheLayerMixin):
     def count(self, numbers: torch.Tensor) -> None:
         """The tokens of these numbers are kept now."""
         self.columns += numbers.shape[1]
-        self.lengths = torch.maximum(self.lengths, numbers.amax(-1) + 1)
+        self.lengths = numbers[:, -1] + 1 if self.real is None else torch.maximum(self.lengths, numbers.amax(-1) + 1)
 
     def real_so_far(self) -> torch.Tensor:
         if self.real is not None:

@@ -102,9 +102,9 @@ def test_in_training_mode_a_cache_computes_as_in_evaluation():
 def test_a_step_reads_so_many_keys_whatever_the_context(monkeypatch):
     read = []
 
-    def counting(query, keys, values, tokens, *more):
+    def counting(query, keys, values, tokens, *more, **options):
         read.append(tokens.shape[-1])
-        return attend(query, keys, values, tokens, *more)
+        return attend(query, keys, values, tokens, *more, **options)
 
     attend = attention.attend_to_tokens
     monkeypatch.setattr(attention, "attend_to_tokens", counting)

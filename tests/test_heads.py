@@ -55,6 +55,12 @@ def mean_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
     return -logits[real].log_softmax(-1).gather(-1, labels[real][:, None]).mean()
 
 
+@heads
+def test_attentions_are_passed_on(cls):
+    out = make_head(cls).eval()(**inputs_of(cls), output_attentions=True)
+    assert len(out.attentions) == make_head(cls).config.num_hidden_layers
+
+
 # --- losses
 
 

@@ -78,7 +78,7 @@ BAD = [
     ({"input_ids": IDS, "num_buckets": 5}, r"num_buckets=5.*even.*\[16, 32\]"),
     ({"input_ids": IDS, "num_buckets": [4, 3]}, r"num_buckets=\[4, 3\].*even"),
     ({"input_ids": IDS, "num_buckets": 4.0}, r"num_buckets=4.0.*even"),
-    ({"input_ids": IDS, "output_attentions": True}, r"output_attentions=True.*reference"),
+    ({"input_ids": IDS, "output_attentions": "dense"}, r"output_attentions='dense'.*True, False or \"sparse\""),
 ]
 
 

@@ -8,7 +8,6 @@ from torch import nn
 
 from .attention_ops import compiled_step, order_makers, ordered_attention
 from .configuration_reformer import ReformerConfig
-from .decoding import attend_to_tokens
 from .hashing import (
     Orders,
     chunk_orders,
@@ -18,9 +17,9 @@ from .hashing import (
     window_orders,
     window_rotations,
 )
+from .listed_attention import SparseAttention, attend_by_lists, attend_to_tokens, joined
 from .positions import rotate
 from .randomness import ATTENTION_DROPOUT, OUTPUT_DROPOUT, dropout, fold, make_key
-from .reference import ordered_attention as reference_attention
 from .sharding import Shard, heads_to_tokens, tokens_to_heads
 
 AT_ONCE = 8  # new tokens on top of a cache, up to which each is looked up by itself
@@ -41,6 +40,7 @@ class Call(NamedTuple):
         padded_length: chunk rule: length up to which layers pad, a multiple of the chunk lengths.
         shard: this process's part, where several share every sequence. T is the whole length.
         cache: `cache.ReformerCache` of the tokens before these, which the layers read and write. T counts new tokens.
+        attentions: where every layer puts its `SparseAttention`; None: nobody asks for it.
     """
 
     mask: torch.Tensor | None
@@ -54,6 +54,7 @@ class Call(NamedTuple):
     shard: Shard | None = None
     layer_key: torch.Tensor | None = None
     cache: Any = None
+    attentions: list[SparseAttention] | None = None
 
     @property
     def first(self) -> int:
@@ -124,20 +125,25 @@ class ReformerAttention(nn.Module):
         query = rotate(query, call.rotary)
         if key_vectors is not None:
             key_vectors = rotate(key_vectors, call.rotary)
-        if self.kind == "full":
-            return exact_attention(
-                query, key_vectors, value, self.scale, self.causal, call.mask, call.samples, self.dropout, dropout_key
-            )
-        if self.mode == "chunk":
-            hashed = hashed if call.padded_length > self.chunk else None
-            buckets = None if hashed is None else self._buckets(hashed, call)
-            return self._over_chunks(buckets, query, key_vectors, value, call, dropout_key)
+        if hashed is not None and self.mode == "chunk" and call.padded_length <= self.chunk:
+            hashed = None
         buckets = None if hashed is None else self._buckets(hashed, call)
-        orders = self._window_orders(buckets, call.mask, call, value)
-        return self._over(orders, query, key_vectors, value, call.mask, dropout_key)
+        return self._over_each_other(buckets, query, key_vectors, value, call, dropout_key)
 
-    def _over_chunks(self, buckets, query, key_vectors, value, call: Call, dropout_key=None) -> torch.Tensor:
-        """Attention by the older rule, over the input padded to whole chunks; buckets (B, H, R, T) in lsh layers."""
+    def _over_each_other(self, buckets, query, key_vectors, value, call: Call, dropout_key=None) -> torch.Tensor:
+        """Attention among the tokens of the call; buckets (B, H, R, T) in lsh layers."""
+        if self.kind == "full" and dropout_key is None and call.attentions is None:
+            return exact_attention(query, key_vectors, value, self.scale, self.causal, call.mask, call.samples)
+        if self.kind == "full":
+            orders = full_orders(value, self.causal, call.mask, call.samples)
+        elif self.mode == "chunk":
+            return self._over_chunks(buckets, query, key_vectors, value, call, dropout_key)
+        else:
+            orders = self._window_orders(buckets, call.mask, call, value)
+        return self._over(orders, query, key_vectors, value, call, call.mask, dropout_key)
+
+    def _over_chunks(self, buckets, query, key_vectors, value, call: Call, dropout_key) -> torch.Tensor:
+        """By the older rule, over the input padded to whole chunks."""
         mask, length = call.mask, value.shape[2]
         if call.padded_length > length:
             more = call.padded_length - length
@@ -148,43 +154,44 @@ class ReformerAttention(nn.Module):
             mask = mask if mask is not None else value.new_ones(value.shape[0], length, dtype=torch.bool)
             mask = nn.functional.pad(mask, (0, more))
         orders = self._chunk_orders(buckets, mask, call, value)
-        return self._over(orders, query, key_vectors, value, mask, dropout_key)[:, :, :length]
+        out = self._over(orders, query, key_vectors, value, call, mask, dropout_key)
+        if call.attentions is not None:
+            tokens, weights = call.attentions.pop()
+            tokens = torch.where(tokens < length, tokens, -1)  # padding weighs nothing
+            call.attentions.append(SparseAttention(tokens[:, :, :length], weights[:, :, :length]))
+        return out[:, :, :length]
 
-    def _over(self, orders: Orders, query, key_vectors, value, mask, dropout_key=None) -> torch.Tensor:
-        return ordered_attention(
-            query,
-            key_vectors,
-            value,
-            orders,
-            causal=self.causal,
-            mask=mask,
-            dropout=self.dropout,
-            dropout_key=dropout_key,
-            scale=self.scale,
-            backend=self.backend,
-        )
+    def _over(self, orders: Orders, query, key_vectors, value, call: Call, mask, dropout_key=None) -> torch.Tensor:
+        how: dict[str, Any] = {"causal": self.causal, "mask": mask, "scale": self.scale}
+        how |= {"dropout": self.dropout, "dropout_key": dropout_key}
+        if call.attentions is not None:
+            out, attention = attend_by_lists(query, key_vectors, value, orders, **how)
+            call.attentions.append(attention)
+            return out
+        backend = "reference" if self.kind == "full" else self.backend
+        return ordered_attention(query, key_vectors, value, orders, backend=backend, **how)
 
     def _attend_cached(self, query: Any, key_vectors: Any, value: Any, call: Call) -> torch.Tensor:
-        """Attention of new tokens over those of the cache and each other.
+        """Attention of new tokens over those of the cache and each other. The first tokens are one forward.
 
-        In window mode as one forward over all would give it. In chunk mode the first tokens are one forward, and each
-        that follows is looked up by itself.
+        In window mode those that follow get what one forward over all would give them. In chunk mode each of them is
+        looked up by itself.
         """
         kept, hashed = call.cache.layers[self.layer], query if self.kind == "lsh" else None
         query = rotate(query, call.rotary)
         keys = query if key_vectors is None else rotate(key_vectors, call.rotary)
         if not kept.is_initialized:
             kept.lazy_initialization(keys, value)
-        if self.kind == "full":
-            return self._over_all_kept(query, keys, value, call)
-        new, chunks = value.shape[2], self.mode == "chunk"
-        few = new <= AT_ONCE or (self.kind == "lsh" and new * STEP_COST <= kept.columns)
-        if kept.columns and (few or chunks):
-            return self._one_by_one(query, keys, value, hashed, call)
-        if chunks:
+        if not kept.columns:
             buckets = None if hashed is None else self._buckets(hashed, call, kept.choose_rotations)
             kept.append(keys, value, buckets, call.mask)
-            return self._over_chunks(buckets, query, None if key_vectors is None else keys, value, call)
+            return self._over_each_other(buckets, query, None if key_vectors is None else keys, value, call)
+        if self.kind == "full":
+            return self._over_all_kept(query, keys, value, call)
+        new = value.shape[2]
+        few = new <= AT_ONCE or (self.kind == "lsh" and new * STEP_COST <= kept.columns)
+        if few or self.mode == "chunk" or call.attentions is not None:
+            return self._one_by_one(query, keys, value, hashed, call)
         if self.kind == "local":
             return self._over_latest(query, keys, value, call)
         buckets = self._buckets(hashed, call, kept.choose_rotations)
@@ -204,7 +211,7 @@ class ReformerAttention(nn.Module):
             value = values[:, own]
             orders = self._window_orders(buckets[:, own], mask, call, value)
             orders = orders._replace(lo=torch.where(orders.line < first, orders.hi + 1, orders.lo))
-            out = self._over(orders, keys[:, own], None, value, mask)
+            out = self._over(orders, keys[:, own], None, value, call, mask)
             index = numbers.clamp(min=0)[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])
             found.append(out.gather(2, index))
         return torch.cat(found, dim=1)
@@ -214,8 +221,13 @@ class ReformerAttention(nn.Module):
         numbers = kept.append(keys, value, None, call.mask)
         keys, values, *_ = kept.all()
         place = torch.arange(keys.shape[2], device=keys.device)
-        seen = place <= numbers.clamp(min=0)[:, None, :, None]
+        seen = (place <= numbers.clamp(min=0)[..., None])[:, None]  # (B, 1, N, T)
         query = query.to(keys.dtype)
+        if call.attentions is not None:
+            tokens = torch.where(seen, place, -1)
+            out, attention = attend_to_tokens(query, keys, values, tokens, numbers, self.scale)
+            call.attentions.append(attention._replace(tokens=kept.columns_of(attention.tokens)))
+            return out
         return nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=self.scale)
 
     def _over_latest(self, query, keys, value, call: Call) -> torch.Tensor:
@@ -229,7 +241,8 @@ class ReformerAttention(nn.Module):
             mask = torch.cat([there, real], dim=-1)
         pairs = (old_keys, query), (old_keys, keys), (old_values, value)
         query, keys, value = (torch.cat(pair, dim=2) for pair in pairs)
-        return self._over(self._window_orders(None, mask, call, value), query, keys, value, mask)[:, :, -new:]
+        orders = self._window_orders(None, mask, call, value)
+        return self._over(orders, query, keys, value, call, mask)[:, :, -new:]
 
     def _one_by_one(self, query, keys, value, hashed, call: Call) -> torch.Tensor:
         """New tokens one after the other, each looked up in the cache by itself: never of the context's length."""
@@ -237,7 +250,8 @@ class ReformerAttention(nn.Module):
         if hashed is not None:
             rotations = kept.choose_rotations(*self._hashes(hashed, call))
             lines = (*value.shape[:2], call.num_hashes)
-        step = compiled_step(self.backend, kept.keys) if self.mode == "window" else None
+        by_kernel = self.mode == "window" and call.attentions is None
+        step = compiled_step(self.backend, kept.keys) if by_kernel else None
         if step is not None:
             numbers = kept.make_room(value.shape[2], call.mask, lines)
             window = self.config.local_window if kept.include_local else 0
@@ -252,10 +266,15 @@ class ReformerAttention(nn.Module):
             if hashed is not None:
                 buckets = makers.lsh_buckets(hashed[:, :, own], rotations, kept.num_buckets)
             number = kept.append(keys[:, :, own], value[:, :, own], buckets, mask)[:, 0]
-            seen = kept.seen_by(number, buckets)
+            seen = kept.seen_by(number, buckets)[:, :, None]
             scale, once = None if self.kind == "lsh" else self.scale, self.mode == "window"
-            found.append(attend_to_tokens(query[:, :, column], kept.keys, kept.values, seen, number, scale, once))
-        return torch.stack(found, dim=2)
+            where = kept.keys, kept.values, seen, number[:, None], scale
+            found.append(attend_to_tokens(query[:, :, own], *where, count_once=once))
+        outs, attentions = zip(*found, strict=True)
+        if call.attentions is not None:
+            tokens, weights = joined(attentions)
+            call.attentions.append(SparseAttention(kept.columns_of(tokens), weights))
+        return torch.cat(outs, dim=2)
 
     def _hashes(self, hashed: torch.Tensor, call: Call) -> tuple[int, Any, Any]:
         """Numbers of hashes and of buckets, and what makes their rotations."""
@@ -331,6 +350,15 @@ def old_num_buckets(length: int, chunk: int, max_positions: int) -> int | tuple[
     return 2**bits if 2**bits <= limit else (2 ** (bits // 2), 2 ** (bits - bits // 2))
 
 
+def full_orders(value: torch.Tensor, causal: bool, mask: torch.Tensor | None, samples: torch.Tensor | None) -> Orders:
+    """Windows that show every real token of the same sample."""
+    batch, _, length, _ = value.shape
+    position = torch.zeros(batch, 1, 1, length, dtype=torch.int32, device=value.device)
+    position = position if samples is None else samples[:, None, None, :]
+    window = length if causal else 2 * length
+    return window_orders([(position, 1 if samples is None else None, window)], causal, mask)
+
+
 def exact_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -339,22 +367,9 @@ def exact_attention(
     causal: bool,
     mask: torch.Tensor | None,
     samples: torch.Tensor | None,
-    dropout: float,
-    dropout_key: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Exact attention over all real tokens of the same sample, (B, H, T, D). Padding gets 0.
-
-    torch's own kernel, except under attention dropout, whose keyed mask only the dense reference can give.
-    """
-    length, batch = query.shape[-2], query.shape[0]
-    if dropout_key is not None:
-        position = torch.zeros(batch, 1, 1, length, dtype=torch.int32, device=query.device)
-        position = position if samples is None else samples[:, None, None, :]
-        window = length if causal else 2 * length
-        orders = window_orders([(position, 1 if samples is None else None, window)], causal, mask)
-        return reference_attention(
-            query, key * scale, value, orders, causal=causal, dropout=dropout, dropout_key=dropout_key
-        )
+    """Exact attention over all real tokens of the same sample, (B, H, T, D), by torch's own kernel. Padding gets 0."""
+    length = query.shape[-2]
     if mask is None and samples is None:
         return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
     allowed = torch.ones((), dtype=torch.bool, device=query.device) if mask is None else mask[:, None, None, :]

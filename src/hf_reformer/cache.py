@@ -190,6 +190,14 @@ class ReformerCacheLayer(CacheLayerMixin):
             seen = [x.expand(-1, seen[0].shape[1], -1) for x in seen]
         return torch.cat(seen, dim=-1)
 
+    def columns_of(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Where the tokens of these numbers (B, H, N, K) stand among all that were given; -1 stays."""
+        if self.real is None:
+            return numbers
+        columns = (~self.real).long().argsort(dim=-1, stable=True)[:, None, None]  # of real tokens, and the others
+        found = columns.expand(-1, *numbers.shape[1:3], -1).gather(-1, numbers.clamp(min=0))
+        return torch.where(numbers >= 0, found, -1)
+
     def latest(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values of the last `count` tokens, (B, H, count, D), and which there are, (B, count) bool."""
         numbers = self.lengths[:, None] - count + torch.arange(count, device=self.device)

@@ -115,7 +115,11 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
         shard = self.model.shard(shape[1])
         loss, logits = self._loss_and_logits(hidden, targets, shard, num_items_in_batch, logits_to_keep)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     @classmethod
@@ -175,7 +179,9 @@ class ReformerForMaskedLM(_LanguageModel):
         _check_label_shape(labels, shape)
         shard = self.model.shard(shape[1])
         loss, logits = self._loss_and_logits(outputs.last_hidden_state, labels, shard, num_items_in_batch)
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 class ClassificationHead(nn.Module):
@@ -218,7 +224,9 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling, shard))
         loss = None if labels is None else _classification_loss(self.config, logits, labels.to(logits.device))
-        return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 class ReformerForTokenClassification(ReformerPreTrainedModel):
@@ -251,7 +259,9 @@ class ReformerForTokenClassification(ReformerPreTrainedModel):
         loss = None
         if labels is not None:
             loss = cross_entropy(logits.flatten(0, 1), labels.reshape(-1).to(logits.device), num_items_in_batch)
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 class ReformerForQuestionAnswering(ReformerPreTrainedModel):
@@ -297,6 +307,7 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
             start_logits=start_logits,
             end_logits=end_logits,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
 
@@ -336,7 +347,9 @@ class ReformerForMultipleChoice(ReformerPreTrainedModel):
         pooled = pool(outputs.last_hidden_state, flat[1], self.config.pooling, shard)
         logits = self.classifier(pooled).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels.to(logits.device))
-        return MultipleChoiceModelOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return MultipleChoiceModelOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 def given_shape(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Size:

@@ -160,7 +160,7 @@ class ReformerModel(ReformerPreTrainedModel):
         num_hashes: int | None = None,
         num_buckets: int | list[int] | None = None,
         output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
+        output_attentions: bool | str | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -175,6 +175,9 @@ class ReformerModel(ReformerPreTrainedModel):
             num_hashes, num_buckets: this call's own number of hash rounds and of buckets.
             output_hidden_states: also give the feed-forward stream before every layer and after the last, (B, T, D)
                 each. In training this takes the plain path, whose memory grows with depth.
+            output_attentions: also give every layer's attention: True as matrices of weights (B, H, T, before + T),
+                `"sparse"` as `listed_attention.SparseAttention`, of which the size grows with the length alone. Both
+                are computed token by token, slowly, on the plain path.
             past_key_values: what an earlier call returned, or an empty cache: the inputs continue it. Then
                 `attention_mask` counts the tokens before, too: (B, before + T).
             use_cache: return a cache (causal models). A call with a cache computes as in evaluation. In chunk mode its
@@ -186,11 +189,9 @@ class ReformerModel(ReformerPreTrainedModel):
         Raises:
             ValueError: shapes, ids, positions or masks that cannot be right; the message says which and why.
         """
-        if output_attentions if output_attentions is not None else self.config.output_attentions:
-            raise ValueError(
-                "output_attentions=True: attention here is never a (length, length) matrix, so there is none to "
-                "return. Look at single layers with `hf_reformer.reference.attention_with_weights`."
-            )
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        self._check_attentions(output_attentions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         cache = self._cache(past_key_values, use_cache)
@@ -213,10 +214,33 @@ class ReformerModel(ReformerPreTrainedModel):
         grid = choose_grid(precision, self.norm.weight.dtype, rounded=torch.is_grad_enabled())
         streams = [to_stream(embeds, grid)] * 2
         del embeds  # so that the layers can free what they have used up
+        if output_attentions:
+            call = call._replace(attentions=[])
         x1, x2, states = self._run_layers(streams, call, grid, bool(output_hidden_states))
         hidden = self.norm(torch.cat([x1, x2], dim=-1))
         hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(call.key, FINAL_DROPOUT), call.first)
-        return BaseModelOutputWithPast(last_hidden_state=hidden, past_key_values=cache, hidden_states=states)
+        attentions: Any = call.attentions
+        if output_attentions and output_attentions != "sparse":
+            attentions = [attention.dense(past + given.shape[1]) for attention in attentions]
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=states,
+            attentions=None if attentions is None else tuple(attentions),
+        )
+
+    def _check_attentions(self, wanted: bool | str) -> None:
+        if not wanted:
+            return
+        reason = None
+        if isinstance(wanted, str) and wanted != "sparse":
+            reason = 'it must be True, False or "sparse"'
+        elif self.sequence_group is not None:
+            reason = "processes share the sequences (`share_sequences`)"
+        elif self.gradient_checkpointing and self.training:
+            reason = "gradient checkpointing would drop them"
+        if reason is not None:
+            raise ValueError(f"`output_attentions={wanted!r}` cannot be: {reason}.")
 
     def _cache(self, given: Any, wanted: bool | None) -> Cache | None:
         """The cache of this call: the one given, or a new one where it is asked for."""
@@ -242,12 +266,13 @@ class ReformerModel(ReformerPreTrainedModel):
         Empties `streams`.
         """
         checkpointing = self.gradient_checkpointing and self.training
-        plain = keep_states or checkpointing or not self.config.reversible or not can_reverse()
+        looked = call.attentions is not None
+        plain = keep_states or looked or checkpointing or not self.config.reversible or not can_reverse()
         plain = plain or call.cache is not None or any(needs_plain_path(layer) for layer in self.layers)
         chain = None if plain else Chain(grid, len(self.layers))
         # Traced into a graph, layers one by one cannot rebuild their inputs, but the graph can compute them again.
         traced = self.config.reversible and torch.is_grad_enabled() and torch.compiler.is_compiling()
-        traced = traced and call.cache is None
+        traced = traced and call.cache is None and not looked
         x2, x1 = streams.pop(), streams.pop()
         states = [x2] if keep_states else []
         if traced and not keep_states and can_be_whole(self.layers, call):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 FORWARD, BACKWARD, BOTH, STEP = "forward", "backward", "forward+backward", "training step"
-NEXT = "next token"
+NEXT, PREFILL = "next token", "prompt"
 WARM_UP_LENGTH = 512
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers.models.reformer.modeling_reformer import ReformerDynamicCache
 
-from .cases import NEXT, Case, Entry, Group, Run, Settings
+from .cases import NEXT, PREFILL, Case, Entry, Group, Run, Settings
 from .models import HEAD_SIZE, HEADS, HIDDEN, LAYERS, ROUNDS, VOCABULARY, FullModel, built_in_model, our_model
 
 
@@ -17,26 +17,63 @@ def groups(settings: Settings) -> list[Group]:
     return [Group("time", [Entry(case, rival) for rival in rivals], LAYERS, in_a_row=16) for case in cases]
 
 
+def prefill_groups(settings: Settings) -> list[Group]:
+    """A prompt at once and in pieces."""
+    found = []
+    for length in settings.choose([65536], [16384]):
+        case = Case(section="prefill", length=length, work=PREFILL, rounds=ROUNDS, layers=LAYERS)
+        rivals = ["at once", *(f"pieces of {piece}" for piece in (16384, 4096, 1024) if piece < length)]
+        entries = [Entry(case, rival) for rival in rivals]
+        found += [Group("time", entries, LAYERS), Group("memory", entries, LAYERS)]
+    return found
+
+
 def make(case: Case, rival: str) -> Run:
     """The step after `length` tokens. What fills a cache is not timed, nor is what the rivals' caches hold read."""
     torch.manual_seed(0)
-    makers: dict[str, Callable[[Case], Callable[[], Any]]] = {
+    makers: dict[str, Callable[[Case], tuple[Callable[[], Any], Any]]] = {
         "ours": our_step, "built-in": built_in_step, "full": full_step
     }  # fmt: skip
     with torch.no_grad():
-        call = makers[rival](case)
-    return Run(torch.no_grad()(call), note="cache")
+        call, kept = makers[rival](case)
+    size = sum(x.untyped_storage().nbytes() for x in tensors_in(kept))
+    return Run(torch.no_grad()(call), note=f"cache of {size / 2**20:.0f} MiB")
 
 
-def our_step(case: Case) -> Callable[[], Any]:
+def tensors_in(kept: Any) -> list[torch.Tensor]:
+    """All tensors of a cache."""
+    if isinstance(kept, torch.Tensor):
+        return [kept]
+    parts = kept if isinstance(kept, list | tuple) else vars(kept).values() if hasattr(kept, "__dict__") else []
+    return [x for part in parts for x in tensors_in(part)]
+
+
+def make_prefill(case: Case, rival: str) -> Run:
+    """A cache of the whole prompt, from nothing."""
+    torch.manual_seed(0)
+    model: Any = our_model(2 * case.length, case.layers).eval()
+    prompt = torch.randint(2, VOCABULARY, (1, case.length))
+    piece = case.length if rival == "at once" else int(rival.split()[-1])
+
+    @torch.no_grad()
+    def call() -> Any:
+        cache = None
+        for part in prompt.split(piece, dim=1):
+            cache = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        return cache
+
+    return Run(call)
+
+
+def our_step(case: Case) -> tuple[Callable[[], Any], Any]:
     """The cache grows by a token a call, as in generation."""
     model: Any = our_model(2 * case.length, case.layers).eval()
     context, token = torch.randint(2, VOCABULARY, (1, case.length)), torch.tensor([[2]])
     cache = model(context, use_cache=True, logits_to_keep=1).past_key_values
-    return lambda: model(token, past_key_values=cache).logits
+    return lambda: model(token, past_key_values=cache).logits, cache.layers
 
 
-def built_in_step(case: Case) -> Callable[[], Any]:
+def built_in_step(case: Case) -> tuple[Callable[[], Any], Any]:
     """The built-in Reformer's step with its cache of buckets and states, which is filled with random ones."""
     model: Any = built_in_model(2 * case.length, case.layers).eval()
     token, filled = torch.tensor([[2]]), model(torch.tensor([[2] * 128]), use_cache=True).past_buckets_states
@@ -51,12 +88,12 @@ def built_in_step(case: Case) -> Callable[[], Any]:
         cache.buckets_cache, cache.states_cache, cache._seen_tokens = list(buckets), list(states), case.length
         return model(input_ids=token, past_buckets_states=cache, use_cache=True).logits
 
-    return call
+    return call, [states, buckets]
 
 
-def full_step(case: Case) -> Callable[[], Any]:
+def full_step(case: Case) -> tuple[Callable[[], Any], Any]:
     """Keys and values lie in place, as in a static cache: nothing is copied."""
     model = FullModel(case.length + 1, case.layers).eval()
     token, shape = torch.tensor([[2]]), (1, HEADS, case.length + 1, HEAD_SIZE)
     past = [(torch.randn(shape), torch.randn(shape)) for _ in range(case.layers)]
-    return lambda: model.next_logits(token, past)
+    return lambda: model.next_logits(token, past), past

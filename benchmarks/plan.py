@@ -22,6 +22,7 @@ SECTIONS = {
     "growth": Section(attention.growth_groups, attention.make_core_run),
     "depth": Section(training.depth_groups, training.make),
     "generation": Section(generation.groups, generation.make),
+    "prefill": Section(generation.prefill_groups, generation.make_prefill),
     "step-growth": Section(training.growth_groups, training.make),
 }
 

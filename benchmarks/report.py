@@ -18,6 +18,7 @@ TITLES = {
     "growth": "Growth of the core",
     "depth": "Depth",
     "generation": "One more token, of sixteen in a row",
+    "prefill": "A prompt, with a cache, at once and in pieces",
     "step-growth": "Growth of a training step",
 }
 NOTES = """\
@@ -120,7 +121,13 @@ def section_tables(rows: list[Row]) -> list[str]:
             same = [row for row in mine if (row.threads, row.huge_pages) == (threads, huge_pages)]
             make_table = op_table if same[0].section in ("ops", "machine") else case_table
             found += [f"**{kind.capitalize()}, {name_of(threads, huge_pages)}**", make_table(same)]
-    notes = sorted({f"- {row.rival}, {row.length} tokens: {row.note}" for row in rows if row.status == "failed"})
+    notes = sorted(
+        {
+            f"- {row.rival}, {row.length} tokens: {row.note}"
+            for row in rows
+            if row.status == "failed" or row.section == "generation"
+        }
+    )
     return found + (["\n".join(notes)] if notes else [])
 
 

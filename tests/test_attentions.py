@@ -45,7 +45,7 @@ def test_looking_changes_nothing(mode, causal, mask):
     assert len(seen.attentions) == len(listed) == model.config.num_hidden_layers
     for weights, sparse in zip(seen.attentions, listed, strict=True):
         assert weights.shape == (3, model.config.num_attention_heads, 40, 40)
-        assert torch.equal(sparse.dense(40), weights)
+        assert largest_gap(sparse.dense(40)[1], weights[1]) <= 1e-10
         rows = weights.transpose(1, 2)[real]  # (rows, H, 40) or (3, 40, H, 40)
         assert (rows.sum(-1) - 1).abs().max() <= 1e-10
         assert not (causal and weights[1].triu(1).any())
@@ -95,7 +95,7 @@ def test_gradients_pass_through_the_weights_and_are_those_of_a_call_without_them
             weights.retain_grad()
         out.loss.backward()
         found.append([parameter.grad for parameter in model.parameters()])
-    assert all(weights.grad is None or weights.grad.isfinite().all() for weights in out.attentions)
+    assert all(weights.grad.abs().sum() > 0 for weights in out.attentions)
     assert all(largest_gap(a, b) <= 1e-10 for a, b in zip(*found, strict=True))
 
 

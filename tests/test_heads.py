@@ -61,6 +61,22 @@ def test_attentions_are_passed_on(cls):
     assert len(out.attentions) == make_head(cls).config.num_hidden_layers
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_pass_through_the_hidden_states_returned(dtype):
+    model = make_head(ReformerForSequenceClassification, **REPEATABLE).to(dtype)
+    inputs, found = inputs_of(ReformerForSequenceClassification), []
+    for keep in (False, True):
+        model.zero_grad()
+        out = model(**inputs, labels=torch.tensor([1, 0, 2]), output_hidden_states=keep)
+        for state in out.hidden_states or ():
+            state.retain_grad()
+        out.loss.backward()
+        found.append([parameter.grad for parameter in model.parameters()])
+    assert all(state.dtype == dtype and state.grad.abs().sum() > 0 for state in out.hidden_states)
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-6
+    assert all(largest_gap(a, b) <= tolerance for a, b in zip(*found, strict=True))
+
+
 # --- losses
 
 

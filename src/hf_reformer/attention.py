@@ -17,7 +17,14 @@ from .hashing import (
     window_orders,
     window_rotations,
 )
-from .listed_attention import SparseAttention, attend_by_lists, attend_to_tokens, joined
+from .listed_attention import (
+    SparseAttention,
+    attend_by_lists,
+    attend_by_matrix,
+    attend_to_tokens,
+    joined,
+    without_end,
+)
 from .positions import rotate
 from .randomness import ATTENTION_DROPOUT, OUTPUT_DROPOUT, dropout, fold, make_key
 from .sharding import Shard, heads_to_tokens, tokens_to_heads
@@ -40,7 +47,8 @@ class Call(NamedTuple):
         padded_length: chunk rule: length up to which layers pad, a multiple of the chunk lengths.
         shard: this process's part, where several share every sequence. T is the whole length.
         cache: `cache.ReformerCache` of the tokens before these, which the layers read and write. T counts new tokens.
-        attentions: where every layer puts its `SparseAttention`; None: nobody asks for it.
+        attentions: where every layer puts its weights; None: nobody asks for them.
+        dense: whether they are wanted as matrices. They may be a `SparseAttention` all the same.
     """
 
     mask: torch.Tensor | None
@@ -54,7 +62,8 @@ class Call(NamedTuple):
     shard: Shard | None = None
     layer_key: torch.Tensor | None = None
     cache: Any = None
-    attentions: list[SparseAttention] | None = None
+    attentions: list[Any] | None = None
+    dense: bool = False
 
     @property
     def first(self) -> int:
@@ -156,16 +165,15 @@ class ReformerAttention(nn.Module):
         orders = self._chunk_orders(buckets, mask, call, value)
         out = self._over(orders, query, key_vectors, value, call, mask, dropout_key)
         if call.attentions is not None:
-            tokens, weights = call.attentions.pop()
-            tokens = torch.where(tokens < length, tokens, -1)  # padding weighs nothing
-            call.attentions.append(SparseAttention(tokens[:, :, :length], weights[:, :, :length]))
+            call.attentions.append(without_end(call.attentions.pop(), length))
         return out[:, :, :length]
 
     def _over(self, orders: Orders, query, key_vectors, value, call: Call, mask, dropout_key=None) -> torch.Tensor:
         how: dict[str, Any] = {"causal": self.causal, "mask": mask, "scale": self.scale}
         how |= {"dropout": self.dropout, "dropout_key": dropout_key}
         if call.attentions is not None:
-            out, attention = attend_by_lists(query, key_vectors, value, orders, **how)
+            attend = attend_by_matrix if call.dense else attend_by_lists
+            out, attention = attend(query, key_vectors, value, orders, **how)
             call.attentions.append(attention)
             return out
         backend = "reference" if self.kind == "full" else self.backend

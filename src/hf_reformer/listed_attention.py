@@ -7,7 +7,7 @@ import torch
 
 from .hashing import Orders
 from .randomness import keep_threshold, pair_scramble
-from .reference import MASKED_SCORE, SELF_SCORE, pair_keys, places_of
+from .reference import MASKED_SCORE, SELF_SCORE, attention_with_weights, pair_keys, places_of
 
 GATHERED = 2**24  # numbers of keys looked up at once
 
@@ -95,6 +95,14 @@ def joined(attentions: Iterable[SparseAttention]) -> SparseAttention:
     return SparseAttention(*(torch.cat(parts, dim=2) for parts in zip(*attentions, strict=True)))
 
 
+def without_end(attention: SparseAttention | torch.Tensor, length: int) -> SparseAttention | torch.Tensor:
+    """Of the first `length` tokens alone; those behind them weigh nothing."""
+    if isinstance(attention, torch.Tensor):
+        return attention[:, :, :length, :length]
+    tokens, weights = (x[:, :, :length] for x in attention)
+    return SparseAttention(torch.where(tokens < length, tokens, -1), weights)
+
+
 def listed_by(orders: Orders) -> torch.Tensor:
     """The tokens that every token's windows show, round after round, (B, H, T, K) int64; -1: none."""
     rounds, length = orders.line.shape[2:]
@@ -105,6 +113,17 @@ def listed_by(orders: Orders) -> torch.Tensor:
     line = orders.line.flatten(2).long()
     tokens = line.gather(-1, shown.flatten(2) % (rounds * length)).view_as(shown)
     return torch.where(shown <= last, tokens, -1).transpose(2, 3).flatten(3)
+
+
+def attend_by_matrix(
+    query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor, orders: Orders, *, scale: float, **how
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention_ops.ordered_attention` and its weights (B, H, T, T), through which gradients pass."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        query, key, values = (None if x is None else x.to(dtype) for x in (query, key, value))
+        out, weights = attention_with_weights(query, None if key is None else key * scale, values, orders, **how)
+    return out.to(value.dtype), weights
 
 
 def attend_by_lists(

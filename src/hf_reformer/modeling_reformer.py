@@ -215,13 +215,13 @@ class ReformerModel(ReformerPreTrainedModel):
         streams = [to_stream(embeds, grid)] * 2
         del embeds  # so that the layers can free what they have used up
         if output_attentions:
-            call = call._replace(attentions=[])
+            call = call._replace(attentions=[], dense=output_attentions != "sparse")
         x1, x2, states = self._run_layers(streams, call, grid, bool(output_hidden_states))
         hidden = self.norm(torch.cat([x1, x2], dim=-1))
         hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(call.key, FINAL_DROPOUT), call.first)
         attentions: Any = call.attentions
-        if output_attentions and output_attentions != "sparse":
-            attentions = [attention.dense(past + given.shape[1]) for attention in attentions]
+        if call.dense:
+            attentions = [x if isinstance(x, torch.Tensor) else x.dense(past + given.shape[1]) for x in attentions]
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=cache,
@@ -274,18 +274,19 @@ class ReformerModel(ReformerPreTrainedModel):
         traced = self.config.reversible and torch.is_grad_enabled() and torch.compiler.is_compiling()
         traced = traced and call.cache is None and not looked
         x2, x1 = streams.pop(), streams.pop()
-        states = [x2] if keep_states else []
+        states: list[torch.Tensor] = []
         if traced and not keep_states and can_be_whole(self.layers, call):
             return *whole_stack(self.layers, x1, x2, call, grid), None
         for index, layer in enumerate(self.layers):
+            if keep_states:
+                x2 = passing(x2, self.norm.weight.dtype, states)
             if traced:
                 x2, x1 = checkpoint(layer, x2, x1, call, grid, use_reentrant=False)
             else:
                 x2, x1 = layer(x2, x1, call, grid, chain, index)
-            if keep_states:
-                states.append(x2)
-        dtype = self.norm.weight.dtype
-        return x1, x2, tuple(state.to(dtype) for state in states) if keep_states else None
+        if keep_states:
+            x2 = passing(x2, self.norm.weight.dtype, states)
+        return x1, x2, tuple(states) if keep_states else None
 
     def _make_call(
         self, embeds, length: int, shard: Shard | None, attention_mask, position_ids, num_hashes, num_buckets, cache
@@ -332,6 +333,15 @@ class ReformerModel(ReformerPreTrainedModel):
             shard=shard,
             cache=cache,
         ), position_ids
+
+
+def passing(stream: torch.Tensor, dtype: torch.dtype, states: list[torch.Tensor]) -> torch.Tensor:
+    """The stream, on through a state of that dtype which is put into `states`: so gradients pass through it."""
+    state = stream.to(dtype)
+    states.append(state)
+    if state is stream or not torch.is_grad_enabled():
+        return stream
+    return stream.detach() + (state - state.detach())
 
 
 def refuse_different_inputs(model: Any, args: tuple, kwargs: dict) -> None:

@@ -49,6 +49,7 @@ def run_generate(args: argparse.Namespace) -> None:
         text = text.removesuffix("\n")
     ids = prompt_ids(model, tokenizer, text, bos=not args.no_bos)
     options |= special_ids(model, tokenizer, None if args.no_bos else tokenizer.bos_token_id)
+    options |= {"use_cache": False} if args.no_cache else {}
     if args.num_return_sequences > 1:
         options |= {"num_return_sequences": args.num_return_sequences, "stream": False}
     generate(model, tokenizer, ids, **options)
@@ -147,6 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     prompt.add_argument("--prompt_file", metavar="FILE", help="where it stands; a newline at its end is left out")
     generate.add_argument("--no_bos", action="store_true", help="put no bos token before the prompt")
+    generate.add_argument("--no_cache", action="store_true", help="compute all tokens again for every new one")
     generate.add_argument("--num_return_sequences", type=positive, default=1, metavar="N", help="so many texts")
     chat = command("chat", run_chat, parents=[shared])
     chat.add_argument("--system", metavar="TEXT", help="what the model is told first")

@@ -305,9 +305,3 @@ def test_a_causal_language_model_is_causal_whatever_its_config_says():
 def test_a_masked_language_model_refuses_to_be_causal():
     with pytest.raises(ValueError, match=r"is_decoder=True.*Set it to False, or use ReformerForCausalLM"):
         ReformerForMaskedLM(tiny_config(is_decoder=True))
-
-
-@pytest.mark.parametrize("cls", [ReformerForCausalLM, ReformerForMaskedLM])
-def test_embeddings_that_cannot_be_tied_are_refused(cls):
-    with pytest.raises(ValueError, match=r"tie_word_embeddings=True.*32 wide.*16.*False"):
-        cls(tiny_config(tie_word_embeddings=True))

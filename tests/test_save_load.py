@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from accelerate import init_empty_weights
-from conftest import SMALL_WINDOWS, TINY, largest_gap, make_ids, make_model, tiny_config
+from conftest import REPEATABLE, SMALL_WINDOWS, TINY, largest_gap, make_ids, make_model, tiny_config
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -279,6 +279,30 @@ def test_the_meta_device_of_accelerate_serves():
 
 
 # --- resizing
+
+
+@pytest.mark.parametrize("cls", [ReformerForCausalLM, ReformerForMaskedLM])
+def test_tied_embeddings_are_one_weight_with_the_gradient_of_both_uses(cls, tmp_path):
+    model, untied = (make_model(cls, **REPEATABLE, tie_word_embeddings=tie) for tie in (True, False))
+    table = model.get_input_embeddings().weight
+    assert model.lm_head.weight is table
+    saved = untied.lm_head.weight.numel() - model.merge_streams.weight.numel()
+    assert untied.num_parameters() - model.num_parameters() == saved
+    model.train()(IDS, labels=IDS).loss.backward()
+    both = table.grad.clone()
+    for use in (model.lm_head, model.model.embed_tokens):
+        use.weight = torch.nn.Parameter(table.detach().clone())
+        model.zero_grad()
+        model(IDS, labels=IDS).loss.backward()
+        assert use.weight.grad.abs().max() > 0
+        both -= use.weight.grad
+        use.weight = table
+    assert both.abs().max() <= 1e-10
+    model.resize_token_embeddings(50)
+    model.save_pretrained(tmp_path)
+    again = cls.from_pretrained(tmp_path, dtype=torch.float64)
+    assert again.lm_head.weight is again.get_input_embeddings().weight
+    assert same_state(again, model)
 
 
 @pytest.mark.parametrize("size", [50, 33])

@@ -34,7 +34,7 @@ def from_builtin(config: dict[str, Any]) -> dict[str, Any]:
         return config
     renamed = {"ReformerModelWithLMHead": "ReformerForCausalLM"}
     translated = {**_BUILTIN_DEFAULTS, **config, "model_type": "hf_reformer"}
-    translated.update(attention_mode="chunk", classifier_pooling="first")
+    translated.update(attention_mode="chunk", classifier_pooling="first", tie_word_embeddings=False)  # its never are
     translated["architectures"] = [renamed.get(name, name) for name in config.get("architectures") or []] or None
     return translated
 
@@ -89,6 +89,9 @@ class ReformerConfig(PreTrainedConfig):
         attention_backend (`str`, defaults to `"auto"`):
             `"auto"` takes the compiled kernel on a CPU where it can be used, else pure PyTorch; `"cpu"`, `"torch"`,
             `"triton"` and `"reference"` insist. The environment variable `HF_REFORMER_BACKEND` overrides it.
+        tie_word_embeddings (`bool`, defaults to `False`):
+            Language models: the head has the weight of the embeddings. Since it reads two residual streams, they are
+            merged by a projection first.
         chunk_size_feed_forward, chunk_size_lm_head (`int`, defaults to 0):
             Tokens at a time in the parts of a layer that treat every token alike (norms, projections, feed-forward),
             and in the language-model loss; they need divide nothing. 0: an automatic size (layers: on a CPU about a

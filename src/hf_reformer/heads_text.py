@@ -25,17 +25,21 @@ from .sharding import Shard, own_tokens, sum_of_shares, whole_sequence
 
 
 class _LanguageModel(ReformerPreTrainedModel):
-    """What causal and masked language models share: the head and its chunked loss."""
+    """What causal and masked language models share: the head and its chunked loss.
+
+    With `tie_word_embeddings`, `lm_head` has the weight of the embeddings, and reads both streams merged into one.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: ReformerConfig):
-        if config.tie_word_embeddings:
-            raise ValueError(
-                "`tie_word_embeddings=True` cannot work here: the head reads both residual streams, so it is "
-                f"{2 * config.hidden_size} wide while the embeddings are {config.hidden_size}. Set it to False."
-            )
         super().__init__(config)
         self.model = ReformerModel(config)
-        self.lm_head = nn.Linear(2 * config.hidden_size, config.vocab_size)
+        width = 2 * config.hidden_size
+        if config.tie_word_embeddings:
+            self.merge_streams = nn.Linear(width, config.hidden_size, bias=False)
+            width = config.hidden_size
+        self.lm_head = nn.Linear(width, config.vocab_size)
         self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
@@ -51,6 +55,7 @@ class _LanguageModel(ReformerPreTrainedModel):
         """
         loss = logits = None
         every = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        hidden = self.merge_streams(hidden) if self.config.tie_word_embeddings else hidden
         if targets is None or not self.training:
             logits = self.lm_head(kept_tokens(hidden, logits_to_keep, shard))
         if targets is not None:

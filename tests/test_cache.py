@@ -319,6 +319,82 @@ def test_tables_know_the_newest_members(data):
 # --- what cannot be
 
 
+@pytest.mark.parametrize("kinds", [["local", "lsh"], ["lsh", "full", "local"]], ids=" ".join)
+def test_what_is_refused_leaves_the_cache_as_it_was(kinds):
+    model = make(kinds)
+    expected, _ = run(model, [40, *[1] * 30])
+    _, kept = run(model, [40])
+    for options, message in (
+        ({"num_hashes": 5}, "hashed with"),
+        ({"num_buckets": 8}, "hashed with"),
+        ({"attention_mask": torch.zeros(4, 50, dtype=torch.long)}, "masks other tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(IDS[:, 40:50], past_key_values=kept, **options)
+    with pytest.raises(RuntimeError, match="taken back"):
+        kept.crop(-36)
+    assert largest_gap(run(model, [1] * 30, kept=kept)[0], expected[:, 40:]) <= 1e-10
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("new", [1, 12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_other_rows_than_those_of_the_cache_are_refused(rows, new, dtype):
+    model = make().to(dtype)
+    _, kept = run(model, [20])
+    with pytest.raises(ValueError, match=f"{rows} rows were given, but the cache has 4"):
+        model(make_ids(rows, new), past_key_values=kept)
+
+
+@pytest.mark.parametrize(
+    "other", [{"num_attention_heads": 1}, {"attention_head_size": 16}, {"lsh_include_local": False}], ids=str
+)
+def test_the_cache_of_another_model_is_refused(other):
+    _, kept = run(make(**other).float(), [20])
+    with pytest.raises(ValueError, match="did not fill"):
+        make().float()(IDS[:, 20:21], past_key_values=kept)
+
+
+def test_a_call_that_broke_off_is_told_afterwards(monkeypatch):
+    model = make(["local", "lsh"])
+    _, kept = run(model, [20])
+    with monkeypatch.context() as broken:
+        broken.setattr(model.model.layers[1], "forward", None)
+        with pytest.raises(TypeError):
+            model(IDS[:, 20:25], past_key_values=kept)
+    with pytest.raises(ValueError, match=r"hold \[20, 25\] tokens: an earlier call broke off"):
+        model(IDS[:, 20:25], past_key_values=kept)
+
+
+@pytest.mark.parametrize("mode", ["window", "chunk"])
+def test_a_cache_cropped_to_nothing_is_a_new_one(mode):
+    model = make(["local", "lsh"], attention_mode=mode, num_buckets=None, num_hashes=2)
+    expected, _ = run(model, [60])
+    _, kept = run(model, [10])
+    kept.crop(-10)
+    assert torch.equal(run(model, [60], kept=kept)[0], expected)
+
+
+@pytest.mark.parametrize("position", ["learned", "axial", "rotary"])
+def test_padding_of_a_row_that_fills_all_positions(position):
+    options = {"max_position_embeddings": 36, "axial_pos_shape": [6, 6], "position_embedding_type": position}
+    model = make(["local", "lsh"], **options)
+    mask = torch.ones(2, 40, dtype=torch.long)
+    mask[0, 36:], mask[1, :4] = 0, 0
+    ids = make_ids(2, 40)
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).logits
+    found, _ = run(model, [36, 2, 1, 1], ids, mask)
+    assert largest_gap(found[mask == 1], expected[mask == 1]) <= 1e-10
+
+
+def test_windows_far_wider_than_the_text_cost_nothing():
+    model = make(["local", "lsh"], local_window=10**6, lsh_window=10**6, attention_backend="torch")
+    with Largest() as largest:
+        run(model, [20, *[1] * 10])
+    assert largest.numel < 10**5
+
+
 def test_what_a_cache_cannot_serve_is_refused():
     model = make()
     _, kept = run(model, [20], mask=MASK)

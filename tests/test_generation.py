@@ -68,6 +68,20 @@ def test_guessed_tokens_change_nothing(way, model, expected):
     assert torch.equal(found[0], expected[0, 7:])
 
 
+def test_an_assistant_may_guess_more_tokens_than_its_window(model, expected):
+    assistant = make_model(ReformerForCausalLM, seed=5, **{**SMALL_WINDOWS, "attn_layers": ["local"]}).eval()
+    assistant.generation_config.num_assistant_tokens = 20
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0
+    found = model.generate(IDS[2:], assistant_model=assistant, **GREEDY)
+    assert torch.equal(found[0], expected[2, : found.shape[1]])
+
+
+def test_a_static_cache_and_a_prompt_in_pieces(model, expected):
+    options = {"cache_implementation": "static", "prefill_chunk_size": 7}
+    assert torch.equal(model.generate(IDS, attention_mask=MASK, **options, **GREEDY), expected)
+
+
 @pytest.mark.parametrize("given", ["all tokens", "new tokens"])
 def test_a_returned_cache_is_continued(given, model, expected):
     options = {**GREEDY, "max_new_tokens": 10, "return_dict_in_generate": True}

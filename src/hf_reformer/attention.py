@@ -23,6 +23,7 @@ from .listed_attention import (
     attend_by_matrix,
     attend_to_tokens,
     joined,
+    slices,
     without_end,
 )
 from .positions import rotate
@@ -232,10 +233,11 @@ class ReformerAttention(nn.Module):
         seen = (place <= numbers.clamp(min=0)[..., None])[:, None]  # (B, 1, N, T)
         query = query.to(keys.dtype)
         if call.attentions is not None:
-            tokens = torch.where(seen, place, -1)
-            out, attention = attend_to_tokens(query, keys, values, tokens, numbers, self.scale)
-            call.attentions.append(attention._replace(tokens=kept.columns_of(attention.tokens)))
-            return out
+            found = []
+            for some in slices(query, keys.shape[2]):
+                tokens = torch.where(seen[:, :, some], place, -1)
+                found.append(attend_to_tokens(query[:, :, some], keys, values, tokens, numbers[:, some], self.scale))
+            return self._joined(found, call)
         return nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=self.scale)
 
     def _over_latest(self, query, keys, value, call: Call) -> torch.Tensor:
@@ -278,10 +280,15 @@ class ReformerAttention(nn.Module):
             scale, once = None if self.kind == "lsh" else self.scale, self.mode == "window"
             where = kept.keys, kept.values, seen, number[:, None], scale
             found.append(attend_to_tokens(query[:, :, own], *where, count_once=once))
+        return self._joined(found, call)
+
+    def _joined(self, found: list[tuple[torch.Tensor, SparseAttention]], call: Call) -> torch.Tensor:
+        """Of what `attend_to_tokens` gave for one query after the other; weights go where they are asked for."""
         outs, attentions = zip(*found, strict=True)
         if call.attentions is not None:
             tokens, weights = joined(attentions)
-            call.attentions.append(SparseAttention(kept.columns_of(tokens), weights))
+            columns = call.cache.layers[self.layer].columns_of(tokens)
+            call.attentions.append(SparseAttention(columns, weights))
         return torch.cat(outs, dim=2)
 
     def _hashes(self, hashed: torch.Tensor, call: Call) -> tuple[int, Any, Any]:

@@ -32,9 +32,12 @@ class BucketTables:
         self.newest = newest.scatter_reduce_(-1, buckets, members, "amax")[..., :-1].contiguous()
 
     def last(self, buckets: torch.Tensor, window: int) -> torch.Tensor:
-        """The newest `window` members of one bucket a table, (B, H, R) → (B, H, R * window) int64; -1: fewer."""
+        """The newest `window` members of one bucket a table, (B, H, R) → (B, H, R * K) int64; -1: fewer.
+
+        K is `window`, or the room for tokens where that is less.
+        """
         member = self.newest.gather(-1, buckets.long()[..., None])
-        found = [member]
+        found, window = [member], min(window, self.previous.shape[-1] - 1)
         while len(found) < window:
             member = self.previous.gather(-1, member.long())
             found.append(member)

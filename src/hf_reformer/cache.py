@@ -6,6 +6,7 @@ last `local_window` tokens, whatever the length. In chunk mode a step sorts the 
 (`chunk_decoding.py`).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         self.is_sliding = self.kind == "local"
         self.first_room = room
         self.record_past = False
+        self.stack: list[ReformerCacheLayer] = [self]  # the layers of its cache
         self.reset()
 
     def reset(self) -> None:
@@ -76,7 +78,7 @@ class ReformerCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.device, self.dtype = key_states.device, key_states.dtype
         self.batch_size, heads, _, size = key_states.shape
-        room = 2 * self.local_window if self.ring else self.first_room
+        room = min(self.first_room, 2 * self.local_window) if self.ring else self.first_room
         self.keys = key_states.new_zeros(self.batch_size, heads, room, size)
         self.values = self.keys.clone()
         self.lengths = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
@@ -85,18 +87,9 @@ class ReformerCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def choose_rotations(self, num_hashes: int, num_buckets: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The rotations of all tokens kept; made once.
-
-        Raises:
-            ValueError: other numbers of hashes or buckets than those of the tokens kept.
-        """
+        """The rotations of all tokens kept; made once."""
         if self.rotations is None:
             self.rotations, self.num_hashes, self.num_buckets = make().contiguous(), num_hashes, num_buckets
-        if (num_hashes, num_buckets) != (self.num_hashes, self.num_buckets):
-            raise ValueError(
-                f"num_hashes={num_hashes}, num_buckets={num_buckets} were given, but the tokens in the cache were "
-                f"hashed with {self.num_hashes} and {self.num_buckets}. Keep them, or begin with a new cache."
-            )
         return self.rotations
 
     def append(
@@ -127,8 +120,9 @@ class ReformerCacheLayer(CacheLayerMixin):
         if lines is not None and self.buckets is None:
             self.buckets = torch.zeros(*lines, self.room, dtype=torch.int32, device=self.device)
             self.tables = self._new_tables(lines)
-        if not self.ring and self.columns + new > self.room:
-            room = max(self.columns + new, int(self.room * GROWTH) + 1)
+        most = 2 * self.local_window if self.ring else math.inf
+        if self.room < min(self.columns + new, most):
+            room = int(min(max(self.columns + new, self.room * GROWTH + 1), most))
             self.keys, self.values = (_longer(x, room, dim=2) for x in (self.keys, self.values))
             self.buckets = None if self.buckets is None else _longer(self.buckets, room, dim=3)
             if self.tables is not None:
@@ -183,7 +177,8 @@ class ReformerCacheLayer(CacheLayerMixin):
         """
         seen = []
         if self.include_local:
-            near = own[:, None] - torch.arange(self.local_window, device=own.device)  # (B, W)
+            count = min(self.local_window, self.columns)
+            near = own[:, None] - torch.arange(count, device=own.device)  # (B, W)
             seen.append(near[:, None].clamp(min=-1))
         if buckets is not None:
             seen.insert(0, self.tables.last(buckets[..., 0], self.window))
@@ -239,12 +234,23 @@ class ReformerCacheLayer(CacheLayerMixin):
         slot = numbers[row, column]
         self.keys[row, :, slot], self.values[row, :, slot] = keys[row, :, column], values[row, :, column]
 
+    def lengths_without(self, count: int) -> torch.Tensor:
+        return self.lengths - self.real_so_far()[:, -count:].sum(-1)
+
+    def has_lost(self, count: int) -> bool:
+        """Whether tokens are gone that would be seen again if the last `count` columns were taken back."""
+        if self.kind != "local" or not self.is_initialized:
+            return False
+        oldest = torch.maximum(self.longest, self.lengths) - self.room if self.ring else self.oldest
+        return bool(((oldest > 0) & (self.lengths_without(count) - self.local_window < oldest)).any())
+
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last `-tokens_to_remove` columns.
 
         Raises:
             ValueError: a positive number, or more tokens than there are.
-            RuntimeError: a local layer no longer has the tokens that would come back into its window.
+            RuntimeError: a local layer no longer has the tokens that would come back into its window. No layer of
+                the cache is changed then.
         """
         count = -tokens_to_remove
         if count == 0 or not self.is_initialized:
@@ -254,17 +260,17 @@ class ReformerCacheLayer(CacheLayerMixin):
                 f"crop({tokens_to_remove}) on a cache of {self.columns} tokens: give the number to take back, as a "
                 "negative number."
             )
-        gone = self.real_so_far()[:, -count:]
-        lengths = self.lengths - gone.sum(-1)
-        self.longest = torch.maximum(self.longest, self.lengths)
-        oldest = self.longest - self.room if self.ring else self.oldest
-        lost = (oldest > 0) & (lengths - self.local_window < oldest)
-        if self.kind == "local" and bool(lost.any()):
+        if any(layer.has_lost(count) for layer in self.stack if layer.columns == self.columns):
             raise RuntimeError(
                 f"{count} tokens cannot be taken back: a local layer no longer has those that would be seen again. "
-                "Begin anew, and call `cache.activate_past_recording()` before what may be taken back."
+                "Begin anew with a `ReformerCache(config)`, and call its `activate_past_recording()` before what may be "
+                "taken back."
             )
-        old, self.lengths = self.lengths, lengths
+        if count == self.columns:
+            self.reset()
+            return
+        self.longest = torch.maximum(self.longest, self.lengths)
+        old, self.lengths = self.lengths, self.lengths_without(count)
         self.columns -= count
         self.real = None if self.real is None else self.real[:, : self.columns]
         if self.tables is None:
@@ -370,11 +376,17 @@ class ReformerCache(Cache):
         chunks = config.attention_mode == "chunk"
         kinds = [ChunkCacheLayer if chunks and kind != "full" else ReformerCacheLayer for kind in config.attn_layers]
         layers: list[Any] = [kind(config, index, max_cache_len) for index, kind in enumerate(kinds)]
+        for layer in layers:
+            layer.stack = layers
         super().__init__(layers=layers, **options)
 
 
 def _likes(config: ReformerConfig) -> list[tuple]:
-    return [(kind, config.attention_mode, config.local_window, config.lsh_window) for kind in config.attn_layers]
+    """What a cache of the config depends on, layer by layer."""
+    fields = ["attention_mode", "num_attention_heads", "attention_head_size", "local_window", "lsh_window",
+              "lsh_include_local", "local_attn_chunk_length", "local_num_chunks_before", "lsh_attn_chunk_length",
+              "lsh_num_chunks_before"]  # fmt: skip
+    return [(kind, *(getattr(config, name) for name in fields)) for kind in config.attn_layers]
 
 
 def adopt(cache: Any, config: ReformerConfig) -> Cache:
@@ -383,10 +395,10 @@ def adopt(cache: Any, config: ReformerConfig) -> Cache:
     Raises:
         ValueError: it is neither.
     """
-    if isinstance(cache, Cache):
+    if isinstance(getattr(cache, "layers", None), list):
         if [layer.like for layer in cache.layers if isinstance(layer, ReformerCacheLayer)] == _likes(config):
             return cache
-        if not any(getattr(layer, "is_initialized", True) for layer in cache.layers):
+        if not any(getattr(layer, "is_initialized", True) and layer.get_seq_length() for layer in cache.layers):
             room = max([getattr(layer, "max_cache_len", 0) for layer in cache.layers], default=0)
             cache.layers = ReformerCache(config, room).layers
             cache.layer_class_to_replicate = None
@@ -396,6 +408,32 @@ def adopt(cache: Any, config: ReformerConfig) -> Cache:
         "and values from outside. Give what an earlier call returned, or an empty cache. If prefix tuning made it, "
         "choose another kind of adapter: prompt tuning, or LoRA."
     )
+
+
+def check_call(cache: Cache, batch: int, num_hashes: int, num_buckets: Any) -> None:
+    """Before any layer writes to the cache.
+
+    Raises:
+        ValueError: its layers do not hold the same tokens, it has other rows, or its tokens were hashed otherwise.
+    """
+    layers: list[Any] = cache.layers
+    held = sorted({layer.columns for layer in layers})
+    if len(held) > 1:
+        raise ValueError(
+            f"The layers of the cache hold {held} tokens: an earlier call broke off between them. Begin with a new one."
+        )
+    if layers[0].columns and layers[0].batch_size != batch:
+        raise ValueError(
+            f"{batch} rows were given, but the cache has {layers[0].batch_size}. Give it new tokens of every row, or "
+            "choose rows with `cache.batch_select_indices`."
+        )
+    for layer in layers:
+        kept = layer.num_hashes, layer.num_buckets
+        if layer.columns and layer.rotations is not None and (num_hashes, num_buckets or kept[1]) != kept:
+            raise ValueError(
+                f"num_hashes={num_hashes}, num_buckets={num_buckets} were given, but the tokens in the cache were "
+                f"hashed with {kept[0]} and {kept[1]}. Keep them, or begin with a new cache."
+            )
 
 
 __all__ = ["ReformerCache"]

@@ -148,6 +148,8 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
         library._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if model_kwargs.get("past_key_values") is not None:
             model_kwargs["past_key_values"] = adopt(model_kwargs["past_key_values"], self.config)
+            if generation_config.is_assistant:  # what it guesses wrong is taken back
+                model_kwargs["past_key_values"].activate_past_recording()
 
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(

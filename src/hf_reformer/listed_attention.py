@@ -95,12 +95,19 @@ def joined(attentions: Iterable[SparseAttention]) -> SparseAttention:
     return SparseAttention(*(torch.cat(parts, dim=2) for parts in zip(*attentions, strict=True)))
 
 
+def slices(query: torch.Tensor, listed: int) -> tuple[torch.Tensor, ...]:
+    """Places of queries (B, H, N, D) to be worked on together, where each lists so many tokens."""
+    batch, heads, new, size = query.shape
+    return torch.arange(new, device=query.device).split(max(1, GATHERED // (batch * heads * listed * size)))
+
+
 def without_end(attention: SparseAttention | torch.Tensor, length: int) -> SparseAttention | torch.Tensor:
     """Of the first `length` tokens alone; those behind them weigh nothing."""
     if isinstance(attention, torch.Tensor):
         return attention[:, :, :length, :length]
     tokens, weights = (x[:, :, :length] for x in attention)
-    return SparseAttention(torch.where(tokens < length, tokens, -1), weights)
+    there = tokens < length
+    return SparseAttention(torch.where(there, tokens, -1), weights * there)
 
 
 def listed_by(orders: Orders) -> torch.Tensor:
@@ -108,7 +115,7 @@ def listed_by(orders: Orders) -> torch.Tensor:
     rounds, length = orders.line.shape[2:]
     place = places_of(orders.line)
     first, last = (x.long().gather(-1, place)[..., None] for x in (orders.lo, orders.hi))  # (B, H, R, T, 1)
-    width = max(1, int((orders.hi - orders.lo).max()) + 1)
+    width = orders.before + orders.after + (1 if orders.count_once else orders.tile)
     shown = first + torch.arange(width, device=place.device)
     line = orders.line.flatten(2).long()
     tokens = line.gather(-1, shown.flatten(2) % (rounds * length)).view_as(shown)
@@ -139,11 +146,11 @@ def attend_by_lists(
     dropout_key: torch.Tensor | None,
 ) -> tuple[torch.Tensor, SparseAttention]:
     """`attention_ops.ordered_attention` and its weights, a few queries at a time."""
-    tokens, (batch, heads, length, size) = listed_by(orders), query.shape
+    tokens, (batch, heads, length, _) = listed_by(orders), query.shape
     own = torch.arange(length, device=query.device).expand(batch, -1)
     draws = None if dropout_key is None else pair_keys(dropout_key, batch, heads, length)
     found = []
-    for some in own[0].split(max(1, GATHERED // (batch * heads * tokens.shape[-1] * size))):
+    for some in slices(query, tokens.shape[-1]):
         listed, masked = tokens[:, :, some], None
         if not orders.count_once:
             masked = listed > some[:, None] if causal else torch.zeros_like(listed, dtype=torch.bool)

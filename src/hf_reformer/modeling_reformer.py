@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
 from .attention import Call
-from .cache import ReformerCache, adopt
+from .cache import ReformerCache, adopt, check_call
 from .configuration_reformer import ReformerConfig, padded_length
 from .feed_forward import LayerNorm
 from .hashing import product_of
@@ -295,10 +295,14 @@ class ReformerModel(ReformerPreTrainedModel):
         config, device = self.config, embeds.device
         places = torch.arange(length, device=device)[None]
         mask = None if attention_mask is None else attention_mask.to(device) != 0
+        before: torch.Tensor | int = 0
+        num_hashes = num_hashes or config.num_hashes
+        num_buckets = config.num_buckets if num_buckets is None else num_buckets
+        num_buckets = num_buckets if isinstance(num_buckets, int | None) else tuple(num_buckets)
         if cache is not None:
+            check_call(cache, embeds.shape[0], num_hashes, num_buckets)
             mask, before = new_tokens(cache, mask)
-        ranks = places if mask is None else (mask.long().cumsum(-1) - 1).clamp(min=0)
-        ranks = ranks if cache is None else ranks + before
+        ranks = places + before if mask is None else (mask.long().cumsum(-1) - 1 + before).clamp(min=0)
         samples = None if position_ids is None else packed_samples(position_ids.to(device), ranks, mask)
         if samples is not None and cache is not None:
             refuse_packed(samples, "A cache holds one sample a row: pad instead, or leave out the cache.")
@@ -314,7 +318,6 @@ class ReformerModel(ReformerPreTrainedModel):
         rotary = None
         if config.position_embedding_type == "rotary":
             rotary = rotary_tables(position_ids, config.attention_head_size, config.rope_theta)
-        num_buckets = config.num_buckets if num_buckets is None else num_buckets
         seen = not torch.compiler.is_compiling()
         if seen and config.attention_mode == "window" and length < 2 * product_of(num_buckets):
             logger.info_once(
@@ -327,8 +330,8 @@ class ReformerModel(ReformerPreTrainedModel):
             ranks=ranks.to(torch.int32),
             rotary=rotary,
             key=_fresh_key(device, shard) if self.training and cache is None else None,
-            num_hashes=num_hashes or config.num_hashes,
-            num_buckets=num_buckets if isinstance(num_buckets, int | None) else tuple(num_buckets),
+            num_hashes=num_hashes,
+            num_buckets=num_buckets,
             padded_length=padded_length(config, length),
             shard=shard,
             cache=cache,

@@ -227,6 +227,8 @@ def run_step(
 ) -> torch.Tensor:
     """New tokens, (B, H, T, D) each, on top of `kept` (a cache layer, which is written to); (B, H, T, D) float32."""
     batch, heads, length, size = query.shape
+    if kept.keys.shape != (batch, heads, kept.room, size) or numbers.shape != (batch, length):
+        raise ValueError(f"A cache of {tuple(kept.keys.shape)} cannot take tokens of {tuple(query.shape)}.")
     query, key, value, vectors = _readable(query, key, value, vectors, dtype=kept.keys.dtype)
     numbers, out = numbers.contiguous(), query.new_empty(batch, heads, length, size, dtype=torch.float32)
     rotations, newest, previous, count, window, rounds = None, None, None, 0, 0, 0

@@ -83,12 +83,16 @@ inline void keep_token(const Step& s, int64_t line, const char* key, const char*
 
 // The newest members of its buckets. The rounds' chains are followed side by side, so that they wait for memory together.
 inline void follow_chains(const Step& s, int64_t line, StepScratch& w) {
-    for (int64_t i = 0; i < s.window; i++)
+    int32_t go_on = 1;
+    for (int64_t i = 0; i < s.window && go_on; i++) {
+        go_on = 0;
         for (int64_t round = 0; round < s.rounds; round++) {
             const int64_t table = line * s.rounds + round;
             int32_t* chain = w.chains.data() + round * s.window + i;
             *chain = i ? s.previous[table * (1 + s.room) + chain[-1]] : s.newest[table * s.count + w.buckets[round]];
+            go_on |= *chain;
         }
+    }
 }
 
 // All tokens it sees, newest first, each once.

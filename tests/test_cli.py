@@ -278,6 +278,8 @@ def mistakes(tmp_path):
     tiny = {"vocab_size": 260, "d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 16, "d_kv": 8}
     save(tmp_path / "t5", T5ForConditionalGeneration(T5Config(**tiny)))
     GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    weights = save(tmp_path / "cut", make_model()) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
     good = str(save(tmp_path / "good", make_model()))
     return {
         "neither a folder nor": ["--model", tmp_path / "absent"],
@@ -286,6 +288,8 @@ def mistakes(tmp_path):
         "saved by ReformerForSequenceClassification": ["--model", tmp_path / "classifier"],
         "AutoModelForCausalLM": ["--model", tmp_path / "t5"],
         "no chat template": ["--model", tmp_path / "silent"],
+        "or damaged": ["--model", tmp_path / "cut"],
+        "--system is not UTF-8": ["--model", good, "--system", "caf\udce9"],
         "device": ["--model", good, "--device", "nonsense"],
         "Leave out --top_k": ["--model", good, "--greedy", "--top_k", "3"],
     }
@@ -299,7 +303,14 @@ def test_mistakes_end_in_one_line(tmp_path, line):
         assert message in err
         assert len(err) < 600
     needless = ["--prompt", "x", "--temperature", "0", "--top_p", "0.9"]
-    for argv in (["--prompt_file", tmp_path / "absent"], ["--prompt", "x", "--temperature", "-1"], needless):
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("café".encode("latin-1"))
+    for argv in (
+        ["--prompt_file", tmp_path / "absent"],
+        ["--prompt_file", latin],
+        ["--prompt", "x", "--temperature", "-1"],
+        needless,
+    ):
         status, _, err = line("generate", "--model", tmp_path / "good", *argv)
         assert status == 2
         assert err.count("\n") == 1

@@ -263,8 +263,8 @@ class ReformerCacheLayer(CacheLayerMixin):
         if any(layer.has_lost(count) for layer in self.stack if layer.columns == self.columns):
             raise RuntimeError(
                 f"{count} tokens cannot be taken back: a local layer no longer has those that would be seen again. "
-                "Begin anew with a `ReformerCache(config)`, and call its `activate_past_recording()` before what may be "
-                "taken back."
+                "Begin anew with a `ReformerCache(config)`, and call its `activate_past_recording()` before tokens "
+                "that may be taken back."
             )
         if count == self.columns:
             self.reset()
@@ -420,7 +420,8 @@ def check_call(cache: Cache, batch: int, num_hashes: int, num_buckets: Any) -> N
     held = sorted({layer.columns for layer in layers})
     if len(held) > 1:
         raise ValueError(
-            f"The layers of the cache hold {held} tokens: an earlier call broke off between them. Begin with a new one."
+            f"The layers of the cache hold {held} tokens: an earlier call broke off between them. Begin with a new "
+            "cache."
         )
     if layers[0].columns and layers[0].batch_size != batch:
         raise ValueError(

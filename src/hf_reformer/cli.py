@@ -45,8 +45,13 @@ def run_generate(args: argparse.Namespace) -> None:
     model, tokenizer = load(args)
     text = args.prompt
     if text is None:
-        text = Path(args.prompt_file).read_text(encoding="utf-8") if args.prompt_file else sys.stdin.read()
+        text = (
+            Path(args.prompt_file).read_bytes().decode(errors="surrogateescape")
+            if args.prompt_file
+            else sys.stdin.read()
+        )
         text = text.removesuffix("\n")
+    check_utf8(text, args.prompt_file or "The prompt")
     ids = prompt_ids(model, tokenizer, text, bos=not args.no_bos)
     options |= special_ids(model, tokenizer, None if args.no_bos else tokenizer.bos_token_id)
     options |= {"use_cache": False} if args.no_cache else {}
@@ -64,6 +69,7 @@ def run_chat(args: argparse.Namespace) -> None:
 
     options = generation_options(args)
     model, tokenizer = load(args)
+    check_utf8(args.system or "", "--system")
     conversation = Conversation(model, tokenizer, args.system, **special_ids(model, tokenizer), **options)
     terminal = sys.stdin.isatty()
     while True:
@@ -80,6 +86,7 @@ def run_chat(args: argparse.Namespace) -> None:
             elif command == "/save":
                 conversation.save(rest)
             elif line:
+                check_utf8(line, "The line")
                 conversation.answer(line)
         except (OSError, ValueError) as error:
             if not terminal:
@@ -110,6 +117,16 @@ def run_env(args: argparse.Namespace) -> None:
         "devices": ", ".join(["cpu", *devices]),
     }.items():
         print(f"{name}: {value}")
+
+
+def check_utf8(text: str, name: str) -> None:
+    """Raise ValueError for what was read from bytes that are no UTF-8 (Python puts surrogates in their place)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is not UTF-8: byte {text[error.start].encode(errors='surrogateescape')!r}."
+        ) from error
 
 
 def positive(text: str) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import jinja2
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging
 
@@ -37,6 +38,8 @@ def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code
         raise ValueError(f"{name} is neither a folder nor a model that could be read from the Hub.") from error
     except StrictDataclassError as error:
         raise ValueError(str(error)) from error
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"The weights in {name} are not those of its config.json, or damaged: {error}") from error
     if report["missing_keys"]:
         saved = ", ".join(model.config.architectures or ["another class"])
         raise ValueError(

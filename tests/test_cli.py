@@ -278,7 +278,7 @@ def mistakes(tmp_path):
     tiny = {"vocab_size": 260, "d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 16, "d_kv": 8}
     save(tmp_path / "t5", T5ForConditionalGeneration(T5Config(**tiny)))
     GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
-    weights = save(tmp_path / "cut", make_model()) / "model.safetensors"
+    weights = Path(save(tmp_path / "cut", make_model()), "model.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
     good = str(save(tmp_path / "good", make_model()))
     return {

@@ -36,7 +36,8 @@ def make(case: Case, rival: str) -> Run:
     }  # fmt: skip
     with torch.no_grad():
         call, kept = makers[rival](case)
-    size = sum(x.untyped_storage().nbytes() for x in tensors_in(kept))
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_in(kept)}
+    size = sum(storages.values())
     return Run(torch.no_grad()(call), note=f"cache of {size / 2**20:.0f} MiB")
 
 

@@ -1,6 +1,8 @@
 """What is computed with a cache equals one forward over all tokens; and the cache's own operations."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -118,6 +120,18 @@ def test_what_is_kept_holds_no_graph():
     model = make()
     kept = model(IDS, use_cache=True).past_key_values
     assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in kept.layers)
+
+
+def test_a_cache_goes_with_its_last_reference():
+    """At once, without the garbage collector: it may be gigabytes."""
+    kept = make()(IDS, use_cache=True).past_key_values
+    layers = [weakref.ref(layer) for layer in kept.layers]
+    gc.disable()
+    try:
+        del kept
+        assert [layer() for layer in layers] == [None] * len(layers)
+    finally:
+        gc.enable()
 
 
 # --- the cache's operations

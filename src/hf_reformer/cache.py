@@ -52,7 +52,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         self.is_sliding = self.kind == "local"
         self.first_room = room
         self.record_past = False
-        self.stack: list[ReformerCacheLayer] = [self]  # the layers of its cache
+        self.watched: list[ReformerCacheLayer] = []  # local layers of its cache, unless it is one: all lose the same
         self.reset()
 
     def reset(self) -> None:
@@ -260,7 +260,7 @@ class ReformerCacheLayer(CacheLayerMixin):
                 f"crop({tokens_to_remove}) on a cache of {self.columns} tokens: give the number to take back, as a "
                 "negative number."
             )
-        if any(layer.has_lost(count) for layer in self.stack if layer.columns == self.columns):
+        if any(layer.has_lost(count) for layer in (self, *self.watched) if layer.columns == self.columns):
             raise RuntimeError(
                 f"{count} tokens cannot be taken back: a local layer no longer has those that would be seen again. "
                 "Begin anew with a `ReformerCache(config)`, and call its `activate_past_recording()` before tokens "
@@ -376,8 +376,9 @@ class ReformerCache(Cache):
         chunks = config.attention_mode == "chunk"
         kinds = [ChunkCacheLayer if chunks and kind != "full" else ReformerCacheLayer for kind in config.attn_layers]
         layers: list[Any] = [kind(config, index, max_cache_len) for index, kind in enumerate(kinds)]
+        local = [layer for layer in layers if layer.kind == "local"]
         for layer in layers:
-            layer.stack = layers
+            layer.watched = [] if layer.kind == "local" else local  # no cycles: a cache is freed with its last reference
         super().__init__(layers=layers, **options)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -12,10 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
-from launched import batch_of, model_of
+from launched import batch_of, model_of, whole
 from processes import run_in_processes
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers.distributed import DistributedConfig
 
 from hf_reformer import ReformerForCausalLM, modeling_reformer
 from hf_reformer.distributed import fsdp_policy
@@ -43,6 +45,31 @@ def alone(rank: int, dtype: torch.dtype = torch.float32, **changes) -> dict[str,
 def mean_of_both(**changes) -> dict[str, torch.Tensor]:
     first, second = (alone(rank, **changes) for rank in range(2))
     return {name: (first[name] + second[name]) / 2 for name in first}
+
+
+# --- as transformers shards it while loading
+
+
+def gradients_where_the_library_shards(folder: str) -> dict:
+    """Whole gradients of a process's step, and which modules are sharded."""
+    config = DistributedConfig(fsdp_size=2)
+    model = ReformerForCausalLM.from_pretrained(folder, distributed_config=config).train()
+    ids = batch_of(dist.get_rank())
+    model(ids, labels=ids).loss.backward()
+    sharded = {name for name, module in model.named_modules() if isinstance(module, FSDPModule)}
+    return {"gradients": {name: whole(p.grad) for name, p in model.named_parameters()}, "sharded": sharded}
+
+
+@pytest.mark.multi_process
+def test_the_library_s_own_fsdp_plan(tmp_path):
+    model = model_of()
+    model.save_pretrained(tmp_path)
+    names = {re.sub(r"\.\d+", ".*", name) for name, _ in model.named_modules()}
+    assert set(model.fsdp_plan) <= names, "a plan of modules that there are not"
+    layers = {f"model.layers.{i}" for i in range(len(model.model.layers))}
+    for found in run_in_processes(gradients_where_the_library_shards, 2, str(tmp_path)):
+        assert found["sharded"] >= {"", "lm_head", "model.embed_tokens", "model.norm"} | layers
+        assert gap(found["gradients"], mean_of_both()) < 1e-6
 
 
 # --- as accelerate starts them

@@ -8,6 +8,7 @@ from torch import nn
 
 from .attention_ops import compiled_step, order_makers, ordered_attention
 from .configuration_reformer import ReformerConfig
+from .exact_attention import among_tokens, exact_attention, full_orders
 from .hashing import (
     Orders,
     chunk_orders,
@@ -143,7 +144,9 @@ class ReformerAttention(nn.Module):
     def _over_each_other(self, buckets, query, key_vectors, value, call: Call, dropout_key=None) -> torch.Tensor:
         """Attention among the tokens of the call; buckets (B, H, R, T) in lsh layers."""
         if self.kind == "full" and dropout_key is None and call.attentions is None:
-            return exact_attention(query, key_vectors, value, self.scale, self.causal, call.mask, call.samples)
+            allowed = among_tokens(call.mask, call.samples, value.shape[2], self.causal, value.device)
+            out = exact_attention(self, query, key_vectors, value, allowed, self.causal)
+            return out if call.mask is None else torch.where(call.mask[:, None, :, None], out, 0)
         if self.kind == "full":
             orders = full_orders(value, self.causal, call.mask, call.samples)
         elif self.mode == "chunk":
@@ -238,7 +241,7 @@ class ReformerAttention(nn.Module):
                 tokens = torch.where(seen[:, :, some], place, -1)
                 found.append(attend_to_tokens(query[:, :, some], keys, values, tokens, numbers[:, some], self.scale))
             return self._joined(found, call)
-        return nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=seen, scale=self.scale)
+        return exact_attention(self, query, keys, values, seen)
 
     def _over_latest(self, query, keys, value, call: Call) -> torch.Tensor:
         """Many new tokens of a local layer: they see each other, and the last ones before them."""
@@ -363,35 +366,3 @@ def old_num_buckets(length: int, chunk: int, max_positions: int) -> int | tuple[
     bits = (2 * (length // chunk)).bit_length() - 1
     limit = 2 * max(int((max_positions // chunk) ** 0.5), chunk)
     return 2**bits if 2**bits <= limit else (2 ** (bits // 2), 2 ** (bits - bits // 2))
-
-
-def full_orders(value: torch.Tensor, causal: bool, mask: torch.Tensor | None, samples: torch.Tensor | None) -> Orders:
-    """Windows that show every real token of the same sample."""
-    batch, _, length, _ = value.shape
-    position = torch.zeros(batch, 1, 1, length, dtype=torch.int32, device=value.device)
-    position = position if samples is None else samples[:, None, None, :]
-    window = length if causal else 2 * length
-    return window_orders([(position, 1 if samples is None else None, window)], causal, mask)
-
-
-def exact_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    causal: bool,
-    mask: torch.Tensor | None,
-    samples: torch.Tensor | None,
-) -> torch.Tensor:
-    """Exact attention over all real tokens of the same sample, (B, H, T, D), by torch's own kernel. Padding gets 0."""
-    length = query.shape[-2]
-    if mask is None and samples is None:
-        return nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
-    allowed = torch.ones((), dtype=torch.bool, device=query.device) if mask is None else mask[:, None, None, :]
-    if samples is not None:
-        allowed = allowed & (samples[:, None, :, None] == samples[:, None, None, :])
-    if causal:
-        place = torch.arange(length, device=query.device)
-        allowed = allowed & (place[:, None] >= place)
-    out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scale)
-    return out if mask is None else torch.where(mask[:, None, :, None], out, 0)

@@ -377,8 +377,8 @@ class ReformerCache(Cache):
         kinds = [ChunkCacheLayer if chunks and kind != "full" else ReformerCacheLayer for kind in config.attn_layers]
         layers: list[Any] = [kind(config, index, max_cache_len) for index, kind in enumerate(kinds)]
         local = [layer for layer in layers if layer.kind == "local"]
-        for layer in layers:
-            layer.watched = [] if layer.kind == "local" else local  # no cycles: a cache is freed with its last reference
+        for layer in layers:  # no cycles among them, so that their memory goes with the last reference
+            layer.watched = [] if layer.kind == "local" else local
         super().__init__(layers=layers, **options)
 
 

@@ -31,6 +31,7 @@ class _LanguageModel(ReformerPreTrainedModel):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: ReformerConfig):
         super().__init__(config)

@@ -1,6 +1,5 @@
 """Auto classes: our config gives our classes, the built-in Reformer's gives the built-in's."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -82,30 +81,6 @@ def test_trainer_and_model_card_find_our_names():
     }
     for task, name in tasks.items():
         assert name in TASK_MAPPING[task].values()
-
-
-PIPELINES = {
-    "feature-extraction": ("AutoModel", {}),
-    "fill-mask": ("AutoModelForMaskedLM", {}),
-    "text-classification": ("AutoModelForSequenceClassification", {}),
-    "text-generation": ("AutoModelForCausalLM", {"max_new_tokens": 3}),
-    "token-classification": ("AutoModelForTokenClassification", {}),
-    "zero-shot-classification": ("AutoModelForSequenceClassification", {"candidate_labels": ["a", "b"]}),
-}
-
-
-@pytest.mark.parametrize("task", PIPELINES)
-def test_a_folder_is_all_a_pipeline_needs(task, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)  # so that caplog hears it
-    name, arguments = PIPELINES[task]
-    auto_class = getattr(modeling_auto, name)
-    auto_class.from_config(tiny(auto_class)).save_pretrained(tmp_path)
-    ReformerByteTokenizer().save_pretrained(tmp_path)
-    pipe = transformers.pipeline(task, model=str(tmp_path))
-    assert type(pipe.model) is AUTO_CLASSES[auto_class]
-    assert type(pipe.tokenizer) is ReformerByteTokenizer
-    assert pipe("Zürich <|mask|>", **arguments)
-    assert "is not supported" not in caplog.text
 
 
 # --- configs and tokenizers

@@ -11,12 +11,14 @@ from .heads_text import (
     ReformerModelWithLMHead,
 )
 from .modeling_reformer import ReformerModel, ReformerPreTrainedModel
+from .pipelines import LongDocumentQuestionAnswering
 from .registration import register
 from .tokenization_reformer import ReformerByteTokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LongDocumentQuestionAnswering",
     "ReformerByteTokenizer",
     "ReformerConfig",
     "ReformerForCausalLM",

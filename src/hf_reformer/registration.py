@@ -33,6 +33,7 @@ from .heads_text import (
     ReformerForTokenClassification,
 )
 from .modeling_reformer import ReformerModel
+from .pipelines import register_pipelines
 from .tokenization_reformer import ReformerByteTokenizer
 
 AUTO_CLASSES = {
@@ -52,7 +53,8 @@ def register(replace_builtin: bool = False) -> None:
     """Make `AutoConfig`, `AutoModel…` and `AutoTokenizer` give our classes for `model_type: hf_reformer`.
 
     Importing the package does this once; doing it again changes nothing. Configs, models and tokenizers of
-    transformers' own Reformer keep giving the built-in classes. peft learns where adapters go by default.
+    transformers' own Reformer keep giving the built-in classes. peft learns where adapters go by default,
+    and `pipeline` answers questions over long documents (pipelines.py).
 
     Args:
         replace_builtin: Also give our classes, in this process, for a folder or Hub repository whose config says
@@ -66,6 +68,7 @@ def register(replace_builtin: bool = False) -> None:
         mapping: Any = auto_class._model_mapping
         mapping._model_mapping[ReformerConfig.model_type] = model_class.__name__
     register_adapters()
+    register_pipelines()
     if replace_builtin:
         CONFIG_MAPPING.register("reformer", ReformerConfig, exist_ok=True)  # `AutoConfig.register` insists on its own
 

@@ -13,10 +13,12 @@ import torch
 import transformers
 from conftest import SMALL_WINDOWS
 from conftest import make_model as make_tiny
+from reformer_pytorch import ReformerLM
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, TextStreamer
 
 from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM, ReformerForSequenceClassification
 from hf_reformer.cli import main
+from hf_reformer.hub import export
 from hf_reformer.text_generation import Conversation, load, special_ids
 
 TEMPLATE = (
@@ -253,6 +255,87 @@ def test_on_a_terminal_a_failed_turn_does_not_end_the_chat(tmp_path, line, monke
     assert "/no/such/place" in second
 
 
+# ---- export ----
+
+
+def test_export_makes_a_checkpoint_a_folder_for_the_hub(folder, line, tmp_path):
+    out = tmp_path / "shared"
+    told = ["--license", "mit", "--language", "en", "de", "--tags", "bytes", "--name", "ada/tiny"]
+    status, printed, err = line("export", "--model", folder, "--output", out, *told)
+    assert (status, err) == (0, "")
+    assert f"hf upload ada/tiny {out}" in printed
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "license: mit" in card
+    assert 'name = "ada/tiny"' in card
+    again = tmp_path / "again"
+    export(folder, again, name="ada/tiny", license="mit", language=["en", "de"], tags=["bytes"])
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == {
+        file.name: file.read_bytes() for file in again.iterdir()
+    }
+
+
+def test_mistakes_of_export_end_in_one_line(folder, line, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    for message, argv in {
+        "not empty": ["--model", folder, "--output", tmp_path / "full"],
+        "neither a folder nor": ["--model", tmp_path / "absent", "--output", tmp_path / "out"],
+        "no identifier": ["--model", folder, "--output", tmp_path / "out", "--license", "Apache 2"],
+    }.items():
+        status, out, err = line("export", *argv)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+    assert {path.name for path in tmp_path.rglob("*")} == {"full", "mine"}
+    assert line("export", "--model", folder, "--output", tmp_path / "full", "--overwrite")[0] == 0
+
+
+# ---- convert ----
+
+
+def small_builtin(folder):
+    sizes = {"vocab_size": 260, "hidden_size": 16, "num_attention_heads": 2, "attention_head_size": 8}
+    positions = {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [4, 12], "max_position_embeddings": 128}
+    chunks = {"attn_layers": ["local", "lsh"], "num_buckets": 4, "is_decoder": True, "feed_forward_size": 24}
+    return save(
+        folder, transformers.ReformerModelWithLMHead(transformers.ReformerConfig(**sizes, **positions, **chunks))
+    )
+
+
+def test_convert_writes_a_folder_and_tells_what_changes(tmp_path, line):
+    folder = small_builtin(tmp_path / "builtin")
+    assert line("convert", folder, tmp_path / "ours") == (0, "", "")
+    assert line("convert", tmp_path / "ours", tmp_path / "again", "--to", "builtin") == (0, "", "")
+    ours, again = load(tmp_path / "ours")[0], load(tmp_path / "again")[0]
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in ours.state_dict().items())
+    fields = tmp_path / "fields.json"
+    fields.write_text('{"lsh_window": 48}')
+    status, out, err = line(
+        "convert", folder, tmp_path / "window", "--attention_mode", "window", "--fields", fields, "--no_lm_bias"
+    )
+    assert (status, err) == (0, "")
+    assert "- Window mode: lsh_window=48" in out
+    assert line("generate", "--model", tmp_path / "window", *GREEDY, "--prompt", PROMPT)[0] == 0
+
+
+def test_mistakes_of_convert_end_in_one_line(tmp_path, line):
+    folder = small_builtin(tmp_path / "builtin")
+    for message, argv in {
+        "does not exist": [tmp_path / "absent", tmp_path / "out"],
+        "not an empty folder": [folder, folder],
+        "is no JSON": [folder, tmp_path / "out", "--fields", "{1}"],
+        "must be a JSON object": [folder, tmp_path / "out", "--fields", Path(folder, "none.json")],
+        "Name with `head`": [folder, tmp_path / "out", "--head", "ReformerForPoetry"],
+        "cannot be read from the weights": [tmp_path / "weights.pt", tmp_path / "out"],
+    }.items():
+        Path(folder, "none.json").write_text("[]")
+        torch.save(ReformerLM(20, 16, 1, 64, heads=2, dim_head=8).state_dict(), tmp_path / "weights.pt")
+        status, out, err = line("convert", *argv)
+        assert (status, out) == (2, "")
+        assert err.count("\n") == 1
+        assert message in err
+        assert not (tmp_path / "out").exists()
+
+
 # ---- mistakes, help, env ----
 
 
@@ -316,7 +399,7 @@ def test_mistakes_end_in_one_line(tmp_path, line):
         assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["env"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["export"], ["convert"], ["env"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])

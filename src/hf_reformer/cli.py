@@ -1,6 +1,7 @@
-"""The command line: `hf-reformer generate`, `chat` and `env`."""
+"""The command line: `hf-reformer generate`, `chat`, `export`, `convert` and `env`."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 SAMPLING = ("temperature", "top_p", "top_k")
+CARD = ("language", "license", "datasets", "base_model", "tags", "dataset_name")
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -94,6 +96,49 @@ def run_chat(args: argparse.Namespace) -> None:
             print(one_line(error), file=sys.stderr)
 
 
+def run_export(args: argparse.Namespace) -> None:
+    """Write a folder for the Hub: weights, their code, and a model card.
+
+    `from_pretrained(folder, trust_remote_code=True)` then works where this package is not installed, too.
+    """
+    from .hub import export
+    from .text_generation import quiet
+
+    card = {name: getattr(args, name) for name in CARD if getattr(args, name) is not None}
+    with quiet():
+        folder = export(args.model, args.output, overwrite=args.overwrite, name=args.name, **card)
+    print(f"Read {folder / 'README.md'} and complete it; then: hf upload {args.name or 'NAME'} {folder}")
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """Read an old checkpoint, write it as a folder of ours or of transformers' own Reformer.
+
+    What is not the same afterwards is printed, a line each.
+    """
+    from .convert import convert
+    from .text_generation import quiet
+
+    options = {"kind": args.kind, "to": args.to, "head": args.head, "attention_mode": args.attention_mode}
+    options |= {"fields": json_fields(args.fields), "lm_bias": not args.no_lm_bias}
+    with quiet():
+        notes = convert(args.source, args.output, **options)
+    for note in notes:
+        print(f"- {note}")
+
+
+def json_fields(text: str | None) -> dict[str, Any] | None:
+    """What a JSON object, or a file that holds one, says."""
+    if text is None:
+        return None
+    try:
+        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--fields is no JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError('--fields must be a JSON object, such as {"num_buckets": 64}.')
+    return found
+
+
 def run_env(args: argparse.Namespace) -> None:
     """Print versions and devices, for reports of problems."""
     import platform
@@ -169,6 +214,27 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_argument("--num_return_sequences", type=positive, default=1, metavar="N", help="so many texts")
     chat = command("chat", run_chat, parents=[shared])
     chat.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    add = command("export", run_export).add_argument
+    add("--model", required=True, metavar="SOURCE", help="a folder, such as a checkpoint; or a name on the Hub")
+    add("--output", required=True, metavar="FOLDER", help="where to")
+    add("--overwrite", action="store_true", help="though it is not empty; the model in it is replaced")
+    add("--name", help="user/name on the Hub, for the model card; default: the folder's name")
+    add("--language", nargs="+", metavar="CODE", help="of the texts: en, de, …")
+    add("--license", metavar="ID", help="of the weights: apache-2.0, cc-by-4.0, …")
+    add("--datasets", nargs="+", metavar="NAME", help="on the Hub, that it was trained on")
+    add("--base_model", metavar="NAME", help="on the Hub, that it was trained from")
+    add("--tags", nargs="+", metavar="TAG", help="to be found by")
+    add("--dataset_name", metavar="TEXT", help="what it was evaluated on, in words")
+    add = command("convert", run_convert).add_argument
+    add("source", metavar="SOURCE", help="a folder of transformers' own Reformer or of ours, or a file of weights")
+    add("output", metavar="OUTPUT", help="a folder that is empty or does not exist")
+    kinds = ("builtin", "reformer-pytorch", "trax", "hf_reformer")
+    add("--from", dest="kind", choices=kinds, help="what SOURCE is; found out where it can be")
+    add("--to", choices=("hf_reformer", "builtin"), default="hf_reformer", help="what to write (hf_reformer)")
+    add("--head", metavar="CLASS", help="ReformerForCausalLM, …; default: the class that a folder was saved from")
+    add("--attention_mode", choices=("chunk", "window"), help="window: turn chunk mode into it")
+    add("--fields", metavar="JSON", help="an object, or its file: what the weights don't say, or of window mode")
+    add("--no_lm_bias", action="store_true", help="set the head's bias to 0, as transformers 5 computes")
     command("env", run_env)
     return parser
 

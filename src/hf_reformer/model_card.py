@@ -1,0 +1,217 @@
+"""Model cards: the README.md of a model, from its config and from what the Trainer recorded, and from nothing else."""
+
+import inspect
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+
+from .registration import AUTO_CLASSES
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+PIPELINE_TAGS = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForMultipleChoice": "multiple-choice",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+}
+NO_SCORES = re.compile(r"runtime|.*_per_second|.*_time")
+OURS = {"library_name", "pipeline_tag", "model_name", "eval_results", "ignore_metadata_errors"}
+FIELDS = {
+    name for name, field in inspect.signature(ModelCardData).parameters.items() if field.kind == field.KEYWORD_ONLY
+} - OURS
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation of the Trainer gave. `final`: it came after training, and judged the weights that stayed."""
+
+    step: int
+    epoch: float | None
+    scores: dict[str, float]
+    final: bool
+
+
+def evaluations(history: list[dict[str, Any]]) -> list[Evaluation]:
+    """All of a Trainer's `log_history`, in order; several evaluation sets of one step together."""
+    found: list[Evaluation] = []
+    final = False
+    for entry in history:
+        final = final or "train_runtime" in entry
+        scores = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
+        scores = {name: value for name, value in scores.items() if not NO_SCORES.fullmatch(name)}
+        if not scores:
+            continue
+        if found and (found[-1].step, found[-1].final) == (entry["step"], final):
+            scores = found.pop().scores | scores
+        found.append(Evaluation(entry["step"], entry.get("epoch"), scores, final))
+    return found
+
+
+def of_the_weights(state: TrainerState, found: list[Evaluation]) -> Evaluation | None:
+    """The evaluation of the weights that the state was saved with, where the record leaves no doubt.
+
+    That is one after training; else one at the last step, unless training is over and an earlier step was better: the
+    Trainer may have gone back to that one (`load_best_model_at_end`), and does not record it.
+    """
+    if not found:
+        return None
+    last = found[-1]
+    over = any("train_runtime" in entry for entry in state.log_history)
+    gone_back = over and state.best_global_step not in (None, state.global_step)
+    return last if last.final or (last.step == state.global_step and not gone_back) else None
+
+
+def table(state: TrainerState, found: list[Evaluation]) -> str:
+    """Markdown: a row each for the evaluation of these weights, the best while training, and the last."""
+    weights = of_the_weights(state, found)
+    best = [x for x in found if x.step == state.best_global_step and not x.final]
+    rows: dict[int, list[str]] = {}
+    for name, evaluation in (("these weights", weights), ("best", best and best[0]), ("last", found[-1])):
+        if evaluation:
+            rows.setdefault(found.index(evaluation), []).append(name)
+    names = list(dict.fromkeys(name for number in rows for name in found[number].scores))
+    lines = [f"| | step | {' | '.join(names)} |", "|:--|--:|" + "--:|" * len(names)]
+    for number, what in rows.items():
+        scores = found[number].scores
+        cells = [_number(scores[name]) if name in scores else "" for name in names]
+        lines.append(f"| {', '.join(what)} | {found[number].step} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _results(scores: dict[str, float], task: str, dataset: str, datasets: list[str]) -> list[EvalResult]:
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=datasets[0] if len(datasets) == 1 else re.sub(r"\W+", "-", dataset).strip("-").lower(),
+            dataset_name=dataset,
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in scores.items()
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    ]
+
+
+def _listed(value: Any) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raise ValueError for metadata that the Hub would not take."""
+    if unknown := sorted(set(metadata) - FIELDS):
+        raise ValueError(f"A model card has no field {', '.join(unknown)}. There are {', '.join(sorted(FIELDS))}.")
+    for language in _listed(metadata.get("language")):
+        if not re.fullmatch(r"[a-z]{2,3}|code|multilingual", language):
+            raise ValueError(
+                f"`language={language!r}` is no code of ISO 639, in two or three small letters, such as 'en'. "
+                "'multilingual' and 'code' may stand there, too."
+            )
+    for license in _listed(metadata.get("license")):
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+            raise ValueError(
+                f"`license={license!r}` is no identifier of the Hub's list, such as 'apache-2.0' or 'cc-by-4.0'. For "
+                "one that is not in it give license='other' with `license_name` and `license_link`."
+            )
+    if metadata.get("license") == "other" and not (metadata.get("license_name") and metadata.get("license_link")):
+        raise ValueError("`license='other'` needs `license_name` and `license_link`.")
+    for field in ("datasets", "base_model"):
+        for name in _listed(metadata.get(field)):
+            try:
+                validate_repo_id(name)
+            except ValueError as error:
+                raise ValueError(f"`{field}` must name repositories of the Hub. {error}") from error
+
+
+def model_card(
+    model: PreTrainedModel,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    state: TrainerState | None = None,
+    *,
+    with_code: bool = True,
+    dataset_name: str | None = None,
+    training: Mapping[str, Any] | None = None,
+    notes: str | None = None,
+    **metadata: Any,
+) -> ModelCard:
+    """The card of a model. `card.save(path)` writes it.
+
+    Args:
+        model: one of ours.
+        name: by which it is loaded, in the example: a repository of the Hub, or a folder.
+        tokenizer: that of the example.
+        state: `trainer.state`, from which all scores come.
+        with_code: the model's code lies beside it.
+        dataset_name: what it was evaluated on, in words. Scores enter the metadata where this, or one of
+            `datasets`, is given.
+        training: settings to list; by default what `state` tells.
+        notes: Markdown for the end.
+        metadata: fields of `huggingface_hub.ModelCardData`, such as `language`, `license`, `datasets`, `base_model`,
+            `tags`.
+
+    Raises:
+        ValueError: metadata that the Hub would not take, or a model that is not ours.
+    """
+    check_metadata(metadata)
+    auto_class = auto_class_of(model)
+    task, title = PIPELINE_TAGS[auto_class], name.split("/")[-1]
+    found = evaluations(state.log_history) if state is not None else []
+    weights = of_the_weights(state, found) if found else None
+    datasets = _listed(metadata.get("datasets"))
+    dataset_name = dataset_name or ", ".join(datasets)
+    results = _results(weights.scores, task, dataset_name, datasets) if weights and dataset_name else []
+    metadata["tags"] = list(dict.fromkeys(["reformer", "hf_reformer", *_listed(metadata.get("tags"))]))
+    if results:
+        metadata |= {"model_name": title, "eval_results": results}
+    if training is None and state is not None and state.global_step:
+        training = {"steps": state.global_step, "epochs": round(state.epoch or 0, 2)}
+        training |= {"rows at a time, on each device": state.train_batch_size} if state.train_batch_size else {}
+    config = model.config
+    card = ModelCard.from_template(
+        ModelCardData(library_name="transformers", pipeline_tag=task, **metadata),
+        template_path=str(TEMPLATE),
+        title=title,
+        name_in_code=json.dumps(name, ensure_ascii=False),
+        auto_class=auto_class,
+        architecture=type(model).__name__.removeprefix("FSDP"),
+        parameters=f"{model.num_parameters():,}",
+        layers=list(config.attn_layers),
+        has_tokenizer=tokenizer is not None,
+        has_mask=getattr(tokenizer, "mask_token", None) is not None,
+        has_chat_template=getattr(tokenizer, "chat_template", None) is not None,
+        with_code=with_code,
+        training=[f"{key}: {value}" for key, value in (training or {}).items()],
+        evaluations=table(state, found) if found else None,
+        knows_weights=weights is not None,
+        dataset_name=dataset_name,
+        notes=notes,
+    )
+    return card
+
+
+def auto_class_of(model: Any) -> str:
+    """Name of the Auto class that loads the model, the first one if there are several.
+
+    Raises:
+        ValueError: it is none of ours.
+    """
+    for auto_class, model_class in AUTO_CLASSES.items():
+        if isinstance(model, model_class):
+            return auto_class.__name__
+    raise ValueError(f"{type(model).__name__} is not one of hf_reformer's models, whose code and card we know.")
+
+
+__all__ = ["model_card"]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .bucket_tables import BucketTables
 from .chunk_decoding import hash_chunks, local_chunks
@@ -19,6 +20,9 @@ from .configuration_reformer import ReformerConfig, padded_length
 from .hashing import product_of
 
 GROWTH = 1.125  # of the room for tokens, when it is full
+
+# What outputs and `generate` call a cache: since transformers 5.24 `cache`, before `past_key_values`.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class ReformerCacheLayer(CacheLayerMixin):
@@ -205,7 +209,7 @@ class ReformerCacheLayer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         raise RuntimeError(
             "The layers of a ReformerCache cannot be filled from outside: tokens have to be hashed, too. Give the "
-            "cache to the model as `past_key_values`, and its attention writes to it."
+            "cache to the model as `cache` or `past_key_values`, and its attention writes to it."
         )
 
     def get_seq_length(self) -> int:
@@ -405,7 +409,7 @@ def adopt(cache: Any, config: ReformerConfig) -> Cache:
             cache.layer_class_to_replicate = None
             return cache
     raise ValueError(
-        f"`past_key_values` is a {type(cache).__name__} that a Reformer did not fill: attention here reads no keys "
+        f"The cache given (`past_key_values`) is a {type(cache).__name__} that a Reformer did not fill: attention here reads no keys "
         "and values from outside. Give what an earlier call returned, or an empty cache. If prefix tuning made it, "
         "choose another kind of adapter: prompt tuning, or LoRA."
     )

@@ -110,7 +110,7 @@ class ReformerConfig(PreTrainedConfig):
     """
 
     model_type = "hf_reformer"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 320
     hidden_size: int = 256

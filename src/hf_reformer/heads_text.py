@@ -17,7 +17,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
-from .cache import adopt
+from .cache import CACHE_NAME, adopt
 from .configuration_reformer import ReformerConfig
 from .losses import IGNORE, check_labels, chunked_cross_entropy, cross_entropy
 from .modeling_reformer import ReformerModel, ReformerPreTrainedModel
@@ -123,7 +123,7 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -147,10 +147,10 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
             )
         library: Any = super()
         library._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        if model_kwargs.get("past_key_values") is not None:
-            model_kwargs["past_key_values"] = adopt(model_kwargs["past_key_values"], self.config)
+        if model_kwargs.get(CACHE_NAME) is not None:
+            model_kwargs[CACHE_NAME] = adopt(model_kwargs[CACHE_NAME], self.config)
             if generation_config.is_assistant:  # what it guesses wrong is taken back
-                model_kwargs["past_key_values"].activate_past_recording()
+                model_kwargs[CACHE_NAME].activate_past_recording()
 
     def init_continuous_batching(self, *args, **kwargs):
         raise ValueError(

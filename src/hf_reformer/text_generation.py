@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
 from transformers.utils import logging
 
+from .cache import CACHE_NAME
 from .heads_text import ReformerForCausalLM
 
 logger = logging.get_logger(__name__)
@@ -163,9 +164,9 @@ class Conversation:
             raise ValueError(f"The chat template refuses: {error}") from error
         cache = self._cache_for(ids)
         self.cache, self.cached_ids = None, []  # until it holds this turn, too
-        out = generate(self.model, self.tokenizer, ids, past_key_values=cache, **self.options)
-        if out.past_key_values is not None:
-            self.cache = out.past_key_values
+        out = generate(self.model, self.tokenizer, ids, **{CACHE_NAME: cache}, **self.options)
+        self.cache = getattr(out, CACHE_NAME)
+        if self.cache is not None:
             self.cached_ids = out.sequences[0, : self.cache.get_seq_length()].tolist()
         answer = self.tokenizer.decode(out.sequences[0, len(ids) :], skip_special_tokens=True)
         self.messages = [*messages, {"role": "assistant", "content": answer}]

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel, load_state_dict
 from transformers.utils import can_return_tuple, logging
 
 from .attention import Call
@@ -47,6 +47,9 @@ BUILTIN_NAMES = {
     r"^lm_head\.decoder\.weight$": "lm_head.weight",
 }
 
+# Files of transformers 4 may hold the head's bias under this name too. Where the two differ, this one counted.
+OLDER_BIAS = "lm_head.decoder.bias"
+
 
 class ReformerPreTrainedModel(PreTrainedModel):
     """Weights, their initialisation, and loading, also from folders of transformers' own Reformer."""
@@ -59,6 +62,7 @@ class ReformerPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_context_parallel = False
+    _keys_to_ignore_on_load_unexpected = [r"\.(self_)?mask_value_float(16|32)$", r"^lm_head\.decoder\.bias$"]
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
@@ -68,6 +72,18 @@ class ReformerPreTrainedModel(PreTrainedModel):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._weight_conversions = None  # what is saved from now on bears our own names
         return loaded
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        found = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        if OLDER_BIAS in found[0].unexpected_keys and hasattr(model, "lm_head"):
+            for state in [state_dict] if state_dict is not None else map(load_state_dict, checkpoint_files):
+                if OLDER_BIAS in state:
+                    head = model.lm_head
+                    head.bias = nn.Parameter(state[OLDER_BIAS].to(head.weight.device, head.bias.dtype, copy=True))
+                    head.bias._is_hf_initialized = True
+            found[0].missing_keys.discard("lm_head.bias")
+        return found
 
     def share_sequences(self, group: Any) -> None:
         """Let the processes of a `torch.distributed` group share every sequence (sequence parallelism).

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from hf_reformer import ReformerByteTokenizer, ReformerConfig
 from hf_reformer.data import train_bpe_tokenizer
+from hf_reformer.model_card import model_card
 
 SIZES = (
     "hidden_size", "attn_layers", "num_attention_heads", "attention_head_size", "feed_forward_size", "num_hashes",
@@ -105,10 +107,21 @@ def train_and_save(trainer: Trainer, resume: str | None) -> None:
     trainer.save_state()
 
 
-def write_model_card(trainer: Trainer, scores: str, **what: Any) -> None:
-    """Trainer's model card, with our scores at its end; `what`: further arguments of `create_model_card`."""
-    trainer.create_model_card(tags=["hf_reformer", "reformer"], **what)
-    file = Path(trainer.args.output_dir) / "README.md"
-    card = file.read_text(encoding="utf-8")
-    card = card.replace("is a fine-tuned version of [](https://huggingface.co/)", "was trained from scratch")
-    file.write_text(f"{card}\n## Scores\n\n{scores}\n", encoding="utf-8")
+def write_model_card(trainer: Trainer, scores: str, dataset: str, **metadata: Any) -> None:
+    """Write a model card with our scores at its end; after training, save the record that it tells from, too."""
+    tokenizer: Any = trainer.processing_class
+    trained = trainer.state.global_step > 0
+    if trained:
+        trainer.save_state()  # again, with the last evaluation
+    card = model_card(
+        trainer.accelerator.unwrap_model(trainer.model),
+        str(trainer.args.output_dir),
+        tokenizer,
+        trainer.state,
+        with_code=False,
+        dataset_name=dataset,
+        training=extract_hyperparameters_from_trainer(trainer) if trained else None,
+        notes=f"## Scores\n\n{scores}",
+        **metadata,
+    )
+    card.save(Path(trainer.args.output_dir) / "README.md")

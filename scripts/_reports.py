@@ -126,8 +126,8 @@ def summarise(
         report.append(f"{split}: {len(splits[split])} texts\n\n{format_table(rows)}")
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     if "train" in splits:
-        glue = {"dataset_tags": "nyu-mll/glue", "dataset_args": metrics.task.glue} if metrics.task.glue else {}
-        write_model_card(trainer, "\n\n".join(report), tasks="text-classification", dataset=dataset, **glue)
+        glue = {"datasets": "nyu-mll/glue"} if metrics.task.glue else {}
+        write_model_card(trainer, "\n\n".join(report), dataset, **glue)
     print("\n" + "\n\n".join(report))
     print(f"\nEverything lies in {folder}/")
     for pattern, content in CONTENTS.items():

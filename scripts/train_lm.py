@@ -226,8 +226,7 @@ def report(trainer: LanguageModelTrainer, metric: str, scores: dict[str, float],
     lines = [f"| {'':38} | {metric.replace('_', ' ')} |", f"|:{'-' * 39}|--------------:|"]
     lines += [f"| {name:38} | {bits:13.3f} |" for name, bits in scores.items()]
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
-    task = "fill-mask" if "masked" in metric else "text-generation"
-    write_model_card(trainer, "\n".join(lines), tasks=task, dataset=source)
+    write_model_card(trainer, "\n".join(lines), source)
     print("\n" + "\n".join(lines) + f"\n\nModel, scores and learning_curve.png lie in {folder}/")
 
 

@@ -122,6 +122,20 @@ def test_what_is_kept_holds_no_graph():
     assert not any(layer.keys.requires_grad or layer.values.requires_grad for layer in kept.layers)
 
 
+def test_a_cache_goes_by_both_names():
+    """Since transformers 5.24 caches are called `cache`, before `past_key_values`."""
+    model, found = make(["local", "lsh"]), []
+    for name in ("cache", "past_key_values"):
+        kept = ReformerCache(model.config)
+        for begin, end in ((0, 60), (60, LENGTH)):
+            out = model(IDS[:, begin:end], **{name: kept})
+        found.append(out.logits)
+    assert torch.equal(*found)
+    assert getattr(out, cache.CACHE_NAME) is kept
+    with pytest.raises(ValueError, match="two names"):
+        model(IDS, cache=ReformerCache(model.config), past_key_values=ReformerCache(model.config))
+
+
 def test_a_cache_goes_with_its_last_reference():
     """At once, without the garbage collector: it may be gigabytes."""
     kept = make()(IDS, use_cache=True).past_key_values

@@ -24,9 +24,10 @@ class LongDocumentQuestionAnswering(Pipeline):
 
     The tokenizer joins the two as a pair, the question first. An answer is a span of the document that neither begins
     nor ends with white space. Its score is the probability of its first token as the start times that of its last
-    token as the end, each among all tokens of the document and the *null position*: the first token of the input. That
-    is where training data marks a question without an answer (`start_positions = end_positions = 0`); it holds the
-    tokenizer's `cls` or `bos` token, or else the question's first token, and never one of the document.
+    token as the end, each among the tokens of the document that are not white space and the *null position*: the first
+    token of the input. That is where training data marks a question without an answer (`start_positions =
+    end_positions = 0`); it holds the tokenizer's `cls` or `bos` token, or else the question's first token, and never
+    one of the document.
 
     Works with every question-answering head of transformers and every fast tokenizer. Rows of a batch are as they
     would be alone.

@@ -314,11 +314,11 @@ def plot_round_agreement(view: LayerView, neighbours: int = 8, ax: Any = None) -
     share = round_agreement(view, neighbours).cpu()
     rounds = torch.arange(1, len(share) + 1)
     ax = _axes(ax)
-    ax.plot(rounds, share, marker="o", label=f"{neighbours} nearest tokens")
+    ax.plot(rounds, share, marker="o", label="near neighbours")
     ax.plot(rounds, 1 - (1 - 1 / view.num_buckets) ** rounds, color="grey", linestyle="--", label="by chance")
     ax.set(xlabel="hash rounds", ylabel="share a bucket in some round", title="agreement of rounds", ylim=(0, 1.02))
     _count_along(ax.xaxis)
-    ax.legend(frameon=False)
+    ax.legend(loc="lower right", frameon=False)
     return ax
 
 

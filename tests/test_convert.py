@@ -4,7 +4,9 @@ import gzip
 import json
 import os
 import pickle
+import re
 from collections import OrderedDict
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -581,3 +583,38 @@ def test_a_pickle_runs_no_code(protocol, tmp_path):
         (tmp_path / "bad").write_bytes(pickle.dumps(bad, protocol=protocol))
         with pytest.raises(ValueError, match=r"holds a `(posix|nt|torch|builtins|__builtin__)\..*only numpy arrays"):
             read_pickle(tmp_path / "bad")
+
+
+# ---- the page ----
+
+PAGE = Path(__file__).parents[1] / "docs" / "checkpoints.md"
+
+
+def figures(printed):
+    return re.findall(r"-?\d+\.\d{3,4}", printed)
+
+
+@pytest.mark.parametrize("what", ["in_5", pytest.param("to_window", marks=pytest.mark.slow)])
+def test_the_page_shows_what_its_code_prints(what, capsys, monkeypatch):
+    monkeypatch.chdir(PAGE.parents[1])
+    page = PAGE.read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if what in block]
+    verbosity = transformers.logging.get_verbosity()
+    with torch.random.fork_rng(devices=[]):
+        exec(compile(code, "docs/checkpoints.md", "exec"), {})
+    transformers.logging.set_verbosity(verbosity)
+    shown, printed = page.replace(code, ""), capsys.readouterr().out
+    if what == "in_5":
+        assert all(figure in shown for figure in figures(printed))
+        assert len(figures(printed)) == 12
+    else:
+        chunks, average, most = map(float, figures(printed))
+        assert abs(average - chunks) < 0.03
+        assert most < chunks + 0.1
+
+
+def test_the_page_names_tests_that_exist():
+    named = re.findall(r"(test_\w+\.py)::(test_\w+)", PAGE.read_text(encoding="utf-8"))
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in Path(__file__).with_name(file).read_text(encoding="utf-8")

@@ -12,12 +12,15 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 # One torch thread per worker, so that they do not fight for the cores; and no test may reach for the Hub unasked.
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+OLDEST := transformers==5.23.0
+MEET_TRANSFORMERS := builtin_parity chunk_generation config convert exact_attention generation heads hub pipelines \
+	registration save_load trainer
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench clean
+.PHONY: help demo test test-slow test-notebooks test-oldest lint format bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 # torch first and pinned: nothing that depends on it may choose another.
 $(READY): pyproject.toml constraints.txt
@@ -34,6 +37,14 @@ test: $(READY) ## run the fast tests
 
 test-slow: $(READY) ## run the slow tests
 	$(PYTEST) -m "slow and not network" $(PYTEST_ARGS) || test $$? -eq 5  # 5: there is none
+
+test-notebooks: $(READY) ## run the notebooks
+	$(PYTEST) --nbmake notebooks $(PYTEST_ARGS)
+
+# Everything else that is installed stays as it is.
+test-oldest: $(READY) ## run the tests that meet transformers with its oldest release that is supported
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/oldest $(OLDEST)
+	PYTHONPATH=$(abspath $(VENV))/oldest $(PYTEST) $(addprefix tests/test_,$(addsuffix .py,$(MEET_TRANSFORMERS))) $(PYTEST_ARGS)
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .

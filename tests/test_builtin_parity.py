@@ -237,7 +237,7 @@ def test_gradients_are_those_of_the_builtin(tmp_path):
 
 
 def size_without_bias(model) -> int:
-    """The built-in's language-model heads hold a bias that they don't use: their only one until 5.23, then a second."""
+    """The built-in's language-model heads hold a bias that they don't use: until 5.23 their only one, now a second."""
     return sum(p.numel() for name, p in model.named_parameters() if not name.startswith("lm_head") or p.dim() > 1)
 
 

@@ -70,5 +70,5 @@ def test_the_choice_is_made_while_loading(tmp_path):
     assert ReformerModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
     model = ReformerModel.from_pretrained(tmp_path, attn_implementation="eager")
     assert model.config._attn_implementation == "eager"
-    with pytest.raises((ValueError, ImportError), match="[Ff]lash"):
+    with pytest.raises((ValueError, ImportError), match=r"[Ff]lash"):
         ReformerModel.from_pretrained(tmp_path, attn_implementation="flash_attention_2")

@@ -409,9 +409,9 @@ def adopt(cache: Any, config: ReformerConfig) -> Cache:
             cache.layer_class_to_replicate = None
             return cache
     raise ValueError(
-        f"The cache given (`past_key_values`) is a {type(cache).__name__} that a Reformer did not fill: attention here reads no keys "
-        "and values from outside. Give what an earlier call returned, or an empty cache. If prefix tuning made it, "
-        "choose another kind of adapter: prompt tuning, or LoRA."
+        f"The cache given, `past_key_values` or `cache`, is a {type(cache).__name__} that a Reformer did not fill: "
+        "attention here reads no keys and values from outside. Give what an earlier call returned, or an empty cache. If "
+        "prefix tuning made it, choose another kind of adapter: prompt tuning, or LoRA."
     )
 
 

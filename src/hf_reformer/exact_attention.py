@@ -25,8 +25,8 @@ def exact_attention(
         allowed: bool, broadcast to (B, 1, T, S); None: all, or with `causal` those up to the query's own place. A
             query that may see nothing gets what is of no use.
     """
-    name: Any = module.config._attn_implementation
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
+    config: Any = module.config
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention)
     out, _ = attend(module, query, key, value, allowed, scaling=module.scale, is_causal=causal)
     return out.transpose(1, 2)
 

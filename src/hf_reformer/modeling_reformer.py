@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel, load_state_dict
 from transformers.utils import can_return_tuple, logging
 
 from .attention import Call
-from .cache import ReformerCache, adopt, check_call
+from .cache import CACHE_NAME, ReformerCache, adopt, check_call
 from .configuration_reformer import ReformerConfig, padded_length
 from .feed_forward import LayerNorm
 from .hashing import product_of
@@ -59,7 +59,7 @@ class ReformerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ReformerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_context_parallel = False
     _keys_to_ignore_on_load_unexpected = [r"\.(self_)?mask_value_float(16|32)$", r"^lm_head\.decoder\.bias$"]
@@ -179,6 +179,7 @@ class ReformerModel(ReformerPreTrainedModel):
         output_attentions: bool | str | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         r"""
@@ -194,13 +195,14 @@ class ReformerModel(ReformerPreTrainedModel):
             output_attentions: also give every layer's attention: True as matrices of weights (B, H, T, before + T),
                 `"sparse"` as `listed_attention.SparseAttention`, of which the size grows with the length alone. Both
                 are computed token by token, slowly, on the plain path.
-            past_key_values: what an earlier call returned, or an empty cache: the inputs continue it. Then
-                `attention_mask` counts the tokens before, too: (B, before + T).
+            cache, past_key_values: two names for what an earlier call returned, or an empty cache: the inputs continue
+                it. Then `attention_mask` counts the tokens before, too: (B, before + T).
             use_cache: return a cache (causal models). A call with a cache computes as in evaluation. In chunk mode its
                 tokens follow the older rule of decoding, which is not that of one call (docs/generation.md).
 
         Returns:
-            BaseModelOutputWithPast with `last_hidden_state` (B, T, 2 D), and the cache as `past_key_values`.
+            BaseModelOutputWithPast with `last_hidden_state` (B, T, 2 D), and the cache, as `cache` since
+            transformers 5.24, as `past_key_values` before.
 
         Raises:
             ValueError: shapes, ids, positions or masks that cannot be right; the message says which and why.
@@ -210,7 +212,9 @@ class ReformerModel(ReformerPreTrainedModel):
         self._check_attentions(output_attentions)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        cache = self._cache(past_key_values, use_cache)
+        if cache is not None and past_key_values is not None:
+            raise ValueError("`cache` and `past_key_values` are two names for one argument. Give one of them.")
+        cache = self._cache(past_key_values if cache is None else cache, use_cache)
         past = 0 if cache is None else cache.get_seq_length()
         check_inputs(
             self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets, past
@@ -240,7 +244,7 @@ class ReformerModel(ReformerPreTrainedModel):
             attentions = [x if isinstance(x, torch.Tensor) else x.dense(past + given.shape[1]) for x in attentions]
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             hidden_states=states,
             attentions=None if attentions is None else tuple(attentions),
         )
@@ -273,7 +277,7 @@ class ReformerModel(ReformerPreTrainedModel):
         if reason is not None and given is None:
             return None
         if reason is not None:
-            raise ValueError(f"`past_key_values` cannot be used: {reason}. Leave it out.")
+            raise ValueError(f"A cache (`past_key_values`) cannot be used: {reason}. Leave it out.")
         return cache
 
     def _run_layers(self, streams: list[torch.Tensor], call: Call, grid: Grid, keep_states: bool):

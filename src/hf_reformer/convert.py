@@ -17,7 +17,7 @@ from . import heads_text, modeling_reformer
 from .configuration_reformer import ReformerConfig, from_builtin
 from .convert_reformer_pytorch import from_reformer_pytorch
 from .convert_trax import from_trax, read_pickle
-from .modeling_reformer import BUILTIN_NAMES
+from .modeling_reformer import BUILTIN_NAMES, OLDER_BIAS
 
 KINDS = ("builtin", "reformer-pytorch", "trax", "hf_reformer")
 HEADS = {
@@ -73,7 +73,7 @@ def convert(
         head: Our class to read a folder as, such as "ReformerForCausalLM". None: the one it was saved from.
         attention_mode: "window" turns chunk mode into window mode, see `to_window`. None or "chunk": leaves it.
         fields: What the source does not say (see `from_trax`, `from_reformer_pytorch`), or what window mode shall be.
-        lm_bias: False sets the bias of a language model's head to 0, as transformers 5 computes; 4 added it.
+        lm_bias: False sets the bias of a language model's head to 0, as transformers 5.0 to 5.23 compute.
 
     Raises:
         ValueError, OSError: the source cannot be read, has no counterpart, or the output is not empty.
@@ -181,7 +181,7 @@ def drop_lm_bias(model: Any) -> list[str]:
     if head is None:
         raise ValueError(f"{type(model).__name__} has no language-model head, and so no bias to leave out.")
     torch.nn.init.zeros_(head.bias)
-    return ["The head's bias is 0, as in transformers 5: logits differ from those of transformers 4 by the bias."]
+    return ["The head's bias is 0, as transformers 5.0 to 5.23 compute: other versions differ by the bias."]
 
 
 # ---- chunk mode to window mode ----
@@ -264,13 +264,17 @@ def to_builtin(model: Any) -> tuple[Any, list[str]]:
             fields[key] = described.default  # of kinds of layers that the model lacks
     made = BUILTIN_HEADS[name](transformers.ReformerConfig(**fields))
     dtype = model.dtype
-    made.load_state_dict({builtin_name(key, name): value for key, value in model.state_dict().items()}, assign=True)
+    state = {builtin_name(key, name): value for key, value in model.state_dict().items()}
+    adds_bias = OLDER_BIAS in made.state_dict()
+    if adds_bias:
+        state[OLDER_BIAS] = state["lm_head.bias"].clone()
+    made.load_state_dict(state, assign=True)
     made = made.to(dtype).eval()
     if model.can_generate():
         made.generation_config = model.generation_config
     notes = [f"The built-in has no field for: {', '.join(lost)}."] if lost else []
-    if hasattr(model, "lm_head") and model.lm_head.bias.any():
-        notes.append("The head's bias is kept in the file; transformers 5 loads it and leaves it out of the logits.")
+    if hasattr(model, "lm_head") and model.lm_head.bias.any() and not adds_bias:
+        notes.append("The head's bias is in the file; transformers 5.0 to 5.23 leave it out of the logits.")
     return made, notes
 
 

@@ -1,6 +1,7 @@
 """Sharing: a folder that works the same without the package, and a model card that says what is known."""
 
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -38,7 +39,9 @@ from hf_reformer import (
     ReformerForSequenceClassification,
     ReformerForTokenClassification,
     ReformerModel,
+    attention_ops,
     hub,
+    kernels,
 )
 from hf_reformer.attention_ops import KERNELS
 from hf_reformer.hub import export, push_to_hub
@@ -198,6 +201,14 @@ def test_the_package_may_be_there_without_being_imported(tmp_path, other_python,
     assert found["package"]
     assert found[argument]["module"].startswith("transformers_modules.")
     assert same(found[argument], observe(model))
+
+
+def test_code_of_another_age_leaves_the_kernels_alone(monkeypatch):
+    spec = importlib.util.spec_from_file_location("hf_reformer.as_it_was", attention_ops.__file__)
+    for contract, served in ((kernels.CONTRACT, True), (kernels.CONTRACT + 1, False)):
+        monkeypatch.setattr(kernels, "CONTRACT", contract)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        assert bool(module.KERNELS) is served
 
 
 @pytest.mark.parametrize("trust", [None, True])

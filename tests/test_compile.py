@@ -21,6 +21,7 @@ INPUTS = {
     ReformerForSequenceClassification: {"labels": CLASSES},
     ReformerForQuestionAnswering: {"start_positions": CLASSES, "end_positions": CLASSES + 9},
 }
+CHUNKS = {"attention_mode": "chunk", "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16}
 KINDS = [
     (ReformerForCausalLM, {}),
     (ReformerForSequenceClassification, {}),
@@ -28,7 +29,7 @@ KINDS = [
         pytest.param(cls, changes, marks=pytest.mark.slow)
         for cls, changes in (
             (ReformerForCausalLM, {"attention_backend": "torch", "position_embedding_type": "rotary"}),
-            (ReformerForCausalLM, {"attention_mode": "chunk", "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16}),
+            (ReformerForCausalLM, CHUNKS),
             (ReformerForCausalLM, {"reversible": False, "attn_layers": ["full", "lsh"]}),
             (ReformerForQuestionAnswering, {}),
         )

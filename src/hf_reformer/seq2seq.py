@@ -162,6 +162,15 @@ class ReformerForConditionalGeneration(_LanguageModel, GenerationMixin):
         if config.tie_encoder_decoder:  # two layers that share weights cannot be wrapped one by one
             self._no_split_modules = set()  # type: ignore[assignment]  # as the library has it by now
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As for every model of the library; of a folder of another model, the encoder."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.generation_config.decoder_start_token_id is None:  # nothing of the folder tells it
+            model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
+        return loaded
+
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """What shares its values with what; not a matter of `tie_word_embeddings` alone, as the library has it."""
         names = {name for name, _ in self.named_parameters(remove_duplicate=False)}

@@ -33,6 +33,7 @@ from without_package import load, observe, observe_tokenizer
 from hf_reformer import (
     ReformerByteTokenizer,
     ReformerForCausalLM,
+    ReformerForConditionalGeneration,
     ReformerForMaskedLM,
     ReformerForMultipleChoice,
     ReformerForQuestionAnswering,
@@ -242,7 +243,7 @@ def test_what_is_in_the_folder(cls, tmp_path):
         module, name = reference.split(".")
         assert f"class {name}(" in (tmp_path / "model" / f"{module}.py").read_text(encoding="utf-8")
     saved = load_file(tmp_path / "model" / "model.safetensors")
-    assert all(torch.equal(saved[name], weight) for name, weight in model.state_dict().items())
+    assert all(torch.equal(saved[name], weight) for name, weight in model.named_parameters())
     assert model.config.to_dict() == before | {"architectures": [cls.__name__], "dtype": "float32"}
 
 
@@ -543,7 +544,7 @@ def test_a_repository_of_the_hub_can_be_exported(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", lambda name, **options: tmp_path / name.replace("ada/", ""))
     export("ada/download", tmp_path / "out")
     saved = load_file(tmp_path / "out" / "model.safetensors")
-    assert all(torch.equal(saved[name], weight) for name, weight in model.state_dict().items())
+    assert all(torch.equal(saved[name], weight) for name, weight in model.named_parameters())
 
 
 # ---- model cards
@@ -617,6 +618,7 @@ def test_the_head_gives_the_task():
     expected = {
         ReformerModel: "feature-extraction",
         ReformerForCausalLM: "text-generation",
+        ReformerForConditionalGeneration: "text2text-generation",
         ReformerForMaskedLM: "fill-mask",
         ReformerForMultipleChoice: "multiple-choice",
         ReformerForQuestionAnswering: "question-answering",

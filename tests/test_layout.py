@@ -37,6 +37,7 @@ ORDER = [
     ("chunk_decoding", TORCH),
     ("exact_attention", MODEL),
     ("attention", MODEL),
+    ("cross_attention", MODEL),
     ("feed_forward", MODEL),
     ("layers", MODEL),
     ("whole_stack", MODEL),

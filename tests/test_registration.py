@@ -76,6 +76,7 @@ def test_trainer_and_model_card_find_our_names():
         "text-generation": "ReformerForCausalLM",
         "fill-mask": "ReformerForMaskedLM",
         "question-answering": "ReformerForQuestionAnswering",
+        "text2text-generation": "ReformerForConditionalGeneration",
         "text-classification": "ReformerForSequenceClassification",
         "token-classification": "ReformerForTokenClassification",
     }

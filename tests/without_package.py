@@ -31,7 +31,7 @@ def observe(model) -> dict:
     found = {"class": type(model).__name__, "outputs": outputs(model.eval(), ids)}
     if model.can_generate():
         found["text"] = model.generate(ids, max_new_tokens=12, do_sample=False)
-    labels = {"labels": ids} if "LM" in found["class"] else {}
+    labels = {"labels": ids} if "LM" in found["class"] or "Conditional" in found["class"] else {}
     torch.manual_seed(1)
     model.train()(ids, **labels)[0].square().mean().backward()  # the loss, or else the first of the outputs
     torch.optim.SGD(model.parameters(), lr=0.1).step()
@@ -40,7 +40,8 @@ def observe(model) -> dict:
 
 @torch.no_grad()
 def outputs(model, ids) -> list[torch.Tensor]:
-    return [x for x in model(ids, use_cache=False).to_tuple() if isinstance(x, torch.Tensor)]
+    target = {"decoder_input_ids": ids} if "Conditional" in type(model).__name__ else {}
+    return [x for x in model(ids, **target, use_cache=False).to_tuple() if isinstance(x, torch.Tensor)]
 
 
 def observe_tokenizer(tokenizer) -> dict:

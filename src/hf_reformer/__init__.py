@@ -13,6 +13,7 @@ from .heads_text import (
 from .modeling_reformer import ReformerModel, ReformerPreTrainedModel
 from .pipelines import LongDocumentQuestionAnswering
 from .registration import register
+from .seq2seq import ReformerForConditionalGeneration
 from .tokenization_reformer import ReformerByteTokenizer
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "ReformerByteTokenizer",
     "ReformerConfig",
     "ReformerForCausalLM",
+    "ReformerForConditionalGeneration",
     "ReformerForMaskedLM",
     "ReformerForMultipleChoice",
     "ReformerForQuestionAnswering",

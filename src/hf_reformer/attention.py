@@ -51,6 +51,7 @@ class Call(NamedTuple):
         cache: `cache.ReformerCache` of the tokens before these, which the layers read and write. T counts new tokens.
         attentions: where every layer puts its weights; None: nobody asks for them.
         dense: whether they are wanted as matrices. They may be a `SparseAttention` all the same.
+        source: `cross_attention.Source` of a decoder's layers.
     """
 
     mask: torch.Tensor | None
@@ -66,6 +67,7 @@ class Call(NamedTuple):
     cache: Any = None
     attentions: list[Any] | None = None
     dense: bool = False
+    source: Any = None
 
     @property
     def first(self) -> int:

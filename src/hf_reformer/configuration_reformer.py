@@ -1,5 +1,6 @@
 """ReformerConfig: every choice that shapes a Reformer model, checked as a whole when it is made."""
 
+import copy
 import math
 from typing import Any
 
@@ -98,6 +99,15 @@ class ReformerConfig(PreTrainedConfig):
             million numbers of the stream, which stay in its cache; elsewhere the whole sequence). Given, the
             feed-forward is recomputed in backward even with `reversible=False`.
         is_decoder (`bool`, defaults to `False`): Causal attention. `ReformerForCausalLM` always sets it.
+        is_encoder_decoder (`bool`, defaults to `False`):
+            A bidirectional encoder of `attn_layers` and a causal decoder. `ReformerForConditionalGeneration` always
+            sets it; other models take the encoder alone.
+        decoder_attn_layers (`list[str]`, *optional*): Kind of every layer of the decoder. Defaults to `attn_layers`.
+        tie_encoder_decoder (`bool`, defaults to `False`):
+            Encoder and decoder share positions and, layer by layer, self-attention, feed-forward and norms. What the
+            decoder has besides, cross-attention, stays its own. Token embeddings are shared in any case.
+        decoder_start_token_id (`int`, *optional*):
+            The token that every target begins after. Defaults to `pad_token_id`, or else `bos_token_id`.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: a field of the wrong type, or fields that contradict each other;
@@ -160,6 +170,9 @@ class ReformerConfig(PreTrainedConfig):
     initializer_range: float | int = 0.02
     layer_norm_eps: float | int = 1e-12
     is_decoder: bool = False
+    decoder_attn_layers: list[str] | tuple[str, ...] | None = None
+    tie_encoder_decoder: bool = False
+    decoder_start_token_id: int | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = 0
@@ -174,6 +187,7 @@ class ReformerConfig(PreTrainedConfig):
         if self.num_hidden_layers is None:
             self.num_hidden_layers = len(self.attn_layers)
         self._settle_positions()
+        self._settle_decoder()
         if self.num_buckets is None and self.attention_mode == "window":
             self.num_buckets = default_num_buckets(self.max_position_embeddings, self.lsh_window)
         if not isinstance(self.num_buckets, int) and self.num_buckets is not None:
@@ -198,6 +212,35 @@ class ReformerConfig(PreTrainedConfig):
                 rest -= dims[-1]
             self.axial_pos_embds_dim = (*dims, rest)
         self.axial_pos_embds_dim = tuple(self.axial_pos_embds_dim)
+
+    def _settle_decoder(self) -> None:
+        if self.decoder_attn_layers is not None:
+            self.decoder_attn_layers = tuple(self.decoder_attn_layers)
+        if not self.is_encoder_decoder:
+            return
+        if self.decoder_attn_layers is None:
+            self.decoder_attn_layers = self.attn_layers
+        if self.decoder_start_token_id is None:
+            self.decoder_start_token_id = self.bos_token_id if self.pad_token_id is None else self.pad_token_id
+
+    def as_encoder_decoder(self) -> "ReformerConfig":
+        """This config, or a copy of it that has `is_encoder_decoder` set."""
+        if self.is_encoder_decoder:
+            return self
+        config = copy.deepcopy(self)
+        config.is_encoder_decoder = True
+        config._settle_decoder()
+        config.validate()
+        return config
+
+    def of_decoder(self) -> "ReformerConfig":
+        """The decoder's own config: that of a causal model, whose `attn_layers` are `decoder_attn_layers`."""
+        config = copy.deepcopy(self)
+        config.attn_layers, config.num_hidden_layers = self.decoder_attn_layers, len(self.decoder_attn_layers)
+        config.is_decoder, config.is_encoder_decoder = True, False
+        config.lsh_num_chunks_after = config.local_num_chunks_after = 0
+        config.validate()
+        return config
 
     @property
     def pooling(self) -> str:
@@ -240,6 +283,33 @@ class ReformerConfig(PreTrainedConfig):
             raise ValueError(
                 f"`num_hidden_layers={self.num_hidden_layers}` contradicts `attn_layers`, which names "
                 f"{len(self.attn_layers)} layers. Give only one of the two."
+            )
+
+    def validate_decoder(self):
+        kinds = self.decoder_attn_layers
+        if kinds is not None and (not kinds or set(kinds) - set(LAYER_KINDS)):
+            raise ValueError(
+                f"`decoder_attn_layers={kinds}` must name at least one layer, every one of {LAYER_KINDS}. Leave it "
+                "out for a decoder of the encoder's layers."
+            )
+        if not self.is_encoder_decoder:
+            return
+        if self.is_decoder:
+            raise ValueError(
+                "`is_decoder=True` makes one causal stack, but `is_encoder_decoder=True` asks for an encoder that "
+                "looks both ways and a decoder. Set one of the two to False: an encoder-decoder is a "
+                "`ReformerForConditionalGeneration`, a causal language model is trained as one from the start."
+            )
+        if self.tie_encoder_decoder and kinds != self.attn_layers:
+            raise ValueError(
+                f"`tie_encoder_decoder=True` shares every layer, but `attn_layers={self.attn_layers}` and "
+                f"`decoder_attn_layers={kinds}` differ. Leave `decoder_attn_layers` out, or do not tie."
+            )
+        start = self.decoder_start_token_id
+        if start is None or not 0 <= start < self.vocab_size:
+            raise ValueError(
+                f"`decoder_start_token_id={start}` must be a token, 0 … {self.vocab_size - 1}: the decoder's input "
+                "begins with it. Give it, or a `pad_token_id`, which is its default."
             )
 
     def validate_sizes(self):

@@ -41,7 +41,6 @@ class _LanguageModel(ReformerPreTrainedModel):
             self.merge_streams = nn.Linear(width, config.hidden_size, bias=False)
             width = config.hidden_size
         self.lm_head = nn.Linear(width, config.vocab_size)
-        self.post_init()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
@@ -84,6 +83,7 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
             config.is_decoder = True
             config.validate()
         super().__init__(config)
+        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -114,7 +114,7 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
         kwargs.update(num_hashes=num_hashes, num_buckets=num_buckets, return_dict=True)
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         hidden, shape = outputs.last_hidden_state, given_shape(input_ids, inputs_embeds)
-        _check_label_shape(shift_labels if shift_labels is not None else labels, shape)
+        check_label_shape(shift_labels if shift_labels is not None else labels, shape)
         targets: torch.Tensor | None = shift_labels
         if targets is None and labels is not None:
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
@@ -168,7 +168,13 @@ class ReformerForMaskedLM(_LanguageModel):
                 "ReformerForMaskedLM fills in masked tokens from both sides, but `config.is_decoder=True` makes "
                 "attention causal. Set it to False, or use ReformerForCausalLM."
             )
+        if config.is_encoder_decoder:
+            raise ValueError(
+                "ReformerForMaskedLM is an encoder alone, but `config.is_encoder_decoder=True`, so a saved language "
+                "model's head would be a decoder's. Use ReformerForConditionalGeneration, or set it to False."
+            )
         super().__init__(config)
+        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -184,7 +190,7 @@ class ReformerForMaskedLM(_LanguageModel):
         r"""`labels`: (B, T) int64, -100 where nothing was masked. `logits` is None in training with labels."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         shape = given_shape(input_ids, inputs_embeds)
-        _check_label_shape(labels, shape)
+        check_label_shape(labels, shape)
         shard = self.model.shard(shape[1])
         loss, logits = self._loss_and_logits(outputs.last_hidden_state, labels, shard, num_items_in_batch)
         return MaskedLMOutput(
@@ -263,7 +269,7 @@ class ReformerForTokenClassification(ReformerPreTrainedModel):
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         logits = whole_sequence(self.classifier(self.dropout(outputs.last_hidden_state)), shard)
-        _check_label_shape(labels, logits.shape[:2])
+        check_label_shape(labels, logits.shape[:2])
         loss = None
         if labels is not None:
             loss = cross_entropy(logits.flatten(0, 1), labels.reshape(-1).to(logits.device), num_items_in_batch)
@@ -425,13 +431,13 @@ def _classification_loss(config: ReformerConfig, logits: torch.Tensor, labels: t
 def _inside(positions: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """(B) targets of a span head, -100 where they lie outside the input, or on what is not `real`, (B, T) bool."""
     positions = positions.reshape(-1).to(real.device)
-    _check_label_shape(positions, real.shape[:1])
+    check_label_shape(positions, real.shape[:1])
     inside = (positions >= 0) & (positions < real.shape[1])
     nearest = positions.long().clamp(0, real.shape[1] - 1)
     return torch.where(inside & real.gather(1, nearest[:, None])[:, 0], positions, IGNORE)
 
 
-def _check_label_shape(labels: torch.Tensor | None, shape: torch.Size) -> None:
+def check_label_shape(labels: torch.Tensor | None, shape: torch.Size) -> None:
     if labels is not None and labels.shape != shape:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, but there is a target for each of {tuple(shape)}.")
 

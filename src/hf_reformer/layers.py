@@ -83,11 +83,19 @@ class ReformerLayer(GradientCheckpointingLayer):
             self.compile_parts(**self.compile_options)
 
     def forward(
-        self, x2: torch.Tensor, x1: torch.Tensor, call: Call, grid: Grid, chain: Chain | None = None, index: int = 0
+        self,
+        x2: torch.Tensor,
+        x1: torch.Tensor,
+        call: Call,
+        grid: Grid,
+        chain: Chain | None = None,
+        index: int = 0,
+        *extra: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x2, x1) → (y2, y1), each (B, T, D) in the grid's dtype.
 
-        Reversibly, as number `index` of a `chain`; without one on the plain path.
+        Reversibly, as number `index` of a `chain`; without one on the plain path. `extra` is what `attend` looks at
+        besides, with gradients.
         """
         call = self.told(call)
         if x2.dtype != grid.dtype:
@@ -99,8 +107,8 @@ class ReformerLayer(GradientCheckpointingLayer):
             )
             x1, x2 = to_stream(x1, grid), to_stream(x2, grid)
         if chain is None:
-            y1, y2 = residual_step(self, x1, x2, call, grid)
+            y1, y2 = residual_step(self, x1, x2, call, grid, extra)
             y1 = y1.view_as(y1)  # so that hooks on y1 see the same gradient as on the reversible path
         else:
-            y1, y2 = reversible_step(self, x1, x2, call, chain, index)
+            y1, y2 = reversible_step(self, x1, x2, call, chain, index, extra)
         return y2, y1

@@ -21,6 +21,7 @@ PIPELINE_TAGS = {
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForMultipleChoice": "multiple-choice",
     "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
 }
@@ -189,6 +190,7 @@ def model_card(
         architecture=type(model).__name__.removeprefix("FSDP"),
         parameters=f"{model.num_parameters():,}",
         layers=list(config.attn_layers),
+        decoder_layers=list(config.decoder_attn_layers) if hasattr(model, "decoder") else [],
         has_tokenizer=tokenizer is not None,
         has_mask=getattr(tokenizer, "mask_token", None) is not None,
         has_chat_template=getattr(tokenizer, "chat_template", None) is not None,

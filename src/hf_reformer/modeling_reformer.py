@@ -50,6 +50,9 @@ BUILTIN_NAMES = {
 # Files of transformers 4, and since 5.24, hold the head's bias by this name too. Where they differ, this one counts.
 OLDER_BIAS = "lm_head.decoder.bias"
 
+# What a folder of an encoder-decoder holds besides the encoder, which is all that other models read of it.
+BEYOND_THE_ENCODER = r"^(decoder|lm_head|merge_streams)\."
+
 
 class ReformerPreTrainedModel(PreTrainedModel):
     """Weights, their initialisation, and loading, also from folders of transformers' own Reformer."""
@@ -75,6 +78,8 @@ class ReformerPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        if model.config.is_encoder_decoder and not hasattr(model, "decoder"):
+            model._keys_to_ignore_on_load_unexpected |= {BEYOND_THE_ENCODER}
         found = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
         if OLDER_BIAS in found[0].unexpected_keys and hasattr(model, "lm_head"):
             for state in [state_dict] if state_dict is not None else map(load_state_dict, checkpoint_files):
@@ -113,9 +118,9 @@ class ReformerPreTrainedModel(PreTrainedModel):
         Args:
             options: those of `torch.compile`.
         """
-        model: Any = self.base_model
-        for layer in model.layers:
-            layer.compile_parts(**options)
+        for layer in self.modules():
+            if isinstance(layer, ReformerLayer):
+                layer.compile_parts(**options)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -140,12 +145,14 @@ class ReformerModel(ReformerPreTrainedModel):
     Its last hidden state is twice as wide as `hidden_size`: both residual streams, attention stream first.
     """
 
+    layer_class = ReformerLayer
+
     def __init__(self, config: ReformerConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding_type != "rotary":
             self.position_embeddings = make_position_embeddings(config)
-        self.layers = nn.ModuleList(ReformerLayer(config, i) for i in range(len(config.attn_layers)))
+        self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(len(config.attn_layers)))
         self.norm = LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
         self.sequence_group = None
@@ -236,7 +243,9 @@ class ReformerModel(ReformerPreTrainedModel):
         del embeds  # so that the layers can free what they have used up
         if output_attentions:
             call = call._replace(attentions=[], dense=output_attentions != "sparse")
-        x1, x2, states = self._run_layers(streams, call, grid, bool(output_hidden_states))
+        extra, source = kwargs.get("of_encoder", ((), None))  # given by a decoder (seq2seq.py)
+        call = call._replace(source=source)
+        x1, x2, states = self._run_layers(streams, call, grid, bool(output_hidden_states), extra)
         hidden = self.norm(torch.cat([x1, x2], dim=-1))
         hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(call.key, FINAL_DROPOUT), call.first)
         attentions: Any = call.attentions
@@ -280,7 +289,7 @@ class ReformerModel(ReformerPreTrainedModel):
             raise ValueError(f"A cache (`past_key_values`) cannot be used: {reason}. Leave it out.")
         return cache
 
-    def _run_layers(self, streams: list[torch.Tensor], call: Call, grid: Grid, keep_states: bool):
+    def _run_layers(self, streams: list[torch.Tensor], call: Call, grid: Grid, keep_states: bool, extra: tuple):
         """Both streams through all layers, and the states to return. The path is chosen here, the values are one.
 
         Empties `streams`.
@@ -301,9 +310,9 @@ class ReformerModel(ReformerPreTrainedModel):
             if keep_states:
                 x2 = passing(x2, self.norm.weight.dtype, states)
             if traced:
-                x2, x1 = checkpoint(layer, x2, x1, call, grid, use_reentrant=False)
+                x2, x1 = checkpoint(layer, x2, x1, call, grid, None, index, *extra, use_reentrant=False)
             else:
-                x2, x1 = layer(x2, x1, call, grid, chain, index)
+                x2, x1 = layer(x2, x1, call, grid, chain, index, *extra)
         if keep_states:
             x2 = passing(x2, self.norm.weight.dtype, states)
         return x1, x2, tuple(states) if keep_states else None

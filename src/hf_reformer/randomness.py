@@ -14,7 +14,7 @@ import torch
 
 # What a random number is used for: the second counter of every draw.
 ROTATIONS, EXPLORATION, ATTENTION_DROPOUT, OUTPUT_DROPOUT = 1, 2, 3, 4
-HIDDEN_DROPOUT, FEED_FORWARD_DROPOUT, EMBEDDING_DROPOUT, FINAL_DROPOUT = 5, 6, 7, 8
+HIDDEN_DROPOUT, FEED_FORWARD_DROPOUT, EMBEDDING_DROPOUT, FINAL_DROPOUT, CROSS_DROPOUT = 5, 6, 7, 8, 9
 
 GOLDEN = -1640531527  # 2^32 / golden ratio, odd
 MIX_1, MIX_2 = -2048144789, -1028477387  # multipliers of MurmurHash3's finaliser (A. Appleby, public domain)

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
     AutoModelForTokenClassification,
@@ -34,6 +35,7 @@ from .heads_text import (
 )
 from .modeling_reformer import ReformerModel
 from .pipelines import register_pipelines
+from .seq2seq import ReformerForConditionalGeneration
 from .tokenization_reformer import ReformerByteTokenizer
 
 AUTO_CLASSES = {
@@ -43,6 +45,7 @@ AUTO_CLASSES = {
     AutoModelForMultipleChoice: ReformerForMultipleChoice,
     AutoModelForPreTraining: ReformerForCausalLM,
     AutoModelForQuestionAnswering: ReformerForQuestionAnswering,
+    AutoModelForSeq2SeqLM: ReformerForConditionalGeneration,
     AutoModelForSequenceClassification: ReformerForSequenceClassification,
     AutoModelForTextEncoding: ReformerModel,
     AutoModelForTokenClassification: ReformerForTokenClassification,

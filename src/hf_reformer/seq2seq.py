@@ -1,0 +1,308 @@
+"""Encoder-decoder: a bidirectional Reformer reads the source, a causal one with cross-attention writes the target."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, Seq2SeqLMOutput
+from transformers.utils import can_return_tuple
+
+from .attention import Call
+from .cache import CACHE_NAME, adopt
+from .configuration_reformer import ReformerConfig
+from .cross_attention import CrossAttention, Source
+from .feed_forward import LayerNorm
+from .heads_text import _LanguageModel, check_label_shape, given_shape
+from .layers import ReformerLayer
+from .losses import IGNORE, check_labels
+from .modeling_reformer import ReformerModel
+
+
+class ReformerDecoderLayer(ReformerLayer):
+    """A causal layer whose f is self-attention plus cross-attention, side by side, each behind its own norm."""
+
+    def __init__(self, config: ReformerConfig, layer: int):
+        super().__init__(config, layer)
+        self.cross_attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.cross_attention = CrossAttention(config, layer)
+
+    def project(self, x2: torch.Tensor, call: Call, first: int) -> list[torch.Tensor | None]:
+        query = self.cross_attention.project(self.cross_attention_norm(x2))
+        return [*super().project(x2, call, first), query]
+
+    def attend(self, projected: list[Any], call: Call, *states: torch.Tensor) -> torch.Tensor:
+        mixed = self.cross_attention(projected.pop(), *states, call.source)
+        return torch.cat([super().attend(projected, call), mixed], dim=-1)
+
+    def merge(self, mixed: torch.Tensor, call: Call, first: int) -> torch.Tensor:
+        own, cross = mixed.chunk(2, dim=-1)
+        cross = self.cross_attention.merge(cross, call.layer_key, call.first + first)
+        return super().merge(own, call, first) + cross
+
+
+class ReformerDecoder(ReformerModel):
+    """A causal Reformer whose layers look at an encoder's states, too. Its config is `ReformerConfig.of_decoder()`."""
+
+    layer_class = ReformerDecoderLayer
+    _no_split_modules = ["ReformerDecoderLayer"]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        output_attentions: bool | str | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        cache: Cache | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        r"""
+        Args:
+            encoder_hidden_states: (B, S, 2 D), the encoder's last hidden state.
+            encoder_attention_mask: (B, S), 1 for real tokens of the source.
+            cache, past_key_values: two names for an `EncoderDecoderCache`.
+            others: as `ReformerModel` takes them.
+
+        Raises:
+            ValueError: states, masks or caches that cannot be right.
+        """
+        if cache is not None and past_key_values is not None:
+            raise ValueError("`cache` and `past_key_values` are two names for one argument. Give one of them.")
+        states, rows = encoder_hidden_states, given_shape(input_ids, inputs_embeds)[0]
+        self._check_source(states, encoder_attention_mask, rows)
+        both = self._both_caches(past_key_values if cache is None else cache, use_cache, states)
+        mask = None if encoder_attention_mask is None else encoder_attention_mask.to(states.device) != 0
+        if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
+            mask = None
+        wanted = self.config.output_attentions if output_attentions is None else output_attentions
+        kept = (None, None) if both is None else (both.self_attention_cache, both.cross_attention_cache)
+        source = Source(mask, kept[1], [] if wanted else None)
+        outputs = super().forward(
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            past_key_values=kept[0],
+            of_encoder=((states,), source),
+            **{**kwargs, "return_dict": True},
+        )
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=outputs.last_hidden_state,
+            **{CACHE_NAME: both},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=None if source.attentions is None else tuple(source.attentions),
+        )
+
+    def _check_source(self, states: torch.Tensor | None, mask: torch.Tensor | None, rows: int) -> None:
+        width = 2 * self.config.hidden_size
+        if states is None:
+            raise ValueError("A decoder needs `encoder_hidden_states`, the encoder's last hidden state.")
+        if states.dim() != 3 or states.shape[0] != rows or states.shape[1] == 0 or states.shape[2] != width:
+            raise ValueError(
+                f"The encoder's states have shape {tuple(states.shape)}; for {rows} rows of the target they must be "
+                f"({rows}, source length, {width}): both residual streams of every source token."
+            )
+        if mask is not None and mask.shape != states.shape[:2]:
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(mask.shape)}; with a source of {tuple(states.shape[:2])} tokens "
+                "it must be the same."
+            )
+
+    def _both_caches(self, given: Any, wanted: bool | None, states: torch.Tensor) -> EncoderDecoderCache | None:
+        """Of the target's tokens, and of the source's keys and values, which begin anew with the target."""
+        if given is not None and not isinstance(given, EncoderDecoderCache):
+            raise ValueError(
+                f"The cache given is a {type(given).__name__}, but an encoder-decoder keeps two. Give what an earlier "
+                "call returned, or `EncoderDecoderCache(DynamicCache(), DynamicCache())`."
+            )
+        own = self._cache(None if given is None else given.self_attention_cache, wanted)
+        if own is None:
+            return None
+        both = EncoderDecoderCache(own, DynamicCache()) if given is None else given
+        both.self_attention_cache = own  # type: ignore[assignment]  # any cache
+        if own.get_seq_length() == 0:
+            both.cross_attention_cache = DynamicCache()
+        layers = both.cross_attention_cache.layers
+        held = [getattr(layer, "keys", None) for layer in layers]
+        if own.get_seq_length() and [x is not None and x.shape[2] for x in held] != [states.shape[1]] * len(
+            self.layers
+        ):
+            raise ValueError(
+                f"The cache was filled with another source than this one of {states.shape[1]} tokens. Begin anew with "
+                "an empty cache."
+            )
+        return both
+
+
+class ReformerForConditionalGeneration(_LanguageModel, GenerationMixin):
+    """Encoder-decoder with a language-model head, whatever `config.is_encoder_decoder` says.
+
+    `model` is the encoder, a `ReformerModel`, so that every other class reads it from a folder of this one, and this
+    one begins with the encoder of any folder; `decoder` is the decoder. They share the token embeddings, and with
+    `config.tie_encoder_decoder` all but the decoder's cross-attention and the final norms.
+    """
+
+    def __init__(self, config: ReformerConfig):
+        super().__init__(config.as_encoder_decoder())
+        self.decoder = ReformerDecoder(self.config.of_decoder())
+        self.decoder.embed_tokens = self.model.embed_tokens
+        names = [name for name, _ in self.decoder.named_parameters(remove_duplicate=False)]
+        shared = ("embed_tokens.", "position_embeddings.", "layers.")[: 3 if config.tie_encoder_decoder else 1]
+        shared_names = [name for name in names if name.startswith(shared) and "cross_attention" not in name]
+        self._tied_weights_keys = {f"decoder.{name}": f"model.{name}" for name in shared_names}
+        self._tied_weights_keys |= type(self)._tied_weights_keys if config.tie_word_embeddings else {}
+        self.post_init()
+        if config.tie_encoder_decoder:  # two layers that share weights cannot be wrapped one by one
+            self._no_split_modules = set()  # type: ignore[assignment]  # as the library has it by now
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As for every model of the library; of a folder of another model, the encoder."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.generation_config.decoder_start_token_id is None:  # nothing of the folder tells it
+            model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
+        return loaded
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """What shares its values with what; not a matter of `tie_word_embeddings` alone, as the library has it."""
+        names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        return {name: source for name, source in self._tied_weights_keys.items() if {name, source} <= names}
+
+    def get_encoder(self, *args, **kwargs) -> ReformerModel:
+        return self.model
+
+    def get_decoder(self) -> ReformerDecoder:
+        return self.decoder
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = self.decoder.embed_tokens = value  # type: ignore[assignment]
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        found = super().resize_token_embeddings(*args, **kwargs)
+        self.decoder.config.vocab_size = self.config.vocab_size
+        return found
+
+    def share_sequences(self, group: Any) -> None:
+        """Not possible: raises ValueError, unless `group` is None."""
+        if group is not None:
+            raise ValueError(
+                "Processes cannot share the sequences of an encoder-decoder: its cross-attention looks at a whole "
+                "source. Share the work by rows instead: DistributedDataParallel or FSDP."
+            )
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """(B, T) labels → the decoder's input: a place to the right, behind the start token, -100 as padding."""
+        check_labels(labels, self.config.vocab_size)
+        pad = self.config.decoder_start_token_id if self.config.pad_token_id is None else self.config.pad_token_id
+        shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
+        return shifted.masked_fill(shifted == IGNORE, pad)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        num_hashes: int | None = None,
+        num_buckets: int | list[int] | None = None,
+        cache: Cache | None = None,
+        **kwargs,
+    ) -> Seq2SeqLMOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, inputs_embeds: the source, as `ReformerModel` takes it, (B, S).
+            encoder_outputs: what the encoder gave for a source, in place of it; its first entry is (B, S, 2 D).
+            decoder_input_ids or decoder_inputs_embeds: the target so far, (B, T), behind the start token. Default:
+                `labels`, shifted.
+            decoder_attention_mask: (B, T), 1 for real tokens; with a cache, of the tokens before, too.
+            labels: (B, T) int64, the target of every position, not shifted again; -100 for none.
+            cache, past_key_values: two names for an `EncoderDecoderCache`, of an earlier call or empty.
+            use_cache, logits_to_keep, num_items_in_batch: as `ReformerForCausalLM` takes them.
+            num_hashes, num_buckets, output_attentions, output_hidden_states: as `ReformerModel` takes them; for both.
+
+        Returns:
+            Seq2SeqLMOutput. `logits` (B, T, vocab_size) is None in training with labels.
+
+        Raises:
+            ValueError: what cannot be right; the message says which and why.
+        """
+        if any(name in kwargs for name in ("position_ids", "decoder_position_ids")):
+            raise ValueError(
+                "An encoder-decoder takes no position ids: positions follow from the masks, and a row holds one "
+                "source and one target, never several samples."
+            )
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[assignment]
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError(
+                "The decoder has no input: give `labels` or `decoder_input_ids`. Where the Trainer keeps the labels "
+                "to itself, as for label smoothing, `DataCollatorForSeq2Seq(tokenizer, model=model)` makes both."
+            )
+        check_label_shape(labels, given_shape(decoder_input_ids, decoder_inputs_embeds))
+        for name in ("output_attentions", "output_hidden_states"):
+            kwargs[name] = getattr(self.config, name) if kwargs.get(name) is None else kwargs[name]
+        kwargs.update(num_hashes=num_hashes, num_buckets=num_buckets, return_dict=True)
+        if encoder_outputs is None:
+            encoder_outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        outputs = self.decoder(
+            decoder_input_ids,
+            decoder_attention_mask,
+            encoder_hidden_states=encoder_outputs[0],
+            encoder_attention_mask=attention_mask,
+            inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            past_key_values=past_key_values,
+            cache=cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss, logits = self._loss_and_logits(hidden, labels, None, num_items_in_batch, logits_to_keep)
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+            decoder_hidden_states=outputs.hidden_states,
+            decoder_attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
+            encoder_attentions=getattr(encoder_outputs, "attentions", None),
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return True  # the library says no to whatever is called Reformer
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        """The library's choice of caches, of which that of the target gets layers of ours."""
+        library: Any = super()
+        library._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        both: Any = model_kwargs.get(CACHE_NAME)
+        if isinstance(both, EncoderDecoderCache):
+            own: Any = adopt(both.self_attention_cache, self.decoder.config)
+            both.self_attention_cache = own
+            if generation_config.is_assistant:  # what it guesses wrong is taken back
+                both.activate_past_recording()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError("Continuous batching knows no encoder-decoders. Use `generate` with a padded batch.")
+
+
+__all__ = ["ReformerForConditionalGeneration"]

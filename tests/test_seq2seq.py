@@ -647,3 +647,55 @@ def test_it_learns_to_reverse(tied):
     found = torch.nn.functional.pad(found, (0, 21 - found.shape[1]))
     right = ((found == labels) | (labels == -100)).all(-1)
     assert right.float().mean() >= 0.99
+
+
+# --- coverage
+
+
+def dense_coverage(model, inputs) -> torch.Tensor:
+    """The coverage losses of all layers from the weights of attention, which the model gives as matrices."""
+    out = model(**inputs, output_attentions=True)
+    source, target = inputs["attention_mask"].bool(), torch.ones_like(inputs["labels"], dtype=torch.bool)
+
+    def loss(weights, queries, keys, causal):
+        share = queries.double() / queries.sum(-1, keepdim=True).clamp(min=1)
+        received = torch.einsum("bhts,bt->bs", weights, share) / weights.shape[1]
+        even = queries.double()[:, :, None] * keys[:, None, :]
+        even = even.tril() if causal else even
+        even = torch.einsum("bts,bt->bs", even / even.sum(-1, keepdim=True).clamp(min=1), share)
+        return (
+            torch.where(received > 0, received * (received.clamp(min=1e-300) / even.clamp(min=1e-300)).log(), 0)
+            .sum(-1)
+            .mean()
+        )
+
+    encoder = [loss(w, source, source, False) for w in out.encoder_attentions]
+    own = [loss(w, target, target, True) for w in out.decoder_attentions]
+    cross = [loss(w, target, source, False) for w in out.cross_attentions]
+    return torch.stack([*encoder, *(a + b for a, b in zip(own, cross, strict=True))])
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+def test_coverage_counts_encoder_decoder_and_what_the_source_receives(reversible):
+    model = make_model(
+        ReformerForConditionalGeneration,
+        **SMALL_WINDOWS,
+        coverage_loss_weight=0.5,
+        reversible=reversible,
+        hidden_dropout_prob=0.0,
+        resample_rotations=False,
+        lsh_exploration_orders=0,
+    ).train()
+    mask = torch.ones(2, 23, dtype=torch.long)
+    mask[1, 15:] = 0
+    inputs = {"input_ids": make_ids(2, 23), "attention_mask": mask, "labels": make_ids(2, 11, seed=1)}
+    out, dense = model(**inputs), dense_coverage(model, inputs)
+    assert largest_gap(out.coverage_loss, dense) < 1e-10
+    plain = model(**inputs, output_coverage=False).loss
+    assert abs(out.loss - plain - 0.5 * dense.sum()).item() < 1e-10
+    wanted = list(model.parameters())
+    found = torch.autograd.grad(out.loss, wanted, allow_unused=True)
+    expected = torch.autograd.grad(plain + 0.5 * dense.sum(), wanted, allow_unused=True)
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or largest_gap(a, b) <= 1e-8 * max(1, b.abs().max().item())

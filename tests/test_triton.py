@@ -16,6 +16,7 @@ import pytest
 import torch
 from attention_cases import TOLERANCES, Case, assert_equals_reference, make_case
 from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
+from test_received_attention import assert_is_what_the_weights_say
 
 from hf_reformer import ReformerForCausalLM, attention_ops, reference
 from hf_reformer.attention_ops import backend_name, ordered_attention
@@ -160,10 +161,20 @@ def on_device(query, key, value, orders, *, causal, mask, dropout, dropout_key):
     return backend.ordered_attention(query, key, value, orders, **options).cpu()
 
 
+def received_on_device(query, key, value, orders, paid, known, **options):
+    """`kernels.triton.attention_received` on the GPU, for tensors on the CPU."""
+    move = lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) else x  # noqa: E731
+    given = (move(x) for x in (query, key, value, type(orders)(*map(move, orders)), paid, known))
+    found = backend.attention_received(*given, **{name: move(x) for name, x in options.items()})
+    return tuple(x.cpu() for x in found)
+
+
 @pytest.fixture(autouse=True)
 def cpu_tensors_go_to_the_gpu(monkeypatch):
     if DEVICE == "cuda":
-        kernel = SimpleNamespace(why_not=lambda query, value: None, ordered_attention=on_device)
+        kernel = SimpleNamespace(
+            why_not=lambda query, value: None, ordered_attention=on_device, attention_received=received_on_device
+        )
         monkeypatch.setitem(attention_ops.KERNELS, "triton", kernel)
 
 
@@ -427,3 +438,12 @@ def check_a_reversible_model_agrees_with_the_torch_backend(mode, messages):
     for a, b in zip(*outputs, strict=True):
         assert largest_gap(a, b) <= 2e-4 * max(1, b.abs().max().item())
     assert messages == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "shared", "dropout"), [("window", True, 0.3), ("chunk", True, 0.0), ("window", False, 0.0)]
+)
+def check_what_tokens_receive(mode, shared, dropout, tiles_of):
+    case = Case(mode=mode, shared=shared, dropout=dropout, length=20, batch=1, rounds=2, dtype=torch.float32)
+    tiles_of(16, 16)
+    assert_is_what_the_weights_say(case, "triton", torch.float32)

@@ -29,7 +29,8 @@ from .listed_attention import (
 )
 from .positions import rotate
 from .randomness import ATTENTION_DROPOUT, OUTPUT_DROPOUT, dropout, fold, make_key
-from .sharding import Shard, heads_to_tokens, tokens_to_heads
+from .received_attention import attention_received, exact_received, received_from
+from .sharding import Shard, heads_to_tokens, sum_of_shares, tokens_to_heads
 
 AT_ONCE = 8  # new tokens on top of a cache, up to which each is looked up by itself
 STEP_COST = 16  # of looking a token up, in tokens of one forward over all
@@ -52,6 +53,9 @@ class Call(NamedTuple):
         attentions: where every layer puts its weights; None: nobody asks for them.
         dense: whether they are wanted as matrices. They may be a `SparseAttention` all the same.
         source: `cross_attention.Source` of a decoder's layers.
+        paid: (B, T), each query's share in what tokens receive, over all heads; None: nobody asks what they receive.
+        known: (B, T), what they receive in the layer that is told, where it runs again.
+        received: where that layer puts it.
     """
 
     mask: torch.Tensor | None
@@ -68,6 +72,9 @@ class Call(NamedTuple):
     attentions: list[Any] | None = None
     dense: bool = False
     source: Any = None
+    paid: torch.Tensor | None = None
+    known: torch.Tensor | None = None
+    received: list[torch.Tensor] | None = None
 
     @property
     def first(self) -> int:
@@ -128,6 +135,8 @@ class ReformerAttention(nn.Module):
         else:
             out = self._attend(query, key_vectors, value, call, call.layer_key)  # (B, H, T, head_size)
         out = out if call.shard is None else heads_to_tokens(out, call.shard)
+        if call.received:
+            call.received.append(sum_of_shares(call.received.pop(), call.shard))
         return out.transpose(1, 2).flatten(2)
 
     def _attend(self, query: Any, key_vectors: Any, value: Any, call: Call, key: torch.Tensor | None) -> torch.Tensor:
@@ -148,6 +157,9 @@ class ReformerAttention(nn.Module):
         if self.kind == "full" and dropout_key is None and call.attentions is None:
             allowed = among_tokens(call.mask, call.samples, value.shape[2], self.causal, value.device)
             out = exact_attention(self, query, key_vectors, value, allowed, self.causal)
+            if call.received is not None:
+                which = call.paid, allowed, self.causal, self.scale
+                call.received.append(exact_received(query, key_vectors, *which))
             return out if call.mask is None else torch.where(call.mask[:, None, :, None], out, 0)
         if self.kind == "full":
             orders = full_orders(value, self.causal, call.mask, call.samples)
@@ -168,10 +180,13 @@ class ReformerAttention(nn.Module):
             buckets = None if buckets is None else nn.functional.pad(buckets, (0, more))
             mask = mask if mask is not None else value.new_ones(value.shape[0], length, dtype=torch.bool)
             mask = nn.functional.pad(mask, (0, more))
+            call = call._replace(paid=_padded(call.paid, more), known=_padded(call.known, more))
         orders = self._chunk_orders(buckets, mask, call, value)
         out = self._over(orders, query, key_vectors, value, call, mask, dropout_key)
         if call.attentions is not None:
             call.attentions.append(without_end(call.attentions.pop(), length))
+        if call.received is not None:
+            call.received.append(call.received.pop()[:, :length])
         return out[:, :, :length]
 
     def _over(self, orders: Orders, query, key_vectors, value, call: Call, mask, dropout_key=None) -> torch.Tensor:
@@ -181,8 +196,18 @@ class ReformerAttention(nn.Module):
             attend = attend_by_matrix if call.dense else attend_by_lists
             out, attention = attend(query, key_vectors, value, orders, **how)
             call.attentions.append(attention)
+            if call.received is not None:
+                if isinstance(attention, torch.Tensor):
+                    call.received.append(received_from(attention, call.paid))
+                else:
+                    call.received.append(attention.received(call.paid))
             return out
         backend = "reference" if self.kind == "full" else self.backend
+        if call.received is not None:
+            given = query, key_vectors, value, orders, call.paid, call.known
+            out, received = attention_received(*given, backend=backend, **how)
+            call.received.append(received)
+            return out
         return ordered_attention(query, key_vectors, value, orders, backend=backend, **how)
 
     def _attend_cached(self, query: Any, key_vectors: Any, value: Any, call: Call) -> torch.Tensor:
@@ -361,6 +386,10 @@ class ReformerAttention(nn.Module):
         else:
             count = product_of(self._num_buckets(call))
         return chunk_orders(buckets, count, self.chunk, self.before, self.after, mask, makers.sort_line)
+
+
+def _padded(x: torch.Tensor | None, more: int) -> torch.Tensor | None:
+    return None if x is None else nn.functional.pad(x, (0, more))
 
 
 def old_num_buckets(length: int, chunk: int, max_positions: int) -> int | tuple[int, int]:

@@ -315,7 +315,7 @@ def _heads_of(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return rows.view(batch, length, heads, -1).transpose(1, 2).to(like.dtype)
 
 
-class _TiledAttention(torch.autograd.Function):
+class TiledAttention(torch.autograd.Function):
     """The pure-PyTorch backend; saves the inputs, the output and each row's maximum and sum."""
 
     @staticmethod
@@ -347,17 +347,67 @@ class _TiledAttention(torch.autograd.Function):
         query, key, value, mask, dropout_key, line, lo, hi, out, top, mass = ctx.saved_tensors
         if grad is None:
             return (None,) * 7
-        orders, rule = Orders(line, lo, hi, *ctx.orders), ctx.rule
-        with torch.autocast(query.device.type, enabled=False):
-            q, k, v, flat_out, grad = (_flat_rows(x) for x in (query, key, value, out, grad))
-            q = q * LOG2_E
-            rows = _make_rows(orders, query.shape[1], mask, dropout_key)
-            drift = (flat_out * grad).sum(-1)  # sum over keys of weight times its gradient
-            grads = q.new_zeros(q.shape[0] + 1, q.shape[1]), torch.zeros_like(k), torch.zeros_like(v)
-            for block in _blocks(orders, rows):
-                _backward_block(block, rows, rule, orders.before, q, k, v, grad, drift, top, mass, grads)
-            dq, dk, dv = grads[0], grads[1].div_(LOG2_E), grads[2]
-        return _heads_of(dq[:-1], query), _heads_of(dk, key), _heads_of(dv, value), None, None, None, None
+        call = Orders(line, lo, hi, *ctx.orders), mask, dropout_key, ctx.rule
+        return *tiled_gradients(query, key, value, *call, out, top, mass, grad), None, None, None, None
+
+
+def tiled_gradients(query, key, value, orders, mask, dropout_key, rule, out, top, mass, grad, paid=None, push=None):
+    """Gradients of query, key and value of `TiledAttention` by that of its output.
+
+    paid, push: (B, T), where the sum over heads and queries of weight * paid has a gradient too, `push`.
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        q, k, v, flat_out, grad = (_flat_rows(x) for x in (query, key, value, out, grad))
+        q = q * LOG2_E
+        rows = _make_rows(orders, query.shape[1], mask, dropout_key)
+        drift = (flat_out * grad).sum(-1)  # sum over keys of weight times its gradient
+        more = None
+        if push is not None:
+            more = _of_rows(paid, query), _of_rows(push, query)
+            drift += more[0] * _sweep(orders, rows, rule, q, k, top, mass, push=more[1])
+        grads = q.new_zeros(q.shape[0] + 1, q.shape[1]), torch.zeros_like(k), torch.zeros_like(v)
+        for block in _blocks(orders, rows):
+            _backward_block(block, rows, rule, orders.before, q, k, v, grad, drift, top, mass, grads, more)
+        dq, dk, dv = grads[0], grads[1].div_(LOG2_E), grads[2]
+    return _heads_of(dq[:-1], query), _heads_of(dk, key), _heads_of(dv, value)
+
+
+def tiled_received(query, key, orders, mask, rule, top, mass, paid) -> torch.Tensor:
+    """What every token receives, (B, T): the sum over heads and queries of weight * paid, (B, T)."""
+    with torch.autocast(query.device.type, enabled=False):
+        q, k = _flat_rows(query) * LOG2_E, _flat_rows(key)
+        rows = _make_rows(orders, query.shape[1], mask, None)
+        found = _sweep(orders, rows, rule, q, k, top, mass, paid=_of_rows(paid, query))
+    return found.view(query.shape[0], query.shape[2], -1).sum(-1)
+
+
+def _of_rows(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """(B, T) → (N) in at least float32."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return x.to(dtype)[:, :, None].expand(-1, -1, query.shape[1]).reshape(-1)
+
+
+def _sweep(orders, rows, rule, q, k, top, mass, paid=None, push=None) -> torch.Tensor:
+    """Sums of weights before dropout, (N): of paid * weight over queries, or of weight * push over keys."""
+    found = q.new_zeros(q.shape[0] + 1)
+    for block in _blocks(orders, rows):
+        n, tile, keys = block.shape
+        query, key = q.index_select(0, block.query), k.index_select(0, block.key)
+        weights, _ = _block_weights(block, rows, rule, query, key, orders.before, top, mass)
+        if push is None:
+            share = paid.index_select(0, block.query).view(n, 1, tile)
+            found.index_add_(0, block.key, torch.bmm(share, weights).view(-1))
+        else:
+            pushes = push.index_select(0, block.key).view(n, keys, 1)
+            found.index_add_(0, block.target, torch.bmm(weights, pushes).view(-1))
+    return found[:-1]
+
+
+def _block_weights(block, rows, rule, query, key, before, top, mass):
+    """Weights (n, C, K) before dropout, from every row's maximum and sum; and where scores are fixed, or None."""
+    scores, fixed = _block_scores(block, rows, rule, query, key, before)
+    share = mass.index_select(0, block.query).reciprocal_().view(*block.shape[:2], 1)
+    return scores.sub_(top.index_select(0, block.query).view(share.shape)).exp2_().mul_(share), fixed
 
 
 def _forward_block(block, rows, rule, before, q, k, v, out, top, mass) -> None:
@@ -379,14 +429,15 @@ def _forward_block(block, rows, rule, before, q, k, v, out, top, mass) -> None:
     mass.index_copy_(0, target, total)
 
 
-def _backward_block(block, rows, rule, before, q, k, v, grad, drift, top, mass, grads) -> None:
-    """Add a block's share to the gradients of q, k, v (Dao et al. 2022, section 3.1: D = rowsum(dO * O))."""
+def _backward_block(block, rows, rule, before, q, k, v, grad, drift, top, mass, grads, more=None) -> None:
+    """Add a block's share to the gradients of q, k, v (Dao et al. 2022, section 3.1: D = rowsum(dO * O)).
+
+    more: what every query pays, and the gradient of what every key receives, (N) each; or None.
+    """
     n, tile, keys = block.shape
     dq, dk, dv = grads
     query, key = q.index_select(0, block.query), k.index_select(0, block.key)
-    scores, fixed = _block_scores(block, rows, rule, query, key, before)
-    share = mass.index_select(0, block.query).reciprocal_()
-    weights = scores.sub_(top.index_select(0, block.query).view(n, tile, 1)).exp2_().mul_(share.view(n, tile, 1))
+    weights, fixed = _block_weights(block, rows, rule, query, key, before, top, mass)
     upstream = grad.index_select(0, block.query).view(n, tile, -1)
     values = v.index_select(0, block.key).view(n, keys, -1)
     slope = torch.bmm(upstream, values.transpose(1, 2))  # gradient of the weights
@@ -395,6 +446,9 @@ def _backward_block(block, rows, rule, before, q, k, v, grad, drift, top, mass, 
     if kept is not None:
         used = weights * kept
         slope.mul_(kept)
+    if more is not None:
+        paid, push = more[0].index_select(0, block.query), more[1].index_select(0, block.key)
+        slope.addcmul_(paid.view(n, tile, 1), push.view(n, 1, keys))
     dv.index_add_(0, block.key, torch.bmm(used.transpose(1, 2), upstream).view(n * keys, -1))
     slope.sub_(drift.index_select(0, block.query).view(n, tile, 1)).mul_(weights)
     if fixed is not None:
@@ -407,6 +461,12 @@ def _backward_block(block, rows, rule, before, q, k, v, grad, drift, top, mass, 
 
 def tiled_attention(query, key, value, orders, *, causal, mask, dropout, dropout_key) -> torch.Tensor:
     """`ordered_attention` in pure PyTorch, on any device."""
+    key, rule = checked_rule(query, key, causal, dropout)
+    return TiledAttention.apply(query, key, value, orders, mask, dropout_key, rule)[0]
+
+
+def checked_rule(query, key, causal: bool, dropout: float) -> tuple[torch.Tensor, _Rule]:
+    """The keys, also where they are shared, and the rule; raises ValueError for more rows than can be counted."""
     if query.shape[2] > LONGEST or query.shape[:3].numel() >= 2**31:
         raise ValueError(
             f"query of shape {tuple(query.shape)}: places are counted in float32 and rows in int32, which holds up to "
@@ -415,7 +475,7 @@ def tiled_attention(query, key, value, orders, *, causal, mask, dropout, dropout
     rule = _Rule(key is None, causal, dropout)
     if key is None:
         key = shared_key(query.to(torch.promote_types(query.dtype, torch.float32)))
-    return _TiledAttention.apply(query, key, value, orders, mask, dropout_key, rule)[0]
+    return key, rule
 
 
 BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"torch": tiled_attention, "reference": reference_attention}

@@ -98,6 +98,9 @@ class ReformerConfig(PreTrainedConfig):
             and in the language-model loss; they need divide nothing. 0: an automatic size (layers: on a CPU about a
             million numbers of the stream, which stay in its cache; elsewhere the whole sequence). Given, the
             feed-forward is recomputed in backward even with `reversible=False`.
+        coverage_loss_weight (`float`, defaults to 0.0):
+            Above 0, this many times the coverage loss of every layer is added to a head's loss: how far the attention
+            that tokens receive is from reaching all of them. Outputs tell it as `coverage_loss` (layers).
         is_decoder (`bool`, defaults to `False`): Causal attention. `ReformerForCausalLM` always sets it.
         is_encoder_decoder (`bool`, defaults to `False`):
             A bidirectional encoder of `attn_layers` and a causal decoder. `ReformerForConditionalGeneration` always
@@ -120,7 +123,7 @@ class ReformerConfig(PreTrainedConfig):
     """
 
     model_type = "hf_reformer"
-    keys_to_ignore_at_inference = ["past_key_values", "cache"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "coverage_loss"]
 
     vocab_size: int = 320
     hidden_size: int = 256
@@ -166,6 +169,7 @@ class ReformerConfig(PreTrainedConfig):
     residual_precision: str = "float64"
     attention_backend: str = "auto"
     chunk_size_lm_head: int = 0
+    coverage_loss_weight: float | int = 0.0
 
     initializer_range: float | int = 0.02
     layer_norm_eps: float | int = 1e-12
@@ -331,6 +335,13 @@ class ReformerConfig(PreTrainedConfig):
         for name in [*names, "local_attention_probs_dropout_prob", "classifier_dropout"]:
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise ValueError(f"`{name}={getattr(self, name)}` must lie between 0 and 1.")
+
+    def validate_coverage(self):
+        if not 0 <= self.coverage_loss_weight < math.inf:
+            raise ValueError(
+                f"`coverage_loss_weight={self.coverage_loss_weight}` must be a finite number of at least 0; 0 leaves "
+                "the coverage loss out."
+            )
 
     def validate_buckets(self):
         if self.num_buckets is not None:

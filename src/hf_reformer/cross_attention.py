@@ -8,6 +8,7 @@ from torch import nn
 from .configuration_reformer import ReformerConfig
 from .exact_attention import eager_attention, exact_attention
 from .randomness import CROSS_DROPOUT, dropout, fold
+from .received_attention import exact_received
 
 
 class Source(NamedTuple):
@@ -43,10 +44,13 @@ class CrossAttention(nn.Module):
         """(B, T, D) normalised stream → queries (B, T, H * head_size)."""
         return self.q_proj(x)
 
-    def forward(self, query: torch.Tensor, states: torch.Tensor, source: Source) -> torch.Tensor:
+    def forward(
+        self, query: torch.Tensor, states: torch.Tensor, source: Source, paid: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
         """Queries (B, T, H * head_size), the encoder's states (B, S, 2 D) → (B, T, H * head_size).
 
-        A row whose source is empty gets 0.
+        A row whose source is empty gets 0. With `paid`, (B, T), also what every token of the source receives, (B, S)
+        (`received_attention.exact_received`).
         """
         query, (keys, values) = self._heads(query), self._keys_and_values(states, source)
         allowed = some = None
@@ -59,7 +63,11 @@ class CrossAttention(nn.Module):
             out, weights = eager_attention(self, query, keys, values, allowed, self.scale)
             source.attentions.append(weights if some is None else torch.where(some[:, None], weights, 0))
         out = out.flatten(2)
-        return out if some is None else torch.where(some, out, 0)
+        found = [out if some is None else torch.where(some, out, 0)]
+        if paid is not None:
+            received = exact_received(query, keys, paid, allowed, scale=self.scale)
+            found.append(received if source.mask is None else torch.where(source.mask, received, 0))
+        return found
 
     def merge(self, mixed: torch.Tensor, key: torch.Tensor | None, first: int = 0) -> torch.Tensor:
         """(B, T, H * head_size) → (B, T, D); `key` and `first` as `ReformerAttention.merge` takes them."""

@@ -6,21 +6,21 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import (
-    CausalLMOutputWithPast,
-    MaskedLMOutput,
-    MultipleChoiceModelOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from .cache import CACHE_NAME, adopt
 from .configuration_reformer import ReformerConfig
-from .losses import IGNORE, check_labels, chunked_cross_entropy, cross_entropy
+from .losses import IGNORE, check_labels, chunked_cross_entropy, cross_entropy, with_coverage
 from .modeling_reformer import ReformerModel, ReformerPreTrainedModel
+from .outputs import (
+    ReformerCausalLMOutput,
+    ReformerMaskedLMOutput,
+    ReformerMultipleChoiceOutput,
+    ReformerQuestionAnsweringOutput,
+    ReformerSequenceClassifierOutput,
+    ReformerTokenClassifierOutput,
+)
 from .sharding import Shard, own_tokens, sum_of_shares, whole_sequence
 
 
@@ -98,7 +98,7 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
         num_hashes: int | None = None,
         num_buckets: int | list[int] | None = None,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
+    ) -> ReformerCausalLMOutput:
         r"""
         Args:
             labels: (B, T) int64: the tokens themselves (shifting happens here), -100 for no target.
@@ -108,7 +108,7 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
             shift_labels: (B, T) int64: the target of every position, already shifted; instead of `labels`.
 
         Returns:
-            CausalLMOutputWithPast. `logits` (B, T, vocab_size) is None in training with labels.
+            ReformerCausalLMOutput. `logits` (B, T, vocab_size) is None in training with labels.
         """
         shift_labels = kwargs.pop("shift_labels", None)  # in the signature, Trainer would want it in evaluation
         kwargs.update(num_hashes=num_hashes, num_buckets=num_buckets, return_dict=True)
@@ -120,12 +120,14 @@ class ReformerForCausalLM(_LanguageModel, GenerationMixin):
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
         shard = self.model.shard(shape[1])
         loss, logits = self._loss_and_logits(hidden, targets, shard, num_items_in_batch, logits_to_keep)
-        return CausalLMOutputWithPast(
-            loss=loss,
+        weight = self.config.coverage_loss_weight
+        return ReformerCausalLMOutput(
+            loss=with_coverage(loss, outputs.coverage_loss, weight, targets, num_items_in_batch),
             logits=logits,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            coverage_loss=outputs.coverage_loss,
         )
 
     @classmethod
@@ -186,15 +188,20 @@ class ReformerForMaskedLM(_LanguageModel):
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
-    ) -> MaskedLMOutput:
+    ) -> ReformerMaskedLMOutput:
         r"""`labels`: (B, T) int64, -100 where nothing was masked. `logits` is None in training with labels."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         shape = given_shape(input_ids, inputs_embeds)
         check_label_shape(labels, shape)
         shard = self.model.shard(shape[1])
         loss, logits = self._loss_and_logits(outputs.last_hidden_state, labels, shard, num_items_in_batch)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        weight = self.config.coverage_loss_weight
+        return ReformerMaskedLMOutput(
+            loss=with_coverage(loss, outputs.coverage_loss, weight, labels, num_items_in_batch),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            coverage_loss=outputs.coverage_loss,
         )
 
 
@@ -232,14 +239,18 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
         **kwargs,
-    ) -> SequenceClassifierOutput:
+    ) -> ReformerSequenceClassifierOutput:
         r"""`labels`: (B) int64 classes, (B) or (B, num_labels) floats for regression or several labels a row."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling, shard))
         loss = None if labels is None else _classification_loss(self.config, logits, labels.to(logits.device))
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return ReformerSequenceClassifierOutput(
+            loss=with_coverage(loss, outputs.coverage_loss, self.config.coverage_loss_weight),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            coverage_loss=outputs.coverage_loss,
         )
 
 
@@ -264,7 +275,7 @@ class ReformerForTokenClassification(ReformerPreTrainedModel):
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs,
-    ) -> TokenClassifierOutput:
+    ) -> ReformerTokenClassifierOutput:
         r"""`labels`: (B, T) int64, -100 for no target."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
@@ -273,8 +284,13 @@ class ReformerForTokenClassification(ReformerPreTrainedModel):
         loss = None
         if labels is not None:
             loss = cross_entropy(logits.flatten(0, 1), labels.reshape(-1).to(logits.device), num_items_in_batch)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        weight = self.config.coverage_loss_weight
+        return ReformerTokenClassifierOutput(
+            loss=with_coverage(loss, outputs.coverage_loss, weight, labels, num_items_in_batch),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            coverage_loss=outputs.coverage_loss,
         )
 
 
@@ -299,7 +315,7 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
         **kwargs,
-    ) -> QuestionAnsweringModelOutput:
+    ) -> ReformerQuestionAnsweringOutput:
         r"""`start_positions`, `end_positions`: (B) int64; a position outside the input (cut away) or on padding is no
         target. Logits of padding are as low as the dtype goes."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
@@ -316,12 +332,13 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
         if start_positions is not None and end_positions is not None:
             pairs = ((start_logits, start_positions), (end_logits, end_positions))
             loss = sum(cross_entropy(logits, _inside(positions, real)) for logits, positions in pairs) / 2
-        return QuestionAnsweringModelOutput(
-            loss=loss,
+        return ReformerQuestionAnsweringOutput(
+            loss=with_coverage(loss, outputs.coverage_loss, self.config.coverage_loss_weight),
             start_logits=start_logits,
             end_logits=end_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            coverage_loss=outputs.coverage_loss,
         )
 
 
@@ -345,7 +362,7 @@ class ReformerForMultipleChoice(ReformerPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         **kwargs,
-    ) -> MultipleChoiceModelOutput:
+    ) -> ReformerMultipleChoiceOutput:
         r"""Inputs are (B, choices, T); `labels`: (B) int64, the index of the right choice."""
         given = input_ids if inputs_embeds is None else inputs_embeds
         wanted = 3 if inputs_embeds is None else 4
@@ -361,8 +378,12 @@ class ReformerForMultipleChoice(ReformerPreTrainedModel):
         pooled = pool(outputs.last_hidden_state, flat[1], self.config.pooling, shard)
         logits = self.classifier(pooled).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels.to(logits.device))
-        return MultipleChoiceModelOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return ReformerMultipleChoiceOutput(
+            loss=with_coverage(loss, outputs.coverage_loss, self.config.coverage_loss_weight),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            coverage_loss=outputs.coverage_loss,
         )
 
 

@@ -50,8 +50,16 @@ class ReformerLayer(GradientCheckpointingLayer):
     def project(self, x2: torch.Tensor, call: Call, first: int) -> list[torch.Tensor | None]:
         return self.attention.project(self.attention_norm(x2))
 
-    def attend(self, projected: list[torch.Tensor | None], call: Call) -> torch.Tensor:
-        return self.attention(projected, call)
+    def attend(self, projected: list[torch.Tensor | None], call: Call, known: Any = None) -> Any:
+        """What attention gives; where the call asks for it, also what every token receives, (B, T).
+
+        known: a list of the latter, where the layer runs again.
+        """
+        if call.paid is None:
+            return self.attention(projected, call)
+        received: list[torch.Tensor] = []
+        mixed = self.attention(projected, call._replace(known=known[0] if known else None, received=received))
+        return mixed, *received
 
     def merge(self, mixed: torch.Tensor, call: Call, first: int) -> torch.Tensor:
         return self.attention.merge(mixed, call.layer_key, call.first + first)
@@ -91,8 +99,8 @@ class ReformerLayer(GradientCheckpointingLayer):
         chain: Chain | None = None,
         index: int = 0,
         *extra: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x2, x1) → (y2, y1), each (B, T, D) in the grid's dtype.
+    ) -> tuple[torch.Tensor, ...]:
+        """(x2, x1) → (y2, y1), each (B, T, D) in the grid's dtype; then what tokens receive, if the call asks for it.
 
         Reversibly, as number `index` of a `chain`; without one on the plain path. `extra` is what `attend` looks at
         besides, with gradients.
@@ -107,8 +115,8 @@ class ReformerLayer(GradientCheckpointingLayer):
             )
             x1, x2 = to_stream(x1, grid), to_stream(x2, grid)
         if chain is None:
-            y1, y2 = residual_step(self, x1, x2, call, grid, extra)
+            y1, y2, *received = residual_step(self, x1, x2, call, grid, extra)
             y1 = y1.view_as(y1)  # so that hooks on y1 see the same gradient as on the reversible path
         else:
-            y1, y2 = reversible_step(self, x1, x2, call, chain, index, extra)
-        return y2, y1
+            y1, y2, *received = reversible_step(self, x1, x2, call, chain, index, extra)
+        return y2, y1, *received

@@ -30,6 +30,11 @@ class SparseAttention(NamedTuple):
         matrix = self.weights.new_zeros(*self.weights.shape[:3], length)
         return matrix.scatter_add(-1, self.tokens.clamp(min=0), self.weights)
 
+    def received(self, paid: torch.Tensor) -> torch.Tensor:
+        """What every token receives of T tokens without others before them, by their shares (B, T): (B, T)."""
+        weights = (self.weights * paid.to(self.weights.dtype)[:, None, :, None]).flatten(1)
+        return weights.new_zeros(paid.shape).scatter_add(1, self.tokens.clamp(min=0).flatten(1), weights)
+
 
 def attend_to_tokens(
     query: torch.Tensor,

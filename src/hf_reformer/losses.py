@@ -55,6 +55,28 @@ def chunked_cross_entropy(
     return total / _count(labels, num_items)
 
 
+def with_coverage(
+    loss: torch.Tensor | None,
+    coverage: torch.Tensor | None,
+    weight: float,
+    targets: torch.Tensor | None = None,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor | None:
+    """A task's loss, and `weight` times the coverage loss of all layers; None where the task has none.
+
+    Args:
+        coverage: (layers), or None.
+        targets, num_items: where the task's loss is divided by `num_items`, a batch's coverage counts by its share of
+            the targets, so that accumulated batches come to a mean.
+    """
+    if loss is None or coverage is None or not weight:
+        return loss
+    more = weight * coverage.sum()
+    if num_items is not None and targets is not None:
+        more = more * ((targets != IGNORE).sum().to(more.device) / _count(targets, num_items))
+    return loss + more.to(loss.dtype)
+
+
 def check_labels(labels: torch.Tensor, classes: int) -> None:
     """Raise ValueError for labels that are neither -100 nor a class; in eager mode only."""
     if torch.compiler.is_compiling() or labels.numel() == 0:

@@ -8,17 +8,18 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, load_state_dict
 from transformers.utils import can_return_tuple, logging
 
 from .attention import Call
 from .cache import CACHE_NAME, ReformerCache, adopt, check_call
 from .configuration_reformer import ReformerConfig, padded_length
+from .coverage import Shares, coverage_loss, make_shares
 from .feed_forward import LayerNorm
 from .hashing import product_of
 from .inputs import check_inputs, check_nothing_is_lost, packed_samples, refuse_packed
 from .layers import ReformerLayer
+from .outputs import ReformerModelOutput
 from .positions import AxialPositionEmbeddings, LearnedPositionEmbeddings, rotary_tables
 from .randomness import EMBEDDING_DROPOUT, FINAL_DROPOUT, draw_key, dropout, fold
 from .replay import can_reverse
@@ -187,8 +188,9 @@ class ReformerModel(ReformerPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
+        output_coverage: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> ReformerModelOutput:
         r"""
         Args:
             input_ids: (B, T) int64, any T up to the positions the config covers; or `inputs_embeds`: (B, T, D).
@@ -206,10 +208,12 @@ class ReformerModel(ReformerPreTrainedModel):
                 it. Then `attention_mask` counts the tokens before, too: (B, before + T).
             use_cache: return a cache (causal models). A call with a cache computes as in evaluation. In chunk mode its
                 tokens follow the older rule of decoding, which is not that of one call (docs/generation.md).
+            output_coverage: also give every layer's `coverage.coverage_loss`. Default: if
+                `config.coverage_loss_weight` is above 0 and there is no cache.
 
         Returns:
-            BaseModelOutputWithPast with `last_hidden_state` (B, T, 2 D), and the cache, as `cache` since
-            transformers 5.24, as `past_key_values` before.
+            ReformerModelOutput with `last_hidden_state` (B, T, 2 D), the cache, as `cache` since transformers 5.24, or
+            `past_key_values` before, and `coverage_loss` (layers).
 
         Raises:
             ValueError: shapes, ids, positions or masks that cannot be right; the message says which and why.
@@ -222,6 +226,7 @@ class ReformerModel(ReformerPreTrainedModel):
         if cache is not None and past_key_values is not None:
             raise ValueError("`cache` and `past_key_values` are two names for one argument. Give one of them.")
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
+        cover = self._covers(output_coverage, cache)
         past = 0 if cache is None else cache.get_seq_length()
         check_inputs(
             self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets, past
@@ -245,18 +250,39 @@ class ReformerModel(ReformerPreTrainedModel):
             call = call._replace(attentions=[], dense=output_attentions != "sparse")
         extra, source = kwargs.get("of_encoder", ((), None))  # given by a decoder (seq2seq.py)
         call = call._replace(source=source)
-        x1, x2, states = self._run_layers(streams, call, grid, bool(output_hidden_states), extra)
+        shares = self._shares(call, given) if cover else None
+        if shares is not None:
+            call = call._replace(paid=shares.paid / self.config.num_attention_heads)
+        x1, x2, states, received = self._run_layers(streams, call, grid, bool(output_hidden_states), extra)
         hidden = self.norm(torch.cat([x1, x2], dim=-1))
         hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(call.key, FINAL_DROPOUT), call.first)
         attentions: Any = call.attentions
         if call.dense:
             attentions = [x if isinstance(x, torch.Tensor) else x.dense(past + given.shape[1]) for x in attentions]
-        return BaseModelOutputWithPast(
+        return ReformerModelOutput(
             last_hidden_state=hidden,
             **{CACHE_NAME: cache},
             hidden_states=states,
             attentions=None if attentions is None else tuple(attentions),
+            coverage_loss=None if shares is None else self._coverage(received, shares, source),
         )
+
+    def _covers(self, wanted: bool | None, cache: Cache | None) -> bool:
+        """Whether this call tells how far attention reaches."""
+        if wanted and cache is not None:
+            raise ValueError(
+                "`output_coverage=True` needs all tokens of a row at once, and a cache holds some of them. Leave out "
+                "`past_key_values` and `use_cache`."
+            )
+        return cache is None and (self.config.coverage_loss_weight > 0 if wanted is None else wanted)
+
+    def _shares(self, call: Call, given: torch.Tensor) -> Shares:
+        real = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device) if call.mask is None else call.mask
+        return make_shares(real, call.ranks, call.samples, self.config.is_decoder)
+
+    def _coverage(self, received: list[torch.Tensor], shares: Shares, source: Any) -> torch.Tensor:
+        """Of what tokens receive in every layer, (B, T) each, the losses (layers)."""
+        return coverage_loss(torch.stack(received), shares).to(received[0].dtype)
 
     def _check_attentions(self, wanted: bool | str) -> None:
         if not wanted:
@@ -304,18 +330,21 @@ class ReformerModel(ReformerPreTrainedModel):
         traced = traced and call.cache is None and not looked
         x2, x1 = streams.pop(), streams.pop()
         states: list[torch.Tensor] = []
+        received: list[torch.Tensor] = []
         if traced and not keep_states and can_be_whole(self.layers, call):
-            return *whole_stack(self.layers, x1, x2, call, grid), None
+            x1, x2, *received = whole_stack(self.layers, x1, x2, call, grid)
+            return x1, x2, None, received
         for index, layer in enumerate(self.layers):
             if keep_states:
                 x2 = passing(x2, self.norm.weight.dtype, states)
             if traced:
-                x2, x1 = checkpoint(layer, x2, x1, call, grid, None, index, *extra, use_reentrant=False)
+                x2, x1, *more = checkpoint(layer, x2, x1, call, grid, None, index, *extra, use_reentrant=False)
             else:
-                x2, x1 = layer(x2, x1, call, grid, chain, index, *extra)
+                x2, x1, *more = layer(x2, x1, call, grid, chain, index, *extra)
+            received += more
         if keep_states:
             x2 = passing(x2, self.norm.weight.dtype, states)
-        return x1, x2, tuple(states) if keep_states else None
+        return x1, x2, tuple(states) if keep_states else None, received
 
     def _make_call(
         self, embeds, length: int, shard: Shard | None, attention_mask, position_ids, num_hashes, num_buckets, cache

@@ -9,7 +9,7 @@ inputs and *returns* their gradients. So wrappers that watch parameters (DDP, FS
 """
 
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -85,9 +85,12 @@ class Stages:
         with self.during(("project", first)):
             return self.layer.project(x2, self.call, first)
 
-    def attend(self, projected: Tensors) -> torch.Tensor:
+    def attend(self, projected: Tensors, known: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
+        """What attention gives; then what the layer tells of it besides, if it does, which may be `known` by now."""
         with self.during("attend"):
-            return self.layer.attend(projected, self.call, *self.extra)
+            told = {"known": [x.detach() for x in known]} if known else {}
+            found = self.layer.attend(projected, self.call, *self.extra, **told)
+            return [*found] if isinstance(found, tuple) else [found]
 
     def merge(self, first: int, mixed: torch.Tensor) -> torch.Tensor:
         """f(x2) = merge(attend(project(x2))), on the grid."""
@@ -107,20 +110,22 @@ def _as_now(device: torch.device) -> Callable[[Hashable], AbstractContextManager
 
 def residual_step(
     layer: Any, x1: torch.Tensor, x2: torch.Tensor, call: Any, grid: Grid, extra=(), during=None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's equations, for every path: (y1, y2).
+) -> tuple[torch.Tensor, ...]:
+    """The layer's equations, for every path: (y1, y2), or (y1, y2, *told).
 
     Args:
         layer: has `project(x2, call, first)`, `attend(projected, call, *extra)`, `merge(mixed, call, first)` and
             `g(y1, call, first)`, where `first` is the position of a slice's first token, and `chunk_size`: tokens of
-            a slice, 0 for an automatic number. Where it is given, the plain path recomputes g in backward.
+            a slice, 0 for an automatic number. Where it is given, the plain path recomputes g in backward. `attend`
+            may return a tuple: its result, and small tensors that the layer tells. Run again, it is given these as
+            `known`, a list, and only their gradients count.
         x1, x2: (B, T, D) streams of the grid's dtype.
         during: context of a part of the layer, by its name.
     """
     stages = Stages(layer, call, grid, extra, during or _as_now(x2.device))
     size = slice_length(x2, layer.chunk_size)
     again = 0 < layer.chunk_size < x2.shape[1]
-    mixed = stages.attend(map_tokens(stages.project, size, x2))
+    mixed, *told = stages.attend(map_tokens(stages.project, size, x2))
     (y1,) = map_tokens(lambda first, x, mixed: [x + stages.merge(first, mixed)], size, x1, mixed)
     del mixed
 
@@ -129,7 +134,7 @@ def residual_step(
         return [x + (recomputed(layer, g, y) if again else g(y))]
 
     (y2,) = map_tokens(feed_forward, size, x2, y1)
-    return y1, y2
+    return y1, y2, *told
 
 
 class Chain:
@@ -191,18 +196,21 @@ class _ReversibleLayer(torch.autograd.Function):
         bottom = index == 0 or not any(ctx.needs_input_grad[6:8])  # the last layer that backward comes to
         ctx.checksums = (checksum(x1), checksum(x2)) if bottom else None
         ctx.size = slice_length(x2, layer.chunk_size)
-        y1, y2 = residual_step(layer, x1, x2, call, chain.grid, tensors[:extras], conditions.record)
+        y1, y2, *told = residual_step(layer, x1, x2, call, chain.grid, tensors[:extras], conditions.record)
+        told = [x.detach() for x in told]  # where the layer is recorded for one artefact
         chain.leave(index, y1, y2)
         ctx.layer, ctx.chain, ctx.index, ctx.call = layer, chain, index, call
         ctx.conditions, ctx.names, ctx.extras = conditions, names, extras
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *((y1, y2) if index == chain.depth - 1 else ()))
-        return y1, y2
+        ctx.told = len(told)
+        ctx.save_for_backward(*told, *tensors, *((y1, y2) if index == chain.depth - 1 else ()))
+        return y1, y2, *told
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d1, d2):
+    def backward(ctx, d1, d2, *d_told):
         saved, chain, index = ctx.saved_tensors, ctx.chain, ctx.index
+        told, saved = saved[: ctx.told], saved[ctx.told :]
         if index == chain.depth - 1:
             *tensors, y1, y2 = saved
             ours = False
@@ -217,7 +225,7 @@ class _ReversibleLayer(torch.autograd.Function):
         # Every tensor as large as a stream goes as soon as it can: this is where training needs most memory.
         x2, d1 = take_back(stages.g, size, y2, y1, d2, d1, totals, Joined(y2.shape[1], *[y2] * ours))
         del y2
-        x1, d2 = take_back_f(stages, size, y1, x2, d1, d2, totals, Joined(y1.shape[1], *[y1] * ours))
+        x1, d2 = take_back_f(stages, size, y1, x2, d1, d2, totals, Joined(y1.shape[1], *[y1] * ours), told, d_told)
         del y1
         if ctx.checksums is not None:
             warn_if_inexact(ctx.checksums, (x1, x2), chain.grid)
@@ -299,8 +307,8 @@ def take_back(branch: Callable, size: int, y, given, grad, base, totals: Totals,
     return x.tensors + step.tensors
 
 
-def take_back_f(stages: Stages, size: int, y1, x2, d1, d2, totals: Totals, x1: Joined) -> Tensors:
-    """Undo y1 = x1 + f(x2): x1, and the gradient of x2 by that of y1, added to d2."""
+def take_back_f(stages: Stages, size: int, y1, x2, d1, d2, totals: Totals, x1: Joined, told=(), d_told=()) -> Tensors:
+    """Undo y1 = x1 + f(x2): x1, and the gradient of x2 by that of y1 and of what the layer told, added to d2."""
     projected, graphs = Joined(x2.shape[1]), []
     for first, (piece,) in token_slices(size, x2):
         leaf = piece.detach().requires_grad_()
@@ -309,12 +317,13 @@ def take_back_f(stages: Stages, size: int, y1, x2, d1, d2, totals: Totals, x1: J
         graphs.append((leaf, [_edge(x) for x in outputs]))
     inputs = [None if x is None else x.detach().requires_grad_() for x in projected.tensors]
     del projected, outputs
-    mixed = stages.attend(list(inputs))
-    edge, mixed = _edge(mixed), mixed.detach()
+    mixed, *again = stages.attend(list(inputs), told)
+    edges, mixed = [_edge(mixed), *(_edge(x) for x in again)], mixed.detach()
+    del again
     _, d_mixed = take_back(stages.merge, size, y1, mixed, d1, None, totals, x1)
     del mixed
-    grads = totals.differentiate([edge], [d_mixed], inputs)
-    del d_mixed, edge, inputs
+    grads = totals.differentiate(edges, [d_mixed, *d_told], inputs)
+    del d_mixed, edges, inputs
     step = Joined(x2.shape[1])
     for (first, (_, base, *slices)), (leaf, edges) in zip(token_slices(size, x2, d2, *grads), graphs, strict=True):
         (found,) = totals.differentiate(edges, slices, [leaf])
@@ -377,7 +386,7 @@ def needs_plain_path(layer: nn.Module) -> bool:
 
 def reversible_step(
     layer: nn.Module, x1: torch.Tensor, x2: torch.Tensor, call: Any, chain: Chain, index: int, extra=()
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """One layer of a reversible stack: the values of `residual_step`, with nothing kept but the last layer's output.
 
     Args:

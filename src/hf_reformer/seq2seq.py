@@ -6,18 +6,19 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions, Seq2SeqLMOutput
 from transformers.utils import can_return_tuple
 
 from .attention import Call
 from .cache import CACHE_NAME, adopt
 from .configuration_reformer import ReformerConfig
+from .coverage import Shares, coverage_loss, make_shares
 from .cross_attention import CrossAttention, Source
 from .feed_forward import LayerNorm
 from .heads_text import _LanguageModel, check_label_shape, given_shape
 from .layers import ReformerLayer
-from .losses import IGNORE, check_labels
+from .losses import IGNORE, check_labels, with_coverage
 from .modeling_reformer import ReformerModel
+from .outputs import ReformerDecoderOutput, ReformerSeq2SeqLMOutput
 
 
 class ReformerDecoderLayer(ReformerLayer):
@@ -32,9 +33,13 @@ class ReformerDecoderLayer(ReformerLayer):
         query = self.cross_attention.project(self.cross_attention_norm(x2))
         return [*super().project(x2, call, first), query]
 
-    def attend(self, projected: list[Any], call: Call, *states: torch.Tensor) -> torch.Tensor:
-        mixed = self.cross_attention(projected.pop(), *states, call.source)
-        return torch.cat([super().attend(projected, call), mixed], dim=-1)
+    def attend(self, projected: list[Any], call: Call, *states: torch.Tensor, known: Any = None) -> Any:
+        """As every layer's; then, where the call asks for it, also what every token of the source receives, (B, S)."""
+        mixed, *received = self.cross_attention(projected.pop(), *states, call.source, call.paid)
+        own = super().attend(projected, call, known)
+        own, *told = own if isinstance(own, tuple) else (own,)
+        mixed = torch.cat([own, mixed], dim=-1)
+        return (mixed, *told, *received) if told else mixed
 
     def merge(self, mixed: torch.Tensor, call: Call, first: int) -> torch.Tensor:
         own, cross = mixed.chunk(2, dim=-1)
@@ -61,7 +66,7 @@ class ReformerDecoder(ReformerModel):
         use_cache: bool | None = None,
         cache: Cache | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> ReformerDecoderOutput:
         r"""
         Args:
             encoder_hidden_states: (B, S, 2 D), the encoder's last hidden state.
@@ -92,13 +97,24 @@ class ReformerDecoder(ReformerModel):
             of_encoder=((states,), source),
             **{**kwargs, "return_dict": True},
         )
-        return BaseModelOutputWithPastAndCrossAttentions(
+        return ReformerDecoderOutput(
             last_hidden_state=outputs.last_hidden_state,
             **{CACHE_NAME: both},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            coverage_loss=outputs.coverage_loss,
             cross_attentions=None if source.attentions is None else tuple(source.attentions),
         )
+
+    def _coverage(self, received: list[torch.Tensor], shares: Shares, source: Any) -> torch.Tensor:
+        """Of what tokens of target and source receive in turn, layer by layer, the sum of both losses (layers)."""
+        own = super()._coverage(received[::2], shares, source)
+        cross = torch.stack(received[1::2])
+        real = source.mask
+        if real is None:
+            real = torch.ones(cross.shape[1:], dtype=torch.bool, device=cross.device)
+        target = make_shares(real, real.cumsum(-1) - 1)
+        return own + coverage_loss(cross, target).to(own.dtype)
 
     def _check_source(self, states: torch.Tensor | None, mask: torch.Tensor | None, rows: int) -> None:
         width = 2 * self.config.hidden_size
@@ -224,7 +240,7 @@ class ReformerForConditionalGeneration(_LanguageModel, GenerationMixin):
         num_buckets: int | list[int] | None = None,
         cache: Cache | None = None,
         **kwargs,
-    ) -> Seq2SeqLMOutput:
+    ) -> ReformerSeq2SeqLMOutput:
         r"""
         Args:
             input_ids, attention_mask, inputs_embeds: the source, as `ReformerModel` takes it, (B, S).
@@ -238,7 +254,7 @@ class ReformerForConditionalGeneration(_LanguageModel, GenerationMixin):
             num_hashes, num_buckets, output_attentions, output_hidden_states: as `ReformerModel` takes them; for both.
 
         Returns:
-            Seq2SeqLMOutput. `logits` (B, T, vocab_size) is None in training with labels.
+            ReformerSeq2SeqLMOutput. `logits` (B, T, vocab_size) is None in training with labels.
 
         Raises:
             ValueError: what cannot be right; the message says which and why.
@@ -274,8 +290,13 @@ class ReformerForConditionalGeneration(_LanguageModel, GenerationMixin):
         )
         hidden = outputs.last_hidden_state
         loss, logits = self._loss_and_logits(hidden, labels, None, num_items_in_batch, logits_to_keep)
-        return Seq2SeqLMOutput(
-            loss=loss,
+        coverage = getattr(encoder_outputs, "coverage_loss", None), outputs.coverage_loss
+        both = (
+            None if any(x is None for x in coverage) else torch.cat(coverage)
+        )  # the encoder's layers, then the decoder's
+        weight = self.config.coverage_loss_weight
+        return ReformerSeq2SeqLMOutput(
+            loss=with_coverage(loss, both, weight, labels, num_items_in_batch),
             logits=logits,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             decoder_hidden_states=outputs.hidden_states,
@@ -284,6 +305,7 @@ class ReformerForConditionalGeneration(_LanguageModel, GenerationMixin):
             encoder_last_hidden_state=encoder_outputs[0],
             encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
+            coverage_loss=both,
         )
 
     @classmethod

@@ -30,10 +30,11 @@ def can_be_whole(layers: Any, call: Call) -> bool:
     return not split and call.shard is None and all(layer.is_as_made() for layer in layers)
 
 
-def whole_stack(
-    layers: Any, x1: torch.Tensor, x2: torch.Tensor, call: Call, grid: Grid
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both streams, (B, T, D) each, through all layers (an nn.ModuleList); for graphs only."""
+def whole_stack(layers: Any, x1: torch.Tensor, x2: torch.Tensor, call: Call, grid: Grid) -> tuple[torch.Tensor, ...]:
+    """Both streams, (B, T, D) each, through all layers (an nn.ModuleList); for graphs only.
+
+    Then come what the tokens receive in every layer, where the call asks for it.
+    """
     told = {name: value for name, value in zip(Call._fields, call, strict=True) if value is not None}
     return _opaque(layers, x1, x2, told, grid.bits, _settings(layers))
 
@@ -64,20 +65,23 @@ class _Stack(torch.autograd.Function):
         ctx.layers, ctx.names, ctx.call, ctx.grid = layers, names, call, grid
         ctx.autocast = autocast_state(x1.device)
         before = checksum(x1), checksum(x2)
+        told: list[torch.Tensor] = []
         for layer in layers:
-            x1, x2 = residual_step(layer, x1, x2, layer.told(call), grid)
-        ctx.save_for_backward(x1, x2, *before, *tensors)
-        return x1, x2
+            x1, x2, *more = residual_step(layer, x1, x2, layer.told(call), grid)
+            told += more
+        ctx.told = len(told)
+        ctx.save_for_backward(*told, x1, x2, *before, *tensors)
+        return x1, x2, *told
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d1, d2):
-        y1, y2, sum1, sum2, *tensors = ctx.saved_tensors
+    def backward(ctx, d1, d2, *d_told):
+        told, (y1, y2, sum1, sum2, *tensors) = ctx.saved_tensors[: ctx.told], ctx.saved_tensors[ctx.told :]
         call, need = ctx.call, ctx.needs_input_grad[6:]
         grads: list[torch.Tensor | None] = []
         if call.key is not None:
             call = call._replace(key=_key_again(call.key, d1))
-        for layer, names in zip(reversed(ctx.layers), reversed(ctx.names), strict=True):
+        for index, (layer, names) in reversed(list(enumerate(zip(ctx.layers, ctx.names, strict=True)))):
             first = len(tensors) - len(names)
             wanted = need[first : len(tensors)]
             leaves = [x.detach().requires_grad_(n) for x, n in zip(tensors[first:], wanted, strict=True)]
@@ -87,7 +91,8 @@ class _Stack(torch.autograd.Function):
             stages = Stages(layer, layer.told(call), ctx.grid, (), again)
             size = slice_length(y2, layer.chunk_size)
             y2, d1 = take_back(stages.g, size, y2, y1, d2, d1, totals, Joined(y2.shape[1]))
-            y1, d2 = take_back_f(stages, size, y1, y2, d1, d2, totals, Joined(y1.shape[1]))
+            own = told[index : index + 1], d_told[index : index + 1]
+            y1, d2 = take_back_f(stages, size, y1, y2, d1, d2, totals, Joined(y1.shape[1]), *own)
             found = iter(totals.result())
             grads = [next(found) if n else None for n in wanted] + grads
         grads = [d1, d2, *grads]

@@ -40,6 +40,7 @@ _Problem = _structure(
     pointer: out, top, mass
     strided: grad
     pointer: drift, query_grad, key_grad, value_grad
+    pointer: paid, push, pushed, received
     """,
 )
 _Hashing = _structure(
@@ -165,18 +166,44 @@ def forward(query, key, value, call: Call, library: ctypes.CDLL):
     return out, top, mass
 
 
-def backward(query, key, value, call: Call, out, top, mass, grad, library: ctypes.CDLL):
-    """Gradients of query, key (None if shared) and value, float32."""
+def received(query, key, call: Call, top, mass, paid, library: ctypes.CDLL) -> torch.Tensor:
+    """What every token receives, (B, T) float32: the sum over heads and queries of weight * paid, (B, T)."""
+    found = query.new_zeros(query.shape[:3], dtype=torch.float32)
+    _sweep(query, key, call, library, top=top, mass=mass, paid=_numbers(paid), received=found)
+    return found.sum(1)
+
+
+def _sweep(query, key, call: Call, library: ctypes.CDLL, **pointers) -> None:
+    query, key = _readable(query, key)
+    keep: list = []
+    if query.numel():
+        few = query[..., :8]  # in the place of values, which nobody looks at
+        _run(library, "hf_sweep", _problem(query, key, few, call, keep, **pointers))
+
+
+def _numbers(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().float().contiguous()
+
+
+def backward(query, key, value, call: Call, out, top, mass, grad, library: ctypes.CDLL, paid=None, push=None):
+    """Gradients of query, key (None if shared) and value, float32.
+
+    paid, push: (B, T), where what tokens receive has a gradient too, `push`.
+    """
     query, key, value = _readable(query, key, value)
     (grad,) = _readable(grad.float())
     if not out.transpose(1, 2).is_contiguous():
         out = out.transpose(1, 2).contiguous().transpose(1, 2)
     grads = new_rows(query), None if key is None else new_rows(key), new_rows(value)
+    more = {}
+    if push is not None:
+        more = {"paid": _numbers(paid), "push": _numbers(push), "pushed": torch.zeros_like(top)}
+        _sweep(query, key, call, library, top=top, mass=mass, **more)
     keep: list = []
     if query.numel():
         problem = _problem(
             query, key, value, call, keep, out=out, top=top, mass=mass, grad=grad, drift=torch.empty_like(top),
-            query_grad=grads[0], key_grad=grads[1], value_grad=grads[2],
+            query_grad=grads[0], key_grad=grads[1], value_grad=grads[2], **more,
         )  # fmt: skip
         _run(library, "hf_backward", problem)
     return grads

@@ -9,7 +9,7 @@ from .. import hashing
 from ..bucket_tables import BucketTables
 from ..randomness import make_key, normal_rows
 from ..reference import attention_with_weights, shared_key
-from .calls import Call, backward, forward, run_hashing, run_normals, run_sorting, run_step
+from .calls import Call, backward, forward, received, run_hashing, run_normals, run_sorting, run_step
 
 
 def agrees(library: ctypes.CDLL) -> bool:
@@ -54,18 +54,21 @@ def _step_agrees(query, value, library: ctypes.CDLL) -> bool:
 def _attention_agrees(query, value, grad, buckets, mask, library: ctypes.CDLL) -> bool:
     windows = hashing.window_orders([(buckets * 0, 1, 20), (buckets, 20, 90)], True, mask)
     dropout_key = make_key(0, "cpu")
+    paid, push = _normal(torch.Generator("cpu").manual_seed(1), 2, 2, 192)  # (B, T) each
     for orders in (windows, hashing.chunk_orders(buckets, 20, 64, 1, 0, mask)):
         for key in (None, shared_key(query)):
             scale = 1.0 if key is None else 0.5
             call = Call(orders, True, mask, 0.3, dropout_key, scale)
             out, top, mass = forward(query, key, value, call, library)
-            found = [out, *backward(query, key, value, call, out, top, mass, grad, library)]
+            found = [out, received(query, key, call, top, mass, paid, library)]
+            found += backward(query, key, value, call, out, top, mass, grad, library, paid, push)
             inputs = [None if x is None else x.detach().requires_grad_() for x in (query, key, value)]
             keys = None if key is None else scale * inputs[1]
             rule = {"causal": True, "mask": mask, "dropout": 0.3, "dropout_key": dropout_key}
-            expected, _ = attention_with_weights(inputs[0], keys, inputs[2], orders, **rule)
-            grads = iter(torch.autograd.grad(expected, [x for x in inputs if x is not None], grad))
-            wanted = [expected, *(None if x is None else next(grads) for x in inputs)]
+            expected, weights = attention_with_weights(inputs[0], keys, inputs[2], orders, **rule)
+            both = expected, (weights * paid[:, None, :, None]).sum((1, 2))
+            grads = iter(torch.autograd.grad(both, [x for x in inputs if x is not None], [grad, push]))
+            wanted = [*both, *(None if x is None else next(grads) for x in inputs)]
             pairs = ((a, b) for a, b in zip(found, wanted, strict=True) if b is not None)
             if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs):
                 return False

@@ -10,7 +10,7 @@ import torch
 
 from ..hashing import Orders, factors_of, reach
 from . import build, check_places
-from .calls import DTYPES, Call, backward, forward, new_rows, run_hashing, run_normals, run_sorting, run_step
+from .calls import DTYPES, Call, backward, forward, new_rows, received, run_hashing, run_normals, run_sorting, run_step
 from .checks import agrees
 
 logger = logging.getLogger(__name__)
@@ -130,6 +130,71 @@ def _differentiate(ctx, grad, *_):
 _attention.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
+# The same, and what every token receives. An op of its own, so that nothing is added to graphs without it.
+
+
+@torch.library.custom_op(
+    "hf_reformer::cpu_attention_received",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"({_TENSORS}, {_NUMBERS}, Tensor paid, Tensor? known) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _attention_received(query, key, value, *more):
+    *numbers, paid, known = more
+    call = _call_of(*numbers)
+    out, top, mass = forward(query, key, value, call, _loaded())
+    found = received(query, key, call, top, mass, paid, _loaded()) if known is None else known.clone()
+    return out, top, mass, found
+
+
+@torch.library.custom_op(
+    "hf_reformer::cpu_attention_received_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema="(Tensor out, Tensor top, Tensor mass, Tensor grad, Tensor paid, Tensor push, "
+    f"{_TENSORS}, {_NUMBERS}) -> Tensor[]",
+)
+def _attention_received_backward(out, top, mass, grad, paid, push, query, key, value, *call):
+    found = backward(query, key, value, _call_of(*call), out, top, mass, grad, _loaded(), paid, push)
+    return [x for x in (found[0], found[2], found[1]) if x is not None]
+
+
+@_attention_received.register_fake
+def _(query, key, value, *more):
+    rows = query.new_empty(query.shape[:3], dtype=torch.float32)
+    return new_rows(value), rows, torch.empty_like(rows), rows.new_empty(query.shape[0], query.shape[2])
+
+
+@_attention_received_backward.register_fake
+def _(out, top, mass, grad, paid, push, query, key, value, *_):
+    return [new_rows(x) for x in (query, value, key) if x is not None]
+
+
+def _save_received(ctx, inputs, output):
+    tensors, ctx.numbers, paid = inputs[:_TENSOR_COUNT], inputs[_TENSOR_COUNT:-2], inputs[-2]
+    ctx.save_for_backward(*output[:3], paid, *tensors)
+    ctx.mark_non_differentiable(*output[1:3])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_received(ctx, grad, _top, _mass, push):
+    others = (None,) * (_TENSOR_COUNT - 3 + _NUMBER_COUNT + 2)
+    if grad is None and push is None:
+        return None, None, None, *others
+    out, top, mass, paid, *tensors = ctx.saved_tensors
+    query, key, value = tensors[:3]
+    grad = torch.zeros_like(out) if grad is None else grad
+    if push is None:
+        found = _attention_backward(out, top, mass, grad, *tensors, *ctx.numbers)
+    else:
+        found = _attention_received_backward(out, top, mass, grad, paid, push, *tensors, *ctx.numbers)
+    of_query, of_value, *of_key = found
+    return of_query.to(query.dtype), of_key[0].to(key.dtype) if of_key else None, of_value.to(value.dtype), *others
+
+
+_attention_received.register_autograd(_differentiate_received, setup_context=_save_received)
+
+
 def _loaded() -> ctypes.CDLL:
     library = _library()
     if isinstance(library, str):
@@ -148,6 +213,28 @@ def ordered_attention(query, key, value, orders, *, causal, mask=None, dropout=0
         query, key, value, *orders[:3], mask, dropout_key, *orders[3:], causal, float(dropout), float(scale)
     )
     return out.to(value.dtype)
+
+
+def attention_received(
+    query, key, value, orders, paid, known=None, *, causal, mask=None, dropout=0.0, dropout_key=None, scale=1.0
+):
+    """`received_attention.attention_received` in fused C++; see there."""
+    check_places(orders)
+    out, _, _, found = _attention_received(
+        query,
+        key,
+        value,
+        *orders[:3],
+        mask,
+        dropout_key,
+        *orders[3:],
+        causal,
+        float(dropout),
+        float(scale),
+        paid,
+        known,
+    )
+    return out.to(value.dtype), found
 
 
 @torch.library.custom_op("hf_reformer::cpu_buckets", mutates_args=(), device_types="cpu")

@@ -6,6 +6,7 @@
 #include "hashing.hpp"
 #include "normals.hpp"
 #include "step.hpp"
+#include "sweep.hpp"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -94,6 +95,17 @@ int hf_backward(const Problem* p) {
         bool shared = p->key.data == nullptr;
         auto run = shared ? (p->count_once ? hf::run_backward<true, true> : hf::run_backward<true, false>)
                           : (p->count_once ? hf::run_backward<false, true> : hf::run_backward<false, false>);
+        run(*p);
+    });
+}
+
+// Fills `pushed` where `push` is given, else `received`; both begin at 0.
+int hf_sweep(const Problem* p) {
+    return guarded([&] {
+        invert_lines(*p);
+        bool shared = p->key.data == nullptr;
+        auto run = shared ? (p->count_once ? hf::run_sweep<true, true> : hf::run_sweep<true, false>)
+                          : (p->count_once ? hf::run_sweep<false, true> : hf::run_sweep<false, false>);
         run(*p);
     });
 }

@@ -13,7 +13,7 @@ struct BackwardScratch {
     Queries queries;
     Ahead ahead;
     float *scores, *slopes, *upstream, *query_grad;  // [kTile][kScores] twice; panels
-    alignas(64) float drift[kTile], shift[kTile], mass[kTile];
+    alignas(64) float drift[kTile], shift[kTile], mass[kTile], paid[kTile];
 
     explicit BackwardScratch(const Problem& p)
         : arena(Ring::floats(p, true) + 2 * kTile * kScores + (panels_of(p.value_size) + panels_of(p.size)) * kPanel * kTile),
@@ -67,7 +67,7 @@ template <bool kShared, bool kWindow> struct BackwardTask {
             w.ahead.add(head.rows(p.value_grad, p.value_size), leaving.token, leaving.count);
         }
     }
-    // Saved sums, and in the first round drift = rowsum(grad * out).
+    // Saved sums, and in the first round drift = rowsum(grad * out), and its like for what is received.
     void load_state() {
         const Queries& q = w.queries;
         if (!kShared) std::memset(w.query_grad, 0, panels_of(p.size) * kPanel * kTile * sizeof(float));
@@ -77,7 +77,11 @@ template <bool kShared, bool kWindow> struct BackwardTask {
             w.mass[i] = p.mass[at];
             w.shift[i] = top < kFixed ? kNothing : -(top + std::log2(w.mass[i]));
             gather(upstream, q.token[i], w.upstream, i);
-            if (round == 0) p.drift[at] = product_of_row(w.upstream, i, head.row(p.out, q.token[i], p.value_size), value_size());
+            w.paid[i] = p.push ? p.paid[head.batch * p.length + q.token[i]] : 0;
+            if (round == 0) {
+                p.drift[at] = product_of_row(w.upstream, i, head.row(p.out, q.token[i], p.value_size), value_size());
+                if (p.push) p.drift[at] += w.paid[i] * p.pushed[at];
+            }
             w.drift[i] = p.drift[at];
             if (p.dropout_scale != 1) scale_row(w.upstream, i, value_size(), static_cast<float>(p.dropout_scale));
         }
@@ -97,10 +101,10 @@ template <bool kShared, bool kWindow> struct BackwardTask {
                 clear_row(block, i);
             else if (w.shift[i] == kNothing)
                 weigh_fixed(block, i);
-            else if (p.key_draw)
-                weigh<true>(block, i);
+            else if (p.push)
+                p.key_draw ? weigh<true, true>(block, i) : weigh<false, true>(block, i);
             else
-                weigh<false>(block, i);
+                p.key_draw ? weigh<true, false>(block, i) : weigh<false, false>(block, i);
         }
         add_weighted_columns(w.scores, w.upstream, value_size(), block, groups, -1, w.ahead,
                              [](Tile& t) { return t.value_grad; });
@@ -123,9 +127,9 @@ template <bool kShared, bool kWindow> struct BackwardTask {
         });
     }
     // Scores become weights after dropout, their slopes gradients of the query's product with the key's row.
-    template <bool kDrop> HF_INLINE void weigh(const KeyBlock& block, int i) {
+    template <bool kDrop, bool kPush> HF_INLINE void weigh(const KeyBlock& block, int i) {
         RowMask<kShared, kWindow> mask(w.queries, i, head.earlier(round), p.keep_threshold);
-        Float shift = splat(w.shift[i]), drift = splat(w.drift[i]);
+        Float shift = splat(w.shift[i]), drift = splat(w.drift[i]), paid = splat(w.paid[i]);
         for_columns(block, i, [&](Tile& t, int column, float* score, float* slope) {
             Float x = load(score) * load(t.scale + column);
             Float weight = keep(mask.open(t, column), exp2(x + shift)), used = weight, gain = load(slope);
@@ -134,6 +138,7 @@ template <bool kShared, bool kWindow> struct BackwardTask {
                 used = select(dropped, zero(), used);
                 gain = select(dropped, zero(), gain);
             }
+            if constexpr (kPush) gain = fma(paid, load(t.push + column), gain);
             Float change = weight * (gain - drift);
             store(score, used);
             if constexpr (kShared) store(t.pull + column, fma(change, x, load(t.pull + column)));
@@ -202,10 +207,9 @@ inline int turn_of(int64_t segment, int64_t segments, bool wraps) {
     return static_cast<int>(segment % 2);
 }
 
-template <bool kShared, bool kWindow> void run_backward(const Problem& p) {
+// Calls run(head, worker, round, begin, end) for all segments of all rounds, neighbours in turn.
+template <bool kWindow, typename F> void in_turns(const Problem& p, F&& run) {
     int64_t heads = p.batch * p.heads, tiles = Geometry(p).per_round, segments = segments_of(p, 2 * reach_in_tiles(p));
-    std::vector<std::unique_ptr<BackwardScratch>> scratch(std::max<int64_t>(1, p.threads));
-    std::vector<uint8_t> touched(p.batch * p.heads * p.length);
     for (int64_t round = 0; round < p.rounds; round++)
         for (int turn = 0; turn < 4; turn++) {
             std::vector<int64_t> chosen;
@@ -213,14 +217,21 @@ template <bool kShared, bool kWindow> void run_backward(const Problem& p) {
                 if (turn_of(segment, segments, !kWindow) == turn) chosen.push_back(segment);
             int64_t count = static_cast<int64_t>(chosen.size());
             parallel_for(heads * count, p.threads, [&](int64_t task, int worker) {
-                if (!scratch[worker]) scratch[worker] = std::make_unique<BackwardScratch>(p);
                 Head head(p, task / count);
                 int64_t segment = chosen[task % count], start = round * tiles;
-                Source upstream(p.grad, head.batch, head.head, false, p.value_size);
-                BackwardTask<kShared, kWindow>{p, head, upstream, round, *scratch[worker], touched.data()}.run(
-                    start + tiles * segment / segments, start + tiles * (segment + 1) / segments);
+                run(head, worker, round, start + tiles * segment / segments, start + tiles * (segment + 1) / segments);
             });
         }
+}
+
+template <bool kShared, bool kWindow> void run_backward(const Problem& p) {
+    std::vector<std::unique_ptr<BackwardScratch>> scratch(std::max<int64_t>(1, p.threads));
+    std::vector<uint8_t> touched(p.batch * p.heads * p.length);
+    in_turns<kWindow>(p, [&](const Head& head, int worker, int64_t round, int64_t begin, int64_t end) {
+        if (!scratch[worker]) scratch[worker] = std::make_unique<BackwardScratch>(p);
+        Source upstream(p.grad, head.batch, head.head, false, p.value_size);
+        BackwardTask<kShared, kWindow>{p, head, upstream, round, *scratch[worker], touched.data()}.run(begin, end);
+    });
     clear_untouched(p, touched.data());
 }
 

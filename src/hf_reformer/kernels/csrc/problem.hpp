@@ -28,6 +28,10 @@ struct Problem {
     Strided grad;                       // (B, H, T, D) float32, gradient of out
     float* drift;                       // (B, H, T): rowsum(grad * out), filled by the backward pass
     float *query_grad, *key_grad, *value_grad;
+    // Attention received: received[j] = sum over queries i of paid[i] * P[i][j]; push is the gradient of it.
+    const float *paid, *push;           // (B, T), or null
+    float* pushed;                      // (B, H, T): sum over keys j of P[i][j] * push[j]
+    float* received;                    // (B, H, T)
 };
 
 struct Hashing {

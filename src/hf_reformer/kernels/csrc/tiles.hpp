@@ -183,7 +183,8 @@ struct Tile {
     alignas(64) int draw[kTile];        // dropout
     alignas(64) float scale[kTile];     // of the query's product with this key, to a score in units of log 2
     alignas(64) float unit[kTile];      // key = row * unit. Shared: 1 / (|q| sqrt(size)), about; else key_scale
-    alignas(64) float pull[kTile];      // shared, backward: sum over queries of dS * S
+    alignas(64) float pull[kTile];      // shared, backward: sum over queries of dS * S; sweep: of paid * P
+    alignas(64) float push[kTile];      // gradient of what the token receives
     float longest = 0;                  // largest |key|
     int* earlier = nullptr;             // [rounds - 1][kTile] places in the earlier rounds
     float *rows, *columns, *values, *value_columns, *grad, *value_grad;
@@ -217,23 +218,25 @@ struct Tile {
             gather(head.key, token[i], rows, i);
             gather(head.value, token[i], values, i);
             if (p.key_draw) draw[i] = p.key_draw[token[i]];
+            if (p.push) push[i] = p.push[head.batch * p.length + token[i]];
         }
         for (int r = 0; r < head.earlier(round); r++)
             for (int i = 0; i < count; i++) earlier[r * kTile + i] = head.inverse[r * p.length + token[i]];
         for (int i = count; i < kTile; i++) {
             token[i] = order[i] = place[i] = kNowhere;
             draw[i] = 0;
+            push[i] = 0;
             clear_row(rows, i, p.size);
             clear_row(values, i, p.value_size);
             for (int r = 0; r < head.earlier(round); r++) earlier[r * kTile + i] = kNowhere;
         }
         transpose_panels(rows, static_cast<int>(p.size), columns);
         measure(head);
+        std::memset(pull, 0, sizeof pull);
         if (value_columns) {
             transpose_panels(values, static_cast<int>(p.value_size), value_columns);
             std::memset(grad, 0, panels_of(p.size) * kPanel * kTile * sizeof(float));
             std::memset(value_grad, 0, panels_of(p.value_size) * kPanel * kTile * sizeof(float));
-            std::memset(pull, 0, sizeof pull);
         }
     }
     // Lengths of the keys; those of shared query/key attention are the queries over their root mean square.

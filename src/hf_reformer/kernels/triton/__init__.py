@@ -66,3 +66,13 @@ def ordered_attention(
     from .operator import attend
 
     return attend(query, key, value, orders, causal, mask, dropout, dropout_key)
+
+
+def attention_received(
+    query, key, value, orders, paid, known=None, *, causal, mask=None, dropout=0.0, dropout_key=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`received_attention.attention_received` on a GPU; see there."""
+    check_places(orders)
+    from .operator import attend_received
+
+    return attend_received(query, key, value, orders, paid, known, causal, mask, dropout, dropout_key)

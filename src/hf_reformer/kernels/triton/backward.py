@@ -21,6 +21,7 @@ from .pairs import (
     load_rows,
     locate,
     matmul,
+    numbers_of,
     pair_scores,
     queries_at,
     store_rows,
@@ -36,6 +37,9 @@ class Saved(NamedTuple):
     top: Any  # (B, H, T) float32: maximum of every query's scores
     mass: Any  # (B, H, T) float32: sum of its weights
     drift: Any  # (B, H, T) float32: sum of out * grad, written by the first launch of `backward_queries_round`
+    paid: Any = None  # (B, T) float32: what every query pays; None where what tokens receive has no gradient
+    push: Any = None  # (B, T) float32: that gradient
+    pushes: Any = None  # (B, H, T) float32: the sum of every query's weights times it
 
 
 @triton.jit
@@ -63,6 +67,9 @@ def weights_and_slopes(
     if kind.dropout:
         used = drop(weights, queries, keys, numbers, QUERY_AXIS)
         grad_weights = drop(grad_weights, queries, keys, numbers, QUERY_AXIS)
+    if kind.pushed:
+        paid, push = numbers_of(saved.paid, at, queries.token), numbers_of(saved.push, at, keys.token)
+        grad_weights += along(paid, QUERY_AXIS) * along(push, 1 - QUERY_AXIS)
     slopes = weights * (grad_weights - along(drift, QUERY_AXIS))
     return used, fill_fixed(slopes, 0.0, 0.0, inputs, at, queries, keys, QUERY_AXIS, kind)
 
@@ -89,6 +96,9 @@ def backward_queries_round(
     if FIRST:
         outs = load_rows(saved.out, at, queries.token, kind.value_size, kind.value_block)
         drift = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), axis=1)
+        if kind.pushed:
+            paid = numbers_of(saved.paid, at, queries.token)
+            drift += paid * tl.load(saved.pushes + at.first_number + queries.token)
         tl.store(saved.drift + at.first_number + queries.token, drift, mask=inside)
         grad_queries = tl.zeros([QUERIES, kind.block], tl.float32)
     else:
@@ -107,6 +117,17 @@ def backward_queries_round(
             slopes = slopes * keys.factor[None, :]
         grad_queries += matmul(slopes.to(key_rows.dtype), key_rows)
     store_rows(target, grad_queries, inside, at, queries.token, kind.size, kind.block)
+
+
+@triton.jit
+def places_that_see(place, inside, round, length, reach, before, after, kind):
+    """The first and the last place from which any of the places `inside` (n) may be seen."""
+    first = tl.min(place, axis=0) - after
+    last = tl.max(tl.where(inside, place, -FARTHEST), axis=0) + before
+    first, last = first - wrap(first, reach), last - wrap(last, reach) + reach - 1
+    if kind.count_once:
+        first, last = tl.maximum(first, round * length), tl.minimum(last, (round + 1) * length - 1)
+    return first, last
 
 
 @triton.jit(do_not_specialize=["length", "round", "reach", "before", "after"])
@@ -137,11 +158,7 @@ def backward_keys_round(
     values = load_rows(inputs.value, at, keys.token, kind.value_size, kind.value_block)
     grad_keys = tl.zeros([KEYS, kind.block], tl.float32)
     grad_values = tl.zeros([KEYS, kind.value_block], tl.float32)
-    first = tl.min(place, axis=0) - after
-    last = tl.max(tl.where(inside, place, -FARTHEST), axis=0) + before
-    first, last = first - wrap(first, reach), last - wrap(last, reach) + reach - 1
-    if kind.count_once:
-        first, last = tl.maximum(first, round * length), tl.minimum(last, (round + 1) * length - 1)
+    first, last = places_that_see(place, inside, round, length, reach, before, after, kind)
     for start in range(first, last + 1, QUERIES):
         queries = queries_at(inputs, at, start + tl.arange(0, QUERIES), kind)
         query_rows = load_rows(inputs.query, at, queries.token, kind.size, kind.block)

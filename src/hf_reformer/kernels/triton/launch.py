@@ -12,6 +12,7 @@ from ...randomness import keep_threshold
 from .backward import Saved, backward_keys_round, backward_queries_round
 from .forward import forward_round, invert_orders
 from .pairs import Inputs, Kind, Numbers
+from .sweep import sweep_keys_round, sweep_queries_round
 from .tiles import choose_tiles
 
 
@@ -130,7 +131,7 @@ def launch(kernel, name: str, call: Call, index: int, **own) -> None:
     queries, keys, warps, stages = choose_tiles(
         name, call.inputs.query.dtype, max(call.kind.block, call.kind.value_block)
     )
-    tiles = triton.cdiv(length, keys if name == "backward_keys" else queries)
+    tiles = triton.cdiv(length, keys if name.endswith("_keys") else queries)
     kernel[(batch * heads * tiles,)](
         inputs=call.inputs, numbers=call.numbers, length=length, round=index, **own,
         kind=Kind(*map(tl.constexpr, call.kind)), QUERIES=queries, KEYS=keys, FIRST=index == 0,
@@ -151,21 +152,55 @@ def run_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return out, top, mass
 
 
+def windows_of(orders: Orders) -> dict[str, int]:
+    """Windows reach `before` and `after` from every place, chunks from the ends of a chunk."""
+    return {"reach": 1 if orders.count_once else orders.tile, "before": orders.before, "after": orders.after}
+
+
+def run_received(call: Call, top: torch.Tensor, mass: torch.Tensor, paid: torch.Tensor) -> torch.Tensor:
+    """What every token receives, (B, T) float32: the sum over heads and queries of weight * paid, (B, T)."""
+    own = {"top": top, "mass": mass, "paid": paid.contiguous(), "received": torch.empty_like(top)}
+    for index in range(call.rounds):
+        launch(sweep_keys_round, "sweep_keys", call, index, **own, **windows_of(call.orders))
+    return own["received"].sum(1)
+
+
+def _pushes(call: Call, top: torch.Tensor, mass: torch.Tensor, push: torch.Tensor) -> torch.Tensor:
+    """(B, H, T) float32: the sum over keys of weight * push, (B, T)."""
+    own = {"top": top, "mass": mass, "push": push, "pushes": torch.empty_like(top)}
+    for index in range(call.rounds):
+        launch(sweep_queries_round, "sweep_queries", call, index, **own)
+    return own["pushes"]
+
+
 def run_backward(
-    call: Call, out: torch.Tensor, top: torch.Tensor, mass: torch.Tensor, grad: torch.Tensor
+    call: Call,
+    out: torch.Tensor,
+    top: torch.Tensor,
+    mass: torch.Tensor,
+    grad: torch.Tensor,
+    paid: torch.Tensor | None = None,
+    push: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """Gradients of query, value and, unless it is shared, key, in their dtype; `grad` is that of `out`."""
+    """Gradients of query, value and, unless it is shared, key, in their dtype; `grad` is that of `out`.
+
+    paid, push: (B, T) float32, where what tokens receive has a gradient too, `push`.
+    """
     several, shared = call.rounds > 1, call.kind.shared
     dq, dk, dv = (empty_rows(x.shape, x.dtype, x.device) for x in call.inputs[:3])
     query_sums = _accumulator(dq, several or shared)
     key_sums = query_sums if shared else _accumulator(dk, several)
     value_sums = _accumulator(dv, several)
-    saved = Saved(as_rows(out), as_rows(grad), top, mass, torch.empty_like(top))
+    more: tuple = ()
+    if paid is not None and push is not None:
+        paid, push = paid.contiguous(), push.contiguous()
+        more = paid, push, _pushes(call, top, mass, push)
+        call = call._replace(kind=call.kind._replace(pushed=True))
+    saved = Saved(as_rows(out), as_rows(grad), top, mass, torch.empty_like(top), *more)
     for index in range(call.rounds):
         last = index == call.rounds - 1 and not shared  # the keys' part of a shared query is added below
         own = {"saved": saved, "sums": query_sums, "target": dq if last else query_sums}
         launch(backward_queries_round, "backward_queries", call, index, **own)
-    orders = call.orders
     for index in range(call.rounds):
         last = index == call.rounds - 1
         own = {
@@ -174,12 +209,8 @@ def run_backward(
             "target": (dq if shared else dk) if last else key_sums,
             "value_sums": value_sums,
             "value_target": dv if last else value_sums,
-            # Windows reach `before` and `after` from every place, chunks from the ends of a chunk.
-            "reach": 1 if orders.count_once else orders.tile,
-            "before": orders.before,
-            "after": orders.after,
         }
-        launch(backward_keys_round, "backward_keys", call, index, **own)
+        launch(backward_keys_round, "backward_keys", call, index, **own, **windows_of(call.orders))
     return [dq, dv] if shared else [dq, dv, dk]
 
 

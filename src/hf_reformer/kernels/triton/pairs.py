@@ -63,6 +63,7 @@ class Kind(NamedTuple):
     causal: bool  # the future is filled (chunk rule)
     padded: bool  # padding is filled (chunk rule)
     dropout: bool
+    pushed: bool = False  # what tokens receive has a gradient, too
 
 
 class Head(NamedTuple):
@@ -171,6 +172,12 @@ def matmul(a, b):
     if INTERPRETED:  # it multiplies the bits of bfloat16 as if they were integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def numbers_of(x, at, token):
+    """Numbers (B, T) of n tokens."""
+    return tl.load(x + at.batch.to(tl.int64) * at.length + token)
 
 
 # --- what a pair comes to

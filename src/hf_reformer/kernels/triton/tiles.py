@@ -21,12 +21,13 @@ class Tiles(NamedTuple):
 
 
 def choose_tiles(kernel: str, dtype: torch.dtype, size: int) -> Tiles:
-    """Tiles of `kernel`, one of "forward", "backward_queries" and "backward_keys".
+    """Tiles of `kernel`, one of "forward", "backward_queries", "backward_keys", "sweep_queries" and "sweep_keys".
 
     Args:
         dtype: of query, key and value.
         size: the larger of the two head sizes, padded to a power of two.
     """
+    kernel = kernel.replace("sweep", "backward")  # less of the same
     if dtype == torch.float32:
         return _SINGLE[kernel][size > 64]
     return _HALF[kernel][size > 64]

@@ -1,0 +1,63 @@
+"""What models return: the library's own output classes, and the coverage loss of every layer."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    MultipleChoiceModelOutput,
+    QuestionAnsweringModelOutput,
+    Seq2SeqLMOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+
+# In each: `coverage_loss` (layers), `coverage.coverage_loss` of every layer, without `config.coverage_loss_weight`.
+
+
+@dataclass
+class ReformerModelOutput(BaseModelOutputWithPast):
+    coverage_loss: torch.Tensor | None = None
+
+
+@dataclass
+class ReformerCausalLMOutput(CausalLMOutputWithPast):
+    coverage_loss: torch.Tensor | None = None
+
+
+@dataclass
+class ReformerMaskedLMOutput(MaskedLMOutput):
+    coverage_loss: torch.Tensor | None = None
+
+
+@dataclass
+class ReformerSequenceClassifierOutput(SequenceClassifierOutput):
+    coverage_loss: torch.Tensor | None = None
+
+
+@dataclass
+class ReformerTokenClassifierOutput(TokenClassifierOutput):
+    coverage_loss: torch.Tensor | None = None
+
+
+@dataclass
+class ReformerQuestionAnsweringOutput(QuestionAnsweringModelOutput):
+    coverage_loss: torch.Tensor | None = None
+
+
+@dataclass
+class ReformerMultipleChoiceOutput(MultipleChoiceModelOutput):
+    coverage_loss: torch.Tensor | None = None
+
+
+@dataclass
+class ReformerDecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
+    coverage_loss: torch.Tensor | None = None
+
+
+@dataclass
+class ReformerSeq2SeqLMOutput(Seq2SeqLMOutput):
+    coverage_loss: torch.Tensor | None = None

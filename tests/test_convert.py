@@ -262,13 +262,24 @@ def mistakes(folder):
         (folder / "cut" / file).write_bytes((folder / "good" / file).read_bytes()[:900])
     (folder / "text").write_text("some text")
     torch.save({"epoch": 3}, folder / "no_state.pt")
+    torch.save({0: torch.zeros(2)}, folder / "numbered.pt")
+    torch.save(torch.zeros(2), folder / "tensor.pt")
+    (folder / "cut.gz").write_bytes(b"\x1f\x8b\x08" + bytes(range(100)))
+    (folder / "marks").write_bytes(b"(" * 10 + b".")
+    (folder / "list").mkdir()
+    (folder / "list" / "config.json").write_text("[1]")
     return {
         "does not exist": ("absent", {}),
         "no config.json": ("nothing", {}),
         "type 'gpt2'": ("other", {}),
         "cannot be read": ("cut", {}),
+        "config.json cannot be read": ("list", {}),
         "no pickle of Trax": ("text", {}),
-        "holds no state dict": ("no_state.pt", {}),
+        "cut.gz is no pickle of Trax": ("cut.gz", {}),
+        "checkpoint of reformer-pytorch": ("marks", {"kind": "reformer-pytorch"}),
+        "no_state.pt holds no state dict": ("no_state.pt", {}),
+        "numbered.pt holds no state dict": ("numbered.pt", {}),
+        "tensor.pt holds no state dict": ("tensor.pt", {}),
         "is unknown": ("good", {"to": "gpt2"}),
         "Choose one of": ("good", {"kind": "gpt2"}),
         "is for folders": ("no_state.pt", {"head": "ReformerModel"}),
@@ -330,6 +341,11 @@ def test_fields_of_window_mode_can_be_given():
     made, notes = to_window(make_model(ReformerForCausalLM, **CHUNKS), {"lsh_window": 11, "num_buckets": 6})
     assert (made.config.lsh_window, made.config.local_window, made.config.num_buckets) == (11, 12, 6)
     assert "num_buckets=6 (were 4)" in notes[0]
+
+
+def test_a_field_cannot_keep_window_mode_from_being_made():
+    made, _ = to_window(make_model(ReformerForCausalLM, **CHUNKS), {"attention_mode": "chunk"})
+    assert made.config.attention_mode == "window"
 
 
 # ---- reformer-pytorch ----
@@ -563,6 +579,7 @@ def test_trax_weights_are_checked():
         (r"\['num_hash'\] are no fields", tree, {**TRAX_FIELDS, "num_hash": 1}),
         ("laid out", {"weights": tree["weights"][:5]}, TRAX_FIELDS),
         ("laid out", [[1]], TRAX_FIELDS),
+        ("laid out", [np.zeros(3)] * 10, TRAX_FIELDS),
         ("positions are not axial", [*tree["weights"][:3], np.zeros((1, 512, 32)), *tree["weights"][4:]], TRAX_FIELDS),
     ):
         with pytest.raises(ValueError, match=message):

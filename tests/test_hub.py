@@ -383,6 +383,20 @@ def damaged(tmp_path):
     return tmp_path / "damaged"
 
 
+def unsafe(tmp_path):
+    make().save_pretrained(tmp_path / "unsafe")
+    (tmp_path / "unsafe" / "model.safetensors").unlink()
+    torch.save({"lm_head.bias": print}, tmp_path / "unsafe" / "pytorch_model.bin")
+    return tmp_path / "unsafe"
+
+
+def without_index(tmp_path):
+    make().save_pretrained(tmp_path / "sharded")
+    (tmp_path / "sharded" / "model.safetensors").unlink()
+    (tmp_path / "sharded" / "model.safetensors.index.json").write_text("{}")
+    return tmp_path / "sharded"
+
+
 def gpt2(tmp_path):
     GPT2Model(GPT2Config(n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
     return tmp_path / "gpt2"
@@ -416,6 +430,8 @@ REFUSED = {
     "`lm_head.bias` has the shape": enlarged,
     "lacks the weights of ReformerForCausalLM": headless,
     "or damaged": damaged,
+    "or damaged: Weights only load failed": unsafe,
+    "or damaged: 'weight_map'": without_index,
     "type 'gpt2'": gpt2,
     "hf-reformer convert": builtin,
     "says none": nameless,

@@ -1,7 +1,6 @@
 """Checkpoints of other Reformers as ours, ours as transformers' own, and chunk mode as window mode."""
 
 import json
-import pickle
 import shutil
 import zipfile
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any, get_args
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from . import heads_text, modeling_reformer
@@ -18,6 +16,7 @@ from .configuration_reformer import ReformerConfig, from_builtin
 from .convert_reformer_pytorch import from_reformer_pytorch
 from .convert_trax import from_trax, read_pickle
 from .modeling_reformer import BUILTIN_NAMES, OLDER_BIAS
+from .text_generation import DAMAGED
 
 KINDS = ("builtin", "reformer-pytorch", "trax", "hf_reformer")
 HEADS = {
@@ -46,8 +45,7 @@ TOKENIZER_FILES = [
 ]
 TOKENIZER_FILES += ["chat_template*", "additional_chat_templates", "tokenization_*.py"]
 SETTLED = {"attention_mode", "position_embedding_type", "classifier_pooling", "num_hidden_layers"}  # no loss
-DAMAGED = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError)
-UNREADABLE = (OSError, StrictDataclassError, SafetensorError, *DAMAGED)
+UNREADABLE = (OSError, StrictDataclassError, *DAMAGED)
 
 
 def convert(
@@ -121,7 +119,7 @@ def detect(source: Path) -> str:
         raise ValueError(f"{source} has no config.json, so it is no folder of a model. Name the weights file itself?")
     try:
         found = json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:  # no JSON, or no object
         raise ValueError(f"{source / 'config.json'} cannot be read: {error}.") from error
     kinds = {"reformer": "builtin", "hf_reformer": "hf_reformer"}
     if found not in kinds:
@@ -169,10 +167,12 @@ def read_state_dict(source: Path) -> dict[str, torch.Tensor]:
     if source.suffix == ".safetensors":
         return load_file(source)
     found = torch.load(source, map_location="cpu", weights_only=True)
-    inner = [found, *(found.get(name) for name in ("state_dict", "model_state_dict", "model"))]
-    for state in inner:
-        if isinstance(state, dict) and any(isinstance(value, torch.Tensor) for value in state.values()):
-            return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    held = found if isinstance(found, dict) else {}
+    for state in (held, *(held.get(name) for name in ("state_dict", "model_state_dict", "model"))):
+        if isinstance(state, dict):
+            tensors = {name: x for name, x in state.items() if isinstance(name, str) and isinstance(x, torch.Tensor)}
+            if tensors:
+                return tensors
     raise ValueError(f"{source} holds no state dict. Write one: `torch.save(model.state_dict(), path)`.")
 
 
@@ -208,7 +208,7 @@ def to_window(model: Any, fields: dict[str, Any] | None = None) -> tuple[Any, li
     if windows:
         windows.setdefault("local_window", windows.get("lsh_window"))  # lsh layers look there, too
         windows.setdefault("lsh_window", windows["local_window"])
-    chosen = {"attention_mode": "window", "num_buckets": None, **windows, **(fields or {})}
+    chosen = {"num_buckets": None, **windows, **(fields or {}), "attention_mode": "window"}
     known = set(ReformerConfig.__dataclass_fields__)
     if not set(chosen) <= known:
         raise ValueError(f"{sorted(set(chosen) - known)} are no fields of ReformerConfig.")

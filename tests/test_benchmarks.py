@@ -160,6 +160,7 @@ def test_names_in_pictures_keep_apart():
     assert heights[-1] == 0.9
 
 
+@pytest.mark.slow
 def test_results_come_in_pieces_and_are_reported_together(tmp_path):
     common = ["--short", "--threads", "1", "--budget", "0.01", "--output_dir", str(tmp_path)]
     pieces = [["--only", "core", "--lengths", "128", "256", "--quantities", "time", "--rivals", "sdpa", "local"]]

@@ -364,6 +364,7 @@ def mistakes(tmp_path):
     weights = Path(save(tmp_path / "cut", make_model()), "model.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
     good = str(save(tmp_path / "good", make_model()))
+    Path(save(tmp_path / "null", make_model()), "config.json").write_text("null")
     return {
         "neither a folder nor": ["--model", tmp_path / "absent"],
         "Unrecognized model": ["--model", tmp_path / "empty"],
@@ -372,6 +373,7 @@ def mistakes(tmp_path):
         "AutoModelForCausalLM": ["--model", tmp_path / "t5"],
         "no chat template": ["--model", tmp_path / "silent"],
         "or damaged": ["--model", tmp_path / "cut"],
+        "null are not those of its config.json": ["--model", tmp_path / "null"],
         "--system is not UTF-8": ["--model", good, "--system", "caf\udce9"],
         "device": ["--model", good, "--device", "nonsense"],
         "Leave out --top_k": ["--model", good, "--greedy", "--top_k", "3"],

@@ -21,17 +21,19 @@ INPUTS = {
     ReformerForSequenceClassification: {"labels": CLASSES},
     ReformerForQuestionAnswering: {"start_positions": CLASSES, "end_positions": CLASSES + 9},
 }
+CHUNKS = {"attention_mode": "chunk", "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16}
 KINDS = [
     (ReformerForCausalLM, {}),
-    pytest.param(
-        ReformerForCausalLM,
-        {"attention_backend": "torch", "position_embedding_type": "rotary"},
-        marks=pytest.mark.slow,
-    ),
-    (ReformerForCausalLM, {"attention_mode": "chunk", "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16}),
-    (ReformerForCausalLM, {"reversible": False, "attn_layers": ["full", "lsh"]}),
     (ReformerForSequenceClassification, {}),
-    (ReformerForQuestionAnswering, {}),
+    *(
+        pytest.param(cls, changes, marks=pytest.mark.slow)
+        for cls, changes in (
+            (ReformerForCausalLM, {"attention_backend": "torch", "position_embedding_type": "rotary"}),
+            (ReformerForCausalLM, CHUNKS),
+            (ReformerForCausalLM, {"reversible": False, "attn_layers": ["full", "lsh"]}),
+            (ReformerForQuestionAnswering, {}),
+        )
+    ),
 ]
 
 
@@ -211,6 +213,7 @@ def test_frozen_parameters_in_one_graph():
     assert_same({name: found[name] for name in trained}, {name: expected[name] for name in trained}, 1e-6)
 
 
+@pytest.mark.slow
 def test_ddp_makes_a_graph_of_every_bucket(monkeypatch):
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 512)
     model, eager = make().train(), make().train()
@@ -269,6 +272,7 @@ def test_copies_compile_parts_of_their_own(copied):
     assert all(layer.one_artefact and "g" in vars(layer) for layer in other.model.layers)
 
 
+@pytest.mark.slow
 def test_compiled_parts_keep_memory_flat():
     peaks = []
     for depth in (2, 6):

@@ -60,6 +60,7 @@ def gradients_where_the_library_shards(folder: str) -> dict:
     return {"gradients": {name: whole(p.grad) for name, p in model.named_parameters()}, "sharded": sharded}
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_the_library_s_own_fsdp_plan(tmp_path):
     model = model_of()
@@ -202,6 +203,7 @@ def fsdp2_in_many_ways() -> dict:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 @pytest.mark.filterwarnings("ignore")
 def test_fsdp2_keeps_streams_only_where_they_are_cast():

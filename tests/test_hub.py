@@ -1,6 +1,7 @@
 """Sharing: a folder that works the same without the package, and a model card that says what is known."""
 
 import copy
+import importlib.util
 import json
 import math
 import os
@@ -39,7 +40,9 @@ from hf_reformer import (
     ReformerForSequenceClassification,
     ReformerForTokenClassification,
     ReformerModel,
+    attention_ops,
     hub,
+    kernels,
 )
 from hf_reformer.attention_ops import KERNELS
 from hf_reformer.hub import export, push_to_hub
@@ -199,6 +202,14 @@ def test_the_package_may_be_there_without_being_imported(tmp_path, other_python,
     assert found["package"]
     assert found[argument]["module"].startswith("transformers_modules.")
     assert same(found[argument], observe(model))
+
+
+def test_code_of_another_age_leaves_the_kernels_alone(monkeypatch):
+    spec = importlib.util.spec_from_file_location("hf_reformer.as_it_was", attention_ops.__file__)
+    for contract, served in ((kernels.CONTRACT, True), (kernels.CONTRACT + 1, False)):
+        monkeypatch.setattr(kernels, "CONTRACT", contract)
+        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+        assert bool(module.KERNELS) is served
 
 
 @pytest.mark.parametrize("trust", [None, True])
@@ -372,6 +383,20 @@ def damaged(tmp_path):
     return tmp_path / "damaged"
 
 
+def unsafe(tmp_path):
+    make().save_pretrained(tmp_path / "unsafe")
+    (tmp_path / "unsafe" / "model.safetensors").unlink()
+    torch.save({"lm_head.bias": print}, tmp_path / "unsafe" / "pytorch_model.bin")
+    return tmp_path / "unsafe"
+
+
+def without_index(tmp_path):
+    make().save_pretrained(tmp_path / "sharded")
+    (tmp_path / "sharded" / "model.safetensors").unlink()
+    (tmp_path / "sharded" / "model.safetensors.index.json").write_text("{}")
+    return tmp_path / "sharded"
+
+
 def gpt2(tmp_path):
     GPT2Model(GPT2Config(n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
     return tmp_path / "gpt2"
@@ -405,6 +430,8 @@ REFUSED = {
     "`lm_head.bias` has the shape": enlarged,
     "lacks the weights of ReformerForCausalLM": headless,
     "or damaged": damaged,
+    "or damaged: Weights only load failed": unsafe,
+    "or damaged: 'weight_map'": without_index,
     "type 'gpt2'": gpt2,
     "hf-reformer convert": builtin,
     "says none": nameless,

@@ -43,6 +43,7 @@ def test_without_a_compiler_everything_runs_in_pytorch(tmp_path):
     assert done.stderr.count("there is no C++ compiler") == 1
 
 
+@pytest.mark.slow
 def test_a_compiler_that_is_not_there_is_told_about(tmp_path):
     done = attend(tmp_path, CXX="no-such-compiler")
     assert done.stdout.strip() == "torch", done.stderr
@@ -55,6 +56,7 @@ def test_a_compiler_may_bring_arguments(monkeypatch, needs_compiler):
     assert build.compiler() == [path, "-g0"]
 
 
+@pytest.mark.slow
 def test_a_compiler_that_fails_is_told_about(tmp_path):
     done = attend(tmp_path, CXX=shutil.which("false"))
     assert done.stdout.strip() == "torch", done.stderr

@@ -290,6 +290,15 @@ def test_what_cannot_be_answered_is_refused():
         reader("q", "text", max_answer_len=3)
 
 
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_scores_that_are_no_numbers_are_refused_and_not_taken_for_no_answer(score):
+    reader = make_reader()
+    torch.nn.init.constant_(reader.model.qa_outputs.bias, score)
+    for options in ({}, {"top_k": 3}, {"handle_impossible_answer": True}):
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            reader("who?", "text", **options)
+
+
 @pytest.mark.parametrize("positions", ["axial", "learned", "rotary"])
 def test_an_input_beyond_the_positions_is_refused(positions, messages):
     reader = make_reader(position_embedding_type=positions, max_position_embeddings=64)

@@ -240,6 +240,7 @@ def trained(folder: str, sequence_parallel_size: int) -> dict[str, torch.Tensor]
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_the_trainer_trains_as_in_one_process(tmp_path):
     expected = trained(str(tmp_path), 1)

@@ -266,6 +266,7 @@ def test_what_does_not_exist_says_so(monkeypatch):
         (lambda: view_layer(model, IDS, 3), r"`layer=3` does not exist: 0 to 2"),
         (lambda: view_layer(torch.nn.Linear(2, 2), IDS, 0), "none of this package's layers"),
         (lambda: view_layer(model, IDS, 0, past_key_values=object()), "past_key_values"),
+        (lambda: view_layer(model, IDS, 0, cache=object()), "`cache` holds tokens"),
         (lambda: plot_buckets(local), "is a local layer"),
         (lambda: bucket_balance(view_layer(make("chunk"), IDS[:, :8], 1)), "no longer than its chunk"),
         (lambda: plot_buckets(hashed, hash_round=2), "`hash_round=2`"),

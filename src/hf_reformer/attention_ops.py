@@ -22,10 +22,12 @@ from .reference import MASKED_SCORE, SELF_SCORE, pair_keys, places_of, shared_ke
 from .reference import ordered_attention as reference_attention
 
 try:
+    from hf_reformer.kernels import CONTRACT
     from hf_reformer.kernels import cpu as _cpu
     from hf_reformer.kernels import triton as _triton
 
-    KERNELS: dict[str, ModuleType] = {"cpu": _cpu, "triton": _triton}
+    # A copy of this file that came with a model may meet a package of another age.
+    KERNELS: dict[str, ModuleType] = {"cpu": _cpu, "triton": _triton} if CONTRACT == 1 else {}
 except ImportError:  # this file travels alone: a model loaded with trust_remote_code, without the package
     KERNELS = {}
 

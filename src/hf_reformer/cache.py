@@ -410,8 +410,8 @@ def adopt(cache: Any, config: ReformerConfig) -> Cache:
             return cache
     raise ValueError(
         f"The cache given, `past_key_values` or `cache`, is a {type(cache).__name__} that a Reformer did not fill: "
-        "attention here reads no keys and values from outside. Give what an earlier call returned, or an empty cache. If "
-        "prefix tuning made it, choose another kind of adapter: prompt tuning, or LoRA."
+        "attention here reads no keys and values from outside. Give what an earlier call returned, or an empty cache. "
+        "If prefix tuning made it, choose another kind of adapter: prompt tuning, or LoRA."
     )
 
 

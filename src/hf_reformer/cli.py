@@ -234,7 +234,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--head", metavar="CLASS", help="ReformerForCausalLM, …; default: the class that a folder was saved from")
     add("--attention_mode", choices=("chunk", "window"), help="window: turn chunk mode into it")
     add("--fields", metavar="JSON", help="an object, or its file: what the weights don't say, or of window mode")
-    add("--no_lm_bias", action="store_true", help="set the head's bias to 0, as transformers 5 computes")
+    add("--no_lm_bias", action="store_true", help="set the head's bias to 0, as transformers 5.0 to 5.23 compute")
     command("env", run_env)
     return parser
 

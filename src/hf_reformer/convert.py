@@ -1,7 +1,6 @@
 """Checkpoints of other Reformers as ours, ours as transformers' own, and chunk mode as window mode."""
 
 import json
-import pickle
 import shutil
 import zipfile
 from pathlib import Path
@@ -10,14 +9,14 @@ from typing import Any, get_args
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from . import heads_text, modeling_reformer
 from .configuration_reformer import ReformerConfig, from_builtin
 from .convert_reformer_pytorch import from_reformer_pytorch
 from .convert_trax import from_trax, read_pickle
-from .modeling_reformer import BUILTIN_NAMES
+from .modeling_reformer import BUILTIN_NAMES, OLDER_BIAS
+from .text_generation import DAMAGED
 
 KINDS = ("builtin", "reformer-pytorch", "trax", "hf_reformer")
 HEADS = {
@@ -46,8 +45,7 @@ TOKENIZER_FILES = [
 ]
 TOKENIZER_FILES += ["chat_template*", "additional_chat_templates", "tokenization_*.py"]
 SETTLED = {"attention_mode", "position_embedding_type", "classifier_pooling", "num_hidden_layers"}  # no loss
-DAMAGED = (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError)
-UNREADABLE = (OSError, StrictDataclassError, SafetensorError, *DAMAGED)
+UNREADABLE = (OSError, StrictDataclassError, *DAMAGED)
 
 
 def convert(
@@ -73,7 +71,7 @@ def convert(
         head: Our class to read a folder as, such as "ReformerForCausalLM". None: the one it was saved from.
         attention_mode: "window" turns chunk mode into window mode, see `to_window`. None or "chunk": leaves it.
         fields: What the source does not say (see `from_trax`, `from_reformer_pytorch`), or what window mode shall be.
-        lm_bias: False sets the bias of a language model's head to 0, as transformers 5 computes; 4 added it.
+        lm_bias: False sets the bias of a language model's head to 0, as transformers 5.0 to 5.23 compute.
 
     Raises:
         ValueError, OSError: the source cannot be read, has no counterpart, or the output is not empty.
@@ -121,7 +119,7 @@ def detect(source: Path) -> str:
         raise ValueError(f"{source} has no config.json, so it is no folder of a model. Name the weights file itself?")
     try:
         found = json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:  # no JSON, or no object
         raise ValueError(f"{source / 'config.json'} cannot be read: {error}.") from error
     kinds = {"reformer": "builtin", "hf_reformer": "hf_reformer"}
     if found not in kinds:
@@ -169,10 +167,12 @@ def read_state_dict(source: Path) -> dict[str, torch.Tensor]:
     if source.suffix == ".safetensors":
         return load_file(source)
     found = torch.load(source, map_location="cpu", weights_only=True)
-    inner = [found, *(found.get(name) for name in ("state_dict", "model_state_dict", "model"))]
-    for state in inner:
-        if isinstance(state, dict) and any(isinstance(value, torch.Tensor) for value in state.values()):
-            return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+    held = found if isinstance(found, dict) else {}
+    for state in (held, *(held.get(name) for name in ("state_dict", "model_state_dict", "model"))):
+        if isinstance(state, dict):
+            tensors = {name: x for name, x in state.items() if isinstance(name, str) and isinstance(x, torch.Tensor)}
+            if tensors:
+                return tensors
     raise ValueError(f"{source} holds no state dict. Write one: `torch.save(model.state_dict(), path)`.")
 
 
@@ -181,7 +181,7 @@ def drop_lm_bias(model: Any) -> list[str]:
     if head is None:
         raise ValueError(f"{type(model).__name__} has no language-model head, and so no bias to leave out.")
     torch.nn.init.zeros_(head.bias)
-    return ["The head's bias is 0, as in transformers 5: logits differ from those of transformers 4 by the bias."]
+    return ["The head's bias is 0, as transformers 5.0 to 5.23 compute: other versions differ by the bias."]
 
 
 # ---- chunk mode to window mode ----
@@ -208,7 +208,7 @@ def to_window(model: Any, fields: dict[str, Any] | None = None) -> tuple[Any, li
     if windows:
         windows.setdefault("local_window", windows.get("lsh_window"))  # lsh layers look there, too
         windows.setdefault("lsh_window", windows["local_window"])
-    chosen = {"attention_mode": "window", "num_buckets": None, **windows, **(fields or {})}
+    chosen = {"num_buckets": None, **windows, **(fields or {}), "attention_mode": "window"}
     known = set(ReformerConfig.__dataclass_fields__)
     if not set(chosen) <= known:
         raise ValueError(f"{sorted(set(chosen) - known)} are no fields of ReformerConfig.")
@@ -264,13 +264,17 @@ def to_builtin(model: Any) -> tuple[Any, list[str]]:
             fields[key] = described.default  # of kinds of layers that the model lacks
     made = BUILTIN_HEADS[name](transformers.ReformerConfig(**fields))
     dtype = model.dtype
-    made.load_state_dict({builtin_name(key, name): value for key, value in model.state_dict().items()}, assign=True)
+    state = {builtin_name(key, name): value for key, value in model.state_dict().items()}
+    adds_bias = OLDER_BIAS in made.state_dict()
+    if adds_bias:
+        state[OLDER_BIAS] = state["lm_head.bias"].clone()
+    made.load_state_dict(state, assign=True)
     made = made.to(dtype).eval()
     if model.can_generate():
         made.generation_config = model.generation_config
     notes = [f"The built-in has no field for: {', '.join(lost)}."] if lost else []
-    if hasattr(model, "lm_head") and model.lm_head.bias.any():
-        notes.append("The head's bias is kept in the file; transformers 5 loads it and leaves it out of the logits.")
+    if hasattr(model, "lm_head") and model.lm_head.bias.any() and not adds_bias:
+        notes.append("The head's bias is in the file; transformers 5.0 to 5.23 leave it out of the logits.")
     return made, notes
 
 

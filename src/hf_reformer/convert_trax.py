@@ -3,6 +3,7 @@
 import gzip
 import io
 import pickle
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from .configuration_reformer import ReformerConfig
 from .heads_text import ReformerForCausalLM
 
 GZIP = b"\x1f\x8b"
+NO_PICKLE = (pickle.UnpicklingError, zlib.error)
 NOT_IN_WEIGHTS = {"lsh": ("num_hashes", "num_buckets", "lsh_attn_chunk_length"), "local": ("local_attn_chunk_length",)}
 
 
@@ -54,7 +56,7 @@ def read_pickle(path: str | Path) -> Any:
     data = Path(path).read_bytes()
     try:
         return _ArraysOnly(io.BytesIO(gzip.decompress(data) if data.startswith(GZIP) else data)).load()
-    except (pickle.UnpicklingError, EOFError, OSError, TypeError, ValueError, IndexError, KeyError) as error:
+    except (*NO_PICKLE, EOFError, OSError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(f"{path} is no pickle of Trax weights that can be read: {error}.") from error
 
 
@@ -72,7 +74,7 @@ def from_trax(tree: Any, fields: dict[str, Any]) -> tuple[Any, list[str]]:
     weights = tree["weights"] if isinstance(tree, dict) and "weights" in tree else tree
     try:
         state, shapes = read_tree(weights)
-    except (IndexError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"These are not the weights of a ReformerLM of Trax as its models of 2020 are laid out ({error})."
         ) from error

@@ -13,9 +13,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, create_branch, create_repo, snapshot_download, upload_folder
-from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from transformers.configuration_utils import PreTrainedConfig
@@ -25,6 +23,7 @@ from .attention_ops import BACKENDS
 from .configuration_reformer import ReformerConfig
 from .model_card import model_card
 from .registration import AUTO_CLASSES
+from .text_generation import readable
 
 MODEL_CLASSES = {cls.__name__: cls for cls in AUTO_CLASSES.values()}
 # What another model may have left where a new one goes, and the new one need not write again.
@@ -148,12 +147,8 @@ def read(source: str | PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         except (OSError, ValueError) as error:
             raise ValueError(f"{source} is neither a folder nor a model that could be read from the Hub.") from error
     model_class: Any = _class_of(folder)
-    try:
+    with readable(source):
         model, report = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    except StrictDataclassError as error:
-        raise ValueError(str(error)) from error
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"The weights in {source} are not those of its config.json, or damaged: {error}") from error
     for what, verb in (("missing_keys", "lacks"), ("unexpected_keys", "holds more than")):
         if report[what]:
             raise ValueError(f"{source} {verb} the weights of {model_class.__name__}: {min(report[what])}.")

@@ -47,7 +47,7 @@ BUILTIN_NAMES = {
     r"^lm_head\.decoder\.weight$": "lm_head.weight",
 }
 
-# Files of transformers 4 may hold the head's bias under this name too. Where the two differ, this one counted.
+# Files of transformers 4, and since 5.24, hold the head's bias by this name too. Where they differ, this one counts.
 OLDER_BIAS = "lm_head.decoder.bias"
 
 # What a folder of an encoder-decoder holds besides the encoder, which is all that other models read of it.

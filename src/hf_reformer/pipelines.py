@@ -71,7 +71,7 @@ class LongDocumentQuestionAnswering(Pipeline):
 
         Args:
             question: A string, or a list of them; or a dict with `question` and `context`, a list of such dicts, or
-                a dataset or generator of them.
+                a torch `Dataset` or generator of them.
             context: The document, or a list of documents. A single one serves all questions, a single question is
                 asked of all documents.
             top_k: The largest number of answers, the best first. None overlaps a better one. Default 1.
@@ -85,8 +85,8 @@ class LongDocumentQuestionAnswering(Pipeline):
 
         Raises:
             TypeError: An input that is none of the above, or an unknown option.
-            ValueError: An empty question or document, lists of different lengths, or an input that is longer than
-                the positions of the model.
+            ValueError: An empty question or document, lists of different lengths, an input that is longer than the
+                positions of the model, or scores that are no numbers.
         """
         inputs = question if context is None else _pairs(question, context)
         return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **kwargs)
@@ -244,7 +244,10 @@ def _log_probabilities(logits: torch.Tensor, solid: torch.Tensor) -> torch.Tenso
     """(T) logits → (T) log-probabilities among the first token and the `solid` ones; elsewhere -inf."""
     taking_part = solid.clone()
     taking_part[0] = True
-    return logits.double().masked_fill(~taking_part, -math.inf).log_softmax(-1)
+    found = logits.double().masked_fill(~taking_part, -math.inf).log_softmax(-1)
+    if found.isnan().any():
+        raise ValueError("The model's scores are NaN or infinite. Look at its weights, or load it in float32.")
+    return found
 
 
 def _solid_tokens(encoding: Any, context: str) -> list[bool]:

@@ -1,6 +1,7 @@
 """Text from causal language models, streamed; and conversations that keep their cache from turn to turn."""
 
 import json
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ from .heads_text import ReformerForCausalLM
 
 logger = logging.get_logger(__name__)
 
+# What reading weights raises where they are damaged, or not those of the config.
+DAMAGED = (SafetensorError, pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError)
+
 
 def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Model and tokenizer of a folder, or of a repository of the Hub; our model for transformers' own Reformer.
@@ -26,21 +30,18 @@ def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code
         OSError, ValueError: they cannot be had, or they are of another kind; the message says why.
     """
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
-        model_class: Any = ReformerForCausalLM if config.model_type == "reformer" else AutoModelForCausalLM
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-        with quiet():
-            model, report = model_class.from_pretrained(
-                name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
-            )
+        with readable(name):
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            model_class: Any = ReformerForCausalLM if config.model_type == "reformer" else AutoModelForCausalLM
+            tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            with quiet():
+                model, report = model_class.from_pretrained(
+                    name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+                )
     except OSError as error:
         if Path(name).is_dir():
             raise
         raise ValueError(f"{name} is neither a folder nor a model that could be read from the Hub.") from error
-    except StrictDataclassError as error:
-        raise ValueError(str(error)) from error
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"The weights in {name} are not those of its config.json, or damaged: {error}") from error
     if report["missing_keys"]:
         saved = ", ".join(model.config.architectures or ["another class"])
         raise ValueError(
@@ -58,6 +59,17 @@ def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code
         return model.to(device).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"The device {device!r} cannot be used: {error}") from error
+
+
+@contextmanager
+def readable(source: Any) -> Iterator[None]:
+    """Turn what reading a folder raises, where its config or weights are wrong, into a ValueError that says so."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(str(error)) from error
+    except DAMAGED as error:
+        raise ValueError(f"The weights in {source} are not those of its config.json, or damaged: {error}") from error
 
 
 @contextmanager

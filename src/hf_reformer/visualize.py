@@ -57,13 +57,13 @@ def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **in
         inputs: what else the model takes, `attention_mask` or `num_hashes`, for example.
 
     Raises:
-        ValueError: there is no such layer; or `past_key_values` are given, by which a forward sorts its tokens only in
-            part.
+        ValueError: there is no such layer; or a cache is given, by which a forward sorts its tokens only in part.
     """
     found = [module for module in model.modules() if isinstance(module, ReformerAttention)]
     _check_number("layer", layer, len(found))
-    if inputs.get("past_key_values") is not None:
-        raise ValueError("`past_key_values` hold tokens that this forward does not sort. Give all tokens at once.")
+    for name in ("cache", "past_key_values"):
+        if inputs.get(name) is not None:
+            raise ValueError(f"`{name}` holds tokens that this forward does not sort. Give all tokens at once.")
     attention = found[layer]
     if attention.kind == "full":  # which makes no orders unless its weights are asked for
         inputs["output_attentions"] = "sparse"

@@ -4,6 +4,8 @@ import copy
 import math
 import pickle
 
+import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import REPEATABLE, SMALL_WINDOWS, largest_gap, make_ids, make_model
@@ -19,6 +21,8 @@ from hf_reformer import (
     ReformerModel,
 )
 from hf_reformer.coverage import coverage_loss, make_shares, reached_share, received_entropy
+from hf_reformer.coverage_callback import CoverageCallback, received_by_layer
+from hf_reformer.visualize import plot_received, received_attention
 
 LENGTH = 40
 IDS, MASK = make_ids(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.long)
@@ -315,3 +319,41 @@ def test_the_trainer_trains_and_evaluates(tmp_path):
     found = trainer.predict(Rows())
     assert found.predictions.shape == (4, LENGTH, 40)
     assert math.isfinite(found.metrics["test_loss"])
+
+
+def test_the_callback_logs_how_far_attention_reaches(tmp_path):
+    arguments = TrainingArguments(tmp_path, report_to=[], use_cpu=True, disable_tqdm=True)
+    model = make(coverage_loss_weight=0.0).float()
+    trainer = Trainer(model, arguments, eval_dataset=Rows())
+    trainer.add_callback(CoverageCallback(trainer))
+    trainer.evaluate()
+    logs = trainer.state.log_history[-1]
+    received = received_by_layer(model.eval(), IDS)
+    for name, number in (("eval_received_entropy", received_entropy), ("eval_reached_share", reached_share)):
+        layers = number(received).mean(-1)
+        assert logs[name] == pytest.approx(layers.mean().item(), rel=1e-5)
+        assert [logs[f"{name}_layer_{i}"] for i in range(4)] == pytest.approx(layers.tolist(), rel=1e-5)
+    with pytest.raises(ValueError, match="at least 1"):
+        CoverageCallback(trainer, batches=0)
+
+
+def test_what_layers_receive_is_what_their_weights_say():
+    model = make(coverage_loss_weight=0.0)
+    received = received_by_layer(model, IDS, attention_mask=MASK)
+    attentions = model(IDS, attention_mask=MASK, output_attentions="sparse").attentions
+    expected = torch.stack([received_attention(x, MASK).mean(1) for x in attentions])
+    assert largest_gap(received, expected) <= 1e-12
+    with pytest.raises(ValueError, match="holds no ReformerModel"):
+        received_by_layer(torch.nn.Linear(1, 1), IDS)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_picture_shows_the_target(causal):
+    matplotlib.use("Agg")
+    attention = make(ReformerModel, is_decoder=causal)(IDS, attention_mask=MASK, output_attentions=True).attentions[0]
+    axes = plot_received(attention, row=1, mask=MASK, causal=causal)
+    target = axes.lines[-1].get_ydata()
+    assert target.sum() == pytest.approx(1)
+    assert (target[25:29] == 0).all()
+    assert (target[0] > 2 * target[-1]) == causal
+    plt.close(axes.figure)

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .attention import ReformerAttention
+from .coverage import make_shares
+from .coverage import reached_share as reached_share
+from .coverage import received_entropy as received_entropy
 from .hashing import Orders, product_of
 from .listed_attention import SparseAttention, listed_by
 
@@ -67,7 +70,7 @@ def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **in
     attention = found[layer]
     if attention.kind == "full":  # which makes no orders unless its weights are asked for
         inputs["output_attentions"] = "sparse"
-    with _recorded(attention, "_over", "_buckets") as calls:
+    with recorded(attention, "_over", "_buckets") as calls:
         model(input_ids, **inputs)
     (orders, _, _, value, call, *_), _ = calls["_over"]
     (vectors, *_), buckets = calls.get("_buckets", ((None,), None))
@@ -82,7 +85,7 @@ def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **in
 
 
 @contextmanager
-def _recorded(module: Any, *names: str) -> Iterator[dict[str, tuple[tuple, Any]]]:
+def recorded(module: Any, *names: str) -> Iterator[dict[str, tuple[tuple, Any]]]:
     """While this lasts, the latest call of each of the module's methods: its arguments and its result."""
     calls: dict[str, tuple[tuple, Any]] = {}
 
@@ -284,14 +287,26 @@ def attention_image(
 
 
 def plot_received(
-    attention: SparseAttention | torch.Tensor, row: int = 0, mask: torch.Tensor | None = None, ax: Any = None
+    attention: SparseAttention | torch.Tensor,
+    row: int = 0,
+    mask: torch.Tensor | None = None,
+    ax: Any = None,
+    causal: bool | None = None,
 ) -> Any:
-    """The share of attention that every token gets, a line for each head; arguments as for `received_attention`."""
+    """The share of attention that every token gets, a line for each head; arguments as for `received_attention`.
+
+    causal: whether the layer is; then a dashed line shows what the tokens would get of evenly spread attention, the
+    target of the coverage loss. Not with packed samples.
+    """
     received = received_attention(attention, mask)
     _check_number("row", row, len(received))
     ax = _axes(ax)
     for head, shares in enumerate(received[row].detach().float().cpu()):
         ax.plot(shares, label=f"head {head}", linewidth=1)
+    if causal is not None:
+        real = torch.ones_like(received[:, 0], dtype=torch.bool) if mask is None else mask.bool()
+        target = make_shares(real, (real.cumsum(-1) - 1).clamp(min=0), causal=causal).target[row]
+        ax.plot(target.cpu(), label="evenly spread", color="black", linestyle="--", linewidth=1)
     ax.set(xlabel="position", ylabel="share of all attention", title="attention received")
     ax.legend(frameon=False)
     return ax

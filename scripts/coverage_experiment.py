@@ -33,8 +33,9 @@ def make_model(length: int, weight: float) -> ReformerForSequenceClassification:
     config = ReformerConfig(
         vocab_size=NOISE + 2, hidden_size=64, num_attention_heads=2, attention_head_size=32, feed_forward_size=128,
         attn_layers=["lsh", "lsh", "lsh"], max_position_embeddings=length, lsh_window=16, local_window=16,
-        hidden_dropout_prob=0.0, is_decoder=True, num_labels=2, coverage_loss_weight=weight,
+        hidden_dropout_prob=0.0, is_decoder=True, coverage_loss_weight=weight,
     )  # fmt: skip
+    config.num_labels = 2
     return ReformerForSequenceClassification(config)
 
 

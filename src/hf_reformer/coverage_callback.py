@@ -30,8 +30,8 @@ def received_by_layer(model: torch.nn.Module, input_ids: torch.Tensor, **inputs:
         raise ValueError(f"{type(model).__name__} holds no ReformerModel, so no layer tells what tokens receive.")
     with recorded(found, "_coverage") as calls:
         model(input_ids=input_ids, **inputs, output_coverage=True)
-    (received, _), _ = calls["_coverage"]
-    return received
+    (received, *_), _ = calls["_coverage"]
+    return torch.stack(received)
 
 
 class CoverageCallback(TrainerCallback):

@@ -72,21 +72,25 @@ template <bool kShared, bool kWindow> struct SweepTask {
     }
     template <typename F> HF_INLINE void add_row(KeyBlock& block, int i, F&& weight_of) {
         const int token = w.queries.token[i];
-        const Float paid = splat(p.push ? 0.0f : p.paid[head.batch * p.length + token]);
-        Float total = zero();
+        if (p.push) {
+            Float total = zero();
+            for_columns(block, i, [&](Tile& t, int column, const float* score) {
+                total = fma(weight_of(t, column, score), load(t.push + column), total);
+            });
+            p.pushed[head.offset + token] += sum(total);
+        } else {
+            const Float paid = splat(p.paid[head.batch * p.length + token]);
+            for_columns(block, i, [&](Tile& t, int column, const float* score) {
+                store(t.pull + column, fma(weight_of(t, column, score), paid, load(t.pull + column)));
+            });
+        }
+    }
+    template <typename F> HF_INLINE void for_columns(KeyBlock& block, int i, F&& f) {
         for (int slot = 0; slot < block.tiles; slot++) {
-            Tile& t = *block.tile[slot];
             const float* scores = w.scores + i * kScores + slot * kTile;
             const int begin = block.begin[slot][i / kGranule], end = block.end[slot][i / kGranule];
-            for (int column = begin; column < end; column += kWidth) {
-                Float weight = weight_of(t, column, scores + column);
-                if (p.push)
-                    total = fma(weight, load(t.push + column), total);
-                else
-                    store(t.pull + column, fma(weight, paid, load(t.pull + column)));
-            }
+            for (int column = begin; column < end; column += kWidth) f(*block.tile[slot], column, scores + column);
         }
-        if (p.push) p.pushed[head.offset + token] += sum(total);
     }
 };
 

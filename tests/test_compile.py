@@ -73,6 +73,7 @@ def test_a_training_step_in_one_graph(cls, changes):
     assert_same(step(compiled, model), step(eager, eager), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bf16", "slices"),
     [pytest.param(True, 0, id="bfloat16"), pytest.param(False, 7, id="slices", marks=pytest.mark.slow)],
@@ -155,6 +156,7 @@ def test_one_graph_with_foreign_layers_has_the_memory_of_a_checkpointed_model():
     assert deep <= plain / 2
 
 
+@pytest.mark.slow
 def test_one_graph_with_foreign_layers():
     model, eager = make().train(), make().train()
     put_something_foreign_into(model)
@@ -201,6 +203,7 @@ def test_a_setting_that_changes_changes_one_graph(change):
     assert_same(found, step(eager, eager), 1e-6)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_in_one_graph():
     model, eager = make().train(), make().train()
     for some in (model, eager):
@@ -229,6 +232,7 @@ def test_ddp_makes_a_graph_of_every_bucket(monkeypatch):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
 def test_one_graph_tells_that_streams_left_the_range(frozen):
     model = make(residual_precision="float32").train()

@@ -103,7 +103,7 @@ WAYS = [("ddp",), ("ddp", "--find_unused_parameters"), ("ddp", "--static_graph")
 @pytest.mark.parametrize(
     "way", [("fsdp2",), *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS)], ids=" ".join
 )
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["plain", *(pytest.param(case, marks=pytest.mark.slow) for case in [*CASES][1:])])
 def test_gradients_are_the_mean_of_both_processes(way, case, launch):
     expected = mean_of_both(**CASES[case])
     for found in launch(*way):

@@ -191,6 +191,7 @@ def in_a_process(*runs):
     return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.slow
 def test_the_process_agrees_that_memory_is_flat_in_depth():
     (shallow, small), (deep, large), (plain, _) = in_a_process(
         (4, "reversible", 2048), (16, "reversible", 2048), (16, "plain", 2048)

@@ -26,6 +26,7 @@ def test_both_jobs_tell_time_and_peak_of_memory():
     assert 4.5 < loss < 6.5  # an untrained model of bytes: near log 256
 
 
+@pytest.mark.slow
 def test_a_job_that_does_not_exist_is_refused():
     done = run_script("--jobs", "sleep")
     assert done.returncode != 0

@@ -181,6 +181,7 @@ def refusals() -> list[str]:
     return messages
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
 def test_what_cannot_be_shared_is_refused():
     for few_tokens, three_heads in run_in_processes(refusals, 2):

@@ -352,12 +352,14 @@ def numbers_in_letters(rng: random.Random, length: int, found: bool) -> tuple[st
     return letters[:at] + answer + letters[at:], answer
 
 
+@pytest.mark.slow
 def test_a_trained_model_finds_the_answer_in_a_long_document():
     rng, tokenizer, question = random.Random(0), ReformerByteTokenizer(), "Which number?"
     small = {"vocab_size": 260, "attn_layers": ["local"], "local_window": 16, "position_embedding_type": "rotary"}
     model = make_model(ReformerForQuestionAnswering, dtype=torch.float32, initializer_range=0.1, **small).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(100):
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=300)
+    for _ in range(300):
         texts, answers = zip(*(numbers_in_letters(rng, 40, found=row > 0) for row in range(16)), strict=True)
         encoded = tokenizer([question] * 16, list(texts), return_tensors="pt", padding=True)
         spans = [re.search(r"\d+|$", text).span() for text in texts]
@@ -369,6 +371,7 @@ def test_a_trained_model_finds_the_answer_in_a_long_document():
         optimizer.zero_grad()
         model(**encoded, start_positions=starts, end_positions=ends).loss.backward()
         optimizer.step()
+        schedule.step()
     reader = LongDocumentQuestionAnswering(model.eval(), tokenizer, handle_impossible_answer=True)
     for length in (100, 1000, 5000):
         text, answer = numbers_in_letters(rng, length, found=True)

@@ -17,6 +17,7 @@ TITLES = {
     "step": "Training steps",
     "growth": "Growth of the core",
     "depth": "Depth",
+    "coverage": "The coverage loss",
     "generation": "One more token, of sixteen in a row",
     "prefill": "A prompt, with a cache, at once and in pieces",
     "step-growth": "Growth of a training step",

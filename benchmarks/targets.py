@@ -64,7 +64,7 @@ def over(above: Row | None, below: Row | None) -> float | None:
 def find_targets(rows: list[Row], threads: int, huge_pages: bool) -> list[Target]:
     """The whole table for one thread count."""
     measured = Measured(rows, threads, huge_pages)
-    parts = (cores, modes, shares, memory, break_even, steps, torch_backend, growth)
+    parts = (cores, modes, shares, memory, break_even, steps, coverage, torch_backend, growth)
     return [target for part in parts for target in part(measured)]
 
 
@@ -155,6 +155,12 @@ def steps(measured: Measured) -> Iterator[Target]:
         note = ", ".join(filter(None, [row.note, "called once" * (row.status == "once")])) if row else ""
         ratio = measured.quotient("step", "full", "ours", **case)
         yield Target(STEP, "sdpa Transformer", f"{length} tokens", least, True, ratio, note=note)
+
+
+def coverage(measured: Measured) -> Iterator[Target]:
+    for length in (4 * K, 16 * K):
+        ratio = measured.quotient("coverage", "ours coverage", "ours", length=length)
+        yield Target(f"{STEP}, coverage loss", "ours without", f"{length} tokens", 1.15, False, ratio)
 
 
 def over_floor(measured: Measured, case: dict[str, Any]) -> float | None:

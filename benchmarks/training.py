@@ -54,6 +54,12 @@ def growth_groups(settings: Settings) -> list[Group]:
     return [Group("time", [Entry(case, "ours") for case in cases], LAYERS)]
 
 
+def coverage_groups(settings: Settings) -> list[Group]:
+    """Our step with and without the coverage loss, in turn."""
+    cases = [step_case("coverage", length) for length in settings.choose((4096, 16384), (4096,))]
+    return [Group("time", [Entry(case, rival) for rival in ("ours", "ours coverage")], LAYERS) for case in cases]
+
+
 def make(case: Case, rival: str) -> Run:
     """One training step on random tokens, or a part of the floor."""
     if rival in machine.RATES:
@@ -66,6 +72,7 @@ def make(case: Case, rival: str) -> Run:
         "ours": our_model,
         "ours torch": partial(our_model, attention_backend="torch"),
         "ours plain": partial(our_model, reversible=False),
+        "ours coverage": partial(our_model, coverage_loss_weight=0.1),
         "built-in": built_in_model,
         "full": partial(FullModel, checkpointing=case.length >= CHECKPOINTS_FROM),
     }

@@ -7,6 +7,7 @@ from typing import Any
 import evaluate
 import numpy as np
 import torch
+from _models import EvaluatesInOrder
 from datasets import Dataset
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -152,8 +153,8 @@ class EpochLengthSampler(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
-class GroupedTrainer(Trainer):
-    """Trainer that batches by `EpochLengthSampler`, and predicts in the order of the data."""
+class GroupedTrainer(EvaluatesInOrder, Trainer):
+    """Trainer that batches by `EpochLengthSampler`."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -161,9 +162,6 @@ class GroupedTrainer(Trainer):
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return EpochLengthSampler(batch, list(self.train_dataset["length"]), seed)
-
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> torch.utils.data.Sampler | None:
-        return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
 
 class Metrics:

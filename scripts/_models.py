@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import SequentialSampler
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
@@ -45,6 +46,15 @@ class ModelArguments:
     config_overrides: str | None = field(
         default=None, metadata={"help": 'Any other field of ReformerConfig: "lsh_window=64,reversible=False".'}
     )
+
+
+class EvaluatesInOrder:
+    """Beside a Trainer: it evaluates and predicts in the order of the data, also where it trains by length."""
+
+    args: Any
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _models import ModelArguments, make_model, make_tokenizer, train_and_save, write_model_card
+from _models import EvaluatesInOrder, ModelArguments, make_model, make_tokenizer, train_and_save, write_model_card
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -165,6 +165,10 @@ def texts_of(ids: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
+class OrderedTrainer(EvaluatesInOrder, Seq2SeqTrainer):
+    """Seq2SeqTrainer whose predictions stand in the order of the data."""
+
+
 def make_trainer(pairs: DatasetDict, data: DataArguments, model_args: ModelArguments, args) -> Seq2SeqTrainer:
     """Tokenizer, model and data in a trainer that writes texts to judge."""
 
@@ -182,7 +186,7 @@ def make_trainer(pairs: DatasetDict, data: DataArguments, model_args: ModelArgum
     def judge(found: EvalPrediction) -> dict[str, float]:
         return score(data.metric, texts_of(found.predictions, tokenizer), texts_of(found.label_ids, tokenizer))
 
-    return Seq2SeqTrainer(
+    return OrderedTrainer(
         model=model,
         args=args,
         train_dataset=encoded.get("train"),

@@ -72,6 +72,19 @@ def test_a_saved_model_judges_translations(script, files):
     assert [json.loads(row)["source"] for row in rows] == list(pd.read_csv(files / "train.csv")["document"][:4])
 
 
+def test_texts_are_judged_in_their_own_order(script, files):
+    given = ["--train_file", str(files / "train.csv"), "--source_column", "document", "--target_column", "summary"]
+    by_length = ["--train_sampling_strategy", "group_by_length", "--output_dir", str(files / "out")]
+    data, model, args = script.parse_arguments([*TINY, *given, *by_length])
+    trainer = script.make_trainer(script.load_pairs(data, args.seed), data, model, args)
+    rows = [
+        row[row >= 0].tolist()
+        for batch in trainer.get_test_dataloader(trainer.eval_dataset)
+        for row in batch["labels"]
+    ]
+    assert rows == trainer.eval_dataset["labels"]
+
+
 def test_scores(script):
     written, wanted = ["the cat sat on the mat", "a dog"], ["the cat sat on the mat", "a dog runs"]
     assert script.score("none", written, wanted) == {"exact_match": 50.0}

@@ -13,6 +13,7 @@ from .configuration_reformer import ReformerConfig
 from .feed_forward import FeedForward, LayerNorm
 from .randomness import fold
 from .reversible import Chain, Grid, residual_step, reversible_step, to_stream
+from .token_step import token_step
 
 COMPILED = ("project", "merge", "g")
 
@@ -114,7 +115,9 @@ class ReformerLayer(GradientCheckpointingLayer):
                 stacklevel=2,
             )
             x1, x2 = to_stream(x1, grid), to_stream(x2, grid)
-        if chain is None:
+        if chain is None and (found := token_step(self, x1, x2, call)) is not None:
+            y1, y2, received = *found, []
+        elif chain is None:
             y1, y2, *received = residual_step(self, x1, x2, call, grid, extra)
             y1 = y1.view_as(y1)  # so that hooks on y1 see the same gradient as on the reversible path
         else:

@@ -8,7 +8,7 @@ import ctypes
 
 import torch
 
-from ..hashing import Orders, factors_of
+from ..hashing import Orders
 from ..randomness import keep_threshold
 from ..reference import pair_keys
 
@@ -67,17 +67,6 @@ _Sorting = _structure(
     pointer: mask
     int: batch, heads, length, rounds, count, threads, back, on
     pointer: line, lo, hi
-    """,
-)
-_Step = _structure(
-    "_Step",
-    """
-    strided: query, key, value, vectors
-    pointer: rotations, factors, numbers, keys, values, buckets, newest, previous
-    int: batch, heads, length, size, rounds, columns, num_factors, count, window, local_window, room, bfloat16
-    int: threads
-    double: scale
-    pointer: out
     """,
 )
 
@@ -247,31 +236,3 @@ def run_sorting(buckets, mask, count: int, back: int, on: int, parts: int, libra
     if buckets.numel():
         _run(library, "hf_sort", call)
     return results
-
-
-def run_step(
-    query, key, value, vectors, kept, numbers: torch.Tensor, local_window: int, scale: float, library: ctypes.CDLL
-) -> torch.Tensor:
-    """New tokens, (B, H, T, D) each, on top of `kept` (a cache layer, which is written to); (B, H, T, D) float32."""
-    batch, heads, length, size = query.shape
-    if kept.keys.shape != (batch, heads, kept.room, size) or numbers.shape != (batch, length):
-        raise ValueError(f"A cache of {tuple(kept.keys.shape)} cannot take tokens of {tuple(query.shape)}.")
-    query, key, value, vectors = _readable(query, key, value, vectors, dtype=kept.keys.dtype)
-    numbers, out = numbers.contiguous(), query.new_empty(batch, heads, length, size, dtype=torch.float32)
-    rotations, newest, previous, count, window, rounds = None, None, None, 0, 0, 0
-    factors: tuple[int, ...] = ()
-    if vectors is not None:
-        rotations, factors, window = kept.rotations, factors_of(kept.num_buckets), kept.window
-        newest, previous = kept.tables.newest, kept.tables.previous
-        count, rounds = newest.shape[-1], rotations.shape[2]
-    numbers_of_factors = (ctypes.c_int64 * max(1, len(factors)))(*factors)
-    step = _Step(
-        *(_strided(x) for x in (query, key, value, vectors)),
-        _pointer(rotations), ctypes.addressof(numbers_of_factors), numbers.data_ptr(),
-        kept.keys.data_ptr(), kept.values.data_ptr(), _pointer(kept.buckets), _pointer(newest), _pointer(previous),
-        batch=batch, heads=heads, length=length, size=size, rounds=rounds, columns=sum(factors) // 2,
-        num_factors=len(factors), count=count, window=window, local_window=local_window, room=kept.room,
-        bfloat16=DTYPES[kept.keys.dtype], threads=torch.get_num_threads(), scale=scale, out=out.data_ptr(),
-    )  # fmt: skip
-    _run(library, "hf_step", step)
-    return out

@@ -2,14 +2,17 @@
 
 import ctypes
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from .. import hashing
 from ..bucket_tables import BucketTables
 from ..randomness import make_key, normal_rows
 from ..reference import attention_with_weights, shared_key
-from .calls import Call, backward, forward, received, run_hashing, run_normals, run_sorting, run_step
+from .calls import Call, backward, forward, received, run_hashing, run_normals, run_sorting
+from .steps import run_layer, run_step
 
 
 def agrees(library: ctypes.CDLL) -> bool:
@@ -28,6 +31,7 @@ def agrees(library: ctypes.CDLL) -> bool:
         and torch.allclose(run_normals(keys, 50, library), normal_rows(keys, 50), atol=1e-4)
         and _attention_agrees(query, value, grad, buckets, mask, library)
         and _step_agrees(query[:, :, :40], value[:, :, :40], library)
+        and _layer_agrees(library)
     )
 
 
@@ -49,6 +53,32 @@ def _step_agrees(query, value, library: ctypes.CDLL) -> bool:
     expected, _ = attention_with_weights(query, None, value, orders, causal=True)
     other = int((hashing.lsh_buckets(query, kept.rotations, count) != kept.buckets).sum())
     return other < 0.01 * kept.buckets.numel() and torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def _layer_agrees(library: ctypes.CDLL) -> bool:
+    """A token through a layer without attention to anything but itself is what dense layers say."""
+    generator = torch.Generator("cpu").manual_seed(2)
+    batch, hidden, heads, size, wide = 2, 20, 2, 8, 12
+    shapes = {
+        "attention_norm": (hidden,), "attention_norm_bias": (hidden,), "feed_forward_norm": (hidden,),
+        "feed_forward_norm_bias": (hidden,), "query_proj": (heads * size, hidden), "key_proj": (heads * size, hidden),
+        "value_proj": (heads * size, hidden), "out_proj": (hidden, heads * size), "up_proj": (wide, hidden),
+        "up_bias": (wide,), "down_proj": (hidden, wide), "down_bias": (hidden,),
+    }  # fmt: skip
+    w: dict[str, Any] = {name: _normal(generator, *shape) for name, shape in shapes.items()}
+    x1, x2 = (_normal(generator, batch, 1, hidden).double() for _ in range(2))
+    keys, values = (_normal(generator, batch, heads, 4, size) for _ in range(2))
+    kept = SimpleNamespace(keys=keys, values=values, buckets=None, room=4)
+    numbers = torch.zeros(batch, 1, dtype=torch.int64)
+    found = run_layer(x1, x2, w, kept, numbers, None, True, 1e-5, 4, 1.0, library)
+
+    def norm(x, name):
+        return F.layer_norm(x.float(), (hidden,), w[name], w[name + "_bias"], 1e-5)
+
+    y1 = x1 + F.linear(F.linear(norm(x2, "attention_norm"), w["value_proj"]), w["out_proj"])
+    inside = F.gelu(F.linear(norm(y1, "feed_forward_norm"), w["up_proj"], w["up_bias"]))
+    y2 = x2 + F.linear(inside, w["down_proj"], w["down_bias"])
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(found, (y1, y2), strict=True))
 
 
 def _attention_agrees(query, value, grad, buckets, mask, library: ctypes.CDLL) -> bool:

@@ -5,13 +5,15 @@ import functools
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..hashing import Orders, factors_of, reach
 from . import build, check_places
-from .calls import DTYPES, Call, backward, forward, new_rows, received, run_hashing, run_normals, run_sorting, run_step
+from .calls import DTYPES, Call, backward, forward, new_rows, received, run_hashing, run_normals, run_sorting
 from .checks import agrees
+from .steps import run_layer, run_step
 
 logger = logging.getLogger(__name__)
 
@@ -307,3 +309,8 @@ def step(query, key, value, vectors, kept, numbers, local_window: int, scale: fl
         (B, H, T, D) in value's dtype.
     """
     return run_step(query, key, value, vectors, kept, numbers, local_window, scale, _loaded()).to(value.dtype)
+
+
+def layer_step(*token: Any, **told: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A whole layer for one new token of every row; see `steps.run_layer`."""
+    return run_layer(*token, **told, library=_loaded())

@@ -4,6 +4,7 @@
 
 #include "backward.hpp"
 #include "hashing.hpp"
+#include "layer.hpp"
 #include "normals.hpp"
 #include "step.hpp"
 #include "sweep.hpp"
@@ -72,6 +73,10 @@ int hf_sort(const hf::Sorting* s) {
 
 int hf_step(const hf::Step* s) {
     return guarded([&] { hf::run_step(*s); });
+}
+
+int hf_layer(const hf::LayerStep* p) {
+    return guarded([&] { p->float64 ? hf::run_layer<double>(*p) : hf::run_layer<float>(*p); });
 }
 
 int hf_forward(const Problem* p) {

@@ -70,4 +70,16 @@ struct Step {
     float* out;                         // (B, H, T, D)
 };
 
+struct LayerStep {                      // one token through a layer; all weights float32, (outs, ins) contiguous
+    const float *attention_norm, *attention_norm_bias, *feed_forward_norm, *feed_forward_norm_bias;
+    const float *query_proj, *key_proj, *value_proj, *out_proj;  // key_proj null: shared query/key attention
+    const float *up_proj, *up_bias, *down_proj, *down_bias;
+    const float *cosines, *sines;       // (turns, D) of rotary positions, or null
+    const Step* step;                   // but for the new token's vectors and `out`
+    int64_t hidden, feed_forward, gelu, float64, turns;
+    double epsilon;
+    const void *x1, *x2;                // (B, hidden) streams, float64 or float32
+    void *y1, *y2;
+};
+
 }  // namespace hf

@@ -1,0 +1,120 @@
+// One more token through a whole layer: norm, projections, a step of attention, and the feed-forward branch. Its time is
+// that of reading the weights once.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "parallel.hpp"
+#include "problem.hpp"
+#include "simd.hpp"
+#include "step.hpp"
+
+namespace hf {
+
+struct Dense {  // y = x W' + b; W is (outs, ins), x (rows, ins), y (rows, outs)
+    const float *weight, *bias;
+    float* out;
+    int64_t outs;
+};
+
+// Four rows of a weight with one x.
+inline void four_products(const float* weight, const float* x, int64_t ins, float* out) {
+    Float sums[4] = {zero(), zero(), zero(), zero()};
+    int64_t k = 0;
+    for (; k + kWidth <= ins; k += kWidth) {
+        const Float part = load(x + k);
+        for (int i = 0; i < 4; i++) sums[i] = fma(load(weight + i * ins + k), part, sums[i]);
+    }
+    for (int i = 0; i < 4; i++) {
+        out[i] = sum(sums[i]);
+        for (int64_t rest = k; rest < ins; rest++) out[i] += weight[i * ins + rest] * x[rest];
+    }
+}
+
+constexpr int64_t kOuts = 32;  // of one task
+
+// Several matrices with the same x, which lies in (rows, ins).
+inline void run_dense(const Dense* matrices, int64_t count, const float* x, int64_t rows, int64_t ins, int64_t threads) {
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; i++) most = std::max(most, (matrices[i].outs + kOuts - 1) / kOuts);
+    parallel_for(count * most, threads, [&](int64_t task, int) {
+        const Dense& d = matrices[task / most];
+        const int64_t first = task % most * kOuts, end = std::min(d.outs, first + kOuts);
+        for (int64_t o = first; o < end; o += 4) {  // `outs` is a multiple of 4
+            for (int64_t row = 0; row < rows; row++) {
+                float* out = d.out + row * d.outs + o;
+                four_products(d.weight + o * ins, x + row * ins, ins, out);
+                if (d.bias)
+                    for (int i = 0; i < 4; i++) out[i] += d.bias[o + i];
+            }
+        }
+    });
+}
+
+template <typename T> void normalise(const T* x, const float* weight, const float* bias, int64_t size, double epsilon, float* out) {
+    double mean = 0, squares = 0;
+    for (int64_t i = 0; i < size; i++) mean += out[i] = static_cast<float>(x[i]);
+    mean /= size;
+    for (int64_t i = 0; i < size; i++) squares += (out[i] - mean) * (out[i] - mean);
+    const double scale = 1 / std::sqrt(squares / size + epsilon);
+    for (int64_t i = 0; i < size; i++) out[i] = static_cast<float>((out[i] - mean) * scale) * weight[i] + bias[i];
+}
+
+// Turned by position (rotary embeddings): x * cos + (-second half, first half) * sin.
+inline void rotate(const float* x, const float* cosines, const float* sines, int64_t size, float* out) {
+    const int64_t half = size / 2;
+    for (int64_t i = 0; i < half; i++) {
+        out[i] = x[i] * cosines[i] - x[i + half] * sines[i];
+        out[i + half] = x[i + half] * cosines[i + half] + x[i] * sines[i + half];
+    }
+}
+
+template <typename T> void run_layer(const LayerStep& p) {
+    Step s = *p.step;
+    const int64_t rows = s.batch, hidden = p.hidden, inner = s.heads * s.size, wide = p.feed_forward;
+    const bool shared = !p.key_proj;
+    std::vector<float> normed(rows * hidden), query(rows * inner), key(rows * inner), value(rows * inner), turned(2 * rows * inner),
+        mixed(rows * inner), branch(rows * hidden), inside(rows * wide);
+    const T *x1 = static_cast<const T*>(p.x1), *x2 = static_cast<const T*>(p.x2);
+    T *y1 = static_cast<T*>(p.y1), *y2 = static_cast<T*>(p.y2);
+
+    for (int64_t row = 0; row < rows; row++)
+        normalise(x2 + row * hidden, p.attention_norm, p.attention_norm_bias, hidden, p.epsilon, normed.data() + row * hidden);
+    Dense projections[3] = {{p.query_proj, nullptr, query.data(), inner}, {p.value_proj, nullptr, value.data(), inner},
+                            {p.key_proj, nullptr, key.data(), inner}};
+    run_dense(projections, shared ? 2 : 3, normed.data(), rows, hidden, s.threads);
+
+    auto heads_of = [&](const float* x) { return Strided{x, inner, s.size, 0}; };
+    const float *turned_query = query.data(), *turned_key = shared ? query.data() : key.data();
+    if (p.cosines) {
+        for (int64_t line = 0; line < rows * s.heads; line++) {
+            const int64_t at = p.turns > 1 ? line / s.heads * s.size : 0;
+            rotate(query.data() + line * s.size, p.cosines + at, p.sines + at, s.size, turned.data() + line * s.size);
+            if (!shared) rotate(key.data() + line * s.size, p.cosines + at, p.sines + at, s.size, turned.data() + rows * inner + line * s.size);
+        }
+        turned_query = turned.data();
+        turned_key = shared ? turned_query : turned.data() + rows * inner;
+    }
+    s.query = heads_of(turned_query);
+    s.key = heads_of(turned_key);
+    s.value = heads_of(value.data());
+    s.vectors = heads_of(query.data());
+    s.out = mixed.data();
+    run_step(s);
+
+    Dense merge{p.out_proj, nullptr, branch.data(), hidden};
+    run_dense(&merge, 1, mixed.data(), rows, inner, s.threads);
+    for (int64_t i = 0; i < rows * hidden; i++) y1[i] = x1[i] + branch[i];
+
+    for (int64_t row = 0; row < rows; row++)
+        normalise(y1 + row * hidden, p.feed_forward_norm, p.feed_forward_norm_bias, hidden, p.epsilon, normed.data() + row * hidden);
+    Dense up{p.up_proj, p.up_bias, inside.data(), wide}, down{p.down_proj, p.down_bias, branch.data(), hidden};
+    run_dense(&up, 1, normed.data(), rows, hidden, s.threads);
+    for (float& x : inside) x = p.gelu ? 0.5f * x * (1 + std::erf(x * 0.70710678f)) : (x < 0 ? 0.0f : x);
+    run_dense(&down, 1, inside.data(), rows, wide, s.threads);
+    for (int64_t i = 0; i < rows * hidden; i++) y2[i] = x2[i] + branch[i];
+}
+
+}  // namespace hf

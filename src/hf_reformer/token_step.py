@@ -1,0 +1,81 @@
+"""One more token through a whole layer, in one call of the compiled kernel: generation on a CPU.
+
+Module by module, a small layer's step spends as long between its operations as in them.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import GELUActivation
+
+from .attention import Call
+from .attention_ops import compiled_layer_step
+
+MOST_ROWS = 8  # with more, matrix products of the whole batch are faster
+ACTIVATIONS = {nn.ReLU: False, GELUActivation: True}
+
+
+def token_step(layer: Any, x1: torch.Tensor, x2: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(y1, y2) of a layer for one new token of every row, (B, 1, D) each, as its modules give them.
+
+    None where that is not what is asked for, or where there is anything but what the kernel knows: float32 weights as
+    they were made, on a CPU.
+    """
+    attention, kept = layer.attention, None if call.cache is None else call.cache.layers[layer.attention.layer]
+    if kept is None or not kept.columns or x2.shape[1] != 1 or x2.shape[0] > MOST_ROWS or x2.device.type != "cpu":
+        return None
+    plain = attention.mode == "window" and attention.kind in ("lsh", "local") and call.attentions is None
+    if not plain or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return None
+    weights = _weights(layer)
+    step = compiled_layer_step(attention.backend, kept.keys)
+    if step is None or weights is None:
+        return None
+    numbers = kept.make_room(1, call.mask, None if attention.kind == "local" else kept.buckets.shape[:3])
+    config = attention.config
+    window = config.local_window if kept.include_local else 0
+    gelu, epsilon = ACTIVATIONS[type(layer.feed_forward.act)], layer.attention_norm.eps
+    how = {"gelu": gelu, "epsilon": epsilon, "local_window": window, "scale": attention.scale}
+    found = step(x1, x2, weights, kept, numbers, call.rotary, **how)
+    kept.count(numbers)
+    return found
+
+
+def _weights(layer: Any) -> dict[str, torch.Tensor | None] | None:
+    """By the names of the kernel; None where it cannot take them."""
+    attention, feed_forward, shared = layer.attention, layer.feed_forward, layer.attention.kind == "lsh"
+    norm, second_norm = layer.attention_norm, layer.feed_forward_norm
+    if type(feed_forward.act) not in ACTIVATIONS or norm.eps != second_norm.eps or not layer.is_as_made():
+        return None
+    hidden, wide = attention.config.hidden_size, feed_forward.up_proj.out_features
+    inner = attention.heads * attention.head_size
+    found = {
+        "attention_norm": (norm.weight, (hidden,)),
+        "attention_norm_bias": (norm.bias, (hidden,)),
+        "feed_forward_norm": (second_norm.weight, (hidden,)),
+        "feed_forward_norm_bias": (second_norm.bias, (hidden,)),
+        "query_proj": (attention.qk_proj.weight if shared else attention.q_proj.weight, (inner, hidden)),
+        "value_proj": (attention.v_proj.weight, (inner, hidden)),
+        "out_proj": (attention.o_proj.weight, (hidden, inner)),
+        "up_proj": (feed_forward.up_proj.weight, (wide, hidden)),
+        "up_bias": (feed_forward.up_proj.bias, (wide,)),
+        "down_proj": (feed_forward.down_proj.weight, (hidden, wide)),
+        "down_bias": (feed_forward.down_proj.bias, (hidden,)),
+    }
+    if not shared:
+        found["key_proj"] = attention.k_proj.weight, (inner, hidden)
+    biased = any(module.bias is not None for module in attention.children())
+    fit = not biased and all(_fits(weight, shape) for weight, shape in found.values())
+    return {"key_proj": None, **{name: weight for name, (weight, _) in found.items()}} if fit else None
+
+
+def _fits(weight: torch.Tensor | None, shape: tuple[int, ...]) -> bool:
+    return (
+        weight is not None
+        and weight.shape == shape
+        and shape[0] % 4 == 0
+        and weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and weight.is_contiguous()
+    )

@@ -391,7 +391,8 @@ def _likes(config: ReformerConfig) -> list[tuple]:
     fields = ["attention_mode", "num_attention_heads", "attention_head_size", "local_window", "lsh_window",
               "lsh_include_local", "local_attn_chunk_length", "local_num_chunks_before", "lsh_attn_chunk_length",
               "lsh_num_chunks_before"]  # fmt: skip
-    return [(kind, *(getattr(config, name) for name in fields)) for kind in config.attn_layers]
+    found = vars(config)  # attributes take their time, and every token asks
+    return [(kind, *[found[name] for name in fields]) for kind in found["attn_layers"]]
 
 
 def adopt(cache: Any, config: ReformerConfig) -> Cache:

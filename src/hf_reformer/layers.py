@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from types import NoneType
 from typing import Any
 
 import torch
@@ -34,15 +35,17 @@ class ReformerLayer(GradientCheckpointingLayer):
 
     def is_as_made(self) -> bool:
         """Whether nothing foreign sits in the layer: no adapters, hooks, weights of another kind or compiled parts."""
-        modules = list(self.modules())
-        return (
-            not self.one_artefact
-            and [type(module) for module in modules] == self.made_of
-            and all(type(parameter) is nn.Parameter for parameter in self.parameters())
-            and not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
-            and not any("forward" in vars(module) for module in modules)
-            and not any(module._backward_hooks or module._backward_pre_hooks for module in modules)
-        )
+        modules = [*self.modules()]
+        if self.one_artefact or [*map(type, modules)] != self.made_of:
+            return False
+        for module in modules:  # one pass: generation asks for every token
+            own = module.__dict__
+            hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
+            if hooked or own["_backward_pre_hooks"] or "forward" in own:
+                return False
+            if any(type(x) not in (nn.Parameter, NoneType) for x in own["_parameters"].values()):
+                return False
+        return True
 
     def told(self, call: Call) -> Call:
         """`call` with this layer's own key."""

@@ -23,7 +23,9 @@ def token_step(layer: Any, x1: torch.Tensor, x2: torch.Tensor, call: Call) -> tu
     they were made, on a CPU.
     """
     attention, kept = layer.attention, None if call.cache is None else call.cache.layers[layer.attention.layer]
-    if kept is None or not kept.columns or x2.shape[1] != 1 or x2.shape[0] > MOST_ROWS or x2.device.type != "cpu":
+    if kept is None or not kept.columns or x2.shape[1] != 1 or x2.shape[0] > MOST_ROWS:
+        return None
+    if x2.device.type != "cpu" or x2.dtype not in (torch.float64, torch.float32):
         return None
     plain = attention.mode == "window" and attention.kind in ("lsh", "local") and call.attentions is None
     if not plain or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
@@ -36,8 +38,7 @@ def token_step(layer: Any, x1: torch.Tensor, x2: torch.Tensor, call: Call) -> tu
     config = attention.config
     window = config.local_window if kept.include_local else 0
     gelu, epsilon = ACTIVATIONS[type(layer.feed_forward.act)], layer.attention_norm.eps
-    how = {"gelu": gelu, "epsilon": epsilon, "local_window": window, "scale": attention.scale}
-    found = step(x1, x2, weights, kept, numbers, call.rotary, **how)
+    found = step(x1, x2, weights, kept, numbers, call.rotary, gelu, epsilon, window, attention.scale)
     kept.count(numbers)
     return found
 

@@ -5,7 +5,6 @@ import functools
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -311,6 +310,9 @@ def step(query, key, value, vectors, kept, numbers, local_window: int, scale: fl
     return run_step(query, key, value, vectors, kept, numbers, local_window, scale, _loaded()).to(value.dtype)
 
 
-def layer_step(*token: Any, **told: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def layer_step(
+    x1: torch.Tensor, x2: torch.Tensor, weights: dict[str, torch.Tensor | None], kept, numbers: torch.Tensor, rotary,
+    gelu: bool, epsilon: float, local_window: int, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """A whole layer for one new token of every row; see `steps.run_layer`."""
-    return run_layer(*token, **told, library=_loaded())
+    return run_layer(x1, x2, weights, kept, numbers, rotary, gelu, epsilon, local_window, scale, _loaded())

@@ -32,6 +32,9 @@ TINY = {
     "max_position_embeddings": 256,
 }
 SMALL_WINDOWS = {"lsh_window": 6, "local_window": 6, "num_buckets": 4}  # so that they bite in a short input
+# The library moves what is offloaded on a stream of CUDA if torch was built for it, be there a GPU or not.
+CAN_OFFLOAD = torch.version.cuda is None or torch.cuda.is_available()
+OFFLOADED = {"offloaded": {"cache_implementation": "offloaded"}} if CAN_OFFLOAD else {}
 REPEATABLE = {"hidden_dropout_prob": 0.0, "resample_rotations": False}  # two forwards in training mode agree
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import largest_gap, make_ids, make_model
+from conftest import OFFLOADED, largest_gap, make_ids, make_model
 from test_builtin_parity import pair
 from torch.nn import functional as F
 from transformers.models.reformer.modeling_reformer import LocalSelfAttention, LSHSelfAttention
@@ -256,7 +256,7 @@ def argmax_of_every_step(model, ids, steps: int, **options):
 FORMS = {
     "dynamic": {},
     "static": {"cache_implementation": "static"},
-    "offloaded": {"cache_implementation": "offloaded"},
+    **OFFLOADED,
     "one beam": {"num_beams": 1},
 }
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SMALL_WINDOWS, make_ids, make_model
+from conftest import OFFLOADED, SMALL_WINDOWS, make_ids, make_model
 from transformers import DynamicCache, TextStreamer
 
 from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM
@@ -15,7 +15,7 @@ GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
 FORMS = {
     "dynamic": {},
     "static": {"cache_implementation": "static"},
-    "offloaded": {"cache_implementation": "offloaded"},
+    **OFFLOADED,
     "prompt in pieces": {"prefill_chunk_size": 7},
     "one beam": {"num_beams": 1},
 }

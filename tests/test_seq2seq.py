@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import REPEATABLE, SMALL_WINDOWS, TINY, largest_gap, make_ids, make_model
+from conftest import OFFLOADED, REPEATABLE, SMALL_WINDOWS, TINY, largest_gap, make_ids, make_model
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from processes import run_in_processes
@@ -417,7 +417,7 @@ GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
 FORMS = {
     "greedy": {},
     "static": {"cache_implementation": "static"},
-    "offloaded": {"cache_implementation": "offloaded"},
+    **OFFLOADED,
     "beams": {"num_beams": 3, "num_return_sequences": 2},
     "sampling": {"do_sample": True, "num_return_sequences": 2, "top_k": 5},
     "prompt": {"decoder_input_ids": make_ids(3, 6, seed=2)},

@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from .replay import recomputed
@@ -44,14 +45,11 @@ def chunked_cross_entropy(
     check_labels(labels, vocab_size)
     chunk = chunk or max(1, LOGITS_AT_A_TIME // vocab_size)
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    # Before torch 2.13, FSDP2 has the weights of its root away when a checkpoint in there runs again.
+    keeps = chunk >= hidden.shape[0] or (torch.__version__ < "2.13" and dist.is_initialized())
+    of_head = partial(_head_loss, head)
     for part, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        one_chunk = chunk >= hidden.shape[0]
-        loss = (
-            _head_loss(head, part, targets)
-            if one_chunk
-            else recomputed(head, partial(_head_loss, head), part, targets)
-        )
-        total = total + loss
+        total = total + (of_head(part, targets) if keeps else recomputed(head, of_head, part, targets))
     return total / _count(labels, num_items)
 
 

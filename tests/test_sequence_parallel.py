@@ -48,6 +48,8 @@ CASES = {
     "chunks": (ReformerForCausalLM, {**CHUNKS, **DROPOUT}, {"labels": IDS}),
     "a full layer": (ReformerForCausalLM, {"attn_layers": ["full", "lsh"], **DROPOUT}, {"labels": IDS}),
     "plain path": (ReformerForCausalLM, {"reversible": False, **DROPOUT}, {"labels": IDS}),
+    "coverage": (ReformerForCausalLM, {"coverage_loss_weight": 0.5, **DROPOUT}, {"labels": IDS, **PADDED}),
+    "coverage, one direction free": (ReformerForMaskedLM, {"coverage_loss_weight": 0.5}, {"labels": IDS}),
     "masked language model": (ReformerForMaskedLM, DROPOUT, {"labels": IDS.where(IDS > 20, -100)}),
     "mean pooling": (ReformerForSequenceClassification, DROPOUT, {"labels": CLASSES, **PADDED}),
     "last token": (ReformerForSequenceClassification, {"is_decoder": True}, {"labels": CLASSES, **PADDED}),

@@ -12,9 +12,10 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .attention_ops import KERNELS, TiledAttention, backend_name, checked_rule, tiled_gradients, tiled_received
+from .attention_ops import KERNELS, backend_name
 from .hashing import Orders
 from .reference import attention_with_weights
+from .tiled_attention import TiledAttention, checked_rule, tiled_gradients, tiled_received
 
 SCORES_AT_ONCE = 2**24
 

@@ -356,7 +356,7 @@ class ReformerModel(ReformerPreTrainedModel):
         before: torch.Tensor | int = 0
         num_hashes = num_hashes or config.num_hashes
         num_buckets = config.num_buckets if num_buckets is None else num_buckets
-        num_buckets = tuple(num_buckets) if isinstance(num_buckets, list | tuple) else num_buckets
+        num_buckets = num_buckets if num_buckets is None or isinstance(num_buckets, int) else tuple(num_buckets)
         if cache is not None:
             check_call(cache, embeds.shape[0], num_hashes, num_buckets)
             mask, before = new_tokens(cache, mask)

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
+from conftest import IN_ONE_GRAPH, SMALL_WINDOWS, largest_gap, make_ids, make_model
 from test_memory import Census
 from torch._dynamo.utils import counters
 
@@ -67,6 +67,7 @@ def graphs() -> int:
 
 
 @pytest.mark.parametrize(("cls", "changes"), KINDS)
+@IN_ONE_GRAPH
 def test_a_training_step_in_one_graph(cls, changes):
     model, eager = make(cls, **changes).train(), make(cls, **changes).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -78,6 +79,7 @@ def test_a_training_step_in_one_graph(cls, changes):
     ("bf16", "slices"),
     [pytest.param(True, 0, id="bfloat16"), pytest.param(False, 7, id="slices", marks=pytest.mark.slow)],
 )
+@IN_ONE_GRAPH
 def test_a_training_step_in_one_graph_rebuilds_exactly(bf16, slices, recwarn):
     changes = {"attn_layers": ["local", "lsh"] * 2, "chunk_size_feed_forward": slices}
     model, eager = make(**changes).train(), make(**changes).train()
@@ -88,6 +90,7 @@ def test_a_training_step_in_one_graph_rebuilds_exactly(bf16, slices, recwarn):
 
 
 @torch.no_grad()
+@IN_ONE_GRAPH
 def test_evaluation_in_one_graph_is_compiled_anew_for_another_length_but_once():
     model = make().eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -100,6 +103,7 @@ def test_evaluation_in_one_graph_is_compiled_anew_for_another_length_but_once():
 
 
 @torch.no_grad()
+@IN_ONE_GRAPH
 def test_packed_samples_in_one_graph():
     model = make().eval()
     positions = torch.cat([torch.arange(20), torch.arange(30)]).expand(2, -1)
@@ -138,12 +142,14 @@ DEEP = {"hidden_size": 32, "max_position_embeddings": 2048, "attn_layers": None}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
+@IN_ONE_GRAPH
 def test_one_graph_keeps_the_same_whatever_its_depth(backend):
     shallow, deep = (kept_by(make(num_hidden_layers=depth, **DEEP).train(), backend) for depth in (2, 6))
     assert deep <= 1.02 * shallow
 
 
 @pytest.mark.slow
+@IN_ONE_GRAPH
 def test_one_graph_with_foreign_layers_has_the_memory_of_a_checkpointed_model():
     """Of every further layer it keeps less than its two streams."""
     stream, kept = 1024 * 32 * 8, []
@@ -157,6 +163,7 @@ def test_one_graph_with_foreign_layers_has_the_memory_of_a_checkpointed_model():
 
 
 @pytest.mark.slow
+@IN_ONE_GRAPH
 def test_one_graph_with_foreign_layers():
     model, eager = make().train(), make().train()
     put_something_foreign_into(model)
@@ -166,6 +173,7 @@ def test_one_graph_with_foreign_layers():
 
 
 @pytest.mark.slow
+@IN_ONE_GRAPH
 def test_training_in_one_graph_is_compiled_anew_for_another_length_but_once():
     model, eager = make().train(), make().train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -191,6 +199,7 @@ def test_training_in_one_graph_is_compiled_anew_for_another_length_but_once():
     ],
     ids=["dropout", "eps", "window", "exploration"],
 )
+@IN_ONE_GRAPH
 def test_a_setting_that_changes_changes_one_graph(change):
     model, eager = make().train(), make().train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -204,6 +213,7 @@ def test_a_setting_that_changes_changes_one_graph(change):
 
 
 @pytest.mark.slow
+@IN_ONE_GRAPH
 def test_frozen_parameters_in_one_graph():
     model, eager = make().train(), make().train()
     for some in (model, eager):
@@ -217,6 +227,7 @@ def test_frozen_parameters_in_one_graph():
 
 
 @pytest.mark.slow
+@IN_ONE_GRAPH
 def test_ddp_makes_a_graph_of_every_bucket(monkeypatch):
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 512)
     model, eager = make().train(), make().train()
@@ -234,6 +245,7 @@ def test_ddp_makes_a_graph_of_every_bucket(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
+@IN_ONE_GRAPH
 def test_one_graph_tells_that_streams_left_the_range(frozen):
     model = make(residual_precision="float32").train()
     model.model.requires_grad_(not frozen).layers[1].requires_grad_(True)
@@ -311,6 +323,7 @@ def test_export_with_any_batch_and_length(cls, changes):
 
 @pytest.mark.slow
 @torch._inductor.config.patch(fallback_random=True)
+@IN_ONE_GRAPH
 def test_inductor_trains_and_evaluates():
     """Inductor rounds otherwise; random numbers are eager's with `fallback_random`."""
     model, eager = make().train(), make().train()

@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import REPEATABLE, SMALL_WINDOWS, largest_gap, make_ids, make_model
+from conftest import IN_ONE_GRAPH, REPEATABLE, SMALL_WINDOWS, largest_gap, make_ids, make_model
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
@@ -339,6 +339,7 @@ def _compiled_anew():
     [HEADS[0], *(pytest.param(cls, marks=pytest.mark.slow) for cls in HEADS[1:])],
     ids=lambda cls: cls.__name__,
 )
+@IN_ONE_GRAPH
 def test_dynamo_sees_a_training_step_as_one_graph(cls):
     model = make_head(cls, **RANDOM).train()
     whole = torch.compile(model, backend="eager", fullgraph=True)

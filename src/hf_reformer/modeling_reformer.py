@@ -113,8 +113,8 @@ class ReformerPreTrainedModel(PreTrainedModel):
         """Compile the token-wise parts of every layer, in place: projections, feed-forward, norms around them.
 
         The way to compile deep models: compiling takes as long as for one layer. `torch.compile` of the whole model
-        works too. Its memory in training is flat in depth as well, but that of a checkpointed model where hooks or
-        adapters sit in the layers, under DDP, and before torch 2.13.
+        works too, since torch 2.13. Its memory in training is flat in depth as well, but that of a checkpointed model
+        where hooks or adapters sit in the layers, and under DDP.
 
         Args:
             options: those of `torch.compile`.

@@ -96,8 +96,8 @@ def make_model(task: Majority | Documents, weight: float, arguments: argparse.Na
     return ReformerForSequenceClassification(config)
 
 
-def train(task: Majority | Documents, seed: int, weight: float, arguments: argparse.Namespace) -> dict[str, float]:
-    """Train one model; what it does on rows that it has not seen."""
+def train(task: Majority | Documents, seed: int, weight: float, arguments: argparse.Namespace) -> Any:
+    """Train one model."""
     torch.manual_seed(seed)
     model = make_model(task, weight, arguments).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
@@ -106,13 +106,17 @@ def train(task: Majority | Documents, seed: int, weight: float, arguments: argpa
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    model.eval()
-    found = [evaluate(model, batch) for batch in task.validation()]
+    return model.eval()
+
+
+def evaluate(model: Any, task: Majority | Documents) -> dict[str, float]:
+    """What it does on rows that it has not seen."""
+    found = [evaluate_batch(model, batch) for batch in task.validation()]
     return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
 
 
 @torch.no_grad()
-def evaluate(model: Any, batch: Batch) -> dict[str, float]:
+def evaluate_batch(model: Any, batch: Batch) -> dict[str, float]:
     out = model(**batch, output_coverage=False)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     received = received_by_layer(model, **inputs)
@@ -122,6 +126,34 @@ def evaluate(model: Any, batch: Batch) -> dict[str, float]:
         "tokens reached": reached_share(received, inputs["attention_mask"]).mean().item(),
         "entropy": received_entropy(received, inputs["attention_mask"]).mean().item(),
     }
+
+
+def received_over_tokens(model: Any, batch: Batch) -> torch.Tensor:
+    """What tokens receive over the uniform share, the least first, at every hundredth of a row; a mean over rows."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    rows, steps = [], torch.linspace(0, 1, 101)
+    for received, mask in zip(
+        received_by_layer(model, **inputs).mean(0), inputs["attention_mask"].bool(), strict=True
+    ):
+        real = received[mask].float()
+        rows.append(torch.quantile(real * len(real), steps))
+    return torch.stack(rows).mean(0)
+
+
+def draw(curves: dict[str, torch.Tensor], file: Path) -> None:
+    """A line for each weight, as received_over_tokens gives them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    ax = figure.subplots()
+    for name, curve in curves.items():
+        ax.plot(range(101), curve.clamp(min=1e-4), label=name)
+    ax.axhline(0.1, color="grey", linestyle="--", linewidth=1)
+    ax.set(
+        yscale="log", xlabel="tokens, those that receive least first (%)", ylabel="attention received / uniform share"
+    )
+    ax.legend(frameon=False)
+    figure.savefig(file, dpi=120)
 
 
 def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
@@ -136,6 +168,7 @@ def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--marked", type=int, default=9, help="marked tokens; odd, so that there is a majority")
     parser.add_argument("--train_file", type=Path, help="texts and labels, instead of the task above")
     parser.add_argument("--validation_file", type=Path)
+    parser.add_argument("--picture", type=Path, help="draw what tokens receive, of the first seed, into this file")
     arguments = parser.parse_args(given)
     if arguments.marked % 2 == 0 or arguments.marked > arguments.length:
         parser.error(f"--marked {arguments.marked} must be odd and at most --length {arguments.length}.")
@@ -147,14 +180,18 @@ def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(given)
     task = Majority(arguments) if arguments.train_file is None else Documents(arguments)
-    means = []
+    means, curves = [], {}
     for weight in arguments.weights:
         runs = []
         for seed in range(arguments.seeds):
-            runs.append(train(task, seed, weight, arguments))
+            model = train(task, seed, weight, arguments)
+            runs.append(evaluate(model, task))
+            curves.setdefault(f"weight {weight:g}", received_over_tokens(model, task.validation()[0]))
             print(line(f"weight {weight:g}, seed {seed}", runs[-1]), flush=True)
         means.append(line(f"weight {weight:g}, mean", {k: sum(run[k] for run in runs) / len(runs) for k in runs[0]}))
     print(*means, sep="\n")
+    if arguments.picture is not None:
+        draw(curves, arguments.picture)
 
 
 def line(name: str, numbers: dict[str, float]) -> str:

@@ -180,7 +180,8 @@ def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
 def main(given: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(given)
     task = Majority(arguments) if arguments.train_file is None else Documents(arguments)
-    means, curves = [], {}
+    means: list[str] = []
+    curves: dict[str, torch.Tensor] = {}
     for weight in arguments.weights:
         runs = []
         for seed in range(arguments.seeds):

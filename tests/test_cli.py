@@ -367,13 +367,13 @@ def mistakes(tmp_path):
     Path(save(tmp_path / "null", make_model()), "config.json").write_text("null")
     return {
         "neither a folder nor": ["--model", tmp_path / "absent"],
-        "Unrecognized model": ["--model", tmp_path / "empty"],
+        "there is no config.json": ["--model", tmp_path / "empty"],
         "has no tokenizer": ["--model", tmp_path / "gpt2"],
         "saved by ReformerForSequenceClassification": ["--model", tmp_path / "classifier"],
-        "AutoModelForCausalLM": ["--model", tmp_path / "t5"],
+        "holds an encoder-decoder": ["--model", tmp_path / "t5"],
         "no chat template": ["--model", tmp_path / "silent"],
         "or damaged": ["--model", tmp_path / "cut"],
-        "null are not those of its config.json": ["--model", tmp_path / "null"],
+        "holds a NoneType, where an object": ["--model", tmp_path / "null"],
         "--system is not UTF-8": ["--model", good, "--system", "caf\udce9"],
         "device": ["--model", good, "--device", "nonsense"],
         "Leave out --top_k": ["--model", good, "--greedy", "--top_k", "3"],

@@ -412,6 +412,20 @@ def nameless(tmp_path):
     return tmp_path / "nameless"
 
 
+def listed(tmp_path):
+    (tmp_path / "listed").mkdir()
+    (tmp_path / "listed" / "config.json").write_text("[1]")
+    return tmp_path / "listed"
+
+
+def of_other_sizes(tmp_path):
+    make().save_pretrained(tmp_path / "sizes")
+    config = json.loads((tmp_path / "sizes" / "config.json").read_text())
+    config["feed_forward_size"] += 8
+    (tmp_path / "sizes" / "config.json").write_text(json.dumps(config))
+    return tmp_path / "sizes"
+
+
 def empty(tmp_path):
     (tmp_path / "empty").mkdir()
     return tmp_path / "empty"
@@ -436,6 +450,8 @@ REFUSED = {
     "hf-reformer convert": builtin,
     "says none": nameless,
     "no config.json": empty,
+    "holds a list, where an object": listed,
+    r"_proj.* has the shape \(\d+.*, where the config asks": of_other_sizes,
     "neither a folder nor": lambda tmp_path: "ada/absent",
 }
 

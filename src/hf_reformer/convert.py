@@ -16,7 +16,7 @@ from .configuration_reformer import ReformerConfig, from_builtin
 from .convert_reformer_pytorch import from_reformer_pytorch
 from .convert_trax import from_trax, read_pickle
 from .modeling_reformer import BUILTIN_NAMES, OLDER_BIAS
-from .text_generation import DAMAGED
+from .text_generation import DAMAGED, check_sizes, saved_config
 
 KINDS = ("builtin", "reformer-pytorch", "trax", "hf_reformer")
 HEADS = {
@@ -115,12 +115,7 @@ def detect(source: Path) -> str:
         if source.suffix == ".safetensors" or zipfile.is_zipfile(source):  # torch.save writes zip files
             return "reformer-pytorch"
         return "trax"
-    if not (source / "config.json").exists():
-        raise ValueError(f"{source} has no config.json, so it is no folder of a model. Name the weights file itself?")
-    try:
-        found = json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:  # no JSON, or no object
-        raise ValueError(f"{source / 'config.json'} cannot be read: {error}.") from error
+    found = saved_config(source).get("model_type")
     kinds = {"reformer": "builtin", "hf_reformer": "hf_reformer"}
     if found not in kinds:
         raise ValueError(f"{source} holds a model of type {found!r}; 'reformer' and 'hf_reformer' can be converted.")
@@ -154,8 +149,11 @@ def read_folder(source: Path, head: str | None = None) -> tuple[Any, list[str]]:
     name = head or saved
     if name not in HEADS:
         raise ValueError(f"{source} was saved from {saved}. Name with `head` what to read it as: {sorted(HEADS)}.")
-    model, info = HEADS[name].from_pretrained(source, dtype="auto", output_loading_info=True)
-    for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
+    model, info = HEADS[name].from_pretrained(
+        source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    check_sizes(info)
+    for problem in ("missing_keys", "error_msgs"):
         if info[problem]:
             raise ValueError(f"{source} is not a {name}: {problem} are {sorted(map(str, info[problem]))[:5]}.")
     left = sorted(info["unexpected_keys"])

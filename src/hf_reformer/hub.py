@@ -16,14 +16,13 @@ from huggingface_hub import CommitInfo, create_branch, create_repo, snapshot_dow
 from huggingface_hub.utils import validate_repo_id
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .attention_ops import BACKENDS
 from .configuration_reformer import ReformerConfig
 from .model_card import model_card
 from .registration import AUTO_CLASSES
-from .text_generation import readable
+from .text_generation import check_sizes, readable, saved_config
 
 MODEL_CLASSES = {cls.__name__: cls for cls in AUTO_CLASSES.values()}
 # What another model may have left where a new one goes, and the new one need not write again.
@@ -148,7 +147,10 @@ def read(source: str | PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
             raise ValueError(f"{source} is neither a folder nor a model that could be read from the Hub.") from error
     model_class: Any = _class_of(folder)
     with readable(source):
-        model, report = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+        model, report = model_class.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        check_sizes(report)
     for what, verb in (("missing_keys", "lacks"), ("unexpected_keys", "holds more than")):
         if report[what]:
             raise ValueError(f"{source} {verb} the weights of {model_class.__name__}: {min(report[what])}.")
@@ -234,24 +236,19 @@ def _given(model: Any, tokenizer: Any, state: Any) -> tuple[Any, Any, Any]:
 
 def _class_of(folder: Path) -> type[PreTrainedModel]:
     """The model class by the folder's config."""
-    if not (folder / "config.json").exists():
-        if (folder / "adapter_config.json").exists():
-            raise ValueError(
-                f"{folder} holds an adapter alone. Load it onto its model, merge, and export that: "
-                "`PeftModel.from_pretrained(model, folder).merge_and_unload()`."
-            )
-        raise ValueError(f"{folder} holds no model: there is no config.json.")
-    config, _ = PreTrainedConfig.get_config_dict(folder)
-    if config.get("model_type") != ReformerConfig.model_type:
-        kind = config.get("model_type")
+    config = saved_config(folder)
+    kind = config.get("model_type")
+    if kind != ReformerConfig.model_type:
         advice = " `hf-reformer convert` makes one of it." if kind == "reformer" else ""
         raise ValueError(f"{folder} holds a model of type {kind!r}, not {ReformerConfig.model_type!r}.{advice}")
     names = config.get("architectures") or ["none"]
-    if names[0] not in MODEL_CLASSES:
+    name = str(names[0] if isinstance(names, list) else names)
+    if name not in MODEL_CLASSES:
         raise ValueError(
-            f"`architectures` in {folder}/config.json says {names[0]}. It must be one of {', '.join(MODEL_CLASSES)}."
+            f"`architectures` in {folder}/config.json says {name}. It must be a list of one of "
+            f"{', '.join(MODEL_CLASSES)}."
         )
-    return MODEL_CLASSES[names[0]]
+    return MODEL_CLASSES[name]
 
 
 def code_files() -> list[Path]:

@@ -29,6 +29,11 @@ def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code
     Raises:
         OSError, ValueError: they cannot be had, or they are of another kind; the message says why.
     """
+    if Path(name).is_dir() and saved_config(Path(name)).get("is_encoder_decoder"):
+        raise ValueError(
+            f"{name} holds an encoder-decoder, which writes texts that belong to others; "
+            "`generate` and `chat` continue texts, for which they need a causal language model."
+        )
     try:
         with readable(name):
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -36,8 +41,13 @@ def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code
             tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
             with quiet():
                 model, report = model_class.from_pretrained(
-                    name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+                    name,
+                    dtype=dtype,
+                    trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,
                 )
+            check_sizes(report)
     except OSError as error:
         if Path(name).is_dir():
             raise
@@ -70,6 +80,37 @@ def readable(source: Any) -> Iterator[None]:
         raise ValueError(str(error)) from error
     except DAMAGED as error:
         raise ValueError(f"The weights in {source} are not those of its config.json, or damaged: {error}") from error
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """What a model's folder says in its config.json.
+
+    Raises:
+        ValueError: there is none, or it holds no object.
+    """
+    file = folder / "config.json"
+    if not file.exists() and (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder} holds an adapter alone. Load it onto its model, merge, and save that: "
+            "`PeftModel.from_pretrained(model, folder).merge_and_unload()`."
+        )
+    if not file.exists():
+        raise ValueError(f"{folder} holds no model: there is no config.json.")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}.") from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{file} holds a {type(found).__name__}, where an object with the model's settings is needed."
+        )
+    return found
+
+
+def check_sizes(report: dict[str, Any]) -> None:
+    """Raise RuntimeError where weights were left out since their sizes are not the config's."""
+    for key, saved, wanted in sorted(report["mismatched_keys"]):
+        raise RuntimeError(f"{key} has the shape {tuple(saved)}, where the config asks for {tuple(wanted)}.")
 
 
 @contextmanager

@@ -49,24 +49,27 @@ def _weights(layer: Any) -> dict[str, torch.Tensor | None] | None:
     norm, second_norm = layer.attention_norm, layer.feed_forward_norm
     if type(feed_forward.act) not in ACTIVATIONS or norm.eps != second_norm.eps or not layer.is_as_made():
         return None
-    hidden, wide = attention.config.hidden_size, feed_forward.up_proj.out_features
+    names = ("qk_proj", "v_proj", "o_proj") if shared else ("q_proj", "v_proj", "o_proj", "k_proj")
+    projections = [attention._modules[name]._parameters for name in names]
+    up, down = feed_forward.up_proj._parameters, feed_forward.down_proj._parameters
+    hidden, wide = feed_forward.down_proj.out_features, feed_forward.up_proj.out_features
     inner = attention.heads * attention.head_size
     found = {
         "attention_norm": (norm.weight, (hidden,)),
         "attention_norm_bias": (norm.bias, (hidden,)),
         "feed_forward_norm": (second_norm.weight, (hidden,)),
         "feed_forward_norm_bias": (second_norm.bias, (hidden,)),
-        "query_proj": (attention.qk_proj.weight if shared else attention.q_proj.weight, (inner, hidden)),
-        "value_proj": (attention.v_proj.weight, (inner, hidden)),
-        "out_proj": (attention.o_proj.weight, (hidden, inner)),
-        "up_proj": (feed_forward.up_proj.weight, (wide, hidden)),
-        "up_bias": (feed_forward.up_proj.bias, (wide,)),
-        "down_proj": (feed_forward.down_proj.weight, (hidden, wide)),
-        "down_bias": (feed_forward.down_proj.bias, (hidden,)),
+        "query_proj": (projections[0]["weight"], (inner, hidden)),
+        "value_proj": (projections[1]["weight"], (inner, hidden)),
+        "out_proj": (projections[2]["weight"], (hidden, inner)),
+        "up_proj": (up["weight"], (wide, hidden)),
+        "up_bias": (up["bias"], (wide,)),
+        "down_proj": (down["weight"], (hidden, wide)),
+        "down_bias": (down["bias"], (hidden,)),
     }
     if not shared:
-        found["key_proj"] = attention.k_proj.weight, (inner, hidden)
-    biased = any(module.bias is not None for module in attention.children())
+        found["key_proj"] = projections[3]["weight"], (inner, hidden)
+    biased = any(parameters["bias"] is not None for parameters in projections)
     fit = not biased and all(_fits(weight, shape) for weight, shape in found.values())
     return {"key_proj": None, **{name: weight for name, (weight, _) in found.items()}} if fit else None
 

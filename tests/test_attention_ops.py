@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 
-from hf_reformer import ReformerModel, attention_ops
+from hf_reformer import ReformerModel, tiled_attention
 from hf_reformer.attention_ops import BACKENDS, backend_name, chosen_backend, ordered_attention
 from hf_reformer.hashing import window_orders
 from hf_reformer.randomness import make_key
@@ -27,7 +27,7 @@ FAST_BACKENDS = [name for name in BACKENDS if name != "reference"]
 @settings(max_examples=150)
 def test_a_backend_equals_the_reference(backend, drawn, scores):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_ops, "BLOCK_SCORES", scores)  # blocks split everywhere
+        patch.setattr(tiled_attention, "BLOCK_SCORES", scores)  # blocks split everywhere
         assert_equals_reference(make_case(drawn), backend)
 
 
@@ -37,7 +37,7 @@ def test_a_backend_equals_the_reference(backend, drawn, scores):
 @settings(max_examples=1000)
 def test_a_backend_equals_the_reference_in_many_cases(backend, drawn, scores):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_ops, "BLOCK_SCORES", scores)
+        patch.setattr(tiled_attention, "BLOCK_SCORES", scores)
         assert_equals_reference(make_case(drawn), backend)
 
 
@@ -371,7 +371,7 @@ def test_models_agree_whatever_the_backend():
 
 
 def test_rows_too_long_to_count_are_refused(monkeypatch):
-    monkeypatch.setattr(attention_ops, "LONGEST", 8)
+    monkeypatch.setattr(tiled_attention, "LONGEST", 8)
     x = torch.zeros(1, 1, 9, 4)
     orders = window_orders([(torch.zeros(1, 1, 1, 9, dtype=torch.int32), 1, 3)], True, None)
     with pytest.raises(ValueError, match="8 tokens a row"):

@@ -6,10 +6,12 @@ from torch import nn
 
 import hf_reformer.layers
 from hf_reformer import ReformerConfig, ReformerForCausalLM
-from hf_reformer.kernels import cpu
+from hf_reformer.kernels import build
 
-if cpu.variant() is None:
-    pytest.skip("no compiled kernel here", allow_module_level=True)
+try:
+    build.compiler()
+except build.CannotBuild as error:  # where one compiles and is then not used, the tests fail
+    pytest.skip(f"no compiled kernel: {error}", allow_module_level=True)
 
 TOKENS, PROMPT = 60, 40
 

@@ -296,7 +296,7 @@ def sorted_line(buckets: torch.Tensor, count: int, mask: torch.Tensor | None) ->
 
 
 def step(query, key, value, vectors, kept, numbers, local_window: int, scale: float) -> torch.Tensor:
-    """Keep new tokens and attend from each, as `cache.ReformerCacheLayer` and `listed_attention.attend_to_tokens` do.
+    """Keep new tokens and attend from each, as `cache_layers` and `listed_attention.attend_to_tokens` do.
 
     Args:
         query, key, value: (B, H, T, D), query and key turned by position.

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import hf_reformer.layers
+import hf_reformer.modeling_reformer
 from hf_reformer import ReformerConfig, ReformerForCausalLM
 from hf_reformer.kernels import build
 
@@ -18,18 +19,19 @@ TOKENS, PROMPT = 60, 40
 
 @pytest.fixture
 def steps(monkeypatch):
-    """How often a whole layer ran in one call; `steps.allowed = False` leaves all to the modules."""
+    """Of whole layers in calls of the kernel the number; `steps.allowed = False` leaves all to the modules."""
 
     class Steps:
         allowed, count = True, 0
 
-        def __call__(self, *given):
-            found = token_step(*given) if self.allowed else None
-            self.count += found is not None
+        def __call__(self, layers, *given):
+            found = token_step(layers, *given) if self.allowed else None
+            self.count += len(layers) * (found is not None)
             return found
 
     token_step, steps = hf_reformer.layers.token_step, Steps()
-    monkeypatch.setattr(hf_reformer.layers, "token_step", steps)
+    for module in (hf_reformer.layers, hf_reformer.modeling_reformer):
+        monkeypatch.setattr(module, "token_step", steps)
     return steps
 
 

@@ -20,7 +20,7 @@ try:
     from hf_reformer.kernels import triton as _triton
 
     # A copy of this file that came with a model may meet a package of another age.
-    KERNELS: dict[str, ModuleType] = {"cpu": _cpu, "triton": _triton} if CONTRACT == 2 else {}
+    KERNELS: dict[str, ModuleType] = {"cpu": _cpu, "triton": _triton} if CONTRACT == 3 else {}
 except ImportError:  # this file travels alone: a model loaded with trust_remote_code, without the package
     KERNELS = {}
 
@@ -100,9 +100,9 @@ def compiled_step(choice: str, kept: torch.Tensor) -> Callable | None:
     return KERNELS["cpu"].step if served else None
 
 
-def compiled_layer_step(choice: str, kept: torch.Tensor) -> Callable | None:
-    """`kernels.cpu.layer_step` where it serves tensors like `kept` (B, H, T, D), else None."""
-    return KERNELS["cpu"].layer_step if backend_name(choice, kept) == "cpu" and kept.dtype == torch.float32 else None
+def compiled_token_step(choice: str, kept: torch.Tensor) -> Callable | None:
+    """`kernels.cpu.token_step` where it serves tensors like `kept` (B, H, T, D), else None."""
+    return KERNELS["cpu"].token_step if backend_name(choice, kept) == "cpu" and kept.dtype == torch.float32 else None
 
 
 def ordered_attention(

@@ -126,7 +126,7 @@ class ReformerLayer(GradientCheckpointingLayer):
                 stacklevel=2,
             )
             x1, x2 = to_stream(x1, grid), to_stream(x2, grid)
-        if chain is None and (found := token_step(self, x1, x2, call)) is not None:
+        if chain is None and (found := token_step([self], x1, x2, call)) is not None:
             y1, y2, received = *found, []
         elif chain is None:
             y1, y2, *received = residual_step(self, x1, x2, call, grid, extra)

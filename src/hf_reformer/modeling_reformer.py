@@ -25,6 +25,7 @@ from .randomness import EMBEDDING_DROPOUT, FINAL_DROPOUT, draw_key, dropout, fol
 from .replay import can_reverse
 from .reversible import Chain, Grid, choose_grid, needs_plain_path, to_stream
 from .sharding import Shard, check_group, check_same_inputs, make_shard, own_tokens, same_everywhere
+from .token_step import token_step
 from .whole_stack import can_be_whole, whole_stack
 
 logger = logging.get_logger(__name__)
@@ -334,6 +335,8 @@ class ReformerModel(ReformerPreTrainedModel):
         if traced and not keep_states and can_be_whole(self.layers, call):
             x1, x2, *received = whole_stack(self.layers, x1, x2, call, grid)
             return x1, x2, None, received
+        if not keep_states and (found := token_step(self.layers, x1, x2, call)) is not None:
+            return *found, None, []
         for index, layer in enumerate(self.layers):
             if keep_states:
                 x2 = passing(x2, self.norm.weight.dtype, states)

@@ -1,4 +1,4 @@
-"""One more token through a whole layer, in one call of the compiled kernel: generation on a CPU.
+"""One more token through whole layers, in one call of the compiled kernel: generation on a CPU.
 
 Module by module, a small layer's step spends as long between its operations as in them.
 """
@@ -10,55 +10,84 @@ from torch import nn
 from transformers.activations import GELUActivation
 
 from .attention import Call
-from .attention_ops import compiled_layer_step
+from .attention_ops import compiled_token_step
 
 MOST_ROWS = 8  # with more, matrix products of the whole batch are faster
 ACTIVATIONS = {nn.ReLU: False, GELUActivation: True}
 
 
-def token_step(layer: Any, x1: torch.Tensor, x2: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(y1, y2) of a layer for one new token of every row, (B, 1, D) each, as its modules give them.
+def token_step(
+    layers: Any, x1: torch.Tensor, x2: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The streams (B, 1, D) of one new token of every row behind these layers, as their modules give them.
 
     None where that is not what is asked for, or where there is anything but what the kernel knows: float32 weights as
     they were made, on a CPU.
     """
-    attention, kept = layer.attention, None if call.cache is None else call.cache.layers[layer.attention.layer]
-    if kept is None or not kept.columns or x2.shape[1] != 1 or x2.shape[0] > MOST_ROWS:
+    if call.cache is None or call.attentions is not None or x2.shape[1] != 1 or x2.shape[0] > MOST_ROWS:
         return None
-    if x2.device.type != "cpu" or x2.dtype not in (torch.float64, torch.float32):
+    if not x2.is_cpu or x2.dtype not in (torch.float64, torch.float32):
         return None
-    plain = attention.mode == "window" and attention.kind in ("lsh", "local") and call.attentions is None
-    if not plain or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return None
-    weights = _weights(layer)
-    step = compiled_layer_step(attention.backend, kept.keys)
-    if step is None or weights is None:
+    steps = []
+    for layer in layers:
+        known = _known(layer, call.cache.layers)
+        if known is None:
+            return None
+        steps.append(known)
+    first = steps[0]["kept"].keys
+    step = compiled_token_step(layers[0].attention.backend, first)
+    if step is None:
         return None
-    numbers = kept.make_room(1, call.mask, None if attention.kind == "local" else kept.buckets.shape[:3])
-    config = attention.config
-    window = config.local_window if kept.include_local else 0
-    gelu, epsilon = ACTIVATIONS[type(layer.feed_forward.act)], layer.attention_norm.eps
-    found = step(x1, x2, weights, kept, numbers, call.rotary, gelu, epsilon, window, attention.scale)
-    kept.count(numbers)
+    for one in steps:
+        kept = one["kept"]
+        one["numbers"] = kept.make_room(1, call.mask, None if kept.buckets is None else kept.buckets.shape[:3])
+    found = step(x1, x2, steps, call.rotary)
+    for one in steps:
+        one["kept"].count(one["numbers"])
     return found
 
 
-def _weights(layer: Any) -> dict[str, torch.Tensor | None] | None:
-    """By the names of the kernel; None where it cannot take them."""
-    attention, feed_forward, shared = layer.attention, layer.feed_forward, layer.attention.kind == "lsh"
-    norm, second_norm = layer.attention_norm, layer.feed_forward_norm
-    if type(feed_forward.act) not in ACTIVATIONS or norm.eps != second_norm.eps or not layer.is_as_made():
+def _known(layer: Any, all_kept: list) -> dict[str, Any] | None:
+    """What the kernel has to know of a layer, by its names; None where it cannot take it."""
+    if not layer.is_as_made():
         return None
+    parts = layer._modules  # every token comes here, and a module's attributes take their time
+    attention, feed_forward = parts["attention"], parts["feed_forward"]
+    norm, second_norm = parts["attention_norm"], parts["feed_forward_norm"]
+    act = type(feed_forward._modules["act"])
+    kept = all_kept[attention.layer]
+    if attention.mode != "window" or attention.kind not in ("lsh", "local"):
+        return None
+    if not kept.columns or kept.keys.dtype != torch.float32 or act not in ACTIVATIONS or norm.eps != second_norm.eps:
+        return None
+    weights = _weights(attention, feed_forward, norm._parameters, second_norm._parameters)
+    return weights and {
+        "kept": kept,
+        "weights": weights,
+        "gelu": ACTIVATIONS[act],
+        "epsilon": norm.eps,
+        "local_window": kept.local_window if kept.include_local else 0,
+        "scale": attention.scale,
+    }
+
+
+def _weights(
+    attention: Any, feed_forward: Any, norm: dict, second_norm: dict
+) -> dict[str, torch.Tensor | None] | None:
+    """By the names of the kernel; None where it cannot take them."""
+    shared = attention.kind == "lsh"
     names = ("qk_proj", "v_proj", "o_proj") if shared else ("q_proj", "v_proj", "o_proj", "k_proj")
     projections = [attention._modules[name]._parameters for name in names]
-    up, down = feed_forward.up_proj._parameters, feed_forward.down_proj._parameters
-    hidden, wide = feed_forward.down_proj.out_features, feed_forward.up_proj.out_features
-    inner = attention.heads * attention.head_size
+    up_proj, down_proj = feed_forward._modules["up_proj"], feed_forward._modules["down_proj"]
+    up, down = up_proj._parameters, down_proj._parameters
+    hidden, wide, inner = down_proj.out_features, up_proj.out_features, attention.heads * attention.head_size
     found = {
-        "attention_norm": (norm.weight, (hidden,)),
-        "attention_norm_bias": (norm.bias, (hidden,)),
-        "feed_forward_norm": (second_norm.weight, (hidden,)),
-        "feed_forward_norm_bias": (second_norm.bias, (hidden,)),
+        "attention_norm": (norm["weight"], (hidden,)),
+        "attention_norm_bias": (norm["bias"], (hidden,)),
+        "feed_forward_norm": (second_norm["weight"], (hidden,)),
+        "feed_forward_norm_bias": (second_norm["bias"], (hidden,)),
         "query_proj": (projections[0]["weight"], (inner, hidden)),
         "value_proj": (projections[1]["weight"], (inner, hidden)),
         "out_proj": (projections[2]["weight"], (hidden, inner)),
@@ -75,11 +104,5 @@ def _weights(layer: Any) -> dict[str, torch.Tensor | None] | None:
 
 
 def _fits(weight: torch.Tensor | None, shape: tuple[int, ...]) -> bool:
-    return (
-        weight is not None
-        and weight.shape == shape
-        and shape[0] % 4 == 0
-        and weight.dtype == torch.float32
-        and weight.device.type == "cpu"
-        and weight.is_contiguous()
-    )
+    fits = weight is not None and weight.shape == shape and shape[0] % 4 == 0
+    return fits and weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous()

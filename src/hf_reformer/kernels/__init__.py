@@ -2,7 +2,7 @@
 
 from ..hashing import Orders
 
-CONTRACT = 2  # of what attention_ops.py calls here, and how; another number wherever that changes
+CONTRACT = 3  # of what attention_ops.py calls here, and how; another number wherever that changes
 LONGEST_LINE = 2**29  # places of a line, so that one wrapped around still fits in int32
 
 

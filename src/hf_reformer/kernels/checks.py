@@ -12,7 +12,7 @@ from ..bucket_tables import BucketTables
 from ..randomness import make_key, normal_rows
 from ..reference import attention_with_weights, shared_key
 from .calls import Call, backward, forward, received, run_hashing, run_normals, run_sorting
-from .steps import run_layer, run_step
+from .steps import run_layers, run_step
 
 
 def agrees(library: ctypes.CDLL) -> bool:
@@ -70,7 +70,8 @@ def _layer_agrees(library: ctypes.CDLL) -> bool:
     keys, values = (_normal(generator, batch, heads, 4, size) for _ in range(2))
     kept = SimpleNamespace(keys=keys, values=values, buckets=None, room=4)
     numbers = torch.zeros(batch, 1, dtype=torch.int64)
-    found = run_layer(x1, x2, w, kept, numbers, None, True, 1e-5, 4, 1.0, library)
+    rest = {"gelu": True, "epsilon": 1e-5, "local_window": 4, "scale": 1.0}
+    found = run_layers(x1, x2, [{"kept": kept, "numbers": numbers, "weights": w, **rest}], None, library)
 
     def norm(x, name):
         return F.layer_norm(x.float(), (hidden,), w[name], w[name + "_bias"], 1e-5)

@@ -5,6 +5,7 @@ import functools
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from ..hashing import Orders, factors_of, reach
 from . import build, check_places
 from .calls import DTYPES, Call, backward, forward, new_rows, received, run_hashing, run_normals, run_sorting
 from .checks import agrees
-from .steps import run_layer, run_step
+from .steps import run_layers, run_step
 
 logger = logging.getLogger(__name__)
 
@@ -310,9 +311,8 @@ def step(query, key, value, vectors, kept, numbers, local_window: int, scale: fl
     return run_step(query, key, value, vectors, kept, numbers, local_window, scale, _loaded()).to(value.dtype)
 
 
-def layer_step(
-    x1: torch.Tensor, x2: torch.Tensor, weights: dict[str, torch.Tensor | None], kept, numbers: torch.Tensor, rotary,
-    gelu: bool, epsilon: float, local_window: int, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """A whole layer for one new token of every row; see `steps.run_layer`."""
-    return run_layer(x1, x2, weights, kept, numbers, rotary, gelu, epsilon, local_window, scale, _loaded())
+def token_step(
+    x1: torch.Tensor, x2: torch.Tensor, layers: list[dict[str, Any]], rotary: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Whole layers for one new token of every row; see `steps.run_layers`."""
+    return run_layers(x1, x2, layers, rotary, _loaded())

@@ -27,9 +27,10 @@ _LayerStep = _structure(
     pointer: cosines, sines, step
     int: hidden, feed_forward, gelu, float64, turns
     double: epsilon
-    pointer: x1, x2, y1, y2
+    pointer: x1, x2
     """,
 )
+_LayerSteps = _structure("_LayerSteps", "pointer: layers\n int: count")
 
 
 def _step(kept, numbers: torch.Tensor, hashed: bool, local_window: int, scale: float, keep: list) -> Any:
@@ -74,32 +75,37 @@ def run_step(
     return out
 
 
-def run_layer(
-    x1: torch.Tensor, x2: torch.Tensor, weights: dict[str, torch.Tensor | None], kept, numbers: torch.Tensor,
-    rotary: tuple[torch.Tensor, torch.Tensor] | None, gelu: bool, epsilon: float, local_window: int, scale: float,
+def run_layers(
+    x1: torch.Tensor, x2: torch.Tensor, layers: list[dict[str, Any]], rotary: tuple[torch.Tensor, torch.Tensor] | None,
     library: ctypes.CDLL,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """One new token of every row through a whole layer, on top of `kept`, which is written to.
+    """One new token of every row through layers, on top of what each has kept, which is written to.
 
     Args:
         x1, x2: streams (B, 1, D), float64 or float32.
-        weights: float32 and contiguous, by their names in the structure; `key_proj` None: shared query/key attention.
+        layers: of each, `kept`, the cache layer; `numbers` (B, 1) of the token; `weights`, float32 and contiguous, by
+            their names in the structure, `key_proj` None: shared query/key attention; `gelu`, or else relu; `epsilon`
+            of both norms; `local_window`; `scale` of the scores.
         rotary: cos and sin, (B or 1, 1, 1, head size) float32; None: positions turn nothing.
 
     Returns:
-        y1 and y2, like x1.
+        The streams behind the layers.
     """
-    x1, x2 = x1.contiguous(), x2.contiguous()
-    y1, y2 = torch.empty_like(x1), torch.empty_like(x2)
+    x1, x2 = (x.clone(memory_format=torch.contiguous_format) for x in (x1, x2))  # the kernel adds to them in place
     keep: list = [x.contiguous() for x in rotary or ()]
     cosines, sines = keep or (None, None)
-    step = _step(kept, numbers, weights["key_proj"] is None, local_window, scale, keep)
-    call = _LayerStep(
-        **{name: _pointer(x) for name, x in weights.items()},
-        cosines=_pointer(cosines), sines=_pointer(sines), turns=0 if cosines is None else cosines.shape[0],
-        step=ctypes.addressof(step), hidden=x1.shape[-1], feed_forward=weights["up_bias"].numel(), gelu=gelu,
-        float64=x1.dtype == torch.float64, epsilon=epsilon, x1=x1.data_ptr(), x2=x2.data_ptr(), y1=y1.data_ptr(),
-        y2=y2.data_ptr(),
-    )  # fmt: skip
-    _run(library, "hf_layer", call)
-    return y1, y2
+    turns = 0 if cosines is None else cosines.shape[0]
+    calls = (_LayerStep * len(layers))()
+    for call, layer in zip(calls, layers, strict=True):
+        weights = layer["weights"]
+        hashed = weights["key_proj"] is None
+        step = _step(layer["kept"], layer["numbers"], hashed, layer["local_window"], layer["scale"], keep)
+        keep.append(step)
+        for name, weight in weights.items():
+            setattr(call, name, _pointer(weight))
+        call.cosines, call.sines, call.turns = _pointer(cosines), _pointer(sines), turns
+        call.step, call.x1, call.x2 = ctypes.addressof(step), x1.data_ptr(), x2.data_ptr()
+        call.hidden, call.feed_forward = x1.shape[-1], weights["up_bias"].numel()
+        call.gelu, call.float64, call.epsilon = layer["gelu"], x1.dtype == torch.float64, layer["epsilon"]
+    _run(library, "hf_layers", _LayerSteps(ctypes.addressof(calls), len(layers)))
+    return x1, x2

@@ -75,8 +75,11 @@ int hf_step(const hf::Step* s) {
     return guarded([&] { hf::run_step(*s); });
 }
 
-int hf_layer(const hf::LayerStep* p) {
-    return guarded([&] { p->float64 ? hf::run_layer<double>(*p) : hf::run_layer<float>(*p); });
+int hf_layers(const hf::LayerSteps* p) {
+    return guarded([&] {
+        for (const hf::LayerStep* layer = p->layers; layer < p->layers + p->count; layer++)
+            layer->float64 ? hf::run_layer<double>(*layer) : hf::run_layer<float>(*layer);
+    });
 }
 
 int hf_forward(const Problem* p) {

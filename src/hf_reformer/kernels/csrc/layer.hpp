@@ -77,8 +77,7 @@ template <typename T> void run_layer(const LayerStep& p) {
     const bool shared = !p.key_proj;
     std::vector<float> normed(rows * hidden), query(rows * inner), key(rows * inner), value(rows * inner), turned(2 * rows * inner),
         mixed(rows * inner), branch(rows * hidden), inside(rows * wide);
-    const T *x1 = static_cast<const T*>(p.x1), *x2 = static_cast<const T*>(p.x2);
-    T *y1 = static_cast<T*>(p.y1), *y2 = static_cast<T*>(p.y2);
+    T *x1 = static_cast<T*>(p.x1), *x2 = static_cast<T*>(p.x2);
 
     for (int64_t row = 0; row < rows; row++)
         normalise(x2 + row * hidden, p.attention_norm, p.attention_norm_bias, hidden, p.epsilon, normed.data() + row * hidden);
@@ -106,15 +105,15 @@ template <typename T> void run_layer(const LayerStep& p) {
 
     Dense merge{p.out_proj, nullptr, branch.data(), hidden};
     run_dense(&merge, 1, mixed.data(), rows, inner, s.threads);
-    for (int64_t i = 0; i < rows * hidden; i++) y1[i] = x1[i] + branch[i];
+    for (int64_t i = 0; i < rows * hidden; i++) x1[i] += branch[i];
 
     for (int64_t row = 0; row < rows; row++)
-        normalise(y1 + row * hidden, p.feed_forward_norm, p.feed_forward_norm_bias, hidden, p.epsilon, normed.data() + row * hidden);
+        normalise(x1 + row * hidden, p.feed_forward_norm, p.feed_forward_norm_bias, hidden, p.epsilon, normed.data() + row * hidden);
     Dense up{p.up_proj, p.up_bias, inside.data(), wide}, down{p.down_proj, p.down_bias, branch.data(), hidden};
     run_dense(&up, 1, normed.data(), rows, hidden, s.threads);
     for (float& x : inside) x = p.gelu ? 0.5f * x * (1 + std::erf(x * 0.70710678f)) : (x < 0 ? 0.0f : x);
     run_dense(&down, 1, inside.data(), rows, wide, s.threads);
-    for (int64_t i = 0; i < rows * hidden; i++) y2[i] = x2[i] + branch[i];
+    for (int64_t i = 0; i < rows * hidden; i++) x2[i] += branch[i];
 }
 
 }  // namespace hf

@@ -78,8 +78,12 @@ struct LayerStep {                      // one token through a layer; all weight
     const Step* step;                   // but for the new token's vectors and `out`
     int64_t hidden, feed_forward, gelu, float64, turns;
     double epsilon;
-    const void *x1, *x2;                // (B, hidden) streams, float64 or float32
-    void *y1, *y2;
+    void *x1, *x2;                      // (B, hidden) streams, float64 or float32, which become those behind the layer
+};
+
+struct LayerSteps {                     // the layers of a stack, one after the other
+    const LayerStep* layers;
+    int64_t count;
 };
 
 }  // namespace hf

@@ -31,9 +31,10 @@ Batch = dict[str, torch.Tensor]
 class Majority:
     """Which of two marked tokens is in the majority?"""
 
-    vocab_size, num_labels, is_decoder, pad_token_id = NOISE + 2, 2, True, 0
+    vocab_size, num_labels, pad_token_id = NOISE + 2, 2, 0
 
     def __init__(self, arguments: argparse.Namespace):
+        self.is_decoder = not arguments.bidirectional
         self.rows, self.length, self.marked = arguments.rows, arguments.length, arguments.marked
 
     def training(self, seed: int) -> Iterator[Batch]:
@@ -90,7 +91,7 @@ def make_model(task: Majority | Documents, weight: float, arguments: argparse.Na
         vocab_size=task.vocab_size, pad_token_id=task.pad_token_id, hidden_size=64, num_attention_heads=2,
         attention_head_size=32, feed_forward_size=128, attn_layers=arguments.attn_layers, is_decoder=task.is_decoder,
         max_position_embeddings=arguments.length, lsh_window=arguments.window, local_window=arguments.window,
-        hidden_dropout_prob=0.0, coverage_loss_weight=weight,
+        hidden_dropout_prob=0.0, coverage_loss_weight=weight, initializer_range=arguments.initializer_range,
     )  # fmt: skip
     config.num_labels = task.num_labels
     return ReformerForSequenceClassification(config)
@@ -129,15 +130,16 @@ def evaluate_batch(model: Any, batch: Batch) -> dict[str, float]:
 
 
 def received_over_tokens(model: Any, batch: Batch) -> torch.Tensor:
-    """What tokens receive over the uniform share, the least first, at every hundredth of a row; a mean over rows."""
+    """What tokens receive over the uniform share, the least first, at every hundredth of a row.
+
+    A mean over layers and rows.
+    """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    rows, steps = [], torch.linspace(0, 1, 101)
-    for received, mask in zip(
-        received_by_layer(model, **inputs).mean(0), inputs["attention_mask"].bool(), strict=True
-    ):
-        real = received[mask].float()
-        rows.append(torch.quantile(real * len(real), steps))
-    return torch.stack(rows).mean(0)
+    curves = []
+    for received, mask in zip(received_by_layer(model, **inputs).unbind(1), inputs["attention_mask"], strict=True):
+        real = received[:, mask.bool()].float()  # (layers, tokens)
+        curves.append(torch.quantile(real * real.shape[1], torch.linspace(0, 1, 101), dim=1).mean(1))
+    return torch.stack(curves).mean(0)
 
 
 def draw(curves: dict[str, torch.Tensor], file: Path) -> None:
@@ -161,11 +163,13 @@ def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.1, 1.0], help="of the coverage loss")
     parser.add_argument("--attn_layers", nargs="+", default=["lsh", "lsh"], help="kind of every layer")
     parser.add_argument("--window", type=int, default=32, help="of lsh and local layers")
+    parser.add_argument("--initializer_range", type=float, default=0.125, help="of all weights; default: width^-0.5")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rows", type=int, default=16, help="of a training batch")
     parser.add_argument("--length", type=int, default=128, help="of the rows; texts are cut after so many tokens")
     parser.add_argument("--marked", type=int, default=9, help="marked tokens; odd, so that there is a majority")
+    parser.add_argument("--bidirectional", action="store_true", help="majority told by a bidirectional model")
     parser.add_argument("--train_file", type=Path, help="texts and labels, instead of the task above")
     parser.add_argument("--validation_file", type=Path)
     parser.add_argument("--picture", type=Path, help="draw what tokens receive, of the first seed, into this file")

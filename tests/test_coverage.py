@@ -368,7 +368,7 @@ def test_the_experiment_runs_on_both_tasks(tmp_path, capsys, monkeypatch):
     import coverage_experiment
 
     small = ["--seeds", "2", "--steps", "2", "--rows", "2", "--length", "32", "--window", "8", "--weights", "0", "1"]
-    coverage_experiment.main([*small, "--picture", str(tmp_path / "received.png")])
+    coverage_experiment.main([*small, "--bidirectional", "--picture", str(tmp_path / "received.png")])
     texts = tmp_path / "texts.csv"
     texts.write_text("text,label\n" + "".join(f"{'long ' * number},{number % 2}\n" for number in range(1, 8)))
     coverage_experiment.main([*small, "--train_file", str(texts), "--validation_file", str(texts)])

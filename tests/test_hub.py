@@ -142,7 +142,7 @@ def test_a_repository_works_without_the_package(tmp_path, other_python, plain):
     causal, other = "AutoModelForCausalLM=ada/tiny", "AutoModelForSequenceClassification=classifier"
     found = other_python(tmp_path, causal, other, "AutoTokenizer=ada/tiny", example)
     assert not found["package"]
-    assert found[causal]["module"] == f"transformers_modules.ada.tiny.{COMMIT}.heads_text"
+    assert found[causal]["module"] == f"transformers_modules.ada.tiny.{COMMIT}.language_models"
     assert same(found[causal], observe(model))
     assert same(found[other], observe(classifier))
     assert found["AutoTokenizer=ada/tiny"] == observe_tokenizer(ReformerByteTokenizer())

@@ -50,6 +50,7 @@ ORDER = [
     ("cache", MODEL),
     ("inputs", MODEL),
     ("modeling_reformer", MODEL),
+    ("language_models", MODEL),
     ("heads_text", MODEL),
     ("heads_media", MODEL),
     ("seq2seq", MODEL),

@@ -2,14 +2,12 @@
 
 from .configuration_reformer import ReformerConfig
 from .heads_text import (
-    ReformerForCausalLM,
-    ReformerForMaskedLM,
     ReformerForMultipleChoice,
     ReformerForQuestionAnswering,
     ReformerForSequenceClassification,
     ReformerForTokenClassification,
-    ReformerModelWithLMHead,
 )
+from .language_models import ReformerForCausalLM, ReformerForMaskedLM, ReformerModelWithLMHead
 from .modeling_reformer import ReformerModel, ReformerPreTrainedModel
 from .pipelines import LongDocumentQuestionAnswering
 from .registration import register

@@ -11,7 +11,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 
-from . import heads_text, modeling_reformer
+from . import heads_text, language_models, modeling_reformer
 from .configuration_reformer import ReformerConfig, from_builtin
 from .convert_reformer_pytorch import from_reformer_pytorch
 from .convert_trax import from_trax, read_pickle
@@ -21,8 +21,8 @@ from .text_generation import DAMAGED, check_sizes, saved_config
 KINDS = ("builtin", "reformer-pytorch", "trax", "hf_reformer")
 HEADS = {
     "ReformerModel": modeling_reformer.ReformerModel,
-    "ReformerForCausalLM": heads_text.ReformerForCausalLM,
-    "ReformerForMaskedLM": heads_text.ReformerForMaskedLM,
+    "ReformerForCausalLM": language_models.ReformerForCausalLM,
+    "ReformerForMaskedLM": language_models.ReformerForMaskedLM,
     "ReformerForMultipleChoice": heads_text.ReformerForMultipleChoice,
     "ReformerForQuestionAnswering": heads_text.ReformerForQuestionAnswering,
     "ReformerForSequenceClassification": heads_text.ReformerForSequenceClassification,

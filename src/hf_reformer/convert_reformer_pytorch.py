@@ -7,7 +7,7 @@ import torch
 from transformers.activations import ACT2FN
 
 from .configuration_reformer import ReformerConfig
-from .heads_text import ReformerForCausalLM, ReformerForMaskedLM
+from .language_models import ReformerForCausalLM, ReformerForMaskedLM
 
 State = dict[str, torch.Tensor]
 LAYER = "reformer.layers.blocks.{}."

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .configuration_reformer import ReformerConfig
-from .heads_text import ReformerForCausalLM
+from .language_models import ReformerForCausalLM
 
 GZIP = b"\x1f\x8b"
 NO_PICKLE = (pickle.UnpicklingError, zlib.error)

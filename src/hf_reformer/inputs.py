@@ -124,3 +124,8 @@ def refuse_packed(samples: torch.Tensor, advice: str) -> None:
     if not torch.compiler.is_compiling():
         raise ValueError(message)
     torch._assert_async((samples == 0).all(), message)
+
+
+def given_shape(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Size:
+    """(B, T) of the input; what there is of it was checked by the backbone."""
+    return (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]

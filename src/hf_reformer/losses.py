@@ -103,3 +103,8 @@ def _count(labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.
     if num_items is None:
         num_items = (labels != IGNORE).sum()
     return num_items.to(labels.device).clamp(min=1) if isinstance(num_items, torch.Tensor) else max(num_items, 1)
+
+
+def check_label_shape(labels: torch.Tensor | None, shape: torch.Size) -> None:
+    if labels is not None and labels.shape != shape:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, but there is a target for each of {tuple(shape)}.")

@@ -26,13 +26,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from .adapters import register_adapters
 from .configuration_reformer import ReformerConfig
 from .heads_text import (
-    ReformerForCausalLM,
-    ReformerForMaskedLM,
     ReformerForMultipleChoice,
     ReformerForQuestionAnswering,
     ReformerForSequenceClassification,
     ReformerForTokenClassification,
 )
+from .language_models import ReformerForCausalLM, ReformerForMaskedLM
 from .modeling_reformer import ReformerModel
 from .pipelines import register_pipelines
 from .seq2seq import ReformerForConditionalGeneration

@@ -14,9 +14,10 @@ from .configuration_reformer import ReformerConfig
 from .coverage import Shares, coverage_loss, make_shares
 from .cross_attention import CrossAttention, Source
 from .feed_forward import LayerNorm
-from .heads_text import _LanguageModel, check_label_shape, given_shape
+from .inputs import given_shape
+from .language_models import LanguageModel
 from .layers import ReformerLayer
-from .losses import IGNORE, check_labels, with_coverage
+from .losses import IGNORE, check_label_shape, check_labels, with_coverage
 from .modeling_reformer import ReformerModel
 from .outputs import ReformerDecoderOutput, ReformerSeq2SeqLMOutput
 
@@ -157,7 +158,7 @@ class ReformerDecoder(ReformerModel):
         return both
 
 
-class ReformerForConditionalGeneration(_LanguageModel, GenerationMixin):
+class ReformerForConditionalGeneration(LanguageModel, GenerationMixin):
     """Encoder-decoder with a language-model head, whatever `config.is_encoder_decoder` says.
 
     `model` is the encoder, a `ReformerModel`, so that every other class reads it from a folder of this one, and this

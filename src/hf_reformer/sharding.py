@@ -197,3 +197,13 @@ def whole_sequence(x: torch.Tensor, shard: Shard | None) -> torch.Tensor:
 def sum_of_shares(x: torch.Tensor, shard: Shard | None) -> torch.Tensor:
     """Every process's x added up."""
     return x if shard is None else _Exchange.apply(x, shard, _summed, _summed)
+
+
+def tokens_at(hidden: torch.Tensor, places: torch.Tensor, shard: Shard | None) -> torch.Tensor:
+    """(B, own tokens, D) and places (B, N) in the whole sequence → (B, N, D), on every process."""
+    begin, end = (0, hidden.shape[1]) if shard is None else (shard.begin, shard.end)
+    found = hidden.gather(1, (places - begin).clamp(0, end - begin - 1)[..., None].expand(-1, -1, hidden.shape[2]))
+    if shard is None:
+        return found
+    mine = (places >= begin) & (places < end)
+    return sum_of_shares(torch.where(mine[..., None], found, 0), shard)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextSt
 from transformers.utils import logging
 
 from .cache import CACHE_NAME
-from .heads_text import ReformerForCausalLM
+from .language_models import ReformerForCausalLM
 
 logger = logging.get_logger(__name__)
 

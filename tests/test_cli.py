@@ -317,6 +317,19 @@ def test_convert_writes_a_folder_and_tells_what_changes(tmp_path, line):
     assert line("generate", "--model", tmp_path / "window", *GREEDY, "--prompt", PROMPT)[0] == 0
 
 
+def test_a_folder_without_a_tokenizer_says_so(tmp_path, line):
+    make_model().save_pretrained(tmp_path / "bare")
+    told = {"export": ["--model", tmp_path / "bare", "--output", tmp_path / "exported"]}
+    builtin = small_builtin(tmp_path / "builtin")
+    for file in Path(builtin).glob("tokenizer*"):
+        file.unlink()
+    told["convert"] = [builtin, tmp_path / "converted"]
+    for command, argv in told.items():
+        status, out, err = line(command, *argv)
+        assert (status, err) == (0, "")
+        assert "There was no tokenizer" in out
+
+
 def test_mistakes_of_convert_end_in_one_line(tmp_path, line):
     folder = small_builtin(tmp_path / "builtin")
     for message, argv in {
@@ -324,6 +337,8 @@ def test_mistakes_of_convert_end_in_one_line(tmp_path, line):
         "not an empty folder": [folder, folder],
         "is no JSON": [folder, tmp_path / "out", "--fields", "{1}"],
         "must be a JSON object": [folder, tmp_path / "out", "--fields", Path(folder, "none.json")],
+        "such as": [folder, tmp_path / "out", "--fields", "[1]"],
+        "neither a JSON object nor a file": [folder, tmp_path / "out", "--fields", "absent.json"],
         "Name with `head`": [folder, tmp_path / "out", "--head", "ReformerForPoetry"],
         "cannot be read from the weights": [tmp_path / "weights.pt", tmp_path / "out"],
     }.items():

@@ -107,6 +107,7 @@ def run_export(args: argparse.Namespace) -> None:
     card = {name: getattr(args, name) for name in CARD if getattr(args, name) is not None}
     with quiet():
         folder = export(args.model, args.output, overwrite=args.overwrite, name=args.name, **card)
+    print_what_lacks(folder)
     print(f"Read {folder / 'README.md'} and complete it; then: hf upload {args.name or 'NAME'} {folder}")
 
 
@@ -124,6 +125,12 @@ def run_convert(args: argparse.Namespace) -> None:
         notes = convert(args.source, args.output, **options)
     for note in notes:
         print(f"- {note}")
+    print_what_lacks(Path(args.output))
+
+
+def print_what_lacks(folder: Path) -> None:
+    if not any((folder / name).exists() for name in ("tokenizer_config.json", "processor_config.json")):
+        print(f"There was no tokenizer. Put one into {folder} with `tokenizer.save_pretrained`: pipelines want one.")
 
 
 def json_fields(text: str | None) -> dict[str, Any] | None:
@@ -131,9 +138,11 @@ def json_fields(text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+        found = json.loads(text if text.lstrip()[:1] in ("{", "[") else Path(text).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"--fields is no JSON: {error}.") from error
+    except OSError as error:
+        raise ValueError(f"--fields {text} is neither a JSON object nor a file that can be read.") from error
     if not isinstance(found, dict):
         raise ValueError('--fields must be a JSON object, such as {"num_buckets": 64}.')
     return found

@@ -89,6 +89,8 @@ def make_model(
         settings: further fields of the config, such as labels.
     """
     overrides = parse_overrides(args.config_overrides)
+    if unknown := sorted(set(overrides) - set(ReformerConfig.__dataclass_fields__)):
+        raise ValueError(f"--config_overrides: ReformerConfig has no field {', '.join(unknown)}.")
     if args.model_name_or_path is not None:
         config = AutoConfig.from_pretrained(args.model_name_or_path, **settings, **overrides)
         if len(tokenizer) > config.vocab_size:

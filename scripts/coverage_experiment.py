@@ -112,8 +112,9 @@ def train(task: Majority | Documents, seed: int, weight: float, arguments: argpa
 
 def evaluate(model: Any, task: Majority | Documents) -> dict[str, float]:
     """What it does on rows that it has not seen."""
-    found = [evaluate_batch(model, batch) for batch in task.validation()]
-    return {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+    found = [(len(batch["labels"]), evaluate_batch(model, batch)) for batch in task.validation()]
+    rows = sum(count for count, _ in found)
+    return {name: sum(count * one[name] for count, one in found) / rows for name in found[0][1]}
 
 
 @torch.no_grad()
@@ -176,6 +177,9 @@ def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(given)
     if arguments.marked % 2 == 0 or arguments.marked > arguments.length:
         parser.error(f"--marked {arguments.marked} must be odd and at most --length {arguments.length}.")
+    for name in ("seeds", "steps", "rows", "length", "marked"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} {getattr(arguments, name)} must be at least 1.")
     if (arguments.train_file is None) != (arguments.validation_file is None):
         parser.error("Give --train_file and --validation_file together.")
     return arguments

@@ -38,7 +38,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_reformer.data import read_examples
+from hf_reformer.data import read_examples, require
 
 IGNORE = -100
 METRICS = ("bleu", "chrf", "rouge", "none")
@@ -98,7 +98,10 @@ def load_pairs(args: DataArguments, seed: int) -> DatasetDict:
         splits = load_dataset(args.dataset_name, args.dataset_config)
     else:
         files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-        splits = DatasetDict({split: read_examples(file) for split, file in files.items() if file is not None})
+        columns = args.source_column, args.target_column
+        splits = DatasetDict(
+            {split: read_examples(file, texts=columns) for split, file in files.items() if file is not None}
+        )
     pairs = DatasetDict({split: two_columns(rows, args, split) for split, rows in splits.items()})
     if "validation" not in pairs and "train" in pairs:
         held_out = pairs["train"].train_test_split(test_size=args.validation_fraction, seed=seed)
@@ -121,11 +124,16 @@ def two_columns(rows: Dataset, args: DataArguments, split: str) -> Dataset:
             "--source_column and --target_column, or give --source_language and --target_language."
         )
 
-    def choose(row: dict) -> dict[str, str]:
-        source, target = ((row["translation"] if translations else row)[name] for name in wanted)
-        return {"source": args.source_prefix + str(source or ""), "target": str(target or "")}
+    def choose(row: dict, index: int) -> dict[str, str]:
+        cells = [((row["translation"] or {}) if translations else row).get(name) for name in wanted]
+        for name, cell in zip(wanted, cells, strict=True):
+            if not isinstance(cell, str | int | float):
+                raise ValueError(
+                    f"Row {index} of the {split} data has no text as `{name}`, but {cell!r}. Leave it out."
+                )
+        return {"source": args.source_prefix + str(cells[0]), "target": str(cells[1])}
 
-    return rows.map(choose, remove_columns=rows.column_names)
+    return rows.map(choose, with_indices=True, remove_columns=rows.column_names)
 
 
 def tokenize(rows: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Dataset:
@@ -226,8 +234,28 @@ def write(file: Path, folder: str, data: DataArguments, beams: int | None) -> No
     print(tokenizer.decode(found[0], skip_special_tokens=True))
 
 
+def check_arguments(data: DataArguments, args: Seq2SeqTrainingArguments) -> None:
+    """Raise ValueError for what would only fail after training."""
+    least = {"max_source_length": 1, "max_target_length": 2, "max_train_samples": 1, "max_eval_samples": 1}
+    given = {name: getattr(data, name) for name in least}
+    given |= {"generation_num_beams": args.generation_num_beams, "generation_max_length": args.generation_max_length}
+    for name, value in given.items():
+        smallest = {**least, "generation_num_beams": 1, "generation_max_length": 2}[name]
+        if value is not None and value < smallest:
+            raise ValueError(f"--{name} {value} must be at least {smallest}.")
+    if not 0 < data.validation_fraction < 1:
+        raise ValueError(f"--validation_fraction {data.validation_fraction} must lie between 0 and 1.")
+    if data.write is not None and not Path(data.write).is_file():
+        raise ValueError(f"--write: there is no file `{data.write}`.")
+    if data.write is not None and not Path(data.write).read_text(encoding="utf-8").strip():
+        raise ValueError(f"--write: `{data.write}` is empty.")
+    if args.predict_with_generate and data.metric != "none":
+        require("rouge_score" if data.metric == "rouge" else "sacrebleu")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     data, model_args, args = parse_arguments(argv)
+    check_arguments(data, args)
     has_data = data.dataset_name is not None or any((data.train_file, data.validation_file, data.test_file))
     if not has_data and (data.write is None or model_args.model_name_or_path is None):
         raise SystemExit("Give --train_file, --dataset_name, or --model_name_or_path with --write. See --help.")

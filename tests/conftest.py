@@ -1,6 +1,8 @@
 """What the tests share: makers of tiny configs, models and inputs, and a setting that makes numbers repeat."""
 
+import datetime
 import logging
+import time
 import warnings
 
 import pytest
@@ -37,6 +39,26 @@ IN_ONE_GRAPH = pytest.mark.skipif(torch.__version__ < "2.13", reason="whole mode
 CAN_OFFLOAD = torch.version.cuda is None or torch.cuda.is_available()
 OFFLOADED = {"offloaded": {"cache_implementation": "offloaded"}} if CAN_OFFLOAD else {}
 REPEATABLE = {"hidden_dropout_prob": 0.0, "resample_rotations": False}  # two forwards in training mode agree
+
+BEGIN = time.monotonic()
+
+
+def pytest_addoption(parser):
+    """Slow tests as far as time allows."""
+    told = "begin no test after so many seconds, but skip it; every day another test comes first"
+    parser.addoption("--time_limit", type=float, metavar="SECONDS", help=told)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("time_limit") is not None and items:
+        first = 37 * datetime.date.today().toordinal() % len(items)
+        items[:] = items[first:] + items[:first]
+
+
+def pytest_runtest_setup(item):
+    limit = item.config.getoption("time_limit")
+    if limit is not None and time.monotonic() - BEGIN > limit:
+        pytest.skip(f"--time_limit {limit:g}: no time left")
 
 
 def tiny_config(**overrides) -> ReformerConfig:

@@ -4,12 +4,13 @@ import copy
 import math
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from conftest import REPEATABLE, SMALL_WINDOWS, largest_gap, make_ids, make_model
+from conftest import REPEATABLE, SMALL_WINDOWS, largest_gap, make_ids, make_model, tiny_config
 from transformers import Trainer, TrainingArguments
 
 from hf_reformer import (
@@ -336,6 +337,21 @@ def test_the_callback_logs_how_far_attention_reaches(tmp_path):
         assert [logs[f"{name}_layer_{i}"] for i in range(4)] == pytest.approx(layers.tolist(), rel=1e-5)
     with pytest.raises(ValueError, match="at least 1"):
         CoverageCallback(trainer, batches=0)
+
+
+def test_the_callback_counts_packed_samples_and_leaves_out_empty_rows(tmp_path):
+    model = make(coverage_loss_weight=0.0, is_decoder=True).float()
+    callback = CoverageCallback(Trainer(model, TrainingArguments(tmp_path, report_to=[], use_cpu=True)))
+    device, samples = torch.device("cpu"), IDS.view(-1, 8)
+    packed = {"input_ids": IDS, "position_ids": torch.arange(8).repeat(2, LENGTH // 8)}
+    expected = callback._numbers(model, {"input_ids": samples}, device)
+    assert largest_gap(callback._numbers(model, packed, device), expected) < 1e-5
+    padded = {"input_ids": torch.cat([samples, samples[:1]]), "attention_mask": torch.ones(11, 8, dtype=torch.long)}
+    padded["attention_mask"][10] = 0
+    assert largest_gap(callback._numbers(model, padded, device), expected) < 1e-5
+    config = tiny_config(is_encoder_decoder=True)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        CoverageCallback(SimpleNamespace(model=SimpleNamespace(config=config)))
 
 
 def test_what_layers_receive_is_what_their_weights_say():

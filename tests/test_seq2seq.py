@@ -231,6 +231,14 @@ def test_a_masked_language_model_warms_an_encoder_decoder_up(tmp_path):
     assert model.generate(SOURCE, max_new_tokens=3).shape[0] == 3
 
 
+def test_a_folder_of_different_stacks_is_not_tied(tmp_path):
+    make().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="encoder and decoder differ"):
+        ReformerForConditionalGeneration.from_pretrained(tmp_path, tie_encoder_decoder=True)
+    make(tie_encoder_decoder=True).save_pretrained(tmp_path)
+    assert ReformerForConditionalGeneration.from_pretrained(tmp_path, tie_encoder_decoder=False).num_parameters()
+
+
 @pytest.mark.parametrize("words", [False, True], ids=["own head", "tied head"])
 def test_new_tokens(words):
     model = make(tie_encoder_decoder=True, tie_word_embeddings=words)
@@ -600,6 +608,9 @@ def test_what_a_forward_refuses(model):
         ({"input_ids": SOURCE, "labels": TARGET, "decoder_input_ids": TARGET[:, :4]}, "target for each"),
         ({"input_ids": SOURCE, "labels": TARGET, "position_ids": torch.arange(30)[None]}, "position ids"),
         ({"input_ids": SOURCE, "labels": TARGET[:2]}, "2 rows"),
+        ({"input_ids": SOURCE, "labels": TARGET[0]}, "length of the target"),
+        ({"input_ids": SOURCE, "labels": TARGET[:, :0]}, "length of the target"),
+        ({"encoder_outputs": encoded, "attention_mask": (MASK - 1) * 1e9, "labels": TARGET}, "other than 0 and 1"),
         ({"encoder_outputs": encoded, "attention_mask": MASK[:, :9], "labels": TARGET}, "attention_mask"),
         ({"encoder_outputs": narrow, "labels": TARGET}, "both residual streams"),
         ({"input_ids": SOURCE, "labels": TARGET, CACHE_NAME: DynamicCache()}, "keeps two"),
@@ -704,3 +715,34 @@ def test_coverage_counts_encoder_decoder_and_what_the_source_receives(reversible
     for a, b in zip(found, expected, strict=True):
         assert (a is None) == (b is None)
         assert a is None or largest_gap(a, b) <= 1e-8 * max(1, b.abs().max().item())
+
+
+def test_coverage_of_a_batch_is_the_mean_over_its_rows():
+    """Whatever pads the targets; a row without a target counts nothing."""
+    model = make(coverage_loss_weight=0.5)
+    with torch.no_grad():
+        padded = model(SOURCE, MASK, labels=LABELS).coverage_loss
+        lengths = (LABELS != -100).sum(-1).tolist()
+        rows = [
+            model(SOURCE[i : i + 1], MASK[i : i + 1], labels=LABELS[i : i + 1, :length]).coverage_loss
+            for i, length in enumerate(lengths)
+        ]
+        assert largest_gap(padded, torch.stack(rows).mean(0)) <= 1e-12
+        nothing = LABELS.clone()
+        nothing[2] = -100
+        found = model(SOURCE, MASK, labels=nothing).coverage_loss
+        decoder = slice(len(model.model.layers), None)
+        assert largest_gap(found[decoder], torch.stack(rows[:2]).mean(0)[decoder]) <= 1e-12
+
+
+def test_coverage_beside_given_states_and_other_losses(messages):
+    model = make(coverage_loss_weight=0.5)
+    whole = model(SOURCE, MASK, labels=LABELS)
+    states = model.model(SOURCE, MASK)
+    given = model(encoder_outputs=states, attention_mask=MASK, labels=LABELS)
+    assert torch.equal(given.loss, whole.loss)
+    alone = model(encoder_outputs=(states[0],), attention_mask=MASK, labels=LABELS)
+    assert torch.equal(alone.coverage_loss, whole.coverage_loss[len(states.coverage_loss) :])
+    assert not any("coverage" in text for text in messages)
+    assert model(SOURCE, MASK, decoder_input_ids=TARGET).loss is None
+    assert any("add" in text and "coverage_loss" in text for text in messages)

@@ -103,3 +103,38 @@ def test_what_it_refuses(script, files):
         script.main([])
     with pytest.raises(ValueError, match="--source_column"):
         script.main([*TINY, "--train_file", str(files / "train.csv"), "--output_dir", str(files / "out")])
+
+
+def test_what_would_fail_after_training_is_refused_before(script, files, monkeypatch):
+    given = [*TINY, "--train_file", str(files / "train.csv"), "--source_column", "document"]
+    given += ["--target_column", "summary", "--output_dir", str(files / "out")]
+    (files / "blank.txt").write_text("\n")
+    for more, words in (
+        (["--max_target_length", "1"], "max_target_length 1 must be at least 2"),
+        (["--max_source_length", "0"], "max_source_length 0"),
+        (["--max_eval_samples", "0"], "max_eval_samples 0"),
+        (["--generation_num_beams", "0"], "generation_num_beams 0"),
+        (["--validation_fraction", "1"], "validation_fraction"),
+        (["--write", str(files / "absent.txt")], "no file"),
+        (["--write", str(files / "blank.txt")], "is empty"),
+        (["--config_overrides", "tie_encoder_decodr=True"], "no field tie_encoder_decodr"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            script.main([*given, *more])
+    monkeypatch.setitem(sys.modules, "sacrebleu", None)
+    with pytest.raises(ImportError, match="pip install"):
+        script.main([*given, "--metric", "bleu"])
+    assert not (files / "out").exists()
+
+
+def test_cells_are_read_as_they_stand(script, files):
+    (files / "odd.csv").write_text("source,target\n007,0\nNA,1.50\n")
+    data, _, args = script.parse_arguments(["--validation_file", str(files / "odd.csv"), "--use_cpu"])
+    rows = script.load_pairs(data, args.seed)["validation"]
+    assert rows["source"][:] == ["007", "NA"]
+    assert rows["target"][:] == ["0", "1.50"]
+    for cell in (None, ["a", "list"]):
+        pd.DataFrame({"source": ["a", "b"], "target": [cell, cell]}).to_parquet(files / "odd.parquet")
+        data, _, args = script.parse_arguments(["--validation_file", str(files / "odd.parquet"), "--use_cpu"])
+        with pytest.raises(ValueError, match="Row 0 of the validation data has no text as `target`"):
+            script.load_pairs(data, args.seed)

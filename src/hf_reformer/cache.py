@@ -67,7 +67,7 @@ def check_call(cache: Cache, batch: int, num_hashes: int, num_buckets: Any) -> N
     if layers[0].columns and layers[0].batch_size != batch:
         raise ValueError(
             f"{batch} rows were given, but the cache has {layers[0].batch_size}. Give it new tokens of every row, or "
-            "choose rows with `cache.batch_select_indices`."
+            "choose rows with `cache.reorder_cache(rows)`."
         )
     for layer in layers:
         kept = layer.num_hashes, layer.num_buckets

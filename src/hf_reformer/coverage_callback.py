@@ -7,6 +7,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from .coverage import reached_share, received_entropy
+from .inputs import packed_samples
 from .modeling_reformer import ReformerModel
 from .visualize import recorded
 
@@ -54,6 +55,11 @@ class CoverageCallback(TrainerCallback):
         """
         if batches < 1:
             raise ValueError(f"`batches={batches}` leaves nothing to look at. Give at least 1.")
+        if getattr(trainer.model.config, "is_encoder_decoder", False):
+            raise ValueError(
+                "CoverageCallback looks at models of one stack, and this is an encoder-decoder. Its `coverage_loss` "
+                "tells of every layer of both."
+            )
         self.trainer, self.batches, self.least = trainer, batches, least
 
     def on_evaluate(self, args, state, control, model=None, eval_dataloader=None, **kwargs) -> None:
@@ -69,13 +75,28 @@ class CoverageCallback(TrainerCallback):
         self.trainer.log(named(found.mean(0)))
 
     def _numbers(self, model: torch.nn.Module, batch: Any, device: torch.device) -> torch.Tensor:
-        """(2, layers): entropy and reached share, means over rows."""
+        """(2, layers): entropy and reached share, means over samples that hold a real token."""
         wanted = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
         inputs = {name: batch[name].to(device) for name in wanted if batch.get(name) is not None}
-        mask = inputs.get("attention_mask")
         received = received_by_layer(model, **inputs).float()
-        numbers = received_entropy(received, mask), reached_share(received, mask, self.least)
+        real = inputs.get("attention_mask", torch.ones_like(received[0])) != 0
+        if "position_ids" in inputs:
+            received, real = unpacked(received, real, inputs["position_ids"])
+        some = real.any(-1)
+        received, real = received[:, some], real[some]
+        numbers = received_entropy(received, real), reached_share(received, real, self.least)
         return torch.stack([x.mean(-1) for x in numbers])
+
+
+def unpacked(
+    received: torch.Tensor, real: torch.Tensor, position_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(layers, B, T) and (B, T), with a row for each sample that a row holds; its tokens stay where they are."""
+    samples = packed_samples(position_ids, (real.cumsum(-1) - 1).clamp(min=0), real)
+    if samples is None:
+        return received, real
+    parts = [real & (samples == sample) for sample in range(int(samples.max()) + 1)]
+    return torch.cat([torch.where(part, received, 0) for part in parts], dim=1), torch.cat(parts)
 
 
 def named(numbers: torch.Tensor) -> dict[str, float]:

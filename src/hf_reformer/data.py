@@ -231,8 +231,11 @@ TABLE_FORMATS: dict[str, tuple[str, dict]] = {
 }
 
 
-def read_examples(path: str | Path) -> "Dataset":
-    """Read one split: a csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label."""
+def read_examples(path: str | Path, texts: Sequence[str] = ()) -> "Dataset":
+    """Read one split: a csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label.
+
+    texts: columns whose cells are read as they stand also in csv and tsv, where "007" else is 7 and "NA" nothing.
+    """
     datasets = require("datasets")
     path = Path(path)
     if path.is_dir():
@@ -247,6 +250,8 @@ def read_examples(path: str | Path) -> "Dataset":
     if not path.stat().st_size:
         raise ValueError(f"`{path}` is empty: not even the names of its columns can be read. Leave it out.")
     reader, options = TABLE_FORMATS[path.suffix.lower()]
+    if reader == "csv":
+        options = {**options, "converters": dict.fromkeys(texts, str)}
     return datasets.load_dataset(reader, data_files={"train": str(path)}, split="train", **options)
 
 

@@ -84,12 +84,7 @@ def _check_values(config, input_ids, attention_mask, position_ids) -> None:
                 f"`input_ids` reach from {low} to {high}, but `vocab_size={config.vocab_size}` knows 0 … "
                 f"{config.vocab_size - 1}. Use the model's own tokenizer, or `resize_token_embeddings`."
             )
-    odd = None if attention_mask is None else (attention_mask != 0) & (attention_mask != 1)
-    if odd is not None and odd.device.type != "meta" and bool(odd.any()):
-        raise ValueError(
-            "`attention_mask` holds values other than 0 and 1. Give 1 for real tokens and 0 for padding; additive "
-            "masks (0 and -inf) are not understood."
-        )
+    check_mask_values(attention_mask)
     if position_ids is not None and config.position_embedding_type != "rotary" and position_ids.device.type != "meta":
         covered = config.max_position_embeddings
         if config.position_embedding_type == "axial":
@@ -97,6 +92,17 @@ def _check_values(config, input_ids, attention_mask, position_ids) -> None:
         low, high = (int(x) for x in position_ids.aminmax())
         if low < 0 or high >= covered:
             raise ValueError(f"`position_ids` reach from {low} to {high}, but the model covers 0 … {covered - 1}.")
+
+
+def check_mask_values(mask: torch.Tensor | None) -> None:
+    """Raise ValueError for anything but 0 and 1; in eager mode only."""
+    if mask is None or mask.device.type == "meta" or torch.compiler.is_compiling():
+        return
+    if bool(((mask != 0) & (mask != 1)).any()):
+        raise ValueError(
+            "`attention_mask` holds values other than 0 and 1. Give 1 for real tokens and 0 for padding; additive "
+            "masks (0 and -inf) are not understood."
+        )
 
 
 def packed_samples(position_ids: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:

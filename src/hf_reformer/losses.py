@@ -1,5 +1,6 @@
 """Losses of the heads: exact under gradient accumulation, 0 without a target, never a whole sequence of logits."""
 
+import warnings
 from functools import partial
 
 import torch
@@ -67,8 +68,17 @@ def with_coverage(
         targets, num_items: where the task's loss is divided by `num_items`, a batch's coverage counts by its share of
             the targets, so that accumulated batches come to a mean.
     """
-    if loss is None or coverage is None or not weight:
+    if coverage is None or not weight:
         return loss
+    if loss is None:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"coverage_loss_weight={weight}, but without labels the model makes no loss to add the coverage loss "
+                "to. Whoever makes one elsewhere (label smoothing, `compute_loss_func`) has to add "
+                "`weight * outputs.coverage_loss.sum()` there.",
+                stacklevel=3,
+            )
+        return None
     more = weight * coverage.sum()
     if num_items is not None and targets is not None:
         more = more * ((targets != IGNORE).sum().to(more.device) / _count(targets, num_items))

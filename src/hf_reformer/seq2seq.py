@@ -14,7 +14,7 @@ from .configuration_reformer import ReformerConfig
 from .coverage import Shares, coverage_loss, make_shares
 from .cross_attention import CrossAttention, Source
 from .feed_forward import LayerNorm
-from .inputs import given_shape
+from .inputs import check_mask_values, given_shape
 from .language_models import LanguageModel
 from .layers import ReformerLayer
 from .losses import IGNORE, check_label_shape, check_labels, with_coverage
@@ -111,9 +111,8 @@ class ReformerDecoder(ReformerModel):
         """Of what tokens of target and source receive in turn, layer by layer, the sum of both losses (layers)."""
         own = super()._coverage(received[::2], shares, source)
         cross = torch.stack(received[1::2])
-        real = source.mask
-        if real is None:
-            real = torch.ones(cross.shape[1:], dtype=torch.bool, device=cross.device)
+        real = (shares.paid > 0).any(-1, keepdim=True).expand(cross.shape[1:])  # rows with a target
+        real = real if source.mask is None else real & source.mask
         target = make_shares(real, real.cumsum(-1) - 1)
         return own + coverage_loss(cross, target).to(own.dtype)
 
@@ -131,6 +130,7 @@ class ReformerDecoder(ReformerModel):
                 f"`attention_mask` has shape {tuple(mask.shape)}; with a source of {tuple(states.shape[:2])} tokens "
                 "it must be the same."
             )
+        check_mask_values(mask)
 
     def _both_caches(self, given: Any, wanted: bool | None, states: torch.Tensor) -> EncoderDecoderCache | None:
         """Of the target's tokens, and of the source's keys and values, which begin anew with the target."""
@@ -186,7 +186,20 @@ class ReformerForConditionalGeneration(LanguageModel, GenerationMixin):
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.generation_config.decoder_start_token_id is None:  # nothing of the folder tells it
             model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
+        model._check_sharing()
         return loaded
+
+    def _check_sharing(self) -> None:
+        """The library leaves apart what a folder holds with different values."""
+        named = dict(self.named_parameters(remove_duplicate=False))
+        apart = [
+            name for name, source in self.get_expanded_tied_weights_keys().items() if named[name] is not named[source]
+        ]
+        if self.config.tie_encoder_decoder and apart:
+            raise ValueError(
+                f"`tie_encoder_decoder=True`, but the folder's encoder and decoder differ, {apart[0]} for one. Load "
+                "it with `tie_encoder_decoder=False`, or begin with a folder of the encoder alone."
+            )
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
         """What shares its values with what; not a matter of `tie_word_embeddings` alone, as the library has it."""
@@ -222,6 +235,16 @@ class ReformerForConditionalGeneration(LanguageModel, GenerationMixin):
         shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
         return shifted.masked_fill(shifted == IGNORE, pad)
 
+    def _check_labels(self, labels: torch.Tensor | None) -> None:
+        """Before the encoder runs."""
+        if labels is None:
+            return
+        if labels.dim() != 2 or 0 in labels.shape:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}; an encoder-decoder's must be (batch, length of the target)."
+            )
+        check_labels(labels, self.config.vocab_size)
+
     @can_return_tuple
     def forward(
         self,
@@ -245,7 +268,8 @@ class ReformerForConditionalGeneration(LanguageModel, GenerationMixin):
         r"""
         Args:
             input_ids, attention_mask, inputs_embeds: the source, as `ReformerModel` takes it, (B, S).
-            encoder_outputs: what the encoder gave for a source, in place of it; its first entry is (B, S, 2 D).
+            encoder_outputs: what the encoder gave for a source, in place of it; its first entry is (B, S, 2 D). Where
+                it tells no `coverage_loss`, that of the decoder stands alone.
             decoder_input_ids or decoder_inputs_embeds: the target so far, (B, T), behind the start token. Default:
                 `labels`, shifted.
             decoder_attention_mask: (B, T), 1 for real tokens; with a cache, of the tokens before, too.
@@ -265,8 +289,13 @@ class ReformerForConditionalGeneration(LanguageModel, GenerationMixin):
                 "An encoder-decoder takes no position ids: positions follow from the masks, and a row holds one "
                 "source and one target, never several samples."
             )
+        self._check_labels(labels)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[assignment]
+            covers = kwargs.get("output_coverage")
+            if decoder_attention_mask is None and (self.config.coverage_loss_weight > 0 if covers is None else covers):
+                targets = (labels != IGNORE).long()
+                decoder_attention_mask = targets.flip(-1).cummax(-1).values.flip(-1)  # without padding at the end
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError(
                 "The decoder has no input: give `labels` or `decoder_input_ids`. Where the Trainer keeps the labels "
@@ -292,9 +321,8 @@ class ReformerForConditionalGeneration(LanguageModel, GenerationMixin):
         hidden = outputs.last_hidden_state
         loss, logits = self._loss_and_logits(hidden, labels, None, num_items_in_batch, logits_to_keep)
         coverage = getattr(encoder_outputs, "coverage_loss", None), outputs.coverage_loss
-        both = (
-            None if any(x is None for x in coverage) else torch.cat(coverage)
-        )  # the encoder's layers, then the decoder's
+        told = [x for x in coverage if x is not None]  # of the encoder's layers, then the decoder's
+        both = torch.cat(told) if told else None
         weight = self.config.coverage_loss_weight
         return ReformerSeq2SeqLMOutput(
             loss=with_coverage(loss, both, weight, labels, num_items_in_batch),

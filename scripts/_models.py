@@ -1,12 +1,14 @@
 """What the training scripts share: the model that they begin with, its tokenizer, training, and the model card."""
 
 import ast
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import SequentialSampler
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer
@@ -55,6 +57,12 @@ class EvaluatesInOrder:
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+
+def join_processes() -> None:
+    """Before options are read: of several processes without an accelerator each would train alone, without a word."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:

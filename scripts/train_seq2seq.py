@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from _models import EvaluatesInOrder, ModelArguments, make_model, make_tokenizer, train_and_save, write_model_card
+from _models import (
+    EvaluatesInOrder,
+    ModelArguments,
+    join_processes,
+    make_model,
+    make_tokenizer,
+    train_and_save,
+    write_model_card,
+)
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -87,6 +95,7 @@ class DataArguments:
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[DataArguments, ModelArguments, Seq2SeqTrainingArguments]:
     """Read the command line; our defaults stand behind whatever is given there."""
+    join_processes()
     parser = HfArgumentParser((DataArguments, ModelArguments, Seq2SeqTrainingArguments))
     parser.set_defaults(**DEFAULTS)
     return parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv))
@@ -174,7 +183,16 @@ def texts_of(ids: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 class OrderedTrainer(EvaluatesInOrder, Seq2SeqTrainer):
-    """Seq2SeqTrainer whose predictions stand in the order of the data."""
+    """Seq2SeqTrainer whose predictions stand in the order of the data, each once."""
+
+    @property
+    def gather_function(self) -> Any:
+        """Without the rows that fill up the last batch of several processes; Seq2SeqTrainer would keep them."""
+        return self.accelerator.gather_for_metrics
+
+    @gather_function.setter
+    def gather_function(self, value: Any) -> None:
+        pass
 
 
 def make_trainer(pairs: DatasetDict, data: DataArguments, model_args: ModelArguments, args) -> Seq2SeqTrainer:
@@ -272,6 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ]
             print("\n".join(lines))
             write_model_card(trainer, "\n\n".join(lines), data.dataset_name or Path(str(data.train_file)).stem)
+            print(f"Model, scores and what it wrote (predictions_*.jsonl) lie in {args.output_dir}")
     if data.write is not None and args.process_index == 0:
         folder = args.output_dir if data.train_file or data.dataset_name else model_args.model_name_or_path
         write(Path(data.write), str(folder), data, args.generation_num_beams)

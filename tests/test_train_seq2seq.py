@@ -1,7 +1,9 @@
 """The encoder-decoder's script: on a csv, on translations, resumed, judged, and wrongly."""
 
 import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
@@ -138,3 +140,27 @@ def test_cells_are_read_as_they_stand(script, files):
         data, _, args = script.parse_arguments(["--validation_file", str(files / "odd.parquet"), "--use_cpu"])
         with pytest.raises(ValueError, match="Row 0 of the validation data has no text as `target`"):
             script.load_pairs(data, args.seed)
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_two_processes_judge_every_text_once(files):
+    """More places in the last batch than texts are left."""
+    options = ["--train_file", str(files / "train.csv"), "--source_column", "document", "--target_column", "summary"]
+    options += [
+        "--validation_fraction",
+        "0.25",
+        "--output_dir",
+        str(files / "out"),
+        "--per_device_eval_batch_size",
+        "2",
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(SCRIPTS / "train_seq2seq.py"), *TINY, *options]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("lie in") == 1
+    rows = [json.loads(line) for line in (files / "out" / "predictions_validation.jsonl").read_text().splitlines()]
+    assert len(rows) == 6
+    assert all(row["target"] == row["source"][0] for row in rows)

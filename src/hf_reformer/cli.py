@@ -87,6 +87,8 @@ def run_chat(args: argparse.Namespace) -> None:
                 conversation.reset()
             elif command == "/save":
                 conversation.save(rest)
+            elif command.startswith("/"):
+                raise ValueError(f"{command} is no command. There are /reset, /save FILE and /quit.")
             elif line:
                 check_utf8(line, "The line")
                 conversation.answer(line)

@@ -246,13 +246,14 @@ class Terminal(io.StringIO):
 def test_on_a_terminal_a_failed_turn_does_not_end_the_chat(tmp_path, line, monkeypatch):
     folder = save(tmp_path, ascii_model(position_embedding_type="learned", max_position_embeddings=60))
     monkeypatch.setattr(io, "StringIO", Terminal)
-    turns = f"Hello\n{'long ' * 20}\n/save /no/such/place\nBye\n"
+    turns = f"Hello\n{'long ' * 20}\n/save /no/such/place\n/nonsense\nBye\n"
     status, out, err = line("chat", "--model", folder, "--greedy", "--max_new_tokens", "3", stdin=turns)
     assert status == 0
     assert len(out.replace("> ", "").split()) == 2
-    first, second = err.splitlines()
+    first, second, third = err.splitlines()
     assert "max_position_embeddings" in first
     assert "/no/such/place" in second
+    assert "/nonsense is no command" in third
 
 
 # ---- export ----

@@ -55,7 +55,7 @@ class CoverageCallback(TrainerCallback):
         """
         if batches < 1:
             raise ValueError(f"`batches={batches}` leaves nothing to look at. Give at least 1.")
-        if getattr(trainer.model.config, "is_encoder_decoder", False):
+        if getattr(getattr(trainer.model, "config", None), "is_encoder_decoder", False):
             raise ValueError(
                 "CoverageCallback looks at models of one stack, and this is an encoder-decoder. Its `coverage_loss` "
                 "tells of every layer of both."

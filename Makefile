@@ -11,7 +11,7 @@ BENCH_ARGS ?=
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 # One torch thread per worker, so that they do not fight for the cores; and no test may reach for the Hub unasked.
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # constraints.txt pins the oldest transformers that is supported, and the newest that peft knows; this is the newest.
 NEWEST := transformers==5.24.0
 MEET_TRANSFORMERS := exact_attention generation heads hub pipelines registration save_load seq2seq trainer

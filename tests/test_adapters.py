@@ -114,6 +114,7 @@ def reversible_layers(monkeypatch):
 # --- where adapters go
 
 
+@pytest.mark.slow
 def test_peft_is_told_when_it_is_imported():
     """And never imported for it."""
     program = """

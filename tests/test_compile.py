@@ -24,10 +24,10 @@ INPUTS = {
 CHUNKS = {"attention_mode": "chunk", "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16}
 KINDS = [
     (ReformerForCausalLM, {}),
-    (ReformerForSequenceClassification, {}),
     *(
         pytest.param(cls, changes, marks=pytest.mark.slow)
         for cls, changes in (
+            (ReformerForSequenceClassification, {}),
             (ReformerForCausalLM, {"attention_backend": "torch", "position_embedding_type": "rotary"}),
             (ReformerForCausalLM, CHUNKS),
             (ReformerForCausalLM, {"reversible": False, "attn_layers": ["full", "lsh"]}),
@@ -255,8 +255,9 @@ def test_one_graph_tells_that_streams_left_the_range(frozen):
         step(torch.compile(model, fullgraph=True, backend="aot_eager"), model)
 
 
-@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("slices", [0, pytest.param(7, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("slices", [0, 7])
 def test_compiled_parts_of_layers_are_rebuilt_exactly(bf16, slices, recwarn):
     changes = {"attn_layers": ["local", "lsh"] * 3, "chunk_size_feed_forward": slices}
     model, eager = make(**changes).train(), make(**changes).train()

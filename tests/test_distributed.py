@@ -22,7 +22,6 @@ from transformers.distributed import DistributedConfig
 from hf_reformer import ReformerForCausalLM, modeling_reformer
 from hf_reformer.distributed import fsdp_policy
 
-pytestmark = pytest.mark.xdist_group("processes")  # one after the other: each takes several cores
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {"plain": {}, "loss in chunks": {"chunk_size_lm_head": 7}, "not reversible": {"reversible": False}}
 

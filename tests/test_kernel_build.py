@@ -63,6 +63,7 @@ def test_a_compiler_that_fails_is_told_about(tmp_path):
     assert done.stderr.count("compiling failed") == 1
 
 
+@pytest.mark.slow
 def test_an_unwritable_cache_is_told_about(tmp_path, needs_compiler):
     (tmp_path / "file").write_text("not a folder")
     done = attend(tmp_path / "file")

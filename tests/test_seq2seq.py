@@ -567,7 +567,6 @@ def gradients_in_a_process() -> dict:
 
 @pytest.mark.slow
 @pytest.mark.multi_process
-@pytest.mark.xdist_group("processes")
 def test_two_processes_give_the_mean():
     expected = {}
     for tied in (False, True):

@@ -22,7 +22,6 @@ from hf_reformer import (
 )
 from hf_reformer.distributed import RepeatedBatches, SequenceParallelTrainer
 
-pytestmark = pytest.mark.xdist_group("processes")  # one after the other: each takes several cores
 LENGTH = 67  # no multiple of anything
 IDS = make_ids(2, LENGTH)
 RIGHT = torch.arange(LENGTH) < torch.tensor([[LENGTH], [41]])  # the second row is padded on the right

@@ -63,6 +63,7 @@ def arguments(folder: Path, *more: str, train: str = "train.csv", out: str = "ou
     return [*TINY, "--train_file", str(folder / train), "--output_dir", str(folder / out), *more]
 
 
+@pytest.mark.slow
 def test_csv_from_the_command_line_leaves_everything_behind(files):
     command = [sys.executable, str(SCRIPTS / "train_classification.py"), *arguments(files, "--num_train_epochs", "6")]
     command += ["--validation_file", str(files / "validation.csv"), "--baselines"]

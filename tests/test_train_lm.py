@@ -160,7 +160,9 @@ def test_score_depends_neither_on_the_batch_nor_on_the_run(scripts, files):
     assert max(scores) - min(scores) < 1e-5
 
 
-@pytest.mark.parametrize("tokenizer", [("bytes",), ("train", "--tokenizer_vocab_size", "280")])
+@pytest.mark.parametrize(
+    "tokenizer", [pytest.param(("bytes",), marks=pytest.mark.slow), ("train", "--tokenizer_vocab_size", "280")]
+)
 def test_learns_to_predict(scripts, files, tokenizer):
     train_lm, _ = scripts
     train_lm.main(arguments(files, "--tokenizer", *tokenizer, "--num_train_epochs", "3", "--baselines"))
@@ -172,6 +174,7 @@ def test_learns_to_predict(scripts, files, tokenizer):
     assert "bits per byte" in (files / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_masked_model_learns_to_fill_in(scripts, files):
     train_lm, _ = scripts
     run = arguments(files, "--masked", "--num_train_epochs", "4", "--learning_rate", "2e-2")

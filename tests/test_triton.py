@@ -137,6 +137,7 @@ def test_a_line_too_long_for_its_numbers_is_refused():
         backend.ordered_attention(x, None, x, orders, causal=True)
 
 
+@pytest.mark.slow
 def test_the_backend_can_be_imported_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"

@@ -612,6 +612,8 @@ def test_what_a_forward_refuses(model):
         ({"encoder_outputs": encoded, "attention_mask": (MASK - 1) * 1e9, "labels": TARGET}, "other than 0 and 1"),
         ({"encoder_outputs": encoded, "attention_mask": MASK[:, :9], "labels": TARGET}, "attention_mask"),
         ({"encoder_outputs": narrow, "labels": TARGET}, "both residual streams"),
+        ({"encoder_outputs": {"last_hidden_state": encoded[0]}, "labels": TARGET}, "is dict"),
+        ({"encoder_outputs": (), "labels": TARGET}, "is tuple"),
         ({"input_ids": SOURCE, "labels": TARGET, CACHE_NAME: DynamicCache()}, "keeps two"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
-from transformers.utils import can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple
 
 from .attention import Call
 from .cache import CACHE_NAME, adopt
@@ -195,7 +195,7 @@ class ReformerForConditionalGeneration(LanguageModel, GenerationMixin):
         apart = [
             name for name, source in self.get_expanded_tied_weights_keys().items() if named[name] is not named[source]
         ]
-        if self.config.tie_encoder_decoder and apart:
+        if self.config.tie_encoder_decoder and apart and getattr(self, "hf_quantizer", None) is None:
             raise ValueError(
                 f"`tie_encoder_decoder=True`, but the folder's encoder and decoder differ, {apart[0]} for one. Load "
                 "it with `tie_encoder_decoder=False`, or begin with a folder of the encoder alone."
@@ -302,6 +302,11 @@ class ReformerForConditionalGeneration(LanguageModel, GenerationMixin):
                 "to itself, as for label smoothing, `DataCollatorForSeq2Seq(tokenizer, model=model)` makes both."
             )
         check_label_shape(labels, given_shape(decoder_input_ids, decoder_inputs_embeds))
+        if encoder_outputs is not None and not (isinstance(encoder_outputs, (ModelOutput, tuple)) and encoder_outputs):
+            raise ValueError(
+                f"`encoder_outputs` is {type(encoder_outputs).__name__}. Give what the encoder returned, or a tuple "
+                "that begins with its last hidden state, (B, S, 2 D)."
+            )
         for name in ("output_attentions", "output_hidden_states"):
             kwargs[name] = getattr(self.config, name) if kwargs.get(name) is None else kwargs[name]
         kwargs.update(num_hashes=num_hashes, num_buckets=num_buckets, return_dict=True)

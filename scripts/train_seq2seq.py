@@ -35,6 +35,7 @@ from _models import (
 )
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import (
+    AutoConfig,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     DataCollatorForSeq2Seq,
@@ -252,7 +253,7 @@ def write(file: Path, folder: str, data: DataArguments, beams: int | None) -> No
     print(tokenizer.decode(found[0], skip_special_tokens=True))
 
 
-def check_arguments(data: DataArguments, args: Seq2SeqTrainingArguments) -> None:
+def check_arguments(data: DataArguments, model_args: ModelArguments, args: Seq2SeqTrainingArguments) -> None:
     """Raise ValueError for what would only fail after training."""
     least = {"max_source_length": 1, "max_target_length": 2, "max_train_samples": 1, "max_eval_samples": 1}
     given = {name: getattr(data, name) for name in least}
@@ -267,16 +268,26 @@ def check_arguments(data: DataArguments, args: Seq2SeqTrainingArguments) -> None
         raise ValueError(f"--write: there is no file `{data.write}`.")
     if data.write is not None and not Path(data.write).read_text(encoding="utf-8").strip():
         raise ValueError(f"--write: `{data.write}` is empty.")
+    if data.train_file is None and data.dataset_name is None:
+        check_trained(model_args.model_name_or_path)
     if args.predict_with_generate and data.metric != "none":
         require("rouge_score" if data.metric == "rouge" else "sacrebleu")
 
 
+def check_trained(name: str | None) -> None:
+    """Raise ValueError unless it is an encoder-decoder that can write without training."""
+    if name is None:
+        raise ValueError("There is nothing to train on, and a new model writes noise. Give --model_name_or_path.")
+    if not AutoConfig.from_pretrained(name).is_encoder_decoder:
+        raise ValueError(f"`{name}` is no encoder-decoder, so its decoder would be new. Train it with --train_file.")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     data, model_args, args = parse_arguments(argv)
-    check_arguments(data, args)
     has_data = data.dataset_name is not None or any((data.train_file, data.validation_file, data.test_file))
     if not has_data and (data.write is None or model_args.model_name_or_path is None):
         raise SystemExit("Give --train_file, --dataset_name, or --model_name_or_path with --write. See --help.")
+    check_arguments(data, model_args, args)
     if has_data:
         set_seed(args.seed)
         pairs = load_pairs(data, args.seed)

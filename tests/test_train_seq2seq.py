@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSeq2SeqLM
 
+from hf_reformer import ReformerConfig, ReformerForMaskedLM
+
 pd = pytest.importorskip("pandas")
 pytest.importorskip("datasets")
 pytest.importorskip("accelerate")
@@ -105,6 +107,15 @@ def test_what_it_refuses(script, files):
         script.main([])
     with pytest.raises(ValueError, match="--source_column"):
         script.main([*TINY, "--train_file", str(files / "train.csv"), "--output_dir", str(files / "out")])
+    judge = [*TINY[2:], "--validation_file", str(files / "train.csv"), "--output_dir", str(files / "out")]
+    with pytest.raises(ValueError, match="nothing to train on"):
+        script.main(judge)
+    ReformerForMaskedLM(ReformerConfig(num_hidden_layers=1, hidden_size=16)).save_pretrained(files / "masked")
+    with pytest.raises(ValueError, match="no encoder-decoder"):
+        script.main([*judge, "--model_name_or_path", str(files / "masked")])
+    (files / "header.csv").write_text("source,target\n")
+    with pytest.raises(ValueError, match="holds no row"):
+        script.main([*TINY, "--train_file", str(files / "header.csv"), "--output_dir", str(files / "out")])
 
 
 def test_what_would_fail_after_training_is_refused_before(script, files, monkeypatch):

@@ -252,7 +252,12 @@ def read_examples(path: str | Path, texts: Sequence[str] = ()) -> "Dataset":
     reader, options = TABLE_FORMATS[path.suffix.lower()]
     if reader == "csv":
         options = {**options, "converters": dict.fromkeys(texts, str)}
-    return datasets.load_dataset(reader, data_files={"train": str(path)}, split="train", **options)
+    try:
+        return datasets.load_dataset(reader, data_files={"train": str(path)}, split="train", **options)
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise ValueError(f"`{path}` holds no row.") from error
 
 
 def _read_text_folder(folder: Path) -> "Dataset":

@@ -59,7 +59,7 @@ class EvaluatesInOrder:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
 
-def join_processes() -> None:
+def train_together_on_cpus() -> None:
     """Before options are read: of several processes without an accelerator each would train alone, without a word."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -88,6 +88,12 @@ def make_tokenizer(args: ModelArguments, texts: Iterable[str], max_length: int) 
     return tokenizer
 
 
+def check_fields(overrides: dict[str, Any], config: Any) -> None:
+    """Raise ValueError for names that the config does not know."""
+    if unknown := [name for name in overrides if not hasattr(config, name)]:
+        raise ValueError(f"--config_overrides: {type(config).__name__} has no field {', '.join(unknown)}.")
+
+
 def make_model(
     auto_class: Any, args: ModelArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, **settings: Any
 ) -> PreTrainedModel:
@@ -97,9 +103,8 @@ def make_model(
         settings: further fields of the config, such as labels.
     """
     overrides = parse_overrides(args.config_overrides)
-    if unknown := sorted(set(overrides) - set(ReformerConfig.__dataclass_fields__)):
-        raise ValueError(f"--config_overrides: ReformerConfig has no field {', '.join(unknown)}.")
     if args.model_name_or_path is not None:
+        check_fields(overrides, AutoConfig.from_pretrained(args.model_name_or_path))
         config = AutoConfig.from_pretrained(args.model_name_or_path, **settings, **overrides)
         if len(tokenizer) > config.vocab_size:
             raise ValueError(
@@ -107,6 +112,7 @@ def make_model(
                 f"{config.vocab_size}. Leave `--tokenizer` out to use the model's own."
             )
         return auto_class.from_pretrained(args.model_name_or_path, config=config, ignore_mismatched_sizes=True)
+    check_fields(overrides, ReformerConfig())
     new: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": max_length,

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from _classification import MULTI, REGRESSION, SINGLE, GroupedTrainer, Metrics, Task, define_task
-from _models import ModelArguments, join_processes, make_model, make_tokenizer, train_and_save
+from _models import ModelArguments, make_model, make_tokenizer, train_and_save, train_together_on_cpus
 from _reports import check_saved, classify, draw_confusion_matrix, summarise, write_predictions
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import (
@@ -130,7 +130,7 @@ class DataArguments:
 def parse_arguments(argv: Sequence[str] | None) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
     """Read the command line; presets stand behind whatever is given there."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    join_processes()
+    train_together_on_cpus()
     parser = HfArgumentParser((DataArguments, ModelArguments, TrainingArguments))
     parser.set_defaults(**DEFAULTS)
     given = {argument.split("=")[0] for argument in argv}

@@ -46,7 +46,14 @@ from _language_modeling import (
     streamed_rows,
     training_rows,
 )
-from _models import ModelArguments, join_processes, make_model, make_tokenizer, train_and_save, write_model_card
+from _models import (
+    ModelArguments,
+    make_model,
+    make_tokenizer,
+    train_and_save,
+    train_together_on_cpus,
+    write_model_card,
+)
 from datasets import Dataset, IterableDataset
 from transformers import (
     AutoModelForCausalLM,
@@ -115,7 +122,7 @@ class TextArguments:
 def parse_arguments(argv: Sequence[str] | None) -> tuple[TextArguments, ModelArguments, TrainingArguments]:
     """Read the command line; presets stand behind whatever is given there."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    join_processes()
+    train_together_on_cpus()
     parser = HfArgumentParser((TextArguments, ModelArguments, TrainingArguments))
     parser.set_defaults(**DEFAULTS)
     if any(argument.split("=")[0] == "--model_name_or_path" for argument in argv):

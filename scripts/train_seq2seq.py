@@ -27,10 +27,10 @@ import numpy as np
 from _models import (
     EvaluatesInOrder,
     ModelArguments,
-    join_processes,
     make_model,
     make_tokenizer,
     train_and_save,
+    train_together_on_cpus,
     write_model_card,
 )
 from datasets import Dataset, DatasetDict, load_dataset
@@ -96,7 +96,7 @@ class DataArguments:
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[DataArguments, ModelArguments, Seq2SeqTrainingArguments]:
     """Read the command line; our defaults stand behind whatever is given there."""
-    join_processes()
+    train_together_on_cpus()
     parser = HfArgumentParser((DataArguments, ModelArguments, Seq2SeqTrainingArguments))
     parser.set_defaults(**DEFAULTS)
     return parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv))
@@ -253,7 +253,7 @@ def write(file: Path, folder: str, data: DataArguments, beams: int | None) -> No
     print(tokenizer.decode(found[0], skip_special_tokens=True))
 
 
-def check_arguments(data: DataArguments, model_args: ModelArguments, args: Seq2SeqTrainingArguments) -> None:
+def check_arguments(data: DataArguments, args: Seq2SeqTrainingArguments) -> None:
     """Raise ValueError for what would only fail after training."""
     least = {"max_source_length": 1, "max_target_length": 2, "max_train_samples": 1, "max_eval_samples": 1}
     given = {name: getattr(data, name) for name in least}
@@ -264,14 +264,16 @@ def check_arguments(data: DataArguments, model_args: ModelArguments, args: Seq2S
             raise ValueError(f"--{name} {value} must be at least {smallest}.")
     if not 0 < data.validation_fraction < 1:
         raise ValueError(f"--validation_fraction {data.validation_fraction} must lie between 0 and 1.")
-    if data.write is not None and not Path(data.write).is_file():
-        raise ValueError(f"--write: there is no file `{data.write}`.")
-    if data.write is not None and not Path(data.write).read_text(encoding="utf-8").strip():
-        raise ValueError(f"--write: `{data.write}` is empty.")
-    if data.train_file is None and data.dataset_name is None:
-        check_trained(model_args.model_name_or_path)
     if args.predict_with_generate and data.metric != "none":
         require("rouge_score" if data.metric == "rouge" else "sacrebleu")
+
+
+def check_file(file: Path) -> None:
+    """Raise ValueError unless there is something to read in it."""
+    if not file.is_file():
+        raise ValueError(f"--write: there is no file `{file}`.")
+    if not file.read_text(encoding="utf-8").strip():
+        raise ValueError(f"--write: `{file}` is empty.")
 
 
 def check_trained(name: str | None) -> None:
@@ -287,12 +289,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     has_data = data.dataset_name is not None or any((data.train_file, data.validation_file, data.test_file))
     if not has_data and (data.write is None or model_args.model_name_or_path is None):
         raise SystemExit("Give --train_file, --dataset_name, or --model_name_or_path with --write. See --help.")
-    check_arguments(data, model_args, args)
+    trains = False
     if has_data:
+        check_arguments(data, args)
         set_seed(args.seed)
         pairs = load_pairs(data, args.seed)
+        trains = "train" in pairs
+    if data.write is not None:
+        check_file(Path(data.write))
+    if not trains:
+        check_trained(model_args.model_name_or_path)
+    if has_data:
         trainer = make_trainer(pairs, data, model_args, args)
-        if "train" in pairs:
+        if trains:
             train_and_save(trainer, args.resume_from_checkpoint)
         scores = judge_splits(trainer, pairs, data) if args.predict_with_generate else {}
         if trainer.is_world_process_zero():
@@ -303,7 +312,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_model_card(trainer, "\n\n".join(lines), data.dataset_name or Path(str(data.train_file)).stem)
             print(f"Model, scores and what it wrote (predictions_*.jsonl) lie in {args.output_dir}")
     if data.write is not None and args.process_index == 0:
-        folder = args.output_dir if data.train_file or data.dataset_name else model_args.model_name_or_path
+        folder = args.output_dir if trains else model_args.model_name_or_path
         write(Path(data.write), str(folder), data, args.generation_num_beams)
 
 

@@ -744,6 +744,8 @@ def test_coverage_beside_given_states_and_other_losses(messages):
     assert torch.equal(given.loss, whole.loss)
     alone = model(encoder_outputs=(states[0],), attention_mask=MASK, labels=LABELS)
     assert torch.equal(alone.coverage_loss, whole.coverage_loss[len(states.coverage_loss) :])
-    assert not any("coverage" in text for text in messages)
+    assert model(SOURCE, MASK, labels=LABELS, use_cache=True).coverage_loss is None
     assert model(SOURCE, MASK, decoder_input_ids=TARGET).loss is None
+    assert not any("coverage" in text for text in messages)
+    assert model.train()(SOURCE, MASK, decoder_input_ids=TARGET).loss is None
     assert any("add" in text and "coverage_loss" in text for text in messages)

@@ -134,6 +134,28 @@ def test_what_is_not_as_it_was_made_takes_the_modules(name, steps):
         assert (found - model(ids).logits).abs().max() < 1e-5
 
 
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
+
+    def forward(self, *given):
+        return self.inner(*given)
+
+
+def test_a_wrapped_layer_takes_its_modules(steps):
+    model, ids = make_model(), tokens()
+    layers = model.base_model.layers
+    layers[0] = Wrapper(layers[0])
+    layers[1] = torch.compile(layers[1], backend="eager")
+    found = one_by_one(model, ids)
+    with torch.no_grad():
+        assert (found - model(ids).logits).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("case", ["bfloat16", "torch backend", "gradients", "autocast", "many rows", "attentions"])
 def test_what_it_does_not_know_takes_the_modules(case, steps):
     model = make_model(

@@ -108,6 +108,7 @@ def test_what_it_refuses(script, files):
     with pytest.raises(ValueError, match="--source_column"):
         script.main([*TINY, "--train_file", str(files / "train.csv"), "--output_dir", str(files / "out")])
     judge = [*TINY[2:], "--validation_file", str(files / "train.csv"), "--output_dir", str(files / "out")]
+    judge += ["--source_column", "document", "--target_column", "summary"]
     with pytest.raises(ValueError, match="nothing to train on"):
         script.main(judge)
     ReformerForMaskedLM(ReformerConfig(num_hidden_layers=1, hidden_size=16)).save_pretrained(files / "masked")

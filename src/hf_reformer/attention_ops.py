@@ -94,7 +94,9 @@ def order_makers(choice: str, vectors: torch.Tensor) -> OrderMakers:
 
 
 def compiled_step(choice: str, kept: torch.Tensor) -> Callable | None:
-    """`kernels.cpu.step` where it serves tensors like `kept` (B, H, T, D), else None."""
+    """`kernels.cpu.step` where it serves tensors like `kept` (B, H, T, D), and nothing is traced; else None."""
+    if torch.compiler.is_compiling():
+        return None
     name = backend_name(choice, kept)
     served = name == "cpu" and kept.dtype in (torch.float32, torch.bfloat16)
     return KERNELS["cpu"].step if served else None

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +88,7 @@ def run_chat(args: argparse.Namespace) -> None:
                 conversation.reset()
             elif command == "/save":
                 conversation.save(rest)
-            elif command.startswith("/"):
+            elif re.fullmatch("/[a-z]+", line):
                 raise ValueError(f"{command} is no command. There are /reset, /save FILE and /quit.")
             elif line:
                 check_utf8(line, "The line")
@@ -131,6 +132,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def print_what_lacks(folder: Path) -> None:
+    """Where a folder was written without a tokenizer, say so."""
     if not any((folder / name).exists() for name in ("tokenizer_config.json", "processor_config.json")):
         print(f"There was no tokenizer. Put one into {folder} with `tokenizer.save_pretrained`: pipelines want one.")
 

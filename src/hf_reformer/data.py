@@ -234,7 +234,8 @@ TABLE_FORMATS: dict[str, tuple[str, dict]] = {
 def read_examples(path: str | Path, texts: Sequence[str] = ()) -> "Dataset":
     """Read one split: a csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label.
 
-    texts: columns whose cells are read as they stand also in csv and tsv, where "007" else is 7 and "NA" nothing.
+    texts: columns whose cells are read as they stand also in csv and tsv, where "007" else is 7 and "NA" nothing; an
+            empty cell is None.
     """
     datasets = require("datasets")
     path = Path(path)

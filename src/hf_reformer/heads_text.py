@@ -58,7 +58,7 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling, shard))
         loss = None if labels is None else _classification_loss(self.config, logits, labels.to(logits.device))
         return ReformerSequenceClassifierOutput(
-            loss=with_coverage(loss, outputs.coverage_loss, self.config.coverage_loss_weight),
+            loss=with_coverage(loss, outputs.coverage_loss, self.config.coverage_loss_weight, training=self.training),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -98,7 +98,9 @@ class ReformerForTokenClassification(ReformerPreTrainedModel):
             loss = cross_entropy(logits.flatten(0, 1), labels.reshape(-1).to(logits.device), num_items_in_batch)
         weight = self.config.coverage_loss_weight
         return ReformerTokenClassifierOutput(
-            loss=with_coverage(loss, outputs.coverage_loss, weight, labels, num_items_in_batch),
+            loss=with_coverage(
+                loss, outputs.coverage_loss, weight, labels, num_items_in_batch, training=self.training
+            ),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -145,7 +147,7 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
             pairs = ((start_logits, start_positions), (end_logits, end_positions))
             loss = sum(cross_entropy(logits, _inside(positions, real)) for logits, positions in pairs) / 2
         return ReformerQuestionAnsweringOutput(
-            loss=with_coverage(loss, outputs.coverage_loss, self.config.coverage_loss_weight),
+            loss=with_coverage(loss, outputs.coverage_loss, self.config.coverage_loss_weight, training=self.training),
             start_logits=start_logits,
             end_logits=end_logits,
             hidden_states=outputs.hidden_states,
@@ -191,7 +193,7 @@ class ReformerForMultipleChoice(ReformerPreTrainedModel):
         logits = self.classifier(pooled).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels.to(logits.device))
         return ReformerMultipleChoiceOutput(
-            loss=with_coverage(loss, outputs.coverage_loss, self.config.coverage_loss_weight),
+            loss=with_coverage(loss, outputs.coverage_loss, self.config.coverage_loss_weight, training=self.training),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

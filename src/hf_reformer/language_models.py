@@ -116,7 +116,9 @@ class ReformerForCausalLM(LanguageModel, GenerationMixin):
         loss, logits = self._loss_and_logits(hidden, targets, shard, num_items_in_batch, logits_to_keep)
         weight = self.config.coverage_loss_weight
         return ReformerCausalLMOutput(
-            loss=with_coverage(loss, outputs.coverage_loss, weight, targets, num_items_in_batch),
+            loss=with_coverage(
+                loss, outputs.coverage_loss, weight, targets, num_items_in_batch, training=self.training
+            ),
             logits=logits,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
@@ -191,7 +193,9 @@ class ReformerForMaskedLM(LanguageModel):
         loss, logits = self._loss_and_logits(outputs.last_hidden_state, labels, shard, num_items_in_batch)
         weight = self.config.coverage_loss_weight
         return ReformerMaskedLMOutput(
-            loss=with_coverage(loss, outputs.coverage_loss, weight, labels, num_items_in_batch),
+            loss=with_coverage(
+                loss, outputs.coverage_loss, weight, labels, num_items_in_batch, training=self.training
+            ),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -60,6 +60,7 @@ def with_coverage(
     weight: float,
     targets: torch.Tensor | None = None,
     num_items: torch.Tensor | int | None = None,
+    training: bool = False,
 ) -> torch.Tensor | None:
     """A task's loss, and `weight` times the coverage loss of all layers; None where the task has none.
 
@@ -67,16 +68,17 @@ def with_coverage(
         coverage: (layers), or None.
         targets, num_items: where the task's loss is divided by `num_items`, a batch's coverage counts by its share of
             the targets, so that accumulated batches come to a mean.
+        training: warn where there is a coverage loss and no loss to add it to.
     """
     if coverage is None or not weight:
         return loss
     if loss is None:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if training and not torch.compiler.is_compiling():
             warnings.warn(
                 f"coverage_loss_weight={weight}, but without labels the model makes no loss to add the coverage loss "
                 "to. Whoever makes one elsewhere (label smoothing, `compute_loss_func`) has to add "
                 "`weight * outputs.coverage_loss.sum()` there.",
-                stacklevel=3,
+                stacklevel=2,
             )
         return None
     more = weight * coverage.sum()
@@ -99,6 +101,12 @@ def check_labels(labels: torch.Tensor, classes: int) -> None:
         )
 
 
+def check_label_shape(labels: torch.Tensor | None, shape: torch.Size) -> None:
+    """Raise ValueError for labels of another shape."""
+    if labels is not None and labels.shape != shape:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, but there is a target for each of {tuple(shape)}.")
+
+
 def _head_loss(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return _summed(head(hidden), labels)
 
@@ -113,8 +121,3 @@ def _count(labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.
     if num_items is None:
         num_items = (labels != IGNORE).sum()
     return num_items.to(labels.device).clamp(min=1) if isinstance(num_items, torch.Tensor) else max(num_items, 1)
-
-
-def check_label_shape(labels: torch.Tensor | None, shape: torch.Size) -> None:
-    if labels is not None and labels.shape != shape:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}, but there is a target for each of {tuple(shape)}.")

@@ -83,6 +83,8 @@ class ReformerDecoder(ReformerModel):
         states, rows = encoder_hidden_states, given_shape(input_ids, inputs_embeds)[0]
         self._check_source(states, encoder_attention_mask, rows)
         both = self._both_caches(past_key_values if cache is None else cache, use_cache, states)
+        if both is None or both.get_seq_length() == 0:  # and not for every token that is generated
+            check_mask_values(encoder_attention_mask)
         mask = None if encoder_attention_mask is None else encoder_attention_mask.to(states.device) != 0
         if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
             mask = None
@@ -130,7 +132,6 @@ class ReformerDecoder(ReformerModel):
                 f"`attention_mask` has shape {tuple(mask.shape)}; with a source of {tuple(states.shape[:2])} tokens "
                 "it must be the same."
             )
-        check_mask_values(mask)
 
     def _both_caches(self, given: Any, wanted: bool | None, states: torch.Tensor) -> EncoderDecoderCache | None:
         """Of the target's tokens, and of the source's keys and values, which begin anew with the target."""
@@ -190,12 +191,14 @@ class ReformerForConditionalGeneration(LanguageModel, GenerationMixin):
         return loaded
 
     def _check_sharing(self) -> None:
-        """The library leaves apart what a folder holds with different values."""
+        """Raise ValueError where the library left apart what a folder holds with different values."""
+        if not self.config.tie_encoder_decoder or getattr(self, "hf_quantizer", None) is not None:
+            return
         named = dict(self.named_parameters(remove_duplicate=False))
         apart = [
             name for name, source in self.get_expanded_tied_weights_keys().items() if named[name] is not named[source]
         ]
-        if self.config.tie_encoder_decoder and apart and getattr(self, "hf_quantizer", None) is None:
+        if apart:
             raise ValueError(
                 f"`tie_encoder_decoder=True`, but the folder's encoder and decoder differ, {apart[0]} for one. Load "
                 "it with `tie_encoder_decoder=False`, or begin with a folder of the encoder alone."
@@ -293,7 +296,7 @@ class ReformerForConditionalGeneration(LanguageModel, GenerationMixin):
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[assignment]
             covers = kwargs.get("output_coverage")
-            if decoder_attention_mask is None and (self.config.coverage_loss_weight > 0 if covers is None else covers):
+            if decoder_attention_mask is None and self.model._covers(covers, None):
                 targets = (labels != IGNORE).long()
                 decoder_attention_mask = targets.flip(-1).cummax(-1).values.flip(-1)  # without padding at the end
         if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -302,7 +305,9 @@ class ReformerForConditionalGeneration(LanguageModel, GenerationMixin):
                 "to itself, as for label smoothing, `DataCollatorForSeq2Seq(tokenizer, model=model)` makes both."
             )
         check_label_shape(labels, given_shape(decoder_input_ids, decoder_inputs_embeds))
-        if encoder_outputs is not None and not (isinstance(encoder_outputs, (ModelOutput, tuple)) and encoder_outputs):
+        if encoder_outputs is not None and not (
+            isinstance(encoder_outputs, (ModelOutput, tuple, list)) and encoder_outputs
+        ):
             raise ValueError(
                 f"`encoder_outputs` is {type(encoder_outputs).__name__}. Give what the encoder returned, or a tuple "
                 "that begins with its last hidden state, (B, S, 2 D)."
@@ -327,10 +332,10 @@ class ReformerForConditionalGeneration(LanguageModel, GenerationMixin):
         loss, logits = self._loss_and_logits(hidden, labels, None, num_items_in_batch, logits_to_keep)
         coverage = getattr(encoder_outputs, "coverage_loss", None), outputs.coverage_loss
         told = [x for x in coverage if x is not None]  # of the encoder's layers, then the decoder's
-        both = torch.cat(told) if told else None
+        both = None if outputs.coverage_loss is None else torch.cat(told)
         weight = self.config.coverage_loss_weight
         return ReformerSeq2SeqLMOutput(
-            loss=with_coverage(loss, both, weight, labels, num_items_in_batch),
+            loss=with_coverage(loss, both, weight, labels, num_items_in_batch, training=self.training),
             logits=logits,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             decoder_hidden_states=outputs.hidden_states,

@@ -51,7 +51,7 @@ def token_step(
 
 def _known(layer: Any, all_kept: list) -> dict[str, Any] | None:
     """What the kernel has to know of a layer, by its names; None where it cannot take it."""
-    if not layer.is_as_made():
+    if "made_of" not in layer.__dict__ or not layer.is_as_made():  # a wrapper, perhaps
         return None
     parts = layer._modules  # every token comes here, and a module's attributes take their time
     attention, feed_forward = parts["attention"], parts["feed_forward"]
@@ -63,7 +63,9 @@ def _known(layer: Any, all_kept: list) -> dict[str, Any] | None:
     if not kept.columns or kept.keys.dtype != torch.float32 or act not in ACTIVATIONS or norm.eps != second_norm.eps:
         return None
     weights = _weights(attention, feed_forward, norm._parameters, second_norm._parameters)
-    return weights and {
+    if weights is None:
+        return None
+    return {
         "kept": kept,
         "weights": weights,
         "gelu": ACTIVATIONS[act],

@@ -296,6 +296,7 @@ def sorted_line(buckets: torch.Tensor, count: int, mask: torch.Tensor | None) ->
     return torch.ops.hf_reformer.cpu_sort(buckets, mask, count, 0, 0, 1)[0]
 
 
+@torch.compiler.disable  # a trace cannot hold addresses
 def step(query, key, value, vectors, kept, numbers, local_window: int, scale: float) -> torch.Tensor:
     """Keep new tokens and attend from each, as `cache_layers` and `listed_attention.attend_to_tokens` do.
 

@@ -195,9 +195,8 @@ class ReformerForConditionalGeneration(LanguageModel, GenerationMixin):
         if not self.config.tie_encoder_decoder or getattr(self, "hf_quantizer", None) is not None:
             return
         named = dict(self.named_parameters(remove_duplicate=False))
-        apart = [
-            name for name, source in self.get_expanded_tied_weights_keys().items() if named[name] is not named[source]
-        ]
+        shared = self.get_expanded_tied_weights_keys().items()
+        apart = [x for x, source in shared if x.startswith("decoder.") and named[x] is not named[source]]
         if apart:
             raise ValueError(
                 f"`tie_encoder_decoder=True`, but the folder's encoder and decoder differ, {apart[0]} for one. Load "

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from hf_reformer.attention_ops import ordered_attention
-from hf_reformer.hashing import Orders, factors_of
+from hf_reformer.ops.dispatch import ordered_attention
+from hf_reformer.ops.lsh import Orders, factors_of
 
 from . import machine
 from .cases import BACKWARD, BOTH, FORWARD, Case, Entry, Group, Run, Settings

@@ -11,18 +11,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from hf_reformer.attention import old_num_buckets
-from hf_reformer.attention_ops import order_makers, ordered_attention
 from hf_reformer.configuration_reformer import default_num_buckets
-from hf_reformer.hashing import (
-    Orders,
-    chunk_orders,
-    exploration_buckets,
-    product_of,
-    window_orders,
-    window_rotations,
-)
-from hf_reformer.randomness import make_key
+from hf_reformer.layers.attention import old_num_buckets
+from hf_reformer.ops.dispatch import order_makers, ordered_attention
+from hf_reformer.ops.lsh import Orders, chunk_orders, exploration_buckets, product_of, window_orders, window_rotations
+from hf_reformer.ops.prng import make_key
 
 from .cases import BACKWARD, FORWARD, Case
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from hf_reformer.attention_ops import backend_name
+from hf_reformer.ops.dispatch import backend_name
 
 from .cases import Case, Entry, Group, Run, Settings
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from hf_reformer.data import Columns
+from hf_reformer.data.tables import Columns
 
 METRICS = Path(__file__).parent / "metrics"
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"

@@ -18,8 +18,8 @@ from transformers import (
     Trainer,
 )
 
-from hf_reformer.data import TABLE_FORMATS, find_columns, read_examples
-from hf_reformer.losses import IGNORE
+from hf_reformer.data.tables import TABLE_FORMATS, find_columns, read_examples
+from hf_reformer.models.losses import IGNORE
 
 PIECE = 2**16  # characters that are read and tokenised at a time, up to the next end of line
 

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from hf_reformer import ReformerByteTokenizer, ReformerConfig
-from hf_reformer.data import train_bpe_tokenizer
-from hf_reformer.model_card import model_card
+from hf_reformer.data.tables import train_bpe_tokenizer
+from hf_reformer.hub.model_card import model_card
 
 SIZES = (
     "hidden_size", "attn_layers", "num_attention_heads", "attention_head_size", "feed_forward_size", "num_hashes",

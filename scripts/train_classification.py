@@ -39,7 +39,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_reformer.data import (
+from hf_reformer.data.tables import (
     corpus_file,
     find_columns,
     hold_out,

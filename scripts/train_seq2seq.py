@@ -47,7 +47,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_reformer.data import read_examples, require
+from hf_reformer.data.tables import read_examples, require
 
 IGNORE = -100
 METRICS = ("bleu", "chrf", "rouge", "none")

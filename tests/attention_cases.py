@@ -4,9 +4,9 @@ import torch
 from conftest import largest_gap
 from hypothesis import strategies as st
 
-from hf_reformer.attention_ops import ordered_attention
-from hf_reformer.hashing import chunk_orders, window_orders
-from hf_reformer.randomness import make_key
+from hf_reformer.ops.dispatch import ordered_attention
+from hf_reformer.ops.lsh import chunk_orders, window_orders
+from hf_reformer.ops.prng import make_key
 
 # Largest difference from the reference in float64 on the same (rounded) inputs of size about 1.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}

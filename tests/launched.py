@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from hf_reformer import ReformerForCausalLM
-from hf_reformer.distributed import fsdp_policy
+from hf_reformer.training.distributed import fsdp_policy
 
 SMALL = {"attn_layers": ["local", "lsh"] * 2, "hidden_dropout_prob": 0.0, "resample_rotations": False, "lsh_window": 6,
          "local_window": 6, "num_buckets": 4}  # fmt: skip

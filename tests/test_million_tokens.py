@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "million_tokens.py"
+SCRIPT = Path(__file__).parent.parent / "experiments" / "million_tokens.py"
 
 
 def run_script(*args: str) -> subprocess.CompletedProcess:

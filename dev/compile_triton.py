@@ -1,0 +1,175 @@
+"""Compile the Triton kernels ahead of time, without a GPU, and show what they need: registers, stack, shared memory.
+
+    python dev/compile_triton.py           # both rules, where they cost most, in bfloat16 and float32
+    python dev/compile_triton.py --all     # every kind of call, and float16
+    python dev/compile_triton.py --kernels backward_keys --tiles 64,32,8,1    # try other tiles
+
+The package's own launches are compiled, in place of being run, for GPUs that need not be there. Exits with status 1 if
+a kernel keeps registers in memory (its stack) or needs more shared memory than a small GPU gives a block.
+"""
+
+import argparse
+import itertools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from hf_reformer.ops.lsh import chunk_orders, window_orders
+from hf_reformer.ops.prng import make_key
+from reformer_kernels.triton import launch
+from reformer_kernels.triton.tiles import Tiles, choose_tiles
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SHARED_LIMIT = 99 * 1024  # bytes a block may have on sm_86, sm_89 and sm_120, the tightest of the supported GPUs
+# With so many registers a thread, one more block fits on a multiprocessor. To get there, the assembler gives up a few
+# of its own accord, in some kinds of call that cost less than others: it has registers left, so no tile is too large.
+STEPS, GIVEN_UP = (128, 168), 32  # registers and bytes a thread
+
+
+class Case(NamedTuple):
+    """One kind of call."""
+
+    arch: int
+    dtype: torch.dtype
+    size: int
+    rule: str = "window"
+    rounds: int = 2
+    heads: int = 2
+    shared: bool = True
+    dropout: float = 0.1
+
+
+class Needs(NamedTuple):
+    """What a compiled kernel takes."""
+
+    registers: int  # a thread
+    stack: int  # bytes a thread
+    shared: int  # bytes a block
+
+    @property
+    def too_much(self) -> bool:
+        allowed = GIVEN_UP if self.registers in STEPS else 0
+        return self.stack > allowed or self.shared > SHARED_LIMIT
+
+
+class Absent:
+    """Stands for the driver of a GPU that is not there."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+def launches_of(case: Case, kernels: list[str]) -> Iterator[tuple[str, dict, Needs]]:
+    """Name, arguments and needs of every kernel that a call and its backward launch."""
+    length, shape = 64, (1, case.heads, 64, case.size)
+    query, value = (torch.zeros(shape, dtype=case.dtype) for _ in range(2))
+    mask = torch.ones(1, length, dtype=torch.bool)
+    buckets = torch.zeros(1, case.heads, case.rounds, length, dtype=torch.int32)
+    if case.rule == "window":
+        orders = window_orders([(buckets, 1, 8)], True, mask)
+    else:
+        orders = chunk_orders(buckets, 1, 16, 1, 0, mask)
+    dropout_key = make_key(0) if case.dropout else None
+    arguments = (
+        query, None if case.shared else query, value, *orders[:3], mask, dropout_key,
+        *orders[3:], True, case.dropout,
+    )  # fmt: skip
+    found = []
+
+    def compile_instead(kernel, grid):
+        def run(*args, **options):
+            if kernel.__name__.removesuffix("_round") in kernels:
+                found.append((kernel.__name__, options, kernel.warmup(*args, grid=grid, **options)))
+
+        return run
+
+    triton.runtime.driver.set_active(Absent(case.arch))
+    with mock.patch.object(JITFunction, "__getitem__", compile_instead):
+        call = launch.prepare(*arguments)
+        out, top, mass = launch.run_forward(call)
+        launch.run_backward(call, out, top, mass, out)
+    seen = set()
+    for name, options, compiled in found:
+        if compiled.hash not in seen:
+            seen.add(compiled.hash)
+            yield name.removesuffix("_round"), options, needs_of(compiled)
+
+
+def needs_of(compiled) -> Needs:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(CUOBJDUMP), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return Needs(int(registers), int(stack), compiled.metadata.shared)
+
+
+def cases_of(archs: list[int], dtypes: list[torch.dtype], sizes: list[int], every: bool) -> list[Case]:
+    """The costliest kinds of call: shared query/key and dropout; windows in rounds that have others before them."""
+    found = []
+    for arch, dtype, size in itertools.product(archs, dtypes, sizes):
+        case = Case(arch, dtype, size)
+        # One head and one round are constants to Triton: another way through its compiler.
+        found += [case, case._replace(rule="chunk", rounds=1, heads=1)]
+        if every:
+            for rule, shared, dropout in itertools.product(["window", "chunk"], [True, False], [0.0, 0.1]):
+                found.append(case._replace(rule=rule, rounds=3, shared=shared, dropout=dropout))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = ["forward", "backward_queries", "backward_keys", "invert_orders"]
+    parser.add_argument("--all", action="store_true", help="every kind of call and dtype; takes ten minutes")
+    parser.add_argument("--kernels", nargs="+", default=names, choices=names)
+    parser.add_argument("--archs", nargs="+", type=int, default=[80, 90], help="compute capabilities, times ten")
+    parser.add_argument("--dtypes", nargs="+")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[64, 128], help="head sizes")
+    parser.add_argument("--tiles", help="queries,keys,warps,stages instead of the package's choice")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        parser.error("the interpreter compiles nothing; unset TRITON_INTERPRET")
+    dtypes = options.dtypes or (["bfloat16", "float16", "float32"] if options.all else ["bfloat16", "float32"])
+    choose = (lambda *_: Tiles(*map(int, options.tiles.split(",")))) if options.tiles else choose_tiles
+    failures = 0
+    print("kernel            sm  dtype     size  keys    rule    dropout round   tiles            REG  STACK  shared")
+    cases = cases_of(options.archs, [getattr(torch, name) for name in dtypes], options.sizes, options.all)
+    with mock.patch.object(launch, "choose_tiles", choose):
+        for case in cases:
+            for name, arguments, needs in launches_of(case, options.kernels):
+                failures += needs.too_much
+                tiles = "{QUERIES}x{KEYS} {num_warps}w {num_stages}s" if "QUERIES" in arguments else ""
+                print(
+                    f"{name:17} {case.arch}  {str(case.dtype)[6:]:9} {case.size:4}  "
+                    f"{'shared' if case.shared else 'own':7} {case.rule:7} {'yes' if case.dropout else 'no':7} "
+                    f"{'first' if arguments.get('FIRST') else 'later':7} {tiles.format(**arguments):15} "
+                    f"{needs.registers:4}  {needs.stack:5}  {needs.shared:6}{'  <-- too much' * needs.too_much}",
+                    flush=True,
+                )
+    print(f"{failures} kernels need too much" if failures else "all is well")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

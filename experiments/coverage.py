@@ -1,0 +1,211 @@
+"""Does the coverage loss make attention look everywhere, and does that help where the answer lies everywhere?
+
+    python experiments/coverage.py                                        # some minutes on two cores
+    python experiments/coverage.py --train_file a.parquet --validation_file b.parquet --steps 200
+
+Without files, the task is: among random tokens stand a few marked ones, at random places, each a 0 or a 1; which of
+the two is in the majority? A causal model answers at the last token. With files (columns `text` and `label`), a
+bidirectional model tells the label of each text.
+
+Every seed trains without the coverage loss and with each of its weights, on the same data from the same first weights.
+A line of the table is a run; the last lines are means over seeds.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_reformer import ReformerConfig, ReformerForSequenceClassification
+from hf_reformer.data.tables import read_examples, train_bpe_tokenizer
+from hf_reformer.ops.coverage import reached_share, received_entropy
+from hf_reformer.training.coverage_callback import received_by_layer
+
+NOISE = 30  # kinds of tokens without meaning; the two that count follow
+ZERO, ONE = NOISE, NOISE + 1
+Batch = dict[str, torch.Tensor]
+
+
+class Majority:
+    """Which of two marked tokens is in the majority?"""
+
+    vocab_size, num_labels, pad_token_id = NOISE + 2, 2, 0
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.is_decoder = not arguments.bidirectional
+        self.rows, self.length, self.marked = arguments.rows, arguments.length, arguments.marked
+
+    def training(self, seed: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield self.batch(self.rows, generator)
+
+    def validation(self) -> list[Batch]:
+        generator = torch.Generator().manual_seed(10**6)
+        return [self.batch(64, generator) for _ in range(4)]
+
+    def batch(self, rows: int, generator: torch.Generator) -> Batch:
+        tokens = torch.randint(1, NOISE, (rows, self.length), generator=generator)
+        places = torch.rand(rows, self.length, generator=generator).argsort(-1)[:, : self.marked]
+        bits = torch.randint(0, 2, (rows, self.marked), generator=generator)
+        return {
+            "input_ids": tokens.scatter_(1, places, ZERO + bits),
+            "attention_mask": torch.ones_like(tokens),
+            "labels": (2 * bits.sum(-1) > self.marked).long(),
+        }
+
+
+class Documents:
+    """What label does a text have?"""
+
+    is_decoder = False
+
+    def __init__(self, arguments: argparse.Namespace):
+        self.rows = arguments.rows
+        self.train, held_out = read_examples(arguments.train_file), read_examples(arguments.validation_file)
+        self.tokenizer = train_bpe_tokenizer(self.train["text"], 2000, arguments.length)
+        self.vocab_size, self.pad_token_id = len(self.tokenizer), self.tokenizer.pad_token_id
+        self.num_labels = max(self.train["label"]) + 1
+        self.held_out = [self.batch(held_out[i : i + 10]) for i in range(0, len(held_out), 10)]
+
+    def training(self, seed: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            for rows in torch.randperm(len(self.train), generator=generator).split(self.rows):
+                yield self.batch(self.train[rows.tolist()])
+
+    def validation(self) -> list[Batch]:
+        return self.held_out
+
+    def batch(self, rows: dict[str, list]) -> Batch:
+        found = self.tokenizer(rows["text"], padding=True, truncation=True, return_tensors="pt")
+        return {name: found[name] for name in ("input_ids", "attention_mask")} | {
+            "labels": torch.tensor(rows["label"])
+        }
+
+
+def make_model(task: Majority | Documents, weight: float, arguments: argparse.Namespace) -> Any:
+    config = ReformerConfig(
+        vocab_size=task.vocab_size, pad_token_id=task.pad_token_id, hidden_size=64, num_attention_heads=2,
+        attention_head_size=32, feed_forward_size=128, attn_layers=arguments.attn_layers, is_decoder=task.is_decoder,
+        max_position_embeddings=arguments.length, lsh_window=arguments.window, local_window=arguments.window,
+        hidden_dropout_prob=0.0, coverage_loss_weight=weight, initializer_range=arguments.initializer_range,
+    )  # fmt: skip
+    config.num_labels = task.num_labels
+    return ReformerForSequenceClassification(config)
+
+
+def train(task: Majority | Documents, seed: int, weight: float, arguments: argparse.Namespace) -> Any:
+    """Train one model."""
+    torch.manual_seed(seed)
+    model = make_model(task, weight, arguments).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _, batch in zip(range(arguments.steps), task.training(seed), strict=False):
+        loss = model(**batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def evaluate(model: Any, task: Majority | Documents) -> dict[str, float]:
+    """What it does on rows that it has not seen."""
+    found = [(len(batch["labels"]), evaluate_batch(model, batch)) for batch in task.validation()]
+    rows = sum(count for count, _ in found)
+    return {name: sum(count * one[name] for count, one in found) / rows for name in found[0][1]}
+
+
+@torch.no_grad()
+def evaluate_batch(model: Any, batch: Batch) -> dict[str, float]:
+    out = model(**batch, output_coverage=False)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    received = received_by_layer(model, **inputs)
+    return {
+        "task loss": out.loss.item(),
+        "accuracy": (out.logits.argmax(-1) == batch["labels"]).double().mean().item(),
+        "tokens reached": reached_share(received, inputs["attention_mask"]).mean().item(),
+        "entropy": received_entropy(received, inputs["attention_mask"]).mean().item(),
+    }
+
+
+def received_over_tokens(model: Any, batch: Batch) -> torch.Tensor:
+    """What tokens receive over the uniform share, the least first, at every hundredth of a row.
+
+    A mean over layers and rows.
+    """
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    curves = []
+    for received, mask in zip(received_by_layer(model, **inputs).unbind(1), inputs["attention_mask"], strict=True):
+        real = received[:, mask.bool()].float()  # (layers, tokens)
+        curves.append(torch.quantile(real * real.shape[1], torch.linspace(0, 1, 101), dim=1).mean(1))
+    return torch.stack(curves).mean(0)
+
+
+def draw(curves: dict[str, torch.Tensor], file: Path) -> None:
+    """A line for each weight, as received_over_tokens gives them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    ax = figure.subplots()
+    for name, curve in curves.items():
+        ax.plot(range(101), curve.clamp(min=1e-4), label=name)
+    ax.axhline(0.1, color="grey", linestyle="--", linewidth=1)
+    ax.set(
+        yscale="log", xlabel="tokens, those that receive least first (%)", ylabel="attention received / uniform share"
+    )
+    ax.legend(frameon=False)
+    figure.savefig(file, dpi=120)
+
+
+def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.1, 1.0], help="of the coverage loss")
+    parser.add_argument("--attn_layers", nargs="+", default=["lsh", "lsh"], help="kind of every layer")
+    parser.add_argument("--window", type=int, default=32, help="of lsh and local layers")
+    parser.add_argument("--initializer_range", type=float, default=0.125, help="of all weights; default: width^-0.5")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--rows", type=int, default=16, help="of a training batch")
+    parser.add_argument("--length", type=int, default=128, help="of the rows; texts are cut after so many tokens")
+    parser.add_argument("--marked", type=int, default=9, help="marked tokens; odd, so that there is a majority")
+    parser.add_argument("--bidirectional", action="store_true", help="majority told by a bidirectional model")
+    parser.add_argument("--train_file", type=Path, help="texts and labels, instead of the task above")
+    parser.add_argument("--validation_file", type=Path)
+    parser.add_argument("--picture", type=Path, help="draw what tokens receive, of the first seed, into this file")
+    arguments = parser.parse_args(given)
+    if arguments.marked % 2 == 0 or arguments.marked > arguments.length:
+        parser.error(f"--marked {arguments.marked} must be odd and at most --length {arguments.length}.")
+    for name in ("seeds", "steps", "rows", "length", "marked"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} {getattr(arguments, name)} must be at least 1.")
+    if (arguments.train_file is None) != (arguments.validation_file is None):
+        parser.error("Give --train_file and --validation_file together.")
+    return arguments
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(given)
+    task = Majority(arguments) if arguments.train_file is None else Documents(arguments)
+    means: list[str] = []
+    curves: dict[str, torch.Tensor] = {}
+    for weight in arguments.weights:
+        runs = []
+        for seed in range(arguments.seeds):
+            model = train(task, seed, weight, arguments)
+            runs.append(evaluate(model, task))
+            curves.setdefault(f"weight {weight:g}", received_over_tokens(model, task.validation()[0]))
+            print(line(f"weight {weight:g}, seed {seed}", runs[-1]), flush=True)
+        means.append(line(f"weight {weight:g}, mean", {k: sum(run[k] for run in runs) / len(runs) for k in runs[0]}))
+    print(*means, sep="\n")
+    if arguments.picture is not None:
+        draw(curves, arguments.picture)
+
+
+def line(name: str, numbers: dict[str, float]) -> str:
+    return f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What LSH attention does, in numbers and in plots."""

@@ -1,0 +1,1 @@
+"""What generation keeps of the tokens so far."""

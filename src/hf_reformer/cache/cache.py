@@ -1,0 +1,81 @@
+"""The cache of a causal Reformer: its layers, and what a model checks before it uses one."""
+
+from typing import Any
+
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from ..configuration_reformer import ReformerConfig
+from .cache_layers import ChunkCacheLayer, ReformerCacheLayer, likes
+
+# What outputs and `generate` call a cache: since transformers 5.24 `cache`, before `past_key_values`.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+class ReformerCache(Cache):
+    """The cache of a causal Reformer, a layer for each of its own.
+
+    Args:
+        config: the model's.
+        max_cache_len: tokens to make room for at once; more are taken as they come.
+    """
+
+    def __init__(self, config: ReformerConfig, max_cache_len: int = 0, **options: Any):
+        chunks = config.attention_mode == "chunk"
+        kinds = [ChunkCacheLayer if chunks and kind != "full" else ReformerCacheLayer for kind in config.attn_layers]
+        layers: list[Any] = [kind(config, index, max_cache_len) for index, kind in enumerate(kinds)]
+        local = [layer for layer in layers if layer.kind == "local"]
+        for layer in layers:  # no cycles among them, so that their memory goes with the last reference
+            layer.watched = [] if layer.kind == "local" else local
+        super().__init__(layers=layers, **options)
+
+
+def adopt(cache: Any, config: ReformerConfig) -> Cache:
+    """A cache that is ours already, or an empty one of the library's (dynamic or static), given layers of ours.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(getattr(cache, "layers", None), list):
+        if [layer.like for layer in cache.layers if isinstance(layer, ReformerCacheLayer)] == likes(config):
+            return cache
+        if not any(getattr(layer, "is_initialized", True) and layer.get_seq_length() for layer in cache.layers):
+            room = max([getattr(layer, "max_cache_len", 0) for layer in cache.layers], default=0)
+            cache.layers = ReformerCache(config, room).layers
+            cache.layer_class_to_replicate = None
+            return cache
+    raise ValueError(
+        f"The cache given, `past_key_values` or `cache`, is a {type(cache).__name__} that a Reformer did not fill: "
+        "attention here reads no keys and values from outside. Give what an earlier call returned, or an empty cache. "
+        "If prefix tuning made it, choose another kind of adapter: prompt tuning, or LoRA."
+    )
+
+
+def check_call(cache: Cache, batch: int, num_hashes: int, num_buckets: Any) -> None:
+    """Before any layer writes to the cache.
+
+    Raises:
+        ValueError: its layers do not hold the same tokens, it has other rows, or its tokens were hashed otherwise.
+    """
+    layers: list[Any] = cache.layers
+    held = sorted({layer.columns for layer in layers})
+    if len(held) > 1:
+        raise ValueError(
+            f"The layers of the cache hold {held} tokens: an earlier call broke off between them. Begin with a new "
+            "cache."
+        )
+    if layers[0].columns and layers[0].batch_size != batch:
+        raise ValueError(
+            f"{batch} rows were given, but the cache has {layers[0].batch_size}. Give it new tokens of every row, or "
+            "choose rows with `cache.reorder_cache(rows)`."
+        )
+    for layer in layers:
+        kept = layer.num_hashes, layer.num_buckets
+        if layer.columns and layer.rotations is not None and (num_hashes, num_buckets or kept[1]) != kept:
+            raise ValueError(
+                f"num_hashes={num_hashes}, num_buckets={num_buckets} were given, but the tokens in the cache were "
+                f"hashed with {kept[0]} and {kept[1]}. Keep them, or begin with a new cache."
+            )
+
+
+__all__ = ["ReformerCache"]

@@ -1,0 +1,1 @@
+"""Reading tables and texts, packing, tokenizers trained on them."""

@@ -1,0 +1,1 @@
+"""To and from model repositories: registration, exporting, model cards, pipelines."""

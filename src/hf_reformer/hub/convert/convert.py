@@ -1,0 +1,321 @@
+"""Checkpoints of other Reformers as ours, ours as transformers' own, and chunk mode as window mode."""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import load_file
+
+from ...cli.text_generation import DAMAGED, check_sizes, saved_config
+from ...configuration_reformer import ReformerConfig, from_builtin
+from ...models import heads_text, language_models, modeling_reformer
+from ...models.modeling_reformer import BUILTIN_NAMES, OLDER_BIAS
+from .reformer_pytorch import from_reformer_pytorch
+from .trax import from_trax, read_pickle
+
+KINDS = ("builtin", "reformer-pytorch", "trax", "hf_reformer")
+HEADS = {
+    "ReformerModel": modeling_reformer.ReformerModel,
+    "ReformerForCausalLM": language_models.ReformerForCausalLM,
+    "ReformerForMaskedLM": language_models.ReformerForMaskedLM,
+    "ReformerForMultipleChoice": heads_text.ReformerForMultipleChoice,
+    "ReformerForQuestionAnswering": heads_text.ReformerForQuestionAnswering,
+    "ReformerForSequenceClassification": heads_text.ReformerForSequenceClassification,
+    "ReformerForTokenClassification": heads_text.ReformerForTokenClassification,
+}
+BUILTIN_HEADS = {
+    "ReformerModel": transformers.ReformerModel,
+    "ReformerForCausalLM": transformers.ReformerModelWithLMHead,
+    "ReformerForMaskedLM": transformers.ReformerForMaskedLM,
+    "ReformerForQuestionAnswering": transformers.ReformerForQuestionAnswering,
+    "ReformerForSequenceClassification": transformers.ReformerForSequenceClassification,
+}
+TOKENIZER_FILES = [
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "vocab*",
+    "merges.txt",
+]
+TOKENIZER_FILES += ["chat_template*", "additional_chat_templates", "tokenization_*.py"]
+SETTLED = {"attention_mode", "position_embedding_type", "classifier_pooling", "num_hidden_layers"}  # no loss
+UNREADABLE = (OSError, StrictDataclassError, *DAMAGED)
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    kind: str | None = None,
+    to: str = "hf_reformer",
+    head: str | None = None,
+    attention_mode: str | None = None,
+    fields: dict[str, Any] | None = None,
+    lm_bias: bool = True,
+) -> list[str]:
+    """Read a checkpoint of any kind, write it as a folder, and return what is not the same, a line each.
+
+    Files of a tokenizer in the source folder are copied. Everything is checked before anything is written.
+
+    Args:
+        source: A folder of transformers' own Reformer or of ours, a file of reformer-pytorch (a state dict by
+            `torch.save` or safetensors) or of Trax (a pickle, compressed or not).
+        output: A folder that is empty or does not exist.
+        kind: What `source` is: "builtin", "reformer-pytorch", "trax" or "hf_reformer". None: found out.
+        to: What to write: "hf_reformer" or "builtin".
+        head: Our class to read a folder as, such as "ReformerForCausalLM". None: the one it was saved from.
+        attention_mode: "window" turns chunk mode into window mode, see `to_window`. None or "chunk": leaves it.
+        fields: What the source does not say (see `from_trax`, `from_reformer_pytorch`), or what window mode shall be.
+        lm_bias: False sets the bias of a language model's head to 0, as transformers 5.0 to 5.23 compute.
+
+    Raises:
+        ValueError, OSError: the source cannot be read, has no counterpart, or the output is not empty.
+    """
+    source, output = Path(source), Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"{output} exists and is not an empty folder. Name another one.")
+    if to not in ("hf_reformer", "builtin") or attention_mode not in (None, "chunk", "window"):
+        raise ValueError(f"`to={to!r}` or `attention_mode={attention_mode!r}` is unknown.")
+    kind = kind or detect(source)
+    model, notes = read(source, kind, head, {} if attention_mode == "window" and is_folder(kind) else fields or {})
+    if attention_mode == "window":
+        model, more = to_window(model, fields if is_folder(kind) else None)
+        notes += more
+    elif attention_mode == "chunk" and model.config.attention_mode != "chunk":
+        raise ValueError(f"{source} is a model of window mode, and windows cannot be turned into chunks.")
+    if not lm_bias:
+        notes += drop_lm_bias(model)
+    if to == "builtin":
+        model, more = to_builtin(model)
+        notes += more
+    model.save_pretrained(output)
+    if is_folder(kind):
+        copy_tokenizer(source, output)
+    return notes
+
+
+def is_folder(kind: str) -> bool:
+    return kind in ("builtin", "hf_reformer")
+
+
+def detect(source: Path) -> str:
+    """The kind of a source, from what lies there.
+
+    Raises:
+        ValueError, OSError: it is none of those known.
+    """
+    if not source.exists():
+        raise FileNotFoundError(f"{source} does not exist.")
+    if source.is_file():
+        if source.suffix == ".safetensors" or zipfile.is_zipfile(source):  # torch.save writes zip files
+            return "reformer-pytorch"
+        return "trax"
+    found = saved_config(source).get("model_type")
+    kinds = {"reformer": "builtin", "hf_reformer": "hf_reformer"}
+    if found not in kinds:
+        raise ValueError(f"{source} holds a model of type {found!r}; 'reformer' and 'hf_reformer' can be converted.")
+    return kinds[found]
+
+
+def read(source: Path, kind: str, head: str | None, fields: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Our model with the weights of a source of that kind, and what is not the same."""
+    if kind not in KINDS:
+        raise ValueError(f"`kind={kind!r}` is unknown. Choose one of {KINDS}.")
+    if head is not None and not is_folder(kind):
+        raise ValueError(f"`head={head!r}` is for folders; weights of {kind} are those of a language model.")
+    if fields and is_folder(kind):
+        raise ValueError("A folder says all about itself: fields are for window mode, or weights without a config.")
+    try:
+        if is_folder(kind):
+            return read_folder(source, head)
+        if kind == "trax":
+            return from_trax(read_pickle(source), fields)
+        return from_reformer_pytorch(read_state_dict(source), fields)
+    except FileNotFoundError:
+        raise
+    except UNREADABLE as error:
+        raise ValueError(f"{source} cannot be read as a checkpoint of {kind}: {error}") from error
+
+
+def read_folder(source: Path, head: str | None = None) -> tuple[Any, list[str]]:
+    """Our model of a folder of transformers' own Reformer, or of ours, and what was left out of it."""
+    config = from_builtin(json.loads((source / "config.json").read_text(encoding="utf-8")))
+    saved = next(iter(config.get("architectures") or []), None)
+    name = head or saved
+    if name not in HEADS:
+        raise ValueError(f"{source} was saved from {saved}. Name with `head` what to read it as: {sorted(HEADS)}.")
+    model, info = HEADS[name].from_pretrained(
+        source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    check_sizes(info)
+    for problem in ("missing_keys", "error_msgs"):
+        if info[problem]:
+            raise ValueError(f"{source} is not a {name}: {problem} are {sorted(map(str, info[problem]))[:5]}.")
+    left = sorted(info["unexpected_keys"])
+    return model, [f"Left out, since {name} has no place for them: {', '.join(left)}."] if left else []
+
+
+def read_state_dict(source: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name from a file of safetensors or `torch.save`, also where they lie in a training's checkpoint."""
+    if source.suffix == ".safetensors":
+        return load_file(source)
+    found = torch.load(source, map_location="cpu", weights_only=True)
+    held = found if isinstance(found, dict) else {}
+    for state in (held, *(held.get(name) for name in ("state_dict", "model_state_dict", "model"))):
+        if isinstance(state, dict):
+            tensors = {name: x for name, x in state.items() if isinstance(name, str) and isinstance(x, torch.Tensor)}
+            if tensors:
+                return tensors
+    raise ValueError(f"{source} holds no state dict. Write one: `torch.save(model.state_dict(), path)`.")
+
+
+def drop_lm_bias(model: Any) -> list[str]:
+    head = getattr(model, "lm_head", None)
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no language-model head, and so no bias to leave out.")
+    torch.nn.init.zeros_(head.bias)
+    return ["The head's bias is 0, as transformers 5.0 to 5.23 compute: other versions differ by the bias."]
+
+
+# ---- chunk mode to window mode ----
+
+
+def to_window(model: Any, fields: dict[str, Any] | None = None) -> tuple[Any, list[str]]:
+    """A model of chunk mode as one of window mode with the same weights, and what is set how.
+
+    Windows show as many places as chunks did on average: `(before + 1 / 2) * length` in causal models, of which the
+    chunk of a token's own shows half, `(before + 1 + after) * length` in others. `num_buckets` is chosen from
+    `max_position_embeddings` and the window. Outputs differ; compare, or train a little, before you rely on them.
+
+    Args:
+        fields: of `ReformerConfig`, to be set otherwise.
+
+    Raises:
+        ValueError: it is in window mode already, or the fields contradict each other.
+    """
+    config = model.config
+    if config.attention_mode == "window":
+        raise ValueError("The model is in window mode already.")
+    kinds = set(config.attn_layers)
+    windows = {f"{kind}_window": places_seen(config, kind) for kind in ("lsh", "local") if kind in kinds}
+    if windows:
+        windows.setdefault("local_window", windows.get("lsh_window"))  # lsh layers look there, too
+        windows.setdefault("lsh_window", windows["local_window"])
+    chosen = {"num_buckets": None, **windows, **(fields or {}), "attention_mode": "window"}
+    known = set(ReformerConfig.__dataclass_fields__)
+    if not set(chosen) <= known:
+        raise ValueError(f"{sorted(set(chosen) - known)} are no fields of ReformerConfig.")
+    old = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
+    try:
+        made = type(model)(ReformerConfig(**{**old, **chosen}))
+        made.load_state_dict(model.state_dict(), assign=True)
+    except (StrictDataclassError, RuntimeError) as error:
+        raise ValueError(f"Window mode cannot be made: {error}") from error
+    if model.can_generate():
+        made.generation_config = model.generation_config
+    new = made.config
+    return made.eval(), [
+        f"Window mode: lsh_window={new.lsh_window}, local_window={new.local_window} (from chunks of "
+        f"{config.lsh_attn_chunk_length} and {config.local_attn_chunk_length}), num_buckets={new.num_buckets} (were "
+        f"{config.num_buckets}).",
+        "Outputs differ from chunk mode: every pair counts once, buckets are never left, lsh layers also see the "
+        f"local window (lsh_include_local={new.lsh_include_local}), rotations of hash_seed={new.hash_seed} differ by "
+        "layer.",
+        "Positions count real tokens, so padding changes nothing; training draws exploration orders "
+        f"(lsh_exploration_orders={new.lsh_exploration_orders}).",
+    ]
+
+
+def places_seen(config: ReformerConfig, kind: str) -> int:
+    length = getattr(config, f"{kind}_attn_chunk_length")
+    before, after = (getattr(config, f"{kind}_num_chunks_{side}") or 0 for side in ("before", "after"))
+    return before * length + max(1, length // 2) if config.is_decoder else (before + 1 + after) * length
+
+
+# ---- ours to transformers' own ----
+
+
+def to_builtin(model: Any) -> tuple[Any, list[str]]:
+    """A model of chunk mode as one of transformers' own Reformer, the weights bit for bit, and what is lost.
+
+    Raises:
+        ValueError: the built-in cannot express the model; the message says why.
+    """
+    reason = why_not_builtin(model)
+    if reason is not None:
+        raise ValueError(f"transformers' own Reformer cannot express this model: {reason}.")
+    config, name = model.config, type(model).__name__
+    old, lost = config.to_dict(), []
+    for field, described in ReformerConfig.__dataclass_fields__.items():
+        if field in transformers.ReformerConfig.__dataclass_fields__ or field in SETTLED:
+            continue
+        if old.pop(field, described.default) != described.default:
+            lost.append(f"{field}={getattr(config, field)}")
+    fields = {key: value for key, value in old.items() if key not in {*SETTLED, "model_type", "architectures"}}
+    for key, described in transformers.ReformerConfig.__dataclass_fields__.items():
+        if fields.get(key, 0) is None and type(None) not in get_args(described.type):
+            fields[key] = described.default  # of kinds of layers that the model lacks
+    made = BUILTIN_HEADS[name](transformers.ReformerConfig(**fields))
+    dtype = model.dtype
+    state = {builtin_name(key, name): value for key, value in model.state_dict().items()}
+    adds_bias = OLDER_BIAS in made.state_dict()
+    if adds_bias:
+        state[OLDER_BIAS] = state["lm_head.bias"].clone()
+    made.load_state_dict(state, assign=True)
+    made = made.to(dtype).eval()
+    if model.can_generate():
+        made.generation_config = model.generation_config
+    notes = [f"The built-in has no field for: {', '.join(lost)}."] if lost else []
+    if hasattr(model, "lm_head") and model.lm_head.bias.any() and not adds_bias:
+        notes.append("The head's bias is in the file; transformers 5.0 to 5.23 leave it out of the logits.")
+    return made, notes
+
+
+def why_not_builtin(model: Any) -> str | None:
+    config, name = model.config, type(model).__name__
+    two_axes = config.position_embedding_type != "axial" or len(config.axial_pos_shape) == 2
+    for true, reason in (
+        (name in BUILTIN_HEADS, f"it has no counterpart of {name}"),
+        (config.attention_mode == "chunk", "`attention_mode='window'`, and it knows chunks alone"),
+        ("full" not in config.attn_layers, "`attn_layers` holds 'full', and it has local and lsh layers alone"),
+        (config.position_embedding_type != "rotary", "`position_embedding_type='rotary'`"),
+        (two_axes, f"`axial_pos_shape={config.axial_pos_shape}` has not two axes"),
+        (
+            not config.tie_word_embeddings,
+            "`tie_word_embeddings=True` merges the streams, and it has nothing that does",
+        ),
+        (
+            name != "ReformerForSequenceClassification" or config.pooling == "first",
+            f"`classifier_pooling={config.pooling!r}`, and it classifies by the first token",
+        ),
+    ):
+        if not true:
+            return reason
+    return None
+
+
+def builtin_name(key: str, head: str) -> str:
+    """The built-in's name of one of our parameters: BUILTIN_NAMES backwards, the longer ones first."""
+    alone = head == "ReformerModel"
+    key = f"model.{key}" if alone else key
+    for pattern, ours in sorted(BUILTIN_NAMES.items(), key=lambda pair: -len(pair[1])):
+        theirs = pattern.strip("^$").replace("(reformer\\.)?", "" if alone else "reformer.").replace("\\.", ".")
+        key = key.replace(ours, theirs)
+    return key
+
+
+def copy_tokenizer(source: Path, output: Path) -> None:
+    for pattern in TOKENIZER_FILES:
+        for found in source.glob(pattern):
+            if found.is_dir():
+                shutil.copytree(found, output / found.name)
+            else:
+                shutil.copy2(found, output / found.name)
+
+
+__all__ = ["convert", "detect", "read_folder", "to_builtin", "to_window"]

@@ -1,0 +1,310 @@
+"""Weights of the package reformer-pytorch (its `ReformerLM`) as ours, in chunk mode."""
+
+import re
+from typing import Any
+
+import torch
+from transformers.activations import ACT2FN
+
+from ...configuration_reformer import ReformerConfig
+from ...models.language_models import ReformerForCausalLM, ReformerForMaskedLM
+
+State = dict[str, torch.Tensor]
+LAYER = "reformer.layers.blocks.{}."
+NEEDED = ("causal", "bucket_size", "n_hashes")  # and what `sizes` cannot find
+WITHOUT_EFFECT = ("ff_chunks", "attn_chunks", "reverse_thres", "pkm_num_keys", "axial_position_shape", "ff_mult")
+OPTIONAL = {
+    "use_full_attn": False,
+    "full_attn_thres": 0,
+    "random_rotations_per_head": False,
+    "ff_activation": "gelu",
+    "lsh_dropout": 0.0,
+    "ff_dropout": 0.0,
+    "post_attn_dropout": 0.0,
+    "layer_dropout": 0.0,
+}
+IN_SHAPES = [
+    "num_tokens",
+    "dim",
+    "depth",
+    "heads",
+    "dim_head",
+    "max_seq_len",
+    "emb_dim",
+    "weight_tie",
+    "one_value_head",
+]
+IN_SHAPES += ["weight_tie_embedding", "fixed_position_emb", "absolute_position_emb", "axial_position_emb"]
+NO_COUNTERPART = {
+    "use_scale_norm": "its norm divides by the vector's length; ours is a LayerNorm with mean and bias",
+    "use_rezero": "its branches have no norm in front; ours always have one",
+    "ff_glu": "its feed-forward multiplies two projections; ours has one",
+    "num_mem_kv": "its attention reads extra learned keys; ours reads tokens alone",
+    "pkm_layers": "its product-key memory layers are of no kind that we have",
+    "n_local_attn_heads": "its layers mix local and hashed heads; ours are local or hashed as a whole",
+    "return_embeddings": "its model has no head, and normalises the mean of both streams; ours keeps them apart",
+}
+NO_COUNTERPART_KEYS = {
+    "use_scale_norm": r"\.norm\.g$",
+    "use_rezero": r"\.[fg]\.net\.g$",
+    "num_mem_kv": r"\.mem_kv$",
+    "pkm_layers": r"\.to_queries\.weight$",
+}
+
+
+def from_reformer_pytorch(state: State, arguments: dict[str, Any]) -> tuple[Any, list[str]]:
+    """Our model with the weights of a `ReformerLM`, and what is not the same.
+
+    Args:
+        state: its `state_dict()`; a prefix of wrappers (`net.`, `module.`) does not matter.
+        arguments: those it was made with. What can be read from the shapes may be left out, and is checked if given.
+
+    Raises:
+        ValueError: an argument is missing, contradicts the weights, or has no counterpart; the message says which.
+    """
+    state = without_prefix(state)
+    check_arguments(state, arguments)
+    found = sizes(state, arguments)
+    given = {**OPTIONAL, **arguments, **found}
+    config = make_config(given)
+    model: Any = (ReformerForCausalLM if given["causal"] else ReformerForMaskedLM)(config)
+    dtype = state["token_emb.weight"].dtype
+    weights = {key: value.double() for key, value in state.items()}
+    converted, left = convert_weights(weights, given, config)
+    try:
+        model.load_state_dict({key: value.to(dtype).contiguous() for key, value in converted.items()}, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"The weights contradict each other: {error}") from error
+    return model.to(dtype).eval(), notes(given, weights, left)
+
+
+def without_prefix(state: State) -> State:
+    names = [key for key in state if key.endswith("token_emb.weight")]
+    if len(names) != 1:
+        raise ValueError(
+            f"`token_emb.weight` occurs {len(names)} times in the weights, but a ReformerLM of reformer-pytorch has "
+            "it once. Only ReformerLM can be converted: neither the bare Reformer nor ReformerEncDec."
+        )
+    prefix = names[0].removesuffix("token_emb.weight")
+    kept = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    return {key: value for key, value in kept.items() if ".irrev_blocks." not in key}  # the same tensors again
+
+
+def check_arguments(state: State, arguments: dict[str, Any]) -> None:
+    """Raise ValueError for what is unknown, missing or without counterpart."""
+    known = {*NEEDED, *WITHOUT_EFFECT, *OPTIONAL, *IN_SHAPES, *NO_COUNTERPART}
+    unknown = sorted(set(arguments) - known)
+    if unknown:
+        raise ValueError(f"{unknown} are no arguments of ReformerLM. Known are {sorted(known)}.")
+    for name, reason in NO_COUNTERPART.items():
+        pattern = NO_COUNTERPART_KEYS.get(name)
+        in_weights = pattern is not None and any(re.search(pattern, key) for key in state)
+        if arguments.get(name) or in_weights:
+            raise ValueError(f"`{name}` has no counterpart in our chunk mode: {reason}. It cannot be converted.")
+    if not any(key.startswith("out.1.") for key in state):
+        raise ValueError(f"`return_embeddings` has no counterpart: {NO_COUNTERPART['return_embeddings']}.")
+    up, down = (state[LAYER.format(0) + f"g.net.fn.fn.{name}.weight"] for name in ("w1", "w2"))
+    if up.shape[0] != down.shape[1]:
+        raise ValueError(f"`ff_glu` has no counterpart in our chunk mode: {NO_COUNTERPART['ff_glu']}.")
+    missing = [name for name in NEEDED if name not in arguments]
+    if missing:
+        raise ValueError(f"{missing} cannot be read from the weights. Give what ReformerLM was made with.")
+    if arguments.get("ff_activation", "gelu") not in ACT2FN:
+        raise ValueError(f"`ff_activation={arguments['ff_activation']!r}` must be a name, such as 'gelu' or 'relu'.")
+
+
+def sizes(state: State, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What the shapes tell, and heads and length where they tell nothing.
+
+    Raises:
+        ValueError: an argument contradicts them, or is needed and was not given.
+    """
+    first = LAYER.format(0)
+    query = state[first + "f.net.fn.toqk.weight"]
+    found: dict[str, Any] = {"num_tokens": state["token_emb.weight"].shape[0], "dim": query.shape[1]}
+    found["emb_dim"] = state["token_emb.weight"].shape[1]
+    found["depth"] = 1 + max(int(key.split(".")[3]) for key in state if key.startswith("reformer.layers.blocks."))
+    found["ff_size"] = state[first + "g.net.fn.fn.w1.weight"].shape[0]
+    found["weight_tie_embedding"] = "out.1.tensor" in state
+    found["positions"] = positions_of(state)
+    if found["positions"] == "absolute":
+        found["max_seq_len"] = state["pos_emb.emb.weight"].shape[0]
+    if "layer_pos_emb.inv_freq" in state:
+        found["dim_head"] = 2 * state["layer_pos_emb.inv_freq"].shape[0]
+    elif "dim_head" not in arguments and "heads" in arguments:
+        found["dim_head"] = query.shape[0] // arguments["heads"]
+    found = {**{name: arguments[name] for name in ("dim_head", "max_seq_len") if name in arguments}, **found}
+    for name in ("dim_head", "max_seq_len"):
+        if name not in found:
+            raise ValueError(f"`{name}` cannot be read from these weights. Give it: it was an argument of ReformerLM.")
+    found["heads"] = query.shape[0] // found["dim_head"]
+    for name, value in found.items():
+        if arguments.get(name, value) != value:
+            raise ValueError(f"`{name}={arguments[name]}` contradicts the weights, which say {value}. Leave it out.")
+    if found["heads"] * found["dim_head"] != query.shape[0]:
+        raise ValueError(f"`dim_head={found['dim_head']}` does not divide the width {query.shape[0]} of the queries.")
+    return found
+
+
+def positions_of(state: State) -> str:
+    if "pos_emb.emb.weight" in state:
+        return "absolute"
+    if "pos_emb.weights.0" in state:
+        return "axial"
+    return "fixed" if "pos_emb.inv_freq" in state else "rotary"
+
+
+def make_config(given: dict[str, Any]) -> ReformerConfig:
+    length, bucket = given["max_seq_len"], given["bucket_size"]
+    rotary = given["positions"] == "rotary" and not given["use_full_attn"]  # exact attention has no positions there
+    return ReformerConfig(
+        attention_mode="chunk",
+        attn_layers=["lsh"] * given["depth"],
+        vocab_size=given["num_tokens"],
+        hidden_size=given["dim"],
+        num_attention_heads=given["heads"],
+        attention_head_size=given["dim_head"],
+        feed_forward_size=given["ff_size"],
+        hidden_act=given["ff_activation"],
+        max_position_embeddings=length,
+        position_embedding_type="rotary" if rotary else "learned",
+        lsh_attn_chunk_length=length if given["use_full_attn"] else bucket,
+        num_hashes=given["n_hashes"],
+        num_buckets=max(2, length // (2 * bucket) * 2),
+        lsh_attention_probs_dropout_prob=given["lsh_dropout"],
+        hidden_dropout_prob=given["ff_dropout"],
+        layer_norm_eps=1e-5,
+        is_decoder=bool(given["causal"]),
+        eos_token_id=None,
+    )
+
+
+def convert_weights(weights: State, given: dict[str, Any], config: ReformerConfig) -> tuple[State, float]:
+    """Our state dict, and the largest share of a `to_out.bias` that could not be kept."""
+    into = weights.get("to_model_dim.weight", torch.eye(given["dim"], dtype=torch.float64))
+    shift = weights.get("to_model_dim.bias", torch.zeros(given["dim"], dtype=torch.float64))
+    made = {"model.embed_tokens.weight": weights["token_emb.weight"] @ into.T + shift}
+    if config.position_embedding_type == "learned":
+        made["model.position_embeddings.weight"] = position_table(weights, given) @ into.T
+    left = 0.0
+    for layer in range(given["depth"]):
+        branches, lost = convert_layer(weights, layer, given, config.position_embedding_type == "rotary")
+        made |= {f"model.layers.{layer}.{key}": value for key, value in branches.items()}
+        left = max(left, lost)
+    made["model.norm.weight"] = weights["norm.weight"].repeat(2)
+    made["model.norm.bias"] = weights["norm.bias"].repeat(2)
+    head, bias = output_weights(weights, given)
+    made["lm_head.weight"], made["lm_head.bias"] = head.repeat(1, 2) / 2, bias
+    return made, left
+
+
+def output_weights(weights: State, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Their one or two projections to logits as one: (V, D) and (V)."""
+    if given["weight_tie_embedding"]:
+        head = torch.nn.functional.normalize(weights["out.1.tensor"], dim=-1)
+        bias = head.new_zeros(len(head))
+    else:
+        head, bias = weights["out.1.weight"], weights["out.1.bias"]
+    if "out.0.weight" in weights:
+        head, bias = head @ weights["out.0.weight"], bias + head @ weights["out.0.bias"]
+    return head, bias
+
+
+def position_table(weights: State, given: dict[str, Any]) -> torch.Tensor:
+    """A row for every position, (max_seq_len, emb_dim)."""
+    length, kind = given["max_seq_len"], given["positions"]
+    if kind == "absolute":
+        return weights["pos_emb.emb.weight"]
+    if kind == "fixed":
+        angles = torch.arange(length).double()[:, None] * weights["pos_emb.inv_freq"]
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+    if kind == "axial":
+        tables = [weights[f"pos_emb.weights.{axis}"] for axis in range(sum("pos_emb.weights." in k for k in weights))]
+        table = sum(tables[1:], tables[0]).flatten(0, -2)  # summed over the axes, where ours stand side by side
+        if len(table) < length:
+            raise ValueError(f"`max_seq_len={length}` is more than the {len(table)} positions of the axial tables.")
+        return table[:length]
+    return torch.zeros(length, given["emb_dim"], dtype=torch.float64)
+
+
+def convert_layer(weights: State, layer: int, given: dict[str, Any], rotary: bool) -> tuple[State, float]:
+    """One layer by our names, and the share of its output bias that could not be kept."""
+    heads, size = given["heads"], given["dim_head"]
+    f, g = (LAYER.format(layer) + f"{branch}.net." for branch in "fg")
+    query = weights[f + "fn.toqk.weight"] / size**0.5  # our scores are not divided by it: their keys are normalised
+    if rotary:  # their pairs are neighbours, ours half a head apart
+        order = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2)])
+        query = query.unflatten(0, (heads, size))[:, order].flatten(0, 1)
+    value = weights[f + "fn.tov.weight"]
+    value = value.repeat(heads * size // len(value), 1)  # one_value_head
+    out = weights[f + "fn.to_out.weight"]
+    scale, bias = weights[f + "norm.weight"], weights[f + "norm.bias"]
+    bias, query, value, left = with_output_bias(scale, bias, query, value, out, weights[f + "fn.to_out.bias"])
+    made = {"attention_norm.weight": scale, "attention_norm.bias": bias}
+    made |= {"attention.qk_proj.weight": query, "attention.v_proj.weight": value, "attention.o_proj.weight": out}
+    made |= {f"feed_forward_norm.{name}": weights[g + f"norm.{name}"] for name in ("weight", "bias")}
+    for ours, theirs in (("up_proj", "w1"), ("down_proj", "w2")):
+        made |= {f"feed_forward.{ours}.{n}": weights[g + f"fn.fn.{theirs}.{n}"] for n in ("weight", "bias")}
+    return made, left
+
+
+def with_output_bias(scale, bias, query, value, out, wanted):
+    """Norm bias, query and value projections that make attention's output larger by `wanted`: we have no bias for it.
+
+    A normalised vector n sums to 0, so a projection gets a constant c for every token by adding c/κ · (1/scale)ᵀ to
+    its matrix: (1/scale)ᵀ (scale * n + bias) = Σ bias/scale = κ. The norm's bias is first moved along `scale` until
+    κ is its width; the same device keeps what the projections gave. Attention weights sum to 1, so a constant in all
+    values comes out as `out` times it.
+
+    Returns:
+        bias, query, value, and the norm of what no constant reaches (`out` may be singular), as a share of `wanted`.
+    """
+    if not scale.all():
+        raise ValueError("A norm before attention has a weight of exactly 0, so that `to_out.bias` cannot be kept.")
+    width, inverse = len(scale), 1 / scale
+    moved = scale * (1 - (bias * inverse).sum() / width)
+    constant = torch.linalg.lstsq(out, wanted[:, None], driver="gelsd").solution[:, 0]
+    query = query - torch.outer(query @ moved, inverse) / width
+    value = value + torch.outer(constant - value @ moved, inverse) / width
+    left = (out @ constant - wanted).norm() / wanted.norm().clamp(min=1e-30)
+    return bias + moved, query, value, left.item()
+
+
+def notes(given: dict[str, Any], weights: State, left: float) -> list[str]:
+    """What is not the same in the converted model, a line each."""
+    lines = [
+        "The head normalises both streams together, not their mean: logits, less the bias that they have in common, "
+        "come out multiplied by a positive number of each token. Which token is likeliest stays nearly always; "
+        "a little training adapts the head.",
+        f"Hash rotations are drawn anew in any case. `num_buckets` is fixed at that of {given['max_seq_len']} tokens; "
+        "theirs is length / bucket_size: pass `num_buckets=` with a call for theirs.",
+        "Keys are normalised with 1e-6 under the root; theirs with none.",
+        "Padding is hashed into buckets of its own, and inputs of any length are padded inside.",
+    ]
+    if left > 1e-6:
+        lines.append(f"`to_out.bias` is kept but for {left:.1%}: attention's output does not reach every direction.")
+    kind = given["positions"]
+    if kind == "rotary" and given["use_full_attn"]:
+        lines.append("With `use_full_attn` theirs ignores rotary positions: the model has a table of zeros instead.")
+    elif kind in ("axial", "fixed"):
+        lines.append(f"The {kind} positions became a learned table of {given['max_seq_len']} rows with their values.")
+    if given["emb_dim"] != given["dim"]:
+        lines.append("The projections from and to `emb_dim` were multiplied into the embeddings and the head.")
+    if given["weight_tie_embedding"]:
+        lines.append("The head has a weight of its own, the normalised embeddings: they are no longer tied.")
+    tied = [weights[LAYER.format(i) + "f.net.fn.toqk.weight"] for i in range(given["depth"])]
+    if len(tied) > 1 and all(torch.equal(tied[0], other) for other in tied[1:]):
+        lines.append("Layers that shared their weights (`weight_tie`) have copies of their own.")
+    bucket, most = given["bucket_size"], given["full_attn_thres"]
+    if most and most != bucket:
+        lines.append(f"Attention is exact up to {bucket} tokens; theirs was up to `full_attn_thres={most}`.")
+    if most and kind == "rotary" and not given["use_full_attn"]:
+        lines.append("Up to `full_attn_thres` tokens theirs ignores rotary positions; ours never does.")
+    if any(given[name] for name in ("post_attn_dropout", "layer_dropout")):
+        lines.append("`post_attn_dropout` and `layer_dropout` are left out; ours drops after every branch.")
+    if given["ff_dropout"]:
+        lines.append("`ff_dropout` became `hidden_dropout_prob`, which also drops embeddings and branches' outputs.")
+    return lines
+
+
+__all__ = ["from_reformer_pytorch"]

@@ -1,0 +1,298 @@
+"""Question answering over whole documents, as a pipeline.
+
+transformers 5 has no question-answering pipeline any more, and the one it had read long texts in overlapping pieces.
+Here question and document are one input, so every answer was weighed against all others.
+"""
+
+import inspect
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from transformers import AutoModelForQuestionAnswering
+from transformers.pipelines import PIPELINE_REGISTRY
+from transformers.pipelines.base import Pipeline
+
+from ..configuration_reformer import ReformerConfig
+
+TASK = "long-document-question-answering"
+
+
+class LongDocumentQuestionAnswering(Pipeline):
+    """Finds the answer to a question in a document, in one pass over the whole of it.
+
+    The tokenizer joins the two as a pair, the question first. An answer is a span of the document that neither begins
+    nor ends with white space. Its score is the probability of its first token as the start times that of its last
+    token as the end, each among the tokens of the document that are not white space and the *null position*: the first
+    token of the input. That is where training data marks a question without an answer (`start_positions =
+    end_positions = 0`); it holds the tokenizer's `cls` or `bos` token, or else the question's first token, and never
+    one of the document.
+
+    Works with every question-answering head of transformers and every fast tokenizer. Rows of a batch are as they
+    would be alone.
+
+    Args:
+        model: A model for question answering.
+        tokenizer: Its tokenizer, a fast one.
+        kwargs: As every pipeline takes them (`device`, `batch_size` …), and the options of a call.
+
+    Raises:
+        ValueError: The model has no question-answering head, or the tokenizer is missing or does not tell where in
+            the text its tokens come from.
+
+    Example:
+        >>> reader = pipeline("long-document-question-answering", model=folder)
+        >>> reader(question="Who wrote it?", context=book)
+        {'score': 0.87, 'start': 51423, 'end': 51434, 'answer': 'Jane Austen'}
+    """
+
+    _load_processor = False
+    _load_image_processor = False
+    _load_video_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = True
+
+    def __init__(self, model: Any, tokenizer: Any = None, **kwargs: Any) -> None:
+        if "start_positions" not in inspect.signature(model.forward).parameters:
+            raise ValueError(
+                f"{type(model).__name__} does not score starts and ends of answers. Load the folder with "
+                "AutoModelForQuestionAnswering."
+            )
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"The tokenizer is {type(tokenizer).__name__}, which does not tell where in the text its tokens come "
+                "from, so that answers could not be located. Give a fast tokenizer, such as ReformerByteTokenizer."
+            )
+        super().__init__(model=model, tokenizer=tokenizer, **kwargs)
+
+    def __call__(self, question: Any = None, context: Any = None, **kwargs: Any) -> Any:
+        """Answer one question or many.
+
+        Args:
+            question: A string, or a list of them; or a dict with `question` and `context`, a list of such dicts, or
+                a torch `Dataset` or generator of them.
+            context: The document, or a list of documents. A single one serves all questions, a single question is
+                asked of all documents.
+            top_k: The largest number of answers, the best first. None overlaps a better one. Default 1.
+            max_answer_length: The largest number of tokens in an answer. Default 64.
+            handle_impossible_answer: Also offer that there is no answer, as an empty one from 0 to 0. Default False.
+            batch_size: How many inputs the model reads at once. Default 1.
+
+        Returns:
+            A dict for every question: `score`, the characters `start` and `end`, and `answer`, which is
+            `context[start:end]`; with `top_k` above 1 a list of such dicts. A list of inputs gives a list.
+
+        Raises:
+            TypeError: An input that is none of the above, or an unknown option.
+            ValueError: An empty question or document, lists of different lengths, an input that is longer than the
+                positions of the model, or scores that are no numbers.
+        """
+        inputs = question if context is None else _pairs(question, context)
+        return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(
+        self,
+        top_k: int | None = None,
+        max_answer_length: int | None = None,
+        handle_impossible_answer: bool | None = None,
+    ) -> tuple[dict, dict, dict]:
+        for name, value in (("top_k", top_k), ("max_answer_length", max_answer_length)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}={value}` must be a whole number of at least 1.")
+        options = {
+            "top_k": top_k,
+            "max_answer_length": max_answer_length,
+            "handle_impossible_answer": handle_impossible_answer,
+        }
+        return {}, {}, {name: value for name, value in options.items() if value is not None}
+
+    def preprocess(self, inputs: Any) -> dict[str, Any]:
+        question, context = _question_and_context(inputs)
+        # The tokenizer's own limit is a warning at most; what the model can read is checked below.
+        encoded = self.tokenizer(
+            question, context, return_tensors="pt", return_attention_mask=True, truncation=False, verbose=False
+        )
+        length, most = encoded["input_ids"].shape[1], self._longest_input()
+        if length > most:
+            asked = self.tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
+            raise ValueError(
+                f"Question and document make {length} tokens, {len(asked)} of them the question's, but the model has "
+                f"positions for {most}. Shorten the document, or train a model with a larger "
+                '`max_position_embeddings` or with `position_embedding_type="rotary"`.'
+            )
+        if encoded[0].sequence_ids.count(0) == 0 or not any(_solid_tokens(encoded[0], context)):
+            raise ValueError("The tokenizer makes no token of the question, or none of the document. Give more text.")
+        return {**encoded, "encoding": encoded[0], "context": context}
+
+    def _longest_input(self) -> float:
+        """How many tokens the model has positions for."""
+        config = self.model.config
+        if not isinstance(config, ReformerConfig):
+            return min(self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf))
+        if config.position_embedding_type == "rotary":
+            return math.inf
+        axial = config.position_embedding_type == "axial"
+        return math.prod(config.axial_pos_shape) if axial else config.max_position_embeddings
+
+    def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        passed_on = {name: model_inputs.pop(name) for name in ("encoding", "context")}
+        outputs = self.model(**model_inputs, return_dict=True)
+        logits = {"start_logits": outputs.start_logits, "end_logits": outputs.end_logits}
+        return {**logits, "attention_mask": model_inputs["attention_mask"], **passed_on}
+
+    def postprocess(
+        self,
+        model_outputs: dict[str, Any],
+        top_k: int = 1,
+        max_answer_length: int = 64,
+        handle_impossible_answer: bool = False,
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """The answers in one row: logits (1, T), padded or not."""
+        encoding, context = model_outputs["encoding"], model_outputs["context"]
+        real = model_outputs["attention_mask"][0] != 0
+        solid = torch.tensor(_solid_tokens(encoding, context))
+        inside = torch.tensor([sequence == 1 for sequence in encoding.sequence_ids])
+        starts, ends = (
+            _log_probabilities(model_outputs[name][0][real], solid) for name in ("start_logits", "end_logits")
+        )
+        null = {"score": math.exp(starts[0] + ends[0]), "start": 0, "end": 0, "answer": ""}
+        starts, ends = (scores.masked_fill(~solid, -math.inf) for scores in (starts, ends))
+        answers = []
+        for first, last, score in best_spans(starts, ends, inside, encoding.offsets, top_k, max_answer_length):
+            start, end = _without_white_space(context, encoding.offsets[first][0], encoding.offsets[last][1])
+            answers.append({"score": math.exp(score), "start": start, "end": end, "answer": context[start:end]})
+        if handle_impossible_answer:
+            answers = sorted([*answers, null], key=lambda answer: -answer["score"])[:top_k]
+        return answers[0] if top_k == 1 else answers
+
+
+def register_pipelines() -> None:
+    """Make `pipeline("long-document-question-answering", …)` known. Doing it again changes nothing.
+
+    The entry is written like those of the library's own tasks. What `register_pipeline` makes is a custom task: its
+    code is copied into every folder that the pipeline saves, which then opens with `trust_remote_code` only.
+    """
+    PIPELINE_REGISTRY.supported_tasks[TASK] = {
+        "impl": LongDocumentQuestionAnswering,
+        "pt": (AutoModelForQuestionAnswering,),
+        "default": {},
+        "type": "text",
+    }
+
+
+def best_spans(
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    inside: torch.Tensor,
+    offsets: list[tuple[int, int]],
+    count: int,
+    max_length: int,
+) -> Iterator[tuple[int, int, float]]:
+    """The best spans of tokens, none of which shares a character with a better one.
+
+    Time grows with T · `max_length`, memory with T. Of equal spans the earliest is the better one, then the shortest.
+
+    Args:
+        starts, ends: (T) scores of every token as first and last one, -inf where no span begins or ends.
+        inside: (T) bool, the tokens of which spans are made.
+        offsets: the characters that every token stands for.
+        count: the largest number of spans.
+        max_length: the largest number of tokens of a span.
+
+    Yields:
+        first token, last token, and the sum of their scores.
+    """
+    free = inside.clone()
+    scores, lasts = _best_lasts(starts, ends, free, max_length)
+    for _ in range(count):
+        first = int(scores.argmax())
+        score, last = float(scores[first]), int(lasts[first])
+        if score == -math.inf:
+            return
+        yield first, last, score
+        low, high = first, last + 1  # widened to whole characters: a token may be a part of one
+        while low > 0 and inside[low - 1] and offsets[low - 1][1] > offsets[first][0]:
+            low -= 1
+        while high < len(free) and inside[high] and offsets[high][0] < offsets[last][1]:
+            high += 1
+        free[low:high] = False
+        reach = slice(max(0, low - max_length + 1), high)  # where the spans began that are no longer possible
+        scores[reach], shifted = _best_lasts(starts[reach], ends[reach], free[reach], max_length)
+        lasts[reach] = shifted + reach.start
+
+
+def _best_lasts(
+    starts: torch.Tensor, ends: torch.Tensor, free: torch.Tensor, max_length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """For every first token, (T), the score of its best span over `free` tokens, and where that ends."""
+    length = len(starts)
+    best = torch.full_like(starts, -math.inf)
+    lasts = torch.arange(length)
+    unbroken = free
+    for shift in range(min(max_length, length)):
+        unbroken = unbroken[: length - shift] & free[shift:]
+        if not unbroken.any():
+            break
+        scores = starts[: length - shift] + ends[shift:]
+        rows = (unbroken & (scores > best[: length - shift])).nonzero()[:, 0]
+        best[rows], lasts[rows] = scores[rows], rows + shift
+    return best, lasts
+
+
+def _log_probabilities(logits: torch.Tensor, solid: torch.Tensor) -> torch.Tensor:
+    """(T) logits → (T) log-probabilities among the first token and the `solid` ones; elsewhere -inf."""
+    taking_part = solid.clone()
+    taking_part[0] = True
+    found = logits.double().masked_fill(~taking_part, -math.inf).log_softmax(-1)
+    if found.isnan().any():
+        raise ValueError("The model's scores are NaN or infinite. Look at its weights, or load it in float32.")
+    return found
+
+
+def _solid_tokens(encoding: Any, context: str) -> list[bool]:
+    """Which tokens stand for more of the document than white space, so that an answer may begin or end there."""
+    return [
+        sequence == 1 and not (context[start:end].isspace() or start == end)
+        for sequence, (start, end) in zip(encoding.sequence_ids, encoding.offsets, strict=True)
+    ]
+
+
+def _without_white_space(text: str, start: int, end: int) -> tuple[int, int]:
+    span = text[start:end]
+    return start + len(span) - len(span.lstrip()), end - len(span) + len(span.rstrip())
+
+
+def _pairs(question: Any, context: Any) -> Any:
+    """Questions and documents, single or in lists, as one dict or a list of them."""
+    one_question, one_context = isinstance(question, str), isinstance(context, str)
+    if one_question and one_context:
+        return {"question": question, "context": context}
+    for name, given, single in (("question", question, one_question), ("context", context, one_context)):
+        if not single and not isinstance(given, (list, tuple)):
+            raise TypeError(f"`{name}` is {type(given).__name__}; it must be a string or a list of strings.")
+    questions = [question] * len(context) if one_question else question
+    contexts = [context] * len(question) if one_context else context
+    if len(questions) != len(contexts):
+        raise ValueError(
+            f"There are {len(questions)} questions and {len(contexts)} documents. Give as many of either, or a single "
+            "one of them."
+        )
+    return [{"question": one, "context": other} for one, other in zip(questions, contexts, strict=True)]
+
+
+def _question_and_context(inputs: Any) -> tuple[str, str]:
+    if not isinstance(inputs, Mapping):
+        raise TypeError(
+            f"An input is {type(inputs).__name__}. Give `question` and `context`, or dicts that hold these two."
+        )
+    for name in ("question", "context"):
+        text = inputs.get(name)
+        if not isinstance(text, str):
+            raise TypeError(f"`{name}` is {type(text).__name__}; it must be a string.")
+        if not text.strip():
+            raise ValueError(f"`{name}` is empty. There is nothing to {'ask' if name == 'question' else 'find'}.")
+    return inputs["question"], inputs["context"]
+
+
+__all__ = ["LongDocumentQuestionAnswering", "register_pipelines"]

@@ -1,0 +1,78 @@
+"""Tell transformers' Auto classes about our models.
+
+The Auto classes compare config classes by name where they know no better, and transformers' own Reformer has a
+`ReformerConfig` too. Every Auto class that knows the built-in is therefore told about ours; one that is forgotten
+would build the built-in's head from our config.
+"""
+
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForPreTraining,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ..configuration_reformer import ReformerConfig
+from ..models.heads_text import (
+    ReformerForMultipleChoice,
+    ReformerForQuestionAnswering,
+    ReformerForSequenceClassification,
+    ReformerForTokenClassification,
+)
+from ..models.language_models import ReformerForCausalLM, ReformerForMaskedLM
+from ..models.modeling_reformer import ReformerModel
+from ..models.seq2seq import ReformerForConditionalGeneration
+from ..tokenization_reformer import ReformerByteTokenizer
+from .peft_targets import register_adapters
+from .pipelines import register_pipelines
+
+AUTO_CLASSES = {
+    AutoModel: ReformerModel,
+    AutoModelForCausalLM: ReformerForCausalLM,
+    AutoModelForMaskedLM: ReformerForMaskedLM,
+    AutoModelForMultipleChoice: ReformerForMultipleChoice,
+    AutoModelForPreTraining: ReformerForCausalLM,
+    AutoModelForQuestionAnswering: ReformerForQuestionAnswering,
+    AutoModelForSeq2SeqLM: ReformerForConditionalGeneration,
+    AutoModelForSequenceClassification: ReformerForSequenceClassification,
+    AutoModelForTextEncoding: ReformerModel,
+    AutoModelForTokenClassification: ReformerForTokenClassification,
+}
+
+
+def register(replace_builtin: bool = False) -> None:
+    """Make `AutoConfig`, `AutoModel…` and `AutoTokenizer` give our classes for `model_type: hf_reformer`.
+
+    Importing the package does this once; doing it again changes nothing. Configs, models and tokenizers of
+    transformers' own Reformer keep giving the built-in classes. peft learns where adapters go by default,
+    and `pipeline` answers questions over long documents (pipelines.py).
+
+    Args:
+        replace_builtin: Also give our classes, in this process, for a folder or Hub repository whose config says
+            `model_type: reformer`. A config object of the built-in class still gives the built-in model.
+    """
+    AutoConfig.register(ReformerConfig.model_type, ReformerConfig, exist_ok=True)
+    AutoTokenizer.register(ReformerConfig, tokenizer_class=ReformerByteTokenizer, exist_ok=True)
+    for auto_class, model_class in AUTO_CLASSES.items():
+        auto_class.register(ReformerConfig, model_class, exist_ok=True)
+        # Trainer's label smoothing and the model card look into the table of names, which `register` leaves alone.
+        mapping: Any = auto_class._model_mapping
+        mapping._model_mapping[ReformerConfig.model_type] = model_class.__name__
+    register_adapters()
+    register_pipelines()
+    if replace_builtin:
+        CONFIG_MAPPING.register("reformer", ReformerConfig, exist_ok=True)  # `AutoConfig.register` insists on its own
+
+
+__all__ = ["register"]

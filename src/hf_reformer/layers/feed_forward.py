@@ -1,0 +1,38 @@
+"""The feed-forward branch, and the layer norm that every branch begins with."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from ..configuration_reformer import ReformerConfig
+from ..ops.prng import FEED_FORWARD_DROPOUT, HIDDEN_DROPOUT, dropout, fold
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm that takes its input in any dtype, such as the residual streams', and answers in its weight's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+class FeedForward(nn.Module):
+    """Two projections with dropout before and after."""
+
+    def __init__(self, config: ReformerConfig):
+        super().__init__()
+        self.dropout = config.hidden_dropout_prob
+        self.act = ACT2FN[config.hidden_act]
+        self.up_proj = nn.Linear(config.hidden_size, config.feed_forward_size)
+        self.down_proj = nn.Linear(config.feed_forward_size, config.hidden_size)
+
+    def forward(self, x: torch.Tensor, key: torch.Tensor | None, first: int = 0) -> torch.Tensor:
+        """(B, T, D) → (B, T, D).
+
+        Args:
+            key: of this layer's dropout, None in evaluation.
+            first: position of x[:, 0] in its sequence.
+        """
+        x = self.up_proj(x)
+        x = dropout(x, self.dropout, key if key is None else fold(key, HIDDEN_DROPOUT), first)
+        x = self.down_proj(self.act(x))
+        return dropout(x, self.dropout, key if key is None else fold(key, FEED_FORWARD_DROPOUT), first)

@@ -1,0 +1,110 @@
+"""One more token through whole layers, in one call of the compiled kernel: generation on a CPU.
+
+Module by module, a small layer's step spends as long between its operations as in them.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import GELUActivation
+
+from ..ops.dispatch import compiled_token_step
+from .attention import Call
+
+MOST_ROWS = 8  # with more, matrix products of the whole batch are faster
+ACTIVATIONS = {nn.ReLU: False, GELUActivation: True}
+
+
+def token_step(
+    layers: Any, x1: torch.Tensor, x2: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The streams (B, 1, D) of one new token of every row behind these layers, as their modules give them.
+
+    None where that is not what is asked for, or where there is anything but what the kernel knows: float32 weights as
+    they were made, on a CPU.
+    """
+    if call.cache is None or call.attentions is not None or x2.shape[1] != 1 or x2.shape[0] > MOST_ROWS:
+        return None
+    if not x2.is_cpu or x2.dtype not in (torch.float64, torch.float32):
+        return None
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return None
+    steps = []
+    for layer in layers:
+        known = _known(layer, call.cache.layers)
+        if known is None:
+            return None
+        steps.append(known)
+    first = steps[0]["kept"].keys
+    step = compiled_token_step(layers[0].attention.backend, first)
+    if step is None:
+        return None
+    for one in steps:
+        kept = one["kept"]
+        one["numbers"] = kept.make_room(1, call.mask, None if kept.buckets is None else kept.buckets.shape[:3])
+    found = step(x1, x2, steps, call.rotary)
+    for one in steps:
+        one["kept"].count(one["numbers"])
+    return found
+
+
+def _known(layer: Any, all_kept: list) -> dict[str, Any] | None:
+    """What the kernel has to know of a layer, by its names; None where it cannot take it."""
+    if "made_of" not in layer.__dict__ or not layer.is_as_made():  # a wrapper, perhaps
+        return None
+    parts = layer._modules  # every token comes here, and a module's attributes take their time
+    attention, feed_forward = parts["attention"], parts["feed_forward"]
+    norm, second_norm = parts["attention_norm"], parts["feed_forward_norm"]
+    act = type(feed_forward._modules["act"])
+    kept = all_kept[attention.layer]
+    if attention.mode != "window" or attention.kind not in ("lsh", "local"):
+        return None
+    if not kept.columns or kept.keys.dtype != torch.float32 or act not in ACTIVATIONS or norm.eps != second_norm.eps:
+        return None
+    weights = _weights(attention, feed_forward, norm._parameters, second_norm._parameters)
+    if weights is None:
+        return None
+    return {
+        "kept": kept,
+        "weights": weights,
+        "gelu": ACTIVATIONS[act],
+        "epsilon": norm.eps,
+        "local_window": kept.local_window if kept.include_local else 0,
+        "scale": attention.scale,
+    }
+
+
+def _weights(
+    attention: Any, feed_forward: Any, norm: dict, second_norm: dict
+) -> dict[str, torch.Tensor | None] | None:
+    """By the names of the kernel; None where it cannot take them."""
+    shared = attention.kind == "lsh"
+    names = ("qk_proj", "v_proj", "o_proj") if shared else ("q_proj", "v_proj", "o_proj", "k_proj")
+    projections = [attention._modules[name]._parameters for name in names]
+    up_proj, down_proj = feed_forward._modules["up_proj"], feed_forward._modules["down_proj"]
+    up, down = up_proj._parameters, down_proj._parameters
+    hidden, wide, inner = down_proj.out_features, up_proj.out_features, attention.heads * attention.head_size
+    found = {
+        "attention_norm": (norm["weight"], (hidden,)),
+        "attention_norm_bias": (norm["bias"], (hidden,)),
+        "feed_forward_norm": (second_norm["weight"], (hidden,)),
+        "feed_forward_norm_bias": (second_norm["bias"], (hidden,)),
+        "query_proj": (projections[0]["weight"], (inner, hidden)),
+        "value_proj": (projections[1]["weight"], (inner, hidden)),
+        "out_proj": (projections[2]["weight"], (hidden, inner)),
+        "up_proj": (up["weight"], (wide, hidden)),
+        "up_bias": (up["bias"], (wide,)),
+        "down_proj": (down["weight"], (hidden, wide)),
+        "down_bias": (down["bias"], (hidden,)),
+    }
+    if not shared:
+        found["key_proj"] = projections[3]["weight"], (inner, hidden)
+    biased = any(parameters["bias"] is not None for parameters in projections)
+    fit = not biased and all(_fits(weight, shape) for weight, shape in found.values())
+    return {"key_proj": None, **{name: weight for name, (weight, _) in found.items()}} if fit else None
+
+
+def _fits(weight: torch.Tensor | None, shape: tuple[int, ...]) -> bool:
+    fits = weight is not None and weight.shape == shape and shape[0] % 4 == 0
+    return fits and weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous()

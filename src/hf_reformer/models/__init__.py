@@ -1,0 +1,1 @@
+"""The backbone, its heads, their losses and outputs."""

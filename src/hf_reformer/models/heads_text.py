@@ -1,0 +1,249 @@
+"""Task heads for text but the language models: backbone, one projection, one loss each."""
+
+import torch
+from torch import nn
+from transformers.utils import can_return_tuple
+
+from ..configuration_reformer import ReformerConfig
+from ..ops.sequence_parallel import Shard, own_tokens, sum_of_shares, tokens_at, whole_sequence
+from .input_checks import given_shape
+from .losses import IGNORE, check_label_shape, cross_entropy, with_coverage
+from .modeling_reformer import ReformerModel, ReformerPreTrainedModel
+from .outputs import (
+    ReformerMultipleChoiceOutput,
+    ReformerQuestionAnsweringOutput,
+    ReformerSequenceClassifierOutput,
+    ReformerTokenClassifierOutput,
+)
+
+
+class ClassificationHead(nn.Module):
+    """Dropout, dense, tanh, dropout, projection: (B, 2 D) → (B, classes)."""
+
+    def __init__(self, config: ReformerConfig, classes: int):
+        super().__init__()
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.dense = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out_proj(self.dropout(torch.tanh(self.dense(self.dropout(x)))))
+
+
+class ReformerForSequenceClassification(ReformerPreTrainedModel):
+    """Reformer with a classification or regression head over the pooled sequence (`config.classifier_pooling`)."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over rows
+
+    def __init__(self, config: ReformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = ReformerModel(config)
+        self.classifier = ClassificationHead(config, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> ReformerSequenceClassifierOutput:
+        r"""`labels`: (B) int64 classes, (B) or (B, num_labels) floats for regression or several labels a row."""
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
+        shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
+        logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling, shard))
+        loss = None if labels is None else _classification_loss(self.config, logits, labels.to(logits.device))
+        return ReformerSequenceClassifierOutput(
+            loss=with_coverage(loss, outputs.coverage_loss, self.config.coverage_loss_weight, training=self.training),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            coverage_loss=outputs.coverage_loss,
+        )
+
+
+class ReformerForTokenClassification(ReformerPreTrainedModel):
+    """Reformer with a classifier on every token."""
+
+    def __init__(self, config: ReformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = ReformerModel(config)
+        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> ReformerTokenClassifierOutput:
+        r"""`labels`: (B, T) int64, -100 for no target."""
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
+        shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
+        logits = whole_sequence(self.classifier(self.dropout(outputs.last_hidden_state)), shard)
+        check_label_shape(labels, logits.shape[:2])
+        loss = None
+        if labels is not None:
+            loss = cross_entropy(logits.flatten(0, 1), labels.reshape(-1).to(logits.device), num_items_in_batch)
+        weight = self.config.coverage_loss_weight
+        return ReformerTokenClassifierOutput(
+            loss=with_coverage(
+                loss, outputs.coverage_loss, weight, labels, num_items_in_batch, training=self.training
+            ),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            coverage_loss=outputs.coverage_loss,
+        )
+
+
+class ReformerForQuestionAnswering(ReformerPreTrainedModel):
+    """Reformer with a span head: scores of every token as start and as end of the answer."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over rows
+
+    def __init__(self, config: ReformerConfig):
+        super().__init__(config)
+        self.model = ReformerModel(config)
+        self.qa_outputs = nn.Linear(2 * config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> ReformerQuestionAnsweringOutput:
+        r"""`start_positions`, `end_positions`: (B) int64; a position outside the input (cut away) or on padding is no
+        target. Logits of padding are as low as the dtype goes."""
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
+        shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
+        scores = whole_sequence(self.qa_outputs(outputs.last_hidden_state), shard)  # (B, T, 2)
+        real = torch.ones_like(scores[..., 0], dtype=torch.bool)
+        if attention_mask is not None:  # an answer neither begins nor ends on padding: its width changes no loss
+            real = (attention_mask != 0).to(scores.device)
+            scores = scores.masked_fill(~real[..., None], torch.finfo(scores.dtype).min)
+        start_logits, end_logits = scores.unbind(-1)
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("Give both `start_positions` and `end_positions`, or neither.")
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            pairs = ((start_logits, start_positions), (end_logits, end_positions))
+            loss = sum(cross_entropy(logits, _inside(positions, real)) for logits, positions in pairs) / 2
+        return ReformerQuestionAnsweringOutput(
+            loss=with_coverage(loss, outputs.coverage_loss, self.config.coverage_loss_weight, training=self.training),
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            coverage_loss=outputs.coverage_loss,
+        )
+
+
+class ReformerForMultipleChoice(ReformerPreTrainedModel):
+    """Reformer that scores every choice of a question and picks among them."""
+
+    accepts_loss_kwargs = False  # the loss is a mean over questions
+
+    def __init__(self, config: ReformerConfig):
+        super().__init__(config)
+        self.model = ReformerModel(config)
+        self.classifier = ClassificationHead(config, 1)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> ReformerMultipleChoiceOutput:
+        r"""Inputs are (B, choices, T); `labels`: (B) int64, the index of the right choice."""
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        wanted = 3 if inputs_embeds is None else 4
+        if given is None or given.dim() != wanted:
+            found = None if given is None else tuple(given.shape)
+            raise ValueError(f"Multiple choice needs inputs of shape (batch, choices, length, …), found {found}.")
+        choices = given.shape[1]
+        flat = [
+            None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, position_ids, inputs_embeds)
+        ]
+        outputs = self.model(*flat, return_dict=True, **kwargs)
+        shard = self.model.shard(given.shape[2])
+        pooled = pool(outputs.last_hidden_state, flat[1], self.config.pooling, shard)
+        logits = self.classifier(pooled).view(-1, choices)
+        loss = None if labels is None else cross_entropy(logits, labels.to(logits.device))
+        return ReformerMultipleChoiceOutput(
+            loss=with_coverage(loss, outputs.coverage_loss, self.config.coverage_loss_weight, training=self.training),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            coverage_loss=outputs.coverage_loss,
+        )
+
+
+def pool(
+    hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str, shard: Shard | None = None
+) -> torch.Tensor:
+    """(B, T, D) → (B, D): mean over the real tokens, or the last or first real one; of all processes' tokens.
+
+    A row without a real token gives 0 (mean), or its last or first token.
+    """
+    rows, length = hidden.shape[0], hidden.shape[1] if shard is None else shard.length
+    mask = hidden.new_ones(rows, length) if attention_mask is None else (attention_mask != 0).to(hidden.device)
+    mask = mask.to(torch.promote_types(hidden.dtype, torch.float32))  # half precision cannot count a long sequence
+    if pooling == "mean":
+        weights = own_tokens(mask / mask.sum(-1, keepdim=True).clamp(min=1), shard)
+        return sum_of_shares((hidden * weights[..., None]).sum(1), shard).to(hidden.dtype)
+    place = mask.argmax(-1) if pooling == "first" else length - 1 - mask.flip(-1).argmax(-1)  # (B)
+    return tokens_at(hidden, place[:, None], shard)[:, 0]
+
+
+def _classifier_dropout(config: ReformerConfig) -> float:
+    return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
+
+
+def _classification_loss(config: ReformerConfig, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """By `config.problem_type`, or else by the number of labels and the labels' dtype. The config is not changed."""
+    kind = config.problem_type
+    if kind is None and config.num_labels == 1:
+        kind = "regression"
+    elif kind is None:
+        kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    if kind == "single_label_classification":
+        return cross_entropy(logits, labels.reshape(-1))
+    shape = logits.shape
+    if labels.numel() != logits.numel():
+        raise ValueError(f"labels have shape {tuple(labels.shape)}; {kind} with logits {tuple(shape)} needs the same.")
+    labels = labels.view(shape).to(logits.dtype)
+    if kind == "regression":
+        return nn.functional.mse_loss(logits, labels)
+    return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+
+
+def _inside(positions: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """(B) targets of a span head, -100 where they lie outside the input, or on what is not `real`, (B, T) bool."""
+    positions = positions.reshape(-1).to(real.device)
+    check_label_shape(positions, real.shape[:1])
+    inside = (positions >= 0) & (positions < real.shape[1])
+    nearest = positions.long().clamp(0, real.shape[1] - 1)
+    return torch.where(inside & real.gather(1, nearest[:, None])[:, 0], positions, IGNORE)

@@ -1,0 +1,214 @@
+"""Causal and masked language models: backbone, one projection, and a loss that never holds all logits at once."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.generation import GenerationMixin
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import can_return_tuple
+
+from ..cache.cache import CACHE_NAME, adopt
+from ..configuration_reformer import ReformerConfig
+from ..ops.sequence_parallel import Shard, own_tokens, sum_of_shares, tokens_at, whole_sequence
+from .input_checks import given_shape
+from .losses import IGNORE, check_label_shape, check_labels, chunked_cross_entropy, cross_entropy, with_coverage
+from .modeling_reformer import ReformerModel, ReformerPreTrainedModel
+from .outputs import ReformerCausalLMOutput, ReformerMaskedLMOutput
+
+
+class LanguageModel(ReformerPreTrainedModel):
+    """What causal and masked language models share: the head and its chunked loss.
+
+    With `tie_word_embeddings`, `lm_head` has the weight of the embeddings, and reads both streams merged into one.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: ReformerConfig):
+        super().__init__(config)
+        self.model = ReformerModel(config)
+        width = 2 * config.hidden_size
+        if config.tie_word_embeddings:
+            self.merge_streams = nn.Linear(width, config.hidden_size, bias=False)
+            width = config.hidden_size
+        self.lm_head = nn.Linear(width, config.vocab_size)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def _loss_and_logits(self, hidden, targets, shard: Shard | None, num_items, logits_to_keep=0):
+        """Hidden states of this process's tokens, (B, T, 2 D), and targets of all, or None.
+
+        In training with targets the logits exist for a few tokens at a time and are not returned.
+        """
+        loss = logits = None
+        every = isinstance(logits_to_keep, int) and logits_to_keep == 0
+        hidden = self.merge_streams(hidden) if self.config.tie_word_embeddings else hidden
+        if targets is None or not self.training:
+            logits = self.lm_head(kept_tokens(hidden, logits_to_keep, shard))
+        if targets is not None:
+            targets = targets.to(hidden.device)
+            check_labels(targets, self.config.vocab_size)  # of all processes' tokens: all raise, or none
+            num_items = (targets != IGNORE).sum() if num_items is None else num_items
+            own = own_tokens(targets, shard).reshape(-1)
+            if logits is not None and every:
+                loss = cross_entropy(logits.flatten(0, 1), own, num_items)
+            else:
+                chunk, size = self.config.chunk_size_lm_head, self.config.vocab_size
+                loss = chunked_cross_entropy(hidden.flatten(0, 1), self.lm_head, own, size, chunk, num_items)
+            loss = sum_of_shares(loss, shard)
+        if logits is not None and every:
+            logits = whole_sequence(logits, shard)
+        return loss, logits
+
+
+class ReformerForCausalLM(LanguageModel, GenerationMixin):
+    """Reformer with a language-model head. Always causal, whatever `config.is_decoder` says."""
+
+    def __init__(self, config: ReformerConfig):
+        if not config.is_decoder:
+            config = copy.deepcopy(config)
+            config.is_decoder = True
+            config.validate()
+        super().__init__(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        num_hashes: int | None = None,
+        num_buckets: int | list[int] | None = None,
+        **kwargs,
+    ) -> ReformerCausalLMOutput:
+        r"""
+        Args:
+            labels: (B, T) int64: the tokens themselves (shifting happens here), -100 for no target.
+            logits_to_keep: compute the logits of the last so many positions (0: all), or of the given indices.
+            num_items_in_batch: divide the summed loss by it (the Trainer's gradient accumulation).
+            num_hashes, num_buckets: as `ReformerModel` takes them; named here, so that `generate` takes them, too.
+            shift_labels: (B, T) int64: the target of every position, already shifted; instead of `labels`.
+
+        Returns:
+            ReformerCausalLMOutput. `logits` (B, T, vocab_size) is None in training with labels.
+        """
+        shift_labels = kwargs.pop("shift_labels", None)  # in the signature, Trainer would want it in evaluation
+        kwargs.update(num_hashes=num_hashes, num_buckets=num_buckets, return_dict=True)
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+        hidden, shape = outputs.last_hidden_state, given_shape(input_ids, inputs_embeds)
+        check_label_shape(shift_labels if shift_labels is not None else labels, shape)
+        targets: torch.Tensor | None = shift_labels
+        if targets is None and labels is not None:
+            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+        shard = self.model.shard(shape[1])
+        loss, logits = self._loss_and_logits(hidden, targets, shard, num_items_in_batch, logits_to_keep)
+        weight = self.config.coverage_loss_weight
+        return ReformerCausalLMOutput(
+            loss=with_coverage(
+                loss, outputs.coverage_loss, weight, targets, num_items_in_batch, training=self.training
+            ),
+            logits=logits,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            coverage_loss=outputs.coverage_loss,
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return True  # the library says no to whatever is called Reformer
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        """The library's choice of a cache with layers of ours; none for shared sequences: steps run all."""
+        if self.model.sequence_group is not None:
+            if "inputs_embeds" in model_kwargs:
+                raise ValueError(
+                    "generate(inputs_embeds=…) needs a cache, and shared sequences have none. Give `input_ids`."
+                )
+            generation_config.use_cache = False
+        if generation_config.cache_implementation == "quantized":
+            raise ValueError(
+                'cache_implementation="quantized" cannot serve here: its tokens are read one by one, not all at once. '
+                "Leave it out."
+            )
+        library: Any = super()
+        library._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        if model_kwargs.get(CACHE_NAME) is not None:
+            model_kwargs[CACHE_NAME] = adopt(model_kwargs[CACHE_NAME], self.config)
+            if generation_config.is_assistant:  # what it guesses wrong is taken back
+                model_kwargs[CACHE_NAME].activate_past_recording()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError(
+            "continuous batching hands attention pages of keys that others wrote, without their hash buckets. Use "
+            "`generate` with a batch padded on the left: every row comes out as it would alone."
+        )
+
+
+class ReformerForMaskedLM(LanguageModel):
+    """Reformer with a masked language-model head; needs `is_decoder=False`."""
+
+    def __init__(self, config: ReformerConfig):
+        if config.is_decoder:
+            raise ValueError(
+                "ReformerForMaskedLM fills in masked tokens from both sides, but `config.is_decoder=True` makes "
+                "attention causal. Set it to False, or use ReformerForCausalLM."
+            )
+        if config.is_encoder_decoder:
+            raise ValueError(
+                "ReformerForMaskedLM is an encoder alone, but `config.is_encoder_decoder=True`, so a saved language "
+                "model's head would be a decoder's. Use ReformerForConditionalGeneration, or set it to False."
+            )
+        super().__init__(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> ReformerMaskedLMOutput:
+        r"""`labels`: (B, T) int64, -100 where nothing was masked. `logits` is None in training with labels."""
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
+        shape = given_shape(input_ids, inputs_embeds)
+        check_label_shape(labels, shape)
+        shard = self.model.shard(shape[1])
+        loss, logits = self._loss_and_logits(outputs.last_hidden_state, labels, shard, num_items_in_batch)
+        weight = self.config.coverage_loss_weight
+        return ReformerMaskedLMOutput(
+            loss=with_coverage(
+                loss, outputs.coverage_loss, weight, labels, num_items_in_batch, training=self.training
+            ),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            coverage_loss=outputs.coverage_loss,
+        )
+
+
+def kept_tokens(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor, shard: Shard | None) -> torch.Tensor:
+    """The hidden states whose logits are wanted; of several processes, unless all are wanted."""
+    if shard is None or (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+        return slice_logits_to_keep(hidden, logits_to_keep)
+    places = torch.arange(shard.length, device=hidden.device).expand(hidden.shape[0], -1)[..., None]
+    return tokens_at(hidden, slice_logits_to_keep(places, logits_to_keep)[..., 0], shard)
+
+
+ReformerModelWithLMHead = ReformerForCausalLM

@@ -1,0 +1,123 @@
+"""Losses of the heads: exact under gradient accumulation, 0 without a target, never a whole sequence of logits."""
+
+import warnings
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..reversible.recompute import recomputed
+
+IGNORE = -100
+LOGITS_AT_A_TIME = 2**22
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None):
+    """Mean cross-entropy over labels that are not -100, or their sum divided by `num_items`; 0 without a target.
+
+    Args:
+        logits: (N, C) floating; computed in at least float32.
+        labels: (N) int64 in -100, 0 … C - 1.
+    """
+    if labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, but there is one target for each of the {logits.shape[0]} rows "
+            f"of scores. Give labels of shape {tuple(logits.shape[:1])}."
+        )
+    check_labels(labels, logits.shape[-1])
+    return _summed(logits, labels) / _count(labels, num_items)
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    head: nn.Module,
+    labels: torch.Tensor,
+    vocab_size: int,
+    chunk: int = 0,
+    num_items: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """`cross_entropy(head(hidden), labels)` with the logits of `chunk` tokens at a time, in backward too.
+
+    Args:
+        hidden: (N, D); head: D → vocab_size.
+        chunk: tokens at a time; 0 takes about four million logits at a time.
+    """
+    check_labels(labels, vocab_size)
+    chunk = chunk or max(1, LOGITS_AT_A_TIME // vocab_size)
+    total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    # Before torch 2.13, FSDP2 has the weights of its root away when a checkpoint in there runs again.
+    keeps = chunk >= hidden.shape[0] or (torch.__version__ < "2.13" and dist.is_initialized())
+    of_head = partial(_head_loss, head)
+    for part, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+        total = total + (of_head(part, targets) if keeps else recomputed(head, of_head, part, targets))
+    return total / _count(labels, num_items)
+
+
+def with_coverage(
+    loss: torch.Tensor | None,
+    coverage: torch.Tensor | None,
+    weight: float,
+    targets: torch.Tensor | None = None,
+    num_items: torch.Tensor | int | None = None,
+    training: bool = False,
+) -> torch.Tensor | None:
+    """A task's loss, and `weight` times the coverage loss of all layers; None where the task has none.
+
+    Args:
+        coverage: (layers), or None.
+        targets, num_items: where the task's loss is divided by `num_items`, a batch's coverage counts by its share of
+            the targets, so that accumulated batches come to a mean.
+        training: warn where there is a coverage loss and no loss to add it to.
+    """
+    if coverage is None or not weight:
+        return loss
+    if loss is None:
+        if training and not torch.compiler.is_compiling():
+            warnings.warn(
+                f"coverage_loss_weight={weight}, but without labels the model makes no loss to add the coverage loss "
+                "to. Whoever makes one elsewhere (label smoothing, `compute_loss_func`) has to add "
+                "`weight * outputs.coverage_loss.sum()` there.",
+                stacklevel=2,
+            )
+        return None
+    more = weight * coverage.sum()
+    if num_items is not None and targets is not None:
+        more = more * ((targets != IGNORE).sum().to(more.device) / _count(targets, num_items))
+    return loss + more.to(loss.dtype)
+
+
+def check_labels(labels: torch.Tensor, classes: int) -> None:
+    """Raise ValueError for labels that are neither -100 nor a class; in eager mode only."""
+    if torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    if labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(f"labels have dtype {labels.dtype}, but this loss needs class indices. Use `labels.long()`.")
+    low, high = labels.masked_fill(labels == IGNORE, 0).aminmax()
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"labels reach from {int(low)} to {int(high)}, but there are {classes} classes (0 … {classes - 1}). Mark "
+            f"tokens without a target with {IGNORE}, or set `num_labels` / `vocab_size` to fit the data."
+        )
+
+
+def check_label_shape(labels: torch.Tensor | None, shape: torch.Size) -> None:
+    """Raise ValueError for labels of another shape."""
+    if labels is not None and labels.shape != shape:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, but there is a target for each of {tuple(shape)}.")
+
+
+def _head_loss(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return _summed(head(hidden), labels)
+
+
+def _summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = labels.to(logits.device, torch.int64)
+    return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+
+
+def _count(labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor | int:
+    if num_items is None:
+        num_items = (labels != IGNORE).sum()
+    return num_items.to(labels.device).clamp(min=1) if isinstance(num_items, torch.Tensor) else max(num_items, 1)

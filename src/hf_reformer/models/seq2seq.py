@@ -1,0 +1,368 @@
+"""Encoder-decoder: a bidirectional Reformer reads the source, a causal one with cross-attention writes the target."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput, can_return_tuple
+
+from ..cache.cache import CACHE_NAME, adopt
+from ..configuration_reformer import ReformerConfig
+from ..layers.attention import Call
+from ..layers.cross_attention import CrossAttention, Source
+from ..layers.feed_forward import LayerNorm
+from ..layers.reformer_layer import ReformerLayer
+from ..ops.coverage import Shares, coverage_loss, make_shares
+from .input_checks import check_mask_values, given_shape
+from .language_models import LanguageModel
+from .losses import IGNORE, check_label_shape, check_labels, with_coverage
+from .modeling_reformer import ReformerModel
+from .outputs import ReformerDecoderOutput, ReformerSeq2SeqLMOutput
+
+
+class ReformerDecoderLayer(ReformerLayer):
+    """A causal layer whose f is self-attention plus cross-attention, side by side, each behind its own norm."""
+
+    def __init__(self, config: ReformerConfig, layer: int):
+        super().__init__(config, layer)
+        self.cross_attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.cross_attention = CrossAttention(config, layer)
+
+    def project(self, x2: torch.Tensor, call: Call, first: int) -> list[torch.Tensor | None]:
+        query = self.cross_attention.project(self.cross_attention_norm(x2))
+        return [*super().project(x2, call, first), query]
+
+    def attend(self, projected: list[Any], call: Call, *states: torch.Tensor, known: Any = None) -> Any:
+        """As every layer's; then, where the call asks for it, also what every token of the source receives, (B, S)."""
+        mixed, *received = self.cross_attention(projected.pop(), *states, call.source, call.paid)
+        own = super().attend(projected, call, known)
+        own, *told = own if isinstance(own, tuple) else (own,)
+        mixed = torch.cat([own, mixed], dim=-1)
+        return (mixed, *told, *received) if told else mixed
+
+    def merge(self, mixed: torch.Tensor, call: Call, first: int) -> torch.Tensor:
+        own, cross = mixed.chunk(2, dim=-1)
+        cross = self.cross_attention.merge(cross, call.layer_key, call.first + first)
+        return super().merge(own, call, first) + cross
+
+
+class ReformerDecoder(ReformerModel):
+    """A causal Reformer whose layers look at an encoder's states, too. Its config is `ReformerConfig.of_decoder()`."""
+
+    layer_class = ReformerDecoderLayer
+    _no_split_modules = ["ReformerDecoderLayer"]
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        output_attentions: bool | str | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        cache: Cache | None = None,
+        **kwargs,
+    ) -> ReformerDecoderOutput:
+        r"""
+        Args:
+            encoder_hidden_states: (B, S, 2 D), the encoder's last hidden state.
+            encoder_attention_mask: (B, S), 1 for real tokens of the source.
+            cache, past_key_values: two names for an `EncoderDecoderCache`.
+            others: as `ReformerModel` takes them.
+
+        Raises:
+            ValueError: states, masks or caches that cannot be right.
+        """
+        if cache is not None and past_key_values is not None:
+            raise ValueError("`cache` and `past_key_values` are two names for one argument. Give one of them.")
+        states, rows = encoder_hidden_states, given_shape(input_ids, inputs_embeds)[0]
+        self._check_source(states, encoder_attention_mask, rows)
+        both = self._both_caches(past_key_values if cache is None else cache, use_cache, states)
+        if both is None or both.get_seq_length() == 0:  # and not for every token that is generated
+            check_mask_values(encoder_attention_mask)
+        mask = None if encoder_attention_mask is None else encoder_attention_mask.to(states.device) != 0
+        if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
+            mask = None
+        wanted = self.config.output_attentions if output_attentions is None else output_attentions
+        kept = (None, None) if both is None else (both.self_attention_cache, both.cross_attention_cache)
+        source = Source(mask, kept[1], [] if wanted else None)
+        outputs = super().forward(
+            input_ids,
+            attention_mask,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            past_key_values=kept[0],
+            of_encoder=((states,), source),
+            **{**kwargs, "return_dict": True},
+        )
+        return ReformerDecoderOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            **{CACHE_NAME: both},
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            coverage_loss=outputs.coverage_loss,
+            cross_attentions=None if source.attentions is None else tuple(source.attentions),
+        )
+
+    def _coverage(self, received: list[torch.Tensor], shares: Shares, source: Any) -> torch.Tensor:
+        """Of what tokens of target and source receive in turn, layer by layer, the sum of both losses (layers)."""
+        own = super()._coverage(received[::2], shares, source)
+        cross = torch.stack(received[1::2])
+        real = (shares.paid > 0).any(-1, keepdim=True).expand(cross.shape[1:])  # rows with a target
+        real = real if source.mask is None else real & source.mask
+        target = make_shares(real, real.cumsum(-1) - 1)
+        return own + coverage_loss(cross, target).to(own.dtype)
+
+    def _check_source(self, states: torch.Tensor | None, mask: torch.Tensor | None, rows: int) -> None:
+        width = 2 * self.config.hidden_size
+        if states is None:
+            raise ValueError("A decoder needs `encoder_hidden_states`, the encoder's last hidden state.")
+        if states.dim() != 3 or states.shape[0] != rows or states.shape[1] == 0 or states.shape[2] != width:
+            raise ValueError(
+                f"The encoder's states have shape {tuple(states.shape)}; for {rows} rows of the target they must be "
+                f"({rows}, source length, {width}): both residual streams of every source token."
+            )
+        if mask is not None and mask.shape != states.shape[:2]:
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(mask.shape)}; with a source of {tuple(states.shape[:2])} tokens "
+                "it must be the same."
+            )
+
+    def _both_caches(self, given: Any, wanted: bool | None, states: torch.Tensor) -> EncoderDecoderCache | None:
+        """Of the target's tokens, and of the source's keys and values, which begin anew with the target."""
+        if given is not None and not isinstance(given, EncoderDecoderCache):
+            raise ValueError(
+                f"The cache given is a {type(given).__name__}, but an encoder-decoder keeps two. Give what an earlier "
+                "call returned, or `EncoderDecoderCache(DynamicCache(), DynamicCache())`."
+            )
+        own = self._cache(None if given is None else given.self_attention_cache, wanted)
+        if own is None:
+            return None
+        both = EncoderDecoderCache(own, DynamicCache()) if given is None else given
+        both.self_attention_cache = own  # type: ignore[assignment]  # any cache
+        if own.get_seq_length() == 0:
+            both.cross_attention_cache = DynamicCache()
+        layers = both.cross_attention_cache.layers
+        held = [getattr(layer, "keys", None) for layer in layers]
+        if own.get_seq_length() and [x is not None and x.shape[2] for x in held] != [states.shape[1]] * len(
+            self.layers
+        ):
+            raise ValueError(
+                f"The cache was filled with another source than this one of {states.shape[1]} tokens. Begin anew with "
+                "an empty cache."
+            )
+        return both
+
+
+class ReformerForConditionalGeneration(LanguageModel, GenerationMixin):
+    """Encoder-decoder with a language-model head, whatever `config.is_encoder_decoder` says.
+
+    `model` is the encoder, a `ReformerModel`, so that every other class reads it from a folder of this one, and this
+    one begins with the encoder of any folder; `decoder` is the decoder. They share the token embeddings, and with
+    `config.tie_encoder_decoder` all but the decoder's cross-attention and the final norms.
+    """
+
+    def __init__(self, config: ReformerConfig):
+        super().__init__(config.as_encoder_decoder())
+        self.decoder = ReformerDecoder(self.config.of_decoder())
+        self.decoder.embed_tokens = self.model.embed_tokens
+        names = [name for name, _ in self.decoder.named_parameters(remove_duplicate=False)]
+        shared = ("embed_tokens.", "position_embeddings.", "layers.")[: 3 if config.tie_encoder_decoder else 1]
+        shared_names = [name for name in names if name.startswith(shared) and "cross_attention" not in name]
+        self._tied_weights_keys = {f"decoder.{name}": f"model.{name}" for name in shared_names}
+        self._tied_weights_keys |= type(self)._tied_weights_keys if config.tie_word_embeddings else {}
+        self.post_init()
+        if config.tie_encoder_decoder:  # two layers that share weights cannot be wrapped one by one
+            self._no_split_modules = set()  # type: ignore[assignment]  # as the library has it by now
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As for every model of the library; of a folder of another model, the encoder."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model.generation_config.decoder_start_token_id is None:  # nothing of the folder tells it
+            model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
+        model._check_sharing()
+        return loaded
+
+    def _check_sharing(self) -> None:
+        """Raise ValueError where the library left apart what a folder holds with different values."""
+        if not self.config.tie_encoder_decoder or getattr(self, "hf_quantizer", None) is not None:
+            return
+        named = dict(self.named_parameters(remove_duplicate=False))
+        shared = self.get_expanded_tied_weights_keys().items()
+        apart = [x for x, source in shared if x.startswith("decoder.") and named[x] is not named[source]]
+        if apart:
+            raise ValueError(
+                f"`tie_encoder_decoder=True`, but the folder's encoder and decoder differ, {apart[0]} for one. Load "
+                "it with `tie_encoder_decoder=False`, or begin with a folder of the encoder alone."
+            )
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """What shares its values with what; not a matter of `tie_word_embeddings` alone, as the library has it."""
+        names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        return {name: source for name, source in self._tied_weights_keys.items() if {name, source} <= names}
+
+    def get_encoder(self, *args, **kwargs) -> ReformerModel:
+        return self.model
+
+    def get_decoder(self) -> ReformerDecoder:
+        return self.decoder
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = self.decoder.embed_tokens = value  # type: ignore[assignment]
+
+    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+        found = super().resize_token_embeddings(*args, **kwargs)
+        self.decoder.config.vocab_size = self.config.vocab_size
+        return found
+
+    def share_sequences(self, group: Any) -> None:
+        """Not possible: raises ValueError, unless `group` is None."""
+        if group is not None:
+            raise ValueError(
+                "Processes cannot share the sequences of an encoder-decoder: its cross-attention looks at a whole "
+                "source. Share the work by rows instead: DistributedDataParallel or FSDP."
+            )
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """(B, T) labels → the decoder's input: a place to the right, behind the start token, -100 as padding."""
+        check_labels(labels, self.config.vocab_size)
+        pad = self.config.decoder_start_token_id if self.config.pad_token_id is None else self.config.pad_token_id
+        shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
+        return shifted.masked_fill(shifted == IGNORE, pad)
+
+    def _check_labels(self, labels: torch.Tensor | None) -> None:
+        """Before the encoder runs."""
+        if labels is None:
+            return
+        if labels.dim() != 2 or 0 in labels.shape:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)}; an encoder-decoder's must be (batch, length of the target)."
+            )
+        check_labels(labels, self.config.vocab_size)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        num_hashes: int | None = None,
+        num_buckets: int | list[int] | None = None,
+        cache: Cache | None = None,
+        **kwargs,
+    ) -> ReformerSeq2SeqLMOutput:
+        r"""
+        Args:
+            input_ids, attention_mask, inputs_embeds: the source, as `ReformerModel` takes it, (B, S).
+            encoder_outputs: what the encoder gave for a source, in place of it; its first entry is (B, S, 2 D). Where
+                it tells no `coverage_loss`, that of the decoder stands alone.
+            decoder_input_ids or decoder_inputs_embeds: the target so far, (B, T), behind the start token. Default:
+                `labels`, shifted.
+            decoder_attention_mask: (B, T), 1 for real tokens; with a cache, of the tokens before, too.
+            labels: (B, T) int64, the target of every position, not shifted again; -100 for none.
+            cache, past_key_values: two names for an `EncoderDecoderCache`, of an earlier call or empty.
+            use_cache, logits_to_keep, num_items_in_batch: as `ReformerForCausalLM` takes them.
+            num_hashes, num_buckets, output_attentions, output_hidden_states: as `ReformerModel` takes them; for both.
+
+        Returns:
+            ReformerSeq2SeqLMOutput. `logits` (B, T, vocab_size) is None in training with labels.
+
+        Raises:
+            ValueError: what cannot be right; the message says which and why.
+        """
+        if any(name in kwargs for name in ("position_ids", "decoder_position_ids")):
+            raise ValueError(
+                "An encoder-decoder takes no position ids: positions follow from the masks, and a row holds one "
+                "source and one target, never several samples."
+            )
+        self._check_labels(labels)
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[assignment]
+            covers = kwargs.get("output_coverage")
+            if decoder_attention_mask is None and self.model._covers(covers, None):
+                targets = (labels != IGNORE).long()
+                decoder_attention_mask = targets.flip(-1).cummax(-1).values.flip(-1)  # without padding at the end
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError(
+                "The decoder has no input: give `labels` or `decoder_input_ids`. Where the Trainer keeps the labels "
+                "to itself, as for label smoothing, `DataCollatorForSeq2Seq(tokenizer, model=model)` makes both."
+            )
+        check_label_shape(labels, given_shape(decoder_input_ids, decoder_inputs_embeds))
+        if encoder_outputs is not None and not (
+            isinstance(encoder_outputs, (ModelOutput, tuple, list)) and encoder_outputs
+        ):
+            raise ValueError(
+                f"`encoder_outputs` is {type(encoder_outputs).__name__}. Give what the encoder returned, or a tuple "
+                "that begins with its last hidden state, (B, S, 2 D)."
+            )
+        for name in ("output_attentions", "output_hidden_states"):
+            kwargs[name] = getattr(self.config, name) if kwargs.get(name) is None else kwargs[name]
+        kwargs.update(num_hashes=num_hashes, num_buckets=num_buckets, return_dict=True)
+        if encoder_outputs is None:
+            encoder_outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        outputs = self.decoder(
+            decoder_input_ids,
+            decoder_attention_mask,
+            encoder_hidden_states=encoder_outputs[0],
+            encoder_attention_mask=attention_mask,
+            inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            past_key_values=past_key_values,
+            cache=cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        loss, logits = self._loss_and_logits(hidden, labels, None, num_items_in_batch, logits_to_keep)
+        coverage = getattr(encoder_outputs, "coverage_loss", None), outputs.coverage_loss
+        told = [x for x in coverage if x is not None]  # of the encoder's layers, then the decoder's
+        both = None if outputs.coverage_loss is None else torch.cat(told)
+        weight = self.config.coverage_loss_weight
+        return ReformerSeq2SeqLMOutput(
+            loss=with_coverage(loss, both, weight, labels, num_items_in_batch, training=self.training),
+            logits=logits,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+            decoder_hidden_states=outputs.hidden_states,
+            decoder_attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
+            encoder_attentions=getattr(encoder_outputs, "attentions", None),
+            coverage_loss=both,
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return True  # the library says no to whatever is called Reformer
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        """The library's choice of caches, of which that of the target gets layers of ours."""
+        library: Any = super()
+        library._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        both: Any = model_kwargs.get(CACHE_NAME)
+        if isinstance(both, EncoderDecoderCache):
+            own: Any = adopt(both.self_attention_cache, self.decoder.config)
+            both.self_attention_cache = own
+            if generation_config.is_assistant:  # what it guesses wrong is taken back
+                both.activate_past_recording()
+
+    def init_continuous_batching(self, *args, **kwargs):
+        raise ValueError("Continuous batching knows no encoder-decoders. Use `generate` with a padded batch.")
+
+
+__all__ = ["ReformerForConditionalGeneration"]

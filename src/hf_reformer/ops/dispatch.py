@@ -1,0 +1,145 @@
+"""Ordered attention, the one op behind local and LSH attention, and the choice of a backend for it."""
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from .lsh import Orders, lsh_buckets, sorted_line, sorted_windows
+from .prng import normal_rows
+from .reference import ordered_attention as reference_attention
+from .tiled_attention import tiled_attention
+
+try:
+    from reformer_kernels import triton as _triton
+    from reformer_kernels.contract import CONTRACT
+    from reformer_kernels.cpu import torch_ops as _cpu
+
+    # A copy of this file that came with a model may meet a package of another age.
+    KERNELS: dict[str, ModuleType] = {"cpu": _cpu, "triton": _triton} if CONTRACT == 3 else {}
+except ImportError:  # this file travels alone: a model loaded with trust_remote_code, without the package
+    KERNELS = {}
+
+logger = logging.getLogger(__name__)
+
+BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"torch": tiled_attention, "reference": reference_attention}
+
+
+def chosen_backend(choice: str = "auto") -> str:
+    """`config.attention_backend`, or the environment variable HF_REFORMER_BACKEND, which overrules it.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    choice = os.environ.get("HF_REFORMER_BACKEND", choice)
+    if choice != "auto" and choice not in BACKENDS and choice not in KERNELS:
+        raise ValueError(
+            f"attention backend {choice!r} is unknown. Choose 'auto' or one of {sorted([*BACKENDS, *KERNELS])} "
+            "(config.attention_backend, or the environment variable HF_REFORMER_BACKEND)."
+        )
+    return choice
+
+
+def backend_name(choice: str, *tensors: torch.Tensor) -> str:
+    """The backend that serves query, value and perhaps key, (B, H, T, D).
+
+    "auto" is the compiled kernel on a CPU where it can be used, else "torch".
+
+    Raises:
+        ValueError: no such backend, or it cannot serve these tensors.
+    """
+    choice = chosen_backend(choice)
+    if choice == "auto":
+        if "cpu" not in KERNELS or tensors[0].device.type != "cpu":
+            return "torch"
+        reason = KERNELS["cpu"].why_not(*tensors)
+        if reason is not None and not torch.compiler.is_compiling():
+            _tell_once(reason)
+        return "cpu" if reason is None else "torch"
+    if choice in KERNELS and (reason := KERNELS[choice].why_not(*tensors)):
+        raise ValueError(f"attention backend {choice!r} cannot be used here: {reason}. Choose 'auto', or 'torch'.")
+    return choice
+
+
+@functools.cache
+def _tell_once(reason: str) -> None:
+    logger.warning("Attention runs in pure PyTorch, several times slower than compiled: %s.", reason)
+
+
+class OrderMakers(NamedTuple):
+    """What a backend brings for making orders.
+
+    Attributes:
+        lsh_buckets: `hashing.lsh_buckets`, or a faster one.
+        sort_windows, sort_line: for the `sort` of `window_orders` and `chunk_orders`.
+        normals: for those of `window_rotations`.
+    """
+
+    lsh_buckets: Callable
+    sort_windows: Callable
+    sort_line: Callable
+    normals: Callable
+
+
+def order_makers(choice: str, vectors: torch.Tensor) -> OrderMakers:
+    """Those of the backend that serves `vectors` (B, H, T, D)."""
+    if backend_name(choice, vectors, vectors) == "cpu":
+        kernel = KERNELS["cpu"]
+        return OrderMakers(kernel.lsh_buckets, kernel.sorted_windows, kernel.sorted_line, kernel.normal_rows)
+    return OrderMakers(lsh_buckets, sorted_windows, sorted_line, normal_rows)
+
+
+def compiled_step(choice: str, kept: torch.Tensor) -> Callable | None:
+    """`kernels.cpu.step` where it serves tensors like `kept` (B, H, T, D), and nothing is traced; else None."""
+    if torch.compiler.is_compiling():
+        return None
+    name = backend_name(choice, kept)
+    served = name == "cpu" and kept.dtype in (torch.float32, torch.bfloat16)
+    return KERNELS["cpu"].step if served else None
+
+
+def compiled_token_step(choice: str, kept: torch.Tensor) -> Callable | None:
+    """`kernels.cpu.token_step` where it serves tensors like `kept` (B, H, T, D), else None."""
+    return KERNELS["cpu"].token_step if backend_name(choice, kept) == "cpu" and kept.dtype == torch.float32 else None
+
+
+def ordered_attention(
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor,
+    orders: Orders,
+    *,
+    causal: bool,
+    mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_key: torch.Tensor | None = None,
+    scale: float = 1.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """One softmax per token over everything its windows show, each pair counted as `orders` says.
+
+    Args:
+        query, value: (B, H, T, D) floating. Half precision is accumulated in float32.
+        key: the same, or None for shared query/key attention: keys are then the queries scaled to unit length
+            (`reference.shared_key`), and a token sees itself only where it sees nothing else.
+        orders: `hashing.window_orders` or `hashing.chunk_orders`, batch B (heads H or 1).
+        causal, mask: used by the chunk rule alone, whose softmax keeps the future and padding with a score of -1e9.
+            mask: (B, T) bool, True for real tokens. In window mode `orders` has both built in.
+        scale: scores are query @ key^T * scale; shared keys have their own.
+        dropout, dropout_key: dropout on the attention weights, a function of (dropout_key, row, head, query, key).
+
+    Returns:
+        (B, H, T, D) in value's dtype. A token that sees nothing gets 0.
+    """
+    if dropout_key is None or dropout == 0:
+        dropout, dropout_key = 0.0, None
+    name = backend_name(backend, *(x for x in (query, value, key) if x is not None))
+    how = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
+    if name == "cpu":  # without a scaled copy of the keys
+        return KERNELS["cpu"].ordered_attention(query, key, value, orders, scale=scale, **how)
+    attend = KERNELS[name].ordered_attention if name in KERNELS else BACKENDS[name]
+    return attend(query, key if key is None or scale == 1 else key * scale, value, orders, **how)

@@ -1,0 +1,1 @@
+"""What every recipe trains with: the model, trainers, metrics, reports, distributed training."""

@@ -1,0 +1,1 @@
+"""The C++ kernels: compiled on first use, called through ctypes, registered as torch ops."""

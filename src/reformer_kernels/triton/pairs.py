@@ -1,0 +1,279 @@
+"""What the kernels share: where things lie, and what a pair of query and key comes to.
+
+Rows: query, key, value, output and gradients lie as (B, T, H, D), as projections make them, so token t of head h of
+row b is row (b * T + t) * H + h. Numbers of a token (maximum, sum, …) lie as (B, H, T), orders as (B, H or 1, R, T).
+
+A vector of queries or keys becomes a row or a column of a tile by `along`: the kernels that loop over keys have
+queries down (axis 0) and keys across (axis 1), the one that loops over queries has it the other way round.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from hf_reformer.ops import prng as randomness
+from hf_reformer.ops.reference import MASKED_SCORE, SELF_SCORE
+
+LOG2_E = tl.constexpr(1.4426950408889634)  # scores are kept in units of log 2, for exp2
+SELF = tl.constexpr(SELF_SCORE * 1.4426950408889634)
+MASKED = tl.constexpr(MASKED_SCORE * 1.4426950408889634)
+FLOOR = tl.constexpr(-1e30)  # running maxima start here: below every score, and finite, so differences stay numbers
+FARTHEST = tl.constexpr(2**31 - 1)  # beyond every place
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+GOLDEN, MIX_1, MIX_2 = (tl.constexpr(x % 2**32) for x in (randomness.GOLDEN, randomness.MIX_1, randomness.MIX_2))
+
+
+class Inputs(NamedTuple):
+    """Tensors that every kernel reads; None where its kind has no use for them."""
+
+    query: Any  # (B, T, H, size)
+    key: Any  # the same; of shared query/key attention the queries
+    value: Any  # (B, T, H, value_size)
+    factor: Any  # (B, H, T) float32: shared keys are queries times this
+    line: Any  # (B, H or 1, R, T) int32, as `hashing.Orders` has them
+    lo: Any
+    hi: Any
+    place_of: Any  # the same by token: where it stands, and what it sees there
+    lowest_of: Any
+    highest_of: Any
+    real: Any  # (B, T) uint8, 1 for real tokens
+    dropout_key: Any  # (2) int32: the key, and the number of the first head
+
+
+class Numbers(NamedTuple):
+    """Numbers that are the same in every call of a model."""
+
+    heads: Any
+    order_heads: Any
+    rounds: Any
+    threshold: Any  # random numbers below it are dropped
+    keep_scale: Any  # what is kept is multiplied by this
+
+
+class Kind(NamedTuple):
+    """What a kernel is compiled for, beside dtypes and tiles."""
+
+    size: int
+    value_size: int
+    block: int  # the sizes, padded to what a tensor core takes
+    value_block: int
+    shared: bool  # keys are made of the queries
+    count_once: bool  # window rule
+    causal: bool  # the future is filled (chunk rule)
+    padded: bool  # padding is filled (chunk rule)
+    dropout: bool
+    pushed: bool = False  # what tokens receive has a gradient, too
+
+
+class Head(NamedTuple):
+    """One head of one row of the batch: the sizes it has, and where its parts of the tensors begin."""
+
+    batch: Any
+    head: Any
+    heads: Any
+    length: Any
+    places: Any  # R * T
+    first_row: Any
+    first_number: Any
+    first_place: Any
+
+
+class Queries(NamedTuple):
+    """Vectors of n queries, each at one place of the line."""
+
+    token: Any
+    lowest: Any  # place that it sees first
+    highest: Any  # and last
+    draw: Any  # random number, or None
+
+
+class Keys(NamedTuple):
+    """Vectors of n keys, each at one place of the line."""
+
+    token: Any
+    place: Any
+    factor: Any  # shared keys are queries times this, or None
+    draw: Any
+
+
+# --- where things are
+
+
+@triton.jit
+def locate(TILE: tl.constexpr, numbers, length, round):
+    """This program's head, the places of its tile in the round (n), and which of them are inside the round (n)."""
+    tiles = tl.cdiv(length, TILE)
+    program = tl.program_id(0)
+    line = program // tiles
+    batch, head = line // numbers.heads, line % numbers.heads
+    places = numbers.rounds * length
+    first_row = batch.to(tl.int64) * length * numbers.heads + head
+    first_number = line.to(tl.int64) * length
+    first_place = (batch * numbers.order_heads + head % numbers.order_heads).to(tl.int64) * places
+    at = Head(batch, head, numbers.heads, length, places, first_row, first_number, first_place)
+    offset = program % tiles * TILE + tl.arange(0, TILE)
+    return at, round * length + offset, offset < length
+
+
+@triton.jit
+def load_rows(x, at, token, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """(n, BLOCK): the rows of n tokens, zeros beyond SIZE."""
+    column = tl.arange(0, BLOCK)[None, :]
+    row = at.first_row + token.to(tl.int64) * at.heads
+    if SIZE == BLOCK:
+        rows = tl.load(x + row[:, None] * SIZE + column)
+    else:
+        rows = tl.load(x + row[:, None] * SIZE + column, mask=column < SIZE, other=0.0)
+    return rows
+
+
+@triton.jit
+def store_rows(x, rows, inside, at, token, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Write (n, BLOCK) rows to the tokens that are `inside` (n)."""
+    column = tl.arange(0, BLOCK)[None, :]
+    row = at.first_row + token.to(tl.int64) * at.heads
+    tl.store(x + row[:, None] * SIZE + column, rows.to(x.dtype.element_ty), mask=inside[:, None] & (column < SIZE))
+
+
+@triton.jit
+def wrap(place, places):
+    """place modulo places, 0 … places - 1."""
+    return (place % places + places) % places
+
+
+@triton.jit
+def queries_at(inputs, at, place, kind):
+    """The queries at n places, which may lie laps before or behind the line; so may what they see."""
+    wrapped = wrap(place, at.places)
+    token = tl.load(inputs.line + at.first_place + wrapped)
+    lowest = tl.load(inputs.lo + at.first_place + wrapped) + (place - wrapped)
+    highest = tl.load(inputs.hi + at.first_place + wrapped) + (place - wrapped)
+    return Queries(token, lowest, highest, query_draw(inputs, at, token) if kind.dropout else None)
+
+
+@triton.jit
+def keys_at(inputs, at, place, kind):
+    """The keys at n places, which may lie laps before or behind the line."""
+    token = tl.load(inputs.line + at.first_place + wrap(place, at.places))
+    factor = tl.load(inputs.factor + at.first_number + token) if kind.shared else None
+    return Keys(token, place, factor, key_draw(inputs, token) if kind.dropout else None)
+
+
+@triton.jit
+def along(x, AXIS: tl.constexpr):
+    """A vector (n) as a column (n, 1) on axis 0, or as a row (1, n) on axis 1."""
+    return tl.expand_dims(x, 1 - AXIS)
+
+
+@triton.jit
+def matmul(a, b):
+    """a @ b in float32; of float32 as three products of 19-bit numbers, which lose next to nothing."""
+    if INTERPRETED:  # it multiplies the bits of bfloat16 as if they were integers
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def numbers_of(x, at, token):
+    """Numbers (B, T) of n tokens."""
+    return tl.load(x + at.batch.to(tl.int64) * at.length + token)
+
+
+# --- what a pair comes to
+
+
+@triton.jit
+def fill_fixed(
+    x,  # a tile of float32
+    masked: tl.constexpr,
+    itself: tl.constexpr,
+    inputs,
+    at,
+    queries,
+    keys,
+    QUERY_AXIS: tl.constexpr,
+    kind,
+):
+    """The tile with all pairs filled whose score is a fixed number.
+
+    In the older implementation's order: `masked` for the future and padding first, `itself` for a token itself last.
+    """
+    query, key = along(queries.token, QUERY_AXIS), along(keys.token, 1 - QUERY_AXIS)
+    if kind.causal:
+        x = tl.where(query < key, masked, x)
+    if kind.padded:
+        real = tl.load(inputs.real + at.batch.to(tl.int64) * at.length + keys.token)
+        x = tl.where(along(real, 1 - QUERY_AXIS) == 0, masked, x)
+    if kind.shared:
+        x = tl.where(query == key, itself, x)
+    return x
+
+
+@triton.jit
+def pair_scores(
+    products,  # a tile of float32: query @ key
+    inputs,
+    at,
+    queries,
+    keys,
+    round,
+    QUERY_AXIS: tl.constexpr,
+    FIRST: tl.constexpr,
+    kind,
+):
+    """Scores as the softmax sees them, in units of log 2; -inf where this round does not show the pair, or (window
+    rule) one before it did.
+    """
+    scores = products * LOG2_E
+    if kind.shared:
+        scores = scores * along(keys.factor, 1 - QUERY_AXIS)
+    scores = fill_fixed(scores, MASKED, SELF, inputs, at, queries, keys, QUERY_AXIS, kind)
+    place = along(keys.place, 1 - QUERY_AXIS)
+    shown = (place >= along(queries.lowest, QUERY_AXIS)) & (place <= along(queries.highest, QUERY_AXIS))
+    scores = tl.where(shown, scores, float("-inf"))
+    if kind.count_once and not FIRST:
+        by_token = at.first_place
+        for _ in range(round):  # not unrolled: one kernel serves any number of rounds, with as many registers
+            place = along(tl.load(inputs.place_of + by_token + keys.token), 1 - QUERY_AXIS)
+            first = along(tl.load(inputs.lowest_of + by_token + queries.token), QUERY_AXIS)
+            last = along(tl.load(inputs.highest_of + by_token + queries.token), QUERY_AXIS)
+            scores = tl.where((place >= first) & (place <= last), float("-inf"), scores)
+            by_token += at.length
+    return scores
+
+
+# --- dropout, bit for bit that of `randomness`
+
+
+@triton.jit
+def fold(key, counter):
+    """`randomness.fold` on uint32."""
+    x = (key ^ (counter * GOLDEN)) + 1
+    x = (x ^ (x >> 16)) * MIX_1
+    x = (x ^ (x >> 13)) * MIX_2
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def query_draw(inputs, at, token):
+    """`reference.pair_keys` of the queries."""
+    key = tl.load(inputs.dropout_key).to(tl.uint32, bitcast=True)
+    head = at.head + tl.load(inputs.dropout_key + 1)
+    key = fold(fold(key, at.batch.to(tl.uint32, bitcast=True)), head.to(tl.uint32, bitcast=True))
+    return fold(key, token.to(tl.uint32, bitcast=True))
+
+
+@triton.jit
+def key_draw(inputs, token):
+    """`reference.pair_keys` of the keys."""
+    key = tl.load(inputs.dropout_key).to(tl.uint32, bitcast=True)
+    return fold(fold(key, tl.full([], 2**32 - 1, tl.uint32)), token.to(tl.uint32, bitcast=True))
+
+
+@triton.jit
+def drop(x, queries, keys, numbers, QUERY_AXIS: tl.constexpr):
+    """The tile after dropout (`randomness.pair_scramble`)."""
+    drawn = (along(queries.draw, QUERY_AXIS) ^ along(keys.draw, 1 - QUERY_AXIS)) * MIX_1
+    drawn = (drawn ^ (drawn >> 15)) * MIX_2
+    return x * tl.where(drawn.to(tl.int32, bitcast=True) >= numbers.threshold, numbers.keep_scale, 0.0)

@@ -1,0 +1,439 @@
+"""The command line: what it prints is what `model.generate` gives, a chat runs every token once, mistakes are told."""
+
+import io
+import json
+import pkgutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import SMALL_WINDOWS
+from conftest import make_model as make_tiny
+from reformer_pytorch import ReformerLM
+from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, TextStreamer
+
+from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM, ReformerForSequenceClassification
+from hf_reformer.cli.main import main
+from hf_reformer.cli.text_generation import Conversation, load, special_ids
+from hf_reformer.hub.export import export
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message['role'] }}: {{ message['content'] }}{{ eos_token if message['role'] == 'assistant' else '' }}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
+WORDS = "on a wide, calm sea – ein Schiff, 海の上 – "  # characters of one, two and three bytes
+PROMPT = "What is that?"
+GREEDY = ["--greedy", "--max_new_tokens", "24"]
+
+
+def make_model(cls=ReformerForCausalLM, **overrides):
+    sizes = {"vocab_size": 260, "position_embedding_type": "rotary", "eos_token_id": None, **SMALL_WINDOWS}
+    return make_tiny(cls, dtype=torch.float32, **{**sizes, **overrides})
+
+
+def save(folder, model, tokenizer=None, template=TEMPLATE):
+    tokenizer = tokenizer or ReformerByteTokenizer()
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("model"), make_model())
+
+
+@pytest.fixture
+def line(capsys, monkeypatch):
+    """Run a command line with a text as stdin; returns exit status, stdout and stderr."""
+
+    def run(*argv, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        capsys.readouterr()
+        status = main([str(argument) for argument in argv])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def continuation(folder, text, bos=True, **options):
+    """The same by hand."""
+    model, tokenizer = load(folder)
+    ids = torch.tensor([[tokenizer.bos_token_id] * bos + tokenizer(text)["input_ids"]])
+    settings = {"max_new_tokens": 24, "do_sample": False, **special_ids(model, tokenizer, *[259] * bos), **options}
+    return tokenizer.batch_decode(model.generate(ids, **settings)[:, ids.shape[1] :], skip_special_tokens=True)
+
+
+# ---- generate ----
+
+
+@pytest.mark.parametrize("way", ["--prompt", "--prompt_file", "stdin"])
+def test_greedy_text_is_that_of_the_model(folder, line, tmp_path, way):
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT + "\n", encoding="utf-8")
+    given = {"--prompt": [way, PROMPT], "--prompt_file": [way, file], "stdin": []}[way]
+    status, out, _ = line("generate", "--model", folder, *GREEDY, *given, stdin=PROMPT)
+    assert (status, out) == (0, continuation(folder, PROMPT)[0] + "\n")
+
+
+def test_streamed_text_is_the_whole_text(folder, line):
+    common = ["generate", "--model", folder, "--prompt", PROMPT, *GREEDY[:-1], "150"]
+    assert line(*common) == line(*common, "--no_stream") == line(*common, "--prefill_chunk_size", "5")
+    assert len(line(*common)[1]) > 100
+
+
+def test_bos_can_be_left_out(folder, line):
+    _, out, _ = line("generate", "--model", folder, *GREEDY, "--prompt", PROMPT, "--no_bos")
+    assert out == continuation(folder, PROMPT, bos=False)[0] + "\n"
+    assert out != continuation(folder, PROMPT)[0] + "\n"
+    assert line("generate", "--model", folder, *GREEDY, "--prompt", "")[0] == 0  # a text from nothing
+    status, _, err = line("generate", "--model", folder, *GREEDY, "--prompt", "", "--no_bos")
+    assert status == 2
+    assert "prompt is empty" in err
+
+
+def test_bos_that_the_model_does_not_know_is_left_out(tmp_path, line):
+    folder = save(tmp_path, make_model(vocab_size=258))
+    _, out, _ = line("generate", "--model", folder, *GREEDY, "--prompt", PROMPT)
+    assert out == continuation(folder, PROMPT, bos=False)[0] + "\n"
+
+
+def test_a_new_document_ends_the_text(tmp_path, line):
+    model = make_model()
+    torch.nn.init.constant_(model.lm_head.bias[259], 1e4)
+    common = ["generate", "--model", save(tmp_path, model), *GREEDY, "--prompt", PROMPT, "--no_stream"]
+    assert line(*common) == (0, "\n", "")
+
+
+def test_samples_repeat_with_a_seed_and_several_are_set_apart(folder, line):
+    common = ["generate", "--model", folder, "--prompt", PROMPT, "--max_new_tokens", "12"]
+    first = line(*common, "--seed", "1", "--temperature", "0.9", "--top_p", "0.9", "--top_k", "20")
+    assert first == line(*common, "--seed", "1", "--temperature", "0.9", "--top_p", "0.9", "--top_k", "20")
+    torch.manual_seed(1)
+    texts = continuation(folder, PROMPT, do_sample=True, num_return_sequences=3, max_new_tokens=12)
+    assert line(*common, "--seed", "1", "--num_return_sequences", "3")[1] == "\n---\n".join(texts) + "\n"
+
+
+def test_half_a_character_is_never_printed(capsys):
+    tokenizer = ReformerByteTokenizer()
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer.put(torch.zeros(1, 3, dtype=torch.int64))
+    printed = ""
+    for token in tokenizer(WORDS)["input_ids"]:
+        streamer.put(torch.tensor([token]))
+        printed += capsys.readouterr().out
+        assert WORDS.startswith(printed)
+    streamer.end()
+    assert printed + capsys.readouterr().out == WORDS + "\n"
+
+
+def test_other_models_generate_too(tmp_path, line):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=260, n_embd=16, n_layer=1, n_head=2, n_positions=40))
+    folder = save(tmp_path, model)
+    status, out, err = line("generate", "--model", folder, "--greedy", "--prompt", PROMPT)  # 14 tokens with bos
+    assert (status, err) == (0, "")
+    assert out == continuation(folder, PROMPT, max_new_tokens=26)[0] + "\n"
+    turns = "one\ntwo\n"
+    assert line("chat", "--model", folder, "--greedy", "--max_new_tokens", "3", stdin="a\n")[0] == 0
+    status, _, err = line("chat", "--model", folder, "--greedy", "--max_new_tokens", "3", stdin=turns * 3)
+    assert status == 2
+    assert "covers 40 positions" in err
+
+
+def test_folders_of_the_builtin_reformer_are_read_as_ours(tmp_path, line):
+    sizes = {"vocab_size": 260, "hidden_size": 16, "num_attention_heads": 2, "attention_head_size": 8}
+    positions = {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [4, 12], "max_position_embeddings": 128}
+    chunks = {"attn_layers": ["local", "lsh"], "num_buckets": 4, "is_decoder": True, "feed_forward_size": 24}
+    config = transformers.ReformerConfig(**sizes, **positions, **chunks, eos_token_id=1)
+    folder = save(tmp_path, transformers.ReformerModelWithLMHead(config))
+    assert isinstance(load(folder)[0], ReformerForCausalLM)
+    status, out, err = line("generate", "--model", folder, *GREEDY, "--prompt", PROMPT)
+    assert (status, out, err) == (0, continuation(folder, PROMPT)[0] + "\n", "")
+
+
+# ---- chat ----
+
+
+class Counting:
+    """Counts the tokens that a model's forward sees."""
+
+    def __init__(self, model):
+        self.tokens = 0
+        model.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, module, args, kwargs):
+        self.tokens += kwargs["input_ids"].shape[1]
+
+
+def whole(model, tokenizer, messages, **options):
+    """The ids before the last answer, and the answer, from a call without a cache."""
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    options = {"do_sample": False, "use_cache": False, **special_ids(model, tokenizer), **options}
+    out = model.generate(torch.tensor([ids]), **options)
+    return out[0].tolist(), tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+
+
+def ascii_model(**overrides):
+    """A model that writes letters only, so that its answers are encoded again as the tokens that it gave."""
+    model = make_model(**overrides)
+    with torch.no_grad():
+        model.lm_head.bias += -1e4
+        model.lm_head.bias[2 + 97 : 2 + 123] += 1e4
+    return model
+
+
+@pytest.mark.parametrize("attn_layers", [["local", "lsh"], ["lsh", "full"]])
+def test_a_chat_is_the_conversation_run_whole_and_runs_each_token_once(attn_layers, capsys):
+    model, tokenizer = ascii_model(attn_layers=attn_layers), ReformerByteTokenizer()
+    tokenizer.chat_template = TEMPLATE
+    options = {"max_new_tokens": 10, "do_sample": False, **special_ids(model, tokenizer)}
+    chat = Conversation(model, tokenizer, "Be brief.", **options)
+    counting = Counting(model)
+    answers = [chat.answer(text) for text in ("Hello", "What – is that?", "And that?")]
+    seen = counting.tokens
+    assert capsys.readouterr().out == "".join(answer + "\n" for answer in answers)
+    assert chat.messages[0] == {"role": "system", "content": "Be brief."}
+    for turn in range(3):
+        ids, answer = whole(model, tokenizer, chat.messages[: 2 + 2 * turn], max_new_tokens=10)
+        assert answer == answers[turn]
+    assert seen == len(ids) - 1  # the last token is not run
+
+
+def test_answers_that_are_encoded_differently_are_run_again(capsys):
+    """Random bytes are no UTF-8: what the template says of them is not what the cache holds."""
+    model, tokenizer = make_model(), ReformerByteTokenizer()
+    tokenizer.chat_template = TEMPLATE
+    for length in (4, 30):  # a local layer of window 6 can take back the one, not the other
+        options = {"max_new_tokens": length, "do_sample": False, **special_ids(model, tokenizer)}
+        chat = Conversation(model, tokenizer, **options)
+        for text in ("Hello", "What is that?", "And that?"):
+            answer = chat.answer(text)
+            assert answer == whole(model, tokenizer, chat.messages[:-1], max_new_tokens=length)[1]
+
+
+def test_chunks_have_no_cache_and_chat_all_the_same(capsys):
+    model, tokenizer = make_model(attention_mode="chunk"), ReformerByteTokenizer()
+    tokenizer.chat_template = TEMPLATE
+    chat = Conversation(model, tokenizer, max_new_tokens=4, do_sample=False, **special_ids(model, tokenizer))
+    for text in ("Hello", "And then?"):
+        assert chat.answer(text) == whole(model, tokenizer, chat.messages[:-1], max_new_tokens=4)[1]
+
+
+def test_the_chat_reads_turns_and_commands(folder, line, tmp_path):
+    file = tmp_path / "talk.jsonl"
+    turns = f"forgotten\n/reset\nHällo\n\nAgain\n/save {file}\n/quit\nnever read\n"
+    status, out, err = line("chat", "--model", folder, *GREEDY, "--system", "Be brief.", stdin=turns)
+    assert (status, err) == (0, "")
+    messages = [json.loads(text) for text in file.read_text(encoding="utf-8").splitlines()]
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert [message["content"] for message in messages[:4:2]] == ["Be brief.", messages[2]["content"]]
+    assert messages[1]["content"] == "Hällo"
+    assert out.endswith(messages[2]["content"] + "\n" + messages[4]["content"] + "\n")
+    assert line("chat", "--model", folder, *GREEDY, "--no_stream", "--system", "Be brief.", stdin=turns)[1] == out
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_a_failed_turn_does_not_end_the_chat(tmp_path, line, monkeypatch):
+    folder = save(tmp_path, ascii_model(position_embedding_type="learned", max_position_embeddings=60))
+    monkeypatch.setattr(io, "StringIO", Terminal)
+    turns = f"Hello\n{'long ' * 20}\n/save /no/such/place\n/nonsense\nBye\n"
+    status, out, err = line("chat", "--model", folder, "--greedy", "--max_new_tokens", "3", stdin=turns)
+    assert status == 0
+    assert len(out.replace("> ", "").split()) == 2
+    first, second, third = err.splitlines()
+    assert "max_position_embeddings" in first
+    assert "/no/such/place" in second
+    assert "/nonsense is no command" in third
+
+
+# ---- export ----
+
+
+def test_export_makes_a_checkpoint_a_folder_for_the_hub(folder, line, tmp_path):
+    out = tmp_path / "shared"
+    told = ["--license", "mit", "--language", "en", "de", "--tags", "bytes", "--name", "ada/tiny"]
+    status, printed, err = line("export", "--model", folder, "--output", out, *told)
+    assert (status, err) == (0, "")
+    assert f"hf upload ada/tiny {out}" in printed
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "license: mit" in card
+    assert 'name = "ada/tiny"' in card
+    again = tmp_path / "again"
+    export(folder, again, name="ada/tiny", license="mit", language=["en", "de"], tags=["bytes"])
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == {
+        file.name: file.read_bytes() for file in again.iterdir()
+    }
+
+
+def test_mistakes_of_export_end_in_one_line(folder, line, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    for message, argv in {
+        "not empty": ["--model", folder, "--output", tmp_path / "full"],
+        "neither a folder nor": ["--model", tmp_path / "absent", "--output", tmp_path / "out"],
+        "no identifier": ["--model", folder, "--output", tmp_path / "out", "--license", "Apache 2"],
+    }.items():
+        status, out, err = line("export", *argv)
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+    assert {path.name for path in tmp_path.rglob("*")} == {"full", "mine"}
+    assert line("export", "--model", folder, "--output", tmp_path / "full", "--overwrite")[0] == 0
+
+
+# ---- convert ----
+
+
+def small_builtin(folder):
+    sizes = {"vocab_size": 260, "hidden_size": 16, "num_attention_heads": 2, "attention_head_size": 8}
+    positions = {"axial_pos_shape": [8, 16], "axial_pos_embds_dim": [4, 12], "max_position_embeddings": 128}
+    chunks = {"attn_layers": ["local", "lsh"], "num_buckets": 4, "is_decoder": True, "feed_forward_size": 24}
+    return save(
+        folder, transformers.ReformerModelWithLMHead(transformers.ReformerConfig(**sizes, **positions, **chunks))
+    )
+
+
+def test_convert_writes_a_folder_and_tells_what_changes(tmp_path, line):
+    folder = small_builtin(tmp_path / "builtin")
+    assert line("convert", folder, tmp_path / "ours") == (0, "", "")
+    assert line("convert", tmp_path / "ours", tmp_path / "again", "--to", "builtin") == (0, "", "")
+    ours, again = load(tmp_path / "ours")[0], load(tmp_path / "again")[0]
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in ours.state_dict().items())
+    fields = tmp_path / "fields.json"
+    fields.write_text('{"lsh_window": 48}')
+    status, out, err = line(
+        "convert", folder, tmp_path / "window", "--attention_mode", "window", "--fields", fields, "--no_lm_bias"
+    )
+    assert (status, err) == (0, "")
+    assert "- Window mode: lsh_window=48" in out
+    assert line("generate", "--model", tmp_path / "window", *GREEDY, "--prompt", PROMPT)[0] == 0
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path, line):
+    make_model().save_pretrained(tmp_path / "bare")
+    told = {"export": ["--model", tmp_path / "bare", "--output", tmp_path / "exported"]}
+    builtin = small_builtin(tmp_path / "builtin")
+    for file in Path(builtin).glob("tokenizer*"):
+        file.unlink()
+    told["convert"] = [builtin, tmp_path / "converted"]
+    for command, argv in told.items():
+        status, out, err = line(command, *argv)
+        assert (status, err) == (0, "")
+        assert "There was no tokenizer" in out
+
+
+def test_mistakes_of_convert_end_in_one_line(tmp_path, line):
+    folder = small_builtin(tmp_path / "builtin")
+    for message, argv in {
+        "does not exist": [tmp_path / "absent", tmp_path / "out"],
+        "not an empty folder": [folder, folder],
+        "is no JSON": [folder, tmp_path / "out", "--fields", "{1}"],
+        "must be a JSON object": [folder, tmp_path / "out", "--fields", Path(folder, "none.json")],
+        "such as": [folder, tmp_path / "out", "--fields", "[1]"],
+        "neither a JSON object nor a file": [folder, tmp_path / "out", "--fields", "absent.json"],
+        "Name with `head`": [folder, tmp_path / "out", "--head", "ReformerForPoetry"],
+        "cannot be read from the weights": [tmp_path / "weights.pt", tmp_path / "out"],
+    }.items():
+        Path(folder, "none.json").write_text("[]")
+        torch.save(ReformerLM(20, 16, 1, 64, heads=2, dim_head=8).state_dict(), tmp_path / "weights.pt")
+        status, out, err = line("convert", *argv)
+        assert (status, out) == (2, "")
+        assert err.count("\n") == 1
+        assert message in err
+        assert not (tmp_path / "out").exists()
+
+
+# ---- mistakes, help, env ----
+
+
+def test_positions_end_the_text_in_words(tmp_path, line, caplog):
+    folder = save(tmp_path, make_model(position_embedding_type="axial", max_position_embeddings=20))
+    common = ["generate", "--model", folder, "--greedy", "--no_bos"]
+    status, _, err = line(*common, "--prompt", "x" * 20)
+    assert status == 2
+    assert "20 tokens are given, and the model covers 20 positions" in err
+    assert line(*common, "--prompt", "x" * 15)[:2] == (
+        0,
+        continuation(folder, "x" * 15, False, max_new_tokens=5)[0] + "\n",
+    )
+    assert "The text ends here" in caplog.text
+    folder = save(tmp_path, make_model(max_position_embeddings=20))  # rotary
+    assert line(*common, "--max_new_tokens", "3", "--prompt", "x" * 20)[0] == 0
+
+
+def mistakes(tmp_path):
+    (tmp_path / "empty").mkdir()
+    save(tmp_path / "classifier", make_model(ReformerForSequenceClassification))
+    save(tmp_path / "silent", make_model(), template=None)
+    tiny = {"vocab_size": 260, "d_model": 16, "num_layers": 1, "num_heads": 2, "d_ff": 16, "d_kv": 8}
+    save(tmp_path / "t5", T5ForConditionalGeneration(T5Config(**tiny)))
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    weights = Path(save(tmp_path / "cut", make_model()), "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    good = str(save(tmp_path / "good", make_model()))
+    Path(save(tmp_path / "null", make_model()), "config.json").write_text("null")
+    return {
+        "neither a folder nor": ["--model", tmp_path / "absent"],
+        "there is no config.json": ["--model", tmp_path / "empty"],
+        "has no tokenizer": ["--model", tmp_path / "gpt2"],
+        "saved by ReformerForSequenceClassification": ["--model", tmp_path / "classifier"],
+        "holds an encoder-decoder": ["--model", tmp_path / "t5"],
+        "no chat template": ["--model", tmp_path / "silent"],
+        "or damaged": ["--model", tmp_path / "cut"],
+        "holds a NoneType, where an object": ["--model", tmp_path / "null"],
+        "--system is not UTF-8": ["--model", good, "--system", "caf\udce9"],
+        "device": ["--model", good, "--device", "nonsense"],
+        "Leave out --top_k": ["--model", good, "--greedy", "--top_k", "3"],
+    }
+
+
+def test_mistakes_end_in_one_line(tmp_path, line):
+    for message, argv in mistakes(tmp_path).items():
+        status, out, err = line("chat", *argv, stdin="Hello\n")
+        assert (status, out) == (2, "")
+        assert err.count("\n") == 1
+        assert message in err
+        assert len(err) < 600
+    needless = ["--prompt", "x", "--temperature", "0", "--top_p", "0.9"]
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes("café".encode("latin-1"))
+    for argv in (
+        ["--prompt_file", tmp_path / "absent"],
+        ["--prompt_file", latin],
+        ["--prompt", "x", "--temperature", "-1"],
+        needless,
+    ):
+        status, _, err = line("generate", "--model", tmp_path / "good", *argv)
+        assert status == 2
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["export"], ["convert"], ["env"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*command, "--help"])
+    assert end.value.code == 0
+    assert " ".join(["usage: hf-reformer", *command]) in capsys.readouterr().out
+
+
+def test_the_command_is_installed():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert pkgutil.resolve_name(project["scripts"]["hf-reformer"]) is main
+
+
+def test_env_as_a_module():
+    command = [sys.executable, "-m", "hf_reformer", "env"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = dict(text.split(": ", 1) for text in done.stdout.splitlines())
+    assert found["torch"] == torch.__version__
+    assert found["compiled CPU kernel"].split(":")[0] in {"avx512", "avx2", "portable", "none"}
+    assert found["devices"].startswith("cpu")

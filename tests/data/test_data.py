@@ -1,0 +1,239 @@
+"""The corpus of installed packages, the readers for people's own files, and the trained tokenizer."""
+
+import runpy
+import sys
+
+import pytest
+
+from hf_reformer.data import tables as data
+
+pytest.importorskip("datasets")
+
+SMALL: dict = {"packages": ("torch", "transformers", "numpy", "datasets"), "num_packages": 3, "files_per_package": 12}
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return data.installed_packages_corpus(**SMALL)
+
+
+def rows(dataset):
+    return [(row["path"], row["label"], row["text"]) for row in dataset]
+
+
+def test_classes_are_balanced_and_named(corpus):
+    label = corpus["train"].features["label"]
+    assert len(label.names) == 3
+    assert set(label.names) <= set(SMALL["packages"])
+    for split in ("train", "validation"):
+        counts = [corpus[split]["label"].count(number) for number in range(3)]
+        assert min(counts) == max(counts) > 0
+    for path, number, _ in rows(corpus["train"]):
+        assert path.split("/")[0] == label.names[number]
+        assert data.corpus_file(path).is_file()
+
+
+def test_no_directory_is_in_both_splits(corpus):
+    folders = {split: {path.rpartition("/")[0] for path, _, _ in rows(part)} for split, part in corpus.items()}
+    assert folders["train"]
+    assert folders["validation"]
+    assert not folders["train"] & folders["validation"]
+
+
+def test_no_line_names_a_package_or_imports_one(corpus):
+    for part in corpus.values():
+        for path, number, text in rows(part):
+            assert part.features["label"].names[number].lower() not in text.lower(), path
+            for line in text.splitlines():
+                assert not data.names_a_package(line), (path, line)
+                assert not line.lstrip().startswith(("import ", ">>> import ", ">>> from ")), (path, line)
+                assert "copyright" not in line.lower(), (path, line)
+
+
+def test_sizes_are_within_the_limits(corpus):
+    for part in corpus.values():
+        for path, _, text in rows(part):
+            assert 2048 <= len(text.encode()) <= 16384, path
+
+
+def test_two_calls_agree_and_the_seed_matters(corpus):
+    again = data.installed_packages_corpus(**SMALL)
+    other = data.installed_packages_corpus(**SMALL, seed=1)
+    for split in ("train", "validation"):
+        assert rows(corpus[split]) == rows(again[split])
+        assert rows(corpus[split]) != rows(other[split])
+
+
+def test_absent_packages_are_passed_over_and_too_few_are_an_error():
+    with pytest.raises(ValueError, match="at least two"):
+        data.installed_packages_corpus(packages=("numpy", "no_such_package_anywhere"), files_per_package=4)
+    with pytest.raises(FileNotFoundError, match="not installed"):
+        data.corpus_file("no_such_package_anywhere/x.py")
+
+
+def test_cleaning_keeps_the_code_and_removes_what_tells_the_answer():
+    source = '''#!/usr/bin/env python
+# Copyright 2020 Somebody. Licensed under the Apache License.
+
+"""Frobnicate things with NumPy."""
+import os, sys
+from .core import (
+    a,
+    b,
+)
+from x import \\
+    y
+
+
+def add(x):
+    import torchvision
+    """
+    >>> import scipy
+    >>> add(1)
+    """
+    z = np.asarray(x)  # by name
+    # from here on, import duties are paid
+    return x + 1  # keep (this
+
+
+def other():
+    return F.relu(nn.Linear), pd.NA, hf_hub_download
+'''
+    assert data.clean_source(source) == (
+        'def add(x):\n    """\n    >>> add(1)\n    """\n    # from here on, import duties are paid\n'
+        "    return x + 1  # keep (this\n\ndef other():\n"
+    )
+
+
+def test_cleaning_cuts_at_the_end_of_a_line():
+    text = "".join(f"line_{i} = 'é'\n" for i in range(100))
+    cut = data.clean_source(text, max_bytes=500)
+    assert text.startswith(cut)
+    assert 480 < len(cut.encode()) <= 500
+
+
+def test_near_duplicates_are_recognised():
+    seen = data._NearDuplicates()
+    lines = [f"this_is_statement(number={i})\n" for i in range(20)]
+    assert seen.add("".join(lines))
+    assert not seen.add("".join(reversed(lines)))
+    assert not seen.add("".join(lines[:10]))
+    assert not seen.add("".join(lines[:11]) + "".join(f"something_else(number={i})\n" for i in range(9)))
+    assert seen.add("".join(lines[:5]) + "".join(f"something_new(number={i})\n" for i in range(9)))
+
+
+def test_without_the_extra_the_module_imports_and_its_functions_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # what an import finds when it is not installed
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    module = runpy.run_path(data.__file__)
+    for call in (module["installed_packages_corpus"], lambda: module["read_examples"]("table.csv")):
+        with pytest.raises(ImportError, match=r"`datasets`.*pip install 'hf_reformer\[train\]'"):
+            call()
+
+
+TABLE = {"text": ["good", "bad, really", "None", ""], "label": ["yes", "no", "no", "NA"]}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+def test_tables_are_read_as_they_are(tmp_path, suffix):
+    import pandas as pd
+
+    file, table = tmp_path / f"table{suffix}", pd.DataFrame(TABLE)
+    if suffix in (".csv", ".tsv"):
+        table.to_csv(file, index=False, sep="\t" if suffix == ".tsv" else ",")
+    elif suffix == ".parquet":
+        table.to_parquet(file)
+    else:
+        table.to_json(file, orient="records", lines=suffix == ".jsonl")
+    dataset = data.read_examples(file)
+    assert [text or "" for text in dataset["text"]] == TABLE["text"]
+    assert list(dataset["label"]) == TABLE["label"]
+
+
+def test_a_folder_of_texts_is_read(tmp_path):
+    for name, text in {"pos/1.txt": "good", "pos/deep/2.txt": "fine", "neg/a": "bad", "neg/.hidden": "x"}.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    dataset = data.read_examples(tmp_path)
+    assert set(zip(dataset["text"], dataset["label"], strict=True)) == {
+        ("good", "pos"),
+        ("fine", "pos"),
+        ("bad", "neg"),
+    }
+    with pytest.raises(ValueError, match="one sub-folder per label"):
+        data.read_examples(tmp_path / "neg")
+
+
+def test_unreadable_files_are_explained(tmp_path):
+    (tmp_path / "data.xlsx").touch()
+    with pytest.raises(ValueError, match=r"unknown extension.*\.csv"):
+        data.read_examples(tmp_path / "data.xlsx")
+    with pytest.raises(FileNotFoundError, match=r"missing\.csv"):
+        data.read_examples(tmp_path / "missing.csv")
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=r"empty\.jsonl` is empty"):
+        data.read_examples(tmp_path / "empty.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "found"),
+    [
+        (["id", "text", "label"], {}, ("text", None, "label")),
+        (["sentence1", "sentence2", "label", "idx"], {}, ("sentence1", "sentence2", "label")),
+        (["premise", "hypothesis", "label"], {}, ("premise", "hypothesis", "label")),
+        (["question", "sentence", "label"], {}, ("question", "sentence", "label")),
+        (["question", "text", "label"], {}, ("text", None, "label")),
+        (["words", "class"], {}, ("words", None, "class")),
+        (["a", "b", "c"], {"text": "b", "label": "c"}, ("b", None, "c")),
+        (["a", "b", "c"], {"text": "b", "pair": "a"}, ("b", "a", None)),
+        (["text"], {}, ("text", None, None)),
+    ],
+)
+def test_columns_are_found_by_their_names(names, given, found):
+    from datasets import Dataset
+
+    dataset = Dataset.from_dict({name: ["x"] if name != "idx" else [1] for name in names})
+    assert data.find_columns(dataset, **given) == found
+
+
+def test_columns_that_cannot_be_told_are_asked_for():
+    from datasets import Dataset
+
+    dataset = Dataset.from_dict({"a": ["x"], "b": ["y"]})
+    with pytest.raises(ValueError, match=r"`a`, `b`.*--text_column"):
+        data.find_columns(dataset)
+    with pytest.raises(ValueError, match=r"no column `c`.*`a`, `b`"):
+        data.find_columns(dataset, text="c")
+
+
+def test_held_out_part_has_every_label_in_proportion():
+    from datasets import Dataset
+
+    dataset = Dataset.from_dict({"labels": [0] * 80 + [1] * 20, "row": list(range(100))})
+    split = data.hold_out(dataset, "labels", 0.2, seed=0)
+    assert split["validation"]["labels"].count(1) == 4
+    assert split["validation"]["labels"].count(0) == 16
+    assert sorted([*split["train"]["row"], *split["validation"]["row"]]) == list(range(100))
+    assert split["validation"]["row"] == data.hold_out(dataset, "labels", 0.2, seed=0)["validation"]["row"]
+    assert split["validation"]["row"] != data.hold_out(dataset, "labels", 0.2, seed=1)["validation"]["row"]
+
+
+def test_trained_tokenizer_round_trips_any_text_and_survives_saving(tmp_path):
+    from transformers import AutoTokenizer
+
+    texts = ["the cat sat on the mat", "the dog sat on the log"] * 20
+    tokenizer = data.train_bpe_tokenizer(texts, vocab_size=280, max_length=64)
+    again = data.train_bpe_tokenizer(texts, vocab_size=280, max_length=64)
+    assert tokenizer.get_vocab() == again.get_vocab()
+    tokenizer.save_pretrained(tmp_path)
+    reloaded = AutoTokenizer.from_pretrained(tmp_path)
+    text = "the naïve 猫\n\n  sat\t"
+    ids = tokenizer(text)["input_ids"]
+    assert ids == reloaded(text)["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == text
+    assert len(tokenizer("the cat sat")["input_ids"]) < len("the cat sat")
+    assert reloaded.model_max_length == 64
+    pair = tokenizer("a", "b")
+    assert set(pair) == {"input_ids", "attention_mask"}
+    assert pair["input_ids"].count(tokenizer.eos_token_id) == 2

@@ -1,0 +1,452 @@
+"""The Triton backend equals the reference: in Triton's interpreter on a CPU, and on a GPU where there is one.
+
+Triton decides at import whether it interprets, so the checks of the kernels run in a process of their own: they are
+the functions named `check_…`, which pytest collects only there.
+"""
+
+import importlib.util
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from attention_cases import TOLERANCES, Case, assert_equals_reference, make_case
+from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
+from test_received_attention import assert_is_what_the_weights_say
+
+from hf_reformer import ReformerForCausalLM
+from hf_reformer.ops import dispatch as attention_ops
+from hf_reformer.ops import reference
+from hf_reformer.ops.dispatch import backend_name, ordered_attention
+from reformer_kernels import triton as backend
+
+HERE = Path(__file__).resolve()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+HALF = [torch.bfloat16, torch.float16]
+
+
+def run_apart(*command: str | Path, interpret: bool = False) -> str:
+    """Run a Python program in a process of its own, and return what it printed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["TRITON_INTERPRET"] = "1" if interpret else "0"
+    done = subprocess.run(
+        [sys.executable, *command], env=environment, cwd=HERE.parents[2], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-20000:] + done.stderr[-5000:]
+    return done.stdout
+
+
+def run_checks(*arguments: str, interpret: bool = True) -> None:
+    """Run checks of this file."""
+    options = ("-o", "python_functions=check_*", "-p", "no:xdist", "-q")
+    run_apart("-m", "pytest", HERE, *options, *arguments, interpret=interpret)
+
+
+@NEEDS_TRITON
+def test_a_small_case_in_the_interpreter():
+    run_checks("-k", "check_a_small_case")
+
+
+@NEEDS_TRITON
+@pytest.mark.slow
+def test_all_checks_in_the_interpreter():
+    run_checks()
+
+
+@NEEDS_TRITON
+@pytest.mark.slow
+def test_many_cases_in_the_interpreter():
+    run_checks("-m", "slow")
+
+
+@NEEDS_TRITON
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_all_checks_on_a_gpu():
+    run_checks("-m", "slow or not slow", interpret=False)
+
+
+# --- how the kernels are compiled
+
+
+@NEEDS_TRITON
+@pytest.mark.slow
+def test_no_kernel_keeps_registers_in_memory():
+    printed = run_apart("dev/compile_triton.py")
+    print(printed)
+    assert "all is well" in printed
+
+
+@NEEDS_TRITON
+def test_nothing_is_tuned_while_a_model_runs():
+    """A reversible layer computes its forward twice and relies on equal bits: other tiles add in another order."""
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction, KernelInterface
+
+    from reformer_kernels.triton import backward, forward, pairs
+
+    found = [x for module in (backward, forward, pairs) for x in vars(module).values()]
+    kinds = {type(x) for x in found if isinstance(x, KernelInterface)}  # an autotuner or a heuristic would be another
+    assert len(kinds) == 1
+    assert kinds < {JITFunction, InterpretedFunction}
+
+
+# --- what the backend refuses
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dtype": torch.float64}, "not torch.float64"),
+        ({"size": 129}, "head sizes must be 1 to 128, not 129"),
+        ({}, "it runs on a CUDA GPU, not on cpu"),
+    ],
+)
+@NEEDS_TRITON
+def test_a_refusal_says_why(monkeypatch, changes, reason):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("HF_REFORMER_BACKEND", raising=False)
+    query = torch.zeros(1, 1, 4, changes.get("size", 8), dtype=changes.get("dtype", torch.float32))
+    with pytest.raises(ValueError, match=rf"'triton' cannot be used here: [^.]*{reason}\. Choose"):
+        backend_name("triton", query, query)
+
+
+@NEEDS_TRITON
+def test_the_interpreter_takes_tensors_of_the_cpu(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = torch.zeros(1, 1, 4, 8)
+    assert backend.why_not(x, x) is None
+
+
+@NEEDS_TRITON
+def test_transforms_of_torch_func_are_refused(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x = torch.zeros(1, 1, 4, 8)
+    torch.func.vmap(lambda x: pytest.fail("missed") if backend.why_not(x, x) is None else x)(x)
+
+
+def test_a_line_too_long_for_its_numbers_is_refused():
+    x = torch.zeros(1, 1, 1, 8)
+    orders = Case(length=1, batch=1, heads=1).orders
+    orders = orders._replace(line=orders.line[:, :, :1].expand(-1, -1, 2**29 + 1, -1))
+    with pytest.raises(ValueError, match="536870913 places a line"):
+        backend.ordered_attention(x, None, x, orders, causal=True)
+
+
+@pytest.mark.slow
+def test_the_backend_can_be_imported_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, importlib.util as util\n"
+        "util.find_spec = lambda name, find=util.find_spec: None if name == 'triton' else find(name)\n"
+        "from reformer_kernels.triton import why_not\n"
+        "print(why_not(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "Triton is not installed", done.stderr
+
+
+# --- the checks
+
+
+def on_device(query, key, value, orders, *, causal, mask, dropout, dropout_key):
+    """The backend on tensors of the CPU, wherever it runs."""
+    move = lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) else x  # noqa: E731
+    query, key, value, mask, dropout_key = map(move, (query, key, value, mask, dropout_key))
+    orders = type(orders)(*map(move, orders))
+    options = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
+    return backend.ordered_attention(query, key, value, orders, **options).cpu()
+
+
+def received_on_device(query, key, value, orders, paid, known, **options):
+    """`kernels.triton.attention_received` on the GPU, for tensors on the CPU."""
+    move = lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) else x  # noqa: E731
+    given = (move(x) for x in (query, key, value, type(orders)(*map(move, orders)), paid, known))
+    found = backend.attention_received(*given, **{name: move(x) for name, x in options.items()})
+    return tuple(x.cpu() for x in found)
+
+
+@pytest.fixture(autouse=True)
+def cpu_tensors_go_to_the_gpu(monkeypatch):
+    if DEVICE == "cuda":
+        kernel = SimpleNamespace(
+            why_not=lambda query, value: None, ordered_attention=on_device, attention_received=received_on_device
+        )
+        monkeypatch.setitem(attention_ops.KERNELS, "triton", kernel)
+
+
+@pytest.fixture
+def tiles_of(monkeypatch):
+    """Sets the numbers of queries and of keys in a tile, so that several fit in a short line."""
+
+    def use(queries, keys):
+        from reformer_kernels.triton import launch
+        from reformer_kernels.triton.tiles import Tiles
+
+        monkeypatch.setattr(launch, "choose_tiles", lambda *_: Tiles(queries, keys, 4, 1))
+
+    return use
+
+
+def check_a_small_case(tiles_of):
+    tiles_of(16, 16)
+    case = Case(length=19, window=4, batch=1, heads=1, size=8, dropout=0.2)
+    assert_equals_reference(case, "triton", torch.float32)
+
+
+# Of every option these values, equally often, in cases that are otherwise thrown together at random.
+OPTIONS = {
+    "mode": ["window", "chunk"],
+    "dtype": [torch.float32, torch.float32, *HALF],
+    "shared": [True, False],
+    "causal": [True, False],
+    "dropout": [0.0, 0.3, 0.0, 0.3, 1.0],
+    "hidden": [None, 0.0, 0.3, 0.9],
+    "length": [1, 2, 7, 16, 17, 29, 33, 48, 57, 65, 70],
+    "size": range(8, 129, 8),
+    "value_size": range(8, 129, 8),
+    "batch": [1, 2],
+    "heads": [1, 2],
+    "rounds": [1, 2, 3],
+    "position_order": [True, False],
+    "count": [1, 3, 5],
+    "window": [1, 2, 5, 8, 12, 40],
+    "tile": [1, 3, 8, 32],
+    "tiles": [(16, 16), (16, 32), (32, 16), None],
+}
+
+
+def many_cases(count: int) -> list:
+    draw, columns = random.Random(0), []
+    for values in OPTIONS.values():
+        column = (list(values) * count)[:count]
+        draw.shuffle(column)
+        columns.append(column)
+    return [dict(zip(OPTIONS, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drawn", many_cases(100))
+def check_many_cases(drawn, tiles_of):
+    options = {name: value for name, value in drawn.items() if name not in ("tiles", "dtype")}
+    if drawn["tiles"] is not None:
+        tiles_of(*drawn["tiles"])
+    case = make_case(options)
+    case.inputs[0] *= drawn["size"] ** -0.5  # tolerances are for products of size about 1
+    case.inputs[2] *= drawn["value_size"] ** -0.5
+    assert_equals_reference(case, "triton", drawn["dtype"])
+
+
+@pytest.mark.parametrize("mode", ["window", "chunk"])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize(("shared", "causal", "dropout"), [(True, True, 0.3), (True, False, 0.0), (False, False, 1.0)])
+def check_every_dtype(mode, dtype, shared, causal, dropout, tiles_of):
+    tiles_of(16, 16)
+    case = Case(mode=mode, length=40, batch=1, heads=1, shared=shared, causal=causal, dropout=dropout)
+    assert_equals_reference(case, "triton", dtype)
+
+
+@pytest.mark.parametrize(("mode", "causal", "window"), [("window", True, 128), ("chunk", False, 64)])
+def check_default_sizes(mode, causal, window):
+    case = Case(
+        mode=mode, causal=causal, length=192, batch=1, heads=1, rounds=1, size=64, count=2, window=window, hidden=0.1
+    )
+    assert_equals_reference(case, "triton", torch.float32)
+
+
+@pytest.mark.parametrize("tile", [3, 32])
+def check_windows_reach_before_and_after_from_every_place(tile):
+    """On which the gradient of the keys relies, whatever the tile of the orders."""
+    orders = Case(length=60, tile=tile, causal=False).orders
+    place = torch.arange(orders.line[0, 0].numel()).view(orders.line.shape[2:])
+    sees = orders.lo <= orders.hi
+    assert ((place - orders.lo)[sees.expand_as(orders.lo)] <= orders.before).all()
+    assert ((orders.hi - place)[sees.expand_as(orders.lo)] <= orders.after).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def check_recording_a_graph_changes_no_bit(dtype):
+    case = Case(length=70, window=20, batch=1, heads=1, dropout=0.2, dtype=dtype)
+    expected = case.values_and_gradients("triton")[0]
+    with torch.no_grad():
+        assert torch.equal(case.attend(*case.inputs, backend="triton"), expected)
+
+
+def check_gradients_repeat_bit_for_bit():
+    first, second = (Case(length=40, batch=1, dtype=torch.float32).values_and_gradients("triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["window", "chunk"])
+def check_one_order_may_serve_all_heads(mode):
+    one, two = (Case(mode=mode, heads=heads, rounds=1, dtype=torch.float32) for heads in (1, 2))
+    two.inputs = [x.expand(-1, 2, -1, -1) for x in one.inputs]
+    expected = one.values_and_gradients("triton")[0].expand(-1, 2, -1, -1)
+    assert largest_gap(one.attend(*two.inputs, backend="triton"), expected) <= 1e-6
+
+
+def check_the_layout_of_the_inputs_does_not_matter():
+    case = Case(dtype=torch.float32, batch=1, length=20)
+    expected = case.values_and_gradients("triton")
+    projected = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in case.inputs]
+    strided = [torch.stack([x, -x], dim=-1).flatten(-2)[..., ::2] for x in case.inputs]
+    for case.inputs in (projected, strided):
+        for a, b in zip(case.values_and_gradients("triton"), expected, strict=True):
+            assert torch.equal(a, b)
+
+
+def check_kernels_read_aligned_rows():
+    """Triton compiles others for other addresses, and equal inputs must give equal bits."""
+    from reformer_kernels.triton.launch import as_rows
+
+    aligned = torch.randn(1, 9, 2, 8)
+    shifted = torch.cat([torch.zeros(1), aligned.flatten()])[1:].view(aligned.shape)
+    for x in (aligned, shifted):
+        found = as_rows(x.transpose(1, 2))
+        assert found.data_ptr() % 16 == 0
+        assert torch.equal(found, aligned.transpose(1, 2))
+    assert as_rows(aligned.transpose(1, 2)).data_ptr() == aligned.data_ptr()
+
+
+@pytest.mark.parametrize("widest", [0, 1, 2])
+def check_inputs_may_differ_in_dtype(widest):
+    """Rotary positions, for one, turn half-precision queries and keys into float32 and leave the values."""
+    case = Case(length=20, batch=1, heads=1, size=8, shared=False, dtype=torch.bfloat16)
+    case.inputs[widest] = case.inputs[widest].float()
+    found = case.values_and_gradients("triton")
+    expected = case.values_and_gradients("reference", torch.float64)
+    assert [x.dtype for x in found] == [case.inputs[2].dtype, *(x.dtype for x in case.inputs)]
+    for a, b in zip(found, expected, strict=True):
+        assert largest_gap(a, b) <= TOLERANCES[torch.bfloat16] * max(1, b.abs().max().item())
+
+
+@pytest.mark.parametrize("mode", ["window", "chunk"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def check_what_is_not_a_number_shows(mode, shared, dropout):
+    """In the output and the gradients of all who see it, dropped or not."""
+    case = Case(
+        mode=mode, shared=shared, dropout=dropout, length=32, size=8, window=8, hidden=None, dtype=torch.float32
+    )
+    case.inputs[0][0, 0, 20] = float("nan")
+    found = case.values_and_gradients("triton")
+    expected = case.values_and_gradients("reference")
+    assert expected[0][0, 0, 20:].isnan().any()
+    for a, b in zip(found, expected, strict=True):
+        assert not (b.isnan() & a.isfinite()).any()
+        assert a[1].isfinite().all()  # the other row of the batch
+
+
+def check_a_token_that_sees_nothing_gives_zero_and_has_no_gradient():
+    out, *grads = Case(hidden=1.0, dtype=torch.float32).values_and_gradients("triton")
+    assert all((x == 0).all() for x in (out, *grads))
+
+
+@pytest.mark.parametrize("mode", ["window", "chunk"])
+def check_a_shared_token_alone_sees_itself(mode):
+    case = Case(mode=mode, length=1, hidden=None, dtype=torch.bfloat16)
+    out, query, *_ = case.values_and_gradients("triton")
+    assert torch.equal(out, case.inputs[2])
+    assert (query == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def check_large_and_small_scores_stay_finite(scale):
+    case = Case(dtype=torch.float32, length=37, batch=1)
+    case.inputs = [x * scale for x in case.inputs]
+    assert all(x.isfinite().all() for x in case.values_and_gradients("triton"))
+
+
+@pytest.mark.parametrize("scale", [1.0, 200.0])
+def check_the_last_token_of_a_partial_tile_has_finite_gradients(scale):
+    case = Case(length=9, tile=8, window=1, hidden=None, dtype=torch.float32)
+    case.inputs[0] = case.inputs[0] * scale
+    assert all(x.isfinite().all() for x in case.values_and_gradients("triton"))
+
+
+def check_dropout_drops_the_pairs_of_the_reference(tiles_of):
+    """With equal scores and values that name the tokens, a weight of 0 is a dropped pair."""
+    tiles_of(16, 16)
+    case = Case(length=40, batch=2, heads=2, count=1, window=80, hidden=None, dropout=0.5, dtype=torch.float32)
+    query, key, _ = case.inputs
+    names = torch.eye(40).expand(2, 2, -1, -1)
+    found = case.attend(query * 0, key, names, backend="triton") > 0
+    factors = reference.dropout_factors(case.options["dropout_key"], 0.5, 2, 2, 40) > 0
+    others = torch.ones(40, 40).tril(-1).bool()
+    assert torch.equal(found & others, factors & others)
+
+
+def check_a_second_derivative_is_refused():
+    case = Case(dtype=torch.float32, length=9, batch=1)
+    inputs = [x.requires_grad_() for x in case.inputs]
+    out = case.attend(*inputs, backend="triton")
+    (grad,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="triton_attention_backward"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def check_the_op_keeps_torchs_rules(shared):
+    """Schema, fake and autograd rules agree with what the op does."""
+    from reformer_kernels.triton.torch_ops import triton_attention
+
+    case = Case(dtype=torch.float32, length=9, batch=1, shared=shared)
+    query, key, value = (x.to(DEVICE).requires_grad_() for x in case.inputs)
+    orders = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in case.orders]
+    inputs = (query, None if shared else key, value, *orders[:3], None, None, *orders[3:], True, 0.0)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(triton_attention, inputs, test_utils=tests)
+
+
+def check_compiled_code_holds_the_op():
+    case = Case(dtype=torch.float32, length=20, batch=1)
+
+    def attend(query, value):
+        return ordered_attention(query * 2, None, value, case.orders, causal=True, backend="triton") + 1
+
+    query, _, value = case.inputs
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(query, value), attend(query, value))
+
+
+def check_memory_between_forward_and_backward_grows_with_length_alone():
+    def kept(window):
+        numbers = []
+        case = Case(length=64, window=window, rounds=2, batch=1, heads=1, dropout=0.1, dtype=torch.float32)
+        inputs = [x.requires_grad_() for x in case.inputs]
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: numbers.append(x.numel()) or x, lambda x: x):
+            case.attend(*inputs, backend="triton")
+        return sum(numbers)
+
+    assert kept(32) == kept(4) > 0
+
+
+@pytest.mark.parametrize("mode", ["window", "chunk"])
+def check_a_reversible_model_agrees_with_the_torch_backend(mode, messages):
+    """In training, with dropout. A recomputation that is not equal bit for bit would warn."""
+    ids, outputs = make_ids(1, 20), []
+    for name in ("triton", "torch"):
+        overrides = {"attention_backend": name, "attention_mode": mode, "lsh_attention_probs_dropout_prob": 0.2}
+        model = make_model(ReformerForCausalLM, dtype=torch.float32, **SMALL_WINDOWS, **overrides).train()
+        torch.manual_seed(0)
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        outputs.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*outputs, strict=True):
+        assert largest_gap(a, b) <= 2e-4 * max(1, b.abs().max().item())
+    assert messages == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "shared", "dropout"), [("window", True, 0.3), ("chunk", True, 0.0), ("window", False, 0.0)]
+)
+def check_what_tokens_receive(mode, shared, dropout, tiles_of):
+    case = Case(mode=mode, shared=shared, dropout=dropout, length=20, batch=1, rounds=2, dtype=torch.float32)
+    tiles_of(16, 16)
+    assert_is_what_the_weights_say(case, "triton", torch.float32)

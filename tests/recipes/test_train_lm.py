@@ -1,0 +1,273 @@
+"""The language-modelling script: how it cuts texts, what it scores, and whole runs as people start them."""
+
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM
+
+pytest.importorskip("datasets")
+pytest.importorskip("accelerate")
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    *("--hidden_size", "16", "--attn_layers", "local", "lsh", "--num_attention_heads", "1", "--num_hashes", "1"),
+    *("--attention_head_size", "16", "--feed_forward_size", "32", "--sequence_length", "64"),
+    *("--config_overrides", "lsh_window=16,local_window=8", "--learning_rate", "1e-2"),
+    *("--per_device_train_batch_size", "4", "--use_cpu", "--disable_tqdm", "True", "--logging_steps", "2"),
+]
+BYTES = ReformerByteTokenizer()
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The script, and what it knows about texts, as modules."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        import _language_modeling
+        import train_lm
+    finally:
+        sys.path.remove(str(ROOT / "scripts"))
+    return train_lm, _language_modeling
+
+
+def prose(words: int, seed: int = 0) -> str:
+    """Lines of few words, with letters of two and three bytes among them."""
+    draw = random.Random(seed)
+    known = ["the", "naïve", "café", "is", "“open”", "and", "closed", "again"]
+    lines = [" ".join(draw.choice(known) for _ in range(8)) for _ in range(words // 8)]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A folder with a.txt, b.txt and validation.txt."""
+    for name, words, seed in (("a", 1600, 1), ("b", 400, 2), ("validation", 160, 3)):
+        (tmp_path / f"{name}.txt").write_text(prose(words, seed), encoding="utf-8")
+    return tmp_path
+
+
+def arguments(folder: Path, *more: str, out: str = "out") -> list[str]:
+    texts = ["--train_file", str(folder / "a.txt"), str(folder / "b.txt")]
+    texts += ["--validation_file", str(folder / "validation.txt")]
+    return [*TINY, *texts, "--output_dir", str(folder / out), *more]
+
+
+def bits_of(folder: Path) -> float:
+    return json.loads((folder / "scores.json").read_text())["Reformer"]
+
+
+def test_rows_hold_all_texts_one_after_the_other(scripts, files, monkeypatch):
+    _, texts = scripts
+    monkeypatch.setattr(texts, "PIECE", 300)
+    rows = list(texts.packed_rows(texts.read_documents([str(files / "a.txt"), str(files / "b.txt")]), BYTES, 64))
+    assert {len(row["input_ids"]) for row in rows} == {64}
+    found = [token for row in rows for token in row["input_ids"]]
+    expected = []
+    for name in ("a", "b"):
+        expected += [BYTES.bos_token_id, *BYTES((files / f"{name}.txt").read_text(encoding="utf-8"))["input_ids"]]
+    assert found == expected[: len(found)]
+    assert len(expected) - len(found) < 64
+
+
+def test_streamed_rows_are_those_in_memory_in_another_order(scripts, files):
+    _, texts = scripts
+    names = [str(files / "a.txt"), str(files / "b.txt")]
+    whole = [tuple(row["input_ids"]) for row in texts.training_rows(texts.read_documents(names), BYTES, 64)]
+    stream = texts.streamed_rows(texts.read_documents, names, BYTES, 64, seed=0)
+    streamed = [tuple(row["input_ids"]) for row in stream]
+    assert streamed != whole
+    assert sorted(streamed) == sorted(whole)
+
+
+def test_tables_give_a_document_per_row(scripts, tmp_path):
+    _, texts = scripts
+    (tmp_path / "t.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": "<|pad|>"}\n')
+    documents = texts.read_documents([str(tmp_path / "t.jsonl")])
+    bos = BYTES.bos_token_id
+    found = [token for ids in texts.token_ids(documents, BYTES) for token in ids]
+    assert found == [bos, *BYTES("one")["input_ids"], bos, bos, *(byte + 2 for byte in b"<|pad|>")]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 39), st.lists(st.text(max_size=60), min_size=1, max_size=3))
+def test_every_token_is_scored_once_with_its_context(scripts, length, context, documents):
+    _, texts = scripts
+    if context >= length or not any(documents):
+        return
+    found = []
+    for row in texts.scored_rows(documents, BYTES, length, context):
+        scored = [place for place, label in enumerate(row["labels"]) if label != -100]
+        assert scored == list(range(scored[0], len(row["labels"])))
+        assert scored[0] >= 1
+        found += [row["labels"][place] for place in scored]
+        assert [row["input_ids"][place] for place in scored] == [row["labels"][place] for place in scored]
+        assert len(row["input_ids"]) <= length
+    assert found == [byte + 2 for text in documents for byte in text.encode()]
+
+
+def test_held_out_text_is_the_end(scripts):
+    _, texts = scripts
+    documents = ["one\n" * 10, "two\n" * 10, "three\n" * 10]
+    kept, held = texts.hold_out_end(documents, 0.6)
+    assert "".join(kept + held) == "".join(documents)
+    assert sum(map(len, held)) == pytest.approx(0.6 * 140, abs=4)
+    assert held[0].startswith("two")
+    assert texts.hold_out_end(["no end of line"], 0.5) == (["no end "], ["of line"])
+
+
+def test_score_is_the_code_length_of_the_text(scripts, files):
+    """Against the negative log-likelihood computed from the logits of one row, by a model reloaded."""
+    train_lm, _ = scripts
+    text = (files / "validation.txt").read_text(encoding="utf-8")
+    long = str(len(text.encode()) + 1)
+    train_lm.main(arguments(files, "--max_steps", "4", "--eval_length", long, "--eval_strategy", "no"))
+    model = ReformerForCausalLM.from_pretrained(files / "out").eval()
+    ids = torch.tensor([[BYTES.bos_token_id, *BYTES(text)["input_ids"]]])
+    with torch.no_grad():
+        log_p = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
+    assert bits_of(files / "out") == pytest.approx(-log_p.sum().item() / math.log(2) / len(text.encode()), abs=1e-4)
+
+
+def test_score_depends_neither_on_the_batch_nor_on_the_run(scripts, files):
+    train_lm, _ = scripts
+    train_lm.main(arguments(files, "--max_steps", "2"))
+    scores = {bits_of(files / "out")}
+    saved = [
+        "--model_name_or_path",
+        str(files / "out"),
+        "--validation_file",
+        str(files / "validation.txt"),
+        "--use_cpu",
+    ]
+    for size in ("1", "5"):
+        out = files / f"judged{size}"
+        judge = [*saved, "--output_dir", str(out), "--sequence_length", "64", "--per_device_eval_batch_size", size]
+        train_lm.main([*judge, "--disable_tqdm", "True"])
+        scores.add(bits_of(out))
+    assert max(scores) - min(scores) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [pytest.param(("bytes",), marks=pytest.mark.slow), ("train", "--tokenizer_vocab_size", "280")]
+)
+def test_learns_to_predict(scripts, files, tokenizer):
+    train_lm, _ = scripts
+    train_lm.main(arguments(files, "--tokenizer", *tokenizer, "--num_train_epochs", "3", "--baselines"))
+    scores = json.loads((files / "out" / "scores.json").read_text())
+    assert scores["Reformer"] < 3  # one letter after the other, without regard to what came before: 3.9
+    assert any("xz" in name for name in scores)
+    left = {"config.json", "model.safetensors", "tokenizer.json", "README.md", "learning_curve.png", "scores.json"}
+    assert left <= {file.name for file in (files / "out").iterdir()}
+    assert "bits per byte" in (files / "out" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_masked_model_learns_to_fill_in(scripts, files):
+    train_lm, _ = scripts
+    run = arguments(files, "--masked", "--num_train_epochs", "4", "--learning_rate", "2e-2")
+    train_lm.main([*run, "--mlm_probability", "0.3"])
+    assert bits_of(files / "out") < 4
+    assert json.loads((files / "out" / "config.json").read_text())["architectures"] == ["ReformerForMaskedLM"]
+    history = json.loads((files / "out" / "trainer_state.json").read_text())["log_history"]
+    last = [entry["eval_bits_per_masked_byte"] for entry in history if "eval_bits_per_masked_byte" in entry][-1]
+    assert last == pytest.approx(bits_of(files / "out"), abs=1e-6)  # the same tokens are hidden every time
+
+
+def test_a_resumed_stream_goes_on_where_it_was(scripts, files):
+    train_lm, _ = scripts
+    stream = ["--streaming", "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "3"]
+    train_lm.main(arguments(files, *stream, "--max_steps", "6", "--save_total_limit", "5"))
+    resumed = str(files / "out" / "checkpoint-3")
+    train_lm.main(arguments(files, *stream, "--max_steps", "6", "--resume_from_checkpoint", resumed, out="again"))
+    weights = [ReformerForCausalLM.from_pretrained(files / out).state_dict() for out in ("out", "again")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_tokenizer_without_padding(scripts, files):
+    """As GPT-2's: it pads with its separator, which is learnt all the same."""
+    words = {word: number for number, word in enumerate(["<unk>", "<end>", "the", "is", "and"])}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<end>").save_pretrained(
+        files / "words"
+    )
+    scripts[0].main(arguments(files, "--tokenizer", str(files / "words"), "--max_steps", "1", "--eval_strategy", "no"))
+    assert ReformerForCausalLM.from_pretrained(files / "out").config.pad_token_id == 1
+    assert scripts[1].every_token_a_target([{"input_ids": [1, 2]}])["labels"].tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ([], "Give --train_file"),
+        (["--train_file", "nowhere.txt"], "no file nowhere.txt"),
+        (["--train_file", __file__, "--dataset_name", "x/y"], "not both"),
+        (["--train_file", __file__, "--streaming"], "--max_steps"),
+        (["--train_file", __file__, "--streaming", "--max_steps", "1"], "--validation_file"),
+        (["--train_file", __file__, "--eval_context", "1024"], "--eval_context"),
+        (["--train_file", __file__, "--sequence_length", "1", "--eval_length", "8"], "--sequence_length 1 leaves"),
+        (["--train_file", __file__, "--sequence_length", "0", "--eval_length", "8"], "--sequence_length 0 leaves"),
+        (["--train_file", __file__, "--masked", "--mlm_probability", "0"], "--mlm_probability 0.0 must lie above 0"),
+        (["--train_file", __file__, "--validation_fraction", "1"], "--validation_fraction 1.0 must lie between"),
+    ],
+)
+def test_bad_arguments_are_told_before_anything_is_read(scripts, given, told):
+    with pytest.raises(SystemExit, match=told):
+        scripts[0].main(given)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_texts_that_fill_no_row(scripts, tmp_path, streaming):
+    short = str(tmp_path / "short.txt")
+    Path(short).write_text("a short text")
+    more = ["--validation_file", short, "--streaming", "--max_steps", "1"] if streaming else []
+    with pytest.raises(ValueError, match="single row of 64 tokens"):
+        scripts[0].main([*TINY, "--train_file", short, "--output_dir", str(tmp_path / "out"), *more])
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize("script", ["train_lm.py", "train_classification.py"])
+def test_two_processes_end_where_one_does(scripts, files, script):
+    """Under `accelerate launch`, with half the rows in each: as good a model as that of one process."""
+    config = ROOT / "examples" / "accelerate" / "ddp.yaml"
+    if script == "train_lm.py":
+        options = arguments(files, "--max_steps", "60", "--eval_strategy", "no", "--save_strategy", "no")
+    else:
+        from test_train_classification import TINY as CLASSIFY
+        from test_train_classification import animals
+
+        animals(96).to_csv(files / "train.csv", index=False)
+        animals(32, seed=1).to_csv(files / "validation.csv", index=False)
+        options = [*CLASSIFY, "--train_file", str(files / "train.csv"), "--num_train_epochs", "6"]
+        options += ["--validation_file", str(files / "validation.csv"), "--per_device_train_batch_size", "4"]
+        options += ["--output_dir", str(files / "out")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    found = []
+    for launch, rows in (
+        ([sys.executable], "4"),
+        ([sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)], "2"),
+    ):
+        command = [*launch, str(ROOT / "scripts" / script), *options, "--per_device_train_batch_size", rows]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=files, env=environment)
+        assert result.returncode == 0, result.stderr[-3000:]
+        said = re.findall(f"lies? in {re.escape(str(files / 'out'))}", result.stdout)
+        assert len(said) == 1  # two processes that know nothing of each other both say so
+        found.append(json.loads((files / "out" / "scores.json").read_text()))
+    if script == "train_lm.py":
+        assert found[1]["Reformer"] == pytest.approx(found[0]["Reformer"], abs=0.05)
+    else:
+        assert min(scores["validation"]["Reformer"]["accuracy"] for scores in found) > 0.9

@@ -2,15 +2,15 @@
 
 from collections.abc import Sequence
 
-from hf_reformer.ops.dispatch import ordered_attention
-from hf_reformer.ops.lsh import Orders, factors_of
+from hf_reformer.ops.dispatch import windowed_attention
+from hf_reformer.ops.layout import AttentionLayout
 
 from . import machine
 from .cases import BACKWARD, BOTH, FORWARD, Case, Entry, Group, Run, Settings
 from .cores import BATCH, HEADS, SIZE, bucket_factors, inputs, make_core, our_orders, run_function
 
-OURS = ["ours chunk", "ours window"]
-REFORMERS = [*OURS, "built-in", "reformer-pytorch"]
+RESERVED_FIELDS = ["ours chunk", "ours window"]
+REFORMERS = [*RESERVED_FIELDS, "built-in", "reformer-pytorch"]
 BOUNDS = ["local", "sdpa"]  # neither depends on the number of rounds
 TORCH_BACKEND = ["ours chunk torch", "ours window torch"]
 MIDDLE = 4096  # here everything is measured: both directions, and the bounds beside every number of rounds
@@ -86,7 +86,7 @@ def growth_groups(settings: Settings) -> list[Group]:
             Case(section="growth", length=length, work=work, rounds=settings.main_rounds)
             for length in settings.ends((16384, 131072), (16384, 65536))
         ]
-        found += [Group("time", [Entry(case, rival) for case in cases]) for rival in OURS]
+        found += [Group("time", [Entry(case, rival) for case in cases]) for rival in RESERVED_FIELDS]
     return found
 
 
@@ -109,7 +109,7 @@ def make_op(case: Case, rival: str) -> Run:
     pairs = visible_pairs(orders)
 
     def attend(q, v):
-        return ordered_attention(q, None, v, orders, causal=case.causal)
+        return windowed_attention(q, None, v, orders, causal=case.causal)
 
     tensors = 3 if case.work == FORWARD else 6  # q, v, out; with the gradients of all three
     return Run(
@@ -123,16 +123,16 @@ def make_op(case: Case, rival: str) -> Run:
 def make_orders(case: Case, mode: str) -> Run:
     """Hash and sort: rotations are products, the rest is reading q and writing three numbers for every place."""
     q, *_ = inputs(case.length)
-    columns = sum(factors_of(bucket_factors(mode, case.length))) // 2 * case.rounds
+    columns = sum(bucket_factors(bucket_factors(mode, case.length))) // 2 * case.rounds
     rows = q.numel() // SIZE  # B·H·T
 
-    def call() -> Orders:
+    def call() -> AttentionLayout:
         return our_orders(mode, q, case.rounds, case.causal)
 
     return Run(call, flops=2.0 * rows * SIZE * columns, bytes=(rows * SIZE + 3 * rows * case.rounds) * FLOAT)
 
 
-def visible_pairs(orders: Orders) -> int:
+def visible_pairs(orders: AttentionLayout) -> int:
     """Pairs that the windows or chunks of all places show, over all heads."""
     shown = int((orders.hi.long() - orders.lo.long() + 1).clamp(min=0).sum())
     return shown * (HEADS // orders.lo.shape[1])

@@ -12,9 +12,10 @@ import torch
 from torch.nn import functional as F
 
 from hf_reformer.configuration_reformer import default_num_buckets
-from hf_reformer.layers.attention import old_num_buckets
-from hf_reformer.ops.dispatch import order_makers, ordered_attention
-from hf_reformer.ops.lsh import Orders, chunk_orders, exploration_buckets, product_of, window_orders, window_rotations
+from hf_reformer.layers.attention import legacy_num_buckets
+from hf_reformer.ops.dispatch import hashing_backend, windowed_attention
+from hf_reformer.ops.layout import AttentionLayout, chunk_layout, window_layout
+from hf_reformer.ops.lsh import exploration_buckets, num_buckets_total, window_rotations
 from hf_reformer.ops.prng import make_key
 
 from .cases import BACKWARD, FORWARD, Case
@@ -53,7 +54,7 @@ def run_function(function: Core, length: int, work: str) -> Callable[[], Any]:
 
 def bucket_factors(mode: str, length: int, window: int = WINDOW) -> int | tuple[int, ...]:
     """Number of buckets that fits the length: chunk mode the older rule's, which is also transformers'."""
-    return old_num_buckets(length, CHUNK, length) if mode == "chunk" else default_num_buckets(length, window)
+    return legacy_num_buckets(length, CHUNK, length) if mode == "chunk" else default_num_buckets(length, window)
 
 
 def our_orders(
@@ -66,30 +67,30 @@ def our_orders(
     position: bool = False,
     exploration: int = 0,
     backend: str = "auto",
-) -> Orders:
+) -> AttentionLayout:
     """Hash and sort in one of the attention modes, rotations drawn afresh as in training.
 
     `position` and `exploration` add orders in window mode.
     """
     batch, heads, length, size = q.shape
-    makers = order_makers(backend, q)
+    makers = hashing_backend(backend, q)
     factors = bucket_factors(mode, length, window)
     rotations = window_rotations(make_key(0), 0, heads, size, rounds, factors, makers.normals)
     buckets = makers.lsh_buckets(q, rotations, factors)  # (B, H, R, T)
-    count = product_of(factors)
+    count = num_buckets_total(factors)
     if mode == "chunk":
-        return chunk_orders(buckets, count, CHUNK, 1, 0, None, makers.sort_line)
+        return chunk_layout(buckets, count, CHUNK, 1, 0, None, makers.sort_line)
     groups = [position_group(batch, heads, length, window)] if position else []
     groups.append((buckets, count, window))
     if exploration:
         ranks = torch.arange(length, dtype=torch.int32)[None]
         explored = exploration_buckets(make_key(0), 0, heads, exploration, count, ranks)
         groups.append((explored.expand(batch, -1, -1, -1), count, window))
-    return window_orders(groups, causal, None, sort=makers.sort_windows)
+    return window_layout(groups, causal, None, sort=makers.sort_windows)
 
 
 def position_group(batch: int, heads: int, length: int, window: int) -> tuple[torch.Tensor, int, int]:
-    """The position order, as `window_orders` takes it."""
+    """The position order, as `window_layout` takes it."""
     return torch.zeros(batch, heads, 1, length, dtype=torch.int32), 1, window
 
 
@@ -98,7 +99,7 @@ def our_core(mode: str, rounds: int, causal: bool, backend: str = "auto", **orde
 
     def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         found = our_orders(mode, q, rounds, causal, backend=backend, **orders)
-        return ordered_attention(q, None, v, found, causal=causal, backend=backend)
+        return windowed_attention(q, None, v, found, causal=causal, backend=backend)
 
     return run
 
@@ -109,8 +110,8 @@ def our_local_core(length: int, window: int, causal: bool) -> Core:
 
     def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         group = position_group(q.shape[0], 1, length, window)
-        orders = window_orders([group], causal, None, sort=order_makers("auto", q).sort_windows)
-        return ordered_attention(q, key, v, orders, causal=causal)
+        orders = window_layout([group], causal, None, sort=hashing_backend("auto", q).sort_windows)
+        return windowed_attention(q, key, v, orders, causal=causal)
 
     return run
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from hf_reformer.ops.dispatch import backend_name
+from hf_reformer.ops.dispatch import select_backend
 
 from .cases import Case, Entry, Group, Run, Settings
 
@@ -27,7 +27,7 @@ def facts() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "our backend": backend_name("auto", torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 1, 64)),
+        "our backend": select_backend("auto", torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 1, 64)),
     }
 
 

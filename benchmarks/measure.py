@@ -20,7 +20,7 @@ QUADRATIC = ("sdpa", "full")  # rivals whose time grows with the square of the l
 Key = TypeVar("Key", bound=Hashable)
 
 
-class Effort(NamedTuple):
+class TimingBudget(NamedTuple):
     """How long to measure.
 
     Attributes:
@@ -71,7 +71,7 @@ def timed(call: Callable[[], Any], in_a_row: int = 1) -> tuple[float, float]:
     return wall / in_a_row, cpu / in_a_row
 
 
-def alternate(calls: Mapping[Key, Callable[[], Any]], effort: Effort, in_a_row: int = 1) -> dict[Key, Timing]:
+def alternate(calls: Mapping[Key, Callable[[], Any]], effort: TimingBudget, in_a_row: int = 1) -> dict[Key, Timing]:
     """Call all rivals in turn, to and fro, again and again; the first round warms up.
 
     A rival that fails is out, and the others go on.

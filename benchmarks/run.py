@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from . import machine
 from .cases import Entry, Group, Run, Settings
-from .measure import Effort, Forecasts, Timing, alternate, describe, peak_memory
+from .measure import Forecasts, Timing, TimingBudget, alternate, describe, peak_memory
 from .memory import bound_memory
 from .plan import SECTIONS, make, plan
 from .report import cell, write_report
@@ -116,7 +116,7 @@ class Runner:
                 runs[entry] = self.prepare(entry)
             except Exception as error:  # a rival that is not installed or cannot take the case
                 failures[entry] = Timing(failure=describe(error))
-        effort = Effort(self.args.budget, once_over=self.args.budget * group.scale)
+        effort = TimingBudget(self.args.budget, once_over=self.args.budget * group.scale)
         timings = alternate({entry: run.call for entry, run in runs.items()}, effort, group.in_a_row) | failures
         for entry in group.entries:
             yield self.time_row(entry, threads, timings[entry], timings[group.entries[0]], runs.get(entry))

@@ -25,7 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from hf_reformer.ops.lsh import chunk_orders, window_orders
+from hf_reformer.ops.layout import chunk_layout, window_layout
 from hf_reformer.ops.prng import make_key
 from reformer_kernels.triton import launch
 from reformer_kernels.triton.tiles import Tiles, choose_tiles
@@ -86,9 +86,9 @@ def launches_of(case: Case, kernels: list[str]) -> Iterator[tuple[str, dict, Nee
     mask = torch.ones(1, length, dtype=torch.bool)
     buckets = torch.zeros(1, case.heads, case.rounds, length, dtype=torch.int32)
     if case.rule == "window":
-        orders = window_orders([(buckets, 1, 8)], True, mask)
+        orders = window_layout([(buckets, 1, 8)], True, mask)
     else:
-        orders = chunk_orders(buckets, 1, 16, 1, 0, mask)
+        orders = chunk_layout(buckets, 1, 16, 1, 0, mask)
     dropout_key = make_key(0) if case.dropout else None
     arguments = (
         query, None if case.shared else query, value, *orders[:3], mask, dropout_key,

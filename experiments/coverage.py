@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from hf_reformer import ReformerConfig, ReformerForSequenceClassification
-from hf_reformer.data.tables import read_examples, train_bpe_tokenizer
-from hf_reformer.ops.coverage import reached_share, received_entropy
+from hf_reformer.data.bpe_tokenizer import train_bpe_tokenizer
+from hf_reformer.data.tables import read_examples
+from hf_reformer.ops.coverage import covered_fraction, received_entropy
 from hf_reformer.training.coverage_callback import received_by_layer
 
 NOISE = 30  # kinds of tokens without meaning; the two that count follow
@@ -125,7 +126,7 @@ def evaluate_batch(model: Any, batch: Batch) -> dict[str, float]:
     return {
         "task loss": out.loss.item(),
         "accuracy": (out.logits.argmax(-1) == batch["labels"]).double().mean().item(),
-        "tokens reached": reached_share(received, inputs["attention_mask"]).mean().item(),
+        "tokens reached": covered_fraction(received, inputs["attention_mask"]).mean().item(),
         "entropy": received_entropy(received, inputs["attention_mask"]).mean().item(),
     }
 

@@ -7,7 +7,7 @@ from typing import Any
 import evaluate
 import numpy as np
 import torch
-from _models import EvaluatesInOrder
+from _models import SequentialEvalMixin
 from datasets import Dataset
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -153,7 +153,7 @@ class EpochLengthSampler(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
-class GroupedTrainer(EvaluatesInOrder, Trainer):
+class GroupedTrainer(SequentialEvalMixin, Trainer):
     """Trainer that batches by `EpochLengthSampler`."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:

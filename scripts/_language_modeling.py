@@ -180,7 +180,7 @@ def masked_rows(
     return Dataset.from_dict(rows)
 
 
-def every_token_a_target(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def causal_lm_collator(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """A batch of full rows. Separators are targets like all else, whether or not the tokenizer pads with them."""
     ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.int64)
     return {"input_ids": ids, "labels": ids}

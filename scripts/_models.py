@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from hf_reformer import ReformerByteTokenizer, ReformerConfig
-from hf_reformer.data.tables import train_bpe_tokenizer
+from hf_reformer.data.bpe_tokenizer import train_bpe_tokenizer
 from hf_reformer.hub.model_card import model_card
 
 SIZES = (
@@ -50,7 +50,7 @@ class ModelArguments:
     )
 
 
-class EvaluatesInOrder:
+class SequentialEvalMixin:
     """Beside a Trainer: it evaluates and predicts in the order of the data, also where it trains by length."""
 
     args: Any
@@ -59,7 +59,7 @@ class EvaluatesInOrder:
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
 
-def train_together_on_cpus() -> None:
+def force_cpu_backend() -> None:
     """Before options are read: of several processes without an accelerator each would train alone, without a word."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")

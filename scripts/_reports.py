@@ -10,7 +10,7 @@ from _models import write_model_card
 from datasets import Dataset, DatasetDict
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, Trainer, pipeline
 
-from hf_reformer.data.tables import clean_source
+from hf_reformer.data.demo_corpus import clean_source
 
 CONTENTS = {
     "model.safetensors": "the model; from_pretrained and pipeline take the folder's name",

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from _classification import MULTI, REGRESSION, SINGLE, GroupedTrainer, Metrics, Task, define_task
-from _models import ModelArguments, make_model, make_tokenizer, train_and_save, train_together_on_cpus
+from _models import ModelArguments, force_cpu_backend, make_model, make_tokenizer, train_and_save
 from _reports import check_saved, classify, draw_confusion_matrix, summarise, write_predictions
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import (
@@ -39,13 +39,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_reformer.data.tables import (
-    corpus_file,
-    find_columns,
-    hold_out,
-    installed_packages_corpus,
-    read_examples,
-)
+from hf_reformer.data.demo_corpus import corpus_file, installed_packages_corpus
+from hf_reformer.data.tables import find_columns, hold_out, read_examples
 
 logger = logging.get_logger("hf_reformer.train_classification")
 
@@ -130,7 +125,7 @@ class DataArguments:
 def parse_arguments(argv: Sequence[str] | None) -> tuple[DataArguments, ModelArguments, TrainingArguments]:
     """Read the command line; presets stand behind whatever is given there."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    train_together_on_cpus()
+    force_cpu_backend()
     parser = HfArgumentParser((DataArguments, ModelArguments, TrainingArguments))
     parser.set_defaults(**DEFAULTS)
     given = {argument.split("=")[0] for argument in argv}

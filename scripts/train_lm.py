@@ -35,8 +35,8 @@ from _language_modeling import (
     BitsPerByte,
     Documents,
     LanguageModelTrainer,
+    causal_lm_collator,
     compressors,
-    every_token_a_target,
     hold_out_end,
     hub_documents,
     masked_rows,
@@ -48,10 +48,10 @@ from _language_modeling import (
 )
 from _models import (
     ModelArguments,
+    force_cpu_backend,
     make_model,
     make_tokenizer,
     train_and_save,
-    train_together_on_cpus,
     write_model_card,
 )
 from datasets import Dataset, IterableDataset
@@ -122,7 +122,7 @@ class TextArguments:
 def parse_arguments(argv: Sequence[str] | None) -> tuple[TextArguments, ModelArguments, TrainingArguments]:
     """Read the command line; presets stand behind whatever is given there."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    train_together_on_cpus()
+    force_cpu_backend()
     parser = HfArgumentParser((TextArguments, ModelArguments, TrainingArguments))
     parser.set_defaults(**DEFAULTS)
     if any(argument.split("=")[0] == "--model_name_or_path" for argument in argv):
@@ -268,7 +268,7 @@ def run(texts: TextArguments, model_args: ModelArguments, args: TrainingArgument
         train_dataset=rows,
         eval_dataset=judged,
         processing_class=tokenizer,
-        data_collator=hide or every_token_a_target,
+        data_collator=hide or causal_lm_collator,
         compute_metrics=metrics,
     )
     if args.process_index == 0:

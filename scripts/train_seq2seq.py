@@ -25,12 +25,12 @@ from typing import Any
 
 import numpy as np
 from _models import (
-    EvaluatesInOrder,
     ModelArguments,
+    SequentialEvalMixin,
+    force_cpu_backend,
     make_model,
     make_tokenizer,
     train_and_save,
-    train_together_on_cpus,
     write_model_card,
 )
 from datasets import Dataset, DatasetDict, load_dataset
@@ -96,7 +96,7 @@ class DataArguments:
 
 def parse_arguments(argv: Sequence[str] | None) -> tuple[DataArguments, ModelArguments, Seq2SeqTrainingArguments]:
     """Read the command line; our defaults stand behind whatever is given there."""
-    train_together_on_cpus()
+    force_cpu_backend()
     parser = HfArgumentParser((DataArguments, ModelArguments, Seq2SeqTrainingArguments))
     parser.set_defaults(**DEFAULTS)
     return parser.parse_args_into_dataclasses(list(sys.argv[1:] if argv is None else argv))
@@ -183,7 +183,7 @@ def texts_of(ids: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-class OrderedTrainer(EvaluatesInOrder, Seq2SeqTrainer):
+class OrderedTrainer(SequentialEvalMixin, Seq2SeqTrainer):
     """Seq2SeqTrainer whose predictions stand in the order of the data, each once."""
 
     @property

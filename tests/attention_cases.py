@@ -1,11 +1,11 @@
 """Inputs of the attention op, drawn from a seed, and its comparison with the reference, for all backends' tests."""
 
 import torch
-from conftest import largest_gap
+from conftest import max_abs_diff
 from hypothesis import strategies as st
 
-from hf_reformer.ops.dispatch import ordered_attention
-from hf_reformer.ops.lsh import chunk_orders, window_orders
+from hf_reformer.ops.dispatch import windowed_attention
+from hf_reformer.ops.layout import chunk_layout, window_layout
 from hf_reformer.ops.prng import make_key
 
 # Largest difference from the reference in float64 on the same (rounded) inputs of size about 1.
@@ -45,9 +45,9 @@ class Case:
             if position_order:
                 groups.insert(0, (torch.zeros(batch, heads, 1, length, dtype=torch.int32), 1, window + 2))
             self.groups = groups
-            self.orders = window_orders(groups, causal, self.mask, tile)
+            self.orders = window_layout(groups, causal, self.mask, tile)
         else:
-            self.orders = chunk_orders(self.buckets, count, window, 1, 0 if causal else 1, self.mask)
+            self.orders = chunk_layout(self.buckets, count, window, 1, 0 if causal else 1, self.mask)
         self.inputs = [
             self.draw(batch, heads, length, width).to(dtype) for width in (size, size, value_size or size + 1)
         ]
@@ -64,7 +64,7 @@ class Case:
     def attend(self, query, key, value, backend: str = "auto"):
         """The op on these inputs; shared query/key attention makes its own keys, and `key` is not used."""
         key = None if self.shared else key
-        return ordered_attention(query, key, value, self.orders, **self.options, scale=self.scale, backend=backend)
+        return windowed_attention(query, key, value, self.orders, **self.options, scale=self.scale, backend=backend)
 
     def values_and_gradients(
         self, backend: str, dtype: torch.dtype | None = None, autocast: bool = False
@@ -84,7 +84,7 @@ def assert_equals_reference(case: Case, backend: str, dtype: torch.dtype = torch
     expected = case.values_and_gradients("reference", torch.float64)
     for name, a, b in zip(("output", "query", "key", "value"), found, expected, strict=True):
         assert a.dtype == dtype
-        assert largest_gap(a, b) <= TOLERANCES[dtype] * max(1, b.abs().max().item()), name
+        assert max_abs_diff(a, b) <= TOLERANCES[dtype] * max(1, b.abs().max().item()), name
 
 
 cases = st.fixed_dictionaries(

@@ -34,7 +34,7 @@ TINY = {
     "max_position_embeddings": 256,
 }
 SMALL_WINDOWS = {"lsh_window": 6, "local_window": 6, "num_buckets": 4}  # so that they bite in a short input
-IN_ONE_GRAPH = pytest.mark.skipif(torch.__version__ < "2.13", reason="whole models as one graph need torch 2.13")
+needs_fullgraph = pytest.mark.skipif(torch.__version__ < "2.13", reason="whole models as one graph need torch 2.13")
 # The library moves what is offloaded on a stream of CUDA if torch was built for it, be there a GPU or not.
 CAN_OFFLOAD = torch.version.cuda is None or torch.cuda.is_available()
 OFFLOADED = {"offloaded": {"cache_implementation": "offloaded"}} if CAN_OFFLOAD else {}
@@ -89,7 +89,7 @@ def make_ids(*shape: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return torch.randint(1, vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def largest_gap(a: torch.Tensor, b: torch.Tensor) -> float:
+def max_abs_diff(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest absolute difference; the shapes must be equal, and nothing may be NaN."""
     assert a.shape == b.shape
     assert not a.isnan().any()

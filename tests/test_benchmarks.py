@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))  # `benchmarks` is not installed
 
 from benchmarks import cores, results, run, targets  # noqa: E402
 from benchmarks.cases import BOTH, FORWARD, STEP, Settings  # noqa: E402
-from benchmarks.measure import Effort, alternate  # noqa: E402
+from benchmarks.measure import TimingBudget, alternate  # noqa: E402
 from benchmarks.pictures import spread  # noqa: E402
 from benchmarks.plan import SECTIONS, make, plan  # noqa: E402
 from benchmarks.report import write_report  # noqa: E402
@@ -81,7 +81,7 @@ def test_rivals_can_be_measured_one_at_a_time():
 
 
 def test_rivals_are_called_to_and_fro_and_one_that_fails_is_out():
-    calls, effort = [], Effort(budget=0, once_over=60, min_repeats=2)
+    calls, effort = [], TimingBudget(budget=0, once_over=60, min_repeats=2)
 
     def failing():
         calls.append("c")
@@ -95,7 +95,7 @@ def test_rivals_are_called_to_and_fro_and_one_that_fails_is_out():
 
 def test_a_slow_rival_is_called_once():
     calls = []
-    timings = alternate({"a": lambda: calls.append("a")}, Effort(budget=0, once_over=0))
+    timings = alternate({"a": lambda: calls.append("a")}, TimingBudget(budget=0, once_over=0))
     assert calls == ["a"]
     assert timings["a"].once
 

@@ -10,7 +10,8 @@ from .models.heads_text import (
     ReformerForTokenClassification,
 )
 from .models.language_models import ReformerForCausalLM, ReformerForMaskedLM, ReformerModelWithLMHead
-from .models.modeling_reformer import ReformerModel, ReformerPreTrainedModel
+from .models.modeling_reformer import ReformerModel
+from .models.pretrained import ReformerPreTrainedModel
 from .models.seq2seq import ReformerForConditionalGeneration
 from .tokenization_reformer import ReformerByteTokenizer
 

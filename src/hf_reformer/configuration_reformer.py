@@ -12,7 +12,7 @@ ATTENTION_MODES = ("window", "chunk")
 POSITION_TYPES = ("axial", "learned", "rotary")
 POOLINGS = ("mean", "last", "first")
 RESIDUAL_PRECISIONS = ("float64", "float32")
-MOST_BUCKETS = 2**24
+MAX_BUCKETS = 2**24
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # What transformers' own Reformer assumes where its config.json is silent and our default differs.
@@ -190,15 +190,15 @@ class ReformerConfig(PreTrainedConfig):
         self.attn_layers = tuple(self.attn_layers)
         if self.num_hidden_layers is None:
             self.num_hidden_layers = len(self.attn_layers)
-        self._settle_positions()
-        self._settle_decoder()
+        self._resolve_positions()
+        self._resolve_decoder()
         if self.num_buckets is None and self.attention_mode == "window":
             self.num_buckets = default_num_buckets(self.max_position_embeddings, self.lsh_window)
         if not isinstance(self.num_buckets, int) and self.num_buckets is not None:
             self.num_buckets = tuple(self.num_buckets)
         super().__post_init__(**kwargs)
 
-    def _settle_positions(self) -> None:
+    def _resolve_positions(self) -> None:
         """Fill in position fields that were left open; `validate_positions` judges the result."""
         if self.position_embedding_type is None:
             self.position_embedding_type = "learned" if self.axial_pos_embds is False else "axial"
@@ -217,7 +217,7 @@ class ReformerConfig(PreTrainedConfig):
             self.axial_pos_embds_dim = (*dims, rest)
         self.axial_pos_embds_dim = tuple(self.axial_pos_embds_dim)
 
-    def _settle_decoder(self) -> None:
+    def _resolve_decoder(self) -> None:
         if self.decoder_attn_layers is not None:
             self.decoder_attn_layers = tuple(self.decoder_attn_layers)
         if not self.is_encoder_decoder:
@@ -227,17 +227,17 @@ class ReformerConfig(PreTrainedConfig):
         if self.decoder_start_token_id is None:
             self.decoder_start_token_id = self.bos_token_id if self.pad_token_id is None else self.pad_token_id
 
-    def as_encoder_decoder(self) -> "ReformerConfig":
+    def to_encoder_decoder(self) -> "ReformerConfig":
         """This config, or a copy of it that has `is_encoder_decoder` set."""
         if self.is_encoder_decoder:
             return self
         config = copy.deepcopy(self)
         config.is_encoder_decoder = True
-        config._settle_decoder()
+        config._resolve_decoder()
         config.validate()
         return config
 
-    def of_decoder(self) -> "ReformerConfig":
+    def decoder_config(self) -> "ReformerConfig":
         """The decoder's own config: that of a causal model, whose `attn_layers` are `decoder_attn_layers`."""
         config = copy.deepcopy(self)
         config.attn_layers, config.num_hidden_layers = self.decoder_attn_layers, len(self.decoder_attn_layers)
@@ -412,9 +412,9 @@ def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int]) -> None:
             f"`num_buckets={num_buckets}` must be an even number or a list of even numbers: a rotation's columns and "
             "their opposites give two buckets each. Choose for example 32, or [16, 32] for 512 buckets."
         )
-    if math.prod(factors) > MOST_BUCKETS:
+    if math.prod(factors) > MAX_BUCKETS:
         raise ValueError(
-            f"`num_buckets={num_buckets}` makes {math.prod(factors)} buckets, more than {MOST_BUCKETS}. About as many "
+            f"`num_buckets={num_buckets}` makes {math.prod(factors)} buckets, more than {MAX_BUCKETS}. About as many "
             "as the longest input has windows are useful: `max_position_embeddings / lsh_window`."
         )
 

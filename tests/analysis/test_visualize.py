@@ -6,24 +6,26 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
+from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
 
 from hf_reformer import ReformerForCausalLM, ReformerModel
 from hf_reformer.analysis import plots as visualize
-from hf_reformer.analysis.plots import (
-    attention_image,
+from hf_reformer.analysis.lsh_stats import (
     bucket_balance,
     bucket_sizes,
-    plot_attention,
-    plot_bucket_sizes,
-    plot_buckets,
-    plot_pairs,
-    plot_received,
-    plot_round_agreement,
     received_attention,
     round_agreement,
     seen_pairs,
     view_layer,
+)
+from hf_reformer.analysis.plots import (
+    attention_image,
+    plot_attention,
+    plot_attention_mass,
+    plot_bucket_sizes,
+    plot_buckets,
+    plot_pairs,
+    plot_round_agreement,
 )
 from hf_reformer.ops.gather_attention import SparseAttention
 
@@ -159,13 +161,13 @@ def test_all_attention_is_received(mode):
     model = make(mode)
     for sparse, dense in zip(attentions(model), attentions(model, True), strict=True):
         received = received_attention(sparse, MASK)
-        assert largest_gap(received, received_attention(dense, MASK)) <= 1e-12
+        assert max_abs_diff(received, received_attention(dense, MASK)) <= 1e-12
         expected = (dense * MASK[:, None, :, None]).sum(2) / MASK.sum(-1)[:, None, None]
-        assert largest_gap(received, expected) <= 1e-12
-        assert largest_gap(received.sum(-1), torch.ones(2, 2)) <= 1e-10
+        assert max_abs_diff(received, expected) <= 1e-12
+        assert max_abs_diff(received.sum(-1), torch.ones(2, 2)) <= 1e-10
         assert not received.transpose(1, 2)[MASK == 0].any()
         if mode != "chunk":  # padding attends to nothing there
-            assert largest_gap(received, received_attention(sparse)) <= 1e-12
+            assert max_abs_diff(received, received_attention(sparse)) <= 1e-12
 
 
 def test_gradients_pass_through_what_is_received():
@@ -181,18 +183,18 @@ def test_images_in_blocks_keep_every_line_s_sum(mode, side):
     sparse, dense = attentions(model)[1], attentions(model, True)[1]
     image, steps = attention_image(sparse, 0, 1, MASK, side)
     assert max(image.shape) <= side
-    assert largest_gap(image, attention_image(dense, 0, 1, MASK, side)[0]) <= 1e-12
+    assert max_abs_diff(image, attention_image(dense, 0, 1, MASK, side)[0]) <= 1e-12
     seeing = [MASK[0, i : i + steps[0]].any() for i in range(0, LENGTH, steps[0])]
-    assert largest_gap(image.sum(-1), torch.tensor(seeing).double()) <= 1e-10
+    assert max_abs_diff(image.sum(-1), torch.tensor(seeing).double()) <= 1e-10
     if side >= LENGTH:
-        assert largest_gap(image, dense[0, 1] * MASK[0, :, None]) <= 1e-12
+        assert max_abs_diff(image, dense[0, 1] * MASK[0, :, None]) <= 1e-12
 
 
 PICTURES = {
     "buckets": lambda view, weights, ax: plot_buckets(view, 1, ax=ax),
     "pairs": lambda view, weights, ax: plot_pairs(view, ax=ax),
     "attention": lambda view, weights, ax: plot_attention(weights, mask=MASK, ax=ax),
-    "received": lambda view, weights, ax: plot_received(weights, mask=MASK, ax=ax),
+    "received": lambda view, weights, ax: plot_attention_mass(weights, mask=MASK, ax=ax),
     "sizes": lambda view, weights, ax: plot_bucket_sizes(view, ax=ax),
     "agreement": lambda view, weights, ax: plot_round_agreement(view, ax=ax),
 }
@@ -273,7 +275,7 @@ def test_what_does_not_exist_says_so(monkeypatch):
         (lambda: plot_buckets(hashed, hash_round=2), "`hash_round=2`"),
         (lambda: plot_pairs(hashed, head=2), "`head=2`"),
         (lambda: plot_attention(torch.zeros(1, 1, 4, 4), row=-1), "`row=-1`"),
-        (lambda: plot_received(torch.zeros(1, 1, 4, 4), row=1), "`row=1`"),
+        (lambda: plot_attention_mass(torch.zeros(1, 1, 4, 4), row=1), "`row=1`"),
     ):
         with pytest.raises(ValueError, match=words):
             call()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import OFFLOADED, largest_gap, make_ids, make_model
+from conftest import OFFLOADED, make_ids, make_model, max_abs_diff
 from test_builtin_parity import pair
 from torch.nn import functional as F
 from transformers.models.reformer.modeling_reformer import LocalSelfAttention, LSHSelfAttention
@@ -86,14 +86,14 @@ def test_steps_are_those_of_the_builtin(rule, tmp_path, repaired_builtin):
     builtin, ours = pair(tmp_path, "ReformerModelWithLMHead", **fields)
     for prompt in (3, 8, 21):  # less than a chunk, one, and several
         ids = make_ids(1, LENGTH, vocab=50, seed=prompt)
-        assert largest_gap(run(ours, ids, prompt)[0], run(builtin, ids, prompt)[0]) <= 1e-9
+        assert max_abs_diff(run(ours, ids, prompt)[0], run(builtin, ids, prompt)[0]) <= 1e-9
 
 
 def test_steps_are_those_of_the_builtin_as_it_is_in_float32(tmp_path):
     fields = {"lsh_attn_chunk_length": 8, "local_attn_chunk_length": 4, "attn_layers": MIXED, "num_buckets": 4}
     builtin, ours = pair(tmp_path, "ReformerModelWithLMHead", num_hashes=1, **fields)
     ids = make_ids(1, LENGTH, vocab=50)
-    assert largest_gap(run(ours.float(), ids, 21)[0], run(builtin.float(), ids, 21)[0]) <= 1e-4
+    assert max_abs_diff(run(ours.float(), ids, 21)[0], run(builtin.float(), ids, 21)[0]) <= 1e-4
 
 
 def test_the_builtin_generates_the_same(tmp_path):
@@ -109,7 +109,7 @@ def test_the_number_of_buckets_stays_that_of_the_prompt(prompt, tmp_path, repair
     builtin, ours = pair(tmp_path, "ReformerModelWithLMHead", **fields)
     ids = make_ids(1, LENGTH, vocab=50)
     found, kept = run(ours, ids, prompt)
-    assert largest_gap(found, run(builtin, ids, prompt)[0]) <= 1e-9
+    assert max_abs_diff(found, run(builtin, ids, prompt)[0]) <= 1e-9
     assert kept.layers[1].num_buckets == builtin.config.num_buckets
 
 
@@ -130,7 +130,7 @@ def test_tokens_together_are_tokens_one_after_the_other(model):
     ids = make_ids(2, LENGTH)
     expected, _ = run(model, ids, 6)
     for piece in (2, 17):
-        assert largest_gap(run(model, ids, 6, piece)[0], expected) <= 1e-12
+        assert max_abs_diff(run(model, ids, 6, piece)[0], expected) <= 1e-12
 
 
 # --- rows
@@ -142,7 +142,7 @@ def test_rows_of_a_batch_are_the_rows_alone(layers, prompt):
     model, ids = make(attn_layers=layers), make_ids(3, LENGTH)
     together, _ = run(model, ids, prompt)
     for row in range(3):
-        assert largest_gap(together[row : row + 1], run(model, ids[row : row + 1], prompt)[0]) <= 1e-12
+        assert max_abs_diff(together[row : row + 1], run(model, ids[row : row + 1], prompt)[0]) <= 1e-12
 
 
 # Where chunks of a padded prompt are those of the prompt alone: kinds of layers, columns of the prompt, real ones of
@@ -164,7 +164,7 @@ def test_rows_padded_on_the_left_are_the_rows_alone(case):
     generated = model.generate(ids[:, :prompt], attention_mask=mask[:, :prompt], **GREEDY)
     for row, n in enumerate(real):
         alone = ids[row : row + 1, prompt - n :]
-        assert largest_gap(together[row : row + 1, prompt - n :], run(model, alone, n)[0]) <= 1e-12
+        assert max_abs_diff(together[row : row + 1, prompt - n :], run(model, alone, n)[0]) <= 1e-12
         assert torch.equal(generated[row, prompt - n :], model.generate(alone[:, :n], **GREEDY)[0])
 
 
@@ -175,7 +175,7 @@ def test_padding_among_the_new_tokens_changes_nothing(model):
     places = (mask.cumsum(-1) - 1)[:, :10]
     found, _ = run(model, ids, 10, mask=mask, position_ids=places)
     alone, _ = run(model, ids[:1, mask[0] == 1], 10)
-    assert largest_gap(found[:1, mask[0] == 1], alone) <= 1e-12
+    assert max_abs_diff(found[:1, mask[0] == 1], alone) <= 1e-12
     assert found.isfinite().all()
 
 
@@ -198,7 +198,7 @@ def test_operations(name, prompt, model):
     _, kept = run(model, ids[:, : prompt + 2], prompt)
     change(kept)
     found, _ = run(model, ids[rows, prompt + 2 :], 1, kept=kept)
-    assert largest_gap(found, run(model, ids, prompt)[0][rows, prompt + 2 :]) <= 1e-12
+    assert max_abs_diff(found, run(model, ids, prompt)[0][rows, prompt + 2 :]) <= 1e-12
 
 
 @pytest.mark.parametrize("prompt", [5, 8, 21])
@@ -212,7 +212,7 @@ def test_tokens_taken_back_leave_no_trace(recorded, prompt, model):
     run(model, wrong, 5, kept=kept)
     kept.crop(-5)
     found, kept = run(model, ids[:, prompt:], 1, kept=kept)
-    assert largest_gap(found, run(model, ids, prompt)[0][:, prompt:]) <= 1e-12
+    assert max_abs_diff(found, run(model, ids, prompt)[0][:, prompt:]) <= 1e-12
 
 
 def test_a_cache_begins_anew_after_reset_and_after_all_was_taken_back(model):
@@ -222,7 +222,7 @@ def test_a_cache_begins_anew_after_reset_and_after_all_was_taken_back(model):
     assert torch.equal(run(model, ids, 21, kept=kept)[0], expected)
     _, kept = run(model, ids[:, :6], 6)
     kept.crop(-6)
-    assert largest_gap(run(model, ids, 21, kept=kept)[0], expected) <= 1e-12
+    assert max_abs_diff(run(model, ids, 21, kept=kept)[0], expected) <= 1e-12
 
 
 def test_a_local_layer_keeps_its_chunks_alone(model):
@@ -235,7 +235,7 @@ def test_the_number_of_hashes_is_kept(model):
     found, kept = run(model, ids, 21, num_hashes=3)
     assert kept.layers[1].num_hashes == 3
     assert kept.layers[1].buckets.shape[2] == 3
-    assert largest_gap(found, run(model, ids, 21)[0]) > 1e-3
+    assert max_abs_diff(found, run(model, ids, 21)[0]) > 1e-3
     with pytest.raises(ValueError, match="hashed with 3"):
         model(ids[:, :1], past_key_values=kept)
 
@@ -281,7 +281,7 @@ def test_beams_score_what_a_cache_of_each_would_give(model):
     found = model.generate(ids, output_scores=True, **options)
     logits, _ = run(model, found.sequences, 7)
     chances = logits[:, 6:-1].log_softmax(-1).gather(-1, found.sequences[:, 7:, None])[..., 0].sum(-1)
-    assert largest_gap(found.sequences_scores, chances / 8) <= 1e-5
+    assert max_abs_diff(found.sequences_scores, chances / 8) <= 1e-5
 
 
 @pytest.mark.parametrize("way", ["prompt lookup", "assistant"])

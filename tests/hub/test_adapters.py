@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 import torch
-from conftest import REPEATABLE, SMALL_WINDOWS, largest_gap, make_ids, make_model, tiny_config
+from conftest import REPEATABLE, SMALL_WINDOWS, make_ids, make_model, max_abs_diff, tiny_config
 from test_memory import census_of, make, size_of_gradients
 from transformers import AutoModelForCausalLM
 
@@ -99,7 +99,7 @@ def assert_equal_gradients(found: dict, expected: dict, tolerance: float = 1e-10
     scale = max(grad.abs().max().item() for grad in expected.values())
     for name in expected:
         assert expected[name].any(), f"{name} gets no gradient"
-        assert largest_gap(found[name], expected[name]) <= tolerance * scale, name
+        assert max_abs_diff(found[name], expected[name]) <= tolerance * scale, name
 
 
 @pytest.fixture
@@ -240,8 +240,8 @@ def test_merged_equals_unmerged(kind):
     model = make_adapted(config=KINDS[kind]())
     expected = model(input_ids=IDS).logits
     with model.disable_adapter():
-        assert largest_gap(model(input_ids=IDS).logits, expected) > 0.01
-    assert largest_gap(model.merge_and_unload()(input_ids=IDS).logits, expected) <= 1e-5
+        assert max_abs_diff(model(input_ids=IDS).logits, expected) > 0.01
+    assert max_abs_diff(model.merge_and_unload()(input_ids=IDS).logits, expected) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "LoRA and whole modules", "DoRA", "IA3"])
@@ -263,8 +263,8 @@ def test_a_saved_adapter_loads(kind, tmp_path):
         loaders.pop()  # transformers 5.23 knows the saved magnitudes by another name, and reports them missing
     for load in loaders:
         loaded = load(tmp_path / "adapter").eval()
-        assert largest_gap(loaded(input_ids=IDS).logits, expected) <= 1e-6
-    assert largest_gap(base()(input_ids=IDS).logits, expected) > 0.01
+        assert max_abs_diff(loaded(input_ids=IDS).logits, expected) <= 1e-6
+    assert max_abs_diff(base()(input_ids=IDS).logits, expected) > 0.01
 
 
 def test_an_adapter_added_by_transformers_loads(tmp_path):
@@ -273,10 +273,10 @@ def test_an_adapter_added_by_transformers_loads(tmp_path):
     expected = model(input_ids=IDS).logits
     model.add_adapter(LoraConfig(init_lora_weights=False))
     adapted = model.eval()(input_ids=IDS).logits
-    assert largest_gap(adapted, expected) > 0.01
+    assert max_abs_diff(adapted, expected) > 0.01
     model.save_pretrained(tmp_path / "adapter")
     assert (
-        largest_gap(ReformerForCausalLM.from_pretrained(tmp_path / "adapter")(input_ids=IDS).logits, adapted) <= 1e-6
+        max_abs_diff(ReformerForCausalLM.from_pretrained(tmp_path / "adapter")(input_ids=IDS).logits, adapted) <= 1e-6
     )
 
 
@@ -304,7 +304,7 @@ def test_a_prompt_stands_before_the_tokens(length, tokens):
     assert torch.equal(logits, model.get_base_model()(inputs_embeds=embeds).logits)
     padded = torch.nn.functional.pad(ids, (0, 3))
     found = model(input_ids=padded, attention_mask=(torch.arange(length + 3) < length).long().expand(2, -1)).logits
-    assert largest_gap(found[:, : tokens + length], logits) <= 1e-10
+    assert max_abs_diff(found[:, : tokens + length], logits) <= 1e-10
 
 
 @pytest.mark.parametrize("cls", [ReformerForCausalLM, ReformerForSequenceClassification, ReformerForQuestionAnswering])
@@ -408,11 +408,11 @@ def test_packing_changes_no_loss(tmp_path):
     packed = trainer.compute_loss(model, batch)
     alone = sum(model(sample, labels=sample).loss * (sample.shape[1] - 1) for sample in samples)
     alone = alone / sum(sample.shape[1] - 1 for sample in samples)
-    assert largest_gap(packed, alone) <= 1e-6
-    assert largest_gap(packed, model(ids, labels=ids).loss) > 1e-4, "mixed samples give another loss"
+    assert max_abs_diff(packed, alone) <= 1e-6
+    assert max_abs_diff(packed, model(ids, labels=ids).loss) > 1e-4, "mixed samples give another loss"
     grads = [torch.autograd.grad(loss, tuple(model.parameters())) for loss in (packed, alone)]
     for found, expected in zip(*grads, strict=True):
-        assert largest_gap(found, expected) <= 1e-5
+        assert max_abs_diff(found, expected) <= 1e-5
 
 
 def test_packed_samples_are_never_mixed_for_want_of_positions(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import largest_gap, make_ids, make_model
+from conftest import make_ids, make_model, max_abs_diff
 from reformer_pytorch import ReformerLM
 from reformer_pytorch import reformer_pytorch as original
 from safetensors.torch import load_file, save_file
@@ -26,7 +26,7 @@ from hf_reformer.hub.convert.convert import convert, read, to_builtin, to_window
 from hf_reformer.hub.convert.reformer_pytorch import from_reformer_pytorch
 from hf_reformer.hub.convert.trax import from_trax, read_pickle
 from hf_reformer.hub.registration import AUTO_CLASSES, register
-from hf_reformer.models.modeling_reformer import OLDER_BIAS
+from hf_reformer.models.pretrained import LEGACY_LM_HEAD_BIAS
 
 CHUNKS = {"attention_mode": "chunk", "hash_seed": 1, "num_buckets": 4}
 CHUNKS |= {"lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8}
@@ -83,7 +83,7 @@ def test_folders_of_transformers_4_are_read_with_the_bias_that_counted(name, bot
     assert ours.lm_head.bias.requires_grad
     ids = make_ids(2, 40, vocab=50)
     with torch.no_grad():
-        assert largest_gap(ours(ids).logits, builtin(ids).logits + bias) <= TOLERANCE
+        assert max_abs_diff(ours(ids).logits, builtin(ids).logits + bias) <= TOLERANCE
     assert convert(tmp_path / "old", tmp_path / "new") == []
     assert torch.equal(cls.from_pretrained(tmp_path / "new", dtype=torch.float64).lm_head.bias, bias)
 
@@ -155,7 +155,7 @@ def test_ours_there_and_back(name, tmp_path):
     ours.save_pretrained(tmp_path / "ours")
     lm = hasattr(ours, "lm_head")
     notes = convert(tmp_path / "ours", tmp_path / "builtin", to="builtin")
-    left_out = lm and OLDER_BIAS not in weights(tmp_path / "builtin")  # by transformers 5.0 to 5.23
+    left_out = lm and LEGACY_LM_HEAD_BIAS not in weights(tmp_path / "builtin")  # by transformers 5.0 to 5.23
     assert [note for note in notes if "leave it out of the logits" in note] == notes
     assert len(notes) == left_out
     convert(tmp_path / "builtin", tmp_path / "again")
@@ -318,8 +318,8 @@ def test_window_mode_keeps_the_weights_and_shows_what_chunks_showed(tmp_path):
     ids = make_ids(1, 100)
     with torch.no_grad():
         whole, short = made(ids).logits, made(ids[:, :60]).logits
-        assert largest_gap(whole[:, :60], short) <= 1e-10  # window mode's own promise, which chunks don't keep
-        assert largest_gap(whole, ours(ids).logits) > 1e-3
+        assert max_abs_diff(whole[:, :60], short) <= 1e-10  # window mode's own promise, which chunks don't keep
+        assert max_abs_diff(whole, ours(ids).logits) > 1e-3
 
 
 def test_window_mode_of_short_inputs_without_hashing_is_chunk_mode():
@@ -329,7 +329,7 @@ def test_window_mode_of_short_inputs_without_hashing_is_chunk_mode():
     assert (made.config.lsh_window, made.config.local_window) == (12, 12)
     ids = make_ids(2, 12)
     with torch.no_grad():
-        assert largest_gap(made(ids).logits, ours(ids).logits) <= 1e-10
+        assert max_abs_diff(made(ids).logits, ours(ids).logits) <= 1e-10
 
 
 def test_bidirectional_windows_show_as_many_places_as_chunks():
@@ -420,7 +420,7 @@ def test_streams_are_those_of_reformer_pytorch(positions, causal):
         exactly = 1e-6 if positions == "rotary" else 1e-10  # its angles are float32
         for normalise, tolerance in ((our_keys, exactly), (original.F.normalize, 1e-4)):
             expected, found, *_ = both_streams(theirs, ours, ids, normalise)
-            assert largest_gap(found, expected) <= tolerance
+            assert max_abs_diff(found, expected) <= tolerance
 
 
 def test_logits_are_those_of_reformer_pytorch_times_a_number_of_each_token():
@@ -433,7 +433,7 @@ def test_logits_are_those_of_reformer_pytorch_times_a_number_of_each_token():
     x1, x2 = streams.chunk(2, dim=-1)
     factor = ((x1 + x2) / 2).std(-1, correction=0) / streams.std(-1, correction=0)
     assert 0.8 < factor.min() < factor.max() <= 1
-    assert largest_gap(found - common, (expected - common) * factor[..., None]) <= 1e-4  # eps of the norms
+    assert max_abs_diff(found - common, (expected - common) * factor[..., None]) <= 1e-4  # eps of the norms
     agree = (found.argmax(-1) == expected.argmax(-1)).float().mean()
     assert agree > 0.9
     assert "multiplied by a positive number" in notes[0]
@@ -567,7 +567,7 @@ def test_trax_weights_are_read(chunked, protocol, compress, tmp_path):
         assert getattr(ours.config, name) == getattr(builtin.config, name)
     ids = make_ids(2, 60, vocab=50)
     with torch.no_grad():
-        assert largest_gap(ours(ids).logits, builtin(ids).logits + bias) <= TOLERANCE
+        assert max_abs_diff(ours(ids).logits, builtin(ids).logits + bias) <= TOLERANCE
 
 
 def test_trax_weights_are_checked():

@@ -192,7 +192,7 @@ def test_every_example_runs_without_the_package(tmp_path, other_python):
 @pytest.mark.slow
 def test_the_package_may_be_there_without_being_imported(tmp_path, other_python, monkeypatch):
     """Then the folder's code runs, on the package's compiled kernels."""
-    backend = "torch" if KERNELS["cpu"].why_not() else "cpu"
+    backend = "torch" if KERNELS["cpu"].unsupported_reason() else "cpu"
     monkeypatch.setenv("HF_REFORMER_BACKEND", backend)
     model = make()
     export(model, tmp_path / "model")
@@ -349,7 +349,7 @@ def unsavable(tmp_path):
 
 def sharing(tmp_path):
     model = make()
-    model.model.sequence_group = object()  # a group of processes; `share_sequences` would want a real one
+    model.model.sequence_group = object()  # a group of processes; `enable_sequence_parallel` would want a real one
     return model
 
 
@@ -437,7 +437,7 @@ REFUSED = {
     "an adapter alone": adapter_folder,
     "quantised in place": quantised,
     "quantise when loading": unsavable,
-    r"share_sequences\(None\)": sharing,
+    r"enable_sequence_parallel\(None\)": sharing,
     "without `device_map`": on_meta,
     "no subclasses": lambda tmp_path: Derived(tiny_config()),
     "Linear cannot be exported": lambda tmp_path: torch.nn.Linear(2, 2),

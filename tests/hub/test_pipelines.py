@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_WINDOWS, largest_gap, make_model
+from conftest import SMALL_WINDOWS, make_model, max_abs_diff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForQuestionAnswering, ByT5Tokenizer, PreTrainedTokenizerFast, pipeline
@@ -16,7 +16,7 @@ from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 import hf_reformer
 from hf_reformer import LongDocumentQuestionAnswering, ReformerByteTokenizer, ReformerForQuestionAnswering, register
-from hf_reformer.data.tables import train_bpe_tokenizer
+from hf_reformer.data.bpe_tokenizer import train_bpe_tokenizer
 from hf_reformer.hub.pipelines import TASK, best_spans
 
 SENTENCE = "Zürich liegt am See, 408 m ü. M. – viele fahren Velo. "
@@ -396,13 +396,13 @@ def test_sentence_transformers_embeds_long_documents(tmp_path, messages):
     alone = torch.stack([encoder.encode(text, convert_to_tensor=True) for text in texts])
     with torch.no_grad():
         by_hand = [model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0) for text in texts]
-    assert largest_gap(together, alone) < 1e-5
-    assert largest_gap(together, torch.stack(by_hand)) < 1e-5
+    assert max_abs_diff(together, alone) < 1e-5
+    assert max_abs_diff(together, torch.stack(by_hand)) < 1e-5
     assert encoder.get_embedding_dimension() == together.shape[1] == width
 
     encoder.save(str(tmp_path / "saved"))
     for folder in ("saved", "model"):  # a folder of the model alone is pooled the same
         loaded = sentence_transformers.SentenceTransformer(str(tmp_path / folder), device="cpu")
-        assert largest_gap(loaded.encode(texts, convert_to_tensor=True), together) < 1e-5
+        assert max_abs_diff(loaded.encode(texts, convert_to_tensor=True), together) < 1e-5
     assert sentence_transformers.SentenceTransformer(str(tmp_path / "saved")).get_embedding_dimension() == width
     assert not messages

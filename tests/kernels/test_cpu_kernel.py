@@ -5,21 +5,22 @@ import logging
 import pytest
 import torch
 from attention_cases import Case, assert_equals_reference, cases, make_case
-from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
+from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_reformer import ReformerForCausalLM
 from hf_reformer.ops import kernel_check as checks
-from hf_reformer.ops.dispatch import backend_name
-from hf_reformer.ops.lsh import lsh_buckets, sorted_line, sorted_windows, window_rotations
+from hf_reformer.ops.dispatch import select_backend
+from hf_reformer.ops.layout import bucket_windows, sort_by_bucket
+from hf_reformer.ops.lsh import lsh_buckets, window_rotations
 from hf_reformer.ops.prng import fold, make_key, normal_rows
 from reformer_kernels.cpu import build
 from reformer_kernels.cpu import torch_ops as cpu
 
 try:
     build.compiler()
-except build.CannotBuild as error:
+except build.KernelBuildError as error:
     pytest.skip(f"no compiled kernel: {error}", allow_module_level=True)
 
 FOUR_TILES = {"length": 250, "count": 3}
@@ -128,9 +129,9 @@ def test_small_and_large_scores(mode, scale):
     case.inputs[0] = case.inputs[0] * scale
     out, *grads = case.values_and_gradients("cpu")
     expected, *expected_grads = case.values_and_gradients("reference", torch.float64)
-    assert largest_gap(out, expected) <= 1e-5 * max(1, scale)
+    assert max_abs_diff(out, expected) <= 1e-5 * max(1, scale)
     for a, b in zip(grads, expected_grads, strict=True):
-        assert largest_gap(a, b) <= 1e-5 * max(1, scale) * max(1, b.abs().max().item())
+        assert max_abs_diff(a, b) <= 1e-5 * max(1, scale) * max(1, b.abs().max().item())
 
 
 @pytest.mark.parametrize("widest", [0, 2])
@@ -142,7 +143,7 @@ def test_inputs_may_differ_in_dtype(widest):
     expected, *expected_grads = case.values_and_gradients("reference", torch.float64)
     assert [x.dtype for x in grads] == [x.dtype for x in case.inputs]
     for a, b in zip((out, *grads), (expected, *expected_grads), strict=True):
-        assert largest_gap(a, b) <= 2e-2 * max(1, b.abs().max().item())
+        assert max_abs_diff(a, b) <= 2e-2 * max(1, b.abs().max().item())
 
 
 @pytest.mark.parametrize("mode", ["window", "chunk"])
@@ -210,7 +211,7 @@ def test_threads_change_no_bit_of_the_output(mode, threads):
         torch.set_num_threads(1)
     assert torch.equal(alone[0], together[0])
     for a, b in zip(alone[1:], together[1:], strict=True):
-        assert largest_gap(a, b) <= 1e-5
+        assert max_abs_diff(a, b) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -253,7 +254,7 @@ def test_normal_numbers_are_those_of_the_torch_backend(seed, rows, count):
     keys = fold(make_key(seed), torch.arange(rows, dtype=torch.int32))
     found = cpu.normal_rows(keys, count)
     assert found.dtype == torch.float32
-    assert largest_gap(found, normal_rows(keys, count)) <= 5e-6
+    assert max_abs_diff(found, normal_rows(keys, count)) <= 5e-6
 
 
 @given(
@@ -278,10 +279,10 @@ def test_sorting_is_that_of_the_torch_backend(seed, length, count, window, causa
     buckets = torch.randint(0, count, (2, 3, 2, length), generator=generator).int()
     mask = None if hidden is None else torch.rand(2, length, generator=generator) >= hidden
     for group in (buckets, buckets[:, :1]):
-        found = cpu.sorted_windows(group, count, window, causal, mask)
-        for a, b in zip(found, sorted_windows(group, count, window, causal, mask), strict=True):
+        found = cpu.bucket_windows(group, count, window, causal, mask)
+        for a, b in zip(found, bucket_windows(group, count, window, causal, mask), strict=True):
             assert torch.equal(a, b)
-        assert torch.equal(cpu.sorted_line(group, count, mask), sorted_line(group, count, mask))
+        assert torch.equal(cpu.sort_by_bucket(group, count, mask), sort_by_bucket(group, count, mask))
 
 
 # --- models
@@ -299,7 +300,7 @@ def test_a_model_agrees_with_the_torch_backend(mode):
         loss.backward()
         outputs.append([loss.detach(), *(p.grad for p in model.parameters())])
     for a, b in zip(*outputs, strict=True):
-        assert largest_gap(a, b) <= 2e-4 * max(1, b.abs().max().item())
+        assert max_abs_diff(a, b) <= 2e-4 * max(1, b.abs().max().item())
 
 
 # --- where it cannot be used
@@ -308,24 +309,24 @@ def test_a_model_agrees_with_the_torch_backend(mode):
 def test_what_it_cannot_serve_is_told(monkeypatch):
     monkeypatch.delenv("HF_REFORMER_BACKEND", raising=False)
     double, odd = torch.zeros(1, 1, 4, 8, dtype=torch.float64), torch.zeros(1, 1, 4, 12)
-    assert backend_name("auto", double, double) == backend_name("auto", odd, odd) == "torch"
+    assert select_backend("auto", double, double) == select_backend("auto", odd, odd) == "torch"
     with pytest.raises(ValueError, match=r"'cpu' cannot be used here.*float64"):
-        backend_name("cpu", double, double)
+        select_backend("cpu", double, double)
     with pytest.raises(ValueError, match=r"multiples of 8, not 12"):
-        backend_name("cpu", odd, odd)
+        select_backend("cpu", odd, odd)
 
 
 def test_numbers_out_of_range_are_refused():
     buckets = torch.tensor([[[[0, 1, 9]]]], dtype=torch.int32)
     with pytest.raises(ValueError, match="outside of the number of buckets"):
-        cpu.sorted_line(buckets, 7, None)
+        cpu.sort_by_bucket(buckets, 7, None)
     with pytest.raises(ValueError, match="3 columns don't fit bucket factors \\[8\\]"):
         cpu.lsh_buckets(torch.zeros(1, 2, 4, 8), window_rotations(make_key(0), 0, 2, 8, 1, 6), 8)
 
 
 def test_a_key_of_another_dtype_is_not_narrowed():
     query = torch.zeros(1, 1, 4, 8)
-    assert backend_name("auto", query, query, query.double()) == "torch"
+    assert select_backend("auto", query, query, query.double()) == "torch"
 
 
 def test_a_kernel_that_disagrees_is_not_used(monkeypatch, caplog):
@@ -333,8 +334,8 @@ def test_a_kernel_that_disagrees_is_not_used(monkeypatch, caplog):
     cpu._library.cache_clear()
     single = torch.zeros(1, 1, 4, 8)
     with caplog.at_level(logging.WARNING):
-        assert backend_name("auto", single, single) == "torch"
-        assert backend_name("auto", single, single) == "torch"
+        assert select_backend("auto", single, single) == "torch"
+        assert select_backend("auto", single, single) == "torch"
     assert sum("disagrees with its definition" in message for message in caplog.messages) == 1
 
 

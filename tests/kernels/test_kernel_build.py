@@ -11,12 +11,12 @@ from reformer_kernels.cpu import build
 
 ATTEND = """
 import torch
-from hf_reformer.ops.dispatch import backend_name, ordered_attention
-from hf_reformer.ops.lsh import window_orders
+from hf_reformer.ops.dispatch import select_backend, windowed_attention
+from hf_reformer.ops.lsh import window_layout
 x = torch.randn(1, 1, 4, 8)
-orders = window_orders([(torch.zeros(1, 1, 1, 4, dtype=torch.int32), 1, 2)], True, None)
-assert ordered_attention(x, None, x, orders, causal=True).isfinite().all()
-print(backend_name("auto", x, x))
+orders = window_layout([(torch.zeros(1, 1, 1, 4, dtype=torch.int32), 1, 2)], True, None)
+assert windowed_attention(x, None, x, orders, causal=True).isfinite().all()
+print(select_backend("auto", x, x))
 """
 VARIANT = build.supported_variants()[-1]
 
@@ -33,7 +33,7 @@ def attend(cache, **environment) -> subprocess.CompletedProcess:
 def needs_compiler():
     try:
         build.compiler()
-    except build.CannotBuild as error:
+    except build.KernelBuildError as error:
         pytest.skip(str(error))
 
 

@@ -15,13 +15,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attention_cases import TOLERANCES, Case, assert_equals_reference, make_case
-from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
+from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
 from test_received_attention import assert_is_what_the_weights_say
 
 from hf_reformer import ReformerForCausalLM
 from hf_reformer.ops import dispatch as attention_ops
 from hf_reformer.ops import reference
-from hf_reformer.ops.dispatch import backend_name, ordered_attention
+from hf_reformer.ops.dispatch import select_backend, windowed_attention
 from reformer_kernels import triton as backend
 
 HERE = Path(__file__).resolve()
@@ -114,21 +114,21 @@ def test_a_refusal_says_why(monkeypatch, changes, reason):
     monkeypatch.delenv("HF_REFORMER_BACKEND", raising=False)
     query = torch.zeros(1, 1, 4, changes.get("size", 8), dtype=changes.get("dtype", torch.float32))
     with pytest.raises(ValueError, match=rf"'triton' cannot be used here: [^.]*{reason}\. Choose"):
-        backend_name("triton", query, query)
+        select_backend("triton", query, query)
 
 
 @NEEDS_TRITON
 def test_the_interpreter_takes_tensors_of_the_cpu(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x = torch.zeros(1, 1, 4, 8)
-    assert backend.why_not(x, x) is None
+    assert backend.unsupported_reason(x, x) is None
 
 
 @NEEDS_TRITON
 def test_transforms_of_torch_func_are_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x = torch.zeros(1, 1, 4, 8)
-    torch.func.vmap(lambda x: pytest.fail("missed") if backend.why_not(x, x) is None else x)(x)
+    torch.func.vmap(lambda x: pytest.fail("missed") if backend.unsupported_reason(x, x) is None else x)(x)
 
 
 def test_a_line_too_long_for_its_numbers_is_refused():
@@ -136,7 +136,7 @@ def test_a_line_too_long_for_its_numbers_is_refused():
     orders = Case(length=1, batch=1, heads=1).orders
     orders = orders._replace(line=orders.line[:, :, :1].expand(-1, -1, 2**29 + 1, -1))
     with pytest.raises(ValueError, match="536870913 places a line"):
-        backend.ordered_attention(x, None, x, orders, causal=True)
+        backend.windowed_attention(x, None, x, orders, causal=True)
 
 
 @pytest.mark.slow
@@ -145,8 +145,8 @@ def test_the_backend_can_be_imported_without_triton():
         "import sys; sys.modules['triton'] = None\n"
         "import torch, importlib.util as util\n"
         "util.find_spec = lambda name, find=util.find_spec: None if name == 'triton' else find(name)\n"
-        "from reformer_kernels.triton import why_not\n"
-        "print(why_not(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)))"
+        "from reformer_kernels.triton import unsupported_reason\n"
+        "print(unsupported_reason(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "Triton is not installed", done.stderr
@@ -161,7 +161,7 @@ def on_device(query, key, value, orders, *, causal, mask, dropout, dropout_key):
     query, key, value, mask, dropout_key = map(move, (query, key, value, mask, dropout_key))
     orders = type(orders)(*map(move, orders))
     options = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
-    return backend.ordered_attention(query, key, value, orders, **options).cpu()
+    return backend.windowed_attention(query, key, value, orders, **options).cpu()
 
 
 def received_on_device(query, key, value, orders, paid, known, **options):
@@ -176,7 +176,9 @@ def received_on_device(query, key, value, orders, paid, known, **options):
 def cpu_tensors_go_to_the_gpu(monkeypatch):
     if DEVICE == "cuda":
         kernel = SimpleNamespace(
-            why_not=lambda query, value: None, ordered_attention=on_device, attention_received=received_on_device
+            unsupported_reason=lambda query, value: None,
+            windowed_attention=on_device,
+            attention_received=received_on_device,
         )
         monkeypatch.setitem(attention_ops.KERNELS, "triton", kernel)
 
@@ -288,7 +290,7 @@ def check_one_order_may_serve_all_heads(mode):
     one, two = (Case(mode=mode, heads=heads, rounds=1, dtype=torch.float32) for heads in (1, 2))
     two.inputs = [x.expand(-1, 2, -1, -1) for x in one.inputs]
     expected = one.values_and_gradients("triton")[0].expand(-1, 2, -1, -1)
-    assert largest_gap(one.attend(*two.inputs, backend="triton"), expected) <= 1e-6
+    assert max_abs_diff(one.attend(*two.inputs, backend="triton"), expected) <= 1e-6
 
 
 def check_the_layout_of_the_inputs_does_not_matter():
@@ -323,7 +325,7 @@ def check_inputs_may_differ_in_dtype(widest):
     expected = case.values_and_gradients("reference", torch.float64)
     assert [x.dtype for x in found] == [case.inputs[2].dtype, *(x.dtype for x in case.inputs)]
     for a, b in zip(found, expected, strict=True):
-        assert largest_gap(a, b) <= TOLERANCES[torch.bfloat16] * max(1, b.abs().max().item())
+        assert max_abs_diff(a, b) <= TOLERANCES[torch.bfloat16] * max(1, b.abs().max().item())
 
 
 @pytest.mark.parametrize("mode", ["window", "chunk"])
@@ -408,7 +410,7 @@ def check_compiled_code_holds_the_op():
     case = Case(dtype=torch.float32, length=20, batch=1)
 
     def attend(query, value):
-        return ordered_attention(query * 2, None, value, case.orders, causal=True, backend="triton") + 1
+        return windowed_attention(query * 2, None, value, case.orders, causal=True, backend="triton") + 1
 
     query, _, value = case.inputs
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
@@ -439,7 +441,7 @@ def check_a_reversible_model_agrees_with_the_torch_backend(mode, messages):
         loss.backward()
         outputs.append([loss.detach(), *(p.grad for p in model.parameters())])
     for a, b in zip(*outputs, strict=True):
-        assert largest_gap(a, b) <= 2e-4 * max(1, b.abs().max().item())
+        assert max_abs_diff(a, b) <= 2e-4 * max(1, b.abs().max().item())
     assert messages == []
 
 

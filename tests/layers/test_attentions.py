@@ -3,11 +3,11 @@
 import pytest
 import torch
 from attention_cases import cases, make_case
-from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
+from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
 from hypothesis import given, settings
 
 from hf_reformer import ReformerForCausalLM, ReformerModel
-from hf_reformer.ops.gather_attention import SparseAttention, attend_by_lists
+from hf_reformer.ops.gather_attention import SparseAttention, attention_with_sparse_weights
 from hf_reformer.ops.reference import attention_with_weights
 
 KINDS = ["local", "lsh", "full", "lsh"]
@@ -26,10 +26,10 @@ def test_lists_equal_the_definition(drawn):
     case = make_case(drawn)
     query, key, value = case.inputs
     key = None if case.shared else key
-    out, attention = attend_by_lists(query, key, value, case.orders, scale=case.scale, **case.options)
+    out, attention = attention_with_sparse_weights(query, key, value, case.orders, scale=case.scale, **case.options)
     expected, weights = attention_with_weights(query, key, value, case.orders, **case.options)
-    assert largest_gap(out, expected) <= 1e-10
-    assert largest_gap(attention.dense(query.shape[2]), weights) <= 1e-10
+    assert max_abs_diff(out, expected) <= 1e-10
+    assert max_abs_diff(attention.dense(query.shape[2]), weights) <= 1e-10
 
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
@@ -41,11 +41,11 @@ def test_looking_changes_nothing(mode, causal, mask):
     seen = model(IDS, attention_mask=mask, output_attentions=True)
     listed = model(IDS, attention_mask=mask, output_attentions="sparse").attentions
     real = slice(None) if mask is None else mask.bool()
-    assert largest_gap(seen.last_hidden_state[real], plain[real]) <= 1e-10
+    assert max_abs_diff(seen.last_hidden_state[real], plain[real]) <= 1e-10
     assert len(seen.attentions) == len(listed) == model.config.num_hidden_layers
     for weights, sparse in zip(seen.attentions, listed, strict=True):
         assert weights.shape == (3, model.config.num_attention_heads, 40, 40)
-        assert largest_gap(sparse.dense(40)[1], weights[1]) <= 1e-10
+        assert max_abs_diff(sparse.dense(40)[1], weights[1]) <= 1e-10
         rows = weights.transpose(1, 2)[real]  # (rows, H, 40) or (3, 40, H, 40)
         assert (rows.sum(-1) - 1).abs().max() <= 1e-10
         assert not (causal and weights[1].triu(1).any())
@@ -67,7 +67,7 @@ def test_steps_see_what_the_whole_sees(mask):
         for weights, expected in zip(found.attentions, whole, strict=True):
             assert weights.shape[2:] == (new, at + new)
             rows = expected[:, :, at : at + new, : at + new]
-            assert largest_gap(weights.transpose(1, 2)[real == 1], rows.transpose(1, 2)[real == 1]) <= 1e-10
+            assert max_abs_diff(weights.transpose(1, 2)[real == 1], rows.transpose(1, 2)[real == 1]) <= 1e-10
         at += new
 
 
@@ -96,7 +96,7 @@ def test_gradients_pass_through_the_weights_and_are_those_of_a_call_without_them
         out.loss.backward()
         found.append([parameter.grad for parameter in model.parameters()])
     assert all(weights.grad.abs().sum() > 0 for weights in out.attentions)
-    assert all(largest_gap(a, b) <= 1e-10 for a, b in zip(*found, strict=True))
+    assert all(max_abs_diff(a, b) <= 1e-10 for a, b in zip(*found, strict=True))
 
 
 def test_what_cannot_be_looked_at_says_so():

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import IN_ONE_GRAPH, SMALL_WINDOWS, largest_gap, make_ids, make_model
+from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff, needs_fullgraph
 from test_memory import Census
 from torch._dynamo.utils import counters
 
@@ -59,7 +59,7 @@ def step(run, model) -> dict[str, torch.Tensor]:
 
 def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float) -> None:
     for name, value in expected.items():
-        assert largest_gap(found[name], value) <= tolerance * max(1, value.abs().max().item()), name
+        assert max_abs_diff(found[name], value) <= tolerance * max(1, value.abs().max().item()), name
 
 
 def graphs() -> int:
@@ -67,7 +67,7 @@ def graphs() -> int:
 
 
 @pytest.mark.parametrize(("cls", "changes"), KINDS)
-@IN_ONE_GRAPH
+@needs_fullgraph
 def test_a_training_step_in_one_graph(cls, changes):
     model, eager = make(cls, **changes).train(), make(cls, **changes).train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -79,7 +79,7 @@ def test_a_training_step_in_one_graph(cls, changes):
     ("bf16", "slices"),
     [pytest.param(True, 0, id="bfloat16"), pytest.param(False, 7, id="slices", marks=pytest.mark.slow)],
 )
-@IN_ONE_GRAPH
+@needs_fullgraph
 def test_a_training_step_in_one_graph_rebuilds_exactly(bf16, slices, recwarn):
     changes = {"attn_layers": ["local", "lsh"] * 2, "chunk_size_feed_forward": slices}
     model, eager = make(**changes).train(), make(**changes).train()
@@ -90,7 +90,7 @@ def test_a_training_step_in_one_graph_rebuilds_exactly(bf16, slices, recwarn):
 
 
 @torch.no_grad()
-@IN_ONE_GRAPH
+@needs_fullgraph
 def test_evaluation_in_one_graph_is_compiled_anew_for_another_length_but_once():
     model = make().eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -98,18 +98,18 @@ def test_evaluation_in_one_graph_is_compiled_anew_for_another_length_but_once():
         ids, mask = make_ids(2, length), torch.ones(2, length, dtype=torch.long)
         mask[1, length // 2 :] = 0
         found, expected = compiled(input_ids=ids, attention_mask=mask).logits, model(ids, mask).logits
-        assert largest_gap(found[mask == 1], expected[mask == 1]) <= 1e-6
+        assert max_abs_diff(found[mask == 1], expected[mask == 1]) <= 1e-6
         assert graphs() <= limit
 
 
 @torch.no_grad()
-@IN_ONE_GRAPH
+@needs_fullgraph
 def test_packed_samples_in_one_graph():
     model = make().eval()
     positions = torch.cat([torch.arange(20), torch.arange(30)]).expand(2, -1)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     found = compiled(input_ids=IDS, position_ids=positions).logits
-    assert largest_gap(found, model(IDS, position_ids=positions).logits) <= 1e-6
+    assert max_abs_diff(found, model(IDS, position_ids=positions).logits) <= 1e-6
 
 
 def kept_by(model, backend: str = "aot_eager", length: int = 1024) -> int:
@@ -142,14 +142,14 @@ DEEP = {"hidden_size": 32, "max_position_embeddings": 2048, "attn_layers": None}
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
-@IN_ONE_GRAPH
+@needs_fullgraph
 def test_one_graph_keeps_the_same_whatever_its_depth(backend):
     shallow, deep = (kept_by(make(num_hidden_layers=depth, **DEEP).train(), backend) for depth in (2, 6))
     assert deep <= 1.02 * shallow
 
 
 @pytest.mark.slow
-@IN_ONE_GRAPH
+@needs_fullgraph
 def test_one_graph_with_foreign_layers_has_the_memory_of_a_checkpointed_model():
     """Of every further layer it keeps less than its two streams."""
     stream, kept = 1024 * 32 * 8, []
@@ -163,7 +163,7 @@ def test_one_graph_with_foreign_layers_has_the_memory_of_a_checkpointed_model():
 
 
 @pytest.mark.slow
-@IN_ONE_GRAPH
+@needs_fullgraph
 def test_one_graph_with_foreign_layers():
     model, eager = make().train(), make().train()
     put_something_foreign_into(model)
@@ -173,7 +173,7 @@ def test_one_graph_with_foreign_layers():
 
 
 @pytest.mark.slow
-@IN_ONE_GRAPH
+@needs_fullgraph
 def test_training_in_one_graph_is_compiled_anew_for_another_length_but_once():
     model, eager = make().train(), make().train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -183,7 +183,7 @@ def test_training_in_one_graph_is_compiled_anew_for_another_length_but_once():
             torch.manual_seed(3)
             run(input_ids=ids, labels=ids).loss.backward()
         for one, other in zip(model.parameters(), eager.parameters(), strict=True):
-            gradients.append(largest_gap(one.grad, other.grad) / max(1, other.grad.abs().max().item()))
+            gradients.append(max_abs_diff(one.grad, other.grad) / max(1, other.grad.abs().max().item()))
         assert max(gradients) <= 1e-6
         assert graphs() <= limit
 
@@ -199,7 +199,7 @@ def test_training_in_one_graph_is_compiled_anew_for_another_length_but_once():
     ],
     ids=["dropout", "eps", "window", "exploration"],
 )
-@IN_ONE_GRAPH
+@needs_fullgraph
 def test_a_setting_that_changes_changes_one_graph(change):
     model, eager = make().train(), make().train()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -213,7 +213,7 @@ def test_a_setting_that_changes_changes_one_graph(change):
 
 
 @pytest.mark.slow
-@IN_ONE_GRAPH
+@needs_fullgraph
 def test_frozen_parameters_in_one_graph():
     model, eager = make().train(), make().train()
     for some in (model, eager):
@@ -227,7 +227,7 @@ def test_frozen_parameters_in_one_graph():
 
 
 @pytest.mark.slow
-@IN_ONE_GRAPH
+@needs_fullgraph
 def test_ddp_makes_a_graph_of_every_bucket(monkeypatch):
     monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 512)
     model, eager = make().train(), make().train()
@@ -245,7 +245,7 @@ def test_ddp_makes_a_graph_of_every_bucket(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen", [False, True])
-@IN_ONE_GRAPH
+@needs_fullgraph
 def test_one_graph_tells_that_streams_left_the_range(frozen):
     model = make(residual_precision="float32").train()
     model.model.requires_grad_(not frozen).layers[1].requires_grad_(True)
@@ -286,7 +286,7 @@ def test_copies_compile_parts_of_their_own(copied):
             p.mul_(1.1)
     assert_same(step(other, other), step(eager, eager), 1e-6)
     assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters())
-    assert all(layer.one_artefact and "g" in vars(layer) for layer in other.model.layers)
+    assert all(layer.has_compiled_parts and "g" in vars(layer) for layer in other.model.layers)
 
 
 @pytest.mark.slow
@@ -319,12 +319,12 @@ def test_export_with_any_batch_and_length(cls, changes):
         mask[0, size[1] // 2 :] = 0
         found, expected = exported.module()(input_ids=ids, attention_mask=mask).logits, model(ids, mask).logits
         real = mask.bool() if found.dim() == 3 else slice(None)
-        assert largest_gap(found[real], expected[real]) <= 1e-6
+        assert max_abs_diff(found[real], expected[real]) <= 1e-6
 
 
 @pytest.mark.slow
 @torch._inductor.config.patch(fallback_random=True)
-@IN_ONE_GRAPH
+@needs_fullgraph
 def test_inductor_trains_and_evaluates():
     """Inductor rounds otherwise; random numbers are eager's with `fallback_random`."""
     model, eager = make().train(), make().train()
@@ -332,4 +332,4 @@ def test_inductor_trains_and_evaluates():
     with torch.no_grad():
         model, eager = make().eval(), make().eval()
         found = torch.compile(model, fullgraph=True)(input_ids=IDS, attention_mask=MASK).logits
-        assert largest_gap(found[MASK == 1], eager(IDS, MASK).logits[MASK == 1]) <= 1e-4
+        assert max_abs_diff(found[MASK == 1], eager(IDS, MASK).logits[MASK == 1]) <= 1e-4

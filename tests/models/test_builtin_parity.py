@@ -13,7 +13,7 @@ import itertools
 import pytest
 import torch
 import transformers
-from conftest import largest_gap, make_ids
+from conftest import make_ids, max_abs_diff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -87,7 +87,7 @@ def assert_equal_outputs(builtin, ours, ids, mask=None, **inputs) -> None:
         assert a.shape == b.shape
         if a.shape[:2] == ids.shape:
             a, b = a[real], b[real]
-        assert largest_gap(a, b) <= (TOLERANCE if b.dtype == torch.float64 else 1e-6)  # the built-in's causal loss
+        assert max_abs_diff(a, b) <= (TOLERANCE if b.dtype == torch.float64 else 1e-6)  # the built-in's causal loss
 
 
 def random_mask(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -205,7 +205,7 @@ def test_embeddings_in_place_of_ids_are_those_of_the_builtin(tmp_path):
     embeds = torch.randn(2, 48, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found, expected = (model(inputs_embeds=embeds).last_hidden_state for model in (ours, builtin))
-    assert largest_gap(found, expected) <= TOLERANCE
+    assert max_abs_diff(found, expected) <= TOLERANCE
 
 
 def test_gradients_are_those_of_the_builtin(tmp_path):
@@ -220,7 +220,7 @@ def test_gradients_are_those_of_the_builtin(tmp_path):
     builtin, ours = pair(tmp_path, "ReformerForMaskedLM", **quiet)
     ids = make_ids(2, 64, vocab=50)
     losses = [model.train()(ids, labels=ids).loss for model in (builtin, ours)]
-    assert largest_gap(losses[0], losses[1]) <= 1e-9
+    assert max_abs_diff(losses[0], losses[1]) <= 1e-9
     for loss in losses:
         loss.backward()
     embeds = [model.get_input_embeddings().weight.grad for model in (builtin, ours)]
@@ -230,7 +230,7 @@ def test_gradients_are_those_of_the_builtin(tmp_path):
         ours.model.layers[1].attention.qk_proj.weight.grad,
     )
     for expected, found in (embeds, heads, last):
-        assert largest_gap(found, expected) <= 1e-8
+        assert max_abs_diff(found, expected) <= 1e-8
 
 
 # --- heads
@@ -287,7 +287,7 @@ def test_a_converted_model_saves_and_loads_as_ours(name, tmp_path, messages):
     ids = make_ids(2, 100, vocab=50)
     with torch.no_grad():
         outputs = [tensors(model(ids))[0] for model in (builtin, ours, again)]
-    assert largest_gap(outputs[0], outputs[1]) <= TOLERANCE
+    assert max_abs_diff(outputs[0], outputs[1]) <= TOLERANCE
     assert torch.equal(outputs[1], outputs[2])
 
 
@@ -324,7 +324,7 @@ def test_the_bias_of_the_head_is_added(name, tmp_path):
     ours = getattr(hf_reformer, HEADS[name]).from_pretrained(tmp_path, dtype=torch.float64)
     ids = make_ids(2, 40, vocab=50)
     with torch.no_grad():
-        assert largest_gap(ours(ids).logits, builtin(ids).logits + expected_bias) <= TOLERANCE
+        assert max_abs_diff(ours(ids).logits, builtin(ids).logits + expected_bias) <= TOLERANCE
 
 
 def test_a_converted_model_generates_what_the_builtin_generates(tmp_path):
@@ -365,7 +365,7 @@ def test_training_draws_fresh_rotations_unless_told_not_to(resample, tmp_path):
     evaluated = ours(ids).last_hidden_state
     first, second = (ours.train()(ids).last_hidden_state for _ in range(2))
     assert torch.equal(first, second) is not resample
-    assert (largest_gap(first, evaluated) <= 1e-9) is not resample
+    assert (max_abs_diff(first, evaluated) <= 1e-9) is not resample
 
 
 def test_a_converted_model_trains_at_any_length(tmp_path):

@@ -10,7 +10,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from conftest import REPEATABLE, SMALL_WINDOWS, largest_gap, make_ids, make_model, tiny_config
+from conftest import REPEATABLE, SMALL_WINDOWS, make_ids, make_model, max_abs_diff, tiny_config
 from transformers import Trainer, TrainingArguments
 
 from hf_reformer import (
@@ -22,8 +22,9 @@ from hf_reformer import (
     ReformerForTokenClassification,
     ReformerModel,
 )
-from hf_reformer.analysis.plots import plot_received, received_attention
-from hf_reformer.ops.coverage import coverage_loss, make_shares, reached_share, received_entropy
+from hf_reformer.analysis.lsh_stats import received_attention
+from hf_reformer.analysis.plots import plot_attention_mass
+from hf_reformer.ops.coverage import coverage_loss, coverage_target, covered_fraction, received_entropy
 from hf_reformer.training.coverage_callback import CoverageCallback, received_by_layer
 
 LENGTH = 40
@@ -60,7 +61,7 @@ def step(model, *, alone=False, **inputs):
 
 def assert_equal(found, expected, tolerance=1e-10):
     for a, b in zip(found, expected, strict=True):
-        assert largest_gap(a, b) <= tolerance * max(1, b.abs().max().item())
+        assert max_abs_diff(a, b) <= tolerance * max(1, b.abs().max().item())
 
 
 # --- the definition
@@ -89,7 +90,7 @@ def test_it_is_what_the_weights_say(mode, causal, training):
     torch.manual_seed(3)
     attentions = model(IDS, attention_mask=MASK, output_attentions=True).attentions
     expected = [loss_by_hand(weights, MASK, causal) for weights in attentions]
-    assert largest_gap(out.coverage_loss, torch.tensor(expected, dtype=torch.float64)) <= 1e-12
+    assert max_abs_diff(out.coverage_loss, torch.tensor(expected, dtype=torch.float64)) <= 1e-12
     assert min(expected) > 0
 
 
@@ -97,19 +98,19 @@ def test_it_is_what_the_weights_say(mode, causal, training):
 def test_evenly_spread_attention_has_none(causal):
     real = MASK.bool()
     ranks = (real.cumsum(-1) - 1).clamp(min=0)
-    shares = make_shares(real, ranks, causal=causal)
-    assert largest_gap(shares.target.sum(-1), torch.ones(2)) <= 1e-12
+    shares = coverage_target(real, ranks, causal=causal)
+    assert max_abs_diff(shares.target.sum(-1), torch.ones(2)) <= 1e-12
     seen = real[:, None, :] & real[:, :, None]
     seen = seen.tril() if causal else seen
     weights = seen.double() / seen.sum(-1, keepdim=True).clamp(min=1)
     received = torch.einsum("bij,bi->bj", weights, shares.paid)
-    assert largest_gap(received, shares.target) <= 1e-12
+    assert max_abs_diff(received, shares.target) <= 1e-12
     assert coverage_loss(received, shares).abs() <= 1e-12
 
 
 def test_what_nobody_sees_has_finite_gradients():
     received = torch.tensor([[0.0, 1.0]], requires_grad=True)
-    shares = make_shares(torch.ones(1, 2, dtype=torch.bool), torch.arange(2)[None])
+    shares = coverage_target(torch.ones(1, 2, dtype=torch.bool), torch.arange(2)[None])
     loss = coverage_loss(received, shares)
     assert loss.item() == pytest.approx(math.log(2))
     (grad,) = torch.autograd.grad(loss, received)
@@ -193,14 +194,14 @@ def test_rows_alone_have_the_mean():
     model = make(ReformerModel, **QUIET, lsh_exploration_orders=0)
     both = model(IDS, attention_mask=MASK).coverage_loss
     rows = [model(ids[real == 1][None]).coverage_loss for ids, real in zip(IDS, MASK, strict=True)]
-    assert largest_gap(both, sum(rows) / 2) <= 1e-12
+    assert max_abs_diff(both, sum(rows) / 2) <= 1e-12
 
 
 def test_a_row_of_padding_counts_nothing():
     model, mask = make(ReformerModel), MASK.clone()
     mask[1] = 0
     found = model(IDS, attention_mask=mask).coverage_loss
-    assert largest_gap(found, model(IDS[:1], attention_mask=MASK[:1]).coverage_loss) <= 1e-12
+    assert max_abs_diff(found, model(IDS[:1], attention_mask=MASK[:1]).coverage_loss) <= 1e-12
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -210,7 +211,7 @@ def test_packed_samples_count_like_rows(causal):
     positions = torch.cat([torch.arange(15), torch.arange(25)])[None]
     packed = model(torch.cat([first, second], dim=1), position_ids=positions).coverage_loss
     alone = [model(ids).coverage_loss for ids in (first, second)]
-    assert largest_gap(packed, sum(alone) / 2) <= 1e-12
+    assert max_abs_diff(packed, sum(alone) / 2) <= 1e-12
 
 
 # --- heads and outputs
@@ -260,7 +261,7 @@ def test_accumulated_batches_come_to_the_whole(cls):
     whole = model(IDS, labels=labels).loss
     number = labels[:, 1:].numel() if cls is ReformerForCausalLM else labels.numel()
     rows = [model(IDS[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=number).loss for i in range(2)]
-    assert largest_gap(sum(rows), whole) <= 1e-10
+    assert max_abs_diff(sum(rows), whole) <= 1e-10
 
 
 def test_a_cache_and_coverage_exclude_each_other():
@@ -299,8 +300,8 @@ def test_numbers_of_received_attention():
     entropy = received_entropy(received, mask)
     assert entropy[:2].tolist() == pytest.approx([1, 1])
     assert 0 < entropy[2] < 0.2
-    assert reached_share(received, mask).tolist() == pytest.approx([1, 1, 1 / 3])
-    assert reached_share(received[2]).tolist() == pytest.approx(1 / 4)
+    assert covered_fraction(received, mask).tolist() == pytest.approx([1, 1, 1 / 3])
+    assert covered_fraction(received[2]).tolist() == pytest.approx(1 / 4)
 
 
 class Rows(torch.utils.data.Dataset):
@@ -331,7 +332,7 @@ def test_the_callback_logs_how_far_attention_reaches(tmp_path):
     trainer.evaluate()
     logs = trainer.state.log_history[-1]
     received = received_by_layer(model.eval(), IDS)
-    for name, number in (("eval_received_entropy", received_entropy), ("eval_reached_share", reached_share)):
+    for name, number in (("eval_received_entropy", received_entropy), ("eval_reached_share", covered_fraction)):
         layers = number(received).mean(-1)
         assert logs[name] == pytest.approx(layers.mean().item(), rel=1e-5)
         assert [logs[f"{name}_layer_{i}"] for i in range(4)] == pytest.approx(layers.tolist(), rel=1e-5)
@@ -345,10 +346,10 @@ def test_the_callback_counts_packed_samples_and_leaves_out_empty_rows(tmp_path):
     device, samples = torch.device("cpu"), IDS.view(-1, 8)
     packed = {"input_ids": IDS, "position_ids": torch.arange(8).repeat(2, LENGTH // 8)}
     expected = callback._numbers(model, {"input_ids": samples}, device)
-    assert largest_gap(callback._numbers(model, packed, device), expected) < 1e-5
+    assert max_abs_diff(callback._numbers(model, packed, device), expected) < 1e-5
     padded = {"input_ids": torch.cat([samples, samples[:1]]), "attention_mask": torch.ones(11, 8, dtype=torch.long)}
     padded["attention_mask"][10] = 0
-    assert largest_gap(callback._numbers(model, padded, device), expected) < 1e-5
+    assert max_abs_diff(callback._numbers(model, padded, device), expected) < 1e-5
     config = tiny_config(is_encoder_decoder=True)
     with pytest.raises(ValueError, match="encoder-decoder"):
         CoverageCallback(SimpleNamespace(model=SimpleNamespace(config=config)))
@@ -359,7 +360,7 @@ def test_what_layers_receive_is_what_their_weights_say():
     received = received_by_layer(model, IDS, attention_mask=MASK)
     attentions = model(IDS, attention_mask=MASK, output_attentions="sparse").attentions
     expected = torch.stack([received_attention(x, MASK).mean(1) for x in attentions])
-    assert largest_gap(received, expected) <= 1e-12
+    assert max_abs_diff(received, expected) <= 1e-12
     with pytest.raises(ValueError, match="holds no ReformerModel"):
         received_by_layer(torch.nn.Linear(1, 1), IDS)
 
@@ -368,7 +369,7 @@ def test_what_layers_receive_is_what_their_weights_say():
 def test_a_picture_shows_the_target(causal):
     matplotlib.use("Agg")
     attention = make(ReformerModel, is_decoder=causal)(IDS, attention_mask=MASK, output_attentions=True).attentions[0]
-    axes = plot_received(attention, row=1, mask=MASK, causal=causal)
+    axes = plot_attention_mass(attention, row=1, mask=MASK, causal=causal)
     target = axes.lines[-1].get_ydata()
     assert target.sum() == pytest.approx(1)
     assert (target[25:29] == 0).all()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import REPEATABLE, SMALL_WINDOWS, VOCAB, largest_gap, make_ids, make_model
+from conftest import REPEATABLE, SMALL_WINDOWS, VOCAB, make_ids, make_model, max_abs_diff
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -74,7 +74,7 @@ def test_gradients_pass_through_the_hidden_states_returned(dtype):
         found.append([parameter.grad for parameter in model.parameters()])
     assert all(state.dtype == dtype and state.grad.abs().sum() > 0 for state in out.hidden_states)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-6
-    assert all(largest_gap(a, b) <= tolerance for a, b in zip(*found, strict=True))
+    assert all(max_abs_diff(a, b) <= tolerance for a, b in zip(*found, strict=True))
 
 
 # --- losses
@@ -91,7 +91,7 @@ def test_the_loss_is_that_of_computing_by_hand(cls):
         expected = (start + mean_cross_entropy(out.end_logits, torch.tensor([4, -100, 19]))) / 2
     else:
         expected = mean_cross_entropy(out.logits, labels["labels"])
-    assert largest_gap(out.loss, expected) <= 1e-12
+    assert max_abs_diff(out.loss, expected) <= 1e-12
     if cls is not ReformerForMultipleChoice:
         assert out.loss > 0
 
@@ -102,7 +102,7 @@ def test_training_reaches_every_weight(cls):
     model = make_head(cls, **REPEATABLE, lsh_exploration_orders=0)
     expected = model(**inputs_of(cls), **HEADS[cls]).loss
     loss = model.train()(**inputs_of(cls), **HEADS[cls]).loss
-    assert largest_gap(loss, expected) <= 1e-9
+    assert max_abs_diff(loss, expected) <= 1e-9
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters())
     untouched = {name for name, p in model.named_parameters() if p.grad.abs().max() < 1e-15}
@@ -138,7 +138,7 @@ def test_the_problem_type_chooses_the_loss(num_labels, labels, kind, said):
     else:
         p = out.logits.sigmoid()
         expected = -(labels * p.log() + (1 - labels) * (1 - p).log()).mean()
-    assert largest_gap(out.loss, expected) <= 1e-6  # labels are float32
+    assert max_abs_diff(out.loss, expected) <= 1e-6  # labels are float32
     assert model.config.problem_type == (kind if said else None)
 
 
@@ -163,9 +163,9 @@ def test_accumulating_small_batches_equals_one_large_batch(cls, kind):
 
     whole, grads = run(8)
     parts, grads_of_parts = run(2)
-    assert largest_gap(whole, parts) <= 1e-10
-    assert all(largest_gap(a, b) <= 1e-10 for a, b in zip(grads, grads_of_parts, strict=True))
-    assert largest_gap(whole, model(ids, labels=labels).loss) <= 1e-10  # without a count: the mean
+    assert max_abs_diff(whole, parts) <= 1e-10
+    assert all(max_abs_diff(a, b) <= 1e-10 for a, b in zip(grads, grads_of_parts, strict=True))
+    assert max_abs_diff(whole, model(ids, labels=labels).loss) <= 1e-10  # without a count: the mean
 
 
 @heads
@@ -190,9 +190,9 @@ def test_a_chunked_loss_equals_the_whole(chunk):
     whole = cross_entropy(head(hidden), labels)
     expected = torch.autograd.grad(whole, wanted)
     loss = chunked_cross_entropy(hidden, head, labels, 30, chunk)
-    assert largest_gap(loss, whole) <= 1e-12
+    assert max_abs_diff(loss, whole) <= 1e-12
     for a, b in zip(torch.autograd.grad(loss, wanted), expected, strict=True):
-        assert largest_gap(a, b) <= 1e-12
+        assert max_abs_diff(a, b) <= 1e-12
 
 
 def test_a_chunked_loss_uses_the_weights_of_its_own_forward():
@@ -215,7 +215,7 @@ def test_a_chunked_loss_uses_the_weights_of_its_own_forward():
         for chunk in (7, 60)
     ]
     for a, b in zip(*found, strict=True):
-        assert largest_gap(a, b) <= 1e-12
+        assert max_abs_diff(a, b) <= 1e-12
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -232,9 +232,9 @@ def test_chunks_of_logits_change_neither_loss_nor_gradients(cls, autocast):
     assert whole.dtype == torch.float32
     for chunk in (1, 7, 60):
         loss, others = run(chunk)
-        assert largest_gap(loss, whole) <= 1e-5
+        assert max_abs_diff(loss, whole) <= 1e-5
         for a, b in zip(others, grads, strict=True):
-            assert largest_gap(a, b) <= (2e-2 if autocast else 1e-5) * max(1, b.abs().max().item())
+            assert max_abs_diff(a, b) <= (2e-2 if autocast else 1e-5) * max(1, b.abs().max().item())
 
 
 class LargestTensor(TorchDispatchMode):
@@ -294,14 +294,14 @@ def test_padding_does_not_change_the_loss_of_a_span(padding):
         start_positions=starts + padding[0],
         end_positions=ends + padding[0],
     )
-    assert largest_gap(padded.loss, alone.loss) <= 1e-10
+    assert max_abs_diff(padded.loss, alone.loss) <= 1e-10
     assert torch.equal(padded.start_logits.argmax(-1), alone.start_logits.argmax(-1) + padding[0])
 
 
 def test_a_span_that_ends_on_padding_was_cut_away():
     model, mask = make_head(ReformerForQuestionAnswering), MASK
     found = model(IDS, mask, start_positions=STARTS, end_positions=torch.tensor([4, 17, 19])).loss
-    assert largest_gap(found, model(IDS, mask, start_positions=STARTS, end_positions=ENDS).loss) == 0
+    assert max_abs_diff(found, model(IDS, mask, start_positions=STARTS, end_positions=ENDS).loss) == 0
 
 
 @pytest.mark.parametrize(
@@ -319,8 +319,8 @@ def test_logits_to_keep(keep, places):
     model = make_head(ReformerForCausalLM)
     whole = model(IDS, MASK, labels=HOLES)
     kept = model(IDS, MASK, labels=HOLES, logits_to_keep=keep)
-    assert largest_gap(kept.logits, whole.logits[:, list(places)]) <= 1e-12
-    assert largest_gap(kept.loss, whole.loss) <= 1e-12  # the loss is of all positions all the same
+    assert max_abs_diff(kept.logits, whole.logits[:, list(places)]) <= 1e-12
+    assert max_abs_diff(kept.loss, whole.loss) <= 1e-12  # the loss is of all positions all the same
 
 
 # --- pooling
@@ -334,8 +334,8 @@ def test_pooling_looks_at_real_tokens(pooling):
     for row, real in zip(hidden, mask.bool(), strict=True):
         tokens = row[real]
         expected.append({"mean": tokens.mean(0), "last": tokens[-1], "first": tokens[0]}[pooling])
-    assert largest_gap(pool(hidden, mask, pooling), torch.stack(expected)) <= 1e-6
-    assert largest_gap(pool(hidden, None, pooling), pool(hidden, torch.ones(3, 6), pooling)) <= 1e-6
+    assert max_abs_diff(pool(hidden, mask, pooling), torch.stack(expected)) <= 1e-6
+    assert max_abs_diff(pool(hidden, None, pooling), pool(hidden, torch.ones(3, 6), pooling)) <= 1e-6
 
 
 def test_the_mean_of_a_long_half_precision_sequence_is_right():
@@ -353,7 +353,7 @@ def test_padding_does_not_change_a_classification(cls, causal, pooling):
     alone = model(**inputs_of(cls, ids, torch.ones_like(ids))).logits
     for padding in ((0, 9), (9, 0), (3, 4)):
         padded = inputs_of(cls, F.pad(ids, padding), F.pad(torch.ones_like(ids), padding))
-        assert largest_gap(model(**padded).logits, alone) <= 1e-10
+        assert max_abs_diff(model(**padded).logits, alone) <= 1e-10
 
 
 # --- outputs
@@ -404,7 +404,7 @@ def test_hidden_states_lead_to_the_last_one():
         state.retain_grad()
     out.last_hidden_state.square().sum().backward()
     assert all(state.grad is None or state.grad.isfinite().all() for state in out.hidden_states)
-    assert largest_gap(out.last_hidden_state, model(IDS).last_hidden_state) == 0  # the same values on either path
+    assert max_abs_diff(out.last_hidden_state, model(IDS).last_hidden_state) == 0  # the same values on either path
     quiet = make_head(ReformerModel, output_hidden_states=True)
     assert len(quiet(IDS).hidden_states) == 3  # by the config
 
@@ -429,10 +429,10 @@ def test_positions_are_those_given(kind):
     assert torch.equal(model(IDS, position_ids=places)[0], model(IDS)[0])
     moved = model(IDS, position_ids=places + 30)[0]
     if kind == "rotary":  # only differences of positions matter; angles are float32
-        assert largest_gap(moved, model(IDS)[0]) <= 1e-3
+        assert max_abs_diff(moved, model(IDS)[0]) <= 1e-3
     else:
-        assert largest_gap(moved, model(IDS)[0]) > 1e-3
-    assert largest_gap(model(IDS, position_ids=places * 3)[0], model(IDS)[0]) > 1e-3
+        assert max_abs_diff(moved, model(IDS)[0]) > 1e-3
+    assert max_abs_diff(model(IDS, position_ids=places * 3)[0], model(IDS)[0]) > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["axial", "learned", "rotary"])
@@ -440,7 +440,7 @@ def test_positions_follow_the_mask_under_left_padding(kind):
     model = make_head(ReformerModel, position_embedding_type=kind)
     places = (MASK.cumsum(-1) - 1).clamp(min=0)
     found, expected = model(IDS, MASK)[0], model(IDS, MASK, position_ids=places)[0]
-    assert largest_gap(found[MASK.bool()], expected[MASK.bool()]) == 0
+    assert max_abs_diff(found[MASK.bool()], expected[MASK.bool()]) == 0
 
 
 # --- generation, every step a full forward

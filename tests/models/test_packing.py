@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import REPEATABLE, SMALL_WINDOWS, largest_gap, make_ids, make_model
+from conftest import REPEATABLE, SMALL_WINDOWS, make_ids, make_model, max_abs_diff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorWithFlattening
@@ -33,7 +33,7 @@ def test_a_packed_sample_equals_the_sample_alone(lengths, kind, backend, causal,
     positions = torch.nn.functional.pad(positions_of(lengths), (0, padded))
     packed = model(ids, mask, positions).last_hidden_state[:, :end].split(lengths, dim=1)
     for sample, found in zip(ids[:, :end].split(lengths, dim=1), packed, strict=True):
-        assert largest_gap(found, model(sample).last_hidden_state) <= 1e-10
+        assert max_abs_diff(found, model(sample).last_hidden_state) <= 1e-10
 
 
 def test_rows_are_packed_each_in_its_own_way():
@@ -42,7 +42,7 @@ def test_rows_are_packed_each_in_its_own_way():
     packed = model(ids, position_ids=torch.cat([positions_of(lengths) for lengths in layouts])).last_hidden_state
     for row, lengths in enumerate(layouts):
         alone = [model(sample).last_hidden_state for sample in ids[row : row + 1].split(lengths, dim=1)]
-        assert largest_gap(packed[row : row + 1], torch.cat(alone, dim=1)) <= 1e-10
+        assert max_abs_diff(packed[row : row + 1], torch.cat(alone, dim=1)) <= 1e-10
 
 
 def test_the_loss_of_a_flattened_batch_is_that_of_its_samples():
@@ -52,7 +52,7 @@ def test_the_loss_of_a_flattened_batch_is_that_of_its_samples():
     batch = DataCollatorWithFlattening(return_tensors="pt")([{"input_ids": x.tolist()} for x in samples])
     packed = model(**batch).loss
     alone = [model(x[None], labels=x[None]).loss * (len(x) - 1) for x in samples]
-    assert largest_gap(packed, sum(alone) / sum(len(x) - 1 for x in samples)) <= 1e-10
+    assert max_abs_diff(packed, sum(alone) / sum(len(x) - 1 for x in samples)) <= 1e-10
 
 
 def test_positions_that_do_not_restart_pack_nothing():
@@ -61,7 +61,7 @@ def test_positions_that_do_not_restart_pack_nothing():
     positions = torch.arange(30).expand(2, -1)
     assert torch.equal(model(ids, position_ids=positions)[0], model(ids)[0])
     downwards = positions.flip(-1)  # any numbers may be given; these end in 0
-    assert largest_gap(model(ids, position_ids=downwards)[0], model(ids)[0]) > 1e-3
+    assert max_abs_diff(model(ids, position_ids=downwards)[0], model(ids)[0]) > 1e-3
     assert packed_samples(downwards, positions, None) is None
     mask = torch.arange(30) >= torch.tensor([[0], [9]])
     left = (mask.long().cumsum(-1) - 1).clamp(min=0)  # as generation numbers a row that is padded on the left

@@ -7,7 +7,7 @@ windows and at small ones that bite in short inputs.
 
 import pytest
 import torch
-from conftest import REPEATABLE, SMALL_WINDOWS, largest_gap, make_ids, make_model
+from conftest import REPEATABLE, SMALL_WINDOWS, make_ids, make_model, max_abs_diff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -88,8 +88,8 @@ def check_prefixes(case, training: bool, length: int, cuts) -> None:
     for t in cuts:
         changed = ids.clone()
         changed[:, t + 1 :] = make_ids(1, length, seed=length + 1)[:, t + 1 :]
-        assert largest_gap(run(model, changed, training=training)[:, : t + 1], whole[:, : t + 1]) <= TOLERANCE
-        assert largest_gap(run(model, ids[:, : t + 1], training=training), whole[:, : t + 1]) <= TOLERANCE
+        assert max_abs_diff(run(model, changed, training=training)[:, : t + 1], whole[:, : t + 1]) <= TOLERANCE
+        assert max_abs_diff(run(model, ids[:, : t + 1], training=training), whole[:, : t + 1]) <= TOLERANCE
 
 
 @both_modes
@@ -120,7 +120,7 @@ def test_the_future_changes_no_logits_of_a_causal_language_model():
     ids = make_ids(2, 50)
     with torch.no_grad():
         whole, part = model(ids).logits, model(ids[:, :31]).logits
-    assert largest_gap(whole[:, :31], part) <= TOLERANCE
+    assert max_abs_diff(whole[:, :31], part) <= TOLERANCE
 
 
 @both_directions
@@ -130,7 +130,7 @@ def test_a_bidirectional_model_does_look_ahead(causal):
     ids = make_ids(1, 40)
     changed = ids.clone()
     changed[:, 39] = ids[:, 39] % 39 + 1
-    gap = largest_gap(run(model, ids)[:, :39], run(model, changed)[:, :39])
+    gap = max_abs_diff(run(model, ids)[:, :39], run(model, changed)[:, :39])
     assert gap <= TOLERANCE if causal else gap > 1e-3
 
 
@@ -149,7 +149,7 @@ def test_padding_on_either_side_changes_nothing(case, training, causal):
             padded = F.pad(ids, (left, right))
             mask = F.pad(torch.ones_like(ids), (left, right))
             found = run(model, padded, mask, training)[:, left : left + length]
-            assert largest_gap(found, alone) <= TOLERANCE, (length, left, right)
+            assert max_abs_diff(found, alone) <= TOLERANCE, (length, left, right)
 
 
 @pytest.mark.parametrize("length", [1000, pytest.param(4097, marks=pytest.mark.slow)])
@@ -159,7 +159,7 @@ def test_padding_changes_nothing_in_long_inputs(case, causal, length):
     model = model_of(*case, causal)
     ids = make_ids(1, length)
     mask = F.pad(torch.ones_like(ids), (21, 3))
-    assert largest_gap(run(model, F.pad(ids, (21, 3)), mask)[:, 21:-3], run(model, ids)) <= TOLERANCE
+    assert max_abs_diff(run(model, F.pad(ids, (21, 3)), mask)[:, 21:-3], run(model, ids)) <= TOLERANCE
 
 
 @both_directions
@@ -168,14 +168,14 @@ def test_what_padding_holds_does_not_matter(causal):
     ids, mask = make_ids(1, 60), (torch.arange(60)[None] % 3 > 0).long()
     other = torch.where(mask.bool(), ids, make_ids(1, 60, seed=1))
     real = mask[0].bool()
-    assert largest_gap(run(model, ids, mask)[:, real], run(model, other, mask)[:, real]) <= TOLERANCE
+    assert max_abs_diff(run(model, ids, mask)[:, real], run(model, other, mask)[:, real]) <= TOLERANCE
 
 
 def test_a_mask_of_ones_is_no_mask():
     for case in FEW_CASES:
         model = model_of(*case, causal=True)
         ids = make_ids(2, 65)
-        assert largest_gap(run(model, ids, torch.ones_like(ids)), run(model, ids)) <= TOLERANCE
+        assert max_abs_diff(run(model, ids, torch.ones_like(ids)), run(model, ids)) <= TOLERANCE
 
 
 @given(
@@ -195,7 +195,7 @@ def test_a_row_with_holes_equals_the_row_without_those_tokens(length, hidden, se
     ids = make_ids(2, length, seed=seed)
     together = run(model, ids, mask, training)
     for row, real, alone in zip(together, mask.bool(), cut_out(model, ids, mask, training), strict=True):
-        assert largest_gap(row[real], alone) <= TOLERANCE
+        assert max_abs_diff(row[real], alone) <= TOLERANCE
 
 
 # --- batch
@@ -211,10 +211,10 @@ def test_a_row_does_not_depend_on_the_others(case, training, causal):
     mask[1, 100:], mask[2, :64], mask[3, ::2] = 0, 0, 0
     together = run(model, ids, mask, training)
     for row, real, alone in zip(together, mask.bool(), cut_out(model, ids, mask, training), strict=True):
-        assert largest_gap(row[real], alone) <= TOLERANCE
+        assert max_abs_diff(row[real], alone) <= TOLERANCE
     order = torch.tensor([2, 0, 3, 1])
     permuted = run(model, ids[order], mask[order], training)
-    assert largest_gap(permuted[mask[order].bool()], together[order][mask[order].bool()]) <= TOLERANCE
+    assert max_abs_diff(permuted[mask[order].bool()], together[order][mask[order].bool()]) <= TOLERANCE
 
 
 # --- exactness: an independent model with dense attention, sharing nothing but the weights
@@ -264,7 +264,7 @@ def test_a_causal_model_is_exact_up_to_its_window(stack, rounds, training):
     model = model_of(stack, "default", rounds, causal=True)
     for length in (1, 2, 63, 64, 127, 128):
         ids = make_ids(2, length, seed=length)
-        assert largest_gap(run(model, ids, training=training), exact_model(model, ids)) <= TOLERANCE
+        assert max_abs_diff(run(model, ids, training=training), exact_model(model, ids)) <= TOLERANCE
 
 
 @both_modes
@@ -273,28 +273,28 @@ def test_a_bidirectional_model_is_exact_up_to_half_its_window(stack, rounds, tra
     model = model_of(stack, "default", rounds, causal=False)
     for length in (1, 2, 63, 64, 65):
         ids = make_ids(2, length, seed=length)
-        assert largest_gap(run(model, ids, training=training), exact_model(model, ids)) <= TOLERANCE
+        assert max_abs_diff(run(model, ids, training=training), exact_model(model, ids)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("stack", STACKS)
 def test_the_beginning_of_a_long_input_is_exact(stack):
     model = model_of(stack, "default", 2, causal=True)
     ids = make_ids(1, 1000)
-    assert largest_gap(run(model, ids)[:, :128], exact_model(model, ids[:, :128])) <= TOLERANCE
+    assert max_abs_diff(run(model, ids)[:, :128], exact_model(model, ids[:, :128])) <= TOLERANCE
 
 
 @both_directions
 def test_beyond_the_window_hashing_is_not_exact(causal):
     model = model_of("lsh", "small", 1, causal)
     ids = make_ids(1, 100)
-    assert largest_gap(run(model, ids), exact_model(model, ids)) > 1e-3
+    assert max_abs_diff(run(model, ids), exact_model(model, ids)) > 1e-3
 
 
 def test_full_layers_are_exact_at_any_length():
     for causal in (True, False):
         model = model_of("full", "default", 1, causal)
         ids = make_ids(1, 1000)
-        assert largest_gap(run(model, ids), exact_model(model, ids)) <= TOLERANCE
+        assert max_abs_diff(run(model, ids), exact_model(model, ids)) <= TOLERANCE
 
 
 @pytest.mark.parametrize("rounds", [2, 4, 8])
@@ -304,7 +304,7 @@ def test_more_rounds_weigh_no_pair_twice(rounds):
     ids = make_ids(1, 120)
     with torch.no_grad():
         one, many = model(ids).last_hidden_state, model(ids, num_hashes=rounds).last_hidden_state
-    assert largest_gap(one, many) <= TOLERANCE
+    assert max_abs_diff(one, many) <= TOLERANCE
 
 
 # --- any length
@@ -359,9 +359,9 @@ class Replay:
 @both_directions
 @few_cases
 def test_padding_changes_nothing_in_float32_where_buckets_agree(case, causal, monkeypatch):
-    makers = attention_module.order_makers
+    makers = attention_module.hashing_backend
     replay = Replay(lambda vectors, *args: makers("auto", vectors)[0](vectors, *args))
-    monkeypatch.setattr(attention_module, "order_makers", lambda *args: makers(*args)._replace(lsh_buckets=replay))
+    monkeypatch.setattr(attention_module, "hashing_backend", lambda *args: makers(*args)._replace(lsh_buckets=replay))
     model = model_of(*case, causal, initializer_range=0.1).float()
     ids = make_ids(1, 1000)
     alone = run(model, ids)
@@ -373,4 +373,4 @@ def test_padding_changes_nothing_in_float32_where_buckets_agree(case, causal, mo
     replay.replay(mask[0].bool())
     found = run(model, padded, mask)[:, mask[0].bool()]
     assert replay.disagreements <= 2 + 2e-6 * replay.decisions
-    assert largest_gap(found, alone) <= 1e-5
+    assert max_abs_diff(found, alone) <= 1e-5

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
+from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
 from transformers import AutoConfig, TorchAoConfig
 
 from hf_reformer import ReformerForCausalLM, ReformerForSequenceClassification
@@ -113,7 +113,7 @@ def test_lora_trains_over_eight_bits(way, tmp_path):
     assert len(found) == 3 * 2 * 2
     for name, grad in expected.items():
         assert grad.any()
-        assert largest_gap(found[name], grad) <= 1e-6 * grad.abs().max().item()
+        assert max_abs_diff(found[name], grad) <= 1e-6 * grad.abs().max().item()
 
 
 def test_an_adapter_merges_into_eight_bits(tmp_path):

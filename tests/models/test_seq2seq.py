@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import OFFLOADED, REPEATABLE, SMALL_WINDOWS, TINY, largest_gap, make_ids, make_model
+from conftest import OFFLOADED, REPEATABLE, SMALL_WINDOWS, TINY, make_ids, make_model, max_abs_diff
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from processes import run_in_processes
@@ -61,7 +61,7 @@ def backward(model, seed=0, repeats=1, **inputs):
 
 
 def assert_same_step(found, expected, tolerance):
-    assert largest_gap(found[0], expected[0]) <= tolerance * expected[0].abs().item()
+    assert max_abs_diff(found[0], expected[0]) <= tolerance * expected[0].abs().item()
     assert gap(found[1], expected[1]) <= tolerance
 
 
@@ -160,14 +160,14 @@ def test_tied_gradients_are_the_sum_of_both_uses():
     tied = make(tie_encoder_decoder=True, **REPEATABLE)
     loss, found = backward(tied)
     expected_loss, uses = backward(untied_twin(tied))
-    assert largest_gap(loss, expected_loss) <= 1e-12
+    assert max_abs_diff(loss, expected_loss) <= 1e-12
     assert len(found) < len(uses)
     others = {
         source: name for name, source in tied._tied_weights_keys.items() if source != "model.embed_tokens.weight"
     }
     for name, grad in found.items():
         other = uses[others[name]] if name in others else 0
-        assert largest_gap(grad, uses[name] + other) <= 1e-12
+        assert max_abs_diff(grad, uses[name] + other) <= 1e-12
 
 
 def test_the_parameter_count_drops_by_what_is_shared():
@@ -194,7 +194,7 @@ def test_saving_and_loading(tied, words, tmp_path, messages):
     assert loaded.config.to_dict() == model.config.to_dict() | {"_name_or_path": str(tmp_path)}
     with torch.no_grad():
         a, b = (m(SOURCE, MASK, TARGET).logits for m in (model, loaded))
-    assert largest_gap(a, b) <= 1e-12  # weights that lie elsewhere in memory may be summed in another order
+    assert max_abs_diff(a, b) <= 1e-12  # weights that lie elsewhere in memory may be summed in another order
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
     assert not [text for text in messages if "slower" not in text]
 
@@ -207,7 +207,7 @@ def test_the_encoder_of_a_folder(tmp_path, messages):
         for load in (ReformerModel, AutoModel, AutoModelForTextEncoding):
             encoder = load.from_pretrained(tmp_path)
             assert type(encoder) is ReformerModel
-            assert largest_gap(encoder(SOURCE, MASK).last_hidden_state, expected) <= 1e-12
+            assert max_abs_diff(encoder(SOURCE, MASK).last_hidden_state, expected) <= 1e-12
     assert not [text for text in messages if "slower" not in text]
     head = ReformerForSequenceClassification.from_pretrained(tmp_path)
     assert torch.equal(head.model.norm.weight, model.model.norm.weight)
@@ -297,9 +297,9 @@ def test_the_target_sees_real_tokens_of_the_source_alone():
         for row in range(3):
             real = MASK[row].bool()
             alone = model(SOURCE[row : row + 1, real], decoder_input_ids=TARGET[row : row + 1]).logits
-            assert largest_gap(alone, whole[row : row + 1]) <= 1e-10
+            assert max_abs_diff(alone, whole[row : row + 1]) <= 1e-10
         other = model(SOURCE.masked_fill(MASK == 0, 3), MASK, TARGET).logits
-    assert largest_gap(other, whole) == 0
+    assert max_abs_diff(other, whole) == 0
 
 
 def test_an_empty_source_is_no_source():
@@ -309,7 +309,7 @@ def test_an_empty_source_is_no_source():
         for layer in model.decoder.layers:
             layer.cross_attention.o_proj.weight.zero_()
         without = model(SOURCE, MASK, TARGET).logits
-    assert largest_gap(empty, without) <= 1e-12
+    assert max_abs_diff(empty, without) <= 1e-12
 
 
 def test_nothing_comes_from_later_targets():
@@ -317,8 +317,8 @@ def test_nothing_comes_from_later_targets():
     other[:, 11:] = 5
     with torch.no_grad():
         a, b = (model(SOURCE, MASK, ids).logits for ids in (TARGET, other))
-    assert largest_gap(a[:, :11], b[:, :11]) <= 1e-10
-    assert largest_gap(a[:, 11:], b[:, 11:]) > 1e-3
+    assert max_abs_diff(a[:, :11], b[:, :11]) <= 1e-10
+    assert max_abs_diff(a[:, 11:], b[:, 11:]) > 1e-3
 
 
 def test_states_and_attentions_of_both():
@@ -326,24 +326,24 @@ def test_states_and_attentions_of_both():
     with torch.no_grad():
         expected = model(SOURCE, MASK, TARGET)
         found = model(SOURCE, MASK, TARGET, output_hidden_states=True, output_attentions=True)
-    assert largest_gap(found.logits, expected.logits) <= 1e-10
+    assert max_abs_diff(found.logits, expected.logits) <= 1e-10
     assert [x.shape[1] for x in found.encoder_hidden_states] == [30] * 4
     assert [x.shape[1] for x in found.decoder_hidden_states] == [21] * 3
     assert [tuple(x.shape) for x in found.encoder_attentions] == [(3, 2, 30, 30)] * 3
     assert [tuple(x.shape) for x in found.decoder_attentions] == [(3, 2, 21, 21)] * 2
     assert [tuple(x.shape) for x in found.cross_attentions] == [(3, 2, 21, 30)] * 2
-    assert largest_gap(found.encoder_last_hidden_state, expected.encoder_last_hidden_state) <= 1e-10
+    assert max_abs_diff(found.encoder_last_hidden_state, expected.encoder_last_hidden_state) <= 1e-10
     for weights in found.cross_attentions:
-        assert largest_gap(weights.sum(-1), torch.ones(3, 2, 21)) <= 1e-12
+        assert max_abs_diff(weights.sum(-1), torch.ones(3, 2, 21)) <= 1e-12
         assert not (weights * (MASK == 0)[:, None, None]).any()
     sparse = model(SOURCE, MASK, TARGET, output_attentions="sparse")
-    assert largest_gap(sparse.decoder_attentions[1].dense(21), found.decoder_attentions[1]) <= 1e-12
-    assert largest_gap(sparse.cross_attentions[0], found.cross_attentions[0]) <= 1e-12
+    assert max_abs_diff(sparse.decoder_attentions[1].dense(21), found.decoder_attentions[1]) <= 1e-12
+    assert max_abs_diff(sparse.cross_attentions[0], found.cross_attentions[0]) <= 1e-12
     asked = make(decoder_attn_layers=["local", "lsh"])
     asked.config.output_hidden_states = True
     assert len(asked(SOURCE, MASK, TARGET).decoder_hidden_states) == 3
     tuples = model(SOURCE, MASK, TARGET, return_dict=False)
-    assert largest_gap(tuples[0], expected.logits) <= 1e-10
+    assert max_abs_diff(tuples[0], expected.logits) <= 1e-10
 
 
 # ---- the loss
@@ -408,7 +408,7 @@ def test_the_trainer(tmp_path):
         found = [entry["loss"] for entry in other.state.log_history if "loss" in entry]
         assert found == pytest.approx(losses, rel=1e-5)
         for p, q in zip(other.model.parameters(), whole.model.parameters(), strict=True):
-            assert largest_gap(p.detach(), q.detach()) <= 1e-5
+            assert max_abs_diff(p.detach(), q.detach()) <= 1e-5
     predicted = whole.predict(whole.eval_dataset)
     model = whole.model.eval()
     for row, tokens in zip(whole.eval_dataset, torch.tensor(predicted.predictions), strict=True):
@@ -470,7 +470,7 @@ def test_any_pieces_give_what_one_forward_gives(sizes, model):
         for piece in TARGET.split(sizes, dim=1):
             out = model(None, MASK, piece, encoder_outputs=encoded, **{CACHE_NAME: kept})
             found.append(out.logits)
-    assert largest_gap(torch.cat(found, dim=1), expected) <= 1e-10
+    assert max_abs_diff(torch.cat(found, dim=1), expected) <= 1e-10
     assert getattr(out, CACHE_NAME) is kept
     assert [tuple(layer.keys.shape) for layer in kept.cross_attention_cache.layers] == [(3, 2, 30, 8)] * 4
 
@@ -495,7 +495,7 @@ def test_a_cache_that_was_reset_reads_the_new_source(model):
         for source in (SOURCE, make_ids(3, 17, seed=5)):
             kept.reset()
             found = model(source, decoder_input_ids=TARGET, **{CACHE_NAME: kept}).logits
-            assert largest_gap(found, model(source, decoder_input_ids=TARGET).logits) <= 1e-10
+            assert max_abs_diff(found, model(source, decoder_input_ids=TARGET).logits) <= 1e-10
         with pytest.raises(ValueError, match="another source"):
             model(SOURCE, decoder_input_ids=TARGET, **{CACHE_NAME: kept})
 
@@ -510,9 +510,9 @@ def test_scores_and_attentions_while_generating(model):
     found = model.generate(SOURCE, attention_mask=MASK, **options)
     with torch.no_grad():
         whole = model(SOURCE, MASK, found.sequences[:, :-1], output_attentions=True)
-    assert largest_gap(torch.stack(found.logits, dim=1), whole.logits) <= 1e-5  # `generate` casts to float32
+    assert max_abs_diff(torch.stack(found.logits, dim=1), whole.logits) <= 1e-5  # `generate` casts to float32
     steps = torch.cat([step[2] for step in found.cross_attentions], dim=2)
-    assert largest_gap(steps, whole.cross_attentions[2]) <= 1e-10
+    assert max_abs_diff(steps, whole.cross_attentions[2]) <= 1e-10
     assert len(found.encoder_attentions) == 3
 
 
@@ -537,7 +537,7 @@ def test_compiled_parts_train_the_same():
     model = make(attn_layers=["local", "lsh"], **REPEATABLE)
     expected = backward(model)
     model.compile_layers(backend="aot_eager")
-    assert model.decoder.layers[0].one_artefact
+    assert model.decoder.layers[0].has_compiled_parts
     assert_same_step(backward(model), expected, 1e-10)
 
 
@@ -619,7 +619,7 @@ def test_what_a_forward_refuses(model):
         with pytest.raises(ValueError, match=words):
             model(**inputs)
     with pytest.raises(ValueError, match="cannot share"):
-        model.share_sequences("a group")
+        model.enable_sequence_parallel("a group")
     with pytest.raises(ValueError, match="Continuous batching"):
         model.init_continuous_batching()
 
@@ -707,7 +707,7 @@ def test_coverage_counts_encoder_decoder_and_what_the_source_receives(reversible
     mask[1, 15:] = 0
     inputs = {"input_ids": make_ids(2, 23), "attention_mask": mask, "labels": make_ids(2, 11, seed=1)}
     out, dense = model(**inputs), dense_coverage(model, inputs)
-    assert largest_gap(out.coverage_loss, dense) < 1e-10
+    assert max_abs_diff(out.coverage_loss, dense) < 1e-10
     plain = model(**inputs, output_coverage=False).loss
     assert abs(out.loss - plain - 0.5 * dense.sum()).item() < 1e-10
     wanted = list(model.parameters())
@@ -715,7 +715,7 @@ def test_coverage_counts_encoder_decoder_and_what_the_source_receives(reversible
     expected = torch.autograd.grad(plain + 0.5 * dense.sum(), wanted, allow_unused=True)
     for a, b in zip(found, expected, strict=True):
         assert (a is None) == (b is None)
-        assert a is None or largest_gap(a, b) <= 1e-8 * max(1, b.abs().max().item())
+        assert a is None or max_abs_diff(a, b) <= 1e-8 * max(1, b.abs().max().item())
 
 
 def test_coverage_of_a_batch_is_the_mean_over_its_rows():
@@ -728,12 +728,12 @@ def test_coverage_of_a_batch_is_the_mean_over_its_rows():
             model(SOURCE[i : i + 1], MASK[i : i + 1], labels=LABELS[i : i + 1, :length]).coverage_loss
             for i, length in enumerate(lengths)
         ]
-        assert largest_gap(padded, torch.stack(rows).mean(0)) <= 1e-12
+        assert max_abs_diff(padded, torch.stack(rows).mean(0)) <= 1e-12
         nothing = LABELS.clone()
         nothing[2] = -100
         found = model(SOURCE, MASK, labels=nothing).coverage_loss
         decoder = slice(len(model.model.layers), None)
-        assert largest_gap(found[decoder], torch.stack(rows[:2]).mean(0)[decoder]) <= 1e-12
+        assert max_abs_diff(found[decoder], torch.stack(rows[:2]).mean(0)[decoder]) <= 1e-12
 
 
 def test_coverage_beside_given_states_and_other_losses(messages):

@@ -5,15 +5,15 @@ import math
 import pytest
 import torch
 from attention_cases import Case, assert_equals_reference, cases, make_case
-from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
+from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.func import functional_call
 
 from hf_reformer import ReformerModel
 from hf_reformer.ops import tiled_attention
-from hf_reformer.ops.dispatch import BACKENDS, backend_name, chosen_backend, ordered_attention
-from hf_reformer.ops.lsh import window_orders
+from hf_reformer.ops.dispatch import BACKENDS, resolve_backend, select_backend, windowed_attention
+from hf_reformer.ops.layout import window_layout
 from hf_reformer.ops.prng import make_key
 from hf_reformer.ops.reference import attention_with_weights, dropout_factors
 
@@ -86,12 +86,12 @@ def test_the_layout_of_the_inputs_does_not_matter(backend):
         assert not any(x.is_contiguous() for x in inputs)
         case.inputs = inputs
         for a, b in zip(case.values_and_gradients(backend), expected, strict=True):
-            assert largest_gap(a, b) <= 1e-12
+            assert max_abs_diff(a, b) <= 1e-12
     rows = [x[:1].expand(2, -1, -1, -1) for x in case.inputs]  # rows that share memory
     case.inputs = [x.contiguous() for x in rows]
     expected = case.values_and_gradients(backend)[0]
     found = case.attend(*rows, backend=backend)
-    assert largest_gap(found, expected) <= 1e-12
+    assert max_abs_diff(found, expected) <= 1e-12
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -100,7 +100,7 @@ def test_one_order_may_serve_all_heads(backend, mode):
     one, two = (Case(mode=mode, heads=heads, rounds=1) for heads in (1, 2))
     two.inputs = [x.expand(-1, 2, -1, -1) for x in one.inputs]
     expected = one.values_and_gradients(backend)[0].expand(-1, 2, -1, -1)
-    assert largest_gap(one.attend(*two.inputs, backend=backend), expected) <= 1e-12
+    assert max_abs_diff(one.attend(*two.inputs, backend=backend), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("backend", FAST_BACKENDS)
@@ -223,7 +223,7 @@ def test_every_pair_counts_once(backend, drawn):
                 seen = seen - {token} or seen if case.shared else seen
                 expected = torch.zeros(length, dtype=torch.float64)
                 expected[list(seen)] = 1 / max(len(seen), 1)
-                assert largest_gap(found[row, head, token], expected) <= 1e-12
+                assert max_abs_diff(found[row, head, token], expected) <= 1e-12
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -246,7 +246,7 @@ def test_chunks_count_a_pair_as_often_as_it_is_shown(backend, drawn):
                     shown[token, line[other % len(line)]] += 1
             if case.causal:
                 shown = shown.tril()  # what is left out by a score of -1e9 weighs nothing: a token sees itself
-            assert largest_gap(found[row, head], shown / shown.sum(-1, keepdim=True)) <= 1e-12
+            assert max_abs_diff(found[row, head], shown / shown.sum(-1, keepdim=True)) <= 1e-12
 
 
 @given(drawn=cases)
@@ -258,7 +258,7 @@ def test_weights_of_a_token_add_up_to_one(drawn):
     expected = torch.ones_like(sums)
     if case.mode == "window" and case.mask is not None:  # padding sees nothing
         expected = case.mask[:, None].expand_as(sums).double()
-    assert largest_gap(sums, expected) <= 1e-12
+    assert max_abs_diff(sums, expected) <= 1e-12
     assert weights.min() >= 0
 
 
@@ -331,7 +331,7 @@ def test_an_unknown_backend_is_refused(monkeypatch):
         case.attend(*case.inputs, backend="flash")
     monkeypatch.setenv("HF_REFORMER_BACKEND", "flash")
     with pytest.raises(ValueError, match=r"'flash' is unknown"):
-        chosen_backend("torch")
+        resolve_backend("torch")
 
 
 def test_the_environment_chooses_the_backend(monkeypatch):
@@ -357,9 +357,9 @@ def test_the_environment_chooses_the_backend(monkeypatch):
 def test_auto_is_a_backend_that_works(monkeypatch):
     monkeypatch.delenv("HF_REFORMER_BACKEND", raising=False)
     double, single = (torch.zeros(1, 1, 4, 8, dtype=dtype) for dtype in (torch.float64, torch.float32))
-    assert backend_name("auto", double, double) == "torch"  # the kernels know no float64
-    assert backend_name("auto", single, single) in ("cpu", "torch")
-    assert backend_name("reference", single, single) == "reference"
+    assert select_backend("auto", double, double) == "torch"  # the kernels know no float64
+    assert select_backend("auto", single, single) in ("cpu", "torch")
+    assert select_backend("reference", single, single) == "reference"
 
 
 def test_models_agree_whatever_the_backend():
@@ -368,12 +368,12 @@ def test_models_agree_whatever_the_backend():
         make_model(ReformerModel, **SMALL_WINDOWS, attention_backend=name)(ids).last_hidden_state for name in BACKENDS
     ]
     for output in outputs[1:]:
-        assert largest_gap(output, outputs[0]) <= 1e-10
+        assert max_abs_diff(output, outputs[0]) <= 1e-10
 
 
 def test_rows_too_long_to_count_are_refused(monkeypatch):
-    monkeypatch.setattr(tiled_attention, "LONGEST", 8)
+    monkeypatch.setattr(tiled_attention, "MAX_LENGTH", 8)
     x = torch.zeros(1, 1, 9, 4)
-    orders = window_orders([(torch.zeros(1, 1, 1, 9, dtype=torch.int32), 1, 3)], True, None)
+    orders = window_layout([(torch.zeros(1, 1, 1, 9, dtype=torch.int32), 1, 3)], True, None)
     with pytest.raises(ValueError, match="8 tokens a row"):
-        ordered_attention(x, x, x, orders, causal=True, backend="torch")
+        windowed_attention(x, x, x, orders, causal=True, backend="torch")

@@ -12,19 +12,18 @@ from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from hf_reformer import ReformerModel
 from hf_reformer.configuration_reformer import default_num_buckets
-from hf_reformer.layers.attention import old_num_buckets
+from hf_reformer.layers.attention import legacy_num_buckets
+from hf_reformer.ops.layout import chunk_layout, window_layout
 from hf_reformer.ops.lsh import (
-    chunk_orders,
+    bucket_factors,
     exploration_buckets,
-    factors_of,
     lsh_buckets,
-    product_of,
+    num_buckets_total,
     seeded_rotations,
-    window_orders,
     window_rotations,
 )
 from hf_reformer.ops.prng import make_key
-from hf_reformer.ops.reference import places_of, shown_counts
+from hf_reformer.ops.reference import inverse_permutation, shown_counts
 
 BUCKET_COUNTS = [2, 4, 14, 64, (2, 2), (4, 8), (6, 10), (2, 4, 8)]
 factors = st.sampled_from(BUCKET_COUNTS)
@@ -48,12 +47,12 @@ def test_buckets_are_in_range(num_buckets, seed, num_hashes):
     assert buckets.dtype == torch.int32
     assert buckets.shape == (2, 3, num_hashes, 200)
     assert buckets.min() >= 0
-    assert buckets.max() < product_of(num_buckets)
+    assert buckets.max() < num_buckets_total(num_buckets)
 
 
 @pytest.mark.parametrize("num_buckets", BUCKET_COUNTS, ids=str)
 def test_every_bucket_is_used(num_buckets):
-    assert hashed(draw(1, 1, 5000, 64), num_buckets).unique().numel() == product_of(num_buckets)
+    assert hashed(draw(1, 1, 5000, 64), num_buckets).unique().numel() == num_buckets_total(num_buckets)
 
 
 @given(num_buckets=factors, scale=st.floats(1e-3, 1e3))
@@ -67,7 +66,7 @@ def test_opposite_vectors_land_in_opposite_buckets(num_buckets):
     vectors = draw(1, 2, 100, 8)
     one, other = hashed(vectors, num_buckets), hashed(-vectors, num_buckets)
     stride = 1
-    for factor in factors_of(num_buckets):
+    for factor in bucket_factors(num_buckets):
         a, b = one // stride % factor, other // stride % factor
         assert torch.equal((a + factor // 2) % factor, b)
         stride *= factor
@@ -92,14 +91,14 @@ def test_collisions_grow_with_cosine_similarity():
 def test_factors_combine_as_the_definition_says(num_buckets, seed):
     """For every factor the argmax over [xR, -xR] of its own columns; the first factor varies fastest."""
     vectors = draw(1, 2, 30, 6, seed=seed)
-    columns = sum(factors_of(num_buckets)) // 2
+    columns = sum(bucket_factors(num_buckets)) // 2
     rotations = draw(2, 6, 2, columns, seed=seed + 1)
     found = lsh_buckets(vectors, rotations, num_buckets)
     for head in range(2):
         for hash_round in range(2):
             projected = vectors[0, head] @ rotations[head, :, hash_round]
             expected, stride, column = torch.zeros(30, dtype=torch.int64), 1, 0
-            for factor in factors_of(num_buckets):
+            for factor in bucket_factors(num_buckets):
                 part = projected[:, column : column + factor // 2]
                 expected += stride * torch.cat([part, -part], dim=-1).argmax(-1)
                 stride, column = stride * factor, column + factor // 2
@@ -166,7 +165,7 @@ def test_evaluation_leaves_the_global_generator_alone():
 @pytest.mark.parametrize("num_buckets", [8, (4, 8)], ids=str)
 def test_seeded_rotations_are_those_of_the_builtin(num_buckets):
     torch.manual_seed(11)
-    expected = torch.randn(2, 8, 3, sum(factors_of(num_buckets)) // 2, dtype=torch.float64)
+    expected = torch.randn(2, 8, 3, sum(bucket_factors(num_buckets)) // 2, dtype=torch.float64)
     assert torch.equal(seeded_rotations(11, 2, 8, 3, num_buckets, like=draw(1)), expected)
 
 
@@ -211,7 +210,7 @@ def window_case(length, count, window, rounds, causal, hidden, tile, seed):
     mask = None if hidden is None else torch.rand(2, length, generator=generator) >= hidden
     position = torch.zeros(2, 2, 1, length, dtype=torch.int32)
     groups = [(position, 1, max(1, window // 2)), (buckets, count, window)]
-    return groups, mask, window_orders(groups, causal, mask, tile)
+    return groups, mask, window_layout(groups, causal, mask, tile)
 
 
 @given(drawn=windows)
@@ -220,7 +219,7 @@ def test_orders_are_permutations(drawn):
     _, _, orders = window_case(**drawn)
     tokens = torch.arange(drawn["length"], dtype=torch.int32).expand_as(orders.line)
     assert torch.equal(orders.line.sort(-1).values, tokens)
-    assert torch.equal(orders.line.gather(-1, places_of(orders.line)), tokens)
+    assert torch.equal(orders.line.gather(-1, inverse_permutation(orders.line)), tokens)
 
 
 @given(drawn=windows)
@@ -300,7 +299,7 @@ def test_chunks_are_those_of_counting_by_hand(chunk, chunks, rounds, count, befo
     length = chunk * chunks
     buckets = torch.randint(0, count, (2, 2, rounds, length), generator=generator).int()
     mask = None if hidden is None else torch.rand(2, length, generator=generator) >= hidden
-    orders = chunk_orders(buckets, count, chunk, before, after, mask)
+    orders = chunk_layout(buckets, count, chunk, before, after, mask)
     counts = shown_counts(orders)
     for row in range(2):
         for head in range(2):
@@ -344,7 +343,7 @@ def test_the_old_number_of_buckets_is_the_builtins(chunk, max_positions):
         layer.num_buckets = layer.config.num_buckets = None
         layer._set_num_buckets(length)
         expected = layer.num_buckets
-        found = old_num_buckets(length, chunk, max_positions)
+        found = legacy_num_buckets(length, chunk, max_positions)
         assert found == (tuple(expected) if isinstance(expected, list) else expected), length
 
 
@@ -369,8 +368,8 @@ def test_the_default_number_of_buckets(max_positions, window, expected):
 @given(max_positions=st.integers(1, 2**24), window=st.integers(1, 4096))
 def test_the_default_number_of_buckets_is_the_nearest_power_of_two(max_positions, window):
     found = default_num_buckets(max_positions, window)
-    total = product_of(found)
-    assert all(factor % 2 == 0 for factor in factors_of(found))
+    total = num_buckets_total(found)
+    assert all(factor % 2 == 0 for factor in bucket_factors(found))
     assert (total > 128) == isinstance(found, tuple)
     wanted = max(2, max_positions / window)
     assert total / math.sqrt(2) * (1 - 1e-12) <= wanted <= total * math.sqrt(2) * (1 + 1e-12)

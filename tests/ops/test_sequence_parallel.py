@@ -7,7 +7,7 @@ from io import BytesIO
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SMALL_WINDOWS, largest_gap, make_ids, make_model
+from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
 from processes import run_in_processes
 from test_memory import Census
 from transformers import TrainingArguments
@@ -62,7 +62,7 @@ def outcome(name: str, group=None) -> dict[str, torch.Tensor]:
     """Loss and gradients of a training step, and every output of an evaluation."""
     cls, config, inputs = CASES[name]
     model = make_model(cls, **SIZES, **config)
-    model.share_sequences(group)
+    model.enable_sequence_parallel(group)
     step = model.train() if group is None else torch.nn.parallel.DistributedDataParallel(model.train())
     torch.manual_seed(5 if group is None else 5 + dist.get_rank())  # the first process's draws count
     loss = step(IDS, **inputs).loss
@@ -101,7 +101,7 @@ def test_outputs_and_gradients_are_those_of_one_process(name, shared):
     for found in shared:
         assert found[name].keys() == expected.keys()
         for key, value in expected.items():
-            assert largest_gap(found[name][key], value) <= 1e-10, key
+            assert max_abs_diff(found[name][key], value) <= 1e-10, key
     assert expected["loss"] > 0
 
 
@@ -109,7 +109,7 @@ def peaks_and_states(length: int, seed: int) -> tuple[int, torch.Tensor]:
     """Bytes of a training step's activations at their peak; and an evaluation's hidden states of own tokens."""
     model = make_model(ReformerForCausalLM, num_attention_heads=4, attention_head_size=16, hidden_size=64,
                        max_position_embeddings=length, num_buckets=32, dtype=torch.float32)  # fmt: skip
-    model.share_sequences(dist.group.WORLD)
+    model.enable_sequence_parallel(dist.group.WORLD)
     ids = make_ids(1, length, seed=seed)
     with Census(*model.parameters()) as census:
         model.train()(ids, labels=ids).loss.backward()
@@ -127,7 +127,7 @@ def test_memory_falls_with_the_number_of_processes():
         states = torch.cat([states for _, states in found], dim=1)
         if size == 1:
             whole = states
-        assert largest_gap(states, whole) <= 1e-4
+        assert max_abs_diff(states, whole) <= 1e-4
     assert peaks[2] <= 0.6 * peaks[1]
     assert peaks[4] <= 0.36 * peaks[1]
 
@@ -146,7 +146,7 @@ DIFFERING = {
 
 def refusals() -> list[str]:
     model = make_model(ReformerModel)
-    model.share_sequences(dist.group.WORLD)
+    model.enable_sequence_parallel(dist.group.WORLD)
     with pytest.raises(ValueError, match="were given different inputs"):
         model(make_ids(1, 50, seed=dist.get_rank()))
     with pytest.raises(ValueError, match="were given different inputs"):
@@ -157,7 +157,7 @@ def refusals() -> list[str]:
         model(make_ids(1, 50).reshape(1 + dist.get_rank(), -1))  # the same numbers in another shape
     for what, differing in DIFFERING.items():
         head = make_model(ReformerForCausalLM)
-        head.share_sequences(dist.group.WORLD)
+        head.enable_sequence_parallel(dist.group.WORLD)
         inputs = {"input_ids": IDS, **differing[dist.get_rank()]}
         head.train(inputs.pop("training", False))
         with torch.set_grad_enabled(inputs.pop("grad", True)), pytest.raises(ValueError) as error:
@@ -171,9 +171,9 @@ def refusals() -> list[str]:
     mesh = dist.init_device_mesh("cpu", (2,))
     for group, message in ((strangers, "no member of the group"), (mesh, "found DeviceMesh"), (2, "found int")):
         with pytest.raises(ValueError, match=message):
-            model.share_sequences(group)
+            model.enable_sequence_parallel(group)
     three_heads = make_model(ReformerModel, num_attention_heads=3)
-    three_heads.share_sequences(dist.group.WORLD)
+    three_heads.enable_sequence_parallel(dist.group.WORLD)
     messages = []
     for refusing, length in ((model, 1), (three_heads, 50)):
         with pytest.raises(ValueError) as error:
@@ -199,7 +199,7 @@ def group_of_one():
 
 def test_copies_share_nothing(group_of_one):
     model = make_model(ReformerForCausalLM, **SIZES)
-    model.share_sequences(group_of_one)
+    model.enable_sequence_parallel(group_of_one)
     file = BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -248,7 +248,7 @@ def test_the_trainer_trains_as_in_one_process(tmp_path):
     expected = trained(str(tmp_path), 1)
     for found in run_in_processes(trained, 2, str(tmp_path), 2):
         for name, value in expected.items():
-            assert largest_gap(found[name], value) <= 1e-4, name
+            assert max_abs_diff(found[name], value) <= 1e-4, name
 
 
 def test_groups_must_divide_the_processes(tmp_path):

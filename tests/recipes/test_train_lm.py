@@ -206,7 +206,7 @@ def test_a_tokenizer_without_padding(scripts, files):
     )
     scripts[0].main(arguments(files, "--tokenizer", str(files / "words"), "--max_steps", "1", "--eval_strategy", "no"))
     assert ReformerForCausalLM.from_pretrained(files / "out").config.pad_token_id == 1
-    assert scripts[1].every_token_a_target([{"input_ids": [1, 2]}])["labels"].tolist() == [[1, 2]]
+    assert scripts[1].causal_lm_collator([{"input_ids": [1, 2]}])["labels"].tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_chunks_of_the_feed_forward_lower_the_peak(path):
 
 
 def test_the_automatic_chunk_lowers_the_peak(monkeypatch):
-    monkeypatch.setattr("hf_reformer.reversible.chunking.SLICE", 1024 * 32)  # hidden size 32
+    monkeypatch.setattr("hf_reformer.reversible.chunking.CHUNK_ELEMENTS", 1024 * 32)  # hidden size 32
     whole, automatic = (peak_of(2, feed_forward_size=1024, chunk_size_feed_forward=size) for size in (4096, 0))
     assert automatic < whole - 2 * 12 * MIB
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPEATABLE, SMALL_WINDOWS, largest_gap, make_ids, make_model
+from conftest import REPEATABLE, SMALL_WINDOWS, make_ids, make_model, max_abs_diff
 from test_heads import HEADS, heads, inputs_of
 from transformers import Trainer, TrainingArguments, set_seed
 
@@ -28,7 +28,7 @@ def make_head(cls, **overrides):
 
 
 def relative_gap(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return largest_gap(found, expected) / max(expected.abs().max().item(), 1e-3)
+    return max_abs_diff(found, expected) / max(expected.abs().max().item(), 1e-3)
 
 
 def run(model, cls, scale: float = 1.0) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -53,8 +53,8 @@ def test_losses_and_gradients_under_autocast_are_close_to_float32(cls, dtype, re
     assert relative_gap(loss, expected) <= TOLERANCES[dtype]
     size = max(grad.abs().max().item() for grad in exact)
     for found, wanted in zip(grads, exact, strict=True):
-        assert largest_gap(found, wanted) <= TOLERANCES[dtype] * size
-    assert any(largest_gap(found, wanted) > 1e-5 * size for found, wanted in zip(grads, exact, strict=True))
+        assert max_abs_diff(found, wanted) <= TOLERANCES[dtype] * size
+    assert any(max_abs_diff(found, wanted) > 1e-5 * size for found, wanted in zip(grads, exact, strict=True))
 
 
 @pytest.mark.parametrize("windows", [{}, {**SMALL_WINDOWS, "hidden_act": "relu"}], ids=["smooth", "not"])
@@ -180,10 +180,10 @@ def test_streams_and_rotations_keep_their_own_precision(how, reversible, precisi
     model = make_head(ReformerForCausalLM, reversible=reversible, residual_precision=precision).train()
     model = model.to(half) if how.endswith("weights") else model
     streams, hashed = [], []
-    order_makers = hf_reformer.layers.attention.order_makers
+    hashing_backend = hf_reformer.layers.attention.hashing_backend
 
     def watched(*args):
-        makers = order_makers(*args)
+        makers = hashing_backend(*args)
 
         def lsh_buckets(vectors, rotations, num_buckets):
             buckets = makers.lsh_buckets(vectors, rotations, num_buckets)
@@ -194,7 +194,7 @@ def test_streams_and_rotations_keep_their_own_precision(how, reversible, precisi
 
     for layer in model.model.layers:
         layer.register_forward_hook(lambda module, args, out: streams.extend([*args[:2], *out]))
-    monkeypatch.setattr(hf_reformer.layers.attention, "order_makers", watched)
+    monkeypatch.setattr(hf_reformer.layers.attention, "hashing_backend", watched)
     ids = make_ids(2, 20)
     with torch.autocast("cpu", dtype=half, enabled=how.endswith("autocast")):
         model(ids, labels=ids).loss.backward()

@@ -21,14 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_reformer import ReformerConfig, ReformerModel
 from hf_reformer.models import modeling_reformer as modeling
-from hf_reformer.reversible.reversible import (
-    Chain,
-    Grid,
-    choose_grid,
-    residual_step,
-    reversible_step,
-    to_stream,
-)
+from hf_reformer.reversible.grid import Grid, choose_grid, to_stream
+from hf_reformer.reversible.reversible import StreamHandoff, residual_step, reversible_step
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
@@ -168,7 +162,7 @@ def test_automatic_slices_change_nothing(tokens, monkeypatch):
     whole = make()
     expected, values = step(whole), hidden_of(whole)
     sliced = make()
-    monkeypatch.setattr("hf_reformer.reversible.chunking.SLICE", tokens * sliced.config.hidden_size)
+    monkeypatch.setattr("hf_reformer.reversible.chunking.CHUNK_ELEMENTS", tokens * sliced.config.hidden_size)
     assert gap(step(sliced), step(twin_of(sliced))) <= EXACT
     assert gap(step(sliced), expected) <= 1e-5  # other matrix products
     for context in (torch.enable_grad(), torch.no_grad()):
@@ -381,7 +375,7 @@ GRID = choose_grid("float64", torch.float32, rounded=True)
 
 def run_toys(layers, x, reversible, *extra):
     torch.manual_seed(1)
-    chain = Chain(GRID, len(layers))
+    chain = StreamHandoff(GRID, len(layers))
     x1 = x2 = to_stream(x, GRID)
     for index, layer in enumerate(layers):
         if reversible:
@@ -462,7 +456,9 @@ def test_gradients_of_slices_add_up_in_float32():
 
     layer = Half(chunk_size=1)
     layer.second.to(torch.bfloat16)
-    _, x2 = reversible_step(layer, *[torch.zeros(1, length, 8, dtype=torch.float64)] * 2, None, Chain(GRID, 1), 0)
+    _, x2 = reversible_step(
+        layer, *[torch.zeros(1, length, 8, dtype=torch.float64)] * 2, None, StreamHandoff(GRID, 1), 0
+    )
     x2.sum().backward()
     assert torch.equal(layer.second.bias.grad, torch.full((8,), float(length), dtype=torch.bfloat16))
 
@@ -483,7 +479,7 @@ def test_gradcheck_sees_through_the_grid():
 
     def run(x, extra, *tensors):
         x1 = x2 = to_stream(x, grid)
-        chain = Chain(grid, len(layers))
+        chain = StreamHandoff(grid, len(layers))
         with torch.nn.utils.stateless._reparametrize_module(layers, dict(zip(names, tensors, strict=True))):
             for index, layer in enumerate(layers):
                 x1, x2 = reversible_step(layer, x1, x2, None, chain, index, (extra,))
@@ -926,12 +922,12 @@ def chains(monkeypatch):
     """Weak references to the chains of all forwards to come, with the cycle collector asleep."""
     born = []
 
-    class Watched(Chain):
+    class Watched(StreamHandoff):
         def __init__(self, *args):
             super().__init__(*args)
             born.append(weakref.ref(self))
 
-    monkeypatch.setattr(modeling, "Chain", Watched)
+    monkeypatch.setattr(modeling, "StreamHandoff", Watched)
     gc.collect()
     gc.disable()
     yield born

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from hf_reformer.reversible import chunking as slices
-from hf_reformer.reversible.chunking import Joined, map_tokens, slice_length, token_slices
+from hf_reformer.reversible.chunking import ChunkedBuffer, chunk_length_for, map_tokens, token_chunks
 
 
 def parts(first, x, y):
@@ -29,22 +29,22 @@ def test_slices_together_are_the_whole(size, grad):
 
 def test_slices_cover_every_token_once():
     x = torch.arange(10).view(1, 10)
-    found = [(first, piece.tolist()[0], none) for first, (piece, none) in token_slices(4, x, None)]
+    found = [(first, piece.tolist()[0], none) for first, (piece, none) in token_chunks(4, x, None)]
     assert found == [(0, [0, 1, 2, 3], None), (4, [4, 5, 6, 7], None), (8, [8, 9], None)]
 
 
 def test_given_tensors_are_filled_in_place():
     given = torch.zeros(1, 5)
-    joined = Joined(5, given)
-    for first, (piece,) in token_slices(2, torch.arange(5.0)[None]):
+    joined = ChunkedBuffer(5, given)
+    for first, (piece,) in token_chunks(2, torch.arange(5.0)[None]):
         joined.put(first, piece)
     assert joined.tensors[0] is given
     assert given.tolist() == [[0, 1, 2, 3, 4]]
 
 
 def test_a_slice_holds_as_many_numbers_in_any_batch():
-    assert slice_length(torch.zeros(1, 5000, 512)) == slices.SLICE // 512
-    assert slice_length(torch.zeros(4, 5000, 512)) == slices.SLICE // 2048
-    assert slice_length(torch.zeros(2, 3, slices.SLICE)) == 1
-    assert slice_length(torch.zeros(4, 5000, 512), asked=7) == 7
-    assert slice_length(torch.zeros(1, 5000, 512, device="meta")) == 5000
+    assert chunk_length_for(torch.zeros(1, 5000, 512)) == slices.CHUNK_ELEMENTS // 512
+    assert chunk_length_for(torch.zeros(4, 5000, 512)) == slices.CHUNK_ELEMENTS // 2048
+    assert chunk_length_for(torch.zeros(2, 3, slices.CHUNK_ELEMENTS)) == 1
+    assert chunk_length_for(torch.zeros(4, 5000, 512), asked=7) == 7
+    assert chunk_length_for(torch.zeros(1, 5000, 512, device="meta")) == 5000

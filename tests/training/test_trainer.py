@@ -5,7 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import IN_ONE_GRAPH, REPEATABLE, SMALL_WINDOWS, largest_gap, make_ids, make_model
+from conftest import REPEATABLE, SMALL_WINDOWS, make_ids, make_model, max_abs_diff, needs_fullgraph
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Trainer, TrainingArguments
@@ -120,7 +120,7 @@ def assert_same_training(a: Trainer, b: Trainer, tolerance: float = 1e-5) -> Non
     for name in ("loss", "grad_norm"):
         assert logged(a, name) == pytest.approx(logged(b, name), rel=tolerance)
     for x, y in zip(weights(a), weights(b), strict=True):
-        assert largest_gap(x, y) <= tolerance
+        assert max_abs_diff(x, y) <= tolerance
 
 
 def assert_equal_weights(a: Trainer, b: Trainer) -> None:
@@ -147,7 +147,7 @@ def test_one_batch_of_eight_trains_as_eight_batches_of_one(cls, tmp_path):
     )
     assert len(logged(whole)) == len(logged(parts)) == 2
     assert_same_training(whole, parts)
-    assert max(largest_gap(p, q) for p, q in zip(weights(whole), make_head(cls).parameters(), strict=True)) > 1e-3
+    assert max(max_abs_diff(p, q) for p, q in zip(weights(whole), make_head(cls).parameters(), strict=True)) > 1e-3
 
 
 @pytest.mark.parametrize("cls", COUNTING, ids=lambda cls: cls.__name__)
@@ -339,7 +339,7 @@ def _compiled_anew():
     [HEADS[0], *(pytest.param(cls, marks=pytest.mark.slow) for cls in HEADS[1:])],
     ids=lambda cls: cls.__name__,
 )
-@IN_ONE_GRAPH
+@needs_fullgraph
 def test_dynamo_sees_a_training_step_as_one_graph(cls):
     model = make_head(cls, **RANDOM).train()
     whole = torch.compile(model, backend="eager", fullgraph=True)
@@ -348,7 +348,7 @@ def test_dynamo_sees_a_training_step_as_one_graph(cls):
         torch.manual_seed(0)
         expected = model(**collate(list(some))).loss
         torch.manual_seed(0)
-        assert largest_gap(whole(**collate(list(some))).loss, expected) <= 1e-5
+        assert max_abs_diff(whole(**collate(list(some))).loss, expected) <= 1e-5
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ class ReformerCache(Cache):
         layers: list[Any] = [kind(config, index, max_cache_len) for index, kind in enumerate(kinds)]
         local = [layer for layer in layers if layer.kind == "local"]
         for layer in layers:  # no cycles among them, so that their memory goes with the last reference
-            layer.watched = [] if layer.kind == "local" else local
+            layer.sibling_local_layers = [] if layer.kind == "local" else local
         super().__init__(layers=layers, **options)
 
 

@@ -14,8 +14,8 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from ..configuration_reformer import ReformerConfig, padded_length
-from ..ops.bucket_tables import BucketTables
-from ..ops.lsh import product_of
+from ..ops.bucket_tables import BucketChains
+from ..ops.lsh import num_buckets_total
 from .chunk_decoding import hash_chunks, local_chunks
 
 GROWTH = 1.125  # of the room for tokens, when it is full
@@ -40,7 +40,7 @@ class ReformerCacheLayer(CacheLayerMixin):
     longest: Any
     oldest: Any
     real: torch.Tensor | None
-    tables: BucketTables | None
+    tables: BucketChains | None
     rotations: torch.Tensor | None
     of_every_row: tuple[str, ...] = ("keys", "values", "buckets", "lengths", "longest", "oldest", "real")
 
@@ -52,7 +52,9 @@ class ReformerCacheLayer(CacheLayerMixin):
         self.is_sliding = self.kind == "local"
         self.first_room = room
         self.record_past = False
-        self.watched: list[ReformerCacheLayer] = []  # local layers of its cache, unless it is one: all lose the same
+        self.sibling_local_layers: list[
+            ReformerCacheLayer
+        ] = []  # local layers of its cache, unless it is one: all lose the same
         self.reset()
 
     def reset(self) -> None:
@@ -101,14 +103,14 @@ class ReformerCacheLayer(CacheLayerMixin):
             (B, N) int64, their numbers; -1 for padding.
         """
         keys, values = (x.detach().to(self.keys.dtype) for x in (keys, values))
-        numbers = self.make_room(keys.shape[2], real, None if buckets is None else buckets.shape[:3])
+        numbers = self.reserve(keys.shape[2], real, None if buckets is None else buckets.shape[:3])
         self._write(numbers, keys, values, buckets)
         if self.tables is not None:
             self.tables.add(buckets, numbers)
         self.count(numbers)
         return numbers
 
-    def make_room(self, new: int, real: torch.Tensor | None, lines: tuple[int, ...] | None) -> torch.Tensor:
+    def reserve(self, new: int, real: torch.Tensor | None, lines: tuple[int, ...] | None) -> torch.Tensor:
         """Numbers (B, N) of N new tokens, with room for them; `lines`: (B, H, R) of lsh layers."""
         numbers = self.lengths[:, None]
         numbers = numbers if new == 1 else numbers + torch.arange(new, device=self.device)
@@ -129,8 +131,8 @@ class ReformerCacheLayer(CacheLayerMixin):
                 self.tables.previous = _longer(self.tables.previous, 1 + room, dim=3)
         return numbers
 
-    def _new_tables(self, lines: tuple[int, ...]) -> BucketTables | None:
-        return BucketTables(lines, product_of(self.num_buckets), self.room, self.device)
+    def _new_tables(self, lines: tuple[int, ...]) -> BucketChains | None:
+        return BucketChains(lines, num_buckets_total(self.num_buckets), self.room, self.device)
 
     def count(self, numbers: torch.Tensor) -> None:
         """The tokens of these numbers are kept now."""
@@ -170,7 +172,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         buckets = None if self.buckets is None else self.buckets[..., :length]
         return self.keys[:, :, :length], self.values[:, :, :length], buckets, mask
 
-    def seen_by(self, own: torch.Tensor, buckets: torch.Tensor | None) -> torch.Tensor:
+    def visible_tokens(self, own: torch.Tensor, buckets: torch.Tensor | None) -> torch.Tensor:
         """Numbers of the tokens that the newest token of every row sees, (B, H or 1, K) int64; -1: none.
 
         own: (B) int64, its number; buckets: (B, H, R, 1).
@@ -185,7 +187,7 @@ class ReformerCacheLayer(CacheLayerMixin):
             seen = [x.expand(-1, seen[0].shape[1], -1) for x in seen]
         return torch.cat(seen, dim=-1)
 
-    def columns_of(self, numbers: torch.Tensor) -> torch.Tensor:
+    def input_positions(self, numbers: torch.Tensor) -> torch.Tensor:
         """Where the tokens of these numbers (B, H, N, K) stand among all that were given; -1 stays."""
         if self.real is None:
             return numbers
@@ -237,7 +239,7 @@ class ReformerCacheLayer(CacheLayerMixin):
     def lengths_without(self, count: int) -> torch.Tensor:
         return self.lengths - self.real_so_far()[:, -count:].sum(-1)
 
-    def has_lost(self, count: int) -> bool:
+    def has_evicted(self, count: int) -> bool:
         """Whether tokens are gone that would be seen again if the last `count` columns were taken back."""
         if self.kind != "local" or not self.is_initialized:
             return False
@@ -260,7 +262,9 @@ class ReformerCacheLayer(CacheLayerMixin):
                 f"crop({tokens_to_remove}) on a cache of {self.columns} tokens: give the number to take back, as a "
                 "negative number."
             )
-        if any(layer.has_lost(count) for layer in (self, *self.watched) if layer.columns == self.columns):
+        if any(
+            layer.has_evicted(count) for layer in (self, *self.sibling_local_layers) if layer.columns == self.columns
+        ):
             raise RuntimeError(
                 f"{count} tokens cannot be taken back: a local layer no longer has those that would be seen again. "
                 "Begin anew with a `ReformerCache(config)`, and call its `activate_past_recording()` before tokens "
@@ -348,7 +352,7 @@ class ChunkCacheLayer(ReformerCacheLayer):
             return min(length, self.chunk)
         return max(length + 1, self.chunk)
 
-    def seen_by(self, own: torch.Tensor, buckets: torch.Tensor | None) -> torch.Tensor:
+    def visible_tokens(self, own: torch.Tensor, buckets: torch.Tensor | None) -> torch.Tensor:
         if buckets is None:
             return local_chunks(own, self.chunk, self.before)[:, None]
         kept = self.buckets[..., : self.columns]

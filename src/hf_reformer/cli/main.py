@@ -105,7 +105,7 @@ def run_export(args: argparse.Namespace) -> None:
     `from_pretrained(folder, trust_remote_code=True)` then works where this package is not installed, too.
     """
     from ..hub.export import export
-    from .text_generation import quiet
+    from ..hub.model_folder import quiet
 
     card = {name: getattr(args, name) for name in CARD if getattr(args, name) is not None}
     with quiet():
@@ -120,7 +120,7 @@ def run_convert(args: argparse.Namespace) -> None:
     What is not the same afterwards is printed, a line each.
     """
     from ..hub.convert.convert import convert
-    from .text_generation import quiet
+    from ..hub.model_folder import quiet
 
     options = {"kind": args.kind, "to": args.to, "head": args.head, "attention_mode": args.attention_mode}
     options |= {"fields": json_fields(args.fields), "lm_bias": not args.no_lm_bias}
@@ -162,7 +162,7 @@ def run_env(args: argparse.Namespace) -> None:
     from .. import __version__
     from ..ops.dispatch import KERNELS
 
-    fault = KERNELS["cpu"].why_not()
+    fault = KERNELS["cpu"].unsupported_reason()
     accelerators = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     devices = [f"{torch.accelerator.current_accelerator()}:{i}" for i in range(accelerators)]
     for name, value in {

@@ -3,19 +3,13 @@
 `datasets` is imported only inside the functions that need it, so importing this module costs nothing.
 """
 
-import hashlib
 import importlib
 import importlib.util
 import random
-import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
-
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -30,194 +24,6 @@ def require(module: str) -> ModuleType:
 
 
 # A corpus without a download: which installed package does a source file come from?
-
-# Packages that `hf_reformer[train]` installs, directly or not.
-CORPUS_PACKAGES = (
-    "torch", "transformers", "sympy", "pandas", "scipy", "sklearn", "networkx", "numpy", "matplotlib", "fontTools",
-    "huggingface_hub", "datasets",
-)  # fmt: skip
-# A line names a package when it holds one of these, in whatever case, or one of the usual aliases.
-_NAMES = (
-    "torch", "transformers", "sympy", "pandas", "scipy", "sklearn", "scikit", "networkx", "numpy", "matplotlib",
-    "fonttools", "font tools", "huggingface", "hugging face", "hf_", "datasets",
-)  # fmt: skip
-_ALIAS = re.compile(r"\b(?:np|pd|nx|plt|mpl)\b|\b(?:nn|F|tm|sp)\.")
-_LICENCE = re.compile(r"copyright|licen[sc]e|spdx|all rights reserved|authors?:|@author", re.IGNORECASE)
-_IMPORT = re.compile(r"\s*(>>>|\.\.\.)?\s*(from\s+[\w.]+\s+import\b|import\s)")
-_FOREIGN_FOLDER = re.compile(r"vendor|extern|third_party", re.IGNORECASE)
-
-
-def package_folder(name: str) -> Path | None:
-    """Where the installed package `name` lies, without importing it; None if it isn't there."""
-    spec = importlib.util.find_spec(name)
-    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
-
-
-def corpus_file(path: str) -> Path:
-    """The file on this machine behind the `path` column of `installed_packages_corpus`."""
-    folder = package_folder(path.split("/")[0])
-    if folder is None:
-        raise FileNotFoundError(f"`{path}` belongs to a package that is not installed here.")
-    return folder.parent / path
-
-
-def names_a_package(line: str) -> bool:
-    """Whether a line mentions any package of `CORPUS_PACKAGES`, by name or by its usual alias."""
-    lowered = line.lower()
-    return any(name in lowered for name in _NAMES) or _ALIAS.search(line) is not None
-
-
-def clean_source(text: str, max_bytes: int | None = None) -> str:
-    """Remove from a Python file what would tell its package without reading it, and cut it after `max_bytes`.
-
-    Gone are: the comments before the first line of code (licence headers); every line about licences or authors; every
-    import statement, also in doctests and over several lines; and every line that names *any* package of
-    `CORPUS_PACKAGES` or its usual alias (`np.`, `pd.`, `plt.` …). The rule is the same for all files, so that
-    what is missing tells nothing either. Runs of blank lines shrink to one.
-    """
-    lines = text.splitlines()
-    first = next((i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")), len(lines))
-    kept: list[str] = []
-    room = float("inf") if max_bytes is None else max_bytes
-    for line in map(str.rstrip, _without_imports(lines[first:])):
-        if names_a_package(line) or _LICENCE.search(line) or not (line or (kept and kept[-1])):
-            continue
-        room -= len(line.encode()) + 1
-        if room < 0:
-            break
-        kept.append(line)
-    return "\n".join(kept) + "\n"
-
-
-def _without_imports(lines: Iterable[str]) -> Iterator[str]:
-    """Skip import statements up to their closing parenthesis or their last continuation line."""
-    open_parentheses, continued = 0, False
-    for line in lines:
-        if open_parentheses > 0 or continued or _IMPORT.match(line):
-            code = line.split("#")[0].rstrip()
-            open_parentheses = max(0, open_parentheses + code.count("(") - code.count(")"))
-            continued = code.endswith("\\")
-        else:
-            yield line
-
-
-class _NearDuplicates:
-    """Remembers documents by their lines and recognises one that shares half of them with an earlier one."""
-
-    def __init__(self, threshold: float = 0.5, shortest_line: int = 16) -> None:
-        self.threshold, self.shortest_line = threshold, shortest_line
-        self.documents_with: defaultdict[str, list[int]] = defaultdict(list)
-        self.sizes: list[int] = []
-
-    def add(self, text: str) -> bool:
-        """Remember `text` and return True, or return False when it is a near-duplicate."""
-        lines = {line for line in map(str.strip, text.splitlines()) if len(line) >= self.shortest_line}
-        shared = Counter(document for line in lines for document in self.documents_with.get(line, ()))
-        if any(n >= self.threshold * min(len(lines), self.sizes[document]) for document, n in shared.items()):
-            return False
-        for line in lines:
-            self.documents_with[line].append(len(self.sizes))
-        self.sizes.append(len(lines))
-        return True
-
-
-def _shuffled(paths: Iterable[Path], root: Path, seed: int) -> list[Path]:
-    """An order that depends on the seed and the relative path alone, so it is the same on every machine."""
-    return sorted(
-        paths, key=lambda path: hashlib.sha256(f"{seed}:{path.relative_to(root).as_posix()}".encode()).digest()
-    )
-
-
-def _documents_by_directory(
-    root: Path, limit: int, min_bytes: int, max_bytes: int, files_per_directory: int, seed: int, seen: _NearDuplicates
-) -> list[list[tuple[str, str]]]:
-    """Up to `limit` cleaned documents of one package as (path, text), grouped by directory, in shuffled order."""
-    directories: defaultdict[Path, list[Path]] = defaultdict(list)
-    for file in root.rglob("*.py"):
-        if not _FOREIGN_FOLDER.search(file.relative_to(root).as_posix()) and file.stat().st_size >= min_bytes:
-            directories[file.parent].append(file)
-    groups: list[list[tuple[str, str]]] = []
-    missing = limit
-    for directory in _shuffled(directories, root, seed):
-        group: list[tuple[str, str]] = []
-        for file in _shuffled(directories[directory], root, seed):
-            text = clean_source(file.read_text(encoding="utf-8", errors="replace"), max_bytes)
-            if len(text.encode()) >= min_bytes and seen.add(text):
-                group.append((file.relative_to(root.parent).as_posix(), text))
-            if len(group) == min(files_per_directory, missing):
-                break
-        if group:
-            groups.append(group)
-            missing -= len(group)
-        if missing == 0:
-            break
-    return groups
-
-
-def _split_directories(
-    groups: list[list[tuple[str, str]]], validation_size: int
-) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Whole directories go to validation until it has enough documents; all others are for training."""
-    train: list[tuple[str, str]] = []
-    validation: list[tuple[str, str]] = []
-    for group in groups:
-        (validation if len(validation) < validation_size else train).extend(group)
-    return train, validation[:validation_size]
-
-
-def installed_packages_corpus(
-    packages: Sequence[str] | None = None,
-    num_packages: int = 8,
-    files_per_package: int = 200,
-    validation_fraction: float = 0.2,
-    min_bytes: int = 2048,
-    max_bytes: int = 16384,
-    files_per_directory: int = 12,
-    seed: int = 0,
-) -> "DatasetDict":
-    """Long documents for classification without a download: source files, labelled by the package they belong to.
-
-    Of `packages` (default: `CORPUS_PACKAGES`) those with the most usable files are taken, at most `num_packages`, with
-    equally many documents each. Documents are cleaned by `clean_source`, cut at `max_bytes`, and dropped when they are
-    shorter than `min_bytes` or share half of their lines with another document. A directory is either for training or
-    for validation. The result depends only on the arguments and the installed versions.
-
-    Returns a `DatasetDict` with `train` and `validation`; columns `text`, `label` (a `ClassLabel`) and `path`.
-    """
-    datasets = require("datasets")
-    seen = _NearDuplicates()
-    found = {}
-    for name in packages or CORPUS_PACKAGES:
-        folder = package_folder(name)
-        if folder is not None:
-            found[name] = _documents_by_directory(
-                folder, files_per_package, min_bytes, max_bytes, files_per_directory, seed, seen
-            )
-    sizes = {name: sum(map(len, groups)) for name, groups in found.items() if len(groups) > 1}
-    names = sorted(sizes, key=lambda name: -sizes[name])[:num_packages]
-    if len(names) < 2:
-        raise ValueError(
-            f"Only {len(names)} of the packages {list(packages or CORPUS_PACKAGES)} are installed with usable source "
-            "files; a classification corpus needs at least two. Name others with `packages=`."
-        )
-    validation_size = max(1, round(validation_fraction * min(sizes[name] for name in names)))
-    splits = {name: _split_directories(found[name], validation_size) for name in names}
-    train_size = min(len(train) for train, _ in splits.values())
-    rows = {
-        "train": [(name, *document) for name in names for document in splits[name][0][:train_size]],
-        "validation": [(name, *document) for name in names for document in splits[name][1]],
-    }
-    features = datasets.Features(
-        text=datasets.Value("string"), label=datasets.ClassLabel(names=names), path=datasets.Value("string")
-    )
-    return datasets.DatasetDict(
-        {
-            split: datasets.Dataset.from_dict(
-                {"text": [r[2] for r in part], "label": [r[0] for r in part], "path": [r[1] for r in part]}, features
-            )
-            for split, part in rows.items()
-        }
-    )
 
 
 # The user's own files.
@@ -332,35 +138,4 @@ def hold_out(dataset: "Dataset", label_column: str, fraction: float, seed: int) 
     return require("datasets").DatasetDict(
         train=dataset.select([row for row in range(len(dataset)) if row not in chosen]),
         validation=dataset.select(sorted(chosen)),
-    )
-
-
-def train_bpe_tokenizer(
-    texts: Iterable[str], vocab_size: int = 8192, max_length: int = 4096
-) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE from `texts`. Every text can be encoded, pairs become `<s> A </s> B </s>`."""
-    special = ["<pad>", "<s>", "</s>", "<mask>"]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>",
-        pair="<s> $A </s> $B </s>",
-        special_tokens=[("<s>", backend.token_to_id("<s>")), ("</s>", backend.token_to_id("</s>"))],
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        mask_token="<mask>",
-        model_max_length=max_length,
-        model_input_names=["input_ids", "attention_mask"],
     )

@@ -17,16 +17,16 @@ from huggingface_hub.utils import validate_repo_id
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from ..cli.text_generation import check_sizes, readable, saved_config
 from ..configuration_reformer import ReformerConfig
 from ..ops.dispatch import BACKENDS
 from .flatten import flatten, short_name
 from .model_card import model_card
+from .model_folder import check_sizes, readable, saved_config
 from .registration import AUTO_CLASSES
 
 MODEL_CLASSES = {cls.__name__: cls for cls in AUTO_CLASSES.values()}
 # What another model may have left where a new one goes, and the new one need not write again.
-OF_ONE_MODEL = [
+MODEL_FILE_PATTERNS = [
     "model*.safetensors",
     "model.safetensors.index.json",
     "generation_config.json",
@@ -129,7 +129,7 @@ def push_to_hub(
             commit_message=commit_message,
             token=token,
             revision=revision,
-            delete_patterns=OF_ONE_MODEL,
+            delete_patterns=MODEL_FILE_PATTERNS,
         )
 
 
@@ -181,7 +181,7 @@ def check_model(model: Any) -> None:
     if model.base_model.sequence_group is not None:
         raise ValueError(
             "Processes share this model's sequences, and all of them would write. Call "
-            "`model.share_sequences(None)`, and export from one process."
+            "`model.enable_sequence_parallel(None)`, and export from one process."
         )
     if empty := [name for name, x in tensors.items() if x.is_meta]:
         raise ValueError(
@@ -284,7 +284,7 @@ def _move(made: Path, folder: Path) -> None:
     """Put files in their place. The folder's earlier model goes only now that the new one is complete."""
     folder.mkdir(exist_ok=True)
     for file in folder.iterdir():
-        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in OF_ONE_MODEL):
+        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in MODEL_FILE_PATTERNS):
             file.unlink()
     for file in made.rglob("*"):
         if file.is_file():

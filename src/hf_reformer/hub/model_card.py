@@ -25,11 +25,11 @@ PIPELINE_TAGS = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
 }
-NO_SCORES = re.compile(r"runtime|.*_per_second|.*_time")
-OURS = {"library_name", "pipeline_tag", "model_name", "eval_results", "ignore_metadata_errors"}
+NON_METRICS = re.compile(r"runtime|.*_per_second|.*_time")
+RESERVED_FIELDS = {"library_name", "pipeline_tag", "model_name", "eval_results", "ignore_metadata_errors"}
 FIELDS = {
     name for name, field in inspect.signature(ModelCardData).parameters.items() if field.kind == field.KEYWORD_ONLY
-} - OURS
+} - RESERVED_FIELDS
 
 
 class Evaluation(NamedTuple):
@@ -48,7 +48,7 @@ def evaluations(history: list[dict[str, Any]]) -> list[Evaluation]:
     for entry in history:
         final = final or "train_runtime" in entry
         scores = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
-        scores = {name: value for name, value in scores.items() if not NO_SCORES.fullmatch(name)}
+        scores = {name: value for name, value in scores.items() if not NON_METRICS.fullmatch(name)}
         if not scores:
             continue
         if found and (found[-1].step, found[-1].final) == (entry["step"], final):

@@ -18,7 +18,7 @@ TABLES = "peft.utils.constants"
 QUERIES_AND_VALUES = ["qk_proj", "q_proj", "v_proj"]
 EVERY_PROJECTION = ["qk_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 # Kinds that go elsewhere, by the middle of their table's name. IA3 scales keys, values and what enters `down_proj`.
-ELSEWHERE = {
+TARGETS_BY_METHOD = {
     "BEFT_TARGET": ["v_proj"],
     "IA3_FEEDFORWARD": ["down_proj"],
     "IA3_TARGET": ["qk_proj", "k_proj", "v_proj", "down_proj"],
@@ -40,7 +40,7 @@ def fill(tables: ModuleType) -> None:
     for name, table in vars(tables).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING"):
             kind = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_MODULES_MAPPING")
-            table.setdefault(ReformerConfig.model_type, list(ELSEWHERE.get(kind, QUERIES_AND_VALUES)))
+            table.setdefault(ReformerConfig.model_type, list(TARGETS_BY_METHOD.get(kind, QUERIES_AND_VALUES)))
 
 
 class _WhenImported(MetaPathFinder):

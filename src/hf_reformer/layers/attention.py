@@ -7,33 +7,26 @@ import torch
 from torch import nn
 
 from ..configuration_reformer import ReformerConfig
-from ..ops.dispatch import compiled_step, order_makers, ordered_attention
+from ..ops.dispatch import compiled_step, hashing_backend, windowed_attention
 from ..ops.gather_attention import (
     SparseAttention,
-    attend_by_lists,
     attend_by_matrix,
-    attend_to_tokens,
+    attention_with_sparse_weights,
+    gather_attention,
     joined,
     slices,
     without_end,
 )
-from ..ops.lsh import (
-    Orders,
-    chunk_orders,
-    exploration_buckets,
-    product_of,
-    seeded_rotations,
-    window_orders,
-    window_rotations,
-)
+from ..ops.layout import AttentionLayout, chunk_layout, window_layout
+from ..ops.lsh import exploration_buckets, num_buckets_total, seeded_rotations, window_rotations
 from ..ops.prng import ATTENTION_DROPOUT, OUTPUT_DROPOUT, dropout, fold, make_key
 from ..ops.received_attention import attention_received, exact_received, received_from
-from ..ops.sequence_parallel import Shard, heads_to_tokens, sum_of_shares, tokens_to_heads
-from .full_attention import among_tokens, exact_attention, full_orders
+from ..ops.sequence_parallel import SequenceShard, all_reduce, all_to_all_heads, all_to_all_tokens
+from .full_attention import dense_layout, exact_attention, make_attention_mask
 from .position_embeddings import rotate
 
-AT_ONCE = 8  # new tokens on top of a cache, up to which each is looked up by itself
-STEP_COST = 16  # of looking a token up, in tokens of one forward over all
+MAX_DECODE_TOKENS = 8  # new tokens on top of a cache, up to which each is looked up by itself
+DECODE_COST_RATIO = 16  # of looking a token up, in tokens of one forward over all
 
 
 class Call(NamedTuple):
@@ -66,7 +59,7 @@ class Call(NamedTuple):
     num_hashes: int
     num_buckets: int | tuple[int, ...] | None
     padded_length: int
-    shard: Shard | None = None
+    shard: SequenceShard | None = None
     layer_key: torch.Tensor | None = None
     cache: Any = None
     attentions: list[Any] | None = None
@@ -134,9 +127,9 @@ class ReformerAttention(nn.Module):
             out = self._attend_cached(query, key_vectors, value, call).to(value.dtype)
         else:
             out = self._attend(query, key_vectors, value, call, call.layer_key)  # (B, H, T, head_size)
-        out = out if call.shard is None else heads_to_tokens(out, call.shard)
+        out = out if call.shard is None else all_to_all_tokens(out, call.shard)
         if call.received:
-            call.received.append(sum_of_shares(call.received.pop(), call.shard))
+            call.received.append(all_reduce(call.received.pop(), call.shard))
         return out.transpose(1, 2).flatten(2)
 
     def _attend(self, query: Any, key_vectors: Any, value: Any, call: Call, key: torch.Tensor | None) -> torch.Tensor:
@@ -155,18 +148,18 @@ class ReformerAttention(nn.Module):
     def _over_each_other(self, buckets, query, key_vectors, value, call: Call, dropout_key=None) -> torch.Tensor:
         """Attention among the tokens of the call; buckets (B, H, R, T) in lsh layers."""
         if self.kind == "full" and dropout_key is None and call.attentions is None:
-            allowed = among_tokens(call.mask, call.samples, value.shape[2], self.causal, value.device)
+            allowed = make_attention_mask(call.mask, call.samples, value.shape[2], self.causal, value.device)
             out = exact_attention(self, query, key_vectors, value, allowed, self.causal)
             if call.received is not None:
                 which = call.paid, allowed, self.causal, self.scale
                 call.received.append(exact_received(query, key_vectors, *which))
             return out if call.mask is None else torch.where(call.mask[:, None, :, None], out, 0)
         if self.kind == "full":
-            orders = full_orders(value, self.causal, call.mask, call.samples)
+            orders = dense_layout(value, self.causal, call.mask, call.samples)
         elif self.mode == "chunk":
             return self._over_chunks(buckets, query, key_vectors, value, call, dropout_key)
         else:
-            orders = self._window_orders(buckets, call.mask, call, value)
+            orders = self._window_layout(buckets, call.mask, call, value)
         return self._over(orders, query, key_vectors, value, call, call.mask, dropout_key)
 
     def _over_chunks(self, buckets, query, key_vectors, value, call: Call, dropout_key) -> torch.Tensor:
@@ -181,7 +174,7 @@ class ReformerAttention(nn.Module):
             mask = mask if mask is not None else value.new_ones(value.shape[0], length, dtype=torch.bool)
             mask = nn.functional.pad(mask, (0, more))
             call = call._replace(paid=_padded(call.paid, more), known=_padded(call.known, more))
-        orders = self._chunk_orders(buckets, mask, call, value)
+        orders = self._chunk_layout(buckets, mask, call, value)
         out = self._over(orders, query, key_vectors, value, call, mask, dropout_key)
         if call.attentions is not None:
             call.attentions.append(without_end(call.attentions.pop(), length))
@@ -189,11 +182,13 @@ class ReformerAttention(nn.Module):
             call.received.append(call.received.pop()[:, :length])
         return out[:, :, :length]
 
-    def _over(self, orders: Orders, query, key_vectors, value, call: Call, mask, dropout_key=None) -> torch.Tensor:
+    def _over(
+        self, orders: AttentionLayout, query, key_vectors, value, call: Call, mask, dropout_key=None
+    ) -> torch.Tensor:
         how: dict[str, Any] = {"causal": self.causal, "mask": mask, "scale": self.scale}
         how |= {"dropout": self.dropout, "dropout_key": dropout_key}
         if call.attentions is not None:
-            attend = attend_by_matrix if call.dense else attend_by_lists
+            attend = attend_by_matrix if call.dense else attention_with_sparse_weights
             out, attention = attend(query, key_vectors, value, orders, **how)
             call.attentions.append(attention)
             if call.received is not None:
@@ -208,7 +203,7 @@ class ReformerAttention(nn.Module):
             out, received = attention_received(*given, backend=backend, **how)
             call.received.append(received)
             return out
-        return ordered_attention(query, key_vectors, value, orders, backend=backend, **how)
+        return windowed_attention(query, key_vectors, value, orders, backend=backend, **how)
 
     def _attend_cached(self, query: Any, key_vectors: Any, value: Any, call: Call) -> torch.Tensor:
         """Attention of new tokens over those of the cache and each other. The first tokens are one forward.
@@ -228,7 +223,7 @@ class ReformerAttention(nn.Module):
         if self.kind == "full":
             return self._over_all_kept(query, keys, value, call)
         new = value.shape[2]
-        few = new <= AT_ONCE or (self.kind == "lsh" and new * STEP_COST <= kept.columns)
+        few = new <= MAX_DECODE_TOKENS or (self.kind == "lsh" and new * DECODE_COST_RATIO <= kept.columns)
         if few or self.mode == "chunk" or call.attentions is not None:
             return self._one_by_one(query, keys, value, hashed, call)
         if self.kind == "local":
@@ -248,7 +243,7 @@ class ReformerAttention(nn.Module):
         for head in range(0, self.heads, at_once):
             own = slice(head, head + at_once)
             value = values[:, own]
-            orders = self._window_orders(buckets[:, own], mask, call, value)
+            orders = self._window_layout(buckets[:, own], mask, call, value)
             orders = orders._replace(lo=torch.where(orders.line < first, orders.hi + 1, orders.lo))
             out = self._over(orders, keys[:, own], None, value, call, mask)
             index = numbers.clamp(min=0)[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])
@@ -266,7 +261,7 @@ class ReformerAttention(nn.Module):
             found = []
             for some in slices(query, keys.shape[2]):
                 tokens = torch.where(seen[:, :, some], place, -1)
-                found.append(attend_to_tokens(query[:, :, some], keys, values, tokens, numbers[:, some], self.scale))
+                found.append(gather_attention(query[:, :, some], keys, values, tokens, numbers[:, some], self.scale))
             return self._joined(found, call)
         return exact_attention(self, query, keys, values, seen)
 
@@ -281,7 +276,7 @@ class ReformerAttention(nn.Module):
             mask = torch.cat([there, real], dim=-1)
         pairs = (old_keys, query), (old_keys, keys), (old_values, value)
         query, keys, value = (torch.cat(pair, dim=2) for pair in pairs)
-        orders = self._window_orders(None, mask, call, value)
+        orders = self._window_layout(None, mask, call, value)
         return self._over(orders, query, keys, value, call, mask)[:, :, -new:]
 
     def _one_by_one(self, query, keys, value, hashed, call: Call) -> torch.Tensor:
@@ -293,12 +288,12 @@ class ReformerAttention(nn.Module):
         by_kernel = self.mode == "window" and call.attentions is None
         step = compiled_step(self.backend, kept.keys) if by_kernel else None
         if step is not None:
-            numbers = kept.make_room(value.shape[2], call.mask, lines)
+            numbers = kept.reserve(value.shape[2], call.mask, lines)
             window = self.config.local_window if kept.include_local else 0
             out = step(query, keys, value, hashed, kept, numbers, window, self.scale)
             kept.count(numbers)
             return out
-        found, makers = [], order_makers(self.backend, value)
+        found, makers = [], hashing_backend(self.backend, value)
         for column in range(value.shape[2]):
             own = slice(column, column + 1)
             mask = None if call.mask is None else call.mask[:, own]
@@ -306,18 +301,18 @@ class ReformerAttention(nn.Module):
             if hashed is not None:
                 buckets = makers.lsh_buckets(hashed[:, :, own], rotations, kept.num_buckets)
             number = kept.append(keys[:, :, own], value[:, :, own], buckets, mask)[:, 0]
-            seen = kept.seen_by(number, buckets)[:, :, None]
+            seen = kept.visible_tokens(number, buckets)[:, :, None]
             scale, once = None if self.kind == "lsh" else self.scale, self.mode == "window"
             where = kept.keys, kept.values, seen, number[:, None], scale
-            found.append(attend_to_tokens(query[:, :, own], *where, count_once=once))
+            found.append(gather_attention(query[:, :, own], *where, dedup_pairs=once))
         return self._joined(found, call)
 
     def _joined(self, found: list[tuple[torch.Tensor, SparseAttention]], call: Call) -> torch.Tensor:
-        """Of what `attend_to_tokens` gave for one query after the other; weights go where they are asked for."""
+        """Of what `gather_attention` gave for one query after the other; weights go where they are asked for."""
         outs, attentions = zip(*found, strict=True)
         if call.attentions is not None:
             tokens, weights = joined(attentions)
-            columns = call.cache.layers[self.layer].columns_of(tokens)
+            columns = call.cache.layers[self.layer].input_positions(tokens)
             call.attentions.append(SparseAttention(columns, weights))
         return torch.cat(outs, dim=2)
 
@@ -331,18 +326,18 @@ class ReformerAttention(nn.Module):
         """Hash buckets (B, H, R, T); `choose` may know the rotations already."""
         num_hashes, num_buckets, make = self._hashes(hashed, call)
         rotations = make() if choose is None else choose(num_hashes, num_buckets, make)
-        return order_makers(self.backend, hashed).lsh_buckets(hashed, rotations, num_buckets)
+        return hashing_backend(self.backend, hashed).lsh_buckets(hashed, rotations, num_buckets)
 
     def _num_buckets(self, call: Call) -> Any:
         """The call's own; where they are None those of the tokens in the cache, or the older rule by length."""
         kept = None if call.cache is None else call.cache.layers[self.layer].num_buckets
         if call.num_buckets is not None or kept is not None:
             return kept if call.num_buckets is None else call.num_buckets
-        return old_num_buckets(max(call.padded_length, self.chunk), self.chunk, self.config.max_position_embeddings)
+        return legacy_num_buckets(max(call.padded_length, self.chunk), self.chunk, self.config.max_position_embeddings)
 
-    def _heads(self, x: torch.Tensor, shard: Shard | None) -> torch.Tensor:
+    def _heads(self, x: torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
         x = x.unflatten(-1, (self.heads, self.head_size)).transpose(1, 2)
-        return x if shard is None else tokens_to_heads(x, shard)  # (B, H or own heads, T, D)
+        return x if shard is None else all_to_all_heads(x, shard)  # (B, H or own heads, T, D)
 
     def _rotations(self, hashed: torch.Tensor, call: Call, num_buckets) -> torch.Tensor:
         """Rotations of this call: float32 functions of a key, or the older rule's draws where its seed is given."""
@@ -352,18 +347,22 @@ class ReformerAttention(nn.Module):
         else:
             fresh = call.key is not None and self.config.resample_rotations
             key = call.key if fresh else make_key(seed or 0, hashed.device)
-            rotations = window_rotations(key, self.layer, *shape, normals=order_makers(self.backend, hashed).normals)
+            rotations = window_rotations(
+                key, self.layer, *shape, normals=hashing_backend(self.backend, hashed).normals
+            )
         return rotations if call.shard is None else rotations[call.shard.own_heads(self.heads)]
 
-    def _window_orders(self, buckets: torch.Tensor | None, mask: torch.Tensor | None, call: Call, value) -> Orders:
+    def _window_layout(
+        self, buckets: torch.Tensor | None, mask: torch.Tensor | None, call: Call, value
+    ) -> AttentionLayout:
         """Position order, hash orders, and in training exploration orders."""
         config, (batch, heads, length, _) = self.config, value.shape
-        makers = order_makers(self.backend, value)
+        makers = hashing_backend(self.backend, value)
         heads = 1 if buckets is None else heads
         position = torch.zeros(batch, heads, 1, length, dtype=torch.int32, device=value.device)
         groups = [(position, 1, config.local_window)]
         if buckets is not None:
-            count, window = product_of(call.num_buckets), config.lsh_window
+            count, window = num_buckets_total(call.num_buckets), config.lsh_window
             groups = groups if config.lsh_include_local else []
             groups.append((buckets, count, window))
             if call.key is not None and config.lsh_exploration_orders:
@@ -376,23 +375,25 @@ class ReformerAttention(nn.Module):
         if call.samples is not None:  # the samples of a row lie one after the other in every order
             sample = call.samples[:, None, None, :]
             groups = [(sample * count + group, None, window) for group, count, window in groups]
-        return window_orders(groups, self.causal, mask, sort=makers.sort_windows)
+        return window_layout(groups, self.causal, mask, sort=makers.sort_windows)
 
-    def _chunk_orders(self, buckets: torch.Tensor | None, mask: torch.Tensor | None, call: Call, value) -> Orders:
-        makers, count = order_makers(self.backend, value), 1
+    def _chunk_layout(
+        self, buckets: torch.Tensor | None, mask: torch.Tensor | None, call: Call, value
+    ) -> AttentionLayout:
+        makers, count = hashing_backend(self.backend, value), 1
         if buckets is None:
             buckets = torch.zeros(value.shape[0], 1, 1, value.shape[2], dtype=torch.int32, device=value.device)
             mask = None  # local chunks follow the sequence; padding keeps its place and is masked in the softmax
         else:
-            count = product_of(self._num_buckets(call))
-        return chunk_orders(buckets, count, self.chunk, self.before, self.after, mask, makers.sort_line)
+            count = num_buckets_total(self._num_buckets(call))
+        return chunk_layout(buckets, count, self.chunk, self.before, self.after, mask, makers.sort_line)
 
 
 def _padded(x: torch.Tensor | None, more: int) -> torch.Tensor | None:
     return None if x is None else nn.functional.pad(x, (0, more))
 
 
-def old_num_buckets(length: int, chunk: int, max_positions: int) -> int | tuple[int, int]:
+def legacy_num_buckets(length: int, chunk: int, max_positions: int) -> int | tuple[int, int]:
     """The older rule's choice by the input's length: a power of two near 2 * length / chunk, factorised if large."""
     bits = (2 * (length // chunk)).bit_length() - 1
     limit = 2 * max(int((max_positions // chunk) ** 0.5), chunk)

@@ -16,30 +16,32 @@ from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.stateless import _reparametrize_module
 
-from ..reversible.chunking import Joined, slice_length
+from ..reversible.chunking import ChunkedBuffer, chunk_length_for
+from ..reversible.grid import Grid
 from ..reversible.recompute import autocast_again, autocast_state
 from ..reversible.reversible import (
-    Grid,
-    Stages,
-    Totals,
+    GradientAccumulator,
+    LayerStages,
     checksum,
+    invert_attention_branch,
+    invert_branch,
     residual_step,
-    take_back,
-    take_back_f,
     warn_if_inexact,
 )
 from .attention import Call
 
 
-def can_be_whole(layers: Any, call: Call) -> bool:
+def supports_compiled_stack(layers: Any, call: Call) -> bool:
     """Whether a graph may hold the layers as one call: in training, as they were made, and in one process."""
     if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting() or torch.__version__ < "2.13":
         return False  # older dynamo hands no modules to such calls
     split = DistributedDataParallel._active_ddp_module is not None  # whose buckets dynamo makes graphs of their own
-    return not split and call.shard is None and all(layer.is_as_made() for layer in layers)
+    return not split and call.shard is None and all(layer.is_unmodified() for layer in layers)
 
 
-def whole_stack(layers: Any, x1: torch.Tensor, x2: torch.Tensor, call: Call, grid: Grid) -> tuple[torch.Tensor, ...]:
+def compiled_stack(
+    layers: Any, x1: torch.Tensor, x2: torch.Tensor, call: Call, grid: Grid
+) -> tuple[torch.Tensor, ...]:
     """Both streams, (B, T, D) each, through all layers (an nn.ModuleList); for graphs only.
 
     Then come what the tokens receive in every layer, where the call asks for it.
@@ -84,7 +86,7 @@ class _Stack(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d1, d2, *d_told):
+    def backward(ctx, d1, d2, *grad_aux):
         told, (y1, y2, sum1, sum2, *tensors) = ctx.saved_tensors[: ctx.told], ctx.saved_tensors[ctx.told :]
         call, need = ctx.call, ctx.needs_input_grad[6:]
         grads: list[torch.Tensor | None] = []
@@ -95,13 +97,13 @@ class _Stack(torch.autograd.Function):
             wanted = need[first : len(tensors)]
             leaves = [x.detach().requires_grad_(n) for x, n in zip(tensors[first:], wanted, strict=True)]
             del tensors[first:]
-            totals = Totals([x for x in leaves if x.requires_grad])
+            totals = GradientAccumulator([x for x in leaves if x.requires_grad])
             again = partial(_again, layer, dict(zip(names, leaves, strict=True)), d1.device, ctx.autocast)
-            stages = Stages(layer, layer.told(call), ctx.grid, (), again)
-            size = slice_length(y2, layer.chunk_size)
-            y2, d1 = take_back(stages.g, size, y2, y1, d2, d1, totals, Joined(y2.shape[1]))
-            own = told[index : index + 1], d_told[index : index + 1]
-            y1, d2 = take_back_f(stages, size, y1, y2, d1, d2, totals, Joined(y1.shape[1]), *own)
+            stages = LayerStages(layer, layer.told(call), ctx.grid, (), again)
+            size = chunk_length_for(y2, layer.chunk_size)
+            y2, d1 = invert_branch(stages.g, size, y2, y1, d2, d1, totals, ChunkedBuffer(y2.shape[1]))
+            own = told[index : index + 1], grad_aux[index : index + 1]
+            y1, d2 = invert_attention_branch(stages, size, y1, y2, d1, d2, totals, ChunkedBuffer(y1.shape[1]), *own)
             found = iter(totals.result())
             grads = [next(found) if n else None for n in wanted] + grads
         grads = [d1, d2, *grads]

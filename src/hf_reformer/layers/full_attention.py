@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..ops.lsh import Orders, window_orders
+from ..ops.layout import AttentionLayout, window_layout
 
 
 def exact_attention(
@@ -51,7 +51,7 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
-def among_tokens(
+def make_attention_mask(
     mask: torch.Tensor | None, samples: torch.Tensor | None, length: int, causal: bool, device: torch.device
 ) -> torch.Tensor | None:
     """Which tokens of its sequence each may see, as `exact_attention` takes it.
@@ -69,10 +69,12 @@ def among_tokens(
     return allowed
 
 
-def full_orders(value: torch.Tensor, causal: bool, mask: torch.Tensor | None, samples: torch.Tensor | None) -> Orders:
+def dense_layout(
+    value: torch.Tensor, causal: bool, mask: torch.Tensor | None, samples: torch.Tensor | None
+) -> AttentionLayout:
     """Windows that show every real token of the same sample: exact attention as the op of the other layers."""
     batch, _, length, _ = value.shape
     position = torch.zeros(batch, 1, 1, length, dtype=torch.int32, device=value.device)
     position = position if samples is None else samples[:, None, None, :]
     window = length if causal else 2 * length
-    return window_orders([(position, 1 if samples is None else None, window)], causal, mask)
+    return window_layout([(position, 1 if samples is None else None, window)], causal, mask)

@@ -12,7 +12,7 @@ from transformers.activations import GELUActivation
 from ..ops.dispatch import compiled_token_step
 from .attention import Call
 
-MOST_ROWS = 8  # with more, matrix products of the whole batch are faster
+MAX_BATCH_SIZE = 8  # with more, matrix products of the whole batch are faster
 ACTIVATIONS = {nn.ReLU: False, GELUActivation: True}
 
 
@@ -24,7 +24,7 @@ def token_step(
     None where that is not what is asked for, or where there is anything but what the kernel knows: float32 weights as
     they were made, on a CPU.
     """
-    if call.cache is None or call.attentions is not None or x2.shape[1] != 1 or x2.shape[0] > MOST_ROWS:
+    if call.cache is None or call.attentions is not None or x2.shape[1] != 1 or x2.shape[0] > MAX_BATCH_SIZE:
         return None
     if not x2.is_cpu or x2.dtype not in (torch.float64, torch.float32):
         return None
@@ -42,7 +42,7 @@ def token_step(
         return None
     for one in steps:
         kept = one["kept"]
-        one["numbers"] = kept.make_room(1, call.mask, None if kept.buckets is None else kept.buckets.shape[:3])
+        one["numbers"] = kept.reserve(1, call.mask, None if kept.buckets is None else kept.buckets.shape[:3])
     found = step(x1, x2, steps, call.rotary)
     for one in steps:
         one["kept"].count(one["numbers"])
@@ -51,7 +51,7 @@ def token_step(
 
 def _known(layer: Any, all_kept: list) -> dict[str, Any] | None:
     """What the kernel has to know of a layer, by its names; None where it cannot take it."""
-    if "made_of" not in layer.__dict__ or not layer.is_as_made():  # a wrapper, perhaps
+    if "expected_types" not in layer.__dict__ or not layer.is_unmodified():  # a wrapper, perhaps
         return None
     parts = layer._modules  # every token comes here, and a module's attributes take their time
     attention, feed_forward = parts["attention"], parts["feed_forward"]

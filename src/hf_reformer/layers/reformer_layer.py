@@ -11,7 +11,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration_reformer import ReformerConfig
 from ..ops.prng import fold
-from ..reversible.reversible import Chain, Grid, residual_step, reversible_step, to_stream
+from ..reversible.grid import Grid, to_stream
+from ..reversible.reversible import StreamHandoff, residual_step, reversible_step
 from .attention import Call, ReformerAttention
 from .feed_forward import FeedForward, LayerNorm
 from .fused_decode import token_step
@@ -37,14 +38,14 @@ class ReformerLayer(GradientCheckpointingLayer):
         self.attention = ReformerAttention(config, layer)
         self.feed_forward_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
-        self.made_of = [ReformerLayer, *map(type, modules_of(self)[1:])]
+        self.expected_types = [ReformerLayer, *map(type, modules_of(self)[1:])]
 
-    one_artefact = False
+    has_compiled_parts = False
 
-    def is_as_made(self) -> bool:
+    def is_unmodified(self) -> bool:
         """Whether nothing foreign sits in the layer: no adapters, hooks, weights of another kind or compiled parts."""
         modules = modules_of(self)
-        if self.one_artefact or [*map(type, modules)] != self.made_of:
+        if self.has_compiled_parts or [*map(type, modules)] != self.expected_types:
             return False
         for module in modules:  # one pass: generation asks for every token
             own = module.__dict__
@@ -83,9 +84,9 @@ class ReformerLayer(GradientCheckpointingLayer):
         """Compile all but attention, which is compiled as it is; `options` are `torch.compile`'s.
 
         The parts are called with and without a graph. Both have to give the same bits, so a forward that would record
-        none records one too and drops it (`one_artefact`).
+        none records one too and drops it (`has_compiled_parts`).
         """
-        self.one_artefact, self.compile_options = True, options
+        self.has_compiled_parts, self.compile_options = True, options
         options = {"dynamic": True, **options}
         if "recompile_limit" in inspect.signature(torch.compile).parameters:  # torch 2.13 and later
             limit = 64  # kinds of layers, with and without graph, first slices and others
@@ -99,7 +100,7 @@ class ReformerLayer(GradientCheckpointingLayer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.one_artefact:
+        if self.has_compiled_parts:
             self.compile_parts(**self.compile_options)
 
     def forward(
@@ -108,7 +109,7 @@ class ReformerLayer(GradientCheckpointingLayer):
         x1: torch.Tensor,
         call: Call,
         grid: Grid,
-        chain: Chain | None = None,
+        chain: StreamHandoff | None = None,
         index: int = 0,
         *extra: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:

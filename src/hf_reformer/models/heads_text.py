@@ -5,16 +5,17 @@ from torch import nn
 from transformers.utils import can_return_tuple
 
 from ..configuration_reformer import ReformerConfig
-from ..ops.sequence_parallel import Shard, own_tokens, sum_of_shares, tokens_at, whole_sequence
+from ..ops.sequence_parallel import SequenceShard, all_reduce, gather_sequence, local_tokens, tokens_at
 from .input_checks import given_shape
-from .losses import IGNORE, check_label_shape, cross_entropy, with_coverage
-from .modeling_reformer import ReformerModel, ReformerPreTrainedModel
+from .losses import IGNORE, add_coverage_loss, check_label_shape, cross_entropy
+from .modeling_reformer import ReformerModel
 from .outputs import (
     ReformerMultipleChoiceOutput,
     ReformerQuestionAnsweringOutput,
     ReformerSequenceClassifierOutput,
     ReformerTokenClassifierOutput,
 )
+from .pretrained import ReformerPreTrainedModel
 
 
 class ClassificationHead(nn.Module):
@@ -58,7 +59,9 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling, shard))
         loss = None if labels is None else _classification_loss(self.config, logits, labels.to(logits.device))
         return ReformerSequenceClassifierOutput(
-            loss=with_coverage(loss, outputs.coverage_loss, self.config.coverage_loss_weight, training=self.training),
+            loss=add_coverage_loss(
+                loss, outputs.coverage_loss, self.config.coverage_loss_weight, training=self.training
+            ),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -91,14 +94,14 @@ class ReformerForTokenClassification(ReformerPreTrainedModel):
         r"""`labels`: (B, T) int64, -100 for no target."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
-        logits = whole_sequence(self.classifier(self.dropout(outputs.last_hidden_state)), shard)
+        logits = gather_sequence(self.classifier(self.dropout(outputs.last_hidden_state)), shard)
         check_label_shape(labels, logits.shape[:2])
         loss = None
         if labels is not None:
             loss = cross_entropy(logits.flatten(0, 1), labels.reshape(-1).to(logits.device), num_items_in_batch)
         weight = self.config.coverage_loss_weight
         return ReformerTokenClassifierOutput(
-            loss=with_coverage(
+            loss=add_coverage_loss(
                 loss, outputs.coverage_loss, weight, labels, num_items_in_batch, training=self.training
             ),
             logits=logits,
@@ -134,7 +137,7 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
         target. Logits of padding are as low as the dtype goes."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
-        scores = whole_sequence(self.qa_outputs(outputs.last_hidden_state), shard)  # (B, T, 2)
+        scores = gather_sequence(self.qa_outputs(outputs.last_hidden_state), shard)  # (B, T, 2)
         real = torch.ones_like(scores[..., 0], dtype=torch.bool)
         if attention_mask is not None:  # an answer neither begins nor ends on padding: its width changes no loss
             real = (attention_mask != 0).to(scores.device)
@@ -147,7 +150,9 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
             pairs = ((start_logits, start_positions), (end_logits, end_positions))
             loss = sum(cross_entropy(logits, _inside(positions, real)) for logits, positions in pairs) / 2
         return ReformerQuestionAnsweringOutput(
-            loss=with_coverage(loss, outputs.coverage_loss, self.config.coverage_loss_weight, training=self.training),
+            loss=add_coverage_loss(
+                loss, outputs.coverage_loss, self.config.coverage_loss_weight, training=self.training
+            ),
             start_logits=start_logits,
             end_logits=end_logits,
             hidden_states=outputs.hidden_states,
@@ -193,7 +198,9 @@ class ReformerForMultipleChoice(ReformerPreTrainedModel):
         logits = self.classifier(pooled).view(-1, choices)
         loss = None if labels is None else cross_entropy(logits, labels.to(logits.device))
         return ReformerMultipleChoiceOutput(
-            loss=with_coverage(loss, outputs.coverage_loss, self.config.coverage_loss_weight, training=self.training),
+            loss=add_coverage_loss(
+                loss, outputs.coverage_loss, self.config.coverage_loss_weight, training=self.training
+            ),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -202,7 +209,7 @@ class ReformerForMultipleChoice(ReformerPreTrainedModel):
 
 
 def pool(
-    hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str, shard: Shard | None = None
+    hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str, shard: SequenceShard | None = None
 ) -> torch.Tensor:
     """(B, T, D) → (B, D): mean over the real tokens, or the last or first real one; of all processes' tokens.
 
@@ -212,8 +219,8 @@ def pool(
     mask = hidden.new_ones(rows, length) if attention_mask is None else (attention_mask != 0).to(hidden.device)
     mask = mask.to(torch.promote_types(hidden.dtype, torch.float32))  # half precision cannot count a long sequence
     if pooling == "mean":
-        weights = own_tokens(mask / mask.sum(-1, keepdim=True).clamp(min=1), shard)
-        return sum_of_shares((hidden * weights[..., None]).sum(1), shard).to(hidden.dtype)
+        weights = local_tokens(mask / mask.sum(-1, keepdim=True).clamp(min=1), shard)
+        return all_reduce((hidden * weights[..., None]).sum(1), shard).to(hidden.dtype)
     place = mask.argmax(-1) if pooling == "first" else length - 1 - mask.flip(-1).argmax(-1)  # (B)
     return tokens_at(hidden, place[:, None], shard)[:, 0]
 

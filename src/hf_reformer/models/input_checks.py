@@ -5,7 +5,7 @@ import math
 import torch
 
 from ..configuration_reformer import check_num_buckets
-from ..ops.dispatch import chosen_backend
+from ..ops.dispatch import resolve_backend
 
 
 def check_inputs(
@@ -30,7 +30,7 @@ def check_inputs(
         raise ValueError(f"`num_hashes={num_hashes}` must be a whole number of at least 1.")
     if num_buckets is not None:
         check_num_buckets(num_buckets)
-    chosen_backend(config.attention_backend)
+    resolve_backend(config.attention_backend)
     for value, label in ((attention_mask, "attention_mask"), (position_ids, "position_ids")):
         rows = (shape[0],) if label == "attention_mask" else (shape[0], 1)
         length = shape[1] + (past if label == "attention_mask" else 0)
@@ -46,7 +46,7 @@ def check_inputs(
         _check_values(config, input_ids, attention_mask, position_ids)
 
 
-def check_nothing_is_lost(position_ids, cu_seq_lens_q=None, seq_idx=None, **ignored) -> None:
+def reject_ignored_packing_args(position_ids, cu_seq_lens_q=None, seq_idx=None, **ignored) -> None:
     """Raise ValueError for arguments without which a result would be wrong, and of which the model makes no use."""
     told = "cu_seq_lens_q" if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2 else None
     if seq_idx is not None and not torch.compiler.is_compiling() and bool((seq_idx != seq_idx[:, :1]).any()):
@@ -121,7 +121,7 @@ def packed_samples(position_ids: torch.Tensor, ranks: torch.Tensor, mask: torch.
     return begins.cumsum(-1, dtype=torch.int32)
 
 
-def refuse_packed(samples: torch.Tensor, advice: str) -> None:
+def reject_packed_samples(samples: torch.Tensor, advice: str) -> None:
     """Raise for samples that would be mixed; when it runs where this is compiled.
 
     advice: without double quotes, since inductor writes it into C++ as it is.

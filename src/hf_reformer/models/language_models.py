@@ -11,14 +11,15 @@ from transformers.utils import can_return_tuple
 
 from ..cache.cache import CACHE_NAME, adopt
 from ..configuration_reformer import ReformerConfig
-from ..ops.sequence_parallel import Shard, own_tokens, sum_of_shares, tokens_at, whole_sequence
+from ..ops.sequence_parallel import SequenceShard, all_reduce, gather_sequence, local_tokens, tokens_at
 from .input_checks import given_shape
-from .losses import IGNORE, check_label_shape, check_labels, chunked_cross_entropy, cross_entropy, with_coverage
-from .modeling_reformer import ReformerModel, ReformerPreTrainedModel
+from .losses import IGNORE, add_coverage_loss, check_label_shape, check_labels, chunked_cross_entropy, cross_entropy
+from .modeling_reformer import ReformerModel
 from .outputs import ReformerCausalLMOutput, ReformerMaskedLMOutput
+from .pretrained import ReformerPreTrainedModel
 
 
-class LanguageModel(ReformerPreTrainedModel):
+class ReformerLMBase(ReformerPreTrainedModel):
     """What causal and masked language models share: the head and its chunked loss.
 
     With `tie_word_embeddings`, `lm_head` has the weight of the embeddings, and reads both streams merged into one.
@@ -42,7 +43,7 @@ class LanguageModel(ReformerPreTrainedModel):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
-    def _loss_and_logits(self, hidden, targets, shard: Shard | None, num_items, logits_to_keep=0):
+    def _loss_and_logits(self, hidden, targets, shard: SequenceShard | None, num_items, logits_to_keep=0):
         """Hidden states of this process's tokens, (B, T, 2 D), and targets of all, or None.
 
         In training with targets the logits exist for a few tokens at a time and are not returned.
@@ -56,19 +57,19 @@ class LanguageModel(ReformerPreTrainedModel):
             targets = targets.to(hidden.device)
             check_labels(targets, self.config.vocab_size)  # of all processes' tokens: all raise, or none
             num_items = (targets != IGNORE).sum() if num_items is None else num_items
-            own = own_tokens(targets, shard).reshape(-1)
+            own = local_tokens(targets, shard).reshape(-1)
             if logits is not None and every:
                 loss = cross_entropy(logits.flatten(0, 1), own, num_items)
             else:
                 chunk, size = self.config.chunk_size_lm_head, self.config.vocab_size
                 loss = chunked_cross_entropy(hidden.flatten(0, 1), self.lm_head, own, size, chunk, num_items)
-            loss = sum_of_shares(loss, shard)
+            loss = all_reduce(loss, shard)
         if logits is not None and every:
-            logits = whole_sequence(logits, shard)
+            logits = gather_sequence(logits, shard)
         return loss, logits
 
 
-class ReformerForCausalLM(LanguageModel, GenerationMixin):
+class ReformerForCausalLM(ReformerLMBase, GenerationMixin):
     """Reformer with a language-model head. Always causal, whatever `config.is_decoder` says."""
 
     def __init__(self, config: ReformerConfig):
@@ -116,7 +117,7 @@ class ReformerForCausalLM(LanguageModel, GenerationMixin):
         loss, logits = self._loss_and_logits(hidden, targets, shard, num_items_in_batch, logits_to_keep)
         weight = self.config.coverage_loss_weight
         return ReformerCausalLMOutput(
-            loss=with_coverage(
+            loss=add_coverage_loss(
                 loss, outputs.coverage_loss, weight, targets, num_items_in_batch, training=self.training
             ),
             logits=logits,
@@ -157,7 +158,7 @@ class ReformerForCausalLM(LanguageModel, GenerationMixin):
         )
 
 
-class ReformerForMaskedLM(LanguageModel):
+class ReformerForMaskedLM(ReformerLMBase):
     """Reformer with a masked language-model head; needs `is_decoder=False`."""
 
     def __init__(self, config: ReformerConfig):
@@ -193,7 +194,7 @@ class ReformerForMaskedLM(LanguageModel):
         loss, logits = self._loss_and_logits(outputs.last_hidden_state, labels, shard, num_items_in_batch)
         weight = self.config.coverage_loss_weight
         return ReformerMaskedLMOutput(
-            loss=with_coverage(
+            loss=add_coverage_loss(
                 loss, outputs.coverage_loss, weight, labels, num_items_in_batch, training=self.training
             ),
             logits=logits,
@@ -203,7 +204,7 @@ class ReformerForMaskedLM(LanguageModel):
         )
 
 
-def kept_tokens(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor, shard: Shard | None) -> torch.Tensor:
+def kept_tokens(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
     """The hidden states whose logits are wanted; of several processes, unless all are wanted."""
     if shard is None or (isinstance(logits_to_keep, int) and logits_to_keep == 0):
         return slice_logits_to_keep(hidden, logits_to_keep)

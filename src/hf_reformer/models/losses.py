@@ -10,7 +10,7 @@ from torch import nn
 from ..reversible.recompute import recomputed
 
 IGNORE = -100
-LOGITS_AT_A_TIME = 2**22
+MAX_LOGITS = 2**22
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None):
@@ -44,7 +44,7 @@ def chunked_cross_entropy(
         chunk: tokens at a time; 0 takes about four million logits at a time.
     """
     check_labels(labels, vocab_size)
-    chunk = chunk or max(1, LOGITS_AT_A_TIME // vocab_size)
+    chunk = chunk or max(1, MAX_LOGITS // vocab_size)
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     # Before torch 2.13, FSDP2 has the weights of its root away when a checkpoint in there runs again.
     keeps = chunk >= hidden.shape[0] or (torch.__version__ < "2.13" and dist.is_initialized())
@@ -54,7 +54,7 @@ def chunked_cross_entropy(
     return total / _count(labels, num_items)
 
 
-def with_coverage(
+def add_coverage_loss(
     loss: torch.Tensor | None,
     coverage: torch.Tensor | None,
     weight: float,

@@ -3,7 +3,7 @@
 import torch
 
 
-class BucketTables:
+class BucketChains:
     """The members of every bucket as chains from the newest back, a table for every line (B, H, R).
 
     Attributes:

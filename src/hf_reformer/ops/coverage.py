@@ -13,7 +13,7 @@ import torch
 SMALLEST = torch.finfo(torch.float32).tiny  # what takes the place of 0 under a logarithm
 
 
-class Shares(NamedTuple):
+class CoverageTarget(NamedTuple):
     """What the loss compares with. A sample packed into a row counts like a row of its own.
 
     Attributes:
@@ -29,9 +29,9 @@ class Shares(NamedTuple):
     samples: torch.Tensor
 
 
-def make_shares(
+def coverage_target(
     real: torch.Tensor, ranks: torch.Tensor, samples: torch.Tensor | None = None, causal: bool = False
-) -> Shares:
+) -> CoverageTarget:
     """By (B, T) bool, True for real tokens.
 
     Args:
@@ -52,10 +52,10 @@ def make_shares(
         harmonic = torch.arange(1, length + 1, device=real.device, dtype=dtype).reciprocal().cumsum(0)
         harmonic = torch.nn.functional.pad(harmonic, (1, 0))
         target = paid * (harmonic[number] - harmonic[ranks])
-    return Shares(real, paid, target, (real & (ranks == 0)).sum().clamp(min=1))
+    return CoverageTarget(real, paid, target, (real & (ranks == 0)).sum().clamp(min=1))
 
 
-def coverage_loss(received: torch.Tensor, shares: Shares) -> torch.Tensor:
+def coverage_loss(received: torch.Tensor, shares: CoverageTarget) -> torch.Tensor:
     """KL(received || target), the mean over samples: (..., B, T) → (...), in the dtype of the shares."""
     received = received.to(shares.target.dtype)
     target = torch.where(shares.target > 0, shares.target, 1)
@@ -75,7 +75,7 @@ def received_entropy(received: torch.Tensor, mask: torch.Tensor | None = None) -
     return torch.where(count > 1, entropy / count.clamp(min=2).to(received.dtype).log(), 1)
 
 
-def reached_share(received: torch.Tensor, mask: torch.Tensor | None = None, least: float = 0.1) -> torch.Tensor:
+def covered_fraction(received: torch.Tensor, mask: torch.Tensor | None = None, least: float = 0.1) -> torch.Tensor:
     """Share of the real tokens that receive at least `least` times the uniform share: (..., T) → (...).
 
     Arguments as for `received_entropy`.

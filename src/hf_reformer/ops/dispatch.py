@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from .lsh import Orders, lsh_buckets, sorted_line, sorted_windows
+from .layout import AttentionLayout, bucket_windows, sort_by_bucket
+from .lsh import lsh_buckets
 from .prng import normal_rows
-from .reference import ordered_attention as reference_attention
+from .reference import windowed_attention as reference_attention
 from .tiled_attention import tiled_attention
 
 try:
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"torch": tiled_attention, "reference": reference_attention}
 
 
-def chosen_backend(choice: str = "auto") -> str:
+def resolve_backend(choice: str = "auto") -> str:
     """`config.attention_backend`, or the environment variable HF_REFORMER_BACKEND, which overrules it.
 
     Raises:
@@ -44,7 +45,7 @@ def chosen_backend(choice: str = "auto") -> str:
     return choice
 
 
-def backend_name(choice: str, *tensors: torch.Tensor) -> str:
+def select_backend(choice: str, *tensors: torch.Tensor) -> str:
     """The backend that serves query, value and perhaps key, (B, H, T, D).
 
     "auto" is the compiled kernel on a CPU where it can be used, else "torch".
@@ -52,30 +53,30 @@ def backend_name(choice: str, *tensors: torch.Tensor) -> str:
     Raises:
         ValueError: no such backend, or it cannot serve these tensors.
     """
-    choice = chosen_backend(choice)
+    choice = resolve_backend(choice)
     if choice == "auto":
         if "cpu" not in KERNELS or tensors[0].device.type != "cpu":
             return "torch"
-        reason = KERNELS["cpu"].why_not(*tensors)
+        reason = KERNELS["cpu"].unsupported_reason(*tensors)
         if reason is not None and not torch.compiler.is_compiling():
-            _tell_once(reason)
+            _warn_once(reason)
         return "cpu" if reason is None else "torch"
-    if choice in KERNELS and (reason := KERNELS[choice].why_not(*tensors)):
+    if choice in KERNELS and (reason := KERNELS[choice].unsupported_reason(*tensors)):
         raise ValueError(f"attention backend {choice!r} cannot be used here: {reason}. Choose 'auto', or 'torch'.")
     return choice
 
 
 @functools.cache
-def _tell_once(reason: str) -> None:
+def _warn_once(reason: str) -> None:
     logger.warning("Attention runs in pure PyTorch, several times slower than compiled: %s.", reason)
 
 
-class OrderMakers(NamedTuple):
+class HashingBackend(NamedTuple):
     """What a backend brings for making orders.
 
     Attributes:
         lsh_buckets: `hashing.lsh_buckets`, or a faster one.
-        sort_windows, sort_line: for the `sort` of `window_orders` and `chunk_orders`.
+        sort_windows, sort_line: for the `sort` of `window_layout` and `chunk_layout`.
         normals: for those of `window_rotations`.
     """
 
@@ -85,33 +86,33 @@ class OrderMakers(NamedTuple):
     normals: Callable
 
 
-def order_makers(choice: str, vectors: torch.Tensor) -> OrderMakers:
+def hashing_backend(choice: str, vectors: torch.Tensor) -> HashingBackend:
     """Those of the backend that serves `vectors` (B, H, T, D)."""
-    if backend_name(choice, vectors, vectors) == "cpu":
+    if select_backend(choice, vectors, vectors) == "cpu":
         kernel = KERNELS["cpu"]
-        return OrderMakers(kernel.lsh_buckets, kernel.sorted_windows, kernel.sorted_line, kernel.normal_rows)
-    return OrderMakers(lsh_buckets, sorted_windows, sorted_line, normal_rows)
+        return HashingBackend(kernel.lsh_buckets, kernel.bucket_windows, kernel.sort_by_bucket, kernel.normal_rows)
+    return HashingBackend(lsh_buckets, bucket_windows, sort_by_bucket, normal_rows)
 
 
 def compiled_step(choice: str, kept: torch.Tensor) -> Callable | None:
     """`kernels.cpu.step` where it serves tensors like `kept` (B, H, T, D), and nothing is traced; else None."""
     if torch.compiler.is_compiling():
         return None
-    name = backend_name(choice, kept)
+    name = select_backend(choice, kept)
     served = name == "cpu" and kept.dtype in (torch.float32, torch.bfloat16)
     return KERNELS["cpu"].step if served else None
 
 
 def compiled_token_step(choice: str, kept: torch.Tensor) -> Callable | None:
     """`kernels.cpu.token_step` where it serves tensors like `kept` (B, H, T, D), else None."""
-    return KERNELS["cpu"].token_step if backend_name(choice, kept) == "cpu" and kept.dtype == torch.float32 else None
+    return KERNELS["cpu"].token_step if select_backend(choice, kept) == "cpu" and kept.dtype == torch.float32 else None
 
 
-def ordered_attention(
+def windowed_attention(
     query: torch.Tensor,
     key: torch.Tensor | None,
     value: torch.Tensor,
-    orders: Orders,
+    orders: AttentionLayout,
     *,
     causal: bool,
     mask: torch.Tensor | None = None,
@@ -126,7 +127,7 @@ def ordered_attention(
         query, value: (B, H, T, D) floating. Half precision is accumulated in float32.
         key: the same, or None for shared query/key attention: keys are then the queries scaled to unit length
             (`reference.shared_key`), and a token sees itself only where it sees nothing else.
-        orders: `hashing.window_orders` or `hashing.chunk_orders`, batch B (heads H or 1).
+        orders: `hashing.window_layout` or `hashing.chunk_layout`, batch B (heads H or 1).
         causal, mask: used by the chunk rule alone, whose softmax keeps the future and padding with a score of -1e9.
             mask: (B, T) bool, True for real tokens. In window mode `orders` has both built in.
         scale: scores are query @ key^T * scale; shared keys have their own.
@@ -137,9 +138,9 @@ def ordered_attention(
     """
     if dropout_key is None or dropout == 0:
         dropout, dropout_key = 0.0, None
-    name = backend_name(backend, *(x for x in (query, value, key) if x is not None))
+    name = select_backend(backend, *(x for x in (query, value, key) if x is not None))
     how = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
     if name == "cpu":  # without a scaled copy of the keys
-        return KERNELS["cpu"].ordered_attention(query, key, value, orders, scale=scale, **how)
-    attend = KERNELS[name].ordered_attention if name in KERNELS else BACKENDS[name]
+        return KERNELS["cpu"].windowed_attention(query, key, value, orders, scale=scale, **how)
+    attend = KERNELS[name].windowed_attention if name in KERNELS else BACKENDS[name]
     return attend(query, key if key is None or scale == 1 else key * scale, value, orders, **how)

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import torch
 
-from .lsh import Orders
+from .layout import AttentionLayout
 from .prng import keep_threshold, pair_scramble
-from .reference import MASKED_SCORE, SELF_SCORE, attention_with_weights, pair_keys, places_of
+from .reference import MASKED_SCORE, SELF_SCORE, attention_with_weights, inverse_permutation, pair_keys
 
-GATHERED = 2**24  # numbers of keys looked up at once
+MAX_GATHERED = 2**24  # numbers of keys looked up at once
 
 
 class SparseAttention(NamedTuple):
@@ -36,7 +36,7 @@ class SparseAttention(NamedTuple):
         return weights.new_zeros(paid.shape).scatter_add(1, self.tokens.clamp(min=0).flatten(1), weights)
 
 
-def attend_to_tokens(
+def gather_attention(
     query: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -44,7 +44,7 @@ def attend_to_tokens(
     own: torch.Tensor,
     scale: float | None,
     *,
-    count_once: bool = True,
+    dedup_pairs: bool = True,
     masked: torch.Tensor | None = None,
     dropout: float = 0.0,
     draws: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -57,7 +57,7 @@ def attend_to_tokens(
         tokens: (B, H or 1, N, K) int64; negative: none.
         own: (B, N) int64, each query's own token.
         scale: of the scores; None for shared query/key attention, whose `keys` are queries (`reference.shared_key`).
-        count_once: whether a token that is listed several times counts once; otherwise so many times.
+        dedup_pairs: whether a token that is listed several times counts once; otherwise so many times.
         masked: like `tokens`, bool: listed with a score of -1e9.
         dropout, draws: on the weights, by `reference.pair_keys` of these queries and of all keys.
 
@@ -67,8 +67,8 @@ def attend_to_tokens(
     """
     batch, heads, slots, size = keys.shape
     tokens = tokens.expand(-1, heads, -1, -1)
-    tokens = tokens.sort(-1).values if count_once else tokens
-    if count_once:
+    tokens = tokens.sort(-1).values if dedup_pairs else tokens
+    if dedup_pairs:
         again = torch.nn.functional.pad(tokens[..., 1:] == tokens[..., :-1], (1, 0))
         tokens = torch.where(again, -1, tokens)
     listed = tokens >= 0
@@ -103,7 +103,7 @@ def joined(attentions: Iterable[SparseAttention]) -> SparseAttention:
 def slices(query: torch.Tensor, listed: int) -> tuple[torch.Tensor, ...]:
     """Places of queries (B, H, N, D) to be worked on together, where each lists so many tokens."""
     batch, heads, new, size = query.shape
-    return torch.arange(new, device=query.device).split(max(1, GATHERED // (batch * heads * listed * size)))
+    return torch.arange(new, device=query.device).split(max(1, MAX_GATHERED // (batch * heads * listed * size)))
 
 
 def without_end(attention: SparseAttention | torch.Tensor, length: int) -> SparseAttention | torch.Tensor:
@@ -115,12 +115,12 @@ def without_end(attention: SparseAttention | torch.Tensor, length: int) -> Spars
     return SparseAttention(torch.where(there, tokens, -1), weights * there)
 
 
-def listed_by(orders: Orders) -> torch.Tensor:
+def visible_tokens(orders: AttentionLayout) -> torch.Tensor:
     """The tokens that every token's windows show, round after round, (B, H, T, K) int64; -1: none."""
     rounds, length = orders.line.shape[2:]
-    place = places_of(orders.line)
+    place = inverse_permutation(orders.line)
     first, last = (x.long().gather(-1, place)[..., None] for x in (orders.lo, orders.hi))  # (B, H, R, T, 1)
-    width = orders.before + orders.after + (1 if orders.count_once else orders.tile)
+    width = orders.before + orders.after + (1 if orders.dedup_pairs else orders.tile)
     shown = first + torch.arange(width, device=place.device)
     line = orders.line.flatten(2).long()
     tokens = line.gather(-1, shown.flatten(2) % (rounds * length)).view_as(shown)
@@ -128,9 +128,9 @@ def listed_by(orders: Orders) -> torch.Tensor:
 
 
 def attend_by_matrix(
-    query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor, orders: Orders, *, scale: float, **how
+    query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor, orders: AttentionLayout, *, scale: float, **how
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention_ops.ordered_attention` and its weights (B, H, T, T), through which gradients pass."""
+    """`attention_ops.windowed_attention` and its weights (B, H, T, T), through which gradients pass."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         query, key, values = (None if x is None else x.to(dtype) for x in (query, key, value))
@@ -138,11 +138,11 @@ def attend_by_matrix(
     return out.to(value.dtype), weights
 
 
-def attend_by_lists(
+def attention_with_sparse_weights(
     query: torch.Tensor,
     key: torch.Tensor | None,
     value: torch.Tensor,
-    orders: Orders,
+    orders: AttentionLayout,
     *,
     scale: float,
     causal: bool,
@@ -150,27 +150,27 @@ def attend_by_lists(
     dropout: float,
     dropout_key: torch.Tensor | None,
 ) -> tuple[torch.Tensor, SparseAttention]:
-    """`attention_ops.ordered_attention` and its weights, a few queries at a time."""
-    tokens, (batch, heads, length, _) = listed_by(orders), query.shape
+    """`attention_ops.windowed_attention` and its weights, a few queries at a time."""
+    tokens, (batch, heads, length, _) = visible_tokens(orders), query.shape
     own = torch.arange(length, device=query.device).expand(batch, -1)
     draws = None if dropout_key is None else pair_keys(dropout_key, batch, heads, length)
     found = []
     for some in slices(query, tokens.shape[-1]):
         listed, masked = tokens[:, :, some], None
-        if not orders.count_once:
+        if not orders.dedup_pairs:
             masked = listed > some[:, None] if causal else torch.zeros_like(listed, dtype=torch.bool)
             if mask is not None:
                 hidden = ~mask[:, None, None, :].expand(-1, *listed.shape[1:3], -1)
                 masked = masked | hidden.gather(-1, listed.clamp(min=0))
         found.append(
-            attend_to_tokens(
+            gather_attention(
                 query[:, :, some],
                 query if key is None else key,
                 value,
                 listed,
                 own[:, some],
                 None if key is None else scale,
-                count_once=orders.count_once,
+                dedup_pairs=orders.dedup_pairs,
                 masked=masked,
                 dropout=dropout,
                 draws=None if draws is None else (draws[0][:, :, some], draws[1]),

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from reformer_kernels.cpu.bindings import Call, backward, forward, received, run_hashing, run_normals, run_sorting
 from reformer_kernels.cpu.decode import run_layers, run_step
 
+from . import layout
 from . import lsh as hashing
-from .bucket_tables import BucketTables
+from .bucket_tables import BucketChains
 from .prng import make_key, normal_rows
 from .reference import attention_with_weights, shared_key
 
@@ -23,12 +24,12 @@ def agrees(library: ctypes.CDLL) -> bool:
     mask = torch.rand(2, 192, generator=generator, device="cpu", dtype=torch.float32) > 0.1
     rotations, factors = _normal(generator, 2, 24, 2, 6), (2, 10)
     buckets = hashing.lsh_buckets(query, rotations, factors)
-    lines = run_sorting(buckets, mask, 20, *hashing.reach(31, False), 3, library)
+    lines = run_sorting(buckets, mask, 20, *layout.reach(31, False), 3, library)
     keys = buckets[0, 0, 0]
     other_buckets = int((run_hashing(query, rotations, list(factors), library) != buckets).sum())
     return (
         other_buckets < 0.01 * buckets.numel()  # near-ties
-        and all(map(torch.equal, lines, hashing.sorted_windows(buckets, 20, 31, False, mask)))
+        and all(map(torch.equal, lines, layout.bucket_windows(buckets, 20, 31, False, mask)))
         and torch.allclose(run_normals(keys, 50, library), normal_rows(keys, 50), atol=1e-4)
         and _attention_agrees(query, value, grad, buckets, mask, library)
         and _step_agrees(query[:, :, :40], value[:, :, :40], library)
@@ -40,7 +41,7 @@ def _step_agrees(query, value, library: ctypes.CDLL) -> bool:
     """Tokens put on top of each other see what the definition shows them."""
     batch, heads, length, size = query.shape
     count, window, local_window = 6, 5, 7
-    tables = BucketTables((batch, heads, 2), count, length, query.device)
+    tables = BucketChains((batch, heads, 2), count, length, query.device)
     kept = SimpleNamespace(
         keys=torch.zeros_like(query).contiguous(), values=torch.zeros_like(value).contiguous(), tables=tables,
         buckets=torch.zeros(batch, heads, 2, length, dtype=torch.int32), num_buckets=count, room=length, window=window,
@@ -48,7 +49,7 @@ def _step_agrees(query, value, library: ctypes.CDLL) -> bool:
     )  # fmt: skip
     numbers = torch.arange(length).expand(batch, -1)
     found = run_step(query, query, value, query, kept, numbers, local_window, size**-0.5, library)
-    orders = hashing.window_orders(
+    orders = layout.window_layout(
         [(kept.buckets[:, :, :1] * 0, 1, local_window), (kept.buckets, count, window)], True, None
     )
     expected, _ = attention_with_weights(query, None, value, orders, causal=True)
@@ -84,10 +85,10 @@ def _layer_agrees(library: ctypes.CDLL) -> bool:
 
 
 def _attention_agrees(query, value, grad, buckets, mask, library: ctypes.CDLL) -> bool:
-    windows = hashing.window_orders([(buckets * 0, 1, 20), (buckets, 20, 90)], True, mask)
+    windows = layout.window_layout([(buckets * 0, 1, 20), (buckets, 20, 90)], True, mask)
     dropout_key = make_key(0, "cpu")
     paid, push = _normal(torch.Generator("cpu").manual_seed(1), 2, 2, 192)  # (B, T) each
-    for orders in (windows, hashing.chunk_orders(buckets, 20, 64, 1, 0, mask)):
+    for orders in (windows, layout.chunk_layout(buckets, 20, 64, 1, 0, mask)):
         for key in (None, shared_key(query)):
             scale = 1.0 if key is None else 0.5
             call = Call(orders, True, mask, 0.3, dropout_key, scale)

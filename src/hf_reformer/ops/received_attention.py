@@ -12,19 +12,19 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .dispatch import KERNELS, backend_name
-from .lsh import Orders
+from .dispatch import KERNELS, select_backend
+from .layout import AttentionLayout
 from .reference import attention_with_weights
 from .tiled_attention import TiledAttention, checked_rule, tiled_gradients, tiled_received
 
-SCORES_AT_ONCE = 2**24
+MAX_SCORES = 2**24
 
 
 def attention_received(
     query: torch.Tensor,
     key: torch.Tensor | None,
     value: torch.Tensor,
-    orders: Orders,
+    orders: AttentionLayout,
     paid: torch.Tensor,
     known: torch.Tensor | None = None,
     *,
@@ -35,7 +35,7 @@ def attention_received(
     scale: float = 1.0,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention_ops.ordered_attention`, and what every token receives.
+    """`attention_ops.windowed_attention`, and what every token receives.
 
     Args:
         paid: (B, T), the share of every query. No gradient passes to it.
@@ -48,7 +48,7 @@ def attention_received(
     """
     if dropout_key is None or dropout == 0:
         dropout, dropout_key = 0.0, None
-    name = backend_name(backend, *(x for x in (query, value, key) if x is not None))
+    name = select_backend(backend, *(x for x in (query, value, key) if x is not None))
     paid = paid.detach().to(torch.promote_types(query.dtype, torch.float32))
     known = None if known is None else known.detach()
     how = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
@@ -99,7 +99,7 @@ class _TiledReceived(torch.autograd.Function):
         if grad is None and push is None:
             return (None,) * 9
         grad = torch.zeros_like(out) if grad is None else grad
-        call = Orders(line, lo, hi, *ctx.orders), mask, dropout_key, ctx.rule
+        call = AttentionLayout(line, lo, hi, *ctx.orders), mask, dropout_key, ctx.rule
         return *tiled_gradients(query, key, value, *call, out, top, mass, grad, paid, push), *(None,) * 6
 
 
@@ -139,7 +139,7 @@ def exact_received(
     with torch.autocast(query.device.type, enabled=False):
         query, key = query.to(dtype) * scale, key.to(dtype)
         total = query.new_zeros(batch, key.shape[2])
-        size = length if torch.compiler.is_compiling() else max(1, SCORES_AT_ONCE // (batch * heads * key.shape[2]))
+        size = length if torch.compiler.is_compiling() else max(1, MAX_SCORES // (batch * heads * key.shape[2]))
         for first in range(0, length, size):
             own = slice(first, first + size)
             seen = allowed if allowed is None or allowed.shape[2] == 1 else allowed[:, :, own]

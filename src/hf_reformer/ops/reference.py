@@ -5,24 +5,24 @@ Needs memory and time of length squared. Every other backend is compared with it
 
 import torch
 
-from .lsh import Orders
+from .layout import AttentionLayout
 from .prng import fold, keep_threshold, pair_scramble
 
 SELF_SCORE = -1e5  # shared query/key: a token sees itself only where it sees nothing else
 MASKED_SCORE = -1e9  # chunk rule: padding and the future stay in the softmax with this score
 
 
-def places_of(line: torch.Tensor) -> torch.Tensor:
+def inverse_permutation(line: torch.Tensor) -> torch.Tensor:
     """Inverse of every round's permutation: (B, H, R, T) int64, the place at which each token stands."""
     place = torch.arange(line.shape[-1], device=line.device).expand(line.shape)
     return torch.empty_like(place, memory_format=torch.contiguous_format).scatter_(-1, line.long(), place)
 
 
-def shown_counts(orders: Orders) -> torch.Tensor:
+def shown_counts(orders: AttentionLayout) -> torch.Tensor:
     """(B, H, T, T) int64: how many places of token i's windows hold token j, over all rounds."""
     rounds, length = orders.line.shape[2:]
     total = rounds * length
-    place = places_of(orders.line)
+    place = inverse_permutation(orders.line)
     lo, hi = orders.lo.long().gather(-1, place), orders.hi.long().gather(-1, place)
     counts = torch.zeros(*place.shape[:2], length, length, dtype=torch.int64, device=place.device)
     for i in range(rounds):
@@ -32,7 +32,7 @@ def shown_counts(orders: Orders) -> torch.Tensor:
             counts += (last - target).div(total, rounding_mode="floor") - (first - 1 - target).div(
                 total, rounding_mode="floor"
             )
-    return counts.clamp(max=1) if orders.count_once else counts
+    return counts.clamp(max=1) if orders.dedup_pairs else counts
 
 
 def shared_key(query: torch.Tensor) -> torch.Tensor:
@@ -59,10 +59,10 @@ def dropout_factors(key: torch.Tensor, p: float, batch: int, heads: int, length:
     return kept.double() / (1 - p) if p < 1 else torch.zeros_like(kept, dtype=torch.float64)
 
 
-def ordered_attention(
-    query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor, orders: Orders, **how
+def windowed_attention(
+    query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor, orders: AttentionLayout, **how
 ) -> torch.Tensor:
-    """The op itself; see `attention_ops.ordered_attention` for the arguments. Half precision computes in float32."""
+    """The op itself; see `attention_ops.windowed_attention` for the arguments. Half precision computes in float32."""
     with torch.autocast(query.device.type, enabled=False):
         q, k, v = (
             None if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key, value)
@@ -74,7 +74,7 @@ def attention_with_weights(
     query: torch.Tensor,
     key: torch.Tensor | None,
     value: torch.Tensor,
-    orders: Orders,
+    orders: AttentionLayout,
     *,
     causal: bool,
     mask: torch.Tensor | None = None,
@@ -83,7 +83,7 @@ def attention_with_weights(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """softmax over all that a token's windows show: output (B, H, T, D), and weights (B, H, T, T) before dropout.
 
-    Arguments as those of `attention_ops.ordered_attention`.
+    Arguments as those of `attention_ops.windowed_attention`.
     """
     length = query.shape[-2]
     batch, heads = query.shape[:2]
@@ -92,7 +92,7 @@ def attention_with_weights(
     key = shared_key(query) if shared else key
     scores = query @ key.transpose(-1, -2)  # (B, H, T, T)
     place = torch.arange(length, device=query.device)
-    if not orders.count_once:
+    if not orders.dedup_pairs:
         hidden = (
             place[:, None] < place if causal else torch.zeros(length, length, dtype=torch.bool, device=place.device)
         )

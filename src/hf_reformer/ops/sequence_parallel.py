@@ -1,6 +1,6 @@
 """One sequence over several processes, by exchanging heads (Jacobs et al. 2023, arXiv 2309.14509).
 
-Every process holds a share of the tokens, and inside attention all tokens of a share of the heads. Orders and windows
+Every process holds a share of the tokens, and inside attention all tokens of a share of the heads. AttentionLayout and windows
 belong to a head, so the result is that of one process.
 
 Gradients follow torch's collectives: what all processes compute alike, such as the loss, counts once for each. So the
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 
-class Shard(NamedTuple):
+class SequenceShard(NamedTuple):
     """A process's part of sequences of `length` tokens.
 
     Attributes:
@@ -49,7 +49,7 @@ class Shard(NamedTuple):
         return slice(self.rank * heads // self.size, (self.rank + 1) * heads // self.size)
 
 
-def make_shard(group: Any, length: int, heads: int) -> Shard:
+def make_sequence_shard(group: Any, length: int, heads: int) -> SequenceShard:
     """This process's part.
 
     Raises:
@@ -66,7 +66,7 @@ def make_shard(group: Any, length: int, heads: int) -> Shard:
             f"The input has {length} tokens, fewer than the {size} processes that share it. Use a smaller group, or "
             "longer sequences."
         )
-    return Shard(group, dist.get_rank(group), size, length)
+    return SequenceShard(group, dist.get_rank(group), size, length)
 
 
 def check_group(group: Any) -> None:
@@ -113,7 +113,7 @@ def _checksum(x: torch.Tensor) -> torch.Tensor:
     return flat @ torch.arange(1, len(flat) + 1, dtype=torch.float64, device=x.device)
 
 
-def same_everywhere(x: torch.Tensor, group: Any) -> torch.Tensor:
+def broadcast(x: torch.Tensor, group: Any) -> torch.Tensor:
     """The x of the group's first process."""
     x = x.clone()
     dist.broadcast(x, dist.get_global_rank(group, 0), group=group)
@@ -129,32 +129,32 @@ def _all_to_all(parts: list[torch.Tensor], shapes: list[torch.Size], group: Any)
     return [piece.view(shape) for piece, shape in zip(received.split(sizes), shapes, strict=True)]
 
 
-def _tokens_to_heads(x: torch.Tensor, shard: Shard) -> torch.Tensor:
+def _all_to_all_heads(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
     batch, heads, _, size = x.shape
     own = heads // shard.size
     shapes = [torch.Size((batch, own, share, size)) for share in shard.shares()]
     return torch.cat(_all_to_all(list(x.split(own, dim=1)), shapes, shard.group), dim=2)
 
 
-def _heads_to_tokens(x: torch.Tensor, shard: Shard) -> torch.Tensor:
+def _all_to_all_tokens(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
     batch, own, _, size = x.shape
     shapes = [torch.Size((batch, own, shard.end - shard.begin, size))] * shard.size
     return torch.cat(_all_to_all(list(x.split(shard.shares(), dim=2)), shapes, shard.group), dim=1)
 
 
-def _summed(x: torch.Tensor, shard: Shard) -> torch.Tensor:
+def _summed(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
     x = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(x, group=shard.group)
     return x
 
 
-def _gathered(x: torch.Tensor, shard: Shard) -> torch.Tensor:
+def _gathered(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
     batch, _, *rest = x.shape
     shapes = [torch.Size((batch, share, *rest)) for share in shard.shares()]
     return torch.cat(_all_to_all([x] * shard.size, shapes, shard.group), dim=1)
 
 
-def _scattered(x: torch.Tensor, shard: Shard) -> torch.Tensor:
+def _scattered(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
     """The sum of all processes' x, each its own tokens of it."""
     batch, _, *rest = x.shape
     shapes = [torch.Size((batch, shard.end - shard.begin, *rest))] * shard.size
@@ -174,36 +174,36 @@ class _Exchange(torch.autograd.Function):
         return ctx.adjoint(grad, ctx.shard), None, None, None
 
 
-def tokens_to_heads(x: torch.Tensor, shard: Shard) -> torch.Tensor:
+def all_to_all_heads(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
     """(B, H, own tokens, D) → (B, own heads, T, D)"""
-    return _Exchange.apply(x, shard, _tokens_to_heads, _heads_to_tokens)
+    return _Exchange.apply(x, shard, _all_to_all_heads, _all_to_all_tokens)
 
 
-def heads_to_tokens(x: torch.Tensor, shard: Shard) -> torch.Tensor:
+def all_to_all_tokens(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
     """(B, own heads, T, D) → (B, H, own tokens, D)"""
-    return _Exchange.apply(x, shard, _heads_to_tokens, _tokens_to_heads)
+    return _Exchange.apply(x, shard, _all_to_all_tokens, _all_to_all_heads)
 
 
-def own_tokens(x: torch.Tensor | None, shard: Shard | None) -> torch.Tensor | None:
+def local_tokens(x: torch.Tensor | None, shard: SequenceShard | None) -> torch.Tensor | None:
     """(B, T, ...) → (B, own tokens, ...); everything where nothing is shared."""
     return x if x is None or shard is None else x[:, shard.begin : shard.end]
 
 
-def whole_sequence(x: torch.Tensor, shard: Shard | None) -> torch.Tensor:
+def gather_sequence(x: torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
     """(B, own tokens, ...) → (B, T, ...), on every process."""
     return x if shard is None else _Exchange.apply(x, shard, _gathered, _scattered)
 
 
-def sum_of_shares(x: torch.Tensor, shard: Shard | None) -> torch.Tensor:
+def all_reduce(x: torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
     """Every process's x added up."""
     return x if shard is None else _Exchange.apply(x, shard, _summed, _summed)
 
 
-def tokens_at(hidden: torch.Tensor, places: torch.Tensor, shard: Shard | None) -> torch.Tensor:
+def tokens_at(hidden: torch.Tensor, places: torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
     """(B, own tokens, D) and places (B, N) in the whole sequence → (B, N, D), on every process."""
     begin, end = (0, hidden.shape[1]) if shard is None else (shard.begin, shard.end)
     found = hidden.gather(1, (places - begin).clamp(0, end - begin - 1)[..., None].expand(-1, -1, hidden.shape[2]))
     if shard is None:
         return found
     mine = (places >= begin) & (places < end)
-    return sum_of_shares(torch.where(mine[..., None], found, 0), shard)
+    return all_reduce(torch.where(mine[..., None], found, 0), shard)

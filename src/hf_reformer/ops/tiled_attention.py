@@ -12,18 +12,18 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .lsh import Orders
+from .layout import AttentionLayout
 from .prng import keep_threshold, pair_scramble
-from .reference import MASKED_SCORE, SELF_SCORE, pair_keys, places_of, shared_key
+from .reference import MASKED_SCORE, SELF_SCORE, inverse_permutation, pair_keys, shared_key
 
-LONGEST = 2**22  # tokens a row; beyond it float32 would no longer tell places apart
+MAX_LENGTH = 2**22  # tokens a row; beyond it float32 would no longer tell places apart
 BLOCK_SCORES = 2**20  # scores worked on at a time: 4 MiB in float32, about what caches hold
 HIDDEN_PENALTY = 1e9  # taken off the score of a pair that is not shown; beyond every real score
 FLOOR = -1e8  # running maxima start here: above a hidden pair, below every shown one
 LOG2_E = 1.4426950408889634  # queries are scaled by it: exp2 costs half of exp, and a tenth where it underflows
 
 
-class _Rule(NamedTuple):
+class _MaskRule(NamedTuple):
     """What a block needs to know beside tensors."""
 
     shared: bool
@@ -31,7 +31,7 @@ class _Rule(NamedTuple):
     dropout: float
 
 
-class _Rows(NamedTuple):
+class _RowIndex(NamedTuple):
     """The line in terms of rows of the flattened (B, T, H) tensors: row = (b * T + token) * H + h; N rows in all."""
 
     row: torch.Tensor  # (B·H, R, T) int32, row at every place
@@ -50,32 +50,34 @@ def _by_row(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.permute(2, 0, 3, 1).reshape(x.shape[2], -1).to(dtype)
 
 
-def _make_rows(orders: Orders, heads: int, mask: torch.Tensor | None, dropout_key: torch.Tensor | None) -> _Rows:
+def _make_row_index(
+    orders: AttentionLayout, heads: int, mask: torch.Tensor | None, dropout_key: torch.Tensor | None
+) -> _RowIndex:
     line, lo, hi = (x.expand(-1, heads, -1, -1) for x in (orders.line, orders.lo, orders.hi))
     batch, _, rounds, length = line.shape
     row_of_batch = torch.arange(batch, dtype=torch.int32, device=line.device)[:, None, None, None] * (length * heads)
     head = torch.arange(heads, dtype=torch.int32, device=line.device)[:, None, None]
     row = line * heads + row_of_batch + head
     place = centre = width = real = query_key = key_key = None
-    if orders.count_once and rounds > 1:
-        place_of = places_of(line)
+    if orders.dedup_pairs and rounds > 1:
+        place_of = inverse_permutation(line)
         first = lo.gather(-1, place_of)
         last = hi.gather(-1, place_of)
         start = torch.arange(rounds, dtype=torch.int32, device=line.device)[:, None] * (2 * length)
         place = _by_row(place_of * 2, torch.float32)
         centre = _by_row(first + last - start, torch.float32)
         width = _by_row(last - first + 1, torch.float32)
-    if mask is not None and not orders.count_once:
+    if mask is not None and not orders.dedup_pairs:
         real = mask[:, :, None].expand(-1, -1, heads).reshape(-1)
     if dropout_key is not None:
         by_query, by_key = pair_keys(dropout_key, batch, heads, length)
         query_key = by_query.transpose(1, 2).reshape(-1)
         key_key = by_key[None, :, None].expand(batch, length, heads).reshape(-1)
     row, lo, hi = (x.reshape(batch * heads, rounds, length) for x in (row, lo, hi))
-    return _Rows(row, lo, hi, place, centre, width, real, query_key, key_key)
+    return _RowIndex(row, lo, hi, place, centre, width, real, query_key, key_key)
 
 
-class _Block(NamedTuple):
+class _TileBlock(NamedTuple):
     """A rectangle of tiles of one round: n tiles of C queries, each with its K keys."""
 
     round: int
@@ -86,7 +88,7 @@ class _Block(NamedTuple):
     shape: tuple[int, int, int]  # n, C, K
 
 
-def _blocks(orders: Orders, rows: _Rows) -> Iterator[_Block]:
+def _blocks(orders: AttentionLayout, rows: _RowIndex) -> Iterator[_TileBlock]:
     """Cut every round in blocks of about BLOCK_SCORES scores."""
     lines, rounds, length = rows.row.shape
     tile, before, after = orders.tile, orders.before, orders.after
@@ -102,7 +104,7 @@ def _blocks(orders: Orders, rows: _Rows) -> Iterator[_Block]:
         inside = query_place.clamp(max=length - 1)
         query = rows.row[:, index, inside]  # (lines, tiles·C)
         target = torch.where(query_place < length, query, rows.row.numel() // rounds)
-        if orders.count_once:
+        if orders.dedup_pairs:
             key = rows.row[:, index, key_place.clamp(0, length - 1)]  # what is added at the ends is never shown
             first, last = rows.lo[:, index, inside], rows.hi[:, index, inside]
             last = torch.where(query_place < length, last, first - 1)  # the filling of a last tile sees nothing
@@ -114,9 +116,9 @@ def _blocks(orders: Orders, rows: _Rows) -> Iterator[_Block]:
         for line in range(0, lines, per_block):
             for at in range(0, tiles, per_line):
                 part = (slice(line, line + per_block), slice(at, at + per_line))
-                hidden = _outside(first[part], last[part], keys) if orders.count_once else None
+                hidden = _outside(first[part], last[part], keys) if orders.dedup_pairs else None
                 shape = (query[part].shape[0] * query[part].shape[1], tile, keys)
-                yield _Block(
+                yield _TileBlock(
                     index, query[part].reshape(-1), key[part].reshape(-1), target[part].reshape(-1), hidden, shape
                 )
 
@@ -128,7 +130,7 @@ def _outside(first: torch.Tensor, last: torch.Tensor, keys: int) -> torch.Tensor
     return (twice - (first + last)).abs_().sub_(last - first)
 
 
-def _block_scores(block: _Block, rows: _Rows, rule: _Rule, q: torch.Tensor, k: torch.Tensor, before: int):
+def _block_scores(block: _TileBlock, rows: _RowIndex, rule: _MaskRule, q: torch.Tensor, k: torch.Tensor, before: int):
     """Scores (n, C, K) in units of log 2, as the softmax sees them; and where they are fixed numbers, or None."""
     n, tile, keys = block.shape
     scores = torch.bmm(q.view(n, tile, -1), k.view(n, keys, -1).transpose(1, 2))
@@ -146,7 +148,7 @@ def _block_scores(block: _Block, rows: _Rows, rule: _Rule, q: torch.Tensor, k: t
     return scores.add_(hidden.clamp_(min=0), alpha=-HIDDEN_PENALTY), None
 
 
-def _chunk_scores(scores: torch.Tensor, block: _Block, rows: _Rows, rule: _Rule):
+def _chunk_scores(scores: torch.Tensor, block: _TileBlock, rows: _RowIndex, rule: _MaskRule):
     """The older rule's order of fills: padding and future first, a token itself last."""
     n, tile, keys = block.shape
     query, key = block.query.view(n, tile, 1), block.key.view(n, 1, keys)  # rows of one head grow with the position
@@ -163,7 +165,7 @@ def _chunk_scores(scores: torch.Tensor, block: _Block, rows: _Rows, rule: _Rule)
     return scores, hidden
 
 
-def _kept(block: _Block, rows: _Rows, rule: _Rule, dtype: torch.dtype) -> torch.Tensor | None:
+def _kept(block: _TileBlock, rows: _RowIndex, rule: _MaskRule, dtype: torch.dtype) -> torch.Tensor | None:
     """Dropout factors (n, C, K) of a block, or None."""
     if rows.query_key is None or rows.key_key is None:
         return None
@@ -197,10 +199,10 @@ class TiledAttention(torch.autograd.Function):
         with torch.autocast(query.device.type, enabled=False):
             q, k, v = (_flat_rows(x) for x in (query, key, value))
             q = q * LOG2_E
-            rows = _make_rows(orders, query.shape[1], mask, dropout_key)
+            rows = _make_row_index(orders, query.shape[1], mask, dropout_key)
             total = q.shape[0] + 1  # one more row takes the filling of partial tiles
             out = v.new_zeros(total, v.shape[-1])
-            top = q.new_full((total,), FLOOR if orders.count_once else 10 * MASKED_SCORE)
+            top = q.new_full((total,), FLOOR if orders.dedup_pairs else 10 * MASKED_SCORE)
             mass = q.new_zeros(total)
             for block in _blocks(orders, rows):
                 _forward_block(block, rows, rule, orders.before, q, k, v, out, top, mass)
@@ -221,7 +223,7 @@ class TiledAttention(torch.autograd.Function):
         query, key, value, mask, dropout_key, line, lo, hi, out, top, mass = ctx.saved_tensors
         if grad is None:
             return (None,) * 7
-        call = Orders(line, lo, hi, *ctx.orders), mask, dropout_key, ctx.rule
+        call = AttentionLayout(line, lo, hi, *ctx.orders), mask, dropout_key, ctx.rule
         return *tiled_gradients(query, key, value, *call, out, top, mass, grad), None, None, None, None
 
 
@@ -233,7 +235,7 @@ def tiled_gradients(query, key, value, orders, mask, dropout_key, rule, out, top
     with torch.autocast(query.device.type, enabled=False):
         q, k, v, flat_out, grad = (_flat_rows(x) for x in (query, key, value, out, grad))
         q = q * LOG2_E
-        rows = _make_rows(orders, query.shape[1], mask, dropout_key)
+        rows = _make_row_index(orders, query.shape[1], mask, dropout_key)
         drift = (flat_out * grad).sum(-1)  # sum over keys of weight times its gradient
         more = None
         if push is not None:
@@ -250,7 +252,7 @@ def tiled_received(query, key, orders, mask, rule, top, mass, paid) -> torch.Ten
     """What every token receives, (B, T): the sum over heads and queries of weight * paid, (B, T)."""
     with torch.autocast(query.device.type, enabled=False):
         q, k = _flat_rows(query) * LOG2_E, _flat_rows(key)
-        rows = _make_rows(orders, query.shape[1], mask, None)
+        rows = _make_row_index(orders, query.shape[1], mask, None)
         found = _sweep(orders, rows, rule, q, k, top, mass, paid=_of_rows(paid, query))
     return found.view(query.shape[0], query.shape[2], -1).sum(-1)
 
@@ -334,19 +336,19 @@ def _backward_block(block, rows, rule, before, q, k, v, grad, drift, top, mass, 
 
 
 def tiled_attention(query, key, value, orders, *, causal, mask, dropout, dropout_key) -> torch.Tensor:
-    """`ordered_attention` in pure PyTorch, on any device."""
+    """`windowed_attention` in pure PyTorch, on any device."""
     key, rule = checked_rule(query, key, causal, dropout)
     return TiledAttention.apply(query, key, value, orders, mask, dropout_key, rule)[0]
 
 
-def checked_rule(query, key, causal: bool, dropout: float) -> tuple[torch.Tensor, _Rule]:
+def checked_rule(query, key, causal: bool, dropout: float) -> tuple[torch.Tensor, _MaskRule]:
     """The keys, also where they are shared, and the rule; raises ValueError for more rows than can be counted."""
-    if query.shape[2] > LONGEST or query.shape[:3].numel() >= 2**31:
+    if query.shape[2] > MAX_LENGTH or query.shape[:3].numel() >= 2**31:
         raise ValueError(
             f"query of shape {tuple(query.shape)}: places are counted in float32 and rows in int32, which holds up to "
-            f"{LONGEST} tokens a row and 2^31 rows x heads x tokens. Split the batch or the sequence."
+            f"{MAX_LENGTH} tokens a row and 2^31 rows x heads x tokens. Split the batch or the sequence."
         )
-    rule = _Rule(key is None, causal, dropout)
+    rule = _MaskRule(key is None, causal, dropout)
     if key is None:
         key = shared_key(query.to(torch.promote_types(query.dtype, torch.float32)))
     return key, rule

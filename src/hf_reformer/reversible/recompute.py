@@ -55,7 +55,7 @@ def autocast_again(device: torch.device, state: tuple[bool, torch.dtype]) -> tor
     return torch.autocast(device.type, dtype=state[1], enabled=state[0], cache_enabled=False)
 
 
-class Conditions:
+class ReplayState:
     """What parts of a layer ran under, to run them again just so: autocast, training flags, foreign randomness if any.
 
     Our own randomness comes from keys. Modules put into a layer by others (adapters) may draw from the default
@@ -72,7 +72,7 @@ class Conditions:
     @contextlib.contextmanager
     def record(self, part: Hashable = None) -> Iterator[None]:
         before = _generator_state(self.device)
-        recording = torch.is_grad_enabled() or getattr(self.layer, "one_artefact", False)
+        recording = torch.is_grad_enabled() or getattr(self.layer, "has_compiled_parts", False)
         with autocast_again(self.device, self.autocast), torch.set_grad_enabled(recording):
             yield
         after = _generator_state(self.device)
@@ -116,7 +116,7 @@ def recomputed(module: nn.Module, function: Callable, x: torch.Tensor, *args: An
     if not can_reverse():
         traced = torch.is_grad_enabled() and torch.compiler.is_compiling()
         return checkpoint(function, x, *args, use_reentrant=False) if traced else function(x, *args)
-    conditions, tensors = Conditions(module, x.device), layer_tensors(module)
+    conditions, tensors = ReplayState(module, x.device), layer_tensors(module)
     versions = [tensor._version for tensor in tensors.values()]
 
     def run(*args):

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,61 +20,12 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.utils import parametrize
 
-from .chunking import Joined, Tensors, map_tokens, slice_length, token_slices
-from .recompute import Conditions, autocast_again, autocast_state, layer_tensors, recomputed
+from .chunking import ChunkedBuffer, Tensors, chunk_length_for, map_tokens, token_chunks
+from .grid import Grid, to_stream
+from .recompute import ReplayState, autocast_again, autocast_state, layer_tensors, recomputed
 
 
-class Grid(NamedTuple):
-    """The number format of the residual streams: a dtype, and the exponent of its grid of multiples of 2^-bits.
-
-    Sums are exact while |stream| <= `limit`. `bits=None` does not round (evaluation).
-    """
-
-    dtype: torch.dtype
-    bits: int | None
-
-    @property
-    def limit(self) -> float:
-        mantissa = {torch.float64: 53, torch.float32: 24}[self.dtype]
-        return float("inf") if self.bits is None else 2.0 ** (mantissa - self.bits)
-
-
-def choose_grid(precision: str, weight_dtype: torch.dtype, rounded: bool) -> Grid:
-    """The streams' grid for `residual_precision` ("float64" or "float32") and the dtype of the model's weights."""
-    if weight_dtype == torch.float64:  # tests: finer, so that finite differences see through it
-        return Grid(torch.float64, 40 if rounded else None)
-    if precision == "float64":
-        return Grid(torch.float64, 32 if rounded else None)
-    return Grid(torch.float32, 16 if rounded else None)
-
-
-class _Round(torch.autograd.Function):
-    """Cast to the streams' dtype and round to the grid; the gradient passes unchanged."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, grid):
-        scale = 2.0**grid.bits
-        whole = (x.to(torch.promote_types(x.dtype, torch.float32)) * scale).round_()
-        whole.add_(0.0)  # -0 becomes +0, so that equal numbers have equal bits
-        return whole.to(grid.dtype).mul_(1 / scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.dtype = inputs[0].dtype
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.to(ctx.dtype), None
-
-
-def to_stream(x: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """x in the streams' dtype, on the grid."""
-    return x.to(grid.dtype) if grid.bits is None else _Round.apply(x, grid)
-
-
-class Stages:
+class LayerStages:
     """The parts of a layer as the paths run them. All but `attend` treat every token alike, so they work on slices."""
 
     def __init__(self, layer: Any, call: Any, grid: Grid, extra, during: Callable[[Hashable], AbstractContextManager]):
@@ -122,8 +73,8 @@ def residual_step(
         x1, x2: (B, T, D) streams of the grid's dtype.
         during: context of a part of the layer, by its name.
     """
-    stages = Stages(layer, call, grid, extra, during or _as_now(x2.device))
-    size = slice_length(x2, layer.chunk_size)
+    stages = LayerStages(layer, call, grid, extra, during or _as_now(x2.device))
+    size = chunk_length_for(x2, layer.chunk_size)
     again = 0 < layer.chunk_size < x2.shape[1]
     mixed, *told = stages.attend(map_tokens(stages.project, size, x2))
     (y1,) = map_tokens(lambda first, x, mixed: [x + stages.merge(first, mixed)], size, x1, mixed)
@@ -137,7 +88,7 @@ def residual_step(
     return y1, y2, *told
 
 
-class Chain:
+class StreamHandoff:
     """Hands reconstructed streams from layer to layer during backward. One per forward call of a stack."""
 
     def __init__(self, grid: Grid, depth: int):
@@ -191,11 +142,11 @@ def checksum(x: torch.Tensor) -> torch.Tensor:
 class _ReversibleLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx, layer, chain, index, call, names, extras, x1, x2, *tensors):
-        conditions = Conditions(layer, x1.device)
+        conditions = ReplayState(layer, x1.device)
         chain.enter(index, x1, x2)
         bottom = index == 0 or not any(ctx.needs_input_grad[6:8])  # the last layer that backward comes to
         ctx.checksums = (checksum(x1), checksum(x2)) if bottom else None
-        ctx.size = slice_length(x2, layer.chunk_size)
+        ctx.size = chunk_length_for(x2, layer.chunk_size)
         y1, y2, *told = residual_step(layer, x1, x2, call, chain.grid, tensors[:extras], conditions.record)
         told = [x.detach() for x in told]  # where the layer is recorded for one artefact
         chain.leave(index, y1, y2)
@@ -208,7 +159,7 @@ class _ReversibleLayer(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d1, d2, *d_told):
+    def backward(ctx, d1, d2, *grad_aux):
         saved, chain, index = ctx.saved_tensors, ctx.chain, ctx.index
         told, saved = saved[: ctx.told], saved[ctx.told :]
         if index == chain.depth - 1:
@@ -219,13 +170,15 @@ class _ReversibleLayer(torch.autograd.Function):
         need = ctx.needs_input_grad[8:]
         extra = [_leaf(x, wanted) for x, wanted in zip(tensors[: ctx.extras], need, strict=False)]
         parameters, swap = _parameters(ctx, tensors[ctx.extras :], need[ctx.extras :])
-        stages = Stages(ctx.layer, ctx.call, chain.grid, extra, partial(ctx.conditions.replay, swap))
-        totals = Totals([x for x, n in zip([*extra, *parameters], need, strict=True) if n])
+        stages = LayerStages(ctx.layer, ctx.call, chain.grid, extra, partial(ctx.conditions.replay, swap))
+        totals = GradientAccumulator([x for x, n in zip([*extra, *parameters], need, strict=True) if n])
         size = ctx.size
         # Every tensor as large as a stream goes as soon as it can: this is where training needs most memory.
-        x2, d1 = take_back(stages.g, size, y2, y1, d2, d1, totals, Joined(y2.shape[1], *[y2] * ours))
+        x2, d1 = invert_branch(stages.g, size, y2, y1, d2, d1, totals, ChunkedBuffer(y2.shape[1], *[y2] * ours))
         del y2
-        x1, d2 = take_back_f(stages, size, y1, x2, d1, d2, totals, Joined(y1.shape[1], *[y1] * ours), told, d_told)
+        x1, d2 = invert_attention_branch(
+            stages, size, y1, x2, d1, d2, totals, ChunkedBuffer(y1.shape[1], *[y1] * ours), told, grad_aux
+        )
         del y1
         if ctx.checksums is not None:
             warn_if_inexact(ctx.checksums, (x1, x2), chain.grid)
@@ -235,7 +188,7 @@ class _ReversibleLayer(torch.autograd.Function):
         return (None,) * 6 + (d1, d2) + tuple(next(grads) if n else None for n in need)
 
 
-class Totals:
+class GradientAccumulator:
     """Gradients of a layer's parameters, added up over slices and branches."""
 
     def __init__(self, tensors: list[torch.Tensor]):
@@ -250,7 +203,7 @@ class Totals:
             return [None] * len(inputs)
         wanted = [x for x in inputs if x is not None]
         roots, given = zip(*pairs, strict=True)
-        _refuse_strangers(roots, wanted + self.tensors)
+        _reject_external_leaves(roots, wanted + self.tensors)
         found = torch.autograd.grad(roots, wanted + self.tensors, given, allow_unused=True)
         for index, grad in enumerate(found[len(wanted) :]):
             if grad is not None:
@@ -272,7 +225,7 @@ class Totals:
         return [None if x is None else x.to(like.dtype) for x, like in zip(self.sums, self.tensors, strict=True)]
 
 
-def _refuse_strangers(roots, known: list[torch.Tensor]) -> None:
+def _reject_external_leaves(roots, known: list[torch.Tensor]) -> None:
     """Raise RuntimeError if the graph of a part of a layer ends in a tensor whose gradient nobody would return."""
     seen = {get_gradient_edge(x).node for x in known}
     waiting = [root.grad_fn if isinstance(root, torch.Tensor) else root.node for root in roots]
@@ -295,10 +248,12 @@ def _edge(x: torch.Tensor | None):
     return get_gradient_edge(x) if x is not None and x.requires_grad else None
 
 
-def take_back(branch: Callable, size: int, y, given, grad, base, totals: Totals, x: Joined) -> Tensors:
+def invert_branch(
+    branch: Callable, size: int, y, given, grad, base, totals: GradientAccumulator, x: ChunkedBuffer
+) -> Tensors:
     """Undo y = x + branch(given): `x`, and the gradient of `given` by that of y, added to `base`."""
-    step = Joined(y.shape[1])
-    for first, (y_slice, piece, grad_slice, base_slice) in token_slices(size, y, given, grad, base):
+    step = ChunkedBuffer(y.shape[1])
+    for first, (y_slice, piece, grad_slice, base_slice) in token_chunks(size, y, given, grad, base):
         leaf = piece.detach().requires_grad_()
         out = branch(first, leaf)
         x.put(first, y_slice - out.detach())
@@ -307,10 +262,21 @@ def take_back(branch: Callable, size: int, y, given, grad, base, totals: Totals,
     return x.tensors + step.tensors
 
 
-def take_back_f(stages: Stages, size: int, y1, x2, d1, d2, totals: Totals, x1: Joined, told=(), d_told=()) -> Tensors:
+def invert_attention_branch(
+    stages: LayerStages,
+    size: int,
+    y1,
+    x2,
+    d1,
+    d2,
+    totals: GradientAccumulator,
+    x1: ChunkedBuffer,
+    told=(),
+    grad_aux=(),
+) -> Tensors:
     """Undo y1 = x1 + f(x2): x1, and the gradient of x2 by that of y1 and of what the layer told, added to d2."""
-    projected, graphs = Joined(x2.shape[1]), []
-    for first, (piece,) in token_slices(size, x2):
+    projected, graphs = ChunkedBuffer(x2.shape[1]), []
+    for first, (piece,) in token_chunks(size, x2):
         leaf = piece.detach().requires_grad_()
         outputs = stages.project(first, leaf)
         projected.put(first, *(None if x is None else x.detach() for x in outputs))
@@ -320,12 +286,12 @@ def take_back_f(stages: Stages, size: int, y1, x2, d1, d2, totals: Totals, x1: J
     mixed, *again = stages.attend(list(inputs), told)
     edges, mixed = [_edge(mixed), *(_edge(x) for x in again)], mixed.detach()
     del again
-    _, d_mixed = take_back(stages.merge, size, y1, mixed, d1, None, totals, x1)
+    _, d_mixed = invert_branch(stages.merge, size, y1, mixed, d1, None, totals, x1)
     del mixed
-    grads = totals.differentiate(edges, [d_mixed, *d_told], inputs)
+    grads = totals.differentiate(edges, [d_mixed, *grad_aux], inputs)
     del d_mixed, edges, inputs
-    step = Joined(x2.shape[1])
-    for (first, (_, base, *slices)), (leaf, edges) in zip(token_slices(size, x2, d2, *grads), graphs, strict=True):
+    step = ChunkedBuffer(x2.shape[1])
+    for (first, (_, base, *slices)), (leaf, edges) in zip(token_chunks(size, x2, d2, *grads), graphs, strict=True):
         (found,) = totals.differentiate(edges, slices, [leaf])
         step.put(first, _sum(base, found))
     return x1.tensors + step.tensors
@@ -385,7 +351,7 @@ def needs_plain_path(layer: nn.Module) -> bool:
 
 
 def reversible_step(
-    layer: nn.Module, x1: torch.Tensor, x2: torch.Tensor, call: Any, chain: Chain, index: int, extra=()
+    layer: nn.Module, x1: torch.Tensor, x2: torch.Tensor, call: Any, chain: StreamHandoff, index: int, extra=()
 ) -> tuple[torch.Tensor, ...]:
     """One layer of a reversible stack: the values of `residual_step`, with nothing kept but the last layer's output.
 

@@ -76,12 +76,12 @@ class SequenceParallelTrainer(Trainer):
         if sequence_parallel_size > 1:
             self.sequence_group, _ = dist.new_subgroups(sequence_parallel_size)
             model: Any = self.model  # one of ours
-            model.share_sequences(self.sequence_group)
+            model.enable_sequence_parallel(self.sequence_group)
 
     def call_model_init(self, trial=None):
         """`model_init` may be asked for a model again when training begins."""
         model: Any = super().call_model_init(trial)
-        model.share_sequences(self.sequence_group)
+        model.enable_sequence_parallel(self.sequence_group)
         return model
 
     def _get_dataloader(

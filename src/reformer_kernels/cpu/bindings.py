@@ -8,7 +8,7 @@ import ctypes
 
 import torch
 
-from hf_reformer.ops.lsh import Orders
+from hf_reformer.ops.layout import AttentionLayout
 from hf_reformer.ops.prng import keep_threshold
 from hf_reformer.ops.reference import pair_keys
 
@@ -34,7 +34,7 @@ _Problem = _structure(
     """
     strided: query, key, value, line, lo, hi, inverse
     pointer: mask, query_draw, key_draw
-    int: batch, heads, length, rounds, size, value_size, tile, before, after, bfloat16, count_once, causal, threads
+    int: batch, heads, length, rounds, size, value_size, tile, before, after, bfloat16, dedup_pairs, causal, threads
     int: keep_threshold
     double: dropout_scale, key_scale
     pointer: out, top, mass
@@ -74,10 +74,10 @@ _Sorting = _structure(
 class Call:
     """What a call of the op is about, beside query, key and value."""
 
-    def __init__(self, orders: Orders, causal: bool, mask, dropout: float, dropout_key, scale: float = 1.0):
+    def __init__(self, orders: AttentionLayout, causal: bool, mask, dropout: float, dropout_key, scale: float = 1.0):
         self.orders, self.causal, self.dropout, self.dropout_key = orders, causal, dropout, dropout_key
         self.scale = scale
-        self.mask = None if mask is None or orders.count_once else mask.contiguous()
+        self.mask = None if mask is None or orders.dedup_pairs else mask.contiguous()
 
 
 def _strided(x: torch.Tensor | None) -> _Strided:
@@ -126,7 +126,7 @@ def _problem(query, key, value, call: Call, keep: list, **pointers) -> ctypes.St
     rounds = orders.line.shape[2]
     line, lo, hi = (_line_like(x, heads) for x in (orders.line, orders.lo, orders.hi))
     inverse = None
-    if orders.count_once and rounds > 1:
+    if orders.dedup_pairs and rounds > 1:
         places = torch.empty(batch, orders.line.shape[1], (rounds - 1) * length, dtype=torch.int32)
         inverse = places.expand(-1, heads, -1)
     draws: list[torch.Tensor | None] = [None, None]
@@ -139,7 +139,7 @@ def _problem(query, key, value, call: Call, keep: list, **pointers) -> ctypes.St
         mask=_pointer(call.mask), query_draw=_pointer(draws[0]), key_draw=_pointer(draws[1]),
         batch=batch, heads=heads, length=length, rounds=rounds, size=size, value_size=value.shape[-1],
         tile=orders.tile, before=orders.before, after=orders.after, bfloat16=DTYPES[query.dtype],
-        count_once=orders.count_once, causal=call.causal, threads=torch.get_num_threads(),
+        dedup_pairs=orders.dedup_pairs, causal=call.causal, threads=torch.get_num_threads(),
         keep_threshold=min(keep_threshold(call.dropout), 2**31 - 1),
         dropout_scale=0.0 if call.dropout >= 1 else 1 / (1 - call.dropout), key_scale=call.scale, **named,
     )  # fmt: skip

@@ -29,7 +29,7 @@ VARIANTS = {
 COMPILE_SECONDS = 120  # more than that, and something is wrong
 
 
-class CannotBuild(Exception):
+class KernelBuildError(Exception):
     """Why there is no compiled kernel, in words for the user."""
 
 
@@ -51,17 +51,17 @@ def compiler() -> list[str]:
     """The C++ compiler and its first arguments: $CXX, else the first of c++, g++ and clang++.
 
     Raises:
-        CannotBuild: there is none, or what CXX names cannot be found.
+        KernelBuildError: there is none, or what CXX names cannot be found.
     """
     if sys.platform == "win32":
-        raise CannotBuild("the compiled kernels are not built on Windows")
+        raise KernelBuildError("the compiled kernels are not built on Windows")
     chosen = shlex.split(os.environ.get("CXX", ""))
     for command in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
         if found := shutil.which(command[0]):
             return [found, *command[1:]]
     if chosen:
-        raise CannotBuild(f"CXX={os.environ['CXX']!r} cannot be found; correct it, or unset it")
-    raise CannotBuild("there is no C++ compiler (c++, g++ or clang++; or set CXX)")
+        raise KernelBuildError(f"CXX={os.environ['CXX']!r} cannot be found; correct it, or unset it")
+    raise KernelBuildError("there is no C++ compiler (c++, g++ or clang++; or set CXX)")
 
 
 def cache_folder() -> Path:
@@ -90,7 +90,7 @@ def load_library(variant: str) -> ctypes.CDLL:
     """The compiled variant, from the cache or compiled now.
 
     Raises:
-        CannotBuild: no compiler, or it fails.
+        KernelBuildError: no compiler, or it fails.
     """
     path = library_path(variant)
     try:
@@ -100,7 +100,9 @@ def load_library(variant: str) -> ctypes.CDLL:
                 _compile(variant, path)
         return ctypes.CDLL(str(path))
     except OSError as error:  # an unwritable cache, a lock that is never released, a library that does not load
-        raise CannotBuild(f"the compiled kernels cannot be kept in or read from {path.parent}: {error}") from error
+        raise KernelBuildError(
+            f"the compiled kernels cannot be kept in or read from {path.parent}: {error}"
+        ) from error
 
 
 def _compile(variant: str, path: Path) -> None:
@@ -114,11 +116,11 @@ def _compile(variant: str, path: Path) -> None:
                     command + threads, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
                 )
             except subprocess.TimeoutExpired as error:
-                raise CannotBuild(
+                raise KernelBuildError(
                     f"compiling took more than {COMPILE_SECONDS} seconds: {' '.join(command)}"
                 ) from error
             if done.returncode == 0:
                 break
         else:
-            raise CannotBuild(f"compiling failed: {' '.join(command)}\n{done.stderr[-2000:]}")
+            raise KernelBuildError(f"compiling failed: {' '.join(command)}\n{done.stderr[-2000:]}")
         built.replace(path)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hf_reformer.ops.lsh import factors_of
+from hf_reformer.ops.lsh import bucket_factors
 
 from .bindings import DTYPES, _pointer, _readable, _run, _strided, _structure
 
@@ -44,7 +44,7 @@ def _step(kept, numbers: torch.Tensor, hashed: bool, local_window: int, scale: f
     rotations, newest, previous, count, window, rounds = None, None, None, 0, 0, 0
     factors: tuple[int, ...] = ()
     if hashed:
-        rotations, factors, window = kept.rotations, factors_of(kept.num_buckets), kept.window
+        rotations, factors, window = kept.rotations, bucket_factors(kept.num_buckets), kept.window
         newest, previous = kept.tables.newest, kept.tables.previous
         count, rounds = newest.shape[-1], rotations.shape[2]
     numbers_of_factors = (ctypes.c_int64 * max(1, len(factors)))(*factors)

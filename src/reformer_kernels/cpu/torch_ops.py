@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from hf_reformer.ops.kernel_check import agrees
-from hf_reformer.ops.lsh import Orders, factors_of, reach
+from hf_reformer.ops.layout import AttentionLayout, reach
+from hf_reformer.ops.lsh import bucket_factors
 
 from ..contract import check_places
 from . import build
@@ -28,7 +29,7 @@ def _library() -> ctypes.CDLL | str:
     for variant in build.supported_variants():
         try:
             library = build.load_library(variant)
-        except build.CannotBuild as error:
+        except build.KernelBuildError as error:
             return str(error)
         with ThreadPoolExecutor(1) as fresh:  # a thread of its own knows nothing of the caller's grad mode or autocast
             if fresh.submit(agrees, library).result():
@@ -46,7 +47,7 @@ def variant() -> str | None:
     return None if isinstance(library, str) else Path(library._name).name.split("-")[1]
 
 
-def why_not(*tensors: torch.Tensor) -> str | None:
+def unsupported_reason(*tensors: torch.Tensor) -> str | None:
     """Why this backend cannot serve query, value and perhaps key, (B, H, T, D), or None."""
     for x in tensors:
         if x.device.type != "cpu":
@@ -72,12 +73,14 @@ def _fault() -> str | None:
 _TENSORS = (
     "Tensor query, Tensor? key, Tensor value, Tensor line, Tensor lo, Tensor hi, Tensor? mask, Tensor? dropout_key"
 )
-_NUMBERS = "SymInt tile, SymInt before, SymInt after, bool count_once, bool causal, float dropout, float scale"
+_NUMBERS = "SymInt tile, SymInt before, SymInt after, bool dedup_pairs, bool causal, float dropout, float scale"
 _TENSOR_COUNT, _NUMBER_COUNT = (len(text.split(",")) for text in (_TENSORS, _NUMBERS))
 
 
-def _call_of(line, lo, hi, mask, dropout_key, tile, before, after, count_once, causal, dropout, scale) -> Call:
-    return Call(Orders(line, lo, hi, tile, before, after, count_once), causal, mask, dropout, dropout_key, scale)
+def _call_of(line, lo, hi, mask, dropout_key, tile, before, after, dedup_pairs, causal, dropout, scale) -> Call:
+    return Call(
+        AttentionLayout(line, lo, hi, tile, before, after, dedup_pairs), causal, mask, dropout, dropout_key, scale
+    )
 
 
 @torch.library.custom_op(
@@ -206,11 +209,11 @@ def _loaded() -> ctypes.CDLL:
     return library
 
 
-def ordered_attention(query, key, value, orders, *, causal, mask=None, dropout=0.0, dropout_key=None, scale=1.0):
-    """`attention_ops.ordered_attention` in fused C++; see there. Accumulates in float32.
+def windowed_attention(query, key, value, orders, *, causal, mask=None, dropout=0.0, dropout_key=None, scale=1.0):
+    """`attention_ops.windowed_attention` in fused C++; see there. Accumulates in float32.
 
     Raises:
-        ValueError: a line of more places than `kernels.LONGEST_LINE`.
+        ValueError: a line of more places than `kernels.MAX_PLACES`.
     """
     check_places(orders)
     out, *_ = _attention(
@@ -254,7 +257,7 @@ def _(vectors, rotations, factors):
 
 def lsh_buckets(vectors: torch.Tensor, rotations: torch.Tensor, num_buckets) -> torch.Tensor:
     """`hashing.lsh_buckets`, projections and argmax in one pass. Near-ties may fall differently."""
-    return torch.ops.hf_reformer.cpu_buckets(vectors.detach(), rotations, list(factors_of(num_buckets)))
+    return torch.ops.hf_reformer.cpu_buckets(vectors.detach(), rotations, list(bucket_factors(num_buckets)))
 
 
 @torch.library.custom_op("hf_reformer::cpu_normals", mutates_args=(), device_types="cpu")
@@ -287,20 +290,20 @@ def _(buckets, mask, count, back, on, parts):
     return [buckets.new_empty(buckets.shape, dtype=torch.int32) for _ in range(parts)]
 
 
-def sorted_windows(buckets: torch.Tensor, count: int | None, window: int, causal: bool, mask: torch.Tensor | None):
-    """`hashing.sorted_windows` by counting."""
+def bucket_windows(buckets: torch.Tensor, count: int | None, window: int, causal: bool, mask: torch.Tensor | None):
+    """`hashing.bucket_windows` by counting."""
     back, on = reach(window, causal)
     return torch.ops.hf_reformer.cpu_sort(buckets, mask, count, back, on, 2 if causal else 3)
 
 
-def sorted_line(buckets: torch.Tensor, count: int, mask: torch.Tensor | None) -> torch.Tensor:
-    """`hashing.sorted_line` by counting."""
+def sort_by_bucket(buckets: torch.Tensor, count: int, mask: torch.Tensor | None) -> torch.Tensor:
+    """`hashing.sort_by_bucket` by counting."""
     return torch.ops.hf_reformer.cpu_sort(buckets, mask, count, 0, 0, 1)[0]
 
 
 @torch.compiler.disable  # a trace cannot hold addresses
 def step(query, key, value, vectors, kept, numbers, local_window: int, scale: float) -> torch.Tensor:
-    """Keep new tokens and attend from each, as `cache_layers` and `listed_attention.attend_to_tokens` do.
+    """Keep new tokens and attend from each, as `cache_layers` and `listed_attention.gather_attention` do.
 
     Args:
         query, key, value: (B, H, T, D), query and key turned by position.

@@ -125,7 +125,7 @@ def places_that_see(place, inside, round, length, reach, before, after, kind):
     first = tl.min(place, axis=0) - after
     last = tl.max(tl.where(inside, place, -FARTHEST), axis=0) + before
     first, last = first - wrap(first, reach), last - wrap(last, reach) + reach - 1
-    if kind.count_once:
+    if kind.dedup_pairs:
         first, last = tl.maximum(first, round * length), tl.minimum(last, (round + 1) * length - 1)
     return first, last
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hf_reformer.ops.lsh import Orders
+from hf_reformer.ops.layout import AttentionLayout
 from hf_reformer.ops.prng import keep_threshold
 
 from .backward import Saved, backward_keys_round, backward_queries_round
@@ -23,7 +23,7 @@ class Call(NamedTuple):
     inputs: Inputs
     numbers: Numbers
     kind: Kind
-    orders: Orders
+    orders: AttentionLayout
 
     @property
     def rounds(self) -> int:
@@ -57,11 +57,11 @@ def key_factor(query: torch.Tensor) -> torch.Tensor:
     return (torch.rsqrt(mean + 1e-6) * size**-0.5).contiguous()
 
 
-def by_token(orders: Orders) -> dict[str, torch.Tensor | None]:
+def by_token(orders: AttentionLayout) -> dict[str, torch.Tensor | None]:
     """Place and places seen of every token, for telling what earlier rounds show; None where nobody asks."""
     names = ("place_of", "lowest_of", "highest_of")
     rounds, length = orders.line.shape[2:]
-    if not orders.count_once or rounds == 1:
+    if not orders.dedup_pairs or rounds == 1:
         return dict.fromkeys(names)
     found = {name: torch.empty_like(orders.line) for name in names}
     places, block = orders.line.numel(), 1024
@@ -87,7 +87,7 @@ def prepare(
     tile: int,
     before: int,
     after: int,
-    count_once: bool,
+    dedup_pairs: bool,
     causal: bool,
     dropout: float,
 ) -> Call:
@@ -96,8 +96,8 @@ def prepare(
     value_size = value.shape[-1]
     query, value = as_rows(query), as_rows(value)
     line, lo, hi = (x.expand(batch, -1, -1, -1).contiguous() for x in (line, lo, hi))
-    orders = Orders(line, lo, hi, tile, before, after, count_once)
-    padded = mask is not None and not count_once
+    orders = AttentionLayout(line, lo, hi, tile, before, after, dedup_pairs)
+    padded = mask is not None and not dedup_pairs
     inputs = Inputs(
         query,
         query if key is None else as_rows(key),
@@ -118,8 +118,8 @@ def prepare(
         block_of(size),
         block_of(value_size),
         shared=key is None,
-        count_once=count_once,
-        causal=causal and not count_once,
+        dedup_pairs=dedup_pairs,
+        causal=causal and not dedup_pairs,
         padded=padded,
         dropout=dropout_key is not None,
     )
@@ -153,9 +153,9 @@ def run_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return out, top, mass
 
 
-def windows_of(orders: Orders) -> dict[str, int]:
+def windows_of(orders: AttentionLayout) -> dict[str, int]:
     """Windows reach `before` and `after` from every place, chunks from the ends of a chunk."""
-    return {"reach": 1 if orders.count_once else orders.tile, "before": orders.before, "after": orders.after}
+    return {"reach": 1 if orders.dedup_pairs else orders.tile, "before": orders.before, "after": orders.after}
 
 
 def run_received(call: Call, top: torch.Tensor, mass: torch.Tensor, paid: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ class Inputs(NamedTuple):
     key: Any  # the same; of shared query/key attention the queries
     value: Any  # (B, T, H, value_size)
     factor: Any  # (B, H, T) float32: shared keys are queries times this
-    line: Any  # (B, H or 1, R, T) int32, as `hashing.Orders` has them
+    line: Any  # (B, H or 1, R, T) int32, as `hashing.AttentionLayout` has them
     lo: Any
     hi: Any
     place_of: Any  # the same by token: where it stands, and what it sees there
@@ -59,7 +59,7 @@ class Kind(NamedTuple):
     block: int  # the sizes, padded to what a tensor core takes
     value_block: int
     shared: bool  # keys are made of the queries
-    count_once: bool  # window rule
+    dedup_pairs: bool  # window rule
     causal: bool  # the future is filled (chunk rule)
     padded: bool  # padding is filled (chunk rule)
     dropout: bool
@@ -232,7 +232,7 @@ def pair_scores(
     place = along(keys.place, 1 - QUERY_AXIS)
     shown = (place >= along(queries.lowest, QUERY_AXIS)) & (place <= along(queries.highest, QUERY_AXIS))
     scores = tl.where(shown, scores, float("-inf"))
-    if kind.count_once and not FIRST:
+    if kind.dedup_pairs and not FIRST:
         by_token = at.first_place
         for _ in range(round):  # not unrolled: one kernel serves any number of rounds, with as many registers
             place = along(tl.load(inputs.place_of + by_token + keys.token), 1 - QUERY_AXIS)

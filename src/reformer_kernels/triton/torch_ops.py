@@ -2,14 +2,14 @@
 
 import torch
 
-from hf_reformer.ops.lsh import Orders
+from hf_reformer.ops.layout import AttentionLayout
 
 from .launch import empty_rows, prepare, run_backward, run_forward, run_received
 
 _TENSORS = (
     "Tensor query, Tensor? key, Tensor value, Tensor line, Tensor lo, Tensor hi, Tensor? mask, Tensor? dropout_key"
 )
-_NUMBERS = "SymInt tile, SymInt before, SymInt after, bool count_once, bool causal, float dropout"
+_NUMBERS = "SymInt tile, SymInt before, SymInt after, bool dedup_pairs, bool causal, float dropout"
 _TENSOR_COUNT, _NUMBER_COUNT = (len(text.split(",")) for text in (_TENSORS, _NUMBERS))
 
 
@@ -19,8 +19,8 @@ _TENSOR_COUNT, _NUMBER_COUNT = (len(text.split(",")) for text in (_TENSORS, _NUM
 def triton_attention(*inputs):
     """Output (B, H, T, D), and the maximum and the sum of every token's scores (B, H, T), float32, for backward.
 
-    Query, key (or None) and value: (B, H, T, D) of one dtype; orders and mask as `hashing.Orders` and
-    `attention_ops.ordered_attention` have them; dropout_key: () int32, None if and only if dropout is 0.
+    Query, key (or None) and value: (B, H, T, D) of one dtype; orders and mask as `hashing.AttentionLayout` and
+    `attention_ops.windowed_attention` have them; dropout_key: () int32, None if and only if dropout is 0.
     """
     with torch.cuda.device_of(inputs[0]):
         return run_forward(prepare(*inputs))
@@ -63,8 +63,10 @@ def _backward(ctx, grad, *_):
 triton_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-def attend(query, key, value, orders: Orders, causal: bool, mask, dropout: float, dropout_key) -> torch.Tensor:
-    """`kernels.triton.ordered_attention`; inputs of several dtypes are computed in float32."""
+def attend(
+    query, key, value, orders: AttentionLayout, causal: bool, mask, dropout: float, dropout_key
+) -> torch.Tensor:
+    """`kernels.triton.windowed_attention`; inputs of several dtypes are computed in float32."""
     dtype = value.dtype
     if any(x is not None and x.dtype != dtype for x in (query, key)):
         query, key, value = (None if x is None else x.float() for x in (query, key, value))
@@ -143,7 +145,7 @@ triton_attention_received.register_autograd(_backward_received, setup_context=_s
 
 
 def attend_received(
-    query, key, value, orders: Orders, paid, known, causal: bool, mask, dropout: float, dropout_key
+    query, key, value, orders: AttentionLayout, paid, known, causal: bool, mask, dropout: float, dropout_key
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`kernels.triton.attention_received`; inputs of several dtypes are computed in float32."""
     dtype = value.dtype

@@ -11,10 +11,10 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 
-from ...cli.text_generation import DAMAGED, check_sizes, saved_config
 from ...configuration_reformer import ReformerConfig, from_builtin
 from ...models import heads_text, language_models, modeling_reformer
-from ...models.modeling_reformer import BUILTIN_NAMES, OLDER_BIAS
+from ...models.pretrained import BUILTIN_NAMES, LEGACY_LM_HEAD_BIAS
+from ..model_folder import LOAD_ERRORS, check_sizes, saved_config
 from .reformer_pytorch import from_reformer_pytorch
 from .trax import from_trax, read_pickle
 
@@ -44,8 +44,8 @@ TOKENIZER_FILES = [
     "merges.txt",
 ]
 TOKENIZER_FILES += ["chat_template*", "additional_chat_templates", "tokenization_*.py"]
-SETTLED = {"attention_mode", "position_embedding_type", "classifier_pooling", "num_hidden_layers"}  # no loss
-UNREADABLE = (OSError, StrictDataclassError, *DAMAGED)
+DERIVED_FIELDS = {"attention_mode", "position_embedding_type", "classifier_pooling", "num_hidden_layers"}  # no loss
+READ_ERRORS = (OSError, StrictDataclassError, *LOAD_ERRORS)
 
 
 def convert(
@@ -138,7 +138,7 @@ def read(source: Path, kind: str, head: str | None, fields: dict[str, Any]) -> t
         return from_reformer_pytorch(read_state_dict(source), fields)
     except FileNotFoundError:
         raise
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         raise ValueError(f"{source} cannot be read as a checkpoint of {kind}: {error}") from error
 
 
@@ -252,20 +252,20 @@ def to_builtin(model: Any) -> tuple[Any, list[str]]:
     config, name = model.config, type(model).__name__
     old, lost = config.to_dict(), []
     for field, described in ReformerConfig.__dataclass_fields__.items():
-        if field in transformers.ReformerConfig.__dataclass_fields__ or field in SETTLED:
+        if field in transformers.ReformerConfig.__dataclass_fields__ or field in DERIVED_FIELDS:
             continue
         if old.pop(field, described.default) != described.default:
             lost.append(f"{field}={getattr(config, field)}")
-    fields = {key: value for key, value in old.items() if key not in {*SETTLED, "model_type", "architectures"}}
+    fields = {key: value for key, value in old.items() if key not in {*DERIVED_FIELDS, "model_type", "architectures"}}
     for key, described in transformers.ReformerConfig.__dataclass_fields__.items():
         if fields.get(key, 0) is None and type(None) not in get_args(described.type):
             fields[key] = described.default  # of kinds of layers that the model lacks
     made = BUILTIN_HEADS[name](transformers.ReformerConfig(**fields))
     dtype = model.dtype
     state = {builtin_name(key, name): value for key, value in model.state_dict().items()}
-    adds_bias = OLDER_BIAS in made.state_dict()
+    adds_bias = LEGACY_LM_HEAD_BIAS in made.state_dict()
     if adds_bias:
-        state[OLDER_BIAS] = state["lm_head.bias"].clone()
+        state[LEGACY_LM_HEAD_BIAS] = state["lm_head.bias"].clone()
     made.load_state_dict(state, assign=True)
     made = made.to(dtype).eval()
     if model.can_generate():

@@ -87,8 +87,8 @@ int hf_forward(const Problem* p) {
         prefer_huge_pages(p->out, p->batch * p->heads * p->length * p->value_size * 4);
         invert_lines(*p);
         bool shared = p->key.data == nullptr;
-        auto run = shared ? (p->count_once ? hf::run_forward<true, true> : hf::run_forward<true, false>)
-                          : (p->count_once ? hf::run_forward<false, true> : hf::run_forward<false, false>);
+        auto run = shared ? (p->dedup_pairs ? hf::run_forward<true, true> : hf::run_forward<true, false>)
+                          : (p->dedup_pairs ? hf::run_forward<false, true> : hf::run_forward<false, false>);
         run(*p);
     });
 }
@@ -101,8 +101,8 @@ int hf_backward(const Problem* p) {
         prefer_huge_pages(p->value_grad, rows * p->value_size);
         invert_lines(*p);
         bool shared = p->key.data == nullptr;
-        auto run = shared ? (p->count_once ? hf::run_backward<true, true> : hf::run_backward<true, false>)
-                          : (p->count_once ? hf::run_backward<false, true> : hf::run_backward<false, false>);
+        auto run = shared ? (p->dedup_pairs ? hf::run_backward<true, true> : hf::run_backward<true, false>)
+                          : (p->dedup_pairs ? hf::run_backward<false, true> : hf::run_backward<false, false>);
         run(*p);
     });
 }
@@ -112,8 +112,8 @@ int hf_sweep(const Problem* p) {
     return guarded([&] {
         invert_lines(*p);
         bool shared = p->key.data == nullptr;
-        auto run = shared ? (p->count_once ? hf::run_sweep<true, true> : hf::run_sweep<true, false>)
-                          : (p->count_once ? hf::run_sweep<false, true> : hf::run_sweep<false, false>);
+        auto run = shared ? (p->dedup_pairs ? hf::run_sweep<true, true> : hf::run_sweep<true, false>)
+                          : (p->dedup_pairs ? hf::run_sweep<false, true> : hf::run_sweep<false, false>);
         run(*p);
     });
 }

@@ -93,15 +93,15 @@ inline void mirror_scores(float* own) {
             transpose(own + column * kScores + row, kScores, own + row * kScores + column, kScores);
 }
 
-// scores[i][slot * kTile + j] = sum over d of rows[i][d] * columns_of(tile)[d][j], where granules may be seen; of slot
+// scores[i][slot * kTile + j] = sum over d of rows[i][d] * input_positions(tile)[d][j], where granules may be seen; of slot
 // `mirrored` only up to the diagonal.
 template <typename F>
 inline void multiply_rows(const float* rows, int size, const KeyBlock& block, int groups, int mirrored, Ahead& ahead,
-                          float* scores, F&& columns_of) {
+                          float* scores, F&& input_positions) {
     const int height = (size + kWidth - 1) / kWidth * kWidth;
     for (int slot = 0; slot < block.tiles; slot++) {
         for (int panel = 0; panel < kTile / kPanel; panel++) {
-            const float* columns = columns_of(*block.tile[slot]) + panel * height * kPanel;
+            const float* columns = input_positions(*block.tile[slot]) + panel * height * kPanel;
             for (int group = 0; group < groups; group++) {
                 int begin = std::max(block.begin[slot][group], panel * kPanel);
                 int end = std::min(block.end[slot][group], (panel + 1) * kPanel);

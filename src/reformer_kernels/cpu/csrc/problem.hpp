@@ -18,8 +18,8 @@ struct Problem {
     const int32_t* query_draw;          // (B, H, T) random numbers for dropout, or null
     const int32_t* key_draw;            // (T)
     int64_t batch, heads, length, rounds, size, value_size;
-    int64_t tile, before, after;        // as hashing.Orders counts: chunk rule from the ends of tiles, window rule from every place
-    int64_t bfloat16, count_once, causal, threads;
+    int64_t tile, before, after;        // as hashing.AttentionLayout counts: chunk rule from the ends of tiles, window rule from every place
+    int64_t bfloat16, dedup_pairs, causal, threads;
     int64_t keep_threshold;             // a pair is kept where its draw is at least this
     double dropout_scale;               // 1 / (1 - p); 0 for p = 1
     double key_scale;                   // of scores with keys of their own
@@ -64,7 +64,7 @@ struct Step {
     const int64_t* numbers;             // (B, T) the tokens' numbers in their rows, rising; or -1: padding
     void *keys, *values;                // (B, H, room, D) contiguous, by number modulo room
     int32_t* buckets;                   // (B, H, R, room)
-    int32_t *newest, *previous;         // (B, H, R, count) and (B, H, R, 1 + room): bucket_tables.BucketTables
+    int32_t *newest, *previous;         // (B, H, R, count) and (B, H, R, 1 + room): bucket_tables.BucketChains
     int64_t batch, heads, length, size, rounds, columns, num_factors, count, window, local_window, room, bfloat16, threads;
     double scale;                       // of scores; rounds > 0: shared query/key attention
     float* out;                         // (B, H, T, D)

@@ -110,8 +110,8 @@ struct Geometry {
 // Tiles a query tile may have to look at, its own included.
 inline int64_t reach_in_tiles(const Problem& p) {
     int64_t longer = p.tile % kTile == 0 ? p.tile - kTile : kTile % p.tile == 0 ? 0 : p.tile - 1;  // chunks than tiles
-    int64_t span = p.before + p.after + kTile + (p.count_once ? 0 : 2 * longer);
-    return span / kTile + (p.count_once ? 0 : span / p.length) + 4;
+    int64_t span = p.before + p.after + kTile + (p.dedup_pairs ? 0 : 2 * longer);
+    return span / kTile + (p.dedup_pairs ? 0 : span / p.length) + 4;
 }
 
 // The pointers of one (batch, head).
@@ -143,7 +143,7 @@ struct Head {
     const int32_t* tokens(int64_t tile) const {  // of geometry.count(tile) places
         return line + (geometry.first(tile) - geometry.wraps(tile) * p.length * p.rounds);
     }
-    int earlier(int64_t round) const { return p.count_once ? static_cast<int>(round) : 0; }  // rounds that count first
+    int earlier(int64_t round) const { return p.dedup_pairs ? static_cast<int>(round) : 0; }  // rounds that count first
     float* row(float* x, int token, int64_t size) const {  // of a contiguous (B, T, H, size)
         return x + ((batch * p.length + token) * p.heads + head) * size;
     }

@@ -1,0 +1,140 @@
+"""The base class of all models: weights, their initialisation, and loading, also from other Reformers' checkpoints."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_utils import PreTrainedModel, load_state_dict
+
+from ..configuration_reformer import ReformerConfig
+from ..layers.reformer_layer import ReformerLayer
+from ..ops.sequence_parallel import check_group, check_same_inputs
+
+# Parameter names of transformers' own Reformer, and ours. Names that match no pattern are left alone.
+BUILTIN_NAMES = {
+    r"^(reformer\.)?embeddings\.word_embeddings\.": "model.embed_tokens.",
+    r"^(reformer\.)?embeddings\.position_embeddings\.embedding\.": "model.position_embeddings.",
+    r"^(reformer\.)?embeddings\.position_embeddings\.weights\.": "model.position_embeddings.weights.",
+    r"^(reformer\.)?encoder\.layer_norm\.": "model.norm.",
+    r"^(reformer\.)?encoder\.layers\.": "model.layers.",
+    r"\.attention\.layer_norm\.": ".attention_norm.",
+    r"\.attention\.self_attention\.query_key\.": ".attention.qk_proj.",
+    r"\.attention\.self_attention\.query\.": ".attention.q_proj.",
+    r"\.attention\.self_attention\.key\.": ".attention.k_proj.",
+    r"\.attention\.self_attention\.value\.": ".attention.v_proj.",
+    r"\.attention\.output\.dense\.": ".attention.o_proj.",
+    r"\.feed_forward\.layer_norm\.": ".feed_forward_norm.",
+    r"\.feed_forward\.dense\.dense\.": ".feed_forward.up_proj.",
+    r"\.feed_forward\.output\.dense\.": ".feed_forward.down_proj.",
+    r"^lm_head\.decoder\.weight$": "lm_head.weight",
+}
+
+
+# Files of transformers 4, and since 5.24, hold the head's bias by this name too. Where they differ, this one counts.
+LEGACY_LM_HEAD_BIAS = "lm_head.decoder.bias"
+
+
+# What a folder of an encoder-decoder holds besides the encoder, which is all that other models read of it.
+DECODER_KEY_PATTERN = r"^(decoder|lm_head|merge_streams)\."
+
+
+class ReformerPreTrainedModel(PreTrainedModel):
+    """Weights, their initialisation, and loading, also from folders of transformers' own Reformer."""
+
+    config_class = ReformerConfig
+    config: ReformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ReformerLayer"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
+    _supports_sdpa = True
+    _supports_context_parallel = False
+    _keys_to_ignore_on_load_unexpected = [r"\.(self_)?mask_value_float(16|32)$", r"^lm_head\.decoder\.bias$"]
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As for every model of the library. A folder of transformers' own Reformer is read by its names."""
+        kwargs.setdefault("key_mapping", BUILTIN_NAMES)
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._weight_conversions = None  # what is saved from now on bears our own names
+        return loaded
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        if model.config.is_encoder_decoder and not hasattr(model, "decoder"):
+            model._keys_to_ignore_on_load_unexpected |= {DECODER_KEY_PATTERN}
+        found = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        if LEGACY_LM_HEAD_BIAS in found[0].unexpected_keys and hasattr(model, "lm_head"):
+            for state in [state_dict] if state_dict is not None else map(load_state_dict, checkpoint_files):
+                if LEGACY_LM_HEAD_BIAS in state:
+                    head = model.lm_head
+                    head.bias = nn.Parameter(
+                        state[LEGACY_LM_HEAD_BIAS].to(head.weight.device, head.bias.dtype, copy=True)
+                    )
+                    head.bias._is_hf_initialized = True
+            found[0].missing_keys.discard("lm_head.bias")
+        return found
+
+    def enable_sequence_parallel(self, group: Any) -> None:
+        """Let the processes of a `torch.distributed` group share every sequence (sequence parallelism).
+
+        From now on all of them must be given the same inputs. Outside attention each works on its share of the tokens,
+        inside on its share of the heads: exact, with a share of the memory. Losses and the heads' logits are whole on
+        every process; hidden states hold a process's own tokens. Gradients are those of one process once they are
+        averaged over the group, as DistributedDataParallel does. `None` ends it.
+
+        Raises:
+            ValueError: what is no group of this process; in `forward`, inputs that differ between processes, heads
+                that the group's size does not divide, or fewer tokens than processes.
+        """
+        if group is not None:
+            check_group(group)
+            if check_inputs_match_across_ranks not in self._forward_pre_hooks.values():
+                self.register_forward_pre_hook(check_inputs_match_across_ranks, with_kwargs=True)
+        self.base_model.sequence_group = group
+
+    def compile_layers(self, **options: Any) -> None:
+        """Compile the token-wise parts of every layer, in place: projections, feed-forward, norms around them.
+
+        The way to compile deep models: compiling takes as long as for one layer. `torch.compile` of the whole model
+        works too, since torch 2.13. Its memory in training is flat in depth as well, but that of a checkpointed model
+        where hooks or adapters sit in the layers, and under DDP.
+
+        Args:
+            options: those of `torch.compile`.
+        """
+        for layer in self.modules():
+            if isinstance(layer, ReformerLayer):
+                layer.compile_parts(**options)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.ParameterList):  # of axial positions; the owner, without parameters of its own,
+            for weight in module:  # never gets here: the library passes it over in classes that it does not ship
+                init.normal_(weight, std=self.config.axial_norm_std)
+
+
+def check_inputs_match_across_ranks(model: Any, args: tuple, kwargs: dict) -> None:
+    """Before anything of a forward can fail in one process and leave the others waiting."""
+    group = model.base_model.sequence_group
+    if group is None or torch.compiler.is_compiling():
+        return
+    signature = inspect.signature(model.forward)
+    found = signature.bind(*args, **kwargs).arguments
+    given = {name: found.get(name) for name in signature.parameters}
+    given["num_hashes, num_buckets or another keyword"] = given.pop("kwargs")
+    given |= {"train() or eval()": model.training, "no_grad()": torch.is_grad_enabled()}
+    check_same_inputs(group, model.device, given)

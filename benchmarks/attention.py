@@ -7,7 +7,7 @@ from hf_reformer.ops.layout import AttentionLayout
 
 from . import machine
 from .cases import BACKWARD, BOTH, FORWARD, Case, Entry, Group, Run, Settings
-from .cores import BATCH, HEADS, SIZE, bucket_factors, inputs, make_core, our_orders, run_function
+from .cores import BATCH, HEADS, SIZE, inputs, make_core, num_buckets_for, our_orders, run_function
 
 RESERVED_FIELDS = ["ours chunk", "ours window"]
 REFORMERS = [*RESERVED_FIELDS, "built-in", "reformer-pytorch"]
@@ -123,7 +123,7 @@ def make_op(case: Case, rival: str) -> Run:
 def make_orders(case: Case, mode: str) -> Run:
     """Hash and sort: rotations are products, the rest is reading q and writing three numbers for every place."""
     q, *_ = inputs(case.length)
-    columns = sum(bucket_factors(bucket_factors(mode, case.length))) // 2 * case.rounds
+    columns = sum(bucket_factors(num_buckets_for(mode, case.length))) // 2 * case.rounds
     rows = q.numel() // SIZE  # B·H·T
 
     def call() -> AttentionLayout:

@@ -52,7 +52,7 @@ def run_function(function: Core, length: int, work: str) -> Callable[[], Any]:
 # --- ours
 
 
-def bucket_factors(mode: str, length: int, window: int = WINDOW) -> int | tuple[int, ...]:
+def num_buckets_for(mode: str, length: int, window: int = WINDOW) -> int | tuple[int, ...]:
     """Number of buckets that fits the length: chunk mode the older rule's, which is also transformers'."""
     return legacy_num_buckets(length, CHUNK, length) if mode == "chunk" else default_num_buckets(length, window)
 
@@ -74,7 +74,7 @@ def our_orders(
     """
     batch, heads, length, size = q.shape
     makers = hashing_backend(backend, q)
-    factors = bucket_factors(mode, length, window)
+    factors = num_buckets_for(mode, length, window)
     rotations = window_rotations(make_key(0), 0, heads, size, rounds, factors, makers.normals)
     buckets = makers.lsh_buckets(q, rotations, factors)  # (B, H, R, T)
     count = num_buckets_total(factors)
@@ -133,7 +133,7 @@ def built_in_core(length: int, rounds: int, causal: bool) -> Core:
     from transformers import ReformerConfig
     from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
-    buckets = bucket_factors("chunk", length)
+    buckets = num_buckets_for("chunk", length)
     config = ReformerConfig(
         hidden_size=HEADS * SIZE,
         num_attention_heads=HEADS,

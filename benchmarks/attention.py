@@ -4,13 +4,14 @@ from collections.abc import Sequence
 
 from hf_reformer.ops.dispatch import windowed_attention
 from hf_reformer.ops.layout import AttentionLayout
+from hf_reformer.ops.lsh import bucket_factors
 
 from . import machine
 from .cases import BACKWARD, BOTH, FORWARD, Case, Entry, Group, Run, Settings
 from .cores import BATCH, HEADS, SIZE, inputs, make_core, num_buckets_for, our_orders, run_function
 
-RESERVED_FIELDS = ["ours chunk", "ours window"]
-REFORMERS = [*RESERVED_FIELDS, "built-in", "reformer-pytorch"]
+OURS = ["ours chunk", "ours window"]
+REFORMERS = [*OURS, "built-in", "reformer-pytorch"]
 BOUNDS = ["local", "sdpa"]  # neither depends on the number of rounds
 TORCH_BACKEND = ["ours chunk torch", "ours window torch"]
 MIDDLE = 4096  # here everything is measured: both directions, and the bounds beside every number of rounds
@@ -86,7 +87,7 @@ def growth_groups(settings: Settings) -> list[Group]:
             Case(section="growth", length=length, work=work, rounds=settings.main_rounds)
             for length in settings.ends((16384, 131072), (16384, 65536))
         ]
-        found += [Group("time", [Entry(case, rival) for case in cases]) for rival in RESERVED_FIELDS]
+        found += [Group("time", [Entry(case, rival) for case in cases]) for rival in OURS]
     return found
 
 

@@ -21,7 +21,7 @@ import torch
 from hf_reformer import ReformerConfig, ReformerForSequenceClassification
 from hf_reformer.data.bpe_tokenizer import train_bpe_tokenizer
 from hf_reformer.data.tables import read_examples
-from hf_reformer.ops.coverage import covered_fraction, received_entropy
+from hf_reformer.ops.coverage import covered_fraction, mass_entropy
 from hf_reformer.training.coverage_callback import received_by_layer
 
 NOISE = 30  # kinds of tokens without meaning; the two that count follow
@@ -127,7 +127,7 @@ def evaluate_batch(model: Any, batch: Batch) -> dict[str, float]:
         "task loss": out.loss.item(),
         "accuracy": (out.logits.argmax(-1) == batch["labels"]).double().mean().item(),
         "tokens reached": covered_fraction(received, inputs["attention_mask"]).mean().item(),
-        "entropy": received_entropy(received, inputs["attention_mask"]).mean().item(),
+        "entropy": mass_entropy(received, inputs["attention_mask"]).mean().item(),
     }
 
 

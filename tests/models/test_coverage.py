@@ -24,7 +24,7 @@ from hf_reformer import (
 )
 from hf_reformer.analysis.lsh_stats import received_attention
 from hf_reformer.analysis.plots import plot_attention_mass
-from hf_reformer.ops.coverage import coverage_loss, coverage_target, covered_fraction, received_entropy
+from hf_reformer.ops.coverage import coverage_loss, coverage_target, covered_fraction, mass_entropy
 from hf_reformer.training.coverage_callback import CoverageCallback, received_by_layer
 
 LENGTH = 40
@@ -297,7 +297,7 @@ def test_training_on_it_alone_reaches_more_tokens():
 def test_numbers_of_received_attention():
     received = torch.tensor([[0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25], [0.98, 0.01, 0.01, 0]])
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 0]])
-    entropy = received_entropy(received, mask)
+    entropy = mass_entropy(received, mask)
     assert entropy[:2].tolist() == pytest.approx([1, 1])
     assert 0 < entropy[2] < 0.2
     assert covered_fraction(received, mask).tolist() == pytest.approx([1, 1, 1 / 3])
@@ -332,7 +332,7 @@ def test_the_callback_logs_how_far_attention_reaches(tmp_path):
     trainer.evaluate()
     logs = trainer.state.log_history[-1]
     received = received_by_layer(model.eval(), IDS)
-    for name, number in (("eval_received_entropy", received_entropy), ("eval_reached_share", covered_fraction)):
+    for name, number in (("eval_received_entropy", mass_entropy), ("eval_reached_share", covered_fraction)):
         layers = number(received).mean(-1)
         assert logs[name] == pytest.approx(layers.mean().item(), rel=1e-5)
         assert [logs[f"{name}_layer_{i}"] for i in range(4)] == pytest.approx(layers.tolist(), rel=1e-5)

@@ -9,7 +9,7 @@ import torch
 
 from ..layers.attention import ReformerAttention
 from ..ops.coverage import covered_fraction as covered_fraction
-from ..ops.coverage import received_entropy as received_entropy
+from ..ops.coverage import mass_entropy as mass_entropy
 from ..ops.gather_attention import SparseAttention, visible_tokens
 from ..ops.layout import AttentionLayout
 from ..ops.lsh import num_buckets_total

@@ -11,7 +11,7 @@ import torch
 
 from ..ops.coverage import coverage_target
 from ..ops.coverage import covered_fraction as covered_fraction
-from ..ops.coverage import received_entropy as received_entropy
+from ..ops.coverage import mass_entropy as mass_entropy
 from ..ops.gather_attention import SparseAttention
 from .lsh_stats import (
     LayerView,

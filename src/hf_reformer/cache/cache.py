@@ -6,7 +6,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..configuration_reformer import ReformerConfig
-from .cache_layers import ChunkCacheLayer, ReformerCacheLayer, likes
+from .cache_layers import ChunkCacheLayer, ReformerCacheLayer, signatures
 
 # What outputs and `generate` call a cache: since transformers 5.24 `cache`, before `past_key_values`.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -17,7 +17,7 @@ class ReformerCache(Cache):
 
     Args:
         config: the model's.
-        max_cache_len: tokens to make room for at once; more are taken as they come.
+        max_cache_len: tokens to allocate memory for at once; it grows when there are more.
     """
 
     def __init__(self, config: ReformerConfig, max_cache_len: int = 0, **options: Any):
@@ -30,18 +30,18 @@ class ReformerCache(Cache):
         super().__init__(layers=layers, **options)
 
 
-def adopt(cache: Any, config: ReformerConfig) -> Cache:
-    """A cache that is ours already, or an empty one of the library's (dynamic or static), given layers of ours.
+def to_reformer_cache(cache: Any, config: ReformerConfig) -> Cache:
+    """A cache that a Reformer filled, or an empty one of the library's (dynamic or static) with its layers replaced.
 
     Raises:
         ValueError: it is neither.
     """
     if isinstance(getattr(cache, "layers", None), list):
-        if [layer.like for layer in cache.layers if isinstance(layer, ReformerCacheLayer)] == likes(config):
+        if [layer.signature for layer in cache.layers if isinstance(layer, ReformerCacheLayer)] == signatures(config):
             return cache
         if not any(getattr(layer, "is_initialized", True) and layer.get_seq_length() for layer in cache.layers):
-            room = max([getattr(layer, "max_cache_len", 0) for layer in cache.layers], default=0)
-            cache.layers = ReformerCache(config, room).layers
+            capacity = max([getattr(layer, "max_cache_len", 0) for layer in cache.layers], default=0)
+            cache.layers = ReformerCache(config, capacity).layers
             cache.layer_class_to_replicate = None
             return cache
     raise ValueError(
@@ -58,23 +58,25 @@ def check_call(cache: Cache, batch: int, num_hashes: int, num_buckets: Any) -> N
         ValueError: its layers do not hold the same tokens, it has other rows, or its tokens were hashed otherwise.
     """
     layers: list[Any] = cache.layers
-    held = sorted({layer.columns for layer in layers})
-    if len(held) > 1:
+    seen = sorted({layer.seen_tokens for layer in layers})
+    if len(seen) > 1:
         raise ValueError(
-            f"The layers of the cache hold {held} tokens: an earlier call broke off between them. Begin with a new "
-            "cache."
+            f"The layers of the cache hold {seen} tokens: an earlier call was interrupted between them. Begin with a "
+            "new cache."
         )
-    if layers[0].columns and layers[0].batch_size != batch:
+    if layers[0].seen_tokens and layers[0].batch_size != batch:
         raise ValueError(
             f"{batch} rows were given, but the cache has {layers[0].batch_size}. Give it new tokens of every row, or "
             "choose rows with `cache.reorder_cache(rows)`."
         )
     for layer in layers:
-        kept = layer.num_hashes, layer.num_buckets
-        if layer.columns and layer.rotations is not None and (num_hashes, num_buckets or kept[1]) != kept:
+        if not layer.seen_tokens or layer.hasher is None:
+            continue
+        hashed_with = layer.hasher.rotations.shape[2], layer.hasher.num_buckets
+        if (num_hashes, num_buckets or hashed_with[1]) != hashed_with:
             raise ValueError(
                 f"num_hashes={num_hashes}, num_buckets={num_buckets} were given, but the tokens in the cache were "
-                f"hashed with {kept[0]} and {kept[1]}. Keep them, or begin with a new cache."
+                f"hashed with {hashed_with[0]} and {hashed_with[1]}. Keep them, or begin with a new cache."
             )
 
 

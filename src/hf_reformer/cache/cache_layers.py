@@ -1,8 +1,8 @@
 """What generation keeps: projected keys and values, and per head the newest members of every hash bucket.
 
-A layer numbers the real tokens of a row 0, 1, 2 … and keeps them by that number: padding takes no room, and rows of a
-batch may be of different lengths. One step then reads the last `window` members of the new token's buckets, and the
-last `local_window` tokens, whatever the length. In chunk mode a step sorts the buckets of all tokens
+A layer numbers the real tokens of a sequence 0, 1, 2 … and keeps them by that number: padding takes no memory, and the
+sequences of a batch may differ in length. A decode step then reads the last `lsh_window` members of the new token's
+buckets and the last `local_window` tokens, whatever the length. In chunk mode a step sorts the buckets of all tokens
 (`chunk_decoding.py`).
 """
 
@@ -18,18 +18,23 @@ from ..ops.bucket_tables import BucketChains
 from ..ops.lsh import num_buckets_total
 from .chunk_decoding import hash_chunks, local_chunks
 
-GROWTH = 1.125  # of the room for tokens, when it is full
+GROWTH = 1.125  # of the capacity, when it is full
 
 
 class ReformerCacheLayer(CacheLayerMixin):
     """The kept tokens of one layer.
 
     Attributes:
-        keys, values: (B, H, room, D), by the number of a token in its row; modulo the room in local layers. Keys of
-            lsh layers are their shared query/key vectors as projected, turned by position but not normalised.
-        buckets: (B, H, R, room) int32, lsh layers.
-        lengths: (B) int64, real tokens of every row.
-        real: (B, columns) bool, which of all tokens given so far were real; None: all were.
+        keys, values: (B, H, capacity, D), by the number of a token in its sequence; modulo the capacity in local
+            layers. Keys of lsh layers are their shared query/key vectors as projected, turned by position but not
+            normalised.
+        buckets: (B, H, R, capacity) int32, lsh layers.
+        chains: the members of every bucket; lsh layers in window mode.
+        hasher: `layers.attention.Hasher` of all tokens kept; lsh layers.
+        seen_tokens: how many tokens of each sequence were given so far, padding included.
+        lengths: (B) int64, real tokens of every sequence.
+        attention_mask: (B, seen_tokens) bool, which of them were real; None: all were.
+        local_reach: how many of the last tokens a new one sees by position.
     """
 
     is_croppable = True
@@ -39,40 +44,36 @@ class ReformerCacheLayer(CacheLayerMixin):
     lengths: Any
     longest: Any
     oldest: Any
-    real: torch.Tensor | None
-    tables: BucketChains | None
-    rotations: torch.Tensor | None
-    of_every_row: tuple[str, ...] = ("keys", "values", "buckets", "lengths", "longest", "oldest", "real")
+    attention_mask: torch.Tensor | None
+    chains: Any
+    hasher: Any
+    per_sequence: tuple[str, ...] = ("keys", "values", "buckets", "lengths", "longest", "oldest", "attention_mask")
 
-    def __init__(self, config: ReformerConfig, layer: int, room: int = 0):
+    def __init__(self, config: ReformerConfig, layer: int, capacity: int = 0):
         super().__init__()
-        self.kind, self.like = config.attn_layers[layer], likes(config)[layer]
-        self.local_window, self.window = config.local_window, config.lsh_window
-        self.include_local = self.kind == "local" or config.lsh_include_local
+        self.kind, self.signature = config.attn_layers[layer], signatures(config)[layer]
+        self.local_window, self.lsh_window = config.local_window, config.lsh_window
+        self.local_reach = config.local_window if self.kind == "local" or config.lsh_include_local else 0
         self.is_sliding = self.kind == "local"
-        self.first_room = room
+        self.initial_capacity = capacity
         self.record_past = False
-        self.sibling_local_layers: list[
-            ReformerCacheLayer
-        ] = []  # local layers of its cache, unless it is one: all lose the same
+        self.sibling_local_layers: list[ReformerCacheLayer] = []  # empty in local layers: all of them evict alike
         self.reset()
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.keys = self.values = self.buckets = self.real = self.tables = self.rotations = None
-        self.num_hashes: int | None = None
-        self.num_buckets: Any = None
+        self.keys = self.values = self.buckets = self.attention_mask = self.chains = self.hasher = None
         self.is_initialized = False
-        self.columns = self.batch_size = 0
+        self.seen_tokens = self.batch_size = 0
         self.lengths = self.longest = self.oldest = None
 
     @property
-    def room(self) -> int:
+    def capacity(self) -> int:
         return 0 if self.keys is None else self.keys.shape[2]
 
     @property
-    def ring(self) -> bool:
-        """Whether old tokens make room for new ones."""
+    def is_ring_buffer(self) -> bool:
+        """Whether new tokens replace the oldest."""
         return self.kind == "local" and not self.record_past
 
     # --- growing
@@ -80,125 +81,126 @@ class ReformerCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.device, self.dtype = key_states.device, key_states.dtype
         self.batch_size, heads, _, size = key_states.shape
-        room = min(self.first_room, 2 * self.local_window) if self.ring else self.first_room
-        self.keys = key_states.new_zeros(self.batch_size, heads, room, size)
+        capacity = self.initial_capacity
+        capacity = min(capacity, 2 * self.local_window) if self.is_ring_buffer else capacity
+        self.keys = key_states.new_zeros(self.batch_size, heads, capacity, size)
         self.values = self.keys.clone()
         self.lengths = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
-        self.longest = self.lengths  # that a row was before tokens were taken back
-        self.oldest = self.lengths  # number of the first token that is still there, once the past is recorded
+        self.longest = self.lengths  # of every sequence before tokens were cropped
+        self.oldest = self.lengths  # number of the first token that is still kept, once the past is recorded
         self.is_initialized = True
 
-    def choose_rotations(self, num_hashes: int, num_buckets: Any, make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The rotations of all tokens kept; made once."""
-        if self.rotations is None:
-            self.rotations, self.num_hashes, self.num_buckets = make().contiguous(), num_hashes, num_buckets
-        return self.rotations
-
     def append(
-        self, keys: torch.Tensor, values: torch.Tensor, buckets: torch.Tensor | None, real: torch.Tensor | None
+        self, keys: torch.Tensor, values: torch.Tensor, buckets: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Keep new tokens, (B, H, N, D) each; buckets (B, H, R, N); real (B, N) bool, None: all.
+        """Keep new tokens, (B, H, N, D) each; buckets (B, H, R, N); mask (B, N) bool, None: all are real.
 
         Returns:
             (B, N) int64, their numbers; -1 for padding.
         """
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
         keys, values = (x.detach().to(self.keys.dtype) for x in (keys, values))
-        numbers = self.reserve(keys.shape[2], real, None if buckets is None else buckets.shape[:3])
+        numbers = self.reserve(keys.shape[2], mask, None if buckets is None else buckets.shape[:3])
         self._write(numbers, keys, values, buckets)
-        if self.tables is not None:
-            self.tables.add(buckets, numbers)
-        self.count(numbers)
+        if self.chains is not None:
+            self.chains.add(buckets, numbers)
+        self.commit(numbers)
         return numbers
 
-    def reserve(self, new: int, real: torch.Tensor | None, lines: tuple[int, ...] | None) -> torch.Tensor:
-        """Numbers (B, N) of N new tokens, with room for them; `lines`: (B, H, R) of lsh layers."""
+    def reserve(self, new: int, mask: torch.Tensor | None, rounds: tuple[int, ...] | None) -> torch.Tensor:
+        """Numbers (B, N) of N new tokens, with memory for them; `rounds`: (B, H, R) of lsh layers."""
         numbers = self.lengths[:, None]
         numbers = numbers if new == 1 else numbers + torch.arange(new, device=self.device)
-        if real is not None or self.real is not None:
-            real = torch.ones_like(numbers, dtype=torch.bool) if real is None else real
-            before = self.real_so_far()
-            numbers = torch.where(real, self.lengths[:, None] + real.cumsum(-1) - 1, -1)
-            self.real = torch.cat([before, real], dim=-1)
-        if lines is not None and self.buckets is None:
-            self.buckets = torch.zeros(*lines, self.room, dtype=torch.int32, device=self.device)
-            self.tables = self._new_tables(lines)
-        most = 2 * self.local_window if self.ring else math.inf
-        if self.room < min(self.columns + new, most):
-            room = int(min(max(self.columns + new, self.room * GROWTH + 1), most))
-            self.keys, self.values = (_longer(x, room, dim=2) for x in (self.keys, self.values))
-            self.buckets = None if self.buckets is None else _longer(self.buckets, room, dim=3)
-            if self.tables is not None:
-                self.tables.previous = _longer(self.tables.previous, 1 + room, dim=3)
+        if mask is not None or self.attention_mask is not None:
+            mask = torch.ones_like(numbers, dtype=torch.bool) if mask is None else mask
+            before = self.mask_so_far()
+            numbers = torch.where(mask, self.lengths[:, None] + mask.cumsum(-1) - 1, -1)
+            self.attention_mask = torch.cat([before, mask], dim=-1)
+        if rounds is not None and self.buckets is None:
+            self.buckets = torch.zeros(*rounds, self.capacity, dtype=torch.int32, device=self.device)
+            self.chains = self._new_chains(rounds)
+        most = 2 * self.local_window if self.is_ring_buffer else math.inf
+        if self.capacity < min(self.seen_tokens + new, most):
+            capacity = int(min(max(self.seen_tokens + new, self.capacity * GROWTH + 1), most))
+            self.keys, self.values = (_extend(x, capacity, dim=2) for x in (self.keys, self.values))
+            self.buckets = None if self.buckets is None else _extend(self.buckets, capacity, dim=3)
+            if self.chains is not None:
+                self.chains.previous = _extend(self.chains.previous, 1 + capacity, dim=3)
         return numbers
 
-    def _new_tables(self, lines: tuple[int, ...]) -> BucketChains | None:
-        return BucketChains(lines, num_buckets_total(self.num_buckets), self.room, self.device)
+    def _new_chains(self, rounds: tuple[int, ...]) -> BucketChains | None:
+        return BucketChains(rounds, num_buckets_total(self.hasher.num_buckets), self.capacity, self.device)
 
-    def count(self, numbers: torch.Tensor) -> None:
+    def commit(self, numbers: torch.Tensor) -> None:
         """The tokens of these numbers are kept now."""
-        self.columns += numbers.shape[1]
-        self.lengths = numbers[:, -1] + 1 if self.real is None else torch.maximum(self.lengths, numbers.amax(-1) + 1)
+        self.seen_tokens += numbers.shape[1]
+        if self.attention_mask is None:
+            self.lengths = numbers[:, -1] + 1
+        else:
+            self.lengths = torch.maximum(self.lengths, numbers.amax(-1) + 1)
 
-    def real_so_far(self) -> torch.Tensor:
-        if self.real is not None:
-            return self.real
-        return torch.ones(self.batch_size, self.columns, dtype=torch.bool, device=self.device)
+    def mask_so_far(self) -> torch.Tensor:
+        """(B, seen_tokens) bool, which tokens were real."""
+        if self.attention_mask is not None:
+            return self.attention_mask
+        return torch.ones(self.batch_size, self.seen_tokens, dtype=torch.bool, device=self.device)
 
     def _write(self, numbers, keys, values, buckets) -> None:
         new = numbers.shape[1]
-        if self.real is None and not self.ring:
-            own = slice(self.columns, self.columns + new)
+        if self.attention_mask is None and not self.is_ring_buffer:
+            own = slice(self.seen_tokens, self.seen_tokens + new)
             self.keys[:, :, own], self.values[:, :, own] = keys, values
             if buckets is not None:
                 self.buckets[..., own] = buckets
             return
-        stays = numbers >= 0
-        if self.ring:
-            stays &= numbers > numbers.amax(-1, keepdim=True) - self.room
-        row, column = stays.nonzero(as_tuple=True)
-        slot = numbers[row, column] % self.room if self.ring else numbers[row, column]
+        written = numbers >= 0
+        if self.is_ring_buffer:
+            written &= numbers > numbers.amax(-1, keepdim=True) - self.capacity
+        row, column = written.nonzero(as_tuple=True)
+        slot = numbers[row, column] % self.capacity if self.is_ring_buffer else numbers[row, column]
         self.keys[row, :, slot], self.values[row, :, slot] = keys[row, :, column], values[row, :, column]
         if buckets is not None:
             self.buckets[row, :, :, slot] = buckets[row, :, :, column]
 
     # --- reading
 
-    def all(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Keys and values (B, H, T, D), buckets (B, H, R, T) and, unless all are there, which are, (B, T) bool."""
-        length = self.columns if self.real is None else max(1, int(self.lengths.max()))
+    def all_tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Keys and values (B, H, T, D), buckets (B, H, R, T) or None, and where sequences differ, (B, T) bool."""
+        length = self.seen_tokens if self.attention_mask is None else max(1, int(self.lengths.max()))
         mask = None
-        if self.real is not None:
+        if self.attention_mask is not None:
             mask = torch.arange(length, device=self.device) < self.lengths[:, None]
         buckets = None if self.buckets is None else self.buckets[..., :length]
         return self.keys[:, :, :length], self.values[:, :, :length], buckets, mask
 
     def visible_tokens(self, own: torch.Tensor, buckets: torch.Tensor | None) -> torch.Tensor:
-        """Numbers of the tokens that the newest token of every row sees, (B, H or 1, K) int64; -1: none.
+        """Numbers of the tokens that the newest token of every sequence sees, (B, H or 1, K) int64; -1: none.
 
         own: (B) int64, its number; buckets: (B, H, R, 1).
         """
-        seen = []
-        if self.include_local:
-            count = min(self.local_window, self.columns)
+        visible = []
+        if self.local_reach:
+            count = min(self.local_reach, self.seen_tokens)
             near = own[:, None] - torch.arange(count, device=own.device)  # (B, W)
-            seen.append(near[:, None].clamp(min=-1))
+            visible.append(near[:, None].clamp(min=-1))
         if buckets is not None:
-            seen.insert(0, self.tables.last(buckets[..., 0], self.window))
-            seen = [x.expand(-1, seen[0].shape[1], -1) for x in seen]
-        return torch.cat(seen, dim=-1)
+            visible.insert(0, self.chains.last(buckets[..., 0], self.lsh_window))
+            visible = [x.expand(-1, visible[0].shape[1], -1) for x in visible]
+        return torch.cat(visible, dim=-1)
 
     def input_positions(self, numbers: torch.Tensor) -> torch.Tensor:
         """Where the tokens of these numbers (B, H, N, K) stand among all that were given; -1 stays."""
-        if self.real is None:
+        if self.attention_mask is None:
             return numbers
-        columns = (~self.real).long().argsort(dim=-1, stable=True)[:, None, None]  # of real tokens, and the others
-        found = columns.expand(-1, *numbers.shape[1:3], -1).gather(-1, numbers.clamp(min=0))
-        return torch.where(numbers >= 0, found, -1)
+        positions = (~self.attention_mask).long().argsort(dim=-1, stable=True)[:, None, None]  # real tokens first
+        positions = positions.expand(-1, *numbers.shape[1:3], -1).gather(-1, numbers.clamp(min=0))
+        return torch.where(numbers >= 0, positions, -1)
 
-    def latest(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values of the last `count` tokens, (B, H, count, D), and which there are, (B, count) bool."""
+    def last_tokens(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values of the last `count` tokens, (B, H, count, D), and which of them exist, (B, count) bool."""
         numbers = self.lengths[:, None] - count + torch.arange(count, device=self.device)
-        slot = (numbers.clamp(min=0) % max(1, self.room))[:, None, :, None]
+        slot = (numbers.clamp(min=0) % max(1, self.capacity))[:, None, :, None]
         index = slot.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
         return self.keys.gather(2, index), self.values.gather(2, index), numbers >= 0
 
@@ -211,85 +213,81 @@ class ReformerCacheLayer(CacheLayerMixin):
         )
 
     def get_seq_length(self) -> int:
-        return self.columns
+        return self.seen_tokens
 
     def get_max_length(self) -> int:
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
+        return self.seen_tokens + query_length, 0
 
     def activate_past_recording(self) -> None:
-        """Keep every token from now on, so that any number can be taken back."""
+        """Keep every token from now on, so that any number can be cropped."""
         if self.kind == "local" and self.is_initialized and not self.record_past:
-            self.oldest = (torch.maximum(self.longest, self.lengths) - self.room).clamp(min=0)
-            keys, values, _ = self.latest(min(self.room, self.columns))
+            self.oldest = (torch.maximum(self.longest, self.lengths) - self.capacity).clamp(min=0)
+            keys, values, _ = self.last_tokens(min(self.capacity, self.seen_tokens))
             self._unroll(keys, values)
         self.record_past = True
 
     def _unroll(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """From a ring to slots by number; numbers before those kept stay unwritten."""
-        room = max(self.columns, 1)
+        """From a ring buffer to slots by number; numbers before those kept stay unwritten."""
+        capacity = max(self.seen_tokens, 1)
         numbers = self.lengths[:, None] - keys.shape[2] + torch.arange(keys.shape[2], device=self.device)
         row, column = (numbers >= 0).nonzero(as_tuple=True)
-        self.keys, self.values = (x.new_zeros(*x.shape[:2], room, x.shape[3]) for x in (keys, values))
+        self.keys, self.values = (x.new_zeros(*x.shape[:2], capacity, x.shape[3]) for x in (keys, values))
         slot = numbers[row, column]
         self.keys[row, :, slot], self.values[row, :, slot] = keys[row, :, column], values[row, :, column]
 
     def lengths_without(self, count: int) -> torch.Tensor:
-        return self.lengths - self.real_so_far()[:, -count:].sum(-1)
+        return self.lengths - self.mask_so_far()[:, -count:].sum(-1)
 
     def has_evicted(self, count: int) -> bool:
-        """Whether tokens are gone that would be seen again if the last `count` columns were taken back."""
+        """Whether tokens are gone that would be seen again if the last `count` tokens were cropped."""
         if self.kind != "local" or not self.is_initialized:
             return False
-        oldest = torch.maximum(self.longest, self.lengths) - self.room if self.ring else self.oldest
+        oldest = torch.maximum(self.longest, self.lengths) - self.capacity if self.is_ring_buffer else self.oldest
         return bool(((oldest > 0) & (self.lengths_without(count) - self.local_window < oldest)).any())
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` columns.
+        """Remove the last `-tokens_to_remove` tokens.
 
         Raises:
             ValueError: a positive number, or more tokens than there are.
-            RuntimeError: a local layer no longer has the tokens that would come back into its window. No layer of
-                the cache is changed then.
+            RuntimeError: a local layer has evicted tokens that would come back into its window. No layer of the cache
+                is changed then.
         """
         count = -tokens_to_remove
         if count == 0 or not self.is_initialized:
             return
-        if not 0 < count <= self.columns:
+        if not 0 < count <= self.seen_tokens:
             raise ValueError(
-                f"crop({tokens_to_remove}) on a cache of {self.columns} tokens: give the number to take back, as a "
+                f"crop({tokens_to_remove}) on a cache of {self.seen_tokens} tokens: give the number to take back, as a "
                 "negative number."
             )
-        if any(
-            layer.has_evicted(count) for layer in (self, *self.sibling_local_layers) if layer.columns == self.columns
-        ):
+        not_cropped = [x for x in (self, *self.sibling_local_layers) if x.seen_tokens == self.seen_tokens]
+        if any(layer.has_evicted(count) for layer in not_cropped):
             raise RuntimeError(
                 f"{count} tokens cannot be taken back: a local layer no longer has those that would be seen again. "
                 "Begin anew with a `ReformerCache(config)`, and call its `activate_past_recording()` before tokens "
                 "that may be taken back."
             )
-        if count == self.columns:
+        if count == self.seen_tokens:
             self.reset()
             return
         self.longest = torch.maximum(self.longest, self.lengths)
         old, self.lengths = self.lengths, self.lengths_without(count)
-        self.columns -= count
-        self.real = None if self.real is None else self.real[:, : self.columns]
-        if self.tables is None:
+        self.seen_tokens -= count
+        self.attention_mask = None if self.attention_mask is None else self.attention_mask[:, : self.seen_tokens]
+        if self.chains is None:
             return
         numbers = old[:, None] - 1 - torch.arange(count, device=self.device)
         numbers = torch.where(numbers >= self.lengths[:, None], numbers, -1)
         index = numbers.clamp(min=0)[:, None, None].expand(-1, *self.buckets.shape[1:3], -1)
-        self.tables.remove(self.buckets.gather(-1, index), numbers)
+        self.chains.remove(self.buckets.gather(-1, index), numbers)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Apply a function to every tensor with a row for each of the batch."""
-        for holder, names in (
-            (self, self.of_every_row),
-            (self.tables, ("newest", "previous")),
-        ):
+        """Apply a function to every tensor with an entry per sequence."""
+        for holder, names in ((self, self.per_sequence), (self.chains, ("newest", "previous"))):
             for name in names:
                 x = getattr(holder, name, None)
                 if x is not None:
@@ -318,16 +316,16 @@ class ReformerCacheLayer(CacheLayerMixin):
 
 
 class ChunkCacheLayer(ReformerCacheLayer):
-    """The kept tokens of one lsh or local layer in chunk mode. Every row is a sequence of its own, without padding.
+    """The kept tokens of one lsh or local layer in chunk mode. Every sequence counts alone, without padding.
 
     Attributes:
         chunks_from: (B) int64, lsh layers: a new token with fewer tokens before it sees all of them.
     """
 
-    of_every_row = (*ReformerCacheLayer.of_every_row, "chunks_from")
+    per_sequence = (*ReformerCacheLayer.per_sequence, "chunks_from")
 
-    def __init__(self, config: ReformerConfig, layer: int, room: int = 0):
-        super().__init__(config, layer, room)
+    def __init__(self, config: ReformerConfig, layer: int, capacity: int = 0):
+        super().__init__(config, layer, capacity)
         self.config = config
         self.chunk = getattr(config, f"{self.kind}_attn_chunk_length")
         self.before = getattr(config, f"{self.kind}_num_chunks_before") or 0
@@ -337,14 +335,14 @@ class ChunkCacheLayer(ReformerCacheLayer):
         super().reset()
         self.chunks_from: Any = None
 
-    def _new_tables(self, lines: tuple[int, ...]) -> None:
-        return None  # a step sorts all tokens
+    def _new_chains(self, rounds: tuple[int, ...]) -> None:
+        return None  # a decode step sorts all tokens
 
-    def count(self, numbers: torch.Tensor) -> None:
-        super().count(numbers)
-        if self.kind == "lsh" and self.columns == numbers.shape[1]:  # the first tokens
-            begins = [self._chunks_from(length) for length in self.lengths.tolist()]
-            self.chunks_from = torch.tensor(begins, device=self.device)
+    def commit(self, numbers: torch.Tensor) -> None:
+        super().commit(numbers)
+        if self.kind == "lsh" and self.seen_tokens == numbers.shape[1]:  # the first tokens
+            chunks_from = [self._chunks_from(length) for length in self.lengths.tolist()]
+            self.chunks_from = torch.tensor(chunks_from, device=self.device)
 
     def _chunks_from(self, length: int) -> int:
         """A first input of one chunk is not cut in chunks, and neither is the first step after it."""
@@ -355,23 +353,23 @@ class ChunkCacheLayer(ReformerCacheLayer):
     def visible_tokens(self, own: torch.Tensor, buckets: torch.Tensor | None) -> torch.Tensor:
         if buckets is None:
             return local_chunks(own, self.chunk, self.before)[:, None]
-        kept = self.buckets[..., : self.columns]
+        kept = self.buckets[..., : self.seen_tokens]
         return hash_chunks(kept, buckets, own, self.lengths, self.chunk, self.before, own >= self.chunks_from)
 
 
-def _longer(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
-    """x with room for `size` entries along a dimension."""
+def _extend(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    """x with `size` entries along a dimension, zeros behind its own."""
     shape = list(x.shape)
     shape[dim] = size
-    longer = x.new_zeros(shape)
-    longer.narrow(dim, 0, x.shape[dim]).copy_(x)
-    return longer
+    extended = x.new_zeros(shape)
+    extended.narrow(dim, 0, x.shape[dim]).copy_(x)
+    return extended
 
 
-def likes(config: ReformerConfig) -> list[tuple]:
-    """What a cache of the config depends on, layer by layer."""
+def signatures(config: ReformerConfig) -> list[tuple]:
+    """The settings that a cache layer depends on, layer by layer."""
     fields = ["attention_mode", "num_attention_heads", "attention_head_size", "local_window", "lsh_window",
               "lsh_include_local", "local_attn_chunk_length", "local_num_chunks_before", "lsh_attn_chunk_length",
               "lsh_num_chunks_before"]  # fmt: skip
-    found = vars(config)  # attributes take their time, and every token asks
-    return [(kind, *[found[name] for name in fields]) for kind in found["attn_layers"]]
+    values = vars(config)  # attributes take their time, and every decode step asks
+    return [(kind, *[values[name] for name in fields]) for kind in values["attn_layers"]]

@@ -2,7 +2,7 @@
 
 Dynamo cannot follow the Function of a single layer, whose backward finds its streams in Python objects and
 differentiates. So it puts the stack into its graph as one call that it does not look into, and AOTAutograd runs the
-call to see what it computes, forward and backward. What decides that, and is no tensor, has to be told to dynamo.
+call to see what it computes, forward and backward. What decides that and is no tensor has to be told to dynamo.
 """
 
 import contextlib
@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils.stateless import _reparametrize_module
 
-from ..reversible.chunking import ChunkedBuffer, chunk_length_for
+from ..compat import active_ddp_module, nonstrict_trace, reparametrize_module
+from ..reversible.chunking import ChunkedBuffer, tokens_per_chunk
 from ..reversible.grid import Grid
 from ..reversible.recompute import autocast_again, autocast_state
 from ..reversible.reversible import (
@@ -28,93 +27,92 @@ from ..reversible.reversible import (
     residual_step,
     warn_if_inexact,
 )
-from .attention import Call
+from .forward_context import AttentionReport, ForwardContext
 
 
-def supports_compiled_stack(layers: Any, call: Call) -> bool:
+def supports_compiled_stack(layers: Any, ctx: ForwardContext) -> bool:
     """Whether a graph may hold the layers as one call: in training, as they were made, and in one process."""
     if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting() or torch.__version__ < "2.13":
         return False  # older dynamo hands no modules to such calls
-    split = DistributedDataParallel._active_ddp_module is not None  # whose buckets dynamo makes graphs of their own
-    return not split and call.shard is None and all(layer.is_unmodified() for layer in layers)
+    split = active_ddp_module() is not None  # dynamo makes graphs of its buckets
+    return not split and ctx.shard is None and all(layer.is_unmodified() for layer in layers)
 
 
 def compiled_stack(
-    layers: Any, x1: torch.Tensor, x2: torch.Tensor, call: Call, grid: Grid
-) -> tuple[torch.Tensor, ...]:
-    """Both streams, (B, T, D) each, through all layers (an nn.ModuleList); for graphs only.
-
-    Then come what the tokens receive in every layer, where the call asks for it.
-    """
-    told = {name: value for name, value in zip(Call._fields, call, strict=True) if value is not None}
-    return _opaque(layers, x1, x2, told, grid.bits, _settings(layers))
+    layers: Any, x1: torch.Tensor, x2: torch.Tensor, ctx: ForwardContext, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor, list[AttentionReport]]:
+    """Both streams, (B, T, D) each, through all layers (an nn.ModuleList), and the attention mass; for graphs only."""
+    fields = {name: value for name, value in zip(ctx._fields, ctx, strict=True) if value is not None}
+    x1, x2, *masses = _opaque(layers, x1, x2, fields, grid.bits, _settings(layers))
+    return x1, x2, [AttentionReport(mass=mass) for mass in masses]
 
 
 def _settings(layers: Any) -> str:
     """All numbers, texts and flags of the layers and of their config: dynamo guards what goes in here."""
     holders = [layers[0].attention.config, *(module for layer in layers for module in layer.modules())]
-    found = [value for holder in holders for value in vars(holder).values() if isinstance(value, _PLAIN)]
-    return " ".join([value.hex() if isinstance(value, float) else str(value) for value in found])
+    plain = [value for holder in holders for value in vars(holder).values() if isinstance(value, _PLAIN)]
+    return " ".join([value.hex() if isinstance(value, float) else str(value) for value in plain])
 
 
 _PLAIN = (bool, int, float, str)
 
 
-@torch._dynamo.nonstrict_trace
-def _opaque(layers, x1, x2, told, bits, settings):
-    call = Call(**{**dict.fromkeys(Call._fields), **told})
-    own = [dict(layer.named_parameters()) for layer in layers]
-    tensors = [x for named in own for x in named.values()]
-    return _Stack.apply(layers, [tuple(named) for named in own], call, Grid(x1.dtype, bits), x1, x2, *tensors)
+@nonstrict_trace
+def _opaque(layers, x1, x2, fields, bits, settings):
+    ctx = ForwardContext(**{**dict.fromkeys(ForwardContext._fields), **fields})
+    parameters = [dict(layer.named_parameters()) for layer in layers]
+    tensors = [x for named in parameters for x in named.values()]
+    return _Stack.apply(layers, [tuple(named) for named in parameters], ctx, Grid(x1.dtype, bits), x1, x2, *tensors)
 
 
 class _Stack(torch.autograd.Function):
     """Saves the streams after the last layer, and rebuilds all others from them."""
 
     @staticmethod
-    def forward(ctx, layers, names, call, grid, x1, x2, *tensors):
-        ctx.layers, ctx.names, ctx.call, ctx.grid = layers, names, call, grid
-        ctx.autocast = autocast_state(x1.device)
+    def forward(fn, layers, names, ctx, grid, x1, x2, *tensors):
+        fn.layers, fn.names, fn.ctx, fn.grid = layers, names, ctx, grid
+        fn.autocast = autocast_state(x1.device)
         before = checksum(x1), checksum(x2)
-        told: list[torch.Tensor] = []
-        for layer in layers:
-            x1, x2, *more = residual_step(layer, x1, x2, layer.told(call), grid)
-            told += more
-        ctx.told = len(told)
-        ctx.save_for_backward(*told, x1, x2, *before, *tensors)
-        return x1, x2, *told
+        masses: list[torch.Tensor] = []
+        for index, layer in enumerate(layers):
+            x1, x2, mass, *_ = residual_step(layer, x1, x2, ctx.for_layer(index), grid)
+            masses += [] if mass is None else [mass]
+        fn.save_for_backward(x1, x2, *before, *tensors)
+        return x1, x2, *masses
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d1, d2, *grad_aux):
-        told, (y1, y2, sum1, sum2, *tensors) = ctx.saved_tensors[: ctx.told], ctx.saved_tensors[ctx.told :]
-        call, need = ctx.call, ctx.needs_input_grad[6:]
+    def backward(fn, d1, d2, *grad_masses):
+        y1, y2, sum1, sum2, *tensors = fn.saved_tensors
+        ctx, need = fn.ctx, fn.needs_input_grad[6:]
         grads: list[torch.Tensor | None] = []
-        if call.key is not None:
-            call = call._replace(key=_key_again(call.key, d1))
-        for index, (layer, names) in reversed(list(enumerate(zip(ctx.layers, ctx.names, strict=True)))):
+        if ctx.key is not None:
+            ctx = ctx._replace(key=_key_again(ctx.key, d1))
+        for index, (layer, names) in reversed(list(enumerate(zip(fn.layers, fn.names, strict=True)))):
             first = len(tensors) - len(names)
             wanted = need[first : len(tensors)]
             leaves = [x.detach().requires_grad_(n) for x, n in zip(tensors[first:], wanted, strict=True)]
             del tensors[first:]
             totals = GradientAccumulator([x for x in leaves if x.requires_grad])
-            again = partial(_again, layer, dict(zip(names, leaves, strict=True)), d1.device, ctx.autocast)
-            stages = LayerStages(layer, layer.told(call), ctx.grid, (), again)
-            size = chunk_length_for(y2, layer.chunk_size)
-            y2, d1 = invert_branch(stages.g, size, y2, y1, d2, d1, totals, ChunkedBuffer(y2.shape[1]))
-            own = told[index : index + 1], grad_aux[index : index + 1]
-            y1, d2 = invert_attention_branch(stages, size, y1, y2, d1, d2, totals, ChunkedBuffer(y1.shape[1]), *own)
-            found = iter(totals.result())
-            grads = [next(found) if n else None for n in wanted] + grads
+            again = partial(_again, layer, dict(zip(names, leaves, strict=True)), d1.device, fn.autocast)
+            stages = LayerStages(layer, ctx.for_layer(index), fn.grid, again)
+            size = tokens_per_chunk(y2, layer.chunk_size)
+            buffers = ChunkedBuffer(y2.shape[1]), ChunkedBuffer(y1.shape[1])
+            y2, d1 = invert_branch(stages.feed_forward_branch, size, y2, y1, d2, d1, totals, buffers[0])
+            grad_report = [*grad_masses[index : index + 1], *[None] * len(AttentionReport._fields)]
+            grad_report = grad_report[: len(AttentionReport._fields)]
+            y1, d2 = invert_attention_branch(stages, (), size, y1, y2, d1, d2, totals, buffers[1], grad_report)
+            layer_grads = iter(totals.result())
+            grads = [next(layer_grads) if n else None for n in wanted] + grads
         grads = [d1, d2, *grads]
-        told = next(i for i, grad in enumerate(grads) if ctx.needs_input_grad[4 + i] and grad is not None)
-        grads[told] = _checked(grads[told], y1, y2, sum1, sum2, ctx.grid.bits)  # one that compilers cannot leave out
+        checked = next(i for i, grad in enumerate(grads) if fn.needs_input_grad[4 + i] and grad is not None)
+        grads[checked] = _checked(grads[checked], y1, y2, sum1, sum2, fn.grid.bits)  # compilers cannot leave it out
         return None, None, None, None, *grads
 
 
 @contextlib.contextmanager
-def _again(layer, tensors, device, autocast, part) -> Iterator[None]:
-    with _reparametrize_module(layer, tensors), torch.enable_grad(), autocast_again(device, autocast):
+def _again(layer, tensors, device, autocast, stage) -> Iterator[None]:
+    with reparametrize_module(layer, tensors), torch.enable_grad(), autocast_again(device, autocast):
         yield
 
 

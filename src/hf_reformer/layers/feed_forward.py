@@ -25,14 +25,14 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.feed_forward_size)
         self.down_proj = nn.Linear(config.feed_forward_size, config.hidden_size)
 
-    def forward(self, x: torch.Tensor, key: torch.Tensor | None, first: int = 0) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, key: torch.Tensor | None, offset: int = 0) -> torch.Tensor:
         """(B, T, D) → (B, T, D).
 
         Args:
             key: of this layer's dropout, None in evaluation.
-            first: position of x[:, 0] in its sequence.
+            offset: position of x[:, 0] in its sequence.
         """
         x = self.up_proj(x)
-        x = dropout(x, self.dropout, key if key is None else fold(key, HIDDEN_DROPOUT), first)
+        x = dropout(x, self.dropout, key if key is None else fold(key, HIDDEN_DROPOUT), offset)
         x = self.down_proj(self.act(x))
-        return dropout(x, self.dropout, key if key is None else fold(key, FEED_FORWARD_DROPOUT), first)
+        return dropout(x, self.dropout, key if key is None else fold(key, FEED_FORWARD_DROPOUT), offset)

@@ -1,8 +1,9 @@
-"""One more token through whole layers, in one call of the compiled kernel: generation on a CPU.
+"""A decode step through whole layers in one call of the compiled kernel: generation on a CPU.
 
 Module by module, a small layer's step spends as long between its operations as in them.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,67 +11,78 @@ from torch import nn
 from transformers.activations import GELUActivation
 
 from ..ops.dispatch import compiled_token_step
-from .attention import Call
+from .forward_context import ForwardContext
 
 MAX_BATCH_SIZE = 8  # with more, matrix products of the whole batch are faster
 ACTIVATIONS = {nn.ReLU: False, GELUActivation: True}
 
+Streams = tuple[torch.Tensor, torch.Tensor]
 
-def token_step(
-    layers: Any, x1: torch.Tensor, x2: torch.Tensor, call: Call
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The streams (B, 1, D) of one new token of every row behind these layers, as their modules give them.
 
-    None where that is not what is asked for, or where there is anything but what the kernel knows: float32 weights as
-    they were made, on a CPU.
+def plan_fused_decode(
+    layers: Any, ctx: ForwardContext, like: torch.Tensor, dtype: torch.dtype
+) -> Callable[[torch.Tensor, torch.Tensor], Streams] | None:
+    """What takes both streams (B, 1, D) of one new token per sequence through the layers, as their modules would.
+
+    Args:
+        like: (B, T, D), what the streams begin with.
+        dtype: that of the streams.
+
+    Returns:
+        None unless this is a decode step with everything that the kernel knows: unmodified layers with float32 weights
+        on a CPU, and nothing but values asked for.
     """
-    if call.cache is None or call.attentions is not None or x2.shape[1] != 1 or x2.shape[0] > MAX_BATCH_SIZE:
+    if ctx.cache is None or ctx.want_weights or ctx.want_sorting or like.shape[1] != 1 or like.shape[0] > MAX_BATCH_SIZE:
         return None
-    if not x2.is_cpu or x2.dtype not in (torch.float64, torch.float32):
+    if not like.is_cpu or dtype not in (torch.float64, torch.float32):
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return None
     steps = []
     for layer in layers:
-        known = _known(layer, call.cache.layers)
-        if known is None:
+        step = _describe(layer, ctx.cache.layers)
+        if step is None:
             return None
-        steps.append(known)
-    first = steps[0]["kept"].keys
-    step = compiled_token_step(layers[0].attention.backend, first)
-    if step is None:
+        steps.append(step)
+    kernel = compiled_token_step(layers[0].attention.backend, steps[0]["kept"].keys)
+    if kernel is None:
         return None
-    for one in steps:
-        kept = one["kept"]
-        one["numbers"] = kept.reserve(1, call.mask, None if kept.buckets is None else kept.buckets.shape[:3])
-    found = step(x1, x2, steps, call.rotary)
-    for one in steps:
-        one["kept"].count(one["numbers"])
-    return found
+
+    def run(x1: torch.Tensor, x2: torch.Tensor) -> Streams:
+        for step in steps:
+            cache_layer = step["kept"]
+            rounds = None if cache_layer.buckets is None else cache_layer.buckets.shape[:3]
+            step["numbers"] = cache_layer.reserve(1, ctx.mask, rounds)
+        streams = kernel(x1, x2, steps, ctx.rotary)
+        for step in steps:
+            step["kept"].commit(step["numbers"])
+        return streams
+
+    return run
 
 
-def _known(layer: Any, all_kept: list) -> dict[str, Any] | None:
-    """What the kernel has to know of a layer, by its names; None where it cannot take it."""
+def _describe(layer: Any, cache_layers: list) -> dict[str, Any] | None:
+    """What the kernel has to know of a layer, by its names; None for a layer that it cannot take."""
     if "expected_types" not in layer.__dict__ or not layer.is_unmodified():  # a wrapper, perhaps
         return None
     parts = layer._modules  # every token comes here, and a module's attributes take their time
     attention, feed_forward = parts["attention"], parts["feed_forward"]
     norm, second_norm = parts["attention_norm"], parts["feed_forward_norm"]
     act = type(feed_forward._modules["act"])
-    kept = all_kept[attention.layer]
-    if attention.mode != "window" or attention.kind not in ("lsh", "local"):
+    cache_layer = cache_layers[attention.layer]
+    if attention.kind == "full" or attention.mode != "window":
         return None
-    if not kept.columns or kept.keys.dtype != torch.float32 or act not in ACTIVATIONS or norm.eps != second_norm.eps:
+    if not cache_layer.seen_tokens or cache_layer.keys.dtype != torch.float32 or act not in ACTIVATIONS or norm.eps != second_norm.eps:
         return None
     weights = _weights(attention, feed_forward, norm._parameters, second_norm._parameters)
     if weights is None:
         return None
     return {
-        "kept": kept,
+        "kept": cache_layer,
         "weights": weights,
         "gelu": ACTIVATIONS[act],
         "epsilon": norm.eps,
-        "local_window": kept.local_window if kept.include_local else 0,
+        "local_window": cache_layer.local_reach,
         "scale": attention.scale,
     }
 

@@ -8,14 +8,15 @@ from transformers.utils import can_return_tuple
 
 from ..cache.cache import CACHE_NAME
 from ..configuration_reformer import ReformerConfig
-from ..layers.attention import Call
-from ..layers.cross_attention import CrossAttention, Source
 from ..layers.feed_forward import LayerNorm
+from ..layers.forward_context import AttentionReport, EncoderContext, ForwardContext
+from ..layers.full_attention import FullAttention
 from ..layers.reformer_layer import ReformerLayer
 from ..ops.coverage import CoverageTarget, coverage_loss, coverage_target
+from ..reversible.chunking import Handoff
 from .input_checks import check_mask_values, given_shape
 from .modeling_reformer import ReformerModel
-from .outputs import ReformerDecoderOutput
+from .outputs import ReformerModelOutput
 
 
 class ReformerDecoderLayer(ReformerLayer):
@@ -24,24 +25,23 @@ class ReformerDecoderLayer(ReformerLayer):
     def __init__(self, config: ReformerConfig, layer: int):
         super().__init__(config, layer)
         self.cross_attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.cross_attention = CrossAttention(config, layer)
+        self.cross_attention = FullAttention(config, layer, over_encoder=True)
 
-    def project(self, x2: torch.Tensor, call: Call, first: int) -> list[torch.Tensor | None]:
-        query = self.cross_attention.project(self.cross_attention_norm(x2))
-        return [*super().project(x2, call, first), query]
+    def qkv_projection(self, x2: torch.Tensor, ctx: ForwardContext, offset: int) -> list[torch.Tensor | None]:
+        return [*self.cross_attention.qkv(self.cross_attention_norm(x2)), *super().qkv_projection(x2, ctx, offset)]
 
-    def attend(self, projected: list[Any], call: Call, *states: torch.Tensor, known: Any = None) -> Any:
-        """As every layer's; then, where the call asks for it, also what every token of the source receives, (B, S)."""
-        mixed, *received = self.cross_attention(projected.pop(), *states, call.source, call.paid)
-        own = super().attend(projected, call, known)
-        own, *told = own if isinstance(own, tuple) else (own,)
-        mixed = torch.cat([own, mixed], dim=-1)
-        return (mixed, *told, *received) if told else mixed
+    def attend(self, projected: Handoff, ctx: ForwardContext, *states: torch.Tensor) -> tuple[Any, ...]:
+        cross_query, *own = projected.take()
+        cross, cross_report = self.cross_attention(Handoff([cross_query]), ctx, *states)
+        del cross_query
+        mixed, report = self.attention(Handoff(own), ctx)
+        report = report._replace(encoder_mass=cross_report.encoder_mass, encoder_weights=cross_report.encoder_weights)
+        return torch.cat([mixed, cross], dim=-1), *report
 
-    def merge(self, mixed: torch.Tensor, call: Call, first: int) -> torch.Tensor:
+    def output_projection(self, mixed: torch.Tensor, ctx: ForwardContext, offset: int) -> torch.Tensor:
         own, cross = mixed.chunk(2, dim=-1)
-        cross = self.cross_attention.merge(cross, call.layer_key, call.first + first)
-        return super().merge(own, call, first) + cross
+        cross = self.cross_attention.output(cross, ctx.layer_key, ctx.offset + offset)
+        return super().output_projection(own, ctx, offset) + cross
 
 
 class ReformerDecoder(ReformerModel):
@@ -63,7 +63,7 @@ class ReformerDecoder(ReformerModel):
         use_cache: bool | None = None,
         cache: Cache | None = None,
         **kwargs,
-    ) -> ReformerDecoderOutput:
+    ) -> ReformerModelOutput:
         r"""
         Args:
             encoder_hidden_states: (B, S, 2 D), the encoder's last hidden state.
@@ -84,35 +84,31 @@ class ReformerDecoder(ReformerModel):
         mask = None if encoder_attention_mask is None else encoder_attention_mask.to(states.device) != 0
         if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
             mask = None
-        wanted = self.config.output_attentions if output_attentions is None else output_attentions
-        kept = (None, None) if both is None else (both.self_attention_cache, both.cross_attention_cache)
-        source = Source(mask, kept[1], [] if wanted else None)
+        self_cache = cross_cache = None
+        if both is not None:
+            self_cache, cross_cache = both.self_attention_cache, both.cross_attention_cache
         outputs = super().forward(
             input_ids,
             attention_mask,
             inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
-            past_key_values=kept[0],
-            of_encoder=((states,), source),
+            past_key_values=self_cache,
+            encoder_hidden_states=states,
+            encoder_context=EncoderContext(mask, cross_cache),
             **{**kwargs, "return_dict": True},
         )
-        return ReformerDecoderOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            **{CACHE_NAME: both},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            coverage_loss=outputs.coverage_loss,
-            cross_attentions=None if source.attentions is None else tuple(source.attentions),
-        )
+        outputs[CACHE_NAME] = both
+        return outputs
 
-    def _coverage(self, received: list[torch.Tensor], shares: CoverageTarget, source: Any) -> torch.Tensor:
-        """Of what tokens of target and source receive in turn, layer by layer, the sum of both losses (layers)."""
-        own = super()._coverage(received[::2], shares, source)
-        cross = torch.stack(received[1::2])
-        real = (shares.paid > 0).any(-1, keepdim=True).expand(cross.shape[1:])  # rows with a target
-        real = real if source.mask is None else real & source.mask
-        target = coverage_target(real, real.cumsum(-1) - 1)
-        return own + coverage_loss(cross, target).to(own.dtype)
+    def _coverage(
+        self, reports: list[AttentionReport], target: CoverageTarget, encoder: EncoderContext | None
+    ) -> torch.Tensor:
+        """Of every layer, the sum of the losses over tokens of the target and over those of the source, (layers)."""
+        own = super()._coverage(reports, target, encoder)
+        cross = torch.stack([report.encoder_mass for report in reports])
+        real = (target.query_weights > 0).any(-1, keepdim=True).expand(cross.shape[1:])  # sequences with a target
+        real = real if encoder.mask is None else real & encoder.mask
+        return own + coverage_loss(cross, coverage_target(real, real.cumsum(-1) - 1)).to(own.dtype)
 
     def _check_source(self, states: torch.Tensor | None, mask: torch.Tensor | None, rows: int) -> None:
         width = 2 * self.config.hidden_size

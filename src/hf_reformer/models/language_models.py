@@ -9,7 +9,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
-from ..cache.cache import CACHE_NAME, adopt
+from ..cache.cache import CACHE_NAME, to_reformer_cache
 from ..configuration_reformer import ReformerConfig
 from ..ops.sequence_parallel import SequenceShard, all_reduce, gather_sequence, local_tokens, tokens_at
 from .input_checks import given_shape
@@ -147,7 +147,7 @@ class ReformerForCausalLM(ReformerLMBase, GenerationMixin):
         library: Any = super()
         library._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if model_kwargs.get(CACHE_NAME) is not None:
-            model_kwargs[CACHE_NAME] = adopt(model_kwargs[CACHE_NAME], self.config)
+            model_kwargs[CACHE_NAME] = to_reformer_cache(model_kwargs[CACHE_NAME], self.config)
             if generation_config.is_assistant:  # what it guesses wrong is taken back
                 model_kwargs[CACHE_NAME].activate_past_recording()
 

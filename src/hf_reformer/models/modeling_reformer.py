@@ -1,6 +1,8 @@
 """ReformerModel: embeddings, a stack of reversible layers, a final norm over both streams."""
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -8,18 +10,19 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple, logging
 
-from ..cache.cache import CACHE_NAME, ReformerCache, adopt, check_call
+from ..cache.cache import CACHE_NAME, ReformerCache, check_call, to_reformer_cache
 from ..configuration_reformer import ReformerConfig, padded_length
-from ..layers.attention import Call
 from ..layers.compiled_stack import compiled_stack, supports_compiled_stack
 from ..layers.feed_forward import LayerNorm
-from ..layers.fused_decode import token_step
+from ..layers.forward_context import AttentionReport, EncoderContext, ForwardContext
+from ..layers.fused_decode import plan_fused_decode
 from ..layers.position_embeddings import AxialPositionEmbeddings, LearnedPositionEmbeddings, rotary_tables
 from ..layers.reformer_layer import ReformerLayer
 from ..ops.coverage import CoverageTarget, coverage_loss, coverage_target
 from ..ops.lsh import num_buckets_total
 from ..ops.prng import EMBEDDING_DROPOUT, FINAL_DROPOUT, draw_key, dropout, fold
 from ..ops.sequence_parallel import SequenceShard, broadcast, local_tokens, make_sequence_shard
+from ..reversible.chunking import Handoff
 from ..reversible.grid import Grid, choose_grid, to_stream
 from ..reversible.recompute import can_reverse
 from ..reversible.reversible import StreamHandoff, needs_plain_path
@@ -28,6 +31,15 @@ from .outputs import ReformerModelOutput
 from .pretrained import ReformerPreTrainedModel
 
 logger = logging.get_logger(__name__)
+
+
+class StackOutput(NamedTuple):
+    """Both streams behind a stack of layers, what each layer reports, and the states that were recorded, or None."""
+
+    x1: torch.Tensor
+    x2: torch.Tensor
+    reports: list[AttentionReport]
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class ReformerModel(ReformerPreTrainedModel):
@@ -79,6 +91,10 @@ class ReformerModel(ReformerPreTrainedModel):
         use_cache: bool | None = None,
         cache: Cache | None = None,
         output_coverage: bool | None = None,
+        output_attention_mass: bool | None = None,
+        output_sorting: bool | None = None,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        encoder_context: EncoderContext | None = None,
         **kwargs,
     ) -> ReformerModelOutput:
         r"""
@@ -86,20 +102,24 @@ class ReformerModel(ReformerPreTrainedModel):
             input_ids: (B, T) int64, any T up to the positions the config covers; or `inputs_embeds`: (B, T, D).
             attention_mask: (B, T), 1 for real tokens. Zeros may stand anywhere; the output there is meaningless.
             position_ids: (B, T). Default: in window mode the number of real tokens before each token, so that left
-                padding changes nothing; in chunk mode 0 … T - 1. Where they restart at 0 within a row, another sample
-                begins: samples packed into a row don't see each other (window mode).
+                padding changes nothing; in chunk mode 0 … T - 1. Where they restart at 0 within a sequence, another
+                sample begins: samples packed into one sequence don't see each other (window mode).
             num_hashes, num_buckets: this call's own number of hash rounds and of buckets.
-            output_hidden_states: also give the feed-forward stream before every layer and after the last, (B, T, D)
+            output_hidden_states: also return the feed-forward stream before every layer and after the last, (B, T, D)
                 each. In training this takes the plain path, whose memory grows with depth.
-            output_attentions: also give every layer's attention: True as matrices of weights (B, H, T, before + T),
-                `"sparse"` as `listed_attention.SparseAttention`, of which the size grows with the length alone. Both
+            output_attentions: also return every layer's attention: True as matrices of weights (B, H, T, before + T),
+                `"sparse"` as `gather_attention.SparseAttention`, of which the size grows with the length alone. Both
                 are computed token by token, slowly, on the plain path.
             cache, past_key_values: two names for what an earlier call returned, or an empty cache: the inputs continue
                 it. Then `attention_mask` counts the tokens before, too: (B, before + T).
             use_cache: return a cache (causal models). A call with a cache computes as in evaluation. In chunk mode its
-                tokens follow the older rule of decoding, which is not that of one call (docs/generation.md).
-            output_coverage: also give every layer's `coverage.coverage_loss`. Default: if
+                tokens follow the legacy rule of decoding, which is not that of one call (docs/generation.md).
+            output_coverage: also return every layer's `coverage.coverage_loss`. Default: if
                 `config.coverage_loss_weight` is above 0 and there is no cache.
+            output_attention_mass: also return the attention mass that every token receives, of every layer (B, T).
+            output_sorting: also return how every layer arranged the tokens, `forward_context.Sorting`; not with a
+                cache. Takes the plain path.
+            encoder_hidden_states, encoder_context: the source of a decoder (`ReformerDecoder`).
 
         Returns:
             ReformerModelOutput with `last_hidden_state` (B, T, 2 D), the cache, as `cache` since transformers 5.24, or
@@ -117,62 +137,76 @@ class ReformerModel(ReformerPreTrainedModel):
             raise ValueError("`cache` and `past_key_values` are two names for one argument. Give one of them.")
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
         cover = self._covers(output_coverage, cache)
+        if cache is not None and (output_sorting or output_attention_mass):
+            raise ValueError(
+                "`output_sorting` and `output_attention_mass` need all tokens of a sequence at once, and a cache holds "
+                "some of them. Leave out `past_key_values` and `use_cache`."
+            )
         past = 0 if cache is None else cache.get_seq_length()
         check_inputs(
             self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets, past
         )
         reject_ignored_packing_args(position_ids, **kwargs)
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        shard = self.shard(given.shape[1])
-        own = local_tokens(given, shard)
-        embeds = self.embed_tokens(own) if inputs_embeds is None else own
-        call, positions = self._make_call(
-            embeds, given.shape[1], shard, attention_mask, position_ids, num_hashes, num_buckets, cache
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        shard = self.shard(inputs.shape[1])
+        inputs_here = local_tokens(inputs, shard)
+        embeds = self.embed_tokens(inputs_here) if inputs_embeds is None else inputs_here
+        ctx, positions = self._make_context(
+            embeds, inputs.shape[1], shard, attention_mask, position_ids, num_hashes, num_buckets, cache
+        )
+        target = self._coverage_target(ctx, inputs) if cover or output_attention_mass else None
+        ctx = ctx._replace(
+            encoder=encoder_context,
+            query_weights=None if target is None else target.query_weights / self.config.num_attention_heads,
+            want_weights=bool(output_attentions),
+            want_sorting=bool(output_sorting),
         )
         if self.config.position_embedding_type != "rotary":
             embeds = embeds + self.position_embeddings(local_tokens(positions, shard))
-        embeds = dropout(embeds, self.config.hidden_dropout_prob, _subkey(call.key, EMBEDDING_DROPOUT), call.first)
+        embeds = dropout(embeds, self.config.hidden_dropout_prob, _subkey(ctx.key, EMBEDDING_DROPOUT), ctx.offset)
         precision = "float32" if embeds.device.type == "mps" else self.config.residual_precision  # it has no float64
         grid = choose_grid(precision, self.norm.weight.dtype, rounded=torch.is_grad_enabled())
-        streams = [to_stream(embeds, grid)] * 2
-        del embeds  # so that the layers can free what they have used up
-        if output_attentions:
-            call = call._replace(attentions=[], dense=output_attentions != "sparse")
-        extra, source = kwargs.get("of_encoder", ((), None))  # given by a decoder (seq2seq.py)
-        call = call._replace(source=source)
-        shares = self._shares(call, given) if cover else None
-        if shares is not None:
-            call = call._replace(paid=shares.paid / self.config.num_attention_heads)
-        x1, x2, states, received = self._run_layers(streams, call, grid, bool(output_hidden_states), extra)
+        run_stack = self._choose_stack(ctx, grid, embeds, bool(output_hidden_states))
+        stream = Handoff(to_stream(embeds, grid))
+        del embeds, inputs_here  # so that the layers can free what they have used up
+        states = () if encoder_hidden_states is None else (encoder_hidden_states,)
+        x1, x2, reports, hidden_states = run_stack(stream, ctx, grid, *states)
         hidden = self.norm(torch.cat([x1, x2], dim=-1))
-        hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(call.key, FINAL_DROPOUT), call.first)
-        attentions: Any = call.attentions
-        if call.dense:
-            attentions = [x if isinstance(x, torch.Tensor) else x.dense(past + given.shape[1]) for x in attentions]
+        hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(ctx.key, FINAL_DROPOUT), ctx.offset)
+        weights, cross = ([getattr(r, name) for r in reports] for name in ("weights", "encoder_weights"))
+        if output_attentions and output_attentions != "sparse":
+            weights = [x.dense(past + inputs.shape[1]) for x in weights]
         return ReformerModelOutput(
             last_hidden_state=hidden,
             **{CACHE_NAME: cache},
-            hidden_states=states,
-            attentions=None if attentions is None else tuple(attentions),
-            coverage_loss=None if shares is None else self._coverage(received, shares, source),
+            hidden_states=hidden_states,
+            attentions=tuple(weights) if output_attentions else None,
+            cross_attentions=tuple(cross) if output_attentions and states else None,
+            coverage_loss=self._coverage(reports, target, encoder_context) if cover else None,
+            attention_mass=tuple(r.mass for r in reports) if output_attention_mass else None,
+            sorting=tuple(r.sorting for r in reports) if output_sorting else None,
         )
 
     def _covers(self, wanted: bool | None, cache: Cache | None) -> bool:
-        """Whether this call tells how far attention reaches."""
+        """Whether this call computes the coverage loss."""
         if wanted and cache is not None:
             raise ValueError(
-                "`output_coverage=True` needs all tokens of a row at once, and a cache holds some of them. Leave out "
-                "`past_key_values` and `use_cache`."
+                "`output_coverage=True` needs all tokens of a sequence at once, and a cache holds some of them. Leave "
+                "out `past_key_values` and `use_cache`."
             )
         return cache is None and (self.config.coverage_loss_weight > 0 if wanted is None else wanted)
 
-    def _shares(self, call: Call, given: torch.Tensor) -> CoverageTarget:
-        real = torch.ones(given.shape[:2], dtype=torch.bool, device=given.device) if call.mask is None else call.mask
-        return coverage_target(real, call.ranks, call.samples, self.config.is_decoder)
+    def _coverage_target(self, ctx: ForwardContext, inputs: torch.Tensor) -> CoverageTarget:
+        real = ctx.mask
+        real = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device) if real is None else real
+        return coverage_target(real, ctx.ranks, ctx.samples, self.config.is_decoder)
 
-    def _coverage(self, received: list[torch.Tensor], shares: CoverageTarget, source: Any) -> torch.Tensor:
-        """Of what tokens receive in every layer, (B, T) each, the losses (layers)."""
-        return coverage_loss(torch.stack(received), shares).to(received[0].dtype)
+    def _coverage(
+        self, reports: list[AttentionReport], target: CoverageTarget, encoder: EncoderContext | None
+    ) -> torch.Tensor:
+        """The coverage loss of every layer, (layers)."""
+        mass = torch.stack([report.mass for report in reports])
+        return coverage_loss(mass, target).to(mass.dtype)
 
     def _check_attentions(self, wanted: bool | str) -> None:
         if not wanted:
@@ -187,11 +221,10 @@ class ReformerModel(ReformerPreTrainedModel):
         if reason is not None:
             raise ValueError(f"`output_attentions={wanted!r}` cannot be: {reason}.")
 
-    def _cache(self, given: Any, wanted: bool | None) -> Cache | None:
+    def _cache(self, cache: Any, use_cache: bool | None) -> Cache | None:
         """The cache of this call: the one given, or a new one where it is asked for."""
-        if given is None and not wanted:
+        if cache is None and not use_cache:
             return None
-        cache = ReformerCache(self.config) if given is None else adopt(given, self.config)
         reason = None
         if not self.config.is_decoder:
             reason = "the model is bidirectional (`config.is_decoder=False`), and what comes changes what was"
@@ -199,46 +232,38 @@ class ReformerModel(ReformerPreTrainedModel):
             reason = "processes share the sequences (`enable_sequence_parallel`)"
         elif self.gradient_checkpointing and self.training:
             reason = "gradient checkpointing runs layers twice, and each time would write to it"
-        if reason is not None and given is None:
-            return None
+        if cache is None:
+            return ReformerCache(self.config) if reason is None else None
+        cache = to_reformer_cache(cache, self.config)
         if reason is not None:
             raise ValueError(f"A cache (`past_key_values`) cannot be used: {reason}. Leave it out.")
         return cache
 
-    def _run_layers(self, streams: list[torch.Tensor], call: Call, grid: Grid, keep_states: bool, extra: tuple):
-        """Both streams through all layers, and the states to return. The path is chosen here, the values are one.
+    def _choose_stack(
+        self, ctx: ForwardContext, grid: Grid, embeds: torch.Tensor, record_states: bool
+    ) -> Callable[..., StackOutput]:
+        """The way through the layers: (stream, ctx, grid, *encoder states) → StackOutput. The values are one.
 
-        Empties `streams`.
+        A decode step in one call of the kernel; the whole stack as one call of a compiled graph; layer by layer, in a
+        graph recomputed in backward; reversibly; or plainly, as whoever looks at more than values needs it.
         """
-        checkpointing = self.gradient_checkpointing and self.training
-        looked = call.attentions is not None
-        plain = keep_states or looked or checkpointing or not self.config.reversible or not can_reverse()
-        plain = plain or call.cache is not None or any(needs_plain_path(layer) for layer in self.layers)
-        chain = None if plain else StreamHandoff(grid, len(self.layers))
+        observed = record_states or ctx.want_weights or ctx.want_sorting
+        step = None if observed else plan_fused_decode(self.layers, ctx, embeds, grid.dtype)
+        if step is not None:
+            return partial(_run_decode_step, step)
         # Traced into a graph, layers one by one cannot rebuild their inputs, but the graph can compute them again.
         traced = self.config.reversible and torch.is_grad_enabled() and torch.compiler.is_compiling()
-        traced = traced and call.cache is None and not looked
-        x2, x1 = streams.pop(), streams.pop()
-        states: list[torch.Tensor] = []
-        received: list[torch.Tensor] = []
-        if traced and not keep_states and supports_compiled_stack(self.layers, call):
-            x1, x2, *received = compiled_stack(self.layers, x1, x2, call, grid)
-            return x1, x2, None, received
-        if not keep_states and (found := token_step(self.layers, x1, x2, call)) is not None:
-            return *found, None, []
-        for index, layer in enumerate(self.layers):
-            if keep_states:
-                x2 = record_hidden_state(x2, self.norm.weight.dtype, states)
-            if traced:
-                x2, x1, *more = checkpoint(layer, x2, x1, call, grid, None, index, *extra, use_reentrant=False)
-            else:
-                x2, x1, *more = layer(x2, x1, call, grid, chain, index, *extra)
-            received += more
-        if keep_states:
-            x2 = record_hidden_state(x2, self.norm.weight.dtype, states)
-        return x1, x2, tuple(states) if keep_states else None, received
+        traced = traced and ctx.cache is None and not (ctx.want_weights or ctx.want_sorting)
+        if traced and not observed and ctx.encoder is None and supports_compiled_stack(self.layers, ctx):
+            return partial(_run_compiled, self.layers)
+        handoff = None
+        plain = observed or ctx.cache is not None or (self.gradient_checkpointing and self.training)
+        if self.config.reversible and can_reverse() and not plain and not any(map(needs_plain_path, self.layers)):
+            handoff = StreamHandoff(grid, len(self.layers))
+        state_dtype = self.norm.weight.dtype if record_states else None
+        return partial(_run_layers, self.layers, handoff=handoff, recompute=traced, state_dtype=state_dtype)
 
-    def _make_call(
+    def _make_context(
         self,
         embeds,
         length: int,
@@ -248,8 +273,8 @@ class ReformerModel(ReformerPreTrainedModel):
         num_hashes,
         num_buckets,
         cache,
-    ) -> tuple[Call, torch.Tensor]:
-        """What every layer is told, and the position ids (B or 1, T)."""
+    ) -> tuple[ForwardContext, torch.Tensor]:
+        """The context of this forward, and the position ids (B or 1, T)."""
         config, device = self.config, embeds.device
         places = torch.arange(length, device=device)[None]
         mask = None if attention_mask is None else attention_mask.to(device) != 0
@@ -284,7 +309,7 @@ class ReformerModel(ReformerPreTrainedModel):
                 f"Inputs are so short that {num_buckets_total(num_buckets)} hash buckets stay nearly empty: lsh layers see "
                 "little beyond their local window. For short inputs, lower `num_buckets` or `max_position_embeddings`."
             )
-        return Call(
+        return ForwardContext(
             mask=mask,
             samples=samples if config.attention_mode == "window" else None,
             ranks=ranks.to(torch.int32),
@@ -296,6 +321,49 @@ class ReformerModel(ReformerPreTrainedModel):
             shard=shard,
             cache=cache,
         ), position_ids
+
+
+def _run_decode_step(step: Callable, stream: Handoff, *_: Any) -> StackOutput:
+    x = stream.take()
+    return StackOutput(*step(x, x), [])
+
+
+def _run_compiled(layers: nn.ModuleList, stream: Handoff, ctx: ForwardContext, grid: Grid) -> StackOutput:
+    x = stream.take()
+    return StackOutput(*compiled_stack(layers, x, x, ctx, grid))
+
+
+def _run_layers(
+    layers: nn.ModuleList,
+    stream: Handoff,
+    ctx: ForwardContext,
+    grid: Grid,
+    *states: torch.Tensor,
+    handoff: StreamHandoff | None,
+    recompute: bool,
+    state_dtype: torch.dtype | None,
+) -> StackOutput:
+    """Layer by layer.
+
+    Args:
+        handoff: reversibly.
+        recompute: each layer again in the backward of a traced graph.
+        state_dtype: record the feed-forward stream around the layers, in this dtype.
+    """
+    x1 = x2 = stream.take()
+    hidden_states: list[torch.Tensor] = []
+    reports = []
+    for layer in layers:
+        if state_dtype is not None:
+            x2 = record_hidden_state(x2, state_dtype, hidden_states)
+        if recompute:
+            x2, x1, *report = checkpoint(layer, x2, x1, ctx, grid, None, *states, use_reentrant=False)
+        else:
+            x2, x1, *report = layer(x2, x1, ctx, grid, handoff, *states)
+        reports.append(AttentionReport(*report))
+    if state_dtype is not None:
+        x2 = record_hidden_state(x2, state_dtype, hidden_states)
+    return StackOutput(x1, x2, reports, tuple(hidden_states) if state_dtype is not None else None)
 
 
 def record_hidden_state(stream: torch.Tensor, dtype: torch.dtype, states: list[torch.Tensor]) -> torch.Tensor:
@@ -314,15 +382,15 @@ def new_tokens(cache: Cache, mask: torch.Tensor | None) -> tuple[torch.Tensor | 
         ValueError: the mask contradicts the one that the cache was filled with.
     """
     layer: Any = cache.layers[0]
-    before = layer.lengths[:, None] if layer.columns else 0
+    before = layer.lengths[:, None] if layer.seen_tokens else 0
     if mask is None:
         return None, before
-    if layer.columns and not torch.equal(mask[:, : layer.columns], layer.real_so_far()):
+    if layer.seen_tokens and not torch.equal(mask[:, : layer.seen_tokens], layer.mask_so_far()):
         raise ValueError(
             "`attention_mask` masks other tokens of the cache than when it was filled. What is in a cache cannot be "
             "masked afterwards: begin anew."
         )
-    mask = mask[:, layer.columns :]
+    mask = mask[:, layer.seen_tokens :]
     return None if bool(mask.all()) else mask, before
 
 

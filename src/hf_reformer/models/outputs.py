@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
     BaseModelOutputWithPastAndCrossAttentions,
     CausalLMOutputWithPast,
     MaskedLMOutput,
@@ -15,12 +14,18 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
+from ..layers.forward_context import Sorting
+
 # In each: `coverage_loss` (layers), `coverage.coverage_loss` of every layer, without `config.coverage_loss_weight`.
 
 
 @dataclass
-class ReformerModelOutput(BaseModelOutputWithPast):
+class ReformerModelOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """Of the backbone, and of a decoder; `attention_mass` and `sorting`: of every layer, as `ReformerModel` says."""
+
     coverage_loss: torch.Tensor | None = None
+    attention_mass: tuple[torch.Tensor, ...] | None = None
+    sorting: tuple[Sorting, ...] | None = None
 
 
 @dataclass
@@ -50,11 +55,6 @@ class ReformerQuestionAnsweringOutput(QuestionAnsweringModelOutput):
 
 @dataclass
 class ReformerMultipleChoiceOutput(MultipleChoiceModelOutput):
-    coverage_loss: torch.Tensor | None = None
-
-
-@dataclass
-class ReformerDecoderOutput(BaseModelOutputWithPastAndCrossAttentions):
     coverage_loss: torch.Tensor | None = None
 
 

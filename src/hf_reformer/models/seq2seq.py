@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput, can_return_tuple
 
-from ..cache.cache import CACHE_NAME, adopt
+from ..cache.cache import CACHE_NAME, to_reformer_cache
 from ..configuration_reformer import ReformerConfig
 from .decoder import ReformerDecoder
 from .input_checks import given_shape
@@ -215,7 +215,7 @@ class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
         library._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         both: Any = model_kwargs.get(CACHE_NAME)
         if isinstance(both, EncoderDecoderCache):
-            own: Any = adopt(both.self_attention_cache, self.decoder.config)
+            own: Any = to_reformer_cache(both.self_attention_cache, self.decoder.config)
             both.self_attention_cache = own
             if generation_config.is_assistant:  # what it guesses wrong is taken back
                 both.activate_past_recording()

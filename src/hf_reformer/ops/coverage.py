@@ -1,30 +1,30 @@
-"""The coverage loss: how far the attention that tokens receive is from reaching all of them.
+"""The coverage loss: how far the attention mass is from reaching all tokens.
 
-For every layer KL(received || target) = sum over tokens j of received[j] * log(received[j] / target[j]), with
-0 * log 0 = 0. `received` is the share of attention that each real token gets, a mean over heads and real queries,
-before dropout. The target is what evenly spread attention would give: 1 / n each, or in causal layers, where query i
-of n spreads 1 / (i + 1) over the tokens 0 … i, (H(n) - H(j)) / n with the harmonic numbers H.
+For every layer KL(mass || target) = sum over tokens j of mass[j] * log(mass[j] / target[j]), with 0 * log 0 = 0. The
+attention mass is the share of attention that each real token receives, a mean over heads and real queries, before
+dropout. The target is the mass of evenly spread attention: 1 / n each, or in causal layers, where query i of n spreads
+1 / (i + 1) over the tokens 0 … i, (H(n) - H(j)) / n with the harmonic numbers H.
 """
 
 from typing import NamedTuple
 
 import torch
 
-SMALLEST = torch.finfo(torch.float32).tiny  # what takes the place of 0 under a logarithm
+TINY = torch.finfo(torch.float32).tiny  # stands for 0 under a logarithm
 
 
 class CoverageTarget(NamedTuple):
-    """What the loss compares with. A sample packed into a row counts like a row of its own.
+    """What the loss compares with. A packed sample counts like a sequence of its own.
 
     Attributes:
         real: (B, T) bool.
-        paid: (B, T), the share of each query: 1 / n for the n real tokens of its sample.
-        target: (B, T), what each token would receive of evenly spread attention; 0 for padding.
+        query_weights: (B, T), how much each query counts: 1 / n for the n real tokens of its sample.
+        target: (B, T), the mass of evenly spread attention; 0 for padding.
         samples: () int64, how many samples hold a real token, but at least 1.
     """
 
     real: torch.Tensor
-    paid: torch.Tensor
+    query_weights: torch.Tensor
     target: torch.Tensor
     samples: torch.Tensor
 
@@ -32,11 +32,12 @@ class CoverageTarget(NamedTuple):
 def coverage_target(
     real: torch.Tensor, ranks: torch.Tensor, samples: torch.Tensor | None = None, causal: bool = False
 ) -> CoverageTarget:
-    """By (B, T) bool, True for real tokens.
+    """The target of a batch.
 
     Args:
+        real: (B, T) bool, True for real tokens.
         ranks: (B or 1, T), number of real tokens of its sample before each token.
-        samples: (B, T), which of the samples of its row a token belongs to, None: every row is one.
+        samples: (B, T), the sample of a packed sequence that a token belongs to; None: one sample each.
     """
     dtype = torch.float32 if real.device.type == "mps" else torch.float64  # it has no float64
     length = real.shape[1]
@@ -46,46 +47,46 @@ def coverage_target(
         index = samples.long()
         number = torch.zeros_like(index).scatter_add_(1, index, real.long()).gather(1, index)
     ranks = ranks.long().expand_as(real)
-    paid = real.to(dtype) / number.clamp(min=1)
-    target = paid
+    query_weights = real.to(dtype) / number.clamp(min=1)
+    target = query_weights
     if causal:
         harmonic = torch.arange(1, length + 1, device=real.device, dtype=dtype).reciprocal().cumsum(0)
         harmonic = torch.nn.functional.pad(harmonic, (1, 0))
-        target = paid * (harmonic[number] - harmonic[ranks])
-    return CoverageTarget(real, paid, target, (real & (ranks == 0)).sum().clamp(min=1))
+        target = query_weights * (harmonic[number] - harmonic[ranks])
+    return CoverageTarget(real, query_weights, target, (real & (ranks == 0)).sum().clamp(min=1))
 
 
-def coverage_loss(received: torch.Tensor, shares: CoverageTarget) -> torch.Tensor:
-    """KL(received || target), the mean over samples: (..., B, T) → (...), in the dtype of the shares."""
-    received = received.to(shares.target.dtype)
-    target = torch.where(shares.target > 0, shares.target, 1)
-    ratio = received.clamp(min=SMALLEST).log() - target.log()
-    return (received * ratio).sum((-2, -1)) / shares.samples
+def coverage_loss(mass: torch.Tensor, target: CoverageTarget) -> torch.Tensor:
+    """KL(mass || target), the mean over samples: (..., B, T) → (...), in the dtype of the target."""
+    mass = mass.to(target.target.dtype)
+    even = torch.where(target.target > 0, target.target, 1)
+    ratio = mass.clamp(min=TINY).log() - even.log()
+    return (mass * ratio).sum((-2, -1)) / target.samples
 
 
-def received_entropy(received: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Entropy of the attention received over that of all tokens receiving the same: (..., T) → (...), from 0 to 1.
+def mass_entropy(mass: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Entropy of the attention mass, as a share of that of even mass: (..., T) → (...), from 0 to 1.
 
     Args:
-        received: shares of attention, which add up to 1 over the last dimension.
-        mask: 1 for real tokens, broadcast to `received`. None: all.
+        mass: shares of attention, which add up to 1 over the last dimension.
+        mask: 1 for real tokens, broadcast to `mass`. None: all.
     """
-    count = _real(received, mask).sum(-1)
-    entropy = torch.special.entr(received).sum(-1)
-    return torch.where(count > 1, entropy / count.clamp(min=2).to(received.dtype).log(), 1)
+    count = _real(mass, mask).sum(-1)
+    entropy = torch.special.entr(mass).sum(-1)
+    return torch.where(count > 1, entropy / count.clamp(min=2).to(mass.dtype).log(), 1)
 
 
-def covered_fraction(received: torch.Tensor, mask: torch.Tensor | None = None, least: float = 0.1) -> torch.Tensor:
-    """Share of the real tokens that receive at least `least` times the uniform share: (..., T) → (...).
+def covered_fraction(mass: torch.Tensor, mask: torch.Tensor | None = None, least: float = 0.1) -> torch.Tensor:
+    """Fraction of the real tokens that receive at least `least` times even mass: (..., T) → (...).
 
-    Arguments as for `received_entropy`.
+    Arguments as for `mass_entropy`.
     """
-    real = _real(received, mask)
+    real = _real(mass, mask)
     count = real.sum(-1, keepdim=True).clamp(min=1)
-    return (real & (received * count >= least)).sum(-1) / count[..., 0]
+    return (real & (mass * count >= least)).sum(-1) / count[..., 0]
 
 
-def _real(received: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _real(mass: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if mask is None:
-        return torch.ones_like(received, dtype=torch.bool)
-    return (mask != 0).to(received.device).expand_as(received)
+        return torch.ones_like(mass, dtype=torch.bool)
+    return (mask != 0).to(mass.device).expand_as(mass)

@@ -1,4 +1,4 @@
-"""Attention over lists of tokens: of single new tokens over those kept, and where the weights are asked for."""
+"""Attention over lists of tokens: for decoding, over the tokens of a cache, and where the weights are wanted."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -7,16 +7,16 @@ import torch
 
 from .layout import AttentionLayout
 from .prng import keep_threshold, pair_scramble
-from .reference import MASKED_SCORE, SELF_SCORE, attention_with_weights, inverse_permutation, pair_keys
+from .reference import MASKED_SCORE, SELF_SCORE, inverse_permutation, pair_keys
 
-MAX_GATHERED = 2**24  # numbers of keys looked up at once
+MAX_GATHERED = 2**24  # elements of gathered keys at once
 
 
 class SparseAttention(NamedTuple):
     """Which tokens every token attends to, and how much.
 
     Attributes:
-        tokens: (B, H, T, K) int64, places of the tokens attended to in the input (and the cache before it); -1: none.
+        tokens: (B, H, T, K) int64, positions of the tokens attended to in the input (after those of the cache); -1: none.
             In chunk mode a token may be listed several times, and its weights add up.
         weights: (B, H, T, K), 0 where there is none, before dropout; each token's add up to 1, or are all 0 where it
             sees nothing.
@@ -30,10 +30,10 @@ class SparseAttention(NamedTuple):
         matrix = self.weights.new_zeros(*self.weights.shape[:3], length)
         return matrix.scatter_add(-1, self.tokens.clamp(min=0), self.weights)
 
-    def received(self, paid: torch.Tensor) -> torch.Tensor:
-        """What every token receives of T tokens without others before them, by their shares (B, T): (B, T)."""
-        weights = (self.weights * paid.to(self.weights.dtype)[:, None, :, None]).flatten(1)
-        return weights.new_zeros(paid.shape).scatter_add(1, self.tokens.clamp(min=0).flatten(1), weights)
+    def mass(self, query_weights: torch.Tensor) -> torch.Tensor:
+        """The attention mass of every token, (B, T), by each query's weight, (B, T); without a cache."""
+        mass = (self.weights * query_weights.to(self.weights.dtype)[:, None, :, None]).flatten(1)
+        return mass.new_zeros(query_weights.shape).scatter_add(1, self.tokens.clamp(min=0).flatten(1), mass)
 
 
 def gather_attention(
@@ -95,86 +95,70 @@ def gather_attention(
     return out, SparseAttention(tokens, weights)
 
 
-def joined(attentions: Iterable[SparseAttention]) -> SparseAttention:
-    """Those of several queries, one after the other."""
-    return SparseAttention(*(torch.cat(parts, dim=2) for parts in zip(*attentions, strict=True)))
+def concat_queries(
+    results: Iterable[tuple[torch.Tensor, SparseAttention]],
+) -> tuple[torch.Tensor, SparseAttention]:
+    """What `gather_attention` gave for several queries, one after the other."""
+    outs, attentions = zip(*results, strict=True)
+    lists = (torch.cat(parts, dim=2) for parts in zip(*attentions, strict=True))
+    return torch.cat(outs, dim=2), SparseAttention(*lists)
 
 
-def slices(query: torch.Tensor, listed: int) -> tuple[torch.Tensor, ...]:
-    """Places of queries (B, H, N, D) to be worked on together, where each lists so many tokens."""
-    batch, heads, new, size = query.shape
-    return torch.arange(new, device=query.device).split(max(1, MAX_GATHERED // (batch * heads * listed * size)))
-
-
-def without_end(attention: SparseAttention | torch.Tensor, length: int) -> SparseAttention | torch.Tensor:
-    """Of the first `length` tokens alone; those behind them weigh nothing."""
-    if isinstance(attention, torch.Tensor):
-        return attention[:, :, :length, :length]
+def crop(attention: SparseAttention, length: int) -> SparseAttention:
+    """The attention of the first `length` tokens; padding behind them weighs nothing."""
     tokens, weights = (x[:, :, :length] for x in attention)
-    there = tokens < length
-    return SparseAttention(torch.where(there, tokens, -1), weights * there)
+    inside = tokens < length
+    return SparseAttention(torch.where(inside, tokens, -1), weights * inside)
 
 
-def visible_tokens(orders: AttentionLayout) -> torch.Tensor:
-    """The tokens that every token's windows show, round after round, (B, H, T, K) int64; -1: none."""
-    rounds, length = orders.line.shape[2:]
-    place = inverse_permutation(orders.line)
-    first, last = (x.long().gather(-1, place)[..., None] for x in (orders.lo, orders.hi))  # (B, H, R, T, 1)
-    width = orders.before + orders.after + (1 if orders.dedup_pairs else orders.tile)
-    shown = first + torch.arange(width, device=place.device)
-    line = orders.line.flatten(2).long()
-    tokens = line.gather(-1, shown.flatten(2) % (rounds * length)).view_as(shown)
-    return torch.where(shown <= last, tokens, -1).transpose(2, 3).flatten(3)
-
-
-def attend_by_matrix(
-    query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor, orders: AttentionLayout, *, scale: float, **how
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention_ops.windowed_attention` and its weights (B, H, T, T), through which gradients pass."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
-        query, key, values = (None if x is None else x.to(dtype) for x in (query, key, value))
-        out, weights = attention_with_weights(query, None if key is None else key * scale, values, orders, **how)
-    return out.to(value.dtype), weights
+def visible_tokens(layout: AttentionLayout) -> torch.Tensor:
+    """The tokens in every token's windows, round after round, (B, H, T, K) int64; -1: none."""
+    rounds, length = layout.perm.shape[2:]
+    sorted_pos = inverse_permutation(layout.perm)
+    bounds = (layout.window_start, layout.window_end)
+    first, last = (x.long().gather(-1, sorted_pos)[..., None] for x in bounds)  # (B, H, R, T, 1)
+    width = layout.left_reach + layout.right_reach + (1 if layout.dedup_pairs else layout.block_size)
+    visible = first + torch.arange(width, device=first.device)
+    perm = layout.perm.flatten(2).long()
+    tokens = perm.gather(-1, visible.flatten(2) % (rounds * length)).view_as(visible)
+    return torch.where(visible <= last, tokens, -1).transpose(2, 3).flatten(3)
 
 
 def attention_with_sparse_weights(
     query: torch.Tensor,
     key: torch.Tensor | None,
     value: torch.Tensor,
-    orders: AttentionLayout,
+    layout: AttentionLayout,
     *,
     scale: float,
     causal: bool,
-    mask: torch.Tensor | None,
-    dropout: float,
-    dropout_key: torch.Tensor | None,
+    mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    dropout_key: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, SparseAttention]:
-    """`attention_ops.windowed_attention` and its weights, a few queries at a time."""
-    tokens, (batch, heads, length, _) = visible_tokens(orders), query.shape
-    own = torch.arange(length, device=query.device).expand(batch, -1)
+    """`dispatch.windowed_attention` and its weights, a few queries at a time; arguments as there."""
+    tokens, (batch, heads, length, size) = visible_tokens(layout), query.shape
+    positions = torch.arange(length, device=query.device)
     draws = None if dropout_key is None else pair_keys(dropout_key, batch, heads, length)
-    found = []
-    for some in slices(query, tokens.shape[-1]):
+    results = []
+    for some in positions.split(max(1, MAX_GATHERED // (batch * heads * tokens.shape[-1] * size))):
         listed, masked = tokens[:, :, some], None
-        if not orders.dedup_pairs:
+        if not layout.dedup_pairs:
             masked = listed > some[:, None] if causal else torch.zeros_like(listed, dtype=torch.bool)
             if mask is not None:
-                hidden = ~mask[:, None, None, :].expand(-1, *listed.shape[1:3], -1)
-                masked = masked | hidden.gather(-1, listed.clamp(min=0))
-        found.append(
-            gather_attention(
-                query[:, :, some],
-                query if key is None else key,
-                value,
-                listed,
-                own[:, some],
-                None if key is None else scale,
-                dedup_pairs=orders.dedup_pairs,
-                masked=masked,
-                dropout=dropout,
-                draws=None if draws is None else (draws[0][:, :, some], draws[1]),
-            )
+                padding = ~mask[:, None, None, :].expand(-1, *listed.shape[1:3], -1)
+                masked = masked | padding.gather(-1, listed.clamp(min=0))
+        result = gather_attention(
+            query[:, :, some],
+            query if key is None else key,
+            value,
+            listed,
+            some.expand(batch, -1),
+            None if key is None else scale,
+            dedup_pairs=layout.dedup_pairs,
+            masked=masked,
+            dropout=dropout,
+            draws=None if draws is None else (draws[0][:, :, some], draws[1]),
         )
-    outs, attentions = zip(*found, strict=True)
-    return torch.cat(outs, dim=2), joined(attentions)
+        results.append(result)
+    return concat_queries(results)

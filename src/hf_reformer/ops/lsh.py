@@ -92,3 +92,10 @@ def exploration_buckets(
     head = torch.arange(heads, dtype=torch.int32, device=ranks.device)[:, None, None]
     draws = fold(key, layer, EXPLORATION, head, orders, ranks[:, None, None, :])  # (B, H, count, T)
     return (draws.to(torch.int64) + 2**31).mul_(num_buckets).bitwise_right_shift_(32).to(torch.int32)
+
+
+def legacy_num_buckets(length: int, chunk: int, max_positions: int) -> int | tuple[int, int]:
+    """The legacy rule by the input's length: a power of two near 2 * length / chunk, factorised if it is large."""
+    bits = (2 * (length // chunk)).bit_length() - 1
+    limit = 2 * max(int((max_positions // chunk) ** 0.5), chunk)
+    return 2**bits if 2**bits <= limit else (2 ** (bits // 2), 2 ** (bits - bits // 2))

@@ -5,60 +5,71 @@ What such a function computes in between then stays in the processor's cache, an
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-CHUNK_ELEMENTS = (
-    2**20
-)  # numbers in a slice of a stream, all rows together: enough for matrix products at full speed on a CPU
+# Numbers in a chunk of a stream, all sequences together: enough for matrix products at full speed on a CPU.
+CHUNK_ELEMENTS = 2**20
 
 Tensors = list[torch.Tensor | None]
 
 
-def chunk_length_for(x: torch.Tensor, asked: int = 0) -> int:
-    """Tokens per slice of x, (B, T, ...): as asked, or where 0 is asked what is fastest on its device."""
-    whole = x.device.type != "cpu" or torch.compiler.is_compiling()
-    return asked or (max(x.shape[1], 1) if whole else max(1, CHUNK_ELEMENTS // (x.shape[0] * math.prod(x.shape[2:]))))
+class Handoff:
+    """A value for one receiver: `take()` gives it and forgets it, so its memory goes when the receiver is done."""
+
+    def __init__(self, value: Any):
+        self._value = value
+
+    def take(self) -> Any:
+        value, self._value = self._value, None
+        return value
+
+
+def tokens_per_chunk(x: torch.Tensor, requested: int = 0) -> int:
+    """Tokens per chunk of x, (B, T, ...): the number requested, or for 0 what is fastest on its device."""
+    if requested:
+        return requested
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return max(x.shape[1], 1)
+    return max(1, CHUNK_ELEMENTS // (x.shape[0] * math.prod(x.shape[2:])))
 
 
 def token_chunks(size: int, *tensors: torch.Tensor | None) -> Iterator[tuple[int, Tensors]]:
-    """First token and views of `size` tokens, (B, size, ...), of every tensor but None; the last may be shorter."""
+    """The first token and views of `size` tokens, (B, size, ...), of every tensor but None; the last may be shorter."""
     length = next(x.shape[1] for x in tensors if x is not None)
     if size >= length:
         yield 0, [*tensors]  # not by `range`, which would fix the length that a graph is traced with
         return
-    for first in range(0, length, size):
-        yield first, [None if x is None else x[:, first : first + size] for x in tensors]
+    for offset in range(0, length, size):
+        yield offset, [None if x is None else x[:, offset : offset + size] for x in tensors]
 
 
 class ChunkedBuffer:
-    """Tensors (B, T, ...) that are filled slice by slice: those given, or new ones. None stays None."""
+    """Tensors (B, T, ...) that are filled chunk by chunk: those given, or new ones. None stays None."""
 
     def __init__(self, length: int, *tensors: torch.Tensor):
         self.length = length
         self.tensors: Tensors = [*tensors]
 
-    def put(self, first: int, *pieces: torch.Tensor | None) -> None:
+    def put(self, offset: int, *chunks: torch.Tensor | None) -> None:
         if not self.tensors:
-            self.tensors = [x if x is None or x.shape[1] == self.length else _room(x, self.length) for x in pieces]
-        for joined, piece in zip(self.tensors, pieces, strict=True):
-            if joined is not piece:
-                joined[:, first : first + piece.shape[1]] = piece
-
-
-def _room(x: torch.Tensor, length: int) -> torch.Tensor:
-    return x.new_empty(x.shape[0], length, *x.shape[2:])
+            shapes = [None if x is None else (x.shape[0], self.length, *x.shape[2:]) for x in chunks]
+            self.tensors = [x if x is None or x.shape == s else x.new_empty(s) for x, s in zip(chunks, shapes, strict=True)]
+        for buffer, chunk in zip(self.tensors, chunks, strict=True):
+            if buffer is not None and chunk is not None and buffer is not chunk:
+                buffer[:, offset : offset + chunk.shape[1]] = chunk
 
 
 def map_tokens(function: Callable[..., Tensors], size: int, *tensors: torch.Tensor) -> Tensors:
-    """`function(first, *slices)` of all slices, joined: (B, T, ...) each."""
+    """`function(offset, *chunks)` of all chunks, put together: (B, T, ...) each."""
     if size >= tensors[0].shape[1]:
         return function(0, *tensors)
-    slices = token_chunks(size, *tensors)
+    chunks = token_chunks(size, *tensors)
     if torch.is_grad_enabled():
-        found = [function(first, *pieces) for first, pieces in slices]
-        return [None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*found, strict=True)]
-    joined = ChunkedBuffer(tensors[0].shape[1])
-    for first, pieces in slices:
-        joined.put(first, *function(first, *pieces))
-    return joined.tensors
+        results = [function(offset, *some) for offset, some in chunks]
+        return [None if parts[0] is None else torch.cat(parts, dim=1) for parts in zip(*results, strict=True)]
+    buffer = ChunkedBuffer(tensors[0].shape[1])
+    for offset, some in chunks:
+        buffer.put(offset, *function(offset, *some))
+    return buffer.tensors

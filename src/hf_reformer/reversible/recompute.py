@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils.checkpoint import checkpoint
+
+from ..compat import in_functorch_transform, reparametrize_module
 
 
 def can_reverse() -> bool:
@@ -17,7 +18,7 @@ def can_reverse() -> bool:
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and torch._C._functorch.maybe_current_level() is None
+        and not in_functorch_transform()
     )
 
 
@@ -95,7 +96,7 @@ class ReplayState:
             if state is None and not flipped and tensors is None:
                 stack.close()  # nothing shared is touched, so threads may go on side by side
             if tensors is not None:
-                stack.enter_context(_reparametrize_module(self.layer, tensors))
+                stack.enter_context(reparametrize_module(self.layer, tensors))
             if state is not None:
                 stack.callback(_set_generator_state, _generator_state(self.device), self.device)
                 _set_generator_state(state, self.device)

@@ -18,74 +18,79 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
-from torch.nn.utils import parametrize
 
-from .chunking import ChunkedBuffer, Tensors, chunk_length_for, map_tokens, token_chunks
+from .chunking import ChunkedBuffer, Handoff, Tensors, tokens_per_chunk, map_tokens, token_chunks
 from .grid import Grid, to_stream
+from ..compat import current_graph_task_id, parametrization_cache_enabled, will_engine_execute
 from .recompute import ReplayState, autocast_again, autocast_state, layer_tensors, recomputed
+
+StageContext = Callable[[Hashable], AbstractContextManager]  # of a part of a layer, by its name
 
 
 class LayerStages:
-    """The parts of a layer as the paths run them. All but `attend` treat every token alike, so they work on slices."""
+    """The token-wise parts of a layer, as they run on chunks of tokens; each in the `context` of its name."""
 
-    def __init__(self, layer: Any, call: Any, grid: Grid, extra, during: Callable[[Hashable], AbstractContextManager]):
-        self.layer, self.call, self.grid, self.extra = layer, call, grid, extra
-        self.during = during
+    def __init__(self, layer: Any, ctx: Any, grid: Grid, context: StageContext):
+        self.layer, self.ctx, self.grid, self.context = layer, ctx, grid, context
 
-    def project(self, first: int, x2: torch.Tensor) -> Tensors:
-        with self.during(("project", first)):
-            return self.layer.project(x2, self.call, first)
+    def qkv_projection(self, offset: int, x2: torch.Tensor) -> Tensors:
+        with self.context(("qkv_projection", offset)):
+            return self.layer.qkv_projection(x2, self.ctx, offset)
 
-    def attend(self, projected: Tensors, known: Sequence[torch.Tensor] = ()) -> list[torch.Tensor]:
-        """What attention gives; then what the layer tells of it besides, if it does, which may be `known` by now."""
-        with self.during("attend"):
-            told = {"known": [x.detach() for x in known]} if known else {}
-            found = self.layer.attend(projected, self.call, *self.extra, **told)
-            return [*found] if isinstance(found, tuple) else [found]
+    def output_projection(self, offset: int, mixed: torch.Tensor) -> torch.Tensor:
+        """f(x2) = output_projection(attend(qkv_projection(x2))), on the grid."""
+        with self.context(("output_projection", offset)):
+            return to_stream(self.layer.output_projection(mixed, self.ctx, offset), self.grid)
 
-    def merge(self, first: int, mixed: torch.Tensor) -> torch.Tensor:
-        """f(x2) = merge(attend(project(x2))), on the grid."""
-        with self.during(("merge", first)):
-            return to_stream(self.layer.merge(mixed, self.call, first), self.grid)
-
-    def g(self, first: int, y1: torch.Tensor) -> torch.Tensor:
-        with self.during(("g", first)):
-            return to_stream(self.layer.g(y1, self.call, first), self.grid)
-
-
-def _as_now(device: torch.device) -> Callable[[Hashable], AbstractContextManager]:
-    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device.type):
-        return lambda part: nullcontext()
-    return lambda part: autocast_again(device, autocast_state(device))
+    def feed_forward_branch(self, offset: int, y1: torch.Tensor) -> torch.Tensor:
+        """g(y1), on the grid."""
+        with self.context(("feed_forward_branch", offset)):
+            return to_stream(self.layer.feed_forward_branch(y1, self.ctx, offset), self.grid)
 
 
 def residual_step(
-    layer: Any, x1: torch.Tensor, x2: torch.Tensor, call: Any, grid: Grid, extra=(), during=None
-) -> tuple[torch.Tensor, ...]:
-    """The layer's equations, for every path: (y1, y2), or (y1, y2, *told).
+    layer: Any,
+    x1: torch.Tensor,
+    x2: torch.Tensor,
+    ctx: Any,
+    grid: Grid,
+    states: Sequence[torch.Tensor] = (),
+    context: StageContext | None = None,
+) -> tuple[Any, ...]:
+    """The layer's equations, for every way through a stack: (y1, y2, *report).
 
     Args:
-        layer: has `project(x2, call, first)`, `attend(projected, call, *extra)`, `merge(mixed, call, first)` and
-            `g(y1, call, first)`, where `first` is the position of a slice's first token, and `chunk_size`: tokens of
-            a slice, 0 for an automatic number. Where it is given, the plain path recomputes g in backward. `attend`
-            may return a tuple: its result, and small tensors that the layer tells. Run again, it is given these as
-            `known`, a list, and only their gradients count.
+        layer: has `qkv_projection(x2, ctx, offset)`, a list; `attend(Handoff of that list, ctx, *states)`, a tuple of
+            the mixed values and whatever else the layer reports (tensors, or None); `output_projection(mixed, ctx,
+            offset)`; and `feed_forward_branch(y1, ctx, offset)`, where `offset` is the position of a chunk's first
+            token. `chunk_size`: tokens of a chunk, 0 for an automatic number. Where it is given, the plain path
+            recomputes the feed-forward branch in backward.
         x1, x2: (B, T, D) streams of the grid's dtype.
-        during: context of a part of the layer, by its name.
+        ctx: what the parts need besides; handed to them as it is.
+        states: further tensors with gradients for `attend` (encoder states).
+        context: context manager of a part, by its name. Default: autocast as it is now.
     """
-    stages = LayerStages(layer, call, grid, extra, during or _as_now(x2.device))
-    size = chunk_length_for(x2, layer.chunk_size)
-    again = 0 < layer.chunk_size < x2.shape[1]
-    mixed, *told = stages.attend(map_tokens(stages.project, size, x2))
-    (y1,) = map_tokens(lambda first, x, mixed: [x + stages.merge(first, mixed)], size, x1, mixed)
+    stages = LayerStages(layer, ctx, grid, context or _current_autocast(x2.device))
+    size = tokens_per_chunk(x2, layer.chunk_size)
+    recompute = 0 < layer.chunk_size < x2.shape[1]
+    projected = Handoff(map_tokens(stages.qkv_projection, size, x2))
+    with stages.context("attend"):
+        mixed, *report = layer.attend(projected, ctx, *states)
+    (y1,) = map_tokens(lambda offset, x, mixed: [x + stages.output_projection(offset, mixed)], size, x1, mixed)
     del mixed
 
-    def feed_forward(first: int, x: torch.Tensor, y: torch.Tensor) -> Tensors:
-        g = partial(stages.g, first)
-        return [x + (recomputed(layer, g, y) if again else g(y))]
+    def feed_forward(offset: int, x: torch.Tensor, y: torch.Tensor) -> Tensors:
+        g = partial(stages.feed_forward_branch, offset)
+        return [x + (recomputed(layer, g, y) if recompute else g(y))]
 
     (y2,) = map_tokens(feed_forward, size, x2, y1)
-    return y1, y2, *told
+    return y1, y2, *report
+
+
+def _current_autocast(device: torch.device) -> StageContext:
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled(device.type):
+        return lambda stage: nullcontext()
+    return lambda stage: autocast_again(device, autocast_state(device))
 
 
 class StreamHandoff:
@@ -102,25 +107,25 @@ class StreamHandoff:
         link, self._link = self._link, None
         if link is None or link[0] != index - 1:
             return  # the first layer, or a recomputation by somebody's checkpoint wrapper
-        previous, given, versions = link
-        if any(x._version != version for x, version in zip(given, versions, strict=True)):
+        previous, streams, versions = link
+        if any(x._version != version for x, version in zip(streams, versions, strict=True)):
             raise RuntimeError(
                 f"The residual stream after layer {previous} was modified in place, so it cannot be reconstructed. "
                 "Use an out-of-place operation, or `config.reversible=False`."
             )
-        if not all(_same_storage(a, b) for a, b in zip(given, (x1, x2), strict=True)):
-            self._kept[previous] = given
+        if not all(_same_storage(a, b) for a, b in zip(streams, (x1, x2), strict=True)):
+            self._kept[previous] = streams
 
     def leave(self, index: int, y1: torch.Tensor, y2: torch.Tensor) -> None:
         last = index == self.depth - 1
         self._link = None if last else (index, (y1.detach(), y2.detach()), (y1._version, y2._version))
 
     def put(self, index: int, streams: tuple[torch.Tensor, torch.Tensor]) -> None:
-        self._pending[torch._C._current_graph_task_id(), index] = streams
+        self._pending[current_graph_task_id(), index] = streams
 
     def take(self, index: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Outputs of layer `index`, and whether they may be overwritten."""
-        found = self._pending.pop((torch._C._current_graph_task_id(), index), None)
+        found = self._pending.pop((current_graph_task_id(), index), None)
         if index in self._kept:
             return *self._kept[index], False
         if found is None:
@@ -139,53 +144,57 @@ def checksum(x: torch.Tensor) -> torch.Tensor:
     return x.contiguous().view(torch.int32).sum(dtype=torch.int64)
 
 
-class _ReversibleLayer(torch.autograd.Function):
+class ReversibleFunction(torch.autograd.Function):
+    """One layer of a reversible stack: the values of `residual_step`, with nothing kept but the last layer's output.
+
+    `apply(layer, ctx, handoff, index, names, x1, x2, *states, *tensors)`: the layer is number `index` of the stack of
+    `handoff`, and `names` and `tensors` are those of `layer_tensors(layer)`; otherwise as `residual_step`.
+    """
+
     @staticmethod
-    def forward(ctx, layer, chain, index, call, names, extras, x1, x2, *tensors):
-        conditions = ReplayState(layer, x1.device)
-        chain.enter(index, x1, x2)
-        bottom = index == 0 or not any(ctx.needs_input_grad[6:8])  # the last layer that backward comes to
-        ctx.checksums = (checksum(x1), checksum(x2)) if bottom else None
-        ctx.size = chunk_length_for(x2, layer.chunk_size)
-        y1, y2, *told = residual_step(layer, x1, x2, call, chain.grid, tensors[:extras], conditions.record)
-        told = [x.detach() for x in told]  # where the layer is recorded for one artefact
-        chain.leave(index, y1, y2)
-        ctx.layer, ctx.chain, ctx.index, ctx.call = layer, chain, index, call
-        ctx.conditions, ctx.names, ctx.extras = conditions, names, extras
-        ctx.set_materialize_grads(False)
-        ctx.told = len(told)
-        ctx.save_for_backward(*told, *tensors, *((y1, y2) if index == chain.depth - 1 else ()))
-        return y1, y2, *told
+    def forward(fn, layer, ctx, handoff, index, names, x1, x2, *tensors):
+        state = ReplayState(layer, x1.device)
+        handoff.enter(index, x1, x2)
+        bottom = index == 0 or not any(fn.needs_input_grad[5:7])  # the last layer that backward comes to
+        fn.checksums = (checksum(x1), checksum(x2)) if bottom else None
+        fn.size = tokens_per_chunk(x2, layer.chunk_size)
+        states = tensors[: len(tensors) - len(names)]
+        y1, y2, *report = residual_step(layer, x1, x2, ctx, handoff.grid, states, state.record)
+        report = [x if x is None else x.detach() for x in report]  # compiled parts record a graph, which ends here
+        handoff.leave(index, y1, y2)
+        fn.layer, fn.ctx, fn.handoff, fn.index, fn.names, fn.state = layer, ctx, handoff, index, names, state
+        fn.set_materialize_grads(False)
+        fn.save_for_backward(*tensors, *((y1, y2) if index == handoff.depth - 1 else ()))
+        return y1, y2, *report
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d1, d2, *grad_aux):
-        saved, chain, index = ctx.saved_tensors, ctx.chain, ctx.index
-        told, saved = saved[: ctx.told], saved[ctx.told :]
-        if index == chain.depth - 1:
-            *tensors, y1, y2 = saved
-            ours = False
+    def backward(fn, d1, d2, *grad_report):
+        tensors, handoff, index = list(fn.saved_tensors), fn.handoff, fn.index
+        if index == handoff.depth - 1:
+            *tensors, y1, y2 = tensors
+            reusable = False
         else:
-            tensors, (y1, y2, ours) = list(saved), chain.take(index)
-        need = ctx.needs_input_grad[8:]
-        extra = [_leaf(x, wanted) for x, wanted in zip(tensors[: ctx.extras], need, strict=False)]
-        parameters, swap = _parameters(ctx, tensors[ctx.extras :], need[ctx.extras :])
-        stages = LayerStages(ctx.layer, ctx.call, chain.grid, extra, partial(ctx.conditions.replay, swap))
-        totals = GradientAccumulator([x for x, n in zip([*extra, *parameters], need, strict=True) if n])
-        size = ctx.size
+            y1, y2, reusable = handoff.take(index)
+        need = fn.needs_input_grad[7:]
+        count = len(tensors) - len(fn.names)
+        states = [_leaf(x, wanted) for x, wanted in zip(tensors[:count], need, strict=False)]
+        parameters, swap = _parameters(fn, tensors[count:], need[count:])
+        stages = LayerStages(fn.layer, fn.ctx, handoff.grid, partial(fn.state.replay, swap))
+        totals = GradientAccumulator([x for x, n in zip([*states, *parameters], need, strict=True) if n])
         # Every tensor as large as a stream goes as soon as it can: this is where training needs most memory.
-        x2, d1 = invert_branch(stages.g, size, y2, y1, d2, d1, totals, ChunkedBuffer(y2.shape[1], *[y2] * ours))
+        buffer = ChunkedBuffer(y2.shape[1], *[y2] * reusable)
+        x2, d1 = invert_branch(stages.feed_forward_branch, fn.size, y2, y1, d2, d1, totals, buffer)
         del y2
-        x1, d2 = invert_attention_branch(
-            stages, size, y1, x2, d1, d2, totals, ChunkedBuffer(y1.shape[1], *[y1] * ours), told, grad_aux
-        )
-        del y1
-        if ctx.checksums is not None:
-            warn_if_inexact(ctx.checksums, (x1, x2), chain.grid)
-        elif any(node is not None and torch._C._will_engine_execute_node(node) for node, _ in ctx.next_functions[:2]):
-            chain.put(index - 1, (x1, x2))
+        buffer = ChunkedBuffer(y1.shape[1], *[y1] * reusable)
+        x1, d2 = invert_attention_branch(stages, states, fn.size, y1, x2, d1, d2, totals, buffer, grad_report)
+        del y1, buffer
+        if fn.checksums is not None:
+            warn_if_inexact(fn.checksums, (x1, x2), handoff.grid)
+        elif any(node is not None and will_engine_execute(node) for node, _ in fn.next_functions[:2]):
+            handoff.put(index - 1, (x1, x2))
         grads = iter(totals.result())
-        return (None,) * 6 + (d1, d2) + tuple(next(grads) if n else None for n in need)
+        return (None,) * 5 + (d1, d2) + tuple(next(grads) if n else None for n in need)
 
 
 class GradientAccumulator:
@@ -201,15 +210,15 @@ class GradientAccumulator:
         pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out is not None and grad is not None]
         if not pairs:
             return [None] * len(inputs)
-        wanted = [x for x in inputs if x is not None]
-        roots, given = zip(*pairs, strict=True)
-        _reject_external_leaves(roots, wanted + self.tensors)
-        found = torch.autograd.grad(roots, wanted + self.tensors, given, allow_unused=True)
-        for index, grad in enumerate(found[len(wanted) :]):
+        leaves = [*(x for x in inputs if x is not None), *self.tensors]
+        roots, root_grads = zip(*pairs, strict=True)
+        _reject_external_leaves(roots, leaves)
+        leaf_grads = iter(torch.autograd.grad(roots, leaves, root_grads, allow_unused=True))
+        input_grads = [None if x is None else next(leaf_grads) for x in inputs]
+        for index, grad in enumerate(leaf_grads):
             if grad is not None:
                 self._add(index, grad)
-        steps = iter(found)
-        return [None if x is None else next(steps) for x in inputs]
+        return input_grads
 
     def _add(self, index: int, grad: torch.Tensor) -> None:
         total = self.sums[index]
@@ -226,7 +235,7 @@ class GradientAccumulator:
 
 
 def _reject_external_leaves(roots, known: list[torch.Tensor]) -> None:
-    """Raise RuntimeError if the graph of a part of a layer ends in a tensor whose gradient nobody would return."""
+    """Raise RuntimeError if the graph of a part of a layer ends in a tensor whose gradient would be lost."""
     seen = {get_gradient_edge(x).node for x in known}
     waiting = [root.grad_fn if isinstance(root, torch.Tensor) else root.node for root in roots]
     while waiting:
@@ -249,51 +258,43 @@ def _edge(x: torch.Tensor | None):
 
 
 def invert_branch(
-    branch: Callable, size: int, y, given, grad, base, totals: GradientAccumulator, x: ChunkedBuffer
+    branch: Callable, size: int, y, inputs, grad, base, totals: GradientAccumulator, x: ChunkedBuffer
 ) -> Tensors:
-    """Undo y = x + branch(given): `x`, and the gradient of `given` by that of y, added to `base`."""
+    """Undo y = x + branch(inputs): `x`, and the gradient of `inputs` by that of y, added to `base`."""
     step = ChunkedBuffer(y.shape[1])
-    for first, (y_slice, piece, grad_slice, base_slice) in token_chunks(size, y, given, grad, base):
-        leaf = piece.detach().requires_grad_()
-        out = branch(first, leaf)
-        x.put(first, y_slice - out.detach())
-        (found,) = totals.differentiate([out if out.requires_grad else None], [grad_slice], [leaf])
-        step.put(first, _sum(base_slice, found))
+    for offset, (y_chunk, chunk, grad_chunk, base_chunk) in token_chunks(size, y, inputs, grad, base):
+        leaf = chunk.detach().requires_grad_()
+        out = branch(offset, leaf)
+        x.put(offset, y_chunk - out.detach())
+        (found,) = totals.differentiate([out if out.requires_grad else None], [grad_chunk], [leaf])
+        step.put(offset, _sum(base_chunk, found))
     return x.tensors + step.tensors
 
 
 def invert_attention_branch(
-    stages: LayerStages,
-    size: int,
-    y1,
-    x2,
-    d1,
-    d2,
-    totals: GradientAccumulator,
-    x1: ChunkedBuffer,
-    told=(),
-    grad_aux=(),
+    stages: LayerStages, states, size: int, y1, x2, d1, d2, totals: GradientAccumulator, x1: ChunkedBuffer, grad_report
 ) -> Tensors:
-    """Undo y1 = x1 + f(x2): x1, and the gradient of x2 by that of y1 and of what the layer told, added to d2."""
+    """Undo y1 = x1 + f(x2): x1, and the gradient of x2 by those of y1 and of the layer's report, added to d2."""
     projected, graphs = ChunkedBuffer(x2.shape[1]), []
-    for first, (piece,) in token_chunks(size, x2):
-        leaf = piece.detach().requires_grad_()
-        outputs = stages.project(first, leaf)
-        projected.put(first, *(None if x is None else x.detach() for x in outputs))
+    for offset, (chunk,) in token_chunks(size, x2):
+        leaf = chunk.detach().requires_grad_()
+        outputs = stages.qkv_projection(offset, leaf)
+        projected.put(offset, *(None if x is None else x.detach() for x in outputs))
         graphs.append((leaf, [_edge(x) for x in outputs]))
     inputs = [None if x is None else x.detach().requires_grad_() for x in projected.tensors]
     del projected, outputs
-    mixed, *again = stages.attend(list(inputs), told)
-    edges, mixed = [_edge(mixed), *(_edge(x) for x in again)], mixed.detach()
-    del again
-    _, d_mixed = invert_branch(stages.merge, size, y1, mixed, d1, None, totals, x1)
+    with stages.context("attend"):
+        mixed, *report = stages.layer.attend(Handoff(list(inputs)), stages.ctx, *states)
+    edges, mixed = [_edge(x) for x in (mixed, *report)], mixed.detach()
+    del report
+    _, d_mixed = invert_branch(stages.output_projection, size, y1, mixed, d1, None, totals, x1)
     del mixed
-    grads = totals.differentiate(edges, [d_mixed, *grad_aux], inputs)
+    grads = totals.differentiate(edges, [d_mixed, *grad_report], inputs)
     del d_mixed, edges, inputs
     step = ChunkedBuffer(x2.shape[1])
-    for (first, (_, base, *slices)), (leaf, edges) in zip(token_chunks(size, x2, d2, *grads), graphs, strict=True):
-        (found,) = totals.differentiate(edges, slices, [leaf])
-        step.put(first, _sum(base, found))
+    for (offset, (_, base, *chunks)), (leaf, edges) in zip(token_chunks(size, x2, d2, *grads), graphs, strict=True):
+        (found,) = totals.differentiate(edges, chunks, [leaf])
+        step.put(offset, _sum(base, found))
     return x1.tensors + step.tensors
 
 
@@ -305,15 +306,15 @@ def _leaf(x: Any, wanted: bool) -> Any:
     return x.detach().requires_grad_(wanted) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-def _parameters(ctx, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor], dict[str, torch.Tensor] | None]:
+def _parameters(fn, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor], dict[str, torch.Tensor] | None]:
     """The tensors to differentiate by, and what to swap into the layer where the saved ones cannot serve.
 
     They are not its own under functional_call, an outer checkpoint, or saved-tensor hooks. And hooks on a tensor would
     see each of its partial gradients, where they are meant for the sum.
     """
-    now = layer_tensors(ctx.layer)
-    own = all(now.get(name) is tensor for name, tensor in zip(ctx.names, saved, strict=True))
-    frozen = [name for name, x, wanted in zip(ctx.names, saved, need, strict=True) if wanted and not x.requires_grad]
+    now = layer_tensors(fn.layer)
+    own = all(now.get(name) is tensor for name, tensor in zip(fn.names, saved, strict=True))
+    frozen = [name for name, x, wanted in zip(fn.names, saved, need, strict=True) if wanted and not x.requires_grad]
     if own and frozen:
         raise RuntimeError(
             f"`{frozen[0]}` of a reversible layer was trained in forward and is frozen now, in backward: perhaps "
@@ -322,7 +323,7 @@ def _parameters(ctx, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor
     if own and not any(tensor._backward_hooks for tensor in saved):
         return saved, None
     saved = [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(saved, need, strict=True)]
-    return saved, dict(zip(ctx.names, saved, strict=True))
+    return saved, dict(zip(fn.names, saved, strict=True))
 
 
 def warn_if_inexact(before: tuple[torch.Tensor, ...], streams: tuple[torch.Tensor, ...], grid: Grid) -> None:
@@ -345,22 +346,6 @@ def needs_plain_path(layer: nn.Module) -> bool:
     weights from others (torch's parametrizations) and keeps them in `parametrize.cached()`."""
     return any(
         (m is not layer and type(m).__name__.startswith("FSDP") and hasattr(m, "unshard"))
-        or (parametrize._cache_enabled and hasattr(m, "parametrizations"))
+        or (parametrization_cache_enabled() and hasattr(m, "parametrizations"))
         for m in layer.modules()
-    )
-
-
-def reversible_step(
-    layer: nn.Module, x1: torch.Tensor, x2: torch.Tensor, call: Any, chain: StreamHandoff, index: int, extra=()
-) -> tuple[torch.Tensor, ...]:
-    """One layer of a reversible stack: the values of `residual_step`, with nothing kept but the last layer's output.
-
-    Args:
-        layer, x1, x2: as there.
-        call: what the layer needs beside tensors with gradients; handed to its parts as it is.
-        extra: further tensors with gradients for `attend` (encoder states).
-    """
-    tensors = layer_tensors(layer)
-    return _ReversibleLayer.apply(
-        layer, chain, index, call, tuple(tensors), len(extra), x1, x2, *extra, *tensors.values()
     )

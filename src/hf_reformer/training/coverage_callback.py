@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback
 from ..analysis.lsh_stats import recorded
 from ..models.input_checks import packed_samples
 from ..models.modeling_reformer import ReformerModel
-from ..ops.coverage import covered_fraction, received_entropy
+from ..ops.coverage import covered_fraction, mass_entropy
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ class CoverageCallback(TrainerCallback):
             received, real = unpacked(received, real, inputs["position_ids"])
         some = real.any(-1)
         received, real = received[:, some], real[some]
-        numbers = received_entropy(received, real), covered_fraction(received, real, self.least)
+        numbers = mass_entropy(received, real), covered_fraction(received, real, self.least)
         return torch.stack([x.mean(-1) for x in numbers])
 
 

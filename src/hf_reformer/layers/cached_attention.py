@@ -1,0 +1,105 @@
+"""Local and LSH attention of new tokens over those of a cache and each other: `prefill` for many, `decode` for few.
+
+In window mode each new token gets what one forward over all tokens would give it. In chunk mode it follows the legacy
+rule of decoding (`cache.chunk_decoding`).
+"""
+
+from typing import Any
+
+import torch
+
+from ..ops.dispatch import compiled_step, windowed_attention
+from ..ops.gather_attention import SparseAttention, concat_queries, gather_attention
+from .forward_context import ForwardContext
+
+MAX_DECODE_TOKENS = 8  # new tokens, up to which each is looked up by itself
+DECODE_COST_RATIO = 16  # cost of looking up one token, in tokens of one forward over all
+
+
+def prefers_decode(attention: Any, new_tokens: int, ctx: ForwardContext) -> bool:
+    """Whether so many new tokens on top of the cache are better looked up one by one, or have to be."""
+    if attention.mode == "chunk" or ctx.want_weights or new_tokens <= MAX_DECODE_TOKENS:
+        return True
+    seen = ctx.cache.layers[attention.layer].seen_tokens
+    return attention.kind == "lsh" and new_tokens * DECODE_COST_RATIO <= seen
+
+
+def prefill(
+    attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vectors: Any, ctx: ForwardContext
+) -> tuple[torch.Tensor, None]:
+    """Many new tokens at once: windows over kept and new tokens, in which only the new ones look around.
+
+    Args:
+        attention: a `ReformerAttention`.
+        query, key, value: (B, H, N, D) of the new tokens, query and key turned by position.
+        vectors: (B, H, N, D), to be hashed; None in local layers.
+
+    Returns:
+        (B, H, N, D); and None, as there are no weights.
+    """
+    cache_layer, new, group = ctx.cache.layers[attention.layer], value.shape[2], attention.heads
+    if vectors is None:
+        keys, values, mask = cache_layer.last_tokens(min(cache_layer.seen_tokens, attention.config.local_window - 1))
+        old = keys.shape[2]
+        padded = ctx.mask is not None or cache_layer.attention_mask is not None
+        real = mask.new_ones(value.shape[0], new) if ctx.mask is None else ctx.mask
+        mask = torch.cat([mask, real], dim=-1) if padded else None
+        cache_layer.append(key, value, None, ctx.mask)
+        queries, keys, values = (torch.cat(x, dim=2) for x in ((keys, query), (keys, key), (values, value)))
+        buckets, tokens = None, torch.arange(old, old + new, device=value.device).expand(value.shape[0], -1)
+    else:
+        buckets = attention.hasher(vectors, ctx).buckets(vectors)
+        tokens = cache_layer.append(key, value, buckets, ctx.mask)
+        keys, values, buckets, mask = cache_layer.all_tokens()
+        queries = keys
+        # A few heads at a time, so that what is as long as the context is no larger than what is as long as the input.
+        group = max(1, attention.heads * new // keys.shape[2])
+    first = torch.where(tokens >= 0, tokens, keys.shape[2]).amin(-1)[:, None, None, None]
+    tokens, outputs = tokens.clamp(min=0)[:, None, :, None], []
+    for head in range(0, attention.heads, group):
+        some = slice(head, head + group)
+        layout = attention.layout(None if buckets is None else buckets[:, some], mask, ctx, values[:, some])
+        old_query = layout.perm < first
+        layout = layout._replace(window_start=torch.where(old_query, layout.window_end + 1, layout.window_start))
+        out, _ = windowed_attention(
+            queries[:, some], keys[:, some] if vectors is None else None, values[:, some], layout,
+            causal=True, mask=mask, scale=attention.scale, backend=attention.backend,
+        )  # fmt: skip
+        outputs.append(out.gather(2, tokens.expand(-1, out.shape[1], -1, out.shape[3])))
+    return torch.cat(outputs, dim=1), None
+
+
+def decode(
+    attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vectors: Any, ctx: ForwardContext
+) -> tuple[torch.Tensor, SparseAttention | None]:
+    """New tokens one after the other, each looked up in the cache by itself: nothing is of the context's length.
+
+    Arguments as those of `prefill`.
+
+    Returns:
+        (B, H, N, D); and the weights, where `ctx` asks for them.
+    """
+    cache_layer = ctx.cache.layers[attention.layer]
+    hasher = None if vectors is None else attention.hasher(vectors, ctx)
+    windows = attention.mode == "window"
+    step = compiled_step(attention.backend, cache_layer.keys) if windows and not ctx.want_weights else None
+    if step is not None:
+        rounds = None if hasher is None else (*value.shape[:2], ctx.num_hashes)
+        numbers = cache_layer.reserve(value.shape[2], ctx.mask, rounds)
+        out = step(query, key, value, vectors, cache_layer, numbers, cache_layer.local_reach, attention.scale)
+        cache_layer.commit(numbers)
+        return out, None
+    outputs = []
+    for column in range(value.shape[2]):
+        own = slice(column, column + 1)
+        mask = None if ctx.mask is None else ctx.mask[:, own]
+        buckets = None if hasher is None else hasher.buckets(vectors[:, :, own])
+        number = cache_layer.append(key[:, :, own], value[:, :, own], buckets, mask)[:, 0]
+        visible = cache_layer.visible_tokens(number, buckets)[:, :, None]
+        scale = attention.scale if hasher is None else None
+        kept = cache_layer.keys, cache_layer.values, visible, number[:, None], scale
+        outputs.append(gather_attention(query[:, :, own], *kept, dedup_pairs=windows))
+    out, weights = concat_queries(outputs)
+    if not ctx.want_weights:
+        return out, None
+    return out, weights._replace(tokens=cache_layer.input_positions(weights.tokens))

@@ -20,7 +20,7 @@ from ..ops.gather_attention import (
 from ..ops.layout import AttentionLayout, chunk_layout, window_layout
 from ..ops.lsh import exploration_buckets, num_buckets_total, seeded_rotations, window_rotations
 from ..ops.prng import ATTENTION_DROPOUT, OUTPUT_DROPOUT, dropout, fold, make_key
-from ..ops.received_attention import attention_received, exact_received, received_from
+from ..ops.received_attention import exact_received, received_from
 from ..ops.sequence_parallel import SequenceShard, all_reduce, all_to_all_heads, all_to_all_tokens
 from .full_attention import dense_layout, exact_attention, make_attention_mask
 from .position_embeddings import rotate
@@ -198,12 +198,13 @@ class ReformerAttention(nn.Module):
                     call.received.append(attention.received(call.paid))
             return out
         backend = "reference" if self.kind == "full" else self.backend
+        weights = None if call.received is None else call.paid
+        out, mass = windowed_attention(
+            query, key_vectors, value, orders, backend=backend, query_weights=weights, **how
+        )
         if call.received is not None:
-            given = query, key_vectors, value, orders, call.paid, call.known
-            out, received = attention_received(*given, backend=backend, **how)
-            call.received.append(received)
-            return out
-        return windowed_attention(query, key_vectors, value, orders, backend=backend, **how)
+            call.received.append(mass)
+        return out
 
     def _attend_cached(self, query: Any, key_vectors: Any, value: Any, call: Call) -> torch.Tensor:
         """Attention of new tokens over those of the cache and each other. The first tokens are one forward.
@@ -244,7 +245,9 @@ class ReformerAttention(nn.Module):
             own = slice(head, head + at_once)
             value = values[:, own]
             orders = self._window_layout(buckets[:, own], mask, call, value)
-            orders = orders._replace(lo=torch.where(orders.line < first, orders.hi + 1, orders.lo))
+            orders = orders._replace(
+                window_start=torch.where(orders.perm < first, orders.window_end + 1, orders.window_start)
+            )
             out = self._over(orders, keys[:, own], None, value, call, mask)
             index = numbers.clamp(min=0)[:, None, :, None].expand(-1, out.shape[1], -1, out.shape[3])
             found.append(out.gather(2, index))

@@ -117,12 +117,14 @@ def without_end(attention: SparseAttention | torch.Tensor, length: int) -> Spars
 
 def visible_tokens(orders: AttentionLayout) -> torch.Tensor:
     """The tokens that every token's windows show, round after round, (B, H, T, K) int64; -1: none."""
-    rounds, length = orders.line.shape[2:]
-    place = inverse_permutation(orders.line)
-    first, last = (x.long().gather(-1, place)[..., None] for x in (orders.lo, orders.hi))  # (B, H, R, T, 1)
-    width = orders.before + orders.after + (1 if orders.dedup_pairs else orders.tile)
+    rounds, length = orders.perm.shape[2:]
+    place = inverse_permutation(orders.perm)
+    first, last = (
+        x.long().gather(-1, place)[..., None] for x in (orders.window_start, orders.window_end)
+    )  # (B, H, R, T, 1)
+    width = orders.left_reach + orders.right_reach + (1 if orders.dedup_pairs else orders.block_size)
     shown = first + torch.arange(width, device=place.device)
-    line = orders.line.flatten(2).long()
+    line = orders.perm.flatten(2).long()
     tokens = line.gather(-1, shown.flatten(2) % (rounds * length)).view_as(shown)
     return torch.where(shown <= last, tokens, -1).transpose(2, 3).flatten(3)
 

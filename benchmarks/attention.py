@@ -110,7 +110,7 @@ def make_op(case: Case, rival: str) -> Run:
     pairs = visible_pairs(orders)
 
     def attend(q, v):
-        return windowed_attention(q, None, v, orders, causal=case.causal)
+        return windowed_attention(q, None, v, orders, causal=case.causal)[0]
 
     tensors = 3 if case.work == FORWARD else 6  # q, v, out; with the gradients of all three
     return Run(
@@ -135,5 +135,5 @@ def make_orders(case: Case, mode: str) -> Run:
 
 def visible_pairs(orders: AttentionLayout) -> int:
     """Pairs that the windows or chunks of all places show, over all heads."""
-    shown = int((orders.hi.long() - orders.lo.long() + 1).clamp(min=0).sum())
-    return shown * (HEADS // orders.lo.shape[1])
+    shown = int((orders.window_end.long() - orders.window_start.long() + 1).clamp(min=0).sum())
+    return shown * (HEADS // orders.window_start.shape[1])

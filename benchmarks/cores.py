@@ -99,7 +99,7 @@ def our_core(mode: str, rounds: int, causal: bool, backend: str = "auto", **orde
 
     def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         found = our_orders(mode, q, rounds, causal, backend=backend, **orders)
-        return windowed_attention(q, None, v, found, causal=causal, backend=backend)
+        return windowed_attention(q, None, v, found, causal=causal, backend=backend)[0]
 
     return run
 
@@ -111,7 +111,7 @@ def our_local_core(length: int, window: int, causal: bool) -> Core:
     def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         group = position_group(q.shape[0], 1, length, window)
         orders = window_layout([group], causal, None, sort=hashing_backend("auto", q).sort_windows)
-        return windowed_attention(q, key, v, orders, causal=causal)
+        return windowed_attention(q, key, v, orders, causal=causal)[0]
 
     return run
 

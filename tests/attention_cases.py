@@ -64,7 +64,7 @@ class Case:
     def attend(self, query, key, value, backend: str = "auto"):
         """The op on these inputs; shared query/key attention makes its own keys, and `key` is not used."""
         key = None if self.shared else key
-        return windowed_attention(query, key, value, self.orders, **self.options, scale=self.scale, backend=backend)
+        return windowed_attention(query, key, value, self.orders, **self.options, scale=self.scale, backend=backend)[0]
 
     def values_and_gradients(
         self, backend: str, dtype: torch.dtype | None = None, autocast: bool = False

@@ -8,6 +8,6 @@ MAX_PLACES = 2**29  # places of a line, so that one wrapped around still fits in
 
 def check_places(orders: AttentionLayout) -> None:
     """Raise ValueError for a line of more than MAX_PLACES places (rounds x tokens)."""
-    places = orders.line.shape[2] * orders.line.shape[3]
+    places = orders.perm.shape[2] * orders.perm.shape[3]
     if places > MAX_PLACES:
         raise ValueError(f"{places} places a line (rounds x tokens) are more than {MAX_PLACES}. Split the sequence.")

@@ -134,7 +134,7 @@ def test_transforms_of_torch_func_are_refused(monkeypatch):
 def test_a_line_too_long_for_its_numbers_is_refused():
     x = torch.zeros(1, 1, 1, 8)
     orders = Case(length=1, batch=1, heads=1).orders
-    orders = orders._replace(line=orders.line[:, :, :1].expand(-1, -1, 2**29 + 1, -1))
+    orders = orders._replace(perm=orders.perm[:, :, :1].expand(-1, -1, 2**29 + 1, -1))
     with pytest.raises(ValueError, match="536870913 places a line"):
         backend.windowed_attention(x, None, x, orders, causal=True)
 
@@ -266,10 +266,10 @@ def check_default_sizes(mode, causal, window):
 def check_windows_reach_before_and_after_from_every_place(tile):
     """On which the gradient of the keys relies, whatever the tile of the orders."""
     orders = Case(length=60, tile=tile, causal=False).orders
-    place = torch.arange(orders.line[0, 0].numel()).view(orders.line.shape[2:])
-    sees = orders.lo <= orders.hi
-    assert ((place - orders.lo)[sees.expand_as(orders.lo)] <= orders.before).all()
-    assert ((orders.hi - place)[sees.expand_as(orders.lo)] <= orders.after).all()
+    place = torch.arange(orders.perm[0, 0].numel()).view(orders.perm.shape[2:])
+    sees = orders.window_start <= orders.window_end
+    assert ((place - orders.window_start)[sees.expand_as(orders.window_start)] <= orders.left_reach).all()
+    assert ((orders.window_end - place)[sees.expand_as(orders.window_start)] <= orders.right_reach).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -410,7 +410,7 @@ def check_compiled_code_holds_the_op():
     case = Case(dtype=torch.float32, length=20, batch=1)
 
     def attend(query, value):
-        return windowed_attention(query * 2, None, value, case.orders, causal=True, backend="triton") + 1
+        return windowed_attention(query * 2, None, value, case.orders, causal=True, backend="triton")[0] + 1
 
     query, _, value = case.inputs
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)

@@ -235,13 +235,15 @@ def test_chunks_count_a_pair_as_often_as_it_is_shown(backend, drawn):
     batch, heads, length = query.shape[:3]
     names = torch.eye(length, dtype=torch.float64).expand(batch, heads, -1, -1)
     found = case.attend(query * 0, key, names, backend=backend)
-    lines = case.orders.line.flatten(2)
+    lines = case.orders.perm.flatten(2)
     for row in range(batch):
         for head in range(heads):
             line = lines[row, head].tolist()
             shown = torch.zeros(length, length, dtype=torch.float64)
             for place, token in enumerate(line):
-                first, last = (int(x.flatten(2)[row, head, place]) for x in (case.orders.lo, case.orders.hi))
+                first, last = (
+                    int(x.flatten(2)[row, head, place]) for x in (case.orders.window_start, case.orders.window_end)
+                )
                 for other in range(first, last + 1):
                     shown[token, line[other % len(line)]] += 1
             if case.causal:

@@ -217,9 +217,9 @@ def window_case(length, count, window, rounds, causal, hidden, tile, seed):
 @settings(max_examples=60)
 def test_orders_are_permutations(drawn):
     _, _, orders = window_case(**drawn)
-    tokens = torch.arange(drawn["length"], dtype=torch.int32).expand_as(orders.line)
-    assert torch.equal(orders.line.sort(-1).values, tokens)
-    assert torch.equal(orders.line.gather(-1, inverse_permutation(orders.line)), tokens)
+    tokens = torch.arange(drawn["length"], dtype=torch.int32).expand_as(orders.perm)
+    assert torch.equal(orders.perm.sort(-1).values, tokens)
+    assert torch.equal(orders.perm.gather(-1, inverse_permutation(orders.perm)), tokens)
 
 
 @given(drawn=windows)
@@ -237,14 +237,14 @@ def test_windows_are_those_of_counting_by_hand(drawn):
             for head in range(2):
                 segments = [[t for t in real if buckets[row, head, t] == bucket] for bucket in range(count)]
                 expected = [token for segment in segments for token in segment] + padding
-                assert orders.line[row, head, index].tolist() == expected
+                assert orders.perm[row, head, index].tolist() == expected
                 ranges = []
                 for segment in segments:
                     first = len(ranges)
                     last = first + len(segment) - 1
                     back, on = (window - 1, 0) if causal else (window // 2, window // 2)
                     ranges += [(max(first, place - back), min(last, place + on)) for place in range(first, last + 1)]
-                lo, hi = orders.lo[row, head, index] - start, orders.hi[row, head, index] - start
+                lo, hi = orders.window_start[row, head, index] - start, orders.window_end[row, head, index] - start
                 found = list(zip(lo.tolist(), hi.tolist(), strict=True))
                 assert found[: len(real)] == ranges
                 assert all(first > last for first, last in found[len(real) :])
@@ -256,13 +256,15 @@ def test_a_tile_says_how_far_its_places_see(drawn):
     _, _, orders = window_case(**drawn)
     length = drawn["length"]
     place = torch.arange(length)
-    first = place // orders.tile * orders.tile
-    start = torch.arange(orders.line.shape[2])[:, None] * length
-    sees = orders.lo <= orders.hi
-    assert (orders.lo - start >= torch.where(sees, first - orders.before, -1)).all()
-    assert (orders.hi - start <= torch.where(sees, first + orders.tile - 1 + orders.after, 10**9)).all()
-    assert (torch.where(sees, orders.lo, start) >= start).all()  # no window leaves its round
-    assert (torch.where(sees, orders.hi, start) < start + length).all()
+    first = place // orders.block_size * orders.block_size
+    start = torch.arange(orders.perm.shape[2])[:, None] * length
+    sees = orders.window_start <= orders.window_end
+    assert (orders.window_start - start >= torch.where(sees, first - orders.left_reach, -1)).all()
+    assert (
+        orders.window_end - start <= torch.where(sees, first + orders.block_size - 1 + orders.right_reach, 10**9)
+    ).all()
+    assert (torch.where(sees, orders.window_start, start) >= start).all()  # no window leaves its round
+    assert (torch.where(sees, orders.window_end, start) < start + length).all()
 
 
 @given(drawn=windows)
@@ -312,7 +314,7 @@ def test_chunks_are_those_of_counting_by_hand(chunk, chunks, rounds, count, befo
                 line += sorted(
                     range(length), key=lambda t, order=order, real=real: (order[t] if real[t] else count, t)
                 )
-            assert orders.line[row, head].flatten().tolist() == line
+            assert orders.perm[row, head].flatten().tolist() == line
             expected = torch.zeros(length, length, dtype=torch.int64)
             total = rounds * chunks
             for index in range(total):

@@ -7,18 +7,18 @@ from conftest import max_abs_diff
 from hypothesis import given, settings
 
 from hf_reformer.ops.dispatch import windowed_attention
-from hf_reformer.ops.received_attention import attention_received, exact_received
+from hf_reformer.ops.received_attention import exact_received
 from hf_reformer.ops.reference import attention_with_weights
 from reformer_kernels.cpu import build
 
 
-def values_and_gradients(case, backend: str, paid: torch.Tensor, known=None) -> list[torch.Tensor]:
+def values_and_gradients(case, backend: str, query_weights: torch.Tensor) -> list[torch.Tensor]:
     """Output, what is received, and the gradients of query, key and value by both."""
     inputs = [x.detach().requires_grad_() for x in case.inputs]
     query, key, value = inputs
     key = None if case.shared else key
-    how = {**case.options, "scale": case.scale, "backend": backend}
-    found = attention_received(query, key, value, case.orders, paid, known, **how)
+    options = {**case.options, "scale": case.scale, "backend": backend, "query_weights": query_weights}
+    found = windowed_attention(query, key, value, case.orders, **options)
     return [x.detach() for x in found] + gradients(found, inputs)
 
 
@@ -89,24 +89,13 @@ def test_it_is_what_the_weights_say_over_many_tiles(mode, threads):
         torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("backend", ["torch", "auto"])
-def test_what_is_known_is_not_computed_and_has_the_same_gradient(backend):
-    case = Case(length=40, dropout=0.2, dtype=torch.float32, size=8, value_size=8)
-    paid = shares(case)
-    whole = values_and_gradients(case, backend, paid)
-    again = values_and_gradients(case, backend, paid, known=torch.zeros_like(whole[1]))
-    assert (again[1] == 0).all()
-    del whole[1], again[1]
-    assert all(torch.equal(a, b) for a, b in zip(again, whole, strict=True))
-
-
 @pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
 def test_attention_is_the_same_with_it(backend):
     case = Case(dropout=0.2, dtype=torch.float32, size=8, value_size=8)
     query, _, value = case.inputs
     how = {**case.options, "backend": backend}
-    found, _ = attention_received(query, None, value, case.orders, shares(case), **how)
-    assert torch.equal(found, windowed_attention(query, None, value, case.orders, **how))
+    found, _ = windowed_attention(query, None, value, case.orders, query_weights=shares(case), **how)
+    assert torch.equal(found, windowed_attention(query, None, value, case.orders, **how)[0])
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -69,7 +69,7 @@ def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **in
     (vectors, *_), buckets = calls.get("_buckets", ((None,), None))
     mask = torch.ones_like(input_ids, dtype=torch.bool) if call.mask is None else call.mask
     count = 0 if buckets is None else num_buckets_total(attention._num_buckets(call))
-    rounds, total = 0 if buckets is None else buckets.shape[2], orders.line.shape[2]
+    rounds, total = 0 if buckets is None else buckets.shape[2], orders.perm.shape[2]
     first = int(buckets is None or (attention.mode == "window" and attention.config.lsh_include_local))
     names = ["position"] * first + [f"hash {i + 1}" for i in range(rounds)]
     names += [f"exploration {i + 1}" for i in range(total - len(names))]
@@ -165,9 +165,10 @@ def seen_pairs(view: LayerView, row: int = 0, head: int = 0) -> tuple[torch.Tens
     real = _real_tokens(view, row, head)
     whole = view.orders
     line, lo, hi = (
-        x.expand(len(view.mask), view.heads, -1, -1)[row, head][None, None] for x in (whole.line, whole.lo, whole.hi)
+        x.expand(len(view.mask), view.heads, -1, -1)[row, head][None, None]
+        for x in (whole.perm, whole.window_start, whole.window_end)
     )
-    tokens = visible_tokens(whole._replace(line=line, lo=lo, hi=hi))[0, 0]  # (T, R * width)
+    tokens = visible_tokens(whole._replace(perm=line, window_start=lo, window_end=hi))[0, 0]  # (T, R * width)
     order = torch.arange(len(view.names), device=tokens.device).repeat_interleave(tokens.shape[1] // len(view.names))
     query = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
     is_real = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device).index_fill(0, real, True)

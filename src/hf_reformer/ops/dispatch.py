@@ -12,6 +12,7 @@ import torch
 from .layout import AttentionLayout, bucket_windows, sort_by_bucket
 from .lsh import lsh_buckets
 from .prng import normal_rows
+from .received_attention import BACKENDS as WITH_MASS
 from .reference import windowed_attention as reference_attention
 from .tiled_attention import tiled_attention
 
@@ -112,35 +113,45 @@ def windowed_attention(
     query: torch.Tensor,
     key: torch.Tensor | None,
     value: torch.Tensor,
-    orders: AttentionLayout,
+    layout: AttentionLayout,
     *,
     causal: bool,
     mask: torch.Tensor | None = None,
     dropout: float = 0.0,
     dropout_key: torch.Tensor | None = None,
     scale: float = 1.0,
+    query_weights: torch.Tensor | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
-    """One softmax per token over everything its windows show, each pair counted as `orders` says.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One softmax per token over everything in its windows, each pair counted as `layout` says.
 
     Args:
         query, value: (B, H, T, D) floating. Half precision is accumulated in float32.
         key: the same, or None for shared query/key attention: keys are then the queries scaled to unit length
             (`reference.shared_key`), and a token sees itself only where it sees nothing else.
-        orders: `hashing.window_layout` or `hashing.chunk_layout`, batch B (heads H or 1).
+        layout: of `window_layout` or `chunk_layout`, batch B (heads H or 1).
         causal, mask: used by the chunk rule alone, whose softmax keeps the future and padding with a score of -1e9.
-            mask: (B, T) bool, True for real tokens. In window mode `orders` has both built in.
+            mask: (B, T) bool, True for real tokens. In window mode `layout` has both built in.
         scale: scores are query @ key^T * scale; shared keys have their own.
         dropout, dropout_key: dropout on the attention weights, a function of (dropout_key, row, head, query, key).
+        query_weights: (B, T), the weight of every query in the attention mass. No gradient passes to it.
 
     Returns:
-        (B, H, T, D) in value's dtype. A token that sees nothing gets 0.
+        (B, H, T, D) in value's dtype; a token that sees nothing gets 0. And with `query_weights` the attention mass,
+        (B, T) in at least float32, else None: mass[j] is the sum over heads and queries i of
+        P[i, j] * query_weights[i], with the weights P before dropout. Gradients pass through it.
     """
     if dropout_key is None or dropout == 0:
         dropout, dropout_key = 0.0, None
     name = select_backend(backend, *(x for x in (query, value, key) if x is not None))
-    how = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
+    options = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
     if name == "cpu":  # without a scaled copy of the keys
-        return KERNELS["cpu"].windowed_attention(query, key, value, orders, scale=scale, **how)
-    attend = KERNELS[name].windowed_attention if name in KERNELS else BACKENDS[name]
-    return attend(query, key if key is None or scale == 1 else key * scale, value, orders, **how)
+        options["scale"] = scale
+    elif key is not None and scale != 1:
+        key = key * scale
+    if query_weights is None:
+        attend = KERNELS[name].windowed_attention if name in KERNELS else BACKENDS[name]
+        return attend(query, key, value, layout, **options), None
+    query_weights = query_weights.detach().to(torch.promote_types(query.dtype, torch.float32))
+    attend = KERNELS[name].attention_received if name in KERNELS else WITH_MASS[name]
+    return attend(query, key, value, layout, query_weights, **options)

@@ -1,8 +1,8 @@
-"""Layouts: which order tokens are sorted into, and which places of that order every token sees.
+"""Attention layouts: how tokens are sorted in every round, and which sorted positions every token attends to.
 
-An *order* arranges the tokens of one head in a line and says which places every place sees. Laid end to end, the
-orders form one line of `rounds * length` places. Both rules, windows and chunks, are such a line (`AttentionLayout`); one
-attention op serves both. Nothing here carries gradients.
+A *round* is one sort order of the tokens of a head. All rounds end to end are one sequence of `rounds * length` sorted
+positions. Both rules, windows and chunks, are such a sequence (`AttentionLayout`), so one attention op serves both.
+Nothing here carries gradients.
 """
 
 from collections.abc import Callable
@@ -12,26 +12,26 @@ import torch
 
 
 class AttentionLayout(NamedTuple):
-    """Rounds laid end to end: place p holds token `line[p]` and sees the places `lo[p] … hi[p]`.
+    """Sorted position p holds token `perm[p]`, whose window is the sorted positions `window_start[p] … window_end[p]`.
 
-    Places count within the flattened line of R * T places, modulo its length; `lo > hi` sees nothing.
+    Sorted positions count through all R * T, modulo that number; a window that ends before it starts is empty.
 
     Attributes:
-        line: (B, H, R, T) int32, the token at each place; every round is a permutation of the tokens.
-        lo, hi: (B, H, R, T) int32; perhaps views of fewer numbers, so not to be written to.
-        tile: queries are worked on in tiles of this many neighbouring places.
-        before, after: no place of a tile sees further than `before` places ahead of the tile's first place or
-            `after` places beyond its last.
-        dedup_pairs: window rule. A pair shown by several rounds counts in the first of them only, and no window leaves
-            its round. Otherwise (chunk rule) a pair counts as often as it is shown.
+        perm: (B, H, R, T) int32, the token at each sorted position; every round is a permutation of the tokens.
+        window_start, window_end: (B, H, R, T) int32; perhaps views of fewer numbers, so not to be written to.
+        block_size: queries are processed in blocks of this many neighbouring sorted positions.
+        left_reach, right_reach: no window of a block begins more than `left_reach` positions before the block's first
+            position, or ends more than `right_reach` positions behind its last.
+        dedup_pairs: window rule. A pair that is visible in several rounds counts in the first of them only, and no
+            window leaves its round. Otherwise (chunk rule) a pair counts as often as it is visible.
     """
 
-    line: torch.Tensor
-    lo: torch.Tensor
-    hi: torch.Tensor
-    tile: int
-    before: int
-    after: int
+    perm: torch.Tensor
+    window_start: torch.Tensor
+    window_end: torch.Tensor
+    block_size: int
+    left_reach: int
+    right_reach: int
     dedup_pairs: bool
 
 

@@ -12,51 +12,11 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .dispatch import KERNELS, select_backend
 from .layout import AttentionLayout
 from .reference import attention_with_weights
 from .tiled_attention import TiledAttention, checked_rule, tiled_gradients, tiled_received
 
 MAX_SCORES = 2**24
-
-
-def attention_received(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor,
-    orders: AttentionLayout,
-    paid: torch.Tensor,
-    known: torch.Tensor | None = None,
-    *,
-    causal: bool,
-    mask: torch.Tensor | None = None,
-    dropout: float = 0.0,
-    dropout_key: torch.Tensor | None = None,
-    scale: float = 1.0,
-    backend: str = "auto",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attention_ops.windowed_attention`, and what every token receives.
-
-    Args:
-        paid: (B, T), the share of every query. No gradient passes to it.
-        known: what is received, where it was computed before (a layer that is run again): it is not computed then,
-            but its gradient passes as ever.
-        the others: as there.
-
-    Returns:
-        (B, H, T, D) in value's dtype, and (B, T) in at least float32.
-    """
-    if dropout_key is None or dropout == 0:
-        dropout, dropout_key = 0.0, None
-    name = select_backend(backend, *(x for x in (query, value, key) if x is not None))
-    paid = paid.detach().to(torch.promote_types(query.dtype, torch.float32))
-    known = None if known is None else known.detach()
-    how = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
-    if name == "cpu":
-        return KERNELS["cpu"].attention_received(query, key, value, orders, paid, known, scale=scale, **how)
-    attend = KERNELS[name].attention_received if name in KERNELS else BACKENDS[name]
-    key = key if key is None or scale == 1 else key * scale
-    return attend(query, key, value, orders, paid, known, **how)
 
 
 def received_by_definition(query, key, value, orders, paid, known=None, **how) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,10 +20,10 @@ def inverse_permutation(line: torch.Tensor) -> torch.Tensor:
 
 def shown_counts(orders: AttentionLayout) -> torch.Tensor:
     """(B, H, T, T) int64: how many places of token i's windows hold token j, over all rounds."""
-    rounds, length = orders.line.shape[2:]
+    rounds, length = orders.perm.shape[2:]
     total = rounds * length
-    place = inverse_permutation(orders.line)
-    lo, hi = orders.lo.long().gather(-1, place), orders.hi.long().gather(-1, place)
+    place = inverse_permutation(orders.perm)
+    lo, hi = orders.window_start.long().gather(-1, place), orders.window_end.long().gather(-1, place)
     counts = torch.zeros(*place.shape[:2], length, length, dtype=torch.int64, device=place.device)
     for i in range(rounds):
         for j in range(rounds):

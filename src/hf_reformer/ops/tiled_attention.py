@@ -53,7 +53,7 @@ def _by_row(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _make_row_index(
     orders: AttentionLayout, heads: int, mask: torch.Tensor | None, dropout_key: torch.Tensor | None
 ) -> _RowIndex:
-    line, lo, hi = (x.expand(-1, heads, -1, -1) for x in (orders.line, orders.lo, orders.hi))
+    line, lo, hi = (x.expand(-1, heads, -1, -1) for x in (orders.perm, orders.window_start, orders.window_end))
     batch, _, rounds, length = line.shape
     row_of_batch = torch.arange(batch, dtype=torch.int32, device=line.device)[:, None, None, None] * (length * heads)
     head = torch.arange(heads, dtype=torch.int32, device=line.device)[:, None, None]
@@ -91,7 +91,7 @@ class _TileBlock(NamedTuple):
 def _blocks(orders: AttentionLayout, rows: _RowIndex) -> Iterator[_TileBlock]:
     """Cut every round in blocks of about BLOCK_SCORES scores."""
     lines, rounds, length = rows.row.shape
-    tile, before, after = orders.tile, orders.before, orders.after
+    tile, before, after = orders.block_size, orders.left_reach, orders.right_reach
     tiles, keys = -(-length // tile), tile + before + after
     per_line = max(1, min(tiles, BLOCK_SCORES // (tile * keys)))
     per_block = max(1, BLOCK_SCORES // (tile * keys * tiles))
@@ -205,7 +205,7 @@ class TiledAttention(torch.autograd.Function):
             top = q.new_full((total,), FLOOR if orders.dedup_pairs else 10 * MASKED_SCORE)
             mass = q.new_zeros(total)
             for block in _blocks(orders, rows):
-                _forward_block(block, rows, rule, orders.before, q, k, v, out, top, mass)
+                _forward_block(block, rows, rule, orders.left_reach, q, k, v, out, top, mass)
             mass = torch.where(mass > 0, mass, 1)
             return _heads_of(out.div_(mass[:, None])[:-1], value), top, mass
 
@@ -243,7 +243,7 @@ def tiled_gradients(query, key, value, orders, mask, dropout_key, rule, out, top
             drift += more[0] * _sweep(orders, rows, rule, q, k, top, mass, push=more[1])
         grads = q.new_zeros(q.shape[0] + 1, q.shape[1]), torch.zeros_like(k), torch.zeros_like(v)
         for block in _blocks(orders, rows):
-            _backward_block(block, rows, rule, orders.before, q, k, v, grad, drift, top, mass, grads, more)
+            _backward_block(block, rows, rule, orders.left_reach, q, k, v, grad, drift, top, mass, grads, more)
         dq, dk, dv = grads[0], grads[1].div_(LOG2_E), grads[2]
     return _heads_of(dq[:-1], query), _heads_of(dk, key), _heads_of(dv, value)
 
@@ -269,7 +269,7 @@ def _sweep(orders, rows, rule, q, k, top, mass, paid=None, push=None) -> torch.T
     for block in _blocks(orders, rows):
         n, tile, keys = block.shape
         query, key = q.index_select(0, block.query), k.index_select(0, block.key)
-        weights, _ = _block_weights(block, rows, rule, query, key, orders.before, top, mass)
+        weights, _ = _block_weights(block, rows, rule, query, key, orders.left_reach, top, mass)
         if push is None:
             share = paid.index_select(0, block.query).view(n, 1, tile)
             found.index_add_(0, block.key, torch.bmm(share, weights).view(-1))

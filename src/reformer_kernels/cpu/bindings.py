@@ -123,11 +123,11 @@ def _run(library: ctypes.CDLL, function: str, structure: ctypes.Structure) -> No
 def _problem(query, key, value, call: Call, keep: list, **pointers) -> ctypes.Structure:
     """The structure the kernel reads; `keep` holds on to what it points at."""
     orders, (batch, heads, length, size) = call.orders, query.shape
-    rounds = orders.line.shape[2]
-    line, lo, hi = (_line_like(x, heads) for x in (orders.line, orders.lo, orders.hi))
+    rounds = orders.perm.shape[2]
+    line, lo, hi = (_line_like(x, heads) for x in (orders.perm, orders.window_start, orders.window_end))
     inverse = None
     if orders.dedup_pairs and rounds > 1:
-        places = torch.empty(batch, orders.line.shape[1], (rounds - 1) * length, dtype=torch.int32)
+        places = torch.empty(batch, orders.perm.shape[1], (rounds - 1) * length, dtype=torch.int32)
         inverse = places.expand(-1, heads, -1)
     draws: list[torch.Tensor | None] = [None, None]
     if call.dropout_key is not None:
@@ -138,7 +138,7 @@ def _problem(query, key, value, call: Call, keep: list, **pointers) -> ctypes.St
         *(_strided(x) for x in (query, key, value, line, lo, hi, inverse)),
         mask=_pointer(call.mask), query_draw=_pointer(draws[0]), key_draw=_pointer(draws[1]),
         batch=batch, heads=heads, length=length, rounds=rounds, size=size, value_size=value.shape[-1],
-        tile=orders.tile, before=orders.before, after=orders.after, bfloat16=DTYPES[query.dtype],
+        tile=orders.block_size, before=orders.left_reach, after=orders.right_reach, bfloat16=DTYPES[query.dtype],
         dedup_pairs=orders.dedup_pairs, causal=call.causal, threads=torch.get_num_threads(),
         keep_threshold=min(keep_threshold(call.dropout), 2**31 - 1),
         dropout_scale=0.0 if call.dropout >= 1 else 1 / (1 - call.dropout), key_scale=call.scale, **named,

@@ -27,7 +27,7 @@ class Call(NamedTuple):
 
     @property
     def rounds(self) -> int:
-        return self.orders.line.shape[2]
+        return self.orders.perm.shape[2]
 
 
 def empty_rows(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -60,11 +60,11 @@ def key_factor(query: torch.Tensor) -> torch.Tensor:
 def by_token(orders: AttentionLayout) -> dict[str, torch.Tensor | None]:
     """Place and places seen of every token, for telling what earlier rounds show; None where nobody asks."""
     names = ("place_of", "lowest_of", "highest_of")
-    rounds, length = orders.line.shape[2:]
+    rounds, length = orders.perm.shape[2:]
     if not orders.dedup_pairs or rounds == 1:
         return dict.fromkeys(names)
-    found = {name: torch.empty_like(orders.line) for name in names}
-    places, block = orders.line.numel(), 1024
+    found = {name: torch.empty_like(orders.perm) for name in names}
+    places, block = orders.perm.numel(), 1024
     sizes = {"places": places, "length": length, "total": rounds * length}
     invert_orders[(triton.cdiv(places, block),)](*orders[:3], **found, **sizes, BLOCK=block)
     return found
@@ -155,7 +155,11 @@ def run_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def windows_of(orders: AttentionLayout) -> dict[str, int]:
     """Windows reach `before` and `after` from every place, chunks from the ends of a chunk."""
-    return {"reach": 1 if orders.dedup_pairs else orders.tile, "before": orders.before, "after": orders.after}
+    return {
+        "reach": 1 if orders.dedup_pairs else orders.block_size,
+        "before": orders.left_reach,
+        "after": orders.right_reach,
+    }
 
 
 def run_received(call: Call, top: torch.Tensor, mass: torch.Tensor, paid: torch.Tensor) -> torch.Tensor:

@@ -119,7 +119,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
     What is not the same afterwards is printed, a line each.
     """
-    from ..hub.convert.convert import convert
+    from ..hub.convert import convert
     from ..hub.model_folder import quiet
 
     options = {"kind": args.kind, "to": args.to, "head": args.head, "attention_mode": args.attention_mode}

@@ -1,8 +1,8 @@
-"""Runs where the package is not installed: loads models by their own code and tells how they behave.
+"""Runs where the package is not imported: loads models by their own code, twice each, and records what they compute.
 
     python without_package.py RESULTS AUTO_CLASS=NAME … SNIPPET.py …
 
-`observe` is used by the tests as well, so that both sides do the same.
+The tests use `observe` as well, so that both sides do the same.
 """
 
 import importlib.util
@@ -19,13 +19,13 @@ TEXTS = (["Zürich <|mask|>", "é"], ["a", "b"])
 
 
 def load(auto_class: str, name: str, **options):
-    """The model; what the folder has no weights for is drawn from a seed."""
+    """The model; weights that are missing in the checkpoint are drawn from a seed."""
     torch.manual_seed(0)
     return getattr(transformers, auto_class).from_pretrained(name, **options)
 
 
 def observe(model) -> dict:
-    """Outputs, a text generated with a cache, and the outputs after one step of training."""
+    """Outputs, a text generated with a cache, and the outputs after one training step."""
     ids = (torch.arange(60).view(2, 30) * 7) % 37 + 2
     ids = ids[None] if "MultipleChoice" in type(model).__name__ else ids
     found = {"class": type(model).__name__, "outputs": outputs(model.eval(), ids)}
@@ -51,7 +51,8 @@ def observe_tokenizer(tokenizer) -> dict:
 
 def main(results: str, *arguments: str) -> None:
     torch.set_num_threads(1)
-    found = {"package": importlib.util.find_spec("hf_reformer") is not None}
+    packages = "hf_reformer", "reformer_kernels"
+    found = {"installed": [name for name in packages if importlib.util.find_spec(name) is not None]}
     for argument in arguments:
         if argument.endswith(".py"):
             with redirect_stdout(io.StringIO()) as printed:
@@ -65,7 +66,9 @@ def main(results: str, *arguments: str) -> None:
             )
             continue
         model = load(auto_class, name, trust_remote_code=True)
+        assert type(load(auto_class, name, trust_remote_code=True)) is type(model), f"{argument}: two classes"
         found[argument] = observe(model) | {"module": type(model).__module__}
+    found["imported"] = [name for name in packages if name in sys.modules]
     torch.save(found, results)
 
 

@@ -13,6 +13,7 @@ from .models.language_models import ReformerForCausalLM, ReformerForMaskedLM, Re
 from .models.modeling_reformer import ReformerModel
 from .models.pretrained import ReformerPreTrainedModel
 from .models.seq2seq import ReformerForConditionalGeneration
+from .moved import register_moved_modules
 from .tokenization_reformer import ReformerByteTokenizer
 
 __version__ = "0.1.0"
@@ -35,3 +36,4 @@ __all__ = [
 ]
 
 register()
+register_moved_modules()

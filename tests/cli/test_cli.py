@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditional
 from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM, ReformerForSequenceClassification
 from hf_reformer.cli.main import main
 from hf_reformer.cli.text_generation import Conversation, load, special_ids
-from hf_reformer.hub.export import export
+from hf_reformer.hub import export
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

@@ -1,4 +1,4 @@
-"""Sharing: a folder that works the same without the package, and a model card that says what is known."""
+"""Sharing: an exported directory that works the same without the package, and a truthful model card."""
 
 import copy
 import importlib.util
@@ -17,7 +17,6 @@ import yaml
 from conftest import SMALL_WINDOWS, make_ids, make_model, tiny_config
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from test_layout import LIBRARIES, ORDER, PACKAGE
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -41,8 +40,9 @@ from hf_reformer import (
     ReformerForTokenClassification,
     ReformerModel,
 )
-from hf_reformer.hub.export import export, push_to_hub
-from hf_reformer.hub.export import export as hub
+from hf_reformer.hub import export, push_to_hub
+from hf_reformer.hub import exporting as hub
+from hf_reformer.hub.flatten import PACKAGE
 from hf_reformer.hub.model_card import PIPELINE_TAGS, evaluations, model_card
 from hf_reformer.hub.registration import AUTO_CLASSES
 from hf_reformer.ops import dispatch as attention_ops
@@ -53,7 +53,7 @@ HEADS = list(dict.fromkeys(AUTO_CLASSES.values()))
 COMMIT = "0123456789" * 4
 SITE_FOLDERS = [path for path in map(Path, sys.path) if any(path.glob("*.dist-info"))]
 # torchao is left out as well: it is none of what the package needs, and slow to import.
-LEFT_OUT = re.compile(r"_*editable_*hf_reformer|hf_reformer|torchao", re.IGNORECASE)
+LEFT_OUT = re.compile(r"_*editable_*hf_reformer|hf_reformer|reformer_kernels|torchao", re.IGNORECASE)
 LOG = [
     {"loss": 3.0, "step": 1, "epoch": 0.5},
     {"eval_loss": 2.5, "eval_accuracy": 0.75, "eval_runtime": 3.25, "step": 2, "epoch": 1.0},
@@ -78,17 +78,18 @@ def names(folder) -> set[str]:
 
 @pytest.fixture(scope="session")
 def other_python(tmp_path_factory):
-    """Runs without_package.py by a Python that has all that is installed here, except the package."""
+    """Runs without_package.py by a Python that has everything that is installed here, the package only on request."""
     site = tmp_path_factory.mktemp("site")
     for entry in (entry for folder in SITE_FOLDERS for entry in folder.iterdir()):
         if not LEFT_OUT.match(entry.name) and not (site / entry.name).exists():
             (site / entry.name).symlink_to(entry)
     script = Path(__file__).parents[1] / "without_package.py"
 
-    def run(home, *arguments, site=site, **environment):
+    def run(home, *arguments, installed=False, **environment):
         own = {"HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub"), "HF_MODULES_CACHE": str(home / "modules")}
         inherited = {name: value for name, value in os.environ.items() if name != "HF_REFORMER_BACKEND"}
-        env = {**inherited, **own, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1", **environment}
+        path = os.pathsep.join(map(str, [PACKAGE.parent, site] if installed else [site]))
+        env = {**inherited, **own, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **environment}
         command = [sys.executable, "-S", script, home / "results.pt", *arguments]  # -S: no .pth file is followed
         done = subprocess.run(command, capture_output=True, text=True, cwd=home, env=env, timeout=500)
         assert done.returncode == 0, done.stderr
@@ -134,43 +135,63 @@ def same(found, expected) -> bool:
 # ---- without the package
 
 
-def test_a_repository_works_without_the_package(tmp_path, other_python, plain):
-    model, classifier = make(), make(ReformerForSequenceClassification, num_labels=3)
-    repository = export(model, in_cache(tmp_path, "ada/tiny"), ReformerByteTokenizer(), name="ada/tiny")
-    export(classifier, tmp_path / "classifier")
-    example = snippet(repository, "example")
-    causal, other = "AutoModelForCausalLM=ada/tiny", "AutoModelForSequenceClassification=classifier"
-    found = other_python(tmp_path, causal, other, "AutoTokenizer=ada/tiny", example)
-    assert not found["package"]
-    assert found[causal]["module"] == f"transformers_modules.ada.tiny.{COMMIT}.language_models"
-    assert same(found[causal], observe(model))
-    assert same(found[other], observe(classifier))
-    assert found["AutoTokenizer=ada/tiny"] == observe_tokenizer(ReformerByteTokenizer())
-    assert found["example.py"].startswith("Once upon a time")
-
-
-@pytest.mark.slow
-def test_every_auto_class_works_without_the_package(tmp_path, other_python, plain):
-    """Each from a folder of its own head, and all of them from a single repository."""
-    repository = export(make(ReformerForMaskedLM), in_cache(tmp_path, "ada/one"))
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """A home directory, and arguments of without_package.py: every Auto class with a directory of its own head, and
+    with one repository for all of them."""
+    home = tmp_path_factory.mktemp("exports")
+    repository = export(make(ReformerForMaskedLM), in_cache(home, "ada/one"))
     arguments = {}
     for auto_class, cls in AUTO_CLASSES.items():
-        folder = tmp_path / auto_class.__name__
-        export(make(cls), folder, ReformerByteTokenizer())
+        folder = export(make(cls), home / auto_class.__name__, ReformerByteTokenizer())
         arguments[f"{auto_class.__name__}={folder.name}"] = folder
         arguments[f"{auto_class.__name__}=ada/one"] = repository
-    export(make(attention_mode="chunk", attention_backend="cpu"), tmp_path / "chunks")
-    arguments["AutoModelForPreTraining=chunks"] = tmp_path / "chunks"
-    found = other_python(tmp_path, *arguments)
+    folder = export(make(attention_mode="chunk", attention_backend="cpu"), home / "chunks")
+    return home, {**arguments, "AutoModelForPreTraining=chunks": folder}
+
+
+def check_models(found, arguments):
+    """They are of the code beside them, and compute what the package computes, bit for bit."""
     for argument, folder in arguments.items():
-        expected = observe(load(argument.split("=")[0], folder))
-        assert expected["class"] == AUTO_CLASSES[named(argument)].__name__
+        auto_class = argument.split("=")[0]
+        expected = observe(load(auto_class, folder))
+        assert expected["class"] == {auto.__name__: cls for auto, cls in AUTO_CLASSES.items()}[auto_class].__name__
         assert same(found[argument], expected), argument
         assert found[argument]["module"].startswith("transformers_modules."), argument
 
 
-def named(argument):
-    return next(auto_class for auto_class in AUTO_CLASSES if auto_class.__name__ == argument.split("=")[0])
+def test_every_auto_class_works_without_the_package(exports, other_python, plain):
+    home, arguments = exports
+    repository = export(make(), in_cache(home, "ada/tiny"), ReformerByteTokenizer(), name="ada/tiny")
+    example = snippet(repository, "example")
+    found = other_python(home, *arguments, "AutoTokenizer=ada/tiny", example)
+    assert found["installed"] == found["imported"] == []
+    check_models(found, arguments)
+    assert found["AutoModelForCausalLM=ada/one"]["module"] == f"transformers_modules.ada.one.{COMMIT}.language_models"
+    assert found["AutoTokenizer=ada/tiny"] == observe_tokenizer(ReformerByteTokenizer())
+    assert found["example.py"].startswith("Once upon a time")
+
+
+def test_every_auto_class_works_where_the_package_is_not_imported(exports, other_python, monkeypatch):
+    """The code of the directory runs, on the installed kernels; the package itself stays out."""
+    backend = "torch" if KERNELS["cpu"].unsupported_reason() else "cpu"
+    monkeypatch.setenv("HF_REFORMER_BACKEND", backend)
+    home, arguments = exports
+    found = other_python(home, *arguments, installed=True, HF_REFORMER_BACKEND=backend)
+    assert found["installed"] == ["hf_reformer", "reformer_kernels"]
+    assert found["imported"] == ["reformer_kernels"]
+    check_models(found, arguments)
+
+
+@pytest.mark.parametrize("trust", [None, True])
+def test_every_auto_class_gives_the_classes_of_an_imported_package(trust, exports):
+    for auto_class, cls in AUTO_CLASSES.items():
+        for folder in ("AutoModelForMaskedLM", auto_class.__name__):
+            loaded = auto_class.from_pretrained(exports[0] / folder, trust_remote_code=trust)
+            assert type(loaded) is cls
+        assert same(observe(loaded), observe(make(cls)))
+    tokenizer = AutoTokenizer.from_pretrained(exports[0] / "AutoModel", trust_remote_code=trust)
+    assert type(tokenizer) is ReformerByteTokenizer
 
 
 @pytest.mark.slow
@@ -186,42 +207,15 @@ def test_every_example_runs_without_the_package(tmp_path, other_python):
     assert "apply_chat_template" in (tmp_path / "chat" / "README.md").read_text()
     found = other_python(tmp_path, *files, snippet(tmp_path / "chat", "of_chat"))
     assert all(printed.strip() for printed in found.values() if isinstance(printed, str))
-    assert len(found) == 2 + 2 * len(HEADS)
-
-
-@pytest.mark.slow
-def test_the_package_may_be_there_without_being_imported(tmp_path, other_python, monkeypatch):
-    """Then the folder's code runs, on the package's compiled kernels."""
-    backend = "torch" if KERNELS["cpu"].unsupported_reason() else "cpu"
-    monkeypatch.setenv("HF_REFORMER_BACKEND", backend)
-    model = make()
-    export(model, tmp_path / "model")
-    sites = os.pathsep.join(map(str, [PACKAGE.parent, *SITE_FOLDERS]))
-    argument = "AutoModelForCausalLM=model"
-    found = other_python(tmp_path, argument, site=sites, HF_REFORMER_BACKEND=backend)
-    assert found["package"]
-    assert found[argument]["module"].startswith("transformers_modules.")
-    assert same(found[argument], observe(model))
+    assert len([name for name in found if name.endswith(".py")]) == 1 + 2 * len(HEADS)
 
 
 def test_code_of_another_age_leaves_the_kernels_alone(monkeypatch):
-    spec = importlib.util.spec_from_file_location("hf_reformer.as_it_was", attention_ops.__file__)
+    spec = importlib.util.spec_from_file_location("hf_reformer.ops.as_it_was", attention_ops.__file__)
     for contract, served in ((kernels.CONTRACT, True), (kernels.CONTRACT + 1, False)):
         monkeypatch.setattr(kernels, "CONTRACT", contract)
         spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
         assert bool(module.KERNELS) is served
-
-
-@pytest.mark.parametrize("trust", [None, True])
-def test_once_imported_the_package_reads_it_too(trust, tmp_path):
-    model = make(ReformerForMaskedLM)
-    export(model, tmp_path / "model", ReformerByteTokenizer())
-    for auto_class, cls in AUTO_CLASSES.items():
-        assert type(auto_class.from_pretrained(tmp_path / "model", trust_remote_code=trust)) is cls
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model", trust_remote_code=trust)
-    assert type(tokenizer) is ReformerByteTokenizer
-    again = ReformerForMaskedLM.from_pretrained(tmp_path / "model")
-    assert same(observe(again), observe(model))
 
 
 # ---- the folder
@@ -232,10 +226,9 @@ def test_what_is_in_the_folder(cls, tmp_path):
     model = make(cls)
     before = model.config.to_dict()
     assert export(model, tmp_path / "model", ReformerByteTokenizer()) == tmp_path / "model"
-    travelling = {f"{name}.py" for name, kind in ORDER if kind in LIBRARIES and (PACKAGE / f"{name}.py").exists()}
     data = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
     data |= {"generation_config.json"} if model.can_generate() else set()
-    assert names(tmp_path / "model") == data | travelling
+    assert names(tmp_path / "model") == data | set(hub.code_files())
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     classes = {"AutoConfig": "ReformerConfig", **{auto.__name__: cls.__name__ for auto, cls in AUTO_CLASSES.items()}}
     assert {auto: reference.split(".")[1] for auto, reference in config["auto_map"].items()} == classes
@@ -272,8 +265,7 @@ def test_overwriting_leaves_nothing_of_another_model(tmp_path):
     with pytest.raises(FileExistsError, match="not empty"):
         export(make(ReformerModel), folder)
     export(make(ReformerModel), folder, overwrite=True)
-    code = {path.name for path in hub.code_files()}
-    assert names(folder) - code == {"config.json", "model.safetensors", "README.md", "notes.txt"}
+    assert names(folder) - set(hub.code_files()) == {"config.json", "model.safetensors", "README.md", "notes.txt"}
     assert names(tmp_path) == {"model"}
 
 
@@ -330,7 +322,7 @@ def adapter_folder(tmp_path):
     return tmp_path / "adapter"
 
 
-def quantised(tmp_path):
+def quantized(tmp_path):
     quantization = pytest.importorskip("torchao.quantization")
     model = make(hidden_size=64, attention_head_size=32, feed_forward_size=128)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
@@ -433,16 +425,16 @@ def empty(tmp_path):
 
 REFUSED = {
     "merge_and_unload": adapters,
-    "undo what was put in": injected,
+    "remove modules that were added": injected,
     "an adapter alone": adapter_folder,
-    "quantised in place": quantised,
-    "quantise when loading": unsavable,
+    "quantized in place": quantized,
+    "quantize it when loading": unsavable,
     r"enable_sequence_parallel\(None\)": sharing,
     "without `device_map`": on_meta,
     "no subclasses": lambda tmp_path: Derived(tiny_config()),
     "Linear cannot be exported": lambda tmp_path: torch.nn.Linear(2, 2),
     "`lm_head.bias` has the shape": enlarged,
-    "lacks the weights of ReformerForCausalLM": headless,
+    "do not fit ReformerForCausalLM: lm_head.bias is missing": headless,
     "or damaged": damaged,
     "or damaged: Weights only load failed": unsafe,
     "or damaged: 'weight_map'": without_index,
@@ -452,7 +444,7 @@ REFUSED = {
     "no config.json": empty,
     "holds a list, where an object": listed,
     r"_proj.* has the shape \(\d+.*, where the config asks": of_other_sizes,
-    "neither a folder nor": lambda tmp_path: "ada/absent",
+    "neither a directory nor": lambda tmp_path: "ada/absent",
 }
 
 
@@ -505,7 +497,7 @@ def test_a_failure_on_the_way_leaves_the_folder_as_it_was(tmp_path, monkeypatch)
     assert names(tmp_path) == {"model"}
 
 
-def test_quantised_weights_that_can_be_saved_are_exported(tmp_path):
+def test_quantized_weights_that_can_be_saved_are_exported(tmp_path):
     quantization = pytest.importorskip("torchao.quantization")
     from transformers import TorchAoConfig
 

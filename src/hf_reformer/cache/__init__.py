@@ -1,1 +1,5 @@
-"""What generation keeps of the tokens so far."""
+"""What generation keeps of earlier tokens."""
+
+from .cache import ReformerCache
+
+__all__ = ["ReformerCache"]

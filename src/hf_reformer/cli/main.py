@@ -104,7 +104,7 @@ def run_export(args: argparse.Namespace) -> None:
 
     `from_pretrained(folder, trust_remote_code=True)` then works where this package is not installed, too.
     """
-    from ..hub.export import export
+    from ..hub.exporting import export
     from ..hub.model_folder import quiet
 
     card = {name: getattr(args, name) for name in CARD if getattr(args, name) is not None}
@@ -119,7 +119,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
     What is not the same afterwards is printed, a line each.
     """
-    from ..hub.convert.convert import convert
+    from ..hub.convert import convert
     from ..hub.model_folder import quiet
 
     options = {"kind": args.kind, "to": args.to, "head": args.head, "attention_mode": args.attention_mode}

@@ -1,79 +1,63 @@
-"""The modelling code as one flat directory, which is all that the Hub's copier follows.
+"""The modelling code as one flat directory, because the Hub's copier follows `from .name import x` between files that
+lie side by side, and nothing else.
 
-The copier follows `from .name import x` between files that lie side by side. So every module that the exported classes
-are made of is written under its own short name, with its relative imports rewritten; nothing else of the text changes.
+Every module that the exported classes depend on is written under its short name, with the module part of its relative
+imports rewritten; the rest of the text stays.
 """
 
-import ast
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parents[1]
-
-
-class RelativeImport(NamedTuple):
-    """A statement `from .module import names`, over lines `first` to `last`; `module` is dotted within the package."""
-
-    first: int
-    last: int
-    module: str
-    names: str
-
-
-def relative_imports(module: str, text: str) -> list[RelativeImport]:
-    """The relative imports of a module, given by its dotted name within the package.
-
-    Raises:
-        ValueError: a statement takes a module from a room, or names from a room's `__init__`, which has no place in a
-            flat directory.
-    """
-    room, found = module.split(".")[:-1], []
-    for node in ast.walk(ast.parse(text)):
-        if not isinstance(node, ast.ImportFrom) or not node.level:
-            continue
-        target = ".".join([*room[: len(room) - node.level + 1], *filter(None, [node.module])])
-        if not source_file(target).is_file():
-            raise ValueError(
-                f"{module}, line {node.lineno}: `{target or '.'}` is no module. Import names from a module."
-            )
-        names = ", ".join(name.name + (f" as {name.asname}" if name.asname else "") for name in node.names)
-        found.append(RelativeImport(node.lineno, node.end_lineno or node.lineno, target, names))
-    return found
-
-
-def source_file(module: str) -> Path:
-    """The file of a module, given by its dotted name within the package."""
-    return PACKAGE / f"{module.replace('.', '/')}.py"
+# Lines, not syntax, because the copier reads lines too: text of a docstring that looks like an import counts as one.
+RELATIVE_IMPORT = re.compile(r"^(\s*from\s+)(\.+)([\w.]*)(?=\s+import\s)", flags=re.MULTILINE)
+PACKAGE_IMPORT = re.compile(r"^\s*(?:from|import)\s+hf_reformer\b", flags=re.MULTILINE)
 
 
 def flatten(entries: set[str]) -> dict[str, str]:
     """File names and texts of the flat directory.
 
     Args:
-        entries: modules to begin with, dotted within the package; all that they import relatively comes along.
+        entries: dotted names of modules within the package; everything that they import relatively is added.
 
     Raises:
-        ValueError: two modules have one short name, or an import cannot be flattened.
+        ValueError: two modules have the same short name, or a file imports a module from a room, a name from a
+            room's `__init__`, or the package by its absolute name.
     """
-    files: dict[str, str] = {}
     origins: dict[str, str] = {}
+    files: dict[str, str] = {}
     waiting = sorted(entries)
     while waiting:
         module = waiting.pop()
         name = f"{short_name(module)}.py"
         if origins.setdefault(name, module) != module:
-            raise ValueError(f"{module} and {origins[name]} would both become {name}. Rename one of them.")
-        if name in files:
-            continue
-        text = source_file(module).read_text(encoding="utf-8")
-        imports, lines = relative_imports(module, text), text.splitlines(keepends=True)
-        for first, last, target, names in sorted(imports, reverse=True):
-            indent = re.match(r"\s*", lines[first - 1])[0]  # type: ignore[index]  # it always matches
-            lines[first - 1 : last] = [f"{indent}from .{short_name(target)} import {names}\n"]
-            waiting.append(target)
-        files[name] = "".join(lines)
+            raise ValueError(f"{module} and {origins[name]} would both be exported as {name}. Rename one of them.")
+        if name not in files:
+            files[name], imported = flat_imports(module, source_file(module).read_text(encoding="utf-8"))
+            waiting += imported
     return files
+
+
+def flat_imports(module: str, text: str) -> tuple[str, list[str]]:
+    """The text of a module with flat imports, and the modules that it imports, dotted within the package."""
+    if found := PACKAGE_IMPORT.search(text):
+        raise ValueError(f"{module}: `{found[0].strip()}` would need the package. Use a relative import.")
+    room, imported = module.split(".")[:-1], []
+
+    def rewrite(found: re.Match) -> str:
+        start, dots, name = found.groups()
+        target = ".".join([*room[: len(room) - len(dots) + 1], *filter(None, [name])])
+        if len(dots) > len(room) + 1 or not source_file(target).is_file():
+            raise ValueError(f"{module}: `{found[0].strip()}` names no module. Import names from a module.")
+        imported.append(target)
+        return f"{start}.{short_name(target)}"
+
+    return RELATIVE_IMPORT.sub(rewrite, text), imported
+
+
+def source_file(module: str) -> Path:
+    """The file of a module, given by its dotted name within the package."""
+    return PACKAGE / f"{module.replace('.', '/')}.py"
 
 
 def short_name(module: str) -> str:

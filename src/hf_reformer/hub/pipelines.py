@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForQuestionAnswering
-from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.pipelines.base import Pipeline
 
+from ..compat import register_pipeline_task
 from ..configuration_reformer import ReformerConfig
 
 TASK = "long-document-question-answering"
@@ -168,17 +168,10 @@ class LongDocumentQuestionAnswering(Pipeline):
 
 
 def register_pipelines() -> None:
-    """Make `pipeline("long-document-question-answering", …)` known. Doing it again changes nothing.
-
-    The entry is written like those of the library's own tasks. What `register_pipeline` makes is a custom task: its
-    code is copied into every folder that the pipeline saves, which then opens with `trust_remote_code` only.
-    """
-    PIPELINE_REGISTRY.supported_tasks[TASK] = {
-        "impl": LongDocumentQuestionAnswering,
-        "pt": (AutoModelForQuestionAnswering,),
-        "default": {},
-        "type": "text",
-    }
+    """Make `pipeline("long-document-question-answering", …)` known. Doing it again changes nothing."""
+    auto_classes = (AutoModelForQuestionAnswering,)
+    entry = {"impl": LongDocumentQuestionAnswering, "pt": auto_classes, "default": {}, "type": "text"}
+    register_pipeline_task(TASK, entry)
 
 
 def best_spans(

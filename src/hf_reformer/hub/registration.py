@@ -5,8 +5,6 @@ The Auto classes compare config classes by name where they know no better, and t
 would build the built-in's head from our config.
 """
 
-from typing import Any
-
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,6 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ..compat import register_model_name
 from ..configuration_reformer import ReformerConfig
 from ..models.heads_text import (
     ReformerForMultipleChoice,
@@ -66,9 +65,7 @@ def register(replace_builtin: bool = False) -> None:
     AutoTokenizer.register(ReformerConfig, tokenizer_class=ReformerByteTokenizer, exist_ok=True)
     for auto_class, model_class in AUTO_CLASSES.items():
         auto_class.register(ReformerConfig, model_class, exist_ok=True)
-        # Trainer's label smoothing and the model card look into the table of names, which `register` leaves alone.
-        mapping: Any = auto_class._model_mapping
-        mapping._model_mapping[ReformerConfig.model_type] = model_class.__name__
+        register_model_name(auto_class, ReformerConfig.model_type, model_class.__name__)
     register_adapters()
     register_pipelines()
     if replace_builtin:

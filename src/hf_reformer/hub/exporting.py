@@ -1,0 +1,295 @@
+"""Share a model as a directory or a Hub repository that also works where this package is not installed.
+
+The directory holds the weights, the modelling code, and a config whose `auto_map` says where each Auto class finds its
+model in that code. `save_pretrained` and the Trainer write no code.
+"""
+
+import copy
+import fnmatch
+import tempfile
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitInfo, create_branch, create_repo, snapshot_download, upload_folder
+from huggingface_hub.utils import validate_repo_id
+from torch.distributed.tensor import DTensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+
+from ..configuration_reformer import ReformerConfig
+from ..ops.dispatch import BACKENDS
+from .flatten import flatten, short_name
+from .model_card import model_card
+from .model_folder import check_sizes, readable, saved_config
+from .registration import AUTO_CLASSES
+
+MODEL_CLASSES = {cls.__name__: cls for cls in AUTO_CLASSES.values()}
+# Files of an earlier model in the same place, which the new model may not overwrite.
+MODEL_FILE_PATTERNS = [
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+]
+READ_FROM_HUB = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+Source = PreTrainedModel | str | PathLike
+
+
+def export(
+    model: Source,
+    folder: str | PathLike,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    state: TrainerState | None = None,
+    name: str | None = None,
+    overwrite: bool = False,
+    **card: Any,
+) -> Path:
+    """Write a directory that `from_pretrained(folder, trust_remote_code=True)` reads without this package.
+
+    Every Auto class that supports our models can read it, not only the class of its own head. Weights keep their
+    dtype. If the config names a compiled backend, the exported config says "auto" instead.
+
+    Args:
+        model: one of our models; or a checkpoint directory or Hub repository, such as a checkpoint of the Trainer,
+            whose tokenizer and `trainer_state.json` are then included.
+        folder: the directory to write. It must be empty or not exist.
+        tokenizer: is saved with the model.
+        state: `trainer.state`, for the scores on the model card.
+        name: the name people will load it by, for the model card. Default: the name of the directory.
+        overwrite: write into a directory that is not empty. A model in it is removed, other files stay.
+        card: further fields of the model card, see `model_card`: `language`, `license`, `datasets`, `base_model`,
+            `tags`, `dataset_name`, `notes`.
+
+    Returns:
+        The directory.
+
+    Raises:
+        FileExistsError: `folder` is not empty, or a file.
+        ValueError: the model cannot be exported, for example with unmerged adapters or without values; the message
+            says what to do first. Nothing is written.
+    """
+    folder = Path(folder).resolve()
+    _check_folder(folder, overwrite, model)
+    model, tokenizer, state = _loaded(model, tokenizer, state)
+    check_model(model)
+    readme = model_card(model, name or folder.name, tokenizer, state, **card)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        _write(model, tokenizer, Path(scratch))
+        readme.save(Path(scratch, "README.md"))
+        _move(Path(scratch), folder)
+    return folder
+
+
+def push_to_hub(
+    model: Source,
+    repo_id: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    state: TrainerState | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a model",
+    **card: Any,
+) -> CommitInfo:
+    """Upload what `export` writes to a repository of the Hub, which is created if necessary.
+
+    Files of a previously uploaded model are deleted or replaced, and so is its model card.
+
+    Args:
+        model, tokenizer, state, card: as in `export`.
+        repo_id: "user/name", or "name" for your own account.
+        private: visibility of a new repository. Default: the owner's setting.
+        token: default: that of `hf auth login`.
+        revision: the branch to upload to, created if necessary.
+        commit_message: first line of the commit message.
+
+    Raises:
+        ValueError: as in `export`, before anything is sent.
+        huggingface_hub.errors.HfHubHTTPError: the Hub rejects the request.
+    """
+    validate_repo_id(repo_id)
+    model, tokenizer, state = _loaded(model, tokenizer, state)
+    check_model(model)
+    model_card(model, repo_id, tokenizer, state, **card)  # raises before a repository is created
+    repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
+    if revision is not None:
+        create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        return upload_folder(
+            repo_id=repo_id,
+            folder_path=export(model, scratch, tokenizer, state=state, name=repo_id, **card),
+            commit_message=commit_message,
+            token=token,
+            revision=revision,
+            delete_patterns=MODEL_FILE_PATTERNS,
+        )
+
+
+def read(source: str | PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, TrainerState | None]:
+    """Model, tokenizer and Trainer state of a checkpoint directory or Hub repository; None for what is not there.
+
+    Raises:
+        ValueError: it holds none of our models, or not all of the weights.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=READ_FROM_HUB))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{source} is neither a directory nor a model that could be read from the Hub."
+            ) from error
+    model_class: Any = _class_of(folder)
+    with readable(source):
+        model, report = model_class.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        check_sizes(report)
+    for kind in ("missing", "unexpected"):
+        if keys := report[f"{kind}_keys"]:
+            raise ValueError(f"The weights in {source} do not fit {model_class.__name__}: {min(keys)} is {kind}.")
+    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").exists() else None
+    record = folder / "trainer_state.json"
+    return model, tokenizer, TrainerState.load_from_json(str(record)) if record.exists() else None
+
+
+def check_model(model: Any) -> None:
+    """Raise ValueError for a model that could not be saved in an exported directory, or not be loaded from it."""
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "The model has adapters attached. Merge them first, "
+            "`model = model.merge_and_unload()`; or share only the adapter: `model.save_pretrained(folder)`."
+        )
+    tensors = model.state_dict() if isinstance(model, torch.nn.Module) else {}
+    if sharded := [name for name, x in tensors.items() if isinstance(x, DTensor)]:
+        raise ValueError(
+            f"`{sharded[0]}` is distributed over processes. Save the whole model with the Trainer, then export that "
+            "checkpoint from one process."
+        )
+    if type(model) not in MODEL_CLASSES.values():
+        raise ValueError(
+            f"{type(model).__name__} cannot be exported, only {', '.join(MODEL_CLASSES)}, and no subclasses. Unwrap "
+            "the model: `model.module` of DistributedDataParallel, `model._orig_mod` of torch.compile."
+        )
+    if model.base_model.sequence_group is not None:
+        raise ValueError(
+            "Sequence parallelism is enabled, so that every process would write. Call "
+            "`model.enable_sequence_parallel(None)`, and export from one process."
+        )
+    if empty := [name for name, x in tensors.items() if x.is_meta]:
+        raise ValueError(
+            f"`{empty[0]}` has no values (it is on the meta device). Load the whole model, without `device_map`."
+        )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        _check_weights(model, tensors)
+    elif not quantizer.is_serializable():
+        raise ValueError(
+            "Weights quantized in this way cannot be saved. Export the original model and quantize it when loading."
+        )
+
+
+def _check_weights(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
+    """The saved weights must be those that the class creates from the config, or the directory would not load."""
+    if quantized := [name for name, x in tensors.items() if type(x.data) is not torch.Tensor]:
+        raise ValueError(
+            f"`{quantized[0]}` is a {type(tensors[quantized[0]].data).__name__}, quantized in place, which the config "
+            "does not record. Export the original model, or quantize it while loading by "
+            "`from_pretrained(..., quantization_config=...)`."
+        )
+    with torch.device("meta"):
+        from_config = type(model)(copy.deepcopy(model.config)).state_dict()
+    shapes = {name: tuple(x.shape) for name, x in tensors.items()}
+    expected = {name: tuple(x.shape) for name, x in from_config.items()}
+    if shapes != expected:
+        name = min(name for name in shapes | expected if shapes.get(name) != expected.get(name))
+        raise ValueError(
+            f"The model does not match its config: `{name}` has the shape {shapes.get(name)}, but "
+            f"{type(model).__name__} expects {expected.get(name)}. Adapt the config, remove modules that were added "
+            "(adapters), or gather the weights that other processes hold."
+        )
+
+
+def _check_folder(folder: Path, overwrite: bool, source: Any) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file. Name a directory.")
+    if isinstance(source, (str, PathLike)) and Path(source).resolve() == folder:
+        raise ValueError(f"{folder} cannot be exported into itself. Name another directory.")
+    if not overwrite and folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(
+            f"{folder} is not empty. Name another directory, or pass `overwrite=True` (--overwrite)."
+        )
+
+
+def _loaded(model: Any, tokenizer: Any, state: Any) -> tuple[Any, Any, Any]:
+    """The three of them, read from a directory or repository if `model` names one; arguments take precedence."""
+    if not isinstance(model, (str, PathLike)):
+        return model, tokenizer, state
+    model, saved_tokenizer, saved_state = read(model)
+    return model, saved_tokenizer if tokenizer is None else tokenizer, saved_state if state is None else state
+
+
+def _class_of(folder: Path) -> type[PreTrainedModel]:
+    """The model class that the directory's config names."""
+    config = saved_config(folder)
+    kind = config.get("model_type")
+    if kind != ReformerConfig.model_type:
+        advice = " `hf-reformer convert` converts it." if kind == "reformer" else ""
+        raise ValueError(f"{folder} holds a model of type {kind!r}, not {ReformerConfig.model_type!r}.{advice}")
+    names = config.get("architectures") or ["none"]
+    name = str(names[0] if isinstance(names, list) else names)
+    if name not in MODEL_CLASSES:
+        raise ValueError(
+            f"`architectures` in {folder}/config.json says {name}. It must be a list of one of "
+            f"{', '.join(MODEL_CLASSES)}."
+        )
+    return MODEL_CLASSES[name]
+
+
+def code_files() -> dict[str, str]:
+    """Names and texts of the exported code: the modules of our classes, and all that they import."""
+    classes = (ReformerConfig, *MODEL_CLASSES.values())
+    return flatten({cls.__module__.partition(".")[2] for cls in classes})  # dotted names within the package
+
+
+def auto_map() -> dict[str, str]:
+    """Module and name of each Auto class's model in the exported code."""
+    classes = {"AutoConfig": ReformerConfig, **{auto.__name__: cls for auto, cls in AUTO_CLASSES.items()}}
+    return {auto: f"{short_name(cls.__module__)}.{cls.__name__}" for auto, cls in classes.items()}
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    model.save_pretrained(folder)
+    config = copy.deepcopy(model.config)
+    config.auto_map = auto_map()
+    if config.attention_backend not in BACKENDS:
+        config.attention_backend = "auto"
+    config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for name, text in code_files().items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _move(scratch: Path, folder: Path) -> None:
+    """Move the files into `folder`. An earlier model is removed only now that the new one is complete."""
+    folder.mkdir(exist_ok=True)
+    for file in folder.iterdir():
+        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in MODEL_FILE_PATTERNS):
+            file.unlink()
+    for file in scratch.rglob("*"):
+        if file.is_file():
+            target = folder / file.relative_to(scratch)
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)
+
+
+__all__ = ["export", "push_to_hub"]

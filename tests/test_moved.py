@@ -1,0 +1,38 @@
+"""Import paths of version 0.1 and the public ones of today."""
+
+import importlib
+
+import pytest
+
+import hf_reformer
+from hf_reformer.moved import MOVED
+
+NAMES = {
+    "convert": "convert",
+    "coverage_callback": "CoverageCallback",
+    "distributed": "SequenceParallelTrainer",
+    "model_card": "model_card",
+    "pipelines": "LongDocumentQuestionAnswering",
+    "visualize": "view_layer",
+}
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_old_modules_work_with_a_warning(old):
+    module = importlib.import_module(f"hf_reformer.{old}")
+    assert getattr(hf_reformer, old) is module
+    with pytest.warns(FutureWarning, match=rf"Import {NAMES[old]} from hf_reformer\."):
+        value = getattr(module, NAMES[old])
+    assert value.__name__ == NAMES[old]
+    assert not hasattr(module, "no_such_name")
+    assert not hasattr(module, "__file__")
+
+
+def test_names_that_rooms_offer():
+    from hf_reformer import cache, hub
+
+    assert cache.ReformerCache.__name__ == "ReformerCache"
+    assert hub.export.__name__ == "export"
+    assert hub.push_to_hub.__name__ == "push_to_hub"
+    with pytest.raises(ImportError):
+        from hf_reformer.hub import nothing  # noqa: F401

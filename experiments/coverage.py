@@ -22,7 +22,7 @@ from hf_reformer import ReformerConfig, ReformerForSequenceClassification
 from hf_reformer.data.bpe_tokenizer import train_bpe_tokenizer
 from hf_reformer.data.tables import read_examples
 from hf_reformer.ops.coverage import covered_fraction, mass_entropy
-from hf_reformer.training.coverage_callback import received_by_layer
+from hf_reformer.training.coverage_callback import attention_mass_by_layer
 
 NOISE = 30  # kinds of tokens without meaning; the two that count follow
 ZERO, ONE = NOISE, NOISE + 1
@@ -122,7 +122,7 @@ def evaluate(model: Any, task: Majority | Documents) -> dict[str, float]:
 def evaluate_batch(model: Any, batch: Batch) -> dict[str, float]:
     out = model(**batch, output_coverage=False)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    received = received_by_layer(model, **inputs)
+    received = attention_mass_by_layer(model, **inputs)
     return {
         "task loss": out.loss.item(),
         "accuracy": (out.logits.argmax(-1) == batch["labels"]).double().mean().item(),
@@ -138,7 +138,7 @@ def received_over_tokens(model: Any, batch: Batch) -> torch.Tensor:
     """
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     curves = []
-    for received, mask in zip(received_by_layer(model, **inputs).unbind(1), inputs["attention_mask"], strict=True):
+    for received, mask in zip(attention_mass_by_layer(model, **inputs).unbind(1), inputs["attention_mask"], strict=True):
         real = received[:, mask.bool()].float()  # (layers, tokens)
         curves.append(torch.quantile(real * real.shape[1], torch.linspace(0, 1, 101), dim=1).mean(1))
     return torch.stack(curves).mean(0)

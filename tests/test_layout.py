@@ -28,7 +28,7 @@ ORDER = [
     ("kernels", STAYS),  # a folder: its files import each other freely
     ("tiled_attention", TORCH),
     ("attention_ops", TORCH),
-    ("received_attention", TORCH),
+    ("attention_mass", TORCH),
     ("coverage", TORCH),
     ("replay", TORCH),
     ("slices", TORCH),

@@ -11,12 +11,12 @@ from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
 from hf_reformer import ReformerForCausalLM, ReformerModel
 from hf_reformer.analysis import plots as visualize
 from hf_reformer.analysis.lsh_stats import (
+    attention_mass,
     bucket_balance,
     bucket_sizes,
-    received_attention,
     round_agreement,
-    seen_pairs,
     view_layer,
+    visible_pairs,
 )
 from hf_reformer.analysis.plots import (
     attention_image,
@@ -71,7 +71,7 @@ def test_pairs_are_those_that_the_model_attends_to(mode, causal):
         view = view_layer(model, IDS, layer, attention_mask=MASK)
         for row in range(2):
             for head in range(2):
-                query, key, order = seen_pairs(view, row, head)
+                query, key, order = visible_pairs(view, row, head)
                 drawn = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
                 drawn[query, key] = True
                 attended = (weights[row, head] > 0) & MASK[row, :, None].bool()
@@ -160,19 +160,19 @@ def test_agreement_equals_pair_after_pair():
 def test_all_attention_is_received(mode):
     model = make(mode)
     for sparse, dense in zip(attentions(model), attentions(model, True), strict=True):
-        received = received_attention(sparse, MASK)
-        assert max_abs_diff(received, received_attention(dense, MASK)) <= 1e-12
+        received = attention_mass(sparse, MASK)
+        assert max_abs_diff(received, attention_mass(dense, MASK)) <= 1e-12
         expected = (dense * MASK[:, None, :, None]).sum(2) / MASK.sum(-1)[:, None, None]
         assert max_abs_diff(received, expected) <= 1e-12
         assert max_abs_diff(received.sum(-1), torch.ones(2, 2)) <= 1e-10
         assert not received.transpose(1, 2)[MASK == 0].any()
         if mode != "chunk":  # padding attends to nothing there
-            assert max_abs_diff(received, received_attention(sparse)) <= 1e-12
+            assert max_abs_diff(received, attention_mass(sparse)) <= 1e-12
 
 
 def test_gradients_pass_through_what_is_received():
     weights = torch.rand(1, 1, 3, 2, requires_grad=True)
-    received_attention(SparseAttention(torch.tensor([[[[0, -1], [0, 1], [1, 2]]]]), weights)).sum().backward()
+    attention_mass(SparseAttention(torch.tensor([[[[0, -1], [0, 1], [1, 2]]]]), weights)).sum().backward()
     assert (weights.grad > 0).all()
 
 
@@ -233,7 +233,7 @@ def test_nothing_is_drawn_for_padding():
 def test_a_pair_has_the_colour_of_the_first_order_that_shows_it():
     view = view_layer(make(), IDS, 1)
     image = torch.as_tensor(plot_pairs(view, head=1).images[0].get_array().filled())
-    query, key, order = seen_pairs(view, head=1)
+    query, key, order = visible_pairs(view, head=1)
     firsts = {}
     for i, j, n in zip(query.tolist(), key.tolist(), order.tolist(), strict=True):
         firsts[i, j] = min(n, firsts.get((i, j), n))
@@ -257,7 +257,7 @@ def test_a_step_of_generation_can_be_drawn():
     model = make(cls=ReformerForCausalLM)
     past = model(IDS[:, :60], use_cache=True).past_key_values
     step = model(IDS[:, 60:63], past_key_values=past, output_attentions="sparse").attentions[1]
-    assert received_attention(step).shape == (2, 2, 63)
+    assert attention_mass(step).shape == (2, 2, 63)
     assert attention_image(step)[0].shape == (3, 63)
     assert len(plot_attention(step).images) == 1
 

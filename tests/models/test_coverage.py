@@ -22,10 +22,10 @@ from hf_reformer import (
     ReformerForTokenClassification,
     ReformerModel,
 )
-from hf_reformer.analysis.lsh_stats import received_attention
+from hf_reformer.analysis.lsh_stats import attention_mass
 from hf_reformer.analysis.plots import plot_attention_mass
 from hf_reformer.ops.coverage import coverage_loss, coverage_target, covered_fraction, mass_entropy
-from hf_reformer.training.coverage_callback import CoverageCallback, received_by_layer
+from hf_reformer.training.coverage_callback import CoverageCallback, attention_mass_by_layer
 
 LENGTH = 40
 IDS, MASK = make_ids(2, LENGTH), torch.ones(2, LENGTH, dtype=torch.long)
@@ -331,7 +331,7 @@ def test_the_callback_logs_how_far_attention_reaches(tmp_path):
     trainer.add_callback(CoverageCallback(trainer))
     trainer.evaluate()
     logs = trainer.state.log_history[-1]
-    received = received_by_layer(model.eval(), IDS)
+    received = attention_mass_by_layer(model.eval(), IDS)
     for name, number in (("eval_received_entropy", mass_entropy), ("eval_reached_share", covered_fraction)):
         layers = number(received).mean(-1)
         assert logs[name] == pytest.approx(layers.mean().item(), rel=1e-5)
@@ -357,12 +357,12 @@ def test_the_callback_counts_packed_samples_and_leaves_out_empty_rows(tmp_path):
 
 def test_what_layers_receive_is_what_their_weights_say():
     model = make(coverage_loss_weight=0.0)
-    received = received_by_layer(model, IDS, attention_mask=MASK)
+    received = attention_mass_by_layer(model, IDS, attention_mask=MASK)
     attentions = model(IDS, attention_mask=MASK, output_attentions="sparse").attentions
-    expected = torch.stack([received_attention(x, MASK).mean(1) for x in attentions])
+    expected = torch.stack([attention_mass(x, MASK).mean(1) for x in attentions])
     assert max_abs_diff(received, expected) <= 1e-12
     with pytest.raises(ValueError, match="holds no ReformerModel"):
-        received_by_layer(torch.nn.Linear(1, 1), IDS)
+        attention_mass_by_layer(torch.nn.Linear(1, 1), IDS)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from hf_reformer import ReformerConfig, ReformerModel
 from hf_reformer.models import modeling_reformer as modeling
 from hf_reformer.reversible.grid import Grid, choose_grid, to_stream
-from hf_reformer.reversible.reversible import StreamHandoff, residual_step, reversible_step
+from hf_reformer.reversible.recompute import layer_tensors
+from hf_reformer.reversible.reversible import ReversibleFunction, StreamHandoff, residual_step
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
@@ -90,7 +91,7 @@ def is_reversible(tensor):
         if node is not None and node not in seen:
             seen.add(node)
             todo += [previous for previous, _ in node.next_functions]
-    return any("ReversibleLayer" in node.name() for node in seen)
+    return any("ReversibleFunction" in node.name() for node in seen)
 
 
 def autocast(enabled=True):
@@ -347,39 +348,44 @@ class Toy(nn.Module):
         self.first, self.second, self.dropout = nn.Linear(width, width), nn.Linear(width, width), nn.Dropout(0.2)
         self.chunk_size = chunk_size
 
-    def project(self, x2, call, first):
+    def qkv_projection(self, x2, ctx, offset):
         return [x2]
 
-    def attend(self, projected, call, *extra):
-        (x2,) = projected
-        x = self.first(x2.float() + sum(extra))
+    def attend(self, projected, ctx, *states):
+        (x2,) = projected.take()
+        x = self.first(x2.float() + sum(states))
         bucket = (x.detach() @ torch.randn(x.shape[-1], 6)).argmax(-1, keepdim=True)
-        return x.tanh() * (1 + bucket % 3)
+        return (x.tanh() * (1 + bucket % 3),)
 
-    def merge(self, mixed, call, first):
+    def output_projection(self, mixed, ctx, offset):
         return self.dropout(mixed)
 
-    def g(self, y1, call, first):
+    def feed_forward_branch(self, y1, ctx, offset):
         return self.dropout(self.second(y1.float()).relu())
 
 
 class Zero(Toy):
     """Branches that give negative zeros."""
 
-    def g(self, y1, call, first):
+    def feed_forward_branch(self, y1, ctx, offset):
         return -0.0 * self.second(y1.float()).relu()
 
 
 GRID = choose_grid("float64", torch.float32, rounded=True)
 
 
+def reversible_step(layer, x1, x2, handoff, index, states=()):
+    tensors = layer_tensors(layer)
+    return ReversibleFunction.apply(layer, None, handoff, index, tuple(tensors), x1, x2, *states, *tensors.values())
+
+
 def run_toys(layers, x, reversible, *extra):
     torch.manual_seed(1)
-    chain = StreamHandoff(GRID, len(layers))
+    handoff = StreamHandoff(GRID, len(layers))
     x1 = x2 = to_stream(x, GRID)
     for index, layer in enumerate(layers):
         if reversible:
-            x1, x2 = reversible_step(layer, x1, x2, None, chain, index, extra)
+            x1, x2 = reversible_step(layer, x1, x2, handoff, index, extra)
         else:
             x1, x2 = residual_step(layer, x1, x2, None, GRID, extra)
     return torch.cat([x1, x2], -1)
@@ -431,7 +437,7 @@ class Shared(Toy):
         super().__init__(**kwargs)
         self.a, self.b = (nn.Parameter(torch.randn(8)) for _ in range(2))
 
-    def g(self, y1, call, first):
+    def feed_forward_branch(self, y1, ctx, offset):
         return y1.float() * 0.5 + (self.a + self.b)
 
 
@@ -451,27 +457,26 @@ def test_gradients_of_slices_add_up_in_float32():
     length = 1024
 
     class Half(Toy):
-        def g(self, y1, call, first):
+        def feed_forward_branch(self, y1, ctx, offset):
             return self.second.bias.expand(*y1.shape) + 0 * y1.to(torch.bfloat16)
 
     layer = Half(chunk_size=1)
     layer.second.to(torch.bfloat16)
-    _, x2 = reversible_step(
-        layer, *[torch.zeros(1, length, 8, dtype=torch.float64)] * 2, None, StreamHandoff(GRID, 1), 0
-    )
+    streams = [torch.zeros(1, length, 8, dtype=torch.float64)] * 2
+    _, x2 = reversible_step(layer, *streams, StreamHandoff(GRID, 1), 0)
     x2.sum().backward()
     assert torch.equal(layer.second.bias.grad, torch.full((8,), float(length), dtype=torch.bfloat16))
 
 
 def test_gradcheck_sees_through_the_grid():
     class Smooth(Toy):
-        def attend(self, projected, call, *extra):
-            return self.first(projected[0] + sum(extra)).tanh()
+        def attend(self, projected, ctx, *states):
+            return (self.first(projected.take()[0] + sum(states)).tanh(),)
 
-        def merge(self, mixed, call, first):
+        def output_projection(self, mixed, ctx, offset):
             return mixed
 
-        def g(self, y1, call, first):
+        def feed_forward_branch(self, y1, ctx, offset):
             return self.second(y1).tanh()
 
     layers = nn.ModuleList(Smooth(3).double() for _ in range(3))
@@ -479,10 +484,10 @@ def test_gradcheck_sees_through_the_grid():
 
     def run(x, extra, *tensors):
         x1 = x2 = to_stream(x, grid)
-        chain = StreamHandoff(grid, len(layers))
+        handoff = StreamHandoff(grid, len(layers))
         with torch.nn.utils.stateless._reparametrize_module(layers, dict(zip(names, tensors, strict=True))):
             for index, layer in enumerate(layers):
-                x1, x2 = reversible_step(layer, x1, x2, None, chain, index, (extra,))
+                x1, x2 = reversible_step(layer, x1, x2, handoff, index, (extra,))
         return x1, x2
 
     grid = choose_grid("float64", torch.float64, rounded=True)
@@ -512,13 +517,13 @@ def test_gradients_of_all_parameters_or_of_one():
         assert gap(found, expected[place : place + 1]) <= EXACT
 
 
-def test_nothing_is_left_over_where_gradients_stop_halfway(chains):
+def test_nothing_is_left_over_where_gradients_stop_halfway(handoffs):
     model = make()
     loss = loss_of(hidden_of(model))
     torch.autograd.grad(loss, list(model.layers[3].parameters()), retain_graph=True)
-    assert not chains[0]()._pending
+    assert not handoffs[0]()._pending
     loss.backward()
-    assert not chains[0]()._pending
+    assert not handoffs[0]()._pending
 
 
 @pytest.mark.parametrize("chunk", [0, 7], ids=["whole", "chunked feed-forward"])
@@ -890,7 +895,7 @@ def test_threads_may_walk_one_graph(flipped, adapters):
 
 
 @pytest.mark.parametrize("where", ["f", "g", "between"])
-def test_a_failing_backward_leaves_no_trace(where, chains):
+def test_a_failing_backward_leaves_no_trace(where, handoffs):
     model = with_adapters(make())
     expected = step(twin_of(model))
     streams, hidden = inner_streams(model)
@@ -918,8 +923,8 @@ def test_a_failing_backward_leaves_no_trace(where, chains):
 
 
 @pytest.fixture
-def chains(monkeypatch):
-    """Weak references to the chains of all forwards to come, with the cycle collector asleep."""
+def handoffs(monkeypatch):
+    """Weak references to the stream handoffs of all forwards to come, with the cycle collector asleep."""
     born = []
 
     class Watched(StreamHandoff):
@@ -936,13 +941,13 @@ def chains(monkeypatch):
 
 @pytest.mark.parametrize("chunk", [0, 7], ids=["whole", "chunked feed-forward"])
 @pytest.mark.parametrize("end", ["backward", "no backward", "failure", "hook"])
-def test_memory_is_freed_at_once(end, chunk, chains):
+def test_memory_is_freed_at_once(end, chunk, handoffs):
     model = with_adapters(make(chunk_size_feed_forward=chunk))
     if end == "hook":
         halve_a_stream(model)
     hidden = hidden_of(model)
-    watched = [weakref.ref(hidden.untyped_storage()), *chains]
-    assert len(chains) == 1
+    watched = [weakref.ref(hidden.untyped_storage()), *handoffs]
+    assert len(handoffs) == 1
     if end == "failure":
         hidden.register_hook(lambda grad: grad[:1])
     if end != "no backward":

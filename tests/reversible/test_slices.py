@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from hf_reformer.reversible import chunking as slices
-from hf_reformer.reversible.chunking import ChunkedBuffer, tokens_per_chunk, map_tokens, token_chunks
+from hf_reformer.reversible import chunking
+from hf_reformer.reversible.chunking import ChunkedBuffer, map_tokens, token_chunks, tokens_per_chunk
 
 
 def parts(first, x, y):
@@ -43,8 +43,8 @@ def test_given_tensors_are_filled_in_place():
 
 
 def test_a_slice_holds_as_many_numbers_in_any_batch():
-    assert tokens_per_chunk(torch.zeros(1, 5000, 512)) == slices.CHUNK_ELEMENTS // 512
-    assert tokens_per_chunk(torch.zeros(4, 5000, 512)) == slices.CHUNK_ELEMENTS // 2048
-    assert tokens_per_chunk(torch.zeros(2, 3, slices.CHUNK_ELEMENTS)) == 1
-    assert tokens_per_chunk(torch.zeros(4, 5000, 512), asked=7) == 7
+    assert tokens_per_chunk(torch.zeros(1, 5000, 512)) == chunking.CHUNK_ELEMENTS // 512
+    assert tokens_per_chunk(torch.zeros(4, 5000, 512)) == chunking.CHUNK_ELEMENTS // 2048
+    assert tokens_per_chunk(torch.zeros(2, 3, chunking.CHUNK_ELEMENTS)) == 1
+    assert tokens_per_chunk(torch.zeros(4, 5000, 512), requested=7) == 7
     assert tokens_per_chunk(torch.zeros(1, 5000, 512, device="meta")) == 5000

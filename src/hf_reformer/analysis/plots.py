@@ -1,7 +1,7 @@
-"""What LSH attention does, in numbers and in pictures: buckets, who sees whom, weights, attention received.
+"""Plots of what LSH attention does: buckets, visible pairs, attention weights, attention mass.
 
-Numbers come from the model's own forward (`view_layer`, or `output_attentions`). Every picture is drawn into the Axes
-given, or into a new figure, and returned as Axes; nothing is shown or saved.
+The numbers come from the model's own forward (`view_layer`, or `output_attentions`). Every plot is drawn into the given
+Axes, or into a new figure, and returned as Axes; nothing is shown or saved.
 """
 
 from collections.abc import Sequence
@@ -10,37 +10,29 @@ from typing import Any
 import torch
 
 from ..ops.coverage import coverage_target
-from ..ops.coverage import covered_fraction as covered_fraction
-from ..ops.coverage import mass_entropy as mass_entropy
 from ..ops.gather_attention import SparseAttention
 from .lsh_stats import (
     LayerView,
-    _as_lists,
-    _buckets_of,
-    _check_number,
-    _columns,
-    _real_tokens,
+    as_lists,
+    attention_mass,
     bucket_sizes,
-    received_attention,
+    buckets_of,
+    check_index,
+    num_columns,
+    real_tokens,
     round_agreement,
-    seen_pairs,
+    visible_pairs,
 )
 
-SIDE = 256  # pixels of a picture of pairs; longer sequences are drawn in blocks of tokens
-MOST_LABELS = 64  # tokens whose text can still be read along an axis
-
-
-# ---- numbers ----
-
-
-# ---- pictures ----
+SIDE = 256  # pixels of a plot of pairs; longer sequences are drawn in blocks of tokens
+MAX_LABELS = 64  # tokens whose text can still be read along an axis
 
 
 def plot_buckets(view: LayerView, hash_round: int = 0, row: int = 0, head: int = 0, ax: Any = None) -> Any:
     """Which bucket every real token falls into, over its position, in one hash round."""
-    buckets = _buckets_of(view)
-    _check_number("hash_round", hash_round, buckets.shape[2])
-    real = _real_tokens(view, row, head)
+    buckets = buckets_of(view)
+    check_index("hash_round", hash_round, buckets.shape[2])
+    real = real_tokens(view, row, head)
     ax = _axes(ax)
     ax.scatter(real.cpu(), buckets[row, head, hash_round, real].cpu(), s=8, linewidths=0)
     ax.set(xlabel="position", ylabel="bucket", title=f"head {head}, hash {hash_round + 1}")
@@ -55,7 +47,7 @@ def plot_pairs(view: LayerView, row: int = 0, head: int = 0, ax: Any = None, sid
     Where the input is longer than `side`, a pixel stands for a block of tokens, and has the colour of the first order
     that shows any of its pairs.
     """
-    query, key, order = seen_pairs(view, row, head)
+    query, key, order = visible_pairs(view, row, head)
     length, count = view.mask.shape[1], len(view.names)
     step = -(-length // side)
     size = -(-length // step)
@@ -87,16 +79,16 @@ def plot_attention(
     """The attention weights of a head, one line of pixels for every token that attends.
 
     Args:
-        attention, mask: as for `received_attention`.
+        attention, mask: as for `attention_mass`.
         tokens: texts of the tokens, to be written along both axes; for short inputs.
         side: where there are more tokens, a pixel stands for a block of them: how much of their attention its tokens
             pay to its other tokens, so that every line still adds up to 1.
     """
     image, steps = attention_image(attention, row, head, mask, side)
-    columns = _columns(attention)
-    if tokens is not None and (len(tokens) != columns or columns > MOST_LABELS):
+    columns = num_columns(attention)
+    if tokens is not None and (len(tokens) != columns or columns > MAX_LABELS):
         raise ValueError(
-            f"`tokens` holds {len(tokens)} texts for {columns} tokens. Give one for each of at most {MOST_LABELS}, "
+            f"`tokens` holds {len(tokens)} texts for {columns} tokens. Give one for each of at most {MAX_LABELS}, "
             "or leave them out."
         )
     ax = _axes(ax)
@@ -122,13 +114,13 @@ def attention_image(
     side: int = SIDE,
 ) -> tuple[torch.Tensor, tuple[int, int]]:
     """The weights of a head in at most `side` lines and columns, and how many tokens a line and a column stand for."""
-    tokens, weights = _as_lists(attention, mask)
-    _check_number("row", row, len(tokens))
-    _check_number("head", head, tokens.shape[1])
+    tokens, weights = as_lists(attention, mask)
+    check_index("row", row, len(tokens))
+    check_index("head", head, tokens.shape[1])
     tokens, weights = tokens[row, head].clamp(min=0), weights[row, head]  # (T, K)
-    steps = -(-len(tokens) // side), -(-_columns(attention) // side)
+    steps = -(-len(tokens) // side), -(-num_columns(attention) // side)
     line = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens) // steps[0]
-    size = -(-len(tokens) // steps[0]), -(-_columns(attention) // steps[1])
+    size = -(-len(tokens) // steps[0]), -(-num_columns(attention) // steps[1])
     image = weights.new_zeros(size).index_put((line, tokens // steps[1]), weights, accumulate=True)
     return image / image.detach().sum(-1, keepdim=True).round().clamp(min=1), steps
 
@@ -140,18 +132,18 @@ def plot_attention_mass(
     ax: Any = None,
     causal: bool | None = None,
 ) -> Any:
-    """The share of attention that every token gets, a line for each head; arguments as for `received_attention`.
+    """The share of attention that every token receives, a line per head; arguments as for `attention_mass`.
 
-    causal: whether the layer is; then a dashed line shows what the tokens would get of evenly spread attention, the
-    target of the coverage loss. Not with packed samples.
+    causal: whether the layer is; then a dashed line shows the mass of evenly spread attention, the target of the
+    coverage loss. Not with packed samples.
     """
-    received = received_attention(attention, mask)
-    _check_number("row", row, len(received))
+    mass = attention_mass(attention, mask)
+    check_index("row", row, len(mass))
     ax = _axes(ax)
-    for head, shares in enumerate(received[row].detach().float().cpu()):
+    for head, shares in enumerate(mass[row].detach().float().cpu()):
         ax.plot(shares, label=f"head {head}", linewidth=1)
     if causal is not None:
-        real = torch.ones_like(received[:, 0], dtype=torch.bool) if mask is None else mask.bool()
+        real = torch.ones_like(mass[:, 0], dtype=torch.bool) if mask is None else mask.bool()
         target = coverage_target(real, (real.cumsum(-1) - 1).clamp(min=0), causal=causal).target[row]
         ax.plot(target.cpu(), label="evenly spread", color="black", linestyle="--", linewidth=1)
     ax.set(xlabel="position", ylabel="share of all attention", title="attention received")

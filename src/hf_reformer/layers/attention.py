@@ -91,6 +91,7 @@ class ReformerAttention(nn.Module):
         if cache_layer is not None:
             cache_layer.append(query if key is None else key, value, buckets, ctx.mask)
         length, mask, query_weights = value.shape[2], ctx.mask, ctx.query_weights
+        sorted_by = vectors, buckets, 0 if buckets is None else num_buckets_total(self._num_buckets(ctx))
         if ctx.padded_length > length:  # chunk mode works on whole chunks
             more = ctx.padded_length - length
             mask = value.new_ones(value.shape[0], length, dtype=torch.bool) if mask is None else mask
@@ -110,7 +111,7 @@ class ReformerAttention(nn.Module):
         report = AttentionReport(
             mass=None if mass is None else all_reduce(mass[:, :length], ctx.shard),
             weights=weights,
-            sorting=Sorting(layout, vectors, buckets, self._num_buckets(ctx)) if ctx.want_sorting else None,
+            sorting=Sorting(layout, *sorted_by) if ctx.want_sorting else None,
         )
         return merge_heads(out[:, :, :length], ctx.shard), report
 
@@ -128,7 +129,9 @@ class ReformerAttention(nn.Module):
         position = torch.zeros(batch, heads, 1, length, dtype=torch.int32, device=value.device)
         count = 1 if buckets is None else num_buckets_total(self._num_buckets(ctx))
         if self.mode == "chunk":
-            if buckets is None:  # local chunks follow the sequence; padding keeps its place and is masked in the softmax
+            if (
+                buckets is None
+            ):  # local chunks follow the sequence; padding keeps its place and is masked in the softmax
                 buckets, mask = position, None
             return chunk_layout(buckets, count, self.chunk, self.before, self.after, mask, sort=makers.sort_line)
         groups = [(position, 1, config.local_window)]

@@ -74,8 +74,8 @@ class _Stack(torch.autograd.Function):
         fn.autocast = autocast_state(x1.device)
         before = checksum(x1), checksum(x2)
         masses: list[torch.Tensor] = []
-        for index, layer in enumerate(layers):
-            x1, x2, mass, *_ = residual_step(layer, x1, x2, ctx.for_layer(index), grid)
+        for layer in layers:
+            x1, x2, mass, *_ = residual_step(layer, x1, x2, ctx.for_layer(layer.attention.layer), grid)
             masses += [] if mass is None else [mass]
         fn.save_for_backward(x1, x2, *before, *tensors)
         return x1, x2, *masses
@@ -95,7 +95,7 @@ class _Stack(torch.autograd.Function):
             del tensors[first:]
             totals = GradientAccumulator([x for x in leaves if x.requires_grad])
             again = partial(_again, layer, dict(zip(names, leaves, strict=True)), d1.device, fn.autocast)
-            stages = LayerStages(layer, ctx.for_layer(index), fn.grid, again)
+            stages = LayerStages(layer, ctx.for_layer(layer.attention.layer), fn.grid, again)
             size = tokens_per_chunk(y2, layer.chunk_size)
             buffers = ChunkedBuffer(y2.shape[1]), ChunkedBuffer(y1.shape[1])
             y2, d1 = invert_branch(stages.feed_forward_branch, size, y2, y1, d2, d1, totals, buffers[0])

@@ -172,24 +172,27 @@ def dense_attention(
     p: float = 0.0,
     dropout_key: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plain computation: (B, H, T, D), and the weights before dropout (B, H, T, S), 0 where nothing is seen.
+    """The plain computation in at least float32: (B, H, T, D) in the dtype of `value`, and the weights before dropout,
+    (B, H, T, S).
 
     Args:
         query: (B, H, T, D); key, value: (B, H, S, D).
         allowed: bool, broadcast to (B, 1, T, S); None: all, or with `causal` those up to the query's own position.
         p, dropout_key: dropout on the weights, as `dispatch.windowed_attention` takes it.
     """
-    scores = query @ key.transpose(-1, -2) * scale
-    if allowed is None and causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
-    weights = weights if allowed is None else weights * allowed
-    used = weights
-    if dropout_key is not None:
-        used = weights * dropout_factors(dropout_key, p, *query.shape[:3]).to(weights.dtype)
-    return used @ value, weights
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query.to(dtype) @ key.to(dtype).transpose(-1, -2) * scale
+        if allowed is None and causal:
+            allowed = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, torch.finfo(dtype).min)
+        weights = scores.softmax(-1)
+        weights = weights if allowed is None else weights * allowed
+        used = weights
+        if dropout_key is not None:
+            used = weights * dropout_factors(dropout_key, p, *query.shape[:3]).to(dtype)
+        return (used @ value.to(dtype)).to(value.dtype), weights
 
 
 def eager_attention(

@@ -32,7 +32,13 @@ def plan_fused_decode(
         None unless this is a decode step with everything that the kernel knows: unmodified layers with float32 weights
         on a CPU, and nothing but values asked for.
     """
-    if ctx.cache is None or ctx.want_weights or ctx.want_sorting or like.shape[1] != 1 or like.shape[0] > MAX_BATCH_SIZE:
+    if (
+        ctx.cache is None
+        or ctx.want_weights
+        or ctx.want_sorting
+        or like.shape[1] != 1
+        or like.shape[0] > MAX_BATCH_SIZE
+    ):
         return None
     if not like.is_cpu or dtype not in (torch.float64, torch.float32):
         return None
@@ -72,7 +78,12 @@ def _describe(layer: Any, cache_layers: list) -> dict[str, Any] | None:
     cache_layer = cache_layers[attention.layer]
     if attention.kind == "full" or attention.mode != "window":
         return None
-    if not cache_layer.seen_tokens or cache_layer.keys.dtype != torch.float32 or act not in ACTIVATIONS or norm.eps != second_norm.eps:
+    if (
+        not cache_layer.seen_tokens
+        or cache_layer.keys.dtype != torch.float32
+        or act not in ACTIVATIONS
+        or norm.eps != second_norm.eps
+    ):
         return None
     weights = _weights(attention, feed_forward, norm._parameters, second_norm._parameters)
     if weights is None:

@@ -96,12 +96,13 @@ class ReformerLayer(GradientCheckpointingLayer):
         ctx: ForwardContext,
         grid: Grid,
         handoff: StreamHandoff | None = None,
+        index: int = 0,
         *states: torch.Tensor,
     ) -> tuple[Any, ...]:
-        """(x2, x1), each (B, T, D) in the grid's dtype → (y2, y1, *report), the fields of an `AttentionReport`.
+        """(x2, x1), each (B, T, D) in the grid's dtype → (y2, y1), and the fields of an `AttentionReport`, if any is set.
 
         Args:
-            handoff: of a reversible stack; None: the plain path.
+            handoff, index: of a reversible stack, and the layer's number there; None: the plain path.
             states: encoder states for `attend`, with gradients.
         """
         ctx = ctx.for_layer(self.attention.layer)
@@ -117,11 +118,11 @@ class ReformerLayer(GradientCheckpointingLayer):
             y1, y2, *report = residual_step(self, x1, x2, ctx, grid, states)
             y1 = y1.view_as(y1)  # so that hooks on y1 see the same gradient as on the reversible path
         else:
-            tensors, index = layer_tensors(self), self.attention.layer
+            tensors = layer_tensors(self)
             y1, y2, *report = ReversibleFunction.apply(
                 self, ctx, handoff, index, tuple(tensors), x1, x2, *states, *tensors.values()
             )
-        return y2, y1, *report
+        return (y2, y1) if all(x is None for x in report) else (y2, y1, *report)
 
 
 def _modules_of(module: nn.Module) -> list[nn.Module]:

@@ -353,13 +353,13 @@ def _run_layers(
     x1 = x2 = stream.take()
     hidden_states: list[torch.Tensor] = []
     reports = []
-    for layer in layers:
+    for index, layer in enumerate(layers):
         if state_dtype is not None:
             x2 = record_hidden_state(x2, state_dtype, hidden_states)
         if recompute:
-            x2, x1, *report = checkpoint(layer, x2, x1, ctx, grid, None, *states, use_reentrant=False)
+            x2, x1, *report = checkpoint(layer, x2, x1, ctx, grid, None, index, *states, use_reentrant=False)
         else:
-            x2, x1, *report = layer(x2, x1, ctx, grid, handoff, *states)
+            x2, x1, *report = layer(x2, x1, ctx, grid, handoff, index, *states)
         reports.append(AttentionReport(*report))
     if state_dtype is not None:
         x2 = record_hidden_state(x2, state_dtype, hidden_states)

@@ -55,7 +55,9 @@ class ChunkedBuffer:
     def put(self, offset: int, *chunks: torch.Tensor | None) -> None:
         if not self.tensors:
             shapes = [None if x is None else (x.shape[0], self.length, *x.shape[2:]) for x in chunks]
-            self.tensors = [x if x is None or x.shape == s else x.new_empty(s) for x, s in zip(chunks, shapes, strict=True)]
+            self.tensors = [
+                x if x is None or x.shape == s else x.new_empty(s) for x, s in zip(chunks, shapes, strict=True)
+            ]
         for buffer, chunk in zip(self.tensors, chunks, strict=True):
             if buffer is not None and chunk is not None and buffer is not chunk:
                 buffer[:, offset : offset + chunk.shape[1]] = chunk

@@ -19,9 +19,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-from .chunking import ChunkedBuffer, Handoff, Tensors, tokens_per_chunk, map_tokens, token_chunks
-from .grid import Grid, to_stream
 from ..compat import current_graph_task_id, parametrization_cache_enabled, will_engine_execute
+from .chunking import ChunkedBuffer, Handoff, Tensors, map_tokens, token_chunks, tokens_per_chunk
+from .grid import Grid, to_stream
 from .recompute import ReplayState, autocast_again, autocast_state, layer_tensors, recomputed
 
 StageContext = Callable[[Hashable], AbstractContextManager]  # of a part of a layer, by its name

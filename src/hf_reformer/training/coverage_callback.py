@@ -6,40 +6,38 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from ..analysis.lsh_stats import recorded
+from ..analysis.lsh_stats import stack_output
 from ..models.input_checks import packed_samples
 from ..models.modeling_reformer import ReformerModel
 from ..ops.coverage import covered_fraction, mass_entropy
 
 
 @torch.no_grad()
-def received_by_layer(model: torch.nn.Module, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """The share of attention that every token receives, in every layer: (layers, B, T); each row's add up to 1.
+def attention_mass_by_layer(model: torch.nn.Module, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """The share of attention that every token receives, in every layer: (layers, B, T); each sequence's add up to 1.
 
     A mean over heads and real queries, before dropout. Unlike the matrices of `output_attentions` it costs little more
     than a forward.
 
     Args:
         model: any model of this package, in whatever mode it is.
-        input_ids, inputs: as the model takes them. Of samples packed into a row each one's shares add up to 1.
+        input_ids, inputs: as the model takes them. The shares of each packed sample add up to 1.
 
     Raises:
         ValueError: the model holds no `ReformerModel`, or a cache is given.
     """
-    found = next((module for module in model.modules() if isinstance(module, ReformerModel)), None)
-    if found is None:
-        raise ValueError(f"{type(model).__name__} holds no ReformerModel, so no layer tells what tokens receive.")
-    with recorded(found, "_coverage") as calls:
-        model(input_ids=input_ids, **inputs, output_coverage=True)
-    (received, *_), _ = calls["_coverage"]
-    return torch.stack(received)
+    stack = next((module for module in model.modules() if isinstance(module, ReformerModel)), None)
+    if stack is None:
+        raise ValueError(f"{type(model).__name__} holds no ReformerModel, so no layer reports its attention mass.")
+    output = stack_output(model, stack, input_ids=input_ids, output_attention_mass=True, **inputs)
+    return torch.stack(output.attention_mass)
 
 
 class CoverageCallback(TrainerCallback):
     """Logs after every evaluation how far attention reaches, as a mean over layers and of every layer.
 
-    `eval_received_entropy`: of the attention received, 1 where all tokens receive the same; `eval_reached_share`: the
-    share of tokens that receive at least a tenth of the uniform share; the same with `_layer_0`, … behind.
+    `eval_received_entropy`: of the attention mass, 1 where all tokens receive the same; `eval_reached_share`: the
+    fraction of tokens that receive at least a tenth of even mass; the same with `_layer_0`, … behind.
 
     ```python
     trainer.add_callback(CoverageCallback(trainer))
@@ -51,7 +49,7 @@ class CoverageCallback(TrainerCallback):
         Args:
             trainer: whose `log` is used, so that the numbers go wherever its others go.
             batches: how many of the evaluation's batches are looked at.
-            least: how much of the uniform share counts as reached.
+            least: which share of even mass counts as reached.
         """
         if batches < 1:
             raise ValueError(f"`batches={batches}` leaves nothing to look at. Give at least 1.")
@@ -69,38 +67,36 @@ class CoverageCallback(TrainerCallback):
         model.eval()
         try:
             batches = list(islice(eval_dataloader, self.batches))
-            found = torch.stack([self._numbers(model, batch, args.device) for batch in batches])
+            numbers = torch.stack([self._numbers(model, batch, args.device) for batch in batches])
         finally:
             model.train(training)
-        self.trainer.log(named(found.mean(0)))
+        self.trainer.log(log_names(numbers.mean(0)))
 
     def _numbers(self, model: torch.nn.Module, batch: Any, device: torch.device) -> torch.Tensor:
-        """(2, layers): entropy and reached share, means over samples that hold a real token."""
-        wanted = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
-        inputs = {name: batch[name].to(device) for name in wanted if batch.get(name) is not None}
-        received = received_by_layer(model, **inputs).float()
-        real = inputs.get("attention_mask", torch.ones_like(received[0])) != 0
+        """(2, layers): entropy and covered fraction, means over samples that hold a real token."""
+        names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+        inputs = {name: batch[name].to(device) for name in names if batch.get(name) is not None}
+        mass = attention_mass_by_layer(model, **inputs).float()
+        real = inputs.get("attention_mask", torch.ones_like(mass[0])) != 0
         if "position_ids" in inputs:
-            received, real = unpacked(received, real, inputs["position_ids"])
+            mass, real = unpacked(mass, real, inputs["position_ids"])
         some = real.any(-1)
-        received, real = received[:, some], real[some]
-        numbers = mass_entropy(received, real), covered_fraction(received, real, self.least)
+        mass, real = mass[:, some], real[some]
+        numbers = mass_entropy(mass, real), covered_fraction(mass, real, self.least)
         return torch.stack([x.mean(-1) for x in numbers])
 
 
-def unpacked(
-    received: torch.Tensor, real: torch.Tensor, position_ids: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(layers, B, T) and (B, T), with a row for each sample that a row holds; its tokens stay where they are."""
+def unpacked(mass: torch.Tensor, real: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(layers, B, T) and (B, T), with a sequence for each packed sample; its tokens stay where they are."""
     samples = packed_samples(position_ids, (real.cumsum(-1) - 1).clamp(min=0), real)
     if samples is None:
-        return received, real
+        return mass, real
     parts = [real & (samples == sample) for sample in range(int(samples.max()) + 1)]
-    return torch.cat([torch.where(part, received, 0) for part in parts], dim=1), torch.cat(parts)
+    return torch.cat([torch.where(part, mass, 0) for part in parts], dim=1), torch.cat(parts)
 
 
-def named(numbers: torch.Tensor) -> dict[str, float]:
-    """Of (2, layers) the means and every layer's, by the names they are logged under."""
+def log_names(numbers: torch.Tensor) -> dict[str, float]:
+    """(2, layers) → the means and every layer's, by the names they are logged under."""
     logs = {}
     for name, layers in zip(("eval_received_entropy", "eval_reached_share"), numbers, strict=True):
         logs[name] = layers.mean().item()

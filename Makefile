@@ -14,7 +14,7 @@ READY := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # constraints.txt pins the oldest transformers that is supported, and the newest that peft knows; this is the newest.
 NEWEST := transformers==5.24.0
-MEET_TRANSFORMERS := exact_attention generation heads hub pipelines registration save_load seq2seq trainer
+MEET_TRANSFORMERS := full_attention generation heads hub pipelines registration save_load seq2seq trainer
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-notebooks test-newest lint format bench clean

@@ -7,7 +7,12 @@ from torch import nn
 
 from ..configuration_reformer import ReformerConfig
 from ..ops.dispatch import hashing_backend, windowed_attention
-from ..ops.gather_attention import attention_with_sparse_weights, crop
+from ..ops.gather_attention import (
+    attention_with_dense_weights,
+    attention_with_sparse_weights,
+    crop,
+    mass_of_weights,
+)
 from ..ops.layout import AttentionLayout, chunk_layout, window_layout
 from ..ops.lsh import exploration_buckets, legacy_num_buckets, num_buckets_total, seeded_rotations, window_rotations
 from ..ops.prng import OUTPUT_DROPOUT, dropout, fold, make_key
@@ -102,8 +107,9 @@ class ReformerAttention(nn.Module):
         options["dropout_key"] = attention_dropout_key(self, ctx)
         weights = None
         if ctx.want_weights:
-            out, weights = attention_with_sparse_weights(query, key, value, layout, **options)
-            mass = None if query_weights is None else weights.mass(query_weights)
+            weigh = attention_with_sparse_weights if ctx.want_weights == "sparse" else attention_with_dense_weights
+            out, weights = weigh(query, key, value, layout, **options)
+            mass = None if query_weights is None else mass_of_weights(weights, query_weights)
             weights = crop(weights, length)
         else:
             options |= {"query_weights": query_weights, "backend": self.backend}

@@ -38,7 +38,7 @@ class ForwardContext(NamedTuple):
         cache: `cache.ReformerCache` of the tokens before these, which the layers read and write. T counts new tokens.
         encoder: what a decoder's layers know of the source; None in models of one stack.
         query_weights: (B, T), how much each query counts in the attention mass, over all heads; None: not wanted.
-        want_weights: whether layers report their attention weights.
+        want_weights: whether layers report their attention weights: False, "sparse" or "dense".
         want_sorting: whether layers report how they arranged the tokens.
     """
 
@@ -55,7 +55,7 @@ class ForwardContext(NamedTuple):
     cache: Any = None
     encoder: EncoderContext | None = None
     query_weights: torch.Tensor | None = None
-    want_weights: bool = False
+    want_weights: bool | str = False
     want_sorting: bool = False
 
     @property
@@ -90,13 +90,13 @@ class AttentionReport(NamedTuple):
     Attributes:
         mass: (B, T) floating, attention mass that every token receives; differentiable.
         encoder_mass: (B, S), the same of the source's tokens, in decoders.
-        weights: attention weights over own tokens; differentiable.
+        weights: attention weights over own tokens, as asked for, or with a cache sparse; differentiable.
         encoder_weights: (B, H, T, S), those over the source's tokens, in decoders.
         sorting: how the layer arranged the tokens.
     """
 
     mass: torch.Tensor | None = None
     encoder_mass: torch.Tensor | None = None
-    weights: SparseAttention | None = None
+    weights: SparseAttention | torch.Tensor | None = None
     encoder_weights: torch.Tensor | None = None
     sorting: Sorting | None = None

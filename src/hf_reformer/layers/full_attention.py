@@ -74,12 +74,12 @@ class FullAttention(nn.Module):
         dropout_key = attention_dropout_key(self, ctx)
         weights = mass = None
         if ctx.want_weights or dropout_key is not None:
-            out, weights = dense_attention(query, key, value, allowed, causal, self.scale, self.dropout, dropout_key)
-            weights = weights if sees is None else torch.where(sees, weights, 0)
+            visible = allowed if sees is None else allowed & sees
+            out, weights = dense_attention(query, key, value, visible, causal, self.scale, self.dropout, dropout_key)
         else:
             interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
             out = interface(self, query, key, value, allowed, scaling=self.scale, is_causal=causal)[0].transpose(1, 2)
-        out = out if sees is None else torch.where(sees, out, 0)
+            out = out if sees is None else torch.where(sees, out, 0)
         if ctx.query_weights is not None:
             mass = full_attention_mass(query, key, ctx.query_weights, allowed, causal, self.scale)
         weights = weights if ctx.want_weights else None
@@ -88,9 +88,11 @@ class FullAttention(nn.Module):
             mass = mass if mass is None or mask is None else torch.where(mask, mass, 0)
             report = AttentionReport(encoder_mass=mass, encoder_weights=weights)
         else:
+            if weights is not None and (ctx.want_weights == "sparse" or positions is not None):
+                weights = _as_lists(weights, positions, allowed, causal)
             report = AttentionReport(
                 mass=None if mass is None else all_reduce(mass, shard),
-                weights=None if weights is None else _as_lists(weights, positions, allowed, causal),
+                weights=weights,
                 sorting=Sorting(dense_layout(value, self.causal, ctx.mask, ctx.samples)) if ctx.want_sorting else None,
             )
         return merge_heads(out.to(dtype), shard), report
@@ -98,8 +100,8 @@ class FullAttention(nn.Module):
     def _own_tokens(self, query, key, value, ctx: ForwardContext) -> tuple[Any, ...]:
         """Query, key and value of all tokens so far, and about them:
 
-        which keys each query may see (`allowed` of `dense_attention`); which queries see any, or None; and where the
-        keys' tokens stand in the input, (B or 1, 1, 1, T).
+        which keys each query may see (`allowed` of `dense_attention`); which queries see any, or None; and for keys of a
+        cache where their tokens stand in the input, (B, 1, 1, T), or None.
         """
         query, key = rotate(query, ctx.rotary), rotate(key, ctx.rotary)
         cache_layer = None if ctx.cache is None else ctx.cache.layers[self.layer]
@@ -113,8 +115,7 @@ class FullAttention(nn.Module):
         if cache_layer is not None:
             cache_layer.append(key, value, None, ctx.mask)
         allowed = make_attention_mask(ctx.mask, ctx.samples, value.shape[2], self.causal, value.device)
-        positions = torch.arange(value.shape[2], device=value.device)[None, None, None]
-        return query, key, value, allowed, None if ctx.mask is None else ctx.mask[:, None, :, None], positions
+        return query, key, value, allowed, None if ctx.mask is None else ctx.mask[:, None, :, None], None
 
     def _encoder_tokens(self, states: torch.Tensor, ctx: ForwardContext) -> tuple[Any, ...]:
         """The same of the source's tokens, without the query. The cache computes keys and values once."""
@@ -132,9 +133,10 @@ class FullAttention(nn.Module):
 
 
 def _as_lists(
-    weights: torch.Tensor, positions: torch.Tensor, allowed: torch.Tensor | None, causal: bool
+    weights: torch.Tensor, positions: torch.Tensor | None, allowed: torch.Tensor | None, causal: bool
 ) -> SparseAttention:
     """Weights (B, H, T, S) as lists of the tokens that a query may see."""
+    positions = torch.arange(weights.shape[-1], device=weights.device) if positions is None else positions
     if allowed is None and causal:
         allowed = torch.ones(weights.shape[2:], dtype=torch.bool, device=weights.device).tril()
     tokens = positions if allowed is None else torch.where(allowed, positions, -1)

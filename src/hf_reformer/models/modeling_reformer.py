@@ -158,7 +158,7 @@ class ReformerModel(ReformerPreTrainedModel):
         ctx = ctx._replace(
             encoder=encoder_context,
             query_weights=None if target is None else target.query_weights / self.config.num_attention_heads,
-            want_weights=bool(output_attentions),
+            want_weights=output_attentions and ("sparse" if output_attentions == "sparse" else "dense"),
             want_sorting=bool(output_sorting),
         )
         if self.config.position_embedding_type != "rotary":
@@ -175,7 +175,7 @@ class ReformerModel(ReformerPreTrainedModel):
         hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(ctx.key, FINAL_DROPOUT), ctx.offset)
         weights, cross = ([getattr(r, name) for r in reports] for name in ("weights", "encoder_weights"))
         if output_attentions and output_attentions != "sparse":
-            weights = [x.dense(past + inputs.shape[1]) for x in weights]
+            weights = [x if isinstance(x, torch.Tensor) else x.dense(past + inputs.shape[1]) for x in weights]
         return ReformerModelOutput(
             last_hidden_state=hidden,
             **{CACHE_NAME: cache},

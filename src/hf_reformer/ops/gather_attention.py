@@ -1,13 +1,13 @@
 """Attention over lists of tokens: for decoding, over the tokens of a cache, and where the weights are wanted."""
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .layout import AttentionLayout
 from .prng import keep_threshold, pair_scramble
-from .reference import MASKED_SCORE, SELF_SCORE, inverse_permutation, pair_keys
+from .reference import MASKED_SCORE, SELF_SCORE, attention_with_weights, inverse_permutation, pair_keys
 
 MAX_GATHERED = 2**24  # elements of gathered keys at once
 
@@ -30,10 +30,13 @@ class SparseAttention(NamedTuple):
         matrix = self.weights.new_zeros(*self.weights.shape[:3], length)
         return matrix.scatter_add(-1, self.tokens.clamp(min=0), self.weights)
 
-    def mass(self, query_weights: torch.Tensor) -> torch.Tensor:
-        """The attention mass of every token, (B, T), by each query's weight, (B, T); without a cache."""
-        mass = (self.weights * query_weights.to(self.weights.dtype)[:, None, :, None]).flatten(1)
-        return mass.new_zeros(query_weights.shape).scatter_add(1, self.tokens.clamp(min=0).flatten(1), mass)
+
+def mass_of_weights(attention: SparseAttention | torch.Tensor, query_weights: torch.Tensor) -> torch.Tensor:
+    """The attention mass of every token, (B, T), by each query's weight, (B, T); without a cache."""
+    if isinstance(attention, torch.Tensor):
+        return torch.einsum("bhns,bn->bs", attention, query_weights.to(attention.dtype))
+    mass = (attention.weights * query_weights.to(attention.weights.dtype)[:, None, :, None]).flatten(1)
+    return mass.new_zeros(query_weights.shape).scatter_add(1, attention.tokens.clamp(min=0).flatten(1), mass)
 
 
 def gather_attention(
@@ -104,8 +107,10 @@ def concat_queries(
     return torch.cat(outs, dim=2), SparseAttention(*lists)
 
 
-def crop(attention: SparseAttention, length: int) -> SparseAttention:
+def crop(attention: SparseAttention | torch.Tensor, length: int) -> SparseAttention | torch.Tensor:
     """The attention of the first `length` tokens; padding behind them weighs nothing."""
+    if isinstance(attention, torch.Tensor):  # as it is where it can be, so that it keeps the gradient it gets
+        return attention if attention.shape[2] == length else attention[:, :, :length, :length]
     tokens, weights = (x[:, :, :length] for x in attention)
     inside = tokens < length
     return SparseAttention(torch.where(inside, tokens, -1), weights * inside)
@@ -122,6 +127,23 @@ def visible_tokens(layout: AttentionLayout) -> torch.Tensor:
     perm = layout.perm.flatten(2).long()
     tokens = perm.gather(-1, visible.flatten(2) % (rounds * length)).view_as(visible)
     return torch.where(visible <= last, tokens, -1).transpose(2, 3).flatten(3)
+
+
+def attention_with_dense_weights(
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor,
+    layout: AttentionLayout,
+    *,
+    scale: float,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`dispatch.windowed_attention` and its weights (B, H, T, T), through which gradients pass; arguments as there."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast(query.device.type, enabled=False):
+        query, key, values = (None if x is None else x.to(dtype) for x in (query, key, value))
+        out, weights = attention_with_weights(query, None if key is None else key * scale, values, layout, **options)
+    return out.to(value.dtype), weights
 
 
 def attention_with_sparse_weights(

@@ -3,12 +3,12 @@
     python experiments/coverage.py                                        # some minutes on two cores
     python experiments/coverage.py --train_file a.parquet --validation_file b.parquet --steps 200
 
-Without files, the task is: among random tokens stand a few marked ones, at random places, each a 0 or a 1; which of
-the two is in the majority? A causal model answers at the last token. With files (columns `text` and `label`), a
-bidirectional model tells the label of each text.
+Without files, the task is: among random tokens there are a few marked ones, at random positions, each a 0 or a 1.
+Which of the two is in the majority? A causal model answers at the last token. With files (columns `text` and `label`),
+a bidirectional model predicts the label of each text.
 
-Every seed trains without the coverage loss and with each of its weights, on the same data from the same first weights.
-A line of the table is a run; the last lines are means over seeds.
+Every seed trains with each weight of the coverage loss, on the same data from the same initial weights. A line of the
+output is a run; the last lines are means over seeds.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from hf_reformer.data.tables import read_examples
 from hf_reformer.ops.coverage import covered_fraction, mass_entropy
 from hf_reformer.training.coverage_callback import attention_mass_by_layer
 
-NOISE = 30  # kinds of tokens without meaning; the two that count follow
+NOISE = 30  # number of tokens without meaning; the two marked ones follow
 ZERO, ONE = NOISE, NOISE + 1
 Batch = dict[str, torch.Tensor]
 
@@ -49,10 +49,10 @@ class Majority:
 
     def batch(self, rows: int, generator: torch.Generator) -> Batch:
         tokens = torch.randint(1, NOISE, (rows, self.length), generator=generator)
-        places = torch.rand(rows, self.length, generator=generator).argsort(-1)[:, : self.marked]
+        positions = torch.rand(rows, self.length, generator=generator).argsort(-1)[:, : self.marked]
         bits = torch.randint(0, 2, (rows, self.marked), generator=generator)
         return {
-            "input_ids": tokens.scatter_(1, places, ZERO + bits),
+            "input_ids": tokens.scatter_(1, positions, ZERO + bits),
             "attention_mask": torch.ones_like(tokens),
             "labels": (2 * bits.sum(-1) > self.marked).long(),
         }
@@ -81,10 +81,8 @@ class Documents:
         return self.held_out
 
     def batch(self, rows: dict[str, list]) -> Batch:
-        found = self.tokenizer(rows["text"], padding=True, truncation=True, return_tensors="pt")
-        return {name: found[name] for name in ("input_ids", "attention_mask")} | {
-            "labels": torch.tensor(rows["label"])
-        }
+        encoded = self.tokenizer(rows["text"], padding=True, truncation=True, return_tensors="pt")
+        return {**encoded, "labels": torch.tensor(rows["label"])}
 
 
 def make_model(task: Majority | Documents, weight: float, arguments: argparse.Namespace) -> Any:
@@ -112,10 +110,10 @@ def train(task: Majority | Documents, seed: int, weight: float, arguments: argpa
 
 
 def evaluate(model: Any, task: Majority | Documents) -> dict[str, float]:
-    """What it does on rows that it has not seen."""
-    found = [(len(batch["labels"]), evaluate_batch(model, batch)) for batch in task.validation()]
-    rows = sum(count for count, _ in found)
-    return {name: sum(count * one[name] for count, one in found) / rows for name in found[0][1]}
+    """Means over the validation examples."""
+    results = [(len(batch["labels"]), evaluate_batch(model, batch)) for batch in task.validation()]
+    total = sum(size for size, _ in results)
+    return {name: sum(size * result[name] for size, result in results) / total for name in results[0][1]}
 
 
 @torch.no_grad()
@@ -132,10 +130,7 @@ def evaluate_batch(model: Any, batch: Batch) -> dict[str, float]:
 
 
 def received_over_tokens(model: Any, batch: Batch) -> torch.Tensor:
-    """What tokens receive over the uniform share, the least first, at every hundredth of a row.
-
-    A mean over layers and rows.
-    """
+    """Attention received by tokens over the uniform share: percentiles 0 to 100, means over layers and rows."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     curves = []
     for received, mask in zip(attention_mass_by_layer(model, **inputs).unbind(1), inputs["attention_mask"], strict=True):
@@ -145,7 +140,7 @@ def received_over_tokens(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def draw(curves: dict[str, torch.Tensor], file: Path) -> None:
-    """A line for each weight, as received_over_tokens gives them."""
+    """Plot the results of received_over_tokens, a line for each weight."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -160,22 +155,22 @@ def draw(curves: dict[str, torch.Tensor], file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 0.1, 1.0], help="of the coverage loss")
-    parser.add_argument("--attn_layers", nargs="+", default=["lsh", "lsh"], help="kind of every layer")
-    parser.add_argument("--window", type=int, default=32, help="of lsh and local layers")
-    parser.add_argument("--initializer_range", type=float, default=0.125, help="of all weights; default: width^-0.5")
+    parser.add_argument("--attn_layers", nargs="+", default=["lsh", "lsh"], help="attention type of every layer")
+    parser.add_argument("--window", type=int, default=32, help="window of lsh and local layers")
+    parser.add_argument("--initializer_range", type=float, default=0.125, help="default: width^-0.5")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--rows", type=int, default=16, help="of a training batch")
-    parser.add_argument("--length", type=int, default=128, help="of the rows; texts are cut after so many tokens")
+    parser.add_argument("--rows", type=int, default=16, help="examples of a training batch")
+    parser.add_argument("--length", type=int, default=128, help="tokens of an example; longer texts are truncated")
     parser.add_argument("--marked", type=int, default=9, help="marked tokens; odd, so that there is a majority")
-    parser.add_argument("--bidirectional", action="store_true", help="majority told by a bidirectional model")
+    parser.add_argument("--bidirectional", action="store_true", help="use a bidirectional model for the majority task")
     parser.add_argument("--train_file", type=Path, help="texts and labels, instead of the task above")
     parser.add_argument("--validation_file", type=Path)
-    parser.add_argument("--picture", type=Path, help="draw what tokens receive, of the first seed, into this file")
-    arguments = parser.parse_args(given)
+    parser.add_argument("--picture", type=Path, help="plot the attention received, for the first seed, to this file")
+    arguments = parser.parse_args(argv)
     if arguments.marked % 2 == 0 or arguments.marked > arguments.length:
         parser.error(f"--marked {arguments.marked} must be odd and at most --length {arguments.length}.")
     for name in ("seeds", "steps", "rows", "length", "marked"):
@@ -186,8 +181,8 @@ def parse_arguments(given: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def main(given: Sequence[str] | None = None) -> None:
-    arguments = parse_arguments(given)
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
     task = Majority(arguments) if arguments.train_file is None else Documents(arguments)
     means: list[str] = []
     curves: dict[str, torch.Tensor] = {}
@@ -197,14 +192,15 @@ def main(given: Sequence[str] | None = None) -> None:
             model = train(task, seed, weight, arguments)
             runs.append(evaluate(model, task))
             curves.setdefault(f"weight {weight:g}", received_over_tokens(model, task.validation()[0]))
-            print(line(f"weight {weight:g}, seed {seed}", runs[-1]), flush=True)
-        means.append(line(f"weight {weight:g}, mean", {k: sum(run[k] for run in runs) / len(runs) for k in runs[0]}))
+            print(format_line(f"weight {weight:g}, seed {seed}", runs[-1]), flush=True)
+        mean = {name: sum(run[name] for run in runs) / len(runs) for name in runs[0]}
+        means.append(format_line(f"weight {weight:g}, mean", mean))
     print(*means, sep="\n")
     if arguments.picture is not None:
         draw(curves, arguments.picture)
 
 
-def line(name: str, numbers: dict[str, float]) -> str:
+def format_line(name: str, numbers: dict[str, float]) -> str:
     return f"{name}: " + ", ".join(f"{key} {value:.3f}" for key, value in numbers.items())
 
 

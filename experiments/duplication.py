@@ -1,8 +1,8 @@
-"""Learn to copy: the duplication task of the paper (section 5.1), by which a hashing rule shows that it can learn.
+"""Learn to copy: the duplication task of the paper (section 5.1), a test of whether LSH attention can learn.
 
-A sequence is 0 w 0 w with a random word w; the model is to predict the second w, every symbol of which stands once,
-half the sequence back. Only hashing can find it: the position order is off and the windows are short. Prints the
-accuracy with 1, 2, 4 and 8 hash rounds at evaluation, per seed.
+A sequence is 0 w 0 w with a random word w. The model predicts the second w, each symbol of which has occurred half the
+sequence earlier. Only hashing can find it: the order by position is off and the windows are short. Prints the accuracy
+with 1, 2, 4 and 8 hash rounds at evaluation, per seed.
 
     python experiments/duplication.py --seeds 0 1 2
     python experiments/duplication.py --attention_mode chunk --seeds 0 1 2
@@ -20,13 +20,13 @@ from hf_reformer import ReformerConfig, ReformerForCausalLM
 @dataclass
 class Arguments:
     attention_mode: str = field(default="window", metadata={"help": "window or chunk"})
-    steps: int = field(default=5000, metadata={"help": "most training steps"})
+    steps: int = field(default=5000, metadata={"help": "maximum number of training steps"})
     target: float = field(default=0.99, metadata={"help": "stop when 4 rounds reach this accuracy; above 1: never"})
     evaluate_every: int = 500
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     length: int = 128
-    symbols: int = field(default=127, metadata={"help": "size of the alphabet that w is drawn from"})
-    window: int = field(default=24, metadata={"help": "window mode: places a token sees in each order"})
+    symbols: int = field(default=127, metadata={"help": "size of the alphabet of w"})
+    window: int = field(default=24, metadata={"help": "window mode: positions a token sees in each sort order"})
     chunk: int = field(default=16, metadata={"help": "chunk mode: chunk length, looking one chunk back"})
     num_buckets: int = field(default=0, metadata={"help": "0: 8 in window mode, 16 in chunk mode"})
     num_hashes: int = field(default=2, metadata={"help": "rounds in training"})
@@ -76,9 +76,9 @@ def accuracy(model: ReformerForCausalLM, args: Arguments, rounds: int) -> float:
     ids, labels = draw(args, 64, torch.Generator().manual_seed(12345))
     model.eval()
     guess = model(ids, num_hashes=rounds).logits[:, :-1].argmax(-1)
-    wanted = labels[:, 1:]
+    targets = labels[:, 1:]
     model.train()
-    return (guess == wanted)[wanted != -100].float().mean().item()
+    return (guess == targets)[targets != -100].float().mean().item()
 
 
 def learn(args: Arguments, seed: int) -> tuple[int, dict[int, float]]:

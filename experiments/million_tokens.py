@@ -1,7 +1,7 @@
 """One training step, and inference, on one sequence of 1,048,576 tokens (paper, section 1): peak memory and time.
 
 The sequence is the source code of Python's own standard library, as bytes; the model a byte language model of six
-layers. Each job runs in a process of its own, so that its peak is its own.
+layers. Each job runs in its own process, so that peak memory is measured per job.
 
     python experiments/million_tokens.py                # train, then infer
     python experiments/million_tokens.py --jobs infer --length 262144
@@ -32,7 +32,7 @@ class Arguments:
     hidden_size: int = 256
     feed_forward_size: int = 512
     num_hashes: int = 2
-    chunk_size_feed_forward: int = field(default=0, metadata={"help": "tokens at a time in token-wise parts"})
+    chunk_size_feed_forward: int = field(default=0, metadata={"help": "tokens per chunk in token-wise parts"})
     residual_precision: str = field(
         default="float32", metadata={"help": "of the residual streams: float32 or float64"}
     )
@@ -76,14 +76,14 @@ def make_model(args: Arguments) -> ReformerForCausalLM:
 
 
 def show_layers(model: ReformerForCausalLM, passes: int) -> tqdm:
-    """A bar that moves on whenever a layer's attention has run; backward runs each of them again."""
+    """A progress bar of attention layers; backward runs each of them again."""
     bar = tqdm(total=passes * len(model.model.layers), unit="layer")
 
-    def move_on(*_) -> None:
+    def advance(*_) -> None:
         bar.update()
 
     for layer in model.model.layers:
-        layer.attention.register_forward_hook(move_on)
+        layer.attention.register_forward_hook(advance)
     return bar
 
 
@@ -110,7 +110,7 @@ def infer(args: Arguments) -> None:
 
 
 def run_job(job: str, args: Arguments) -> None:
-    """Run one job and tell its time and this process's peak of resident memory."""
+    """Run one job; print its time and this process's peak resident memory."""
     set_seed(0)
     begin = time.perf_counter()
     {"train": train, "infer": infer}[job](args)
@@ -134,8 +134,8 @@ def main() -> None:
         process.start()
         process.join()
         if process.exitcode:
-            why = " (the machine ran out of memory)" if process.exitcode == -signal.SIGKILL else ""
-            raise SystemExit(f"{job} ended with exit code {process.exitcode}{why}.")
+            reason = " (the machine ran out of memory)" if process.exitcode == -signal.SIGKILL else ""
+            raise SystemExit(f"{job} ended with exit code {process.exitcode}{reason}.")
 
 
 if __name__ == "__main__":

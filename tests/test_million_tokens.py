@@ -1,4 +1,4 @@
-"""The script that trains and infers on one very long sequence, at a length that is not."""
+"""The experiment that trains and infers on one very long sequence, run at a short length."""
 
 import re
 import subprocess
@@ -15,7 +15,7 @@ def run_script(*args: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_both_jobs_tell_time_and_peak_of_memory():
+def test_both_jobs_print_time_and_peak_memory():
     done = run_script("--length", "4096", "--layers", "2", "--chunk_size_feed_forward", "1024")
     assert done.returncode == 0, done.stderr
     for job in ("train", "infer"):

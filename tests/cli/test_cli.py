@@ -1,4 +1,4 @@
-"""The command line: what it prints is what `model.generate` gives, a chat runs every token once, mistakes are told."""
+"""The command line: it prints what `model.generate` returns, a chat runs every token once, mistakes are explained."""
 
 import io
 import json
@@ -20,6 +20,7 @@ from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM, ReformerForS
 from hf_reformer.cli.main import main
 from hf_reformer.cli.text_generation import Conversation, load, special_ids
 from hf_reformer.hub import export
+from hf_reformer.recipes import RECIPES
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -77,8 +78,8 @@ def continuation(folder, text, bos=True, **options):
 def test_greedy_text_is_that_of_the_model(folder, line, tmp_path, way):
     file = tmp_path / "prompt.txt"
     file.write_text(PROMPT + "\n", encoding="utf-8")
-    given = {"--prompt": [way, PROMPT], "--prompt_file": [way, file], "stdin": []}[way]
-    status, out, _ = line("generate", "--model", folder, *GREEDY, *given, stdin=PROMPT)
+    prompt = {"--prompt": [way, PROMPT], "--prompt_file": [way, file], "stdin": []}[way]
+    status, out, _ = line("generate", "--model", folder, *GREEDY, *prompt, stdin=PROMPT)
     assert (status, out) == (0, continuation(folder, PROMPT)[0] + "\n")
 
 
@@ -261,8 +262,8 @@ def test_on_a_terminal_a_failed_turn_does_not_end_the_chat(tmp_path, line, monke
 
 def test_export_makes_a_checkpoint_a_folder_for_the_hub(folder, line, tmp_path):
     out = tmp_path / "shared"
-    told = ["--license", "mit", "--language", "en", "de", "--tags", "bytes", "--name", "ada/tiny"]
-    status, printed, err = line("export", "--model", folder, "--output", out, *told)
+    metadata = ["--license", "mit", "--language", "en", "de", "--tags", "bytes", "--name", "ada/tiny"]
+    status, printed, err = line("export", "--model", folder, "--output", out, *metadata)
     assert (status, err) == (0, "")
     assert f"hf upload ada/tiny {out}" in printed
     card = (out / "README.md").read_text(encoding="utf-8")
@@ -302,7 +303,7 @@ def small_builtin(folder):
     )
 
 
-def test_convert_writes_a_folder_and_tells_what_changes(tmp_path, line):
+def test_convert_writes_a_folder_and_reports_what_changes(tmp_path, line):
     folder = small_builtin(tmp_path / "builtin")
     assert line("convert", folder, tmp_path / "ours") == (0, "", "")
     assert line("convert", tmp_path / "ours", tmp_path / "again", "--to", "builtin") == (0, "", "")
@@ -318,14 +319,14 @@ def test_convert_writes_a_folder_and_tells_what_changes(tmp_path, line):
     assert line("generate", "--model", tmp_path / "window", *GREEDY, "--prompt", PROMPT)[0] == 0
 
 
-def test_a_folder_without_a_tokenizer_says_so(tmp_path, line):
+def test_a_folder_without_a_tokenizer_is_reported(tmp_path, line):
     make_model().save_pretrained(tmp_path / "bare")
-    told = {"export": ["--model", tmp_path / "bare", "--output", tmp_path / "exported"]}
+    commands = {"export": ["--model", tmp_path / "bare", "--output", tmp_path / "exported"]}
     builtin = small_builtin(tmp_path / "builtin")
     for file in Path(builtin).glob("tokenizer*"):
         file.unlink()
-    told["convert"] = [builtin, tmp_path / "converted"]
-    for command, argv in told.items():
+    commands["convert"] = [builtin, tmp_path / "converted"]
+    for command, argv in commands.items():
         status, out, err = line(command, *argv)
         assert (status, err) == (0, "")
         assert "There was no tokenizer" in out
@@ -352,6 +353,64 @@ def test_mistakes_of_convert_end_in_one_line(tmp_path, line):
         assert not (tmp_path / "out").exists()
 
 
+# ---- train ----
+
+
+def test_train_lists_the_recipes(line, capsys):
+    for argv in (["train"], ["train", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            main(argv)
+        assert end.value.code == 0
+        printed = capsys.readouterr().out
+        assert [text.split()[0] for text in printed.split("recipes:\n")[1].splitlines()] == list(RECIPES)
+    with pytest.raises(SystemExit):
+        main(["train", "poetry"])
+    assert "'classification', 'language-model', 'seq2seq'" in capsys.readouterr().err
+
+
+def test_train_runs_a_recipe_with_its_own_options(line, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["train", "seq2seq", "--help"])
+    assert end.value.code == 0
+    assert "--source_column" in capsys.readouterr().out
+    (tmp_path / "text.txt").write_text("again and again " * 40)
+    tiny = ["--hidden_size", "16", "--attn_layers", "local", "--sequence_length", "64", "--max_steps", "1"]
+    tiny += ["--use_cpu", "--train_file", tmp_path / "text.txt", "--output_dir", tmp_path / "lm"]
+    assert line("train", "language-model", *tiny)[0] == 0
+    assert line("generate", "--model", tmp_path / "lm", *GREEDY, "--prompt", "again")[0] == 0
+
+
+def test_mistakes_of_train_end_in_one_line(line, tmp_path, monkeypatch):
+    (tmp_path / "data.csv").write_text("a,b\nx,y\n")
+    files = ["--train_file", tmp_path / "data.csv", "--output_dir", tmp_path / "out"]
+    for message, argv in {
+        "no file": ["classification", "--train_file", tmp_path / "absent.csv"],
+        "--text_column": ["classification", *files],
+        "must be between 0 and 1": ["seq2seq", *files, "--validation_fraction", "2"],
+    }.items():
+        status, _, err = line("train", *argv)
+        assert status == 2
+        assert "Traceback" not in err
+        last = err.splitlines()[-1]  # behind the progress bar of reading a table
+        assert last.startswith("hf-reformer: ")
+        assert message in last
+    monkeypatch.setitem(sys.modules, "evaluate", None)  # as if it were not installed
+    for name in ("recipes.classification", "training.classification"):
+        monkeypatch.delitem(sys.modules, f"hf_reformer.{name}")
+    assert line("train", "classification", *files) == (
+        2, "", "hf-reformer: This needs `evaluate`. Install it with `pip install 'hf_reformer[train]'`.\n"
+    )  # fmt: skip
+
+
+def test_the_help_imports_no_recipe():
+    code = "import sys; from hf_reformer.cli.main import make_parser; make_parser().format_help(); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "hf_reformer.recipes" in modules
+    assert not {
+        name for name in modules if name.startswith(("hf_reformer.recipes.", "hf_reformer.training", "evaluate"))
+    }
+
+
 # ---- mistakes, help, env ----
 
 
@@ -360,7 +419,7 @@ def test_positions_end_the_text_in_words(tmp_path, line, caplog):
     common = ["generate", "--model", folder, "--greedy", "--no_bos"]
     status, _, err = line(*common, "--prompt", "x" * 20)
     assert status == 2
-    assert "20 tokens are given, and the model covers 20 positions" in err
+    assert "The input has 20 tokens, and the model covers 20 positions" in err
     assert line(*common, "--prompt", "x" * 15)[:2] == (
         0,
         continuation(folder, "x" * 15, False, max_new_tokens=5)[0] + "\n",
@@ -386,7 +445,7 @@ def mistakes(tmp_path):
         "there is no config.json": ["--model", tmp_path / "empty"],
         "has no tokenizer": ["--model", tmp_path / "gpt2"],
         "saved by ReformerForSequenceClassification": ["--model", tmp_path / "classifier"],
-        "holds an encoder-decoder": ["--model", tmp_path / "t5"],
+        "is an encoder-decoder": ["--model", tmp_path / "t5"],
         "no chat template": ["--model", tmp_path / "silent"],
         "or damaged": ["--model", tmp_path / "cut"],
         "holds a NoneType, where an object": ["--model", tmp_path / "null"],
@@ -417,7 +476,7 @@ def test_mistakes_end_in_one_line(tmp_path, line):
         assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["export"], ["convert"], ["env"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["chat"], ["export"], ["convert"], ["env"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])

@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from hf_reformer.data import tables as data
+from hf_reformer import data
+from hf_reformer.data.demo_corpus import _NearDuplicates
 
 pytest.importorskip("datasets")
 
@@ -71,7 +72,7 @@ def test_absent_packages_are_passed_over_and_too_few_are_an_error():
         data.corpus_file("no_such_package_anywhere/x.py")
 
 
-def test_cleaning_keeps_the_code_and_removes_what_tells_the_answer():
+def test_cleaning_keeps_the_code_and_removes_what_names_the_package():
     source = '''#!/usr/bin/env python
 # Copyright 2020 Somebody. Licensed under the Apache License.
 
@@ -113,7 +114,7 @@ def test_cleaning_cuts_at_the_end_of_a_line():
 
 
 def test_near_duplicates_are_recognised():
-    seen = data._NearDuplicates()
+    seen = _NearDuplicates()
     lines = [f"this_is_statement(number={i})\n" for i in range(20)]
     assert seen.add("".join(lines))
     assert not seen.add("".join(reversed(lines)))
@@ -122,11 +123,12 @@ def test_near_duplicates_are_recognised():
     assert seen.add("".join(lines[:5]) + "".join(f"something_new(number={i})\n" for i in range(9)))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # modules are run a second time
 def test_without_the_extra_the_module_imports_and_its_functions_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # what an import finds when it is not installed
     monkeypatch.setitem(sys.modules, "sklearn", None)
-    module = runpy.run_path(data.__file__)
-    for call in (module["installed_packages_corpus"], lambda: module["read_examples"]("table.csv")):
+    tables, corpus = (runpy.run_module(f"hf_reformer.data.{name}") for name in ("tables", "demo_corpus"))
+    for call in (corpus["installed_packages_corpus"], lambda: tables["read_examples"]("table.csv")):
         with pytest.raises(ImportError, match=r"`datasets`.*pip install 'hf_reformer\[train\]'"):
             call()
 
@@ -177,7 +179,7 @@ def test_unreadable_files_are_explained(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "given", "found"),
+    ("names", "options", "columns"),
     [
         (["id", "text", "label"], {}, ("text", None, "label")),
         (["sentence1", "sentence2", "label", "idx"], {}, ("sentence1", "sentence2", "label")),
@@ -190,14 +192,14 @@ def test_unreadable_files_are_explained(tmp_path):
         (["text"], {}, ("text", None, None)),
     ],
 )
-def test_columns_are_found_by_their_names(names, given, found):
+def test_columns_are_found_by_their_names(names, options, columns):
     from datasets import Dataset
 
     dataset = Dataset.from_dict({name: ["x"] if name != "idx" else [1] for name in names})
-    assert data.find_columns(dataset, **given) == found
+    assert data.find_columns(dataset, **options) == columns
 
 
-def test_columns_that_cannot_be_told_are_asked_for():
+def test_columns_that_are_unclear_are_asked_for():
     from datasets import Dataset
 
     dataset = Dataset.from_dict({"a": ["x"], "b": ["y"]})

@@ -1,4 +1,4 @@
-"""That the hashing rule can learn: the duplication task of the paper, section 5.1."""
+"""LSH attention can learn: the duplication task of the paper, section 5.1."""
 
 import importlib.util
 from pathlib import Path

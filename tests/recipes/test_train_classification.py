@@ -1,4 +1,4 @@
-"""The classification script, run as people run it: on a csv, on a folder of texts, resumed, and wrongly."""
+"""The classification recipe, run as people run it: on a csv, on a folder of texts, resumed, and wrongly."""
 
 import json
 import os
@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
 from hf_reformer import ReformerByteTokenizer
-from hf_reformer.data import tables as data
+from hf_reformer.data.tables import Columns
+from hf_reformer.recipes import classification as recipe
+from hf_reformer.training.classification import METRIC_MODULE, SINGLE, Task
+from hf_reformer.training.model_setup import parse_overrides
+from hf_reformer.training.trainers import EpochLengthSampler
 
 pd = pytest.importorskip("pandas")
-pytest.importorskip("datasets")
 evaluate = pytest.importorskip("evaluate")
-pytest.importorskip("sklearn")
-pytest.importorskip("accelerate")
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "train_classification.py")
 TINY = [
     *("--tokenizer", "train", "--tokenizer_vocab_size", "300", "--hidden_size", "16", "--attn_layers", "local", "lsh"),
     *("--num_attention_heads", "1", "--attention_head_size", "16", "--feed_forward_size", "16", "--num_hashes", "1"),
@@ -41,17 +43,6 @@ def animals(count: int, seed: int = 0) -> "pd.DataFrame":
     return pd.DataFrame({"text": [sentence(label, draw.randint(4, 20), draw) for label in labels], "label": labels})
 
 
-@pytest.fixture(scope="session")
-def script():
-    """The script as a module. Its neighbours in `scripts/` are found as when Python runs it."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import train_classification
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return train_classification
-
-
 @pytest.fixture
 def files(tmp_path):
     """A folder with train.csv and validation.csv."""
@@ -66,7 +57,7 @@ def arguments(folder: Path, *more: str, train: str = "train.csv", out: str = "ou
 
 @pytest.mark.slow
 def test_csv_from_the_command_line_leaves_everything_behind(files):
-    command = [sys.executable, str(SCRIPTS / "train_classification.py"), *arguments(files, "--num_train_epochs", "6")]
+    command = [sys.executable, SCRIPT, *arguments(files, "--num_train_epochs", "6")]
     command += ["--validation_file", str(files / "validation.csv"), "--baselines"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=files, env=environment)
@@ -87,10 +78,10 @@ def test_csv_from_the_command_line_leaves_everything_behind(files):
     assert agreement > 0.9
 
 
-def test_predictions_are_in_the_order_of_the_data_and_equal_a_reloaded_pipeline(script, files):
+def test_predictions_are_in_the_order_of_the_data_and_equal_a_reloaded_pipeline(files):
     from transformers import pipeline
 
-    script.main(arguments(files, "--validation_file", str(files / "validation.csv"), "--max_steps", "4"))
+    recipe.main(arguments(files, "--validation_file", str(files / "validation.csv"), "--max_steps", "4"))
     given, predictions = animals(12, seed=1), pd.read_csv(files / "out" / "predictions_validation.csv")
     assert list(predictions["label"]) == list(given["label"])
     answers = pipeline("text-classification", model=str(files / "out"))(list(given["text"]), truncation=True)
@@ -99,23 +90,23 @@ def test_predictions_are_in_the_order_of_the_data_and_equal_a_reloaded_pipeline(
         assert answer["score"] == pytest.approx(probability, abs=1e-4)
 
 
-def test_text_folder_without_validation_data_and_test_folder(script, tmp_path, capsys):
+def test_text_folder_without_validation_data_and_test_folder(tmp_path, capsys):
     for row, (text, label) in enumerate(animals(40).itertuples(index=False)):
         for split in ("train", "test"):
             file = tmp_path / split / label / f"{row}.txt"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
     options = ["--test_file", str(tmp_path / "test"), "--max_steps", "2", "--validation_fraction", "0.2"]
-    script.main([*arguments(tmp_path, *options, train="train"), "--tokenizer", "bytes"])
+    recipe.main([*arguments(tmp_path, *options, train="train"), "--tokenizer", "bytes"])
     assert "train 32, validation 8, test 40" in capsys.readouterr().out
     assert list(pd.read_csv(tmp_path / "out" / "predictions_validation.csv")["label"]).count("cat") == 4
     predictions = pd.read_csv(tmp_path / "out" / "predictions_test.csv")
     assert [path.split("/")[0] for path in predictions["path"]] == list(predictions["label"])
 
 
-def test_test_file_without_labels_is_predicted(script, files):
+def test_test_file_without_labels_is_predicted(files):
     animals(6).drop(columns="label").to_csv(files / "test.csv", index=False)
-    script.main(arguments(files, "--test_file", str(files / "test.csv"), "--max_steps", "1"))
+    recipe.main(arguments(files, "--test_file", str(files / "test.csv"), "--max_steps", "1"))
     predictions = pd.read_csv(files / "out" / "predictions_test.csv")
     assert "label" not in predictions
     assert set(predictions["prediction"]) <= {"cat", "dog"}
@@ -123,53 +114,54 @@ def test_test_file_without_labels_is_predicted(script, files):
 
 
 @pytest.mark.parametrize("stop", [2, 3, 5])
-def test_resumed_run_equals_uninterrupted_run(script, files, stop):
+def test_resumed_run_equals_uninterrupted_run(files, stop):
     """4 batches an epoch, so the checkpoints lie inside the first epoch, inside the second, and behind odd lengths."""
     options = ["--per_device_train_batch_size", "16", "--save_strategy", "steps", "--save_steps", "1"]
     options += ["--num_train_epochs", "2", "--save_total_limit", "9", "--eval_strategy", "no"]
-    script.main(arguments(files, *options, out="whole"))
+    recipe.main(arguments(files, *options, out="whole"))
     checkpoint = str(files / "whole" / f"checkpoint-{stop}")
-    script.main(arguments(files, *options, "--resume_from_checkpoint", checkpoint, out="resumed"))
+    recipe.main(arguments(files, *options, "--resume_from_checkpoint", checkpoint, out="resumed"))
     assert not (files / "resumed" / f"checkpoint-{stop}").exists()
     whole, resumed = ((files / run / "model.safetensors").read_bytes() for run in ("whole", "resumed"))
     assert whole == resumed
 
 
-def test_last_checkpoint_is_found(script, files):
+def test_last_checkpoint_is_found(files):
     options = ["--save_strategy", "steps", "--save_steps", "1", "--eval_strategy", "no"]
-    script.main(arguments(files, *options, "--max_steps", "2"))
-    script.main(arguments(files, *options, "--max_steps", "3", "--resume_from_checkpoint", "last"))
+    recipe.main(arguments(files, *options, "--max_steps", "2"))
+    recipe.main(arguments(files, *options, "--max_steps", "3", "--resume_from_checkpoint", "last"))
     state = json.loads((files / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 3
 
 
-def test_saved_model_is_fine_tuned_with_its_own_labels_and_then_only_judges(script, files, capsys):
+def test_saved_model_is_fine_tuned_with_its_own_labels_and_then_only_evaluated(files, capsys):
     validation = ["--validation_file", str(files / "validation.csv")]
-    script.main(arguments(files, *validation, "--max_steps", "2"))
+    recipe.main(arguments(files, *validation, "--max_steps", "2"))
     saved = ["--model_name_or_path", str(files / "out"), "--use_cpu", "--disable_tqdm", "True", "--max_length", "64"]
     animals(16).sort_values("label", ascending=False).to_json(files / "more.jsonl", orient="records", lines=True)
     more = ["--train_file", str(files / "more.jsonl"), "--output_dir", str(files / "tuned"), "--max_steps", "1"]
-    script.main([*saved, *more])
+    recipe.main([*saved, *more])
     config = json.loads((files / "tuned" / "config.json").read_text())
     assert config["id2label"] == {"0": "cat", "1": "dog"}
     assert config["vocab_size"] == 300
 
-    script.main([*saved, *validation, "--output_dir", str(files / "judged")])
-    assert not (files / "judged" / "model.safetensors").exists()
-    judged, trained = (pd.read_csv(files / run / "predictions_validation.csv") for run in ("judged", "out"))
-    assert judged.equals(trained)
+    recipe.main([*saved, *validation, "--output_dir", str(files / "evaluated")])
+    assert not (files / "evaluated" / "model.safetensors").exists()
+    evaluated, trained = (pd.read_csv(files / run / "predictions_validation.csv") for run in ("evaluated", "out"))
+    assert evaluated.equals(trained)
 
     (files / "letter.txt").write_text("the bark of a bone")
-    capsys.readouterr()
-    script.main([*saved, "--classify", str(files / "letter.txt")])
-    assert {"cat", "dog"} <= set(capsys.readouterr().out.split())
+    for flag in ("--predict_file", "--classify"):  # and its old name
+        capsys.readouterr()
+        recipe.main([*saved, flag, str(files / "letter.txt")])
+        assert {"cat", "dog"} <= set(capsys.readouterr().out.split())
 
 
-def test_numbers_are_regression(script, tmp_path):
+def test_numbers_are_regression(tmp_path):
     table = animals(32)
     table["score"] = [0.25 * text.split().count("meow") for text in table["text"]]
     table.drop(columns="label").to_csv(tmp_path / "train.csv", index=False)
-    script.main(arguments(tmp_path, "--max_steps", "2", "--baselines"))
+    recipe.main(arguments(tmp_path, "--max_steps", "2", "--baselines"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["problem_type"] == "regression"
     predictions = pd.read_csv(tmp_path / "out" / "predictions_validation.csv")
@@ -181,11 +173,11 @@ def test_numbers_are_regression(script, tmp_path):
     assert scores["Reformer"]["pearsonr"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_lists_are_several_labels(script, tmp_path):
+def test_lists_are_several_labels(tmp_path):
     table = animals(32)
     table["label"] = [[label, "long"] if len(text) > 50 else [label] for text, label in table.itertuples(index=False)]
     table.to_json(tmp_path / "train.jsonl", orient="records", lines=True)
-    script.main(arguments(tmp_path, "--max_steps", "2", "--baselines", train="train.jsonl"))
+    recipe.main(arguments(tmp_path, "--max_steps", "2", "--baselines", train="train.jsonl"))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["problem_type"] == "multi_label_classification"
     assert list(config["id2label"].values()) == ["cat", "dog", "long"]
@@ -193,26 +185,27 @@ def test_lists_are_several_labels(script, tmp_path):
     assert set(labels) <= {"cat", "dog", "cat|long", "dog|long"}
 
 
-def test_pairs_and_pieces(script, tmp_path):
+def test_pairs_of_texts(tmp_path):
     table = animals(24)
     table["premise"], table["hypothesis"] = table["text"], table["text"].str.upper()
     table.drop(columns="text").to_csv(tmp_path / "train.csv", index=False)
-    script.main(arguments(tmp_path, "--max_steps", "2", "--baselines"))
+    recipe.main(arguments(tmp_path, "--max_steps", "2", "--baselines"))
     assert len(pd.read_csv(tmp_path / "out" / "predictions_validation.csv")) > 0
 
 
-def test_training_texts_are_cut_into_pieces_that_keep_their_label(script):
-    dataset = script.Dataset.from_dict({"text": ["one " * 50, "two"], "labels": [1, 0]})
-    task = script.Task(data.Columns("text", None, "label"), script.SINGLE, ["a", "b"])
+def test_training_texts_are_cut_into_chunks_that_keep_their_label():
+    dataset = Dataset.from_dict({"text": ["one " * 50, "two"], "labels": [1, 0]})
+    task = Task(Columns("text", None, "label"), SINGLE, ["a", "b"])
     tokenizer = ReformerByteTokenizer(model_max_length=180)
-    pieces = script.tokenize(dataset, task, tokenizer, piece=64)
-    assert list(pieces["labels"]) == [1, 1, 1, 1, 0]
-    assert list(pieces["length"]) == [64, 64, 64, 8, 3]
-    assert list(script.tokenize(dataset, task, tokenizer)["length"]) == [180, 3]
+    chunks = recipe.tokenize(dataset, task, tokenizer, chunk=64)
+    assert list(chunks["labels"]) == [1, 1, 1, 1, 0]
+    assert list(chunks["length"]) == [64, 64, 64, 8, 3]
+    assert list(recipe.tokenize(dataset, task, tokenizer)["length"]) == [180, 3]
 
 
-def test_glue_tasks_are_read_from_the_hub_by_name(script, monkeypatch, tmp_path):
-    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+def test_glue_tasks_are_read_from_the_hub_by_name(monkeypatch, tmp_path):
+    import datasets
+    from datasets import ClassLabel, DatasetDict, Features, Value
 
     label = ClassLabel(names=["entailment", "neutral", "contradiction"])
     features = Features(premise=Value("string"), hypothesis=Value("string"), label=label, idx=Value("int32"))
@@ -224,8 +217,8 @@ def test_glue_tasks_are_read_from_the_hub_by_name(script, monkeypatch, tmp_path)
     asked = []
     parts = {"train": 12, "validation_matched": 6, "validation_mismatched": 9}
     glue = DatasetDict({name: part(count) for name, count in parts.items()}, test_matched=part(3, known=False))
-    monkeypatch.setattr(script, "load_dataset", lambda *names: asked.append(names) or glue)
-    script.main([*TINY, "--task_name", "mnli", "--max_steps", "1", "--output_dir", str(tmp_path)])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names: asked.append(names) or glue)
+    recipe.main([*TINY, "--task_name", "mnli", "--max_steps", "1", "--output_dir", str(tmp_path)])
     assert asked == [("nyu-mll/glue", "mnli")]
     assert len(pd.read_csv(tmp_path / "predictions_validation_mismatched.csv")) == 9
     assert set(json.loads((tmp_path / "scores.json").read_text())) == {"validation_matched", "validation_mismatched"}
@@ -233,62 +226,77 @@ def test_glue_tasks_are_read_from_the_hub_by_name(script, monkeypatch, tmp_path)
     def offline(*names):
         raise ConnectionError("no network")
 
-    monkeypatch.setattr(script, "load_dataset", offline)
+    monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(ConnectionError, match="--demo"):
-        script.main([*TINY, "--task_name", "mnli", "--output_dir", str(tmp_path)])
+        recipe.main([*TINY, "--task_name", "mnli", "--output_dir", str(tmp_path)])
 
 
-def test_mistakes_are_explained(script, files):
+def test_mistakes_are_explained(files):
     with pytest.raises(ValueError, match=r"no column `txt`.*`text`, `label`"):
-        script.main(arguments(files, "--text_column", "txt"))
+        recipe.main(arguments(files, "--text_column", "txt"))
     (files / "data.xlsx").touch()
     with pytest.raises(ValueError, match="unknown extension"):
-        script.main(arguments(files, train="data.xlsx"))
+        recipe.main(arguments(files, train="data.xlsx"))
 
-    strange = animals(6)
-    strange.loc[3, "label"] = "bird"
-    strange.to_csv(files / "strange.csv", index=False)
+    unusual = animals(6)
+    unusual.loc[3, "label"] = "bird"
+    unusual.to_csv(files / "unusual.csv", index=False)
     with pytest.raises(ValueError, match=r"Labels of the validation data.*bird.*cat.*dog"):
-        script.main(arguments(files, "--validation_file", str(files / "strange.csv")))
-    strange.loc[3, "label"] = None
-    strange.to_csv(files / "strange.csv", index=False)
+        recipe.main(arguments(files, "--validation_file", str(files / "unusual.csv")))
+    unusual.loc[3, "label"] = None
+    unusual.to_csv(files / "unusual.csv", index=False)
     with pytest.raises(ValueError, match=r"1 rows of the validation data have no label.*row 3"):
-        script.main(arguments(files, "--validation_file", str(files / "strange.csv")))
-    strange.drop(columns="label").to_csv(files / "strange.csv", index=False)
+        recipe.main(arguments(files, "--validation_file", str(files / "unusual.csv")))
+    unusual.drop(columns="label").to_csv(files / "unusual.csv", index=False)
     with pytest.raises(ValueError, match="--label_column"):
-        script.main(arguments(files, train="strange.csv"))
+        recipe.main(arguments(files, train="unusual.csv"))
     with pytest.raises(ValueError, match=r"validation data has no column.*label"):
-        script.main(arguments(files, "--validation_file", str(files / "strange.csv")))
+        recipe.main(arguments(files, "--validation_file", str(files / "unusual.csv")))
     with pytest.raises(SystemExit, match="--demo"):
-        script.main([])
+        recipe.main([])
 
 
-def test_overrides_are_read_as_python_values(script):
-    assert sys.modules["_models"].parse_overrides("a=1, b=(2, 3),c=[4,5],d=word,e=0.5,f=None") == {
+def test_overrides_are_read_as_python_values():
+    assert parse_overrides("a=1, b=(2, 3),c=[4,5],d=word,e=0.5,f=None") == {
         "a": 1, "b": (2, 3), "c": [4, 5], "d": "word", "e": 0.5, "f": None,
     }  # fmt: skip
-    assert sys.modules["_models"].parse_overrides(None) == {}
+    assert parse_overrides(None) == {}
 
 
-def test_metrics_agree_with_their_definitions(script):
-    def score(name, predictions, references, config=None, **options):
-        module = evaluate.load(str(SCRIPTS / "metrics" / name), config)
+def test_metrics_agree_with_their_definitions():
+    def score(name, predictions, references, **options):
+        module = evaluate.load(METRIC_MODULE, name)
         return module.compute(predictions=predictions, references=references, **options)[name]
 
     assert score("accuracy", [0, 1, 1], [0, 1, 0]) == pytest.approx(2 / 3)
-    assert score("accuracy", [[0, 1], [1, 1]], [[0, 1], [1, 0]], "multilabel") == 0.5
+    assert score("accuracy", [[0, 1], [1, 1]], [[0, 1], [1, 0]]) == 0.5
     assert score("f1", [0, 1, 1], [0, 1, 0], average="binary") == pytest.approx(2 / 3)
-    assert score("f1", [[0, 1], [1, 1]], [[0, 1], [1, 0]], "multilabel", average="micro") == pytest.approx(0.8)
+    assert score("f1", [[0, 1], [1, 1]], [[0, 1], [1, 0]], average="micro") == pytest.approx(0.8)
     assert score("matthews_correlation", [0, 1, 0, 1], [0, 1, 0, 1]) == 1
     assert score("pearsonr", [1.0, 2.0, 3.0], [2.0, 4.0, 6.0]) == pytest.approx(1)
     assert score("spearmanr", [1.0, 2.0, 9.0], [1.0, 4.0, 5.0]) == pytest.approx(1)
     assert score("pearsonr", [1.0, 1.0], [2.0, 4.0]) == 0
+    with pytest.raises(ValueError, match=r"no metric 'bleu'.*accuracy"):
+        score("bleu", [0], [0])
 
 
-def test_order_of_batches_depends_on_seed_and_epoch_alone(script):
-    classification = sys.modules["_classification"]
+def test_metrics_load_offline_with_an_empty_cache(tmp_path):
+    code = f"""
+import evaluate
+for name in ("accuracy", "f1", "matthews_correlation", "pearsonr", "spearmanr"):
+    print(evaluate.load({METRIC_MODULE!r}, name).compute(predictions=[0, 1, 1], references=[0, 1, 0]))
+"""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment).stdout
+    assert [list(eval(line)) for line in printed.splitlines()] == [
+        ["accuracy"], ["f1"], ["matthews_correlation"], ["pearsonr"], ["spearmanr"]
+    ]  # fmt: skip
+
+
+def test_order_of_batches_depends_on_seed_and_epoch_alone():
     lengths = [random.Random(0).randint(1, 100) for _ in range(64)]
-    sampler = classification.EpochLengthSampler(4, lengths, seed=1)
+    sampler = EpochLengthSampler(4, lengths, seed=1)
     first = list(sampler)
     torch.rand(7)
     sampler.set_epoch(1)
@@ -302,7 +310,7 @@ def test_order_of_batches_depends_on_seed_and_epoch_alone(script):
 @pytest.mark.slow
 def test_two_processes_give_the_predictions_of_one(files):
     command = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", str(SCRIPTS / "train_classification.py")]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "hf_reformer", "train", "classification"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     options = ["--validation_file", str(files / "validation.csv"), "--max_steps", "4"]
     command += arguments(files, *options, "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2")
@@ -310,14 +318,14 @@ def test_two_processes_give_the_predictions_of_one(files):
         [sys.executable, *command], capture_output=True, text=True, check=False, cwd=files, env=environment
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("Everything lies in") == 1
+    assert result.stdout.count("The results are in") == 1
     predictions = pd.read_csv(files / "out" / "predictions_validation.csv")
     assert list(predictions["label"]) == list(animals(12, seed=1)["label"])
 
 
 @pytest.mark.slow
 def test_demo_beats_the_most_frequent_label_by_far(tmp_path):
-    command = [sys.executable, str(SCRIPTS / "train_classification.py"), "--demo", "--output_dir", str(tmp_path)]
+    command = [sys.executable, SCRIPT, "--demo", "--output_dir", str(tmp_path)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]

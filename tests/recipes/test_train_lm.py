@@ -1,4 +1,4 @@
-"""The language-modelling script: how it cuts texts, what it scores, and whole runs as people start them."""
+"""The language-modelling recipe: how it packs texts, what it scores, and whole runs as people start them."""
 
 import json
 import math
@@ -17,9 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM
-
-pytest.importorskip("datasets")
-pytest.importorskip("accelerate")
+from hf_reformer.data import packing
+from hf_reformer.recipes import language_model as recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -29,18 +28,6 @@ TINY = [
     *("--per_device_train_batch_size", "4", "--use_cpu", "--disable_tqdm", "True", "--logging_steps", "2"),
 ]
 BYTES = ReformerByteTokenizer()
-
-
-@pytest.fixture(scope="module")
-def scripts():
-    """The script, and what it knows about texts, as modules."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import _language_modeling
-        import train_lm
-    finally:
-        sys.path.remove(str(ROOT / "scripts"))
-    return train_lm, _language_modeling
 
 
 def prose(words: int, seed: int = 0) -> str:
@@ -69,10 +56,9 @@ def bits_of(folder: Path) -> float:
     return json.loads((folder / "scores.json").read_text())["Reformer"]
 
 
-def test_rows_hold_all_texts_one_after_the_other(scripts, files, monkeypatch):
-    _, texts = scripts
-    monkeypatch.setattr(texts, "PIECE", 300)
-    rows = list(texts.packed_rows(texts.read_documents([str(files / "a.txt"), str(files / "b.txt")]), BYTES, 64))
+def test_packing_concatenates_all_texts(files, monkeypatch):
+    monkeypatch.setattr(packing, "READ_SIZE", 300)
+    rows = list(packing.pack(packing.read_documents([str(files / "a.txt"), str(files / "b.txt")]), BYTES, 64))
     assert {len(row["input_ids"]) for row in rows} == {64}
     found = [token for row in rows for token in row["input_ids"]]
     expected = []
@@ -82,58 +68,53 @@ def test_rows_hold_all_texts_one_after_the_other(scripts, files, monkeypatch):
     assert len(expected) - len(found) < 64
 
 
-def test_streamed_rows_are_those_in_memory_in_another_order(scripts, files):
-    _, texts = scripts
+def test_streamed_sequences_are_those_in_memory_in_another_order(files):
     names = [str(files / "a.txt"), str(files / "b.txt")]
-    whole = [tuple(row["input_ids"]) for row in texts.training_rows(texts.read_documents(names), BYTES, 64)]
-    stream = texts.streamed_rows(texts.read_documents, names, BYTES, 64, seed=0)
+    whole = [tuple(row["input_ids"]) for row in packing.packed_dataset(packing.read_documents(names), BYTES, 64)]
+    stream = packing.packed_stream(lambda: packing.read_documents(names), BYTES, 64, seed=0)
     streamed = [tuple(row["input_ids"]) for row in stream]
     assert streamed != whole
     assert sorted(streamed) == sorted(whole)
 
 
-def test_tables_give_a_document_per_row(scripts, tmp_path):
-    _, texts = scripts
+def test_tables_give_a_document_per_row(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": "<|pad|>"}\n')
-    documents = texts.read_documents([str(tmp_path / "t.jsonl")])
+    documents = packing.read_documents([str(tmp_path / "t.jsonl")])
     bos = BYTES.bos_token_id
-    found = [token for ids in texts.token_ids(documents, BYTES) for token in ids]
+    found = [token for ids in packing.token_ids(documents, BYTES) for token in ids]
     assert found == [bos, *BYTES("one")["input_ids"], bos, bos, *(byte + 2 for byte in b"<|pad|>")]
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(2, 40), st.integers(1, 39), st.lists(st.text(max_size=60), min_size=1, max_size=3))
-def test_every_token_is_scored_once_with_its_context(scripts, length, context, documents):
-    _, texts = scripts
+def test_every_token_is_scored_once_with_its_context(length, context, documents):
     if context >= length or not any(documents):
         return
     found = []
-    for row in texts.scored_rows(documents, BYTES, length, context):
-        scored = [place for place, label in enumerate(row["labels"]) if label != -100]
+    for row in packing.scoring_windows(documents, BYTES, length, context):
+        scored = [position for position, label in enumerate(row["labels"]) if label != -100]
         assert scored == list(range(scored[0], len(row["labels"])))
         assert scored[0] >= 1
-        found += [row["labels"][place] for place in scored]
-        assert [row["input_ids"][place] for place in scored] == [row["labels"][place] for place in scored]
+        found += [row["labels"][position] for position in scored]
+        assert [row["input_ids"][position] for position in scored] == [row["labels"][position] for position in scored]
         assert len(row["input_ids"]) <= length
     assert found == [byte + 2 for text in documents for byte in text.encode()]
 
 
-def test_held_out_text_is_the_end(scripts):
-    _, texts = scripts
+def test_held_out_text_is_the_end():
     documents = ["one\n" * 10, "two\n" * 10, "three\n" * 10]
-    kept, held = texts.hold_out_end(documents, 0.6)
+    kept, held = packing.hold_out_end(documents, 0.6)
     assert "".join(kept + held) == "".join(documents)
     assert sum(map(len, held)) == pytest.approx(0.6 * 140, abs=4)
     assert held[0].startswith("two")
-    assert texts.hold_out_end(["no end of line"], 0.5) == (["no end "], ["of line"])
+    assert packing.hold_out_end(["no end of line"], 0.5) == (["no end "], ["of line"])
 
 
-def test_score_is_the_code_length_of_the_text(scripts, files):
+def test_score_is_the_code_length_of_the_text(files):
     """Against the negative log-likelihood computed from the logits of one row, by a model reloaded."""
-    train_lm, _ = scripts
     text = (files / "validation.txt").read_text(encoding="utf-8")
     long = str(len(text.encode()) + 1)
-    train_lm.main(arguments(files, "--max_steps", "4", "--eval_length", long, "--eval_strategy", "no"))
+    recipe.main(arguments(files, "--max_steps", "4", "--eval_length", long, "--eval_strategy", "no"))
     model = ReformerForCausalLM.from_pretrained(files / "out").eval()
     ids = torch.tensor([[BYTES.bos_token_id, *BYTES(text)["input_ids"]]])
     with torch.no_grad():
@@ -141,21 +122,14 @@ def test_score_is_the_code_length_of_the_text(scripts, files):
     assert bits_of(files / "out") == pytest.approx(-log_p.sum().item() / math.log(2) / len(text.encode()), abs=1e-4)
 
 
-def test_score_depends_neither_on_the_batch_nor_on_the_run(scripts, files):
-    train_lm, _ = scripts
-    train_lm.main(arguments(files, "--max_steps", "2"))
+def test_score_depends_neither_on_the_batch_nor_on_the_run(files):
+    recipe.main(arguments(files, "--max_steps", "2"))
     scores = {bits_of(files / "out")}
-    saved = [
-        "--model_name_or_path",
-        str(files / "out"),
-        "--validation_file",
-        str(files / "validation.txt"),
-        "--use_cpu",
-    ]
+    saved = ["--model_name_or_path", str(files / "out"), "--validation_file", str(files / "validation.txt")]
+    saved += ["--sequence_length", "64", "--use_cpu", "--disable_tqdm", "True"]
     for size in ("1", "5"):
-        out = files / f"judged{size}"
-        judge = [*saved, "--output_dir", str(out), "--sequence_length", "64", "--per_device_eval_batch_size", size]
-        train_lm.main([*judge, "--disable_tqdm", "True"])
+        out = files / f"evaluated{size}"
+        recipe.main([*saved, "--output_dir", str(out), "--per_device_eval_batch_size", size])
         scores.add(bits_of(out))
     assert max(scores) - min(scores) < 1e-5
 
@@ -163,9 +137,8 @@ def test_score_depends_neither_on_the_batch_nor_on_the_run(scripts, files):
 @pytest.mark.parametrize(
     "tokenizer", [pytest.param(("bytes",), marks=pytest.mark.slow), ("train", "--tokenizer_vocab_size", "280")]
 )
-def test_learns_to_predict(scripts, files, tokenizer):
-    train_lm, _ = scripts
-    train_lm.main(arguments(files, "--tokenizer", *tokenizer, "--num_train_epochs", "3", "--baselines"))
+def test_learns_to_predict(files, tokenizer):
+    recipe.main(arguments(files, "--tokenizer", *tokenizer, "--num_train_epochs", "3", "--baselines"))
     scores = json.loads((files / "out" / "scores.json").read_text())
     assert scores["Reformer"] < 3  # one letter after the other, without regard to what came before: 3.9
     assert any("xz" in name for name in scores)
@@ -175,10 +148,9 @@ def test_learns_to_predict(scripts, files, tokenizer):
 
 
 @pytest.mark.slow
-def test_a_masked_model_learns_to_fill_in(scripts, files):
-    train_lm, _ = scripts
+def test_a_masked_model_learns_to_fill_in(files):
     run = arguments(files, "--masked", "--num_train_epochs", "4", "--learning_rate", "2e-2")
-    train_lm.main([*run, "--mlm_probability", "0.3"])
+    recipe.main([*run, "--mlm_probability", "0.3"])
     assert bits_of(files / "out") < 4
     assert json.loads((files / "out" / "config.json").read_text())["architectures"] == ["ReformerForMaskedLM"]
     history = json.loads((files / "out" / "trainer_state.json").read_text())["log_history"]
@@ -186,17 +158,16 @@ def test_a_masked_model_learns_to_fill_in(scripts, files):
     assert last == pytest.approx(bits_of(files / "out"), abs=1e-6)  # the same tokens are hidden every time
 
 
-def test_a_resumed_stream_goes_on_where_it_was(scripts, files):
-    train_lm, _ = scripts
+def test_a_resumed_stream_goes_on_where_it_was(files):
     stream = ["--streaming", "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "3"]
-    train_lm.main(arguments(files, *stream, "--max_steps", "6", "--save_total_limit", "5"))
+    recipe.main(arguments(files, *stream, "--max_steps", "6", "--save_total_limit", "5"))
     resumed = str(files / "out" / "checkpoint-3")
-    train_lm.main(arguments(files, *stream, "--max_steps", "6", "--resume_from_checkpoint", resumed, out="again"))
+    recipe.main(arguments(files, *stream, "--max_steps", "6", "--resume_from_checkpoint", resumed, out="again"))
     weights = [ReformerForCausalLM.from_pretrained(files / out).state_dict() for out in ("out", "again")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
-def test_a_tokenizer_without_padding(scripts, files):
+def test_a_tokenizer_without_padding(files):
     """As GPT-2's: it pads with its separator, which is learnt all the same."""
     words = {word: number for number, word in enumerate(["<unk>", "<end>", "the", "is", "and"])}
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -204,13 +175,13 @@ def test_a_tokenizer_without_padding(scripts, files):
     PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<end>").save_pretrained(
         files / "words"
     )
-    scripts[0].main(arguments(files, "--tokenizer", str(files / "words"), "--max_steps", "1", "--eval_strategy", "no"))
+    recipe.main(arguments(files, "--tokenizer", str(files / "words"), "--max_steps", "1", "--eval_strategy", "no"))
     assert ReformerForCausalLM.from_pretrained(files / "out").config.pad_token_id == 1
-    assert scripts[1].causal_lm_collator([{"input_ids": [1, 2]}])["labels"].tolist() == [[1, 2]]
+    assert packing.causal_lm_collator([{"input_ids": [1, 2]}])["labels"].tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("arguments", "message"),
     [
         ([], "Give --train_file"),
         (["--train_file", "nowhere.txt"], "no file nowhere.txt"),
@@ -218,33 +189,33 @@ def test_a_tokenizer_without_padding(scripts, files):
         (["--train_file", __file__, "--streaming"], "--max_steps"),
         (["--train_file", __file__, "--streaming", "--max_steps", "1"], "--validation_file"),
         (["--train_file", __file__, "--eval_context", "1024"], "--eval_context"),
-        (["--train_file", __file__, "--sequence_length", "1", "--eval_length", "8"], "--sequence_length 1 leaves"),
-        (["--train_file", __file__, "--sequence_length", "0", "--eval_length", "8"], "--sequence_length 0 leaves"),
-        (["--train_file", __file__, "--masked", "--mlm_probability", "0"], "--mlm_probability 0.0 must lie above 0"),
-        (["--train_file", __file__, "--validation_fraction", "1"], "--validation_fraction 1.0 must lie between"),
+        (["--train_file", __file__, "--sequence_length", "1", "--eval_length", "8"], "length 1 is too short"),
+        (["--train_file", __file__, "--sequence_length", "0", "--eval_length", "8"], "length 0 is too short"),
+        (["--train_file", __file__, "--masked", "--mlm_probability", "0"], "--mlm_probability 0.0 must be above 0"),
+        (["--train_file", __file__, "--validation_fraction", "1"], "--validation_fraction 1.0 must be between"),
     ],
 )
-def test_bad_arguments_are_told_before_anything_is_read(scripts, given, told):
-    with pytest.raises(SystemExit, match=told):
-        scripts[0].main(given)
+def test_bad_arguments_are_reported_before_anything_is_read(arguments, message):
+    with pytest.raises(SystemExit, match=message):
+        recipe.main(arguments)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_texts_that_fill_no_row(scripts, tmp_path, streaming):
+def test_texts_that_are_too_short(tmp_path, streaming):
     short = str(tmp_path / "short.txt")
     Path(short).write_text("a short text")
     more = ["--validation_file", short, "--streaming", "--max_steps", "1"] if streaming else []
-    with pytest.raises(ValueError, match="single row of 64 tokens"):
-        scripts[0].main([*TINY, "--train_file", short, "--output_dir", str(tmp_path / "out"), *more])
+    with pytest.raises(ValueError, match="single sequence of 64 tokens"):
+        recipe.main([*TINY, "--train_file", short, "--output_dir", str(tmp_path / "out"), *more])
 
 
 @pytest.mark.slow
 @pytest.mark.multi_process
-@pytest.mark.parametrize("script", ["train_lm.py", "train_classification.py"])
-def test_two_processes_end_where_one_does(scripts, files, script):
-    """Under `accelerate launch`, with half the rows in each: as good a model as that of one process."""
+@pytest.mark.parametrize("recipe_name", ["language-model", "classification"])
+def test_two_processes_end_where_one_does(files, recipe_name):
+    """Under `accelerate launch`, with half of each batch in each process: as good a model as that of one process."""
     config = ROOT / "examples" / "accelerate" / "ddp.yaml"
-    if script == "train_lm.py":
+    if recipe_name == "language-model":
         options = arguments(files, "--max_steps", "60", "--eval_strategy", "no", "--save_strategy", "no")
     else:
         from test_train_classification import TINY as CLASSIFY
@@ -257,17 +228,15 @@ def test_two_processes_end_where_one_does(scripts, files, script):
         options += ["--output_dir", str(files / "out")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     found = []
-    for launch, rows in (
-        ([sys.executable], "4"),
-        ([sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)], "2"),
-    ):
-        command = [*launch, str(ROOT / "scripts" / script), *options, "--per_device_train_batch_size", rows]
+    for launch, batch_size in (([], "4"), (["-m", "accelerate.commands.launch", "--config_file", str(config)], "2")):
+        command = [sys.executable, *launch, "-m", "hf_reformer", "train", recipe_name, *options]
+        command += ["--per_device_train_batch_size", batch_size]
         result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=files, env=environment)
         assert result.returncode == 0, result.stderr[-3000:]
-        said = re.findall(f"lies? in {re.escape(str(files / 'out'))}", result.stdout)
-        assert len(said) == 1  # two processes that know nothing of each other both say so
+        reports = re.findall(f"results are in {re.escape(str(files / 'out'))}", result.stdout)
+        assert len(reports) == 1  # two processes that do not know of each other would both print it
         found.append(json.loads((files / "out" / "scores.json").read_text()))
-    if script == "train_lm.py":
+    if recipe_name == "language-model":
         assert found[1]["Reformer"] == pytest.approx(found[0]["Reformer"], abs=0.05)
     else:
         assert min(scores["validation"]["Reformer"]["accuracy"] for scores in found) > 0.9

@@ -1,4 +1,4 @@
-"""The encoder-decoder's script: on a csv, on translations, resumed, judged, and wrongly."""
+"""The encoder-decoder's recipe: on a csv, on translations, resumed, evaluated, and wrongly."""
 
 import json
 import os
@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainingArguments
 
 from hf_reformer import ReformerConfig, ReformerForMaskedLM
+from hf_reformer.recipes import seq2seq as recipe
+from hf_reformer.training.model_setup import ModelArguments, parse_arguments
 
 pd = pytest.importorskip("pandas")
-pytest.importorskip("datasets")
-pytest.importorskip("accelerate")
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TINY = [
@@ -25,15 +25,9 @@ TINY = [
 ]
 
 
-@pytest.fixture(scope="session")
-def script():
-    """The script as a module. Its neighbours in `scripts/` are found as when Python runs it."""
-    sys.path.insert(0, str(SCRIPTS))
-    try:
-        import train_seq2seq
-    finally:
-        sys.path.remove(str(SCRIPTS))
-    return train_seq2seq
+def parse(argv):
+    classes = recipe.DataArguments, ModelArguments, Seq2SeqTrainingArguments
+    return parse_arguments(classes, argv, recipe.DEFAULTS, {})
 
 
 @pytest.fixture
@@ -48,11 +42,12 @@ def files(tmp_path):
     return tmp_path
 
 
-def test_a_csv_leaves_everything_behind(script, files, capsys):
+def test_a_csv_leaves_everything_behind(files, capsys):
     columns = ["--source_column", "document", "--target_column", "summary", "--validation_fraction", "0.25"]
     (files / "letter.txt").write_text("abc")
-    out = ["--output_dir", str(files / "out"), "--write", str(files / "letter.txt"), "--label_smoothing_factor", "0.1"]
-    script.main([*TINY, "--train_file", str(files / "train.csv"), *columns, *out])
+    out = ["--output_dir", str(files / "out"), "--predict_file", str(files / "letter.txt")]
+    out += ["--label_smoothing_factor", "0.1"]
+    recipe.main([*TINY, "--train_file", str(files / "train.csv"), *columns, *out])
     assert "validation: exact_match" in capsys.readouterr().out
     names = {path.name for path in (files / "out").iterdir()}
     assert {"model.safetensors", "tokenizer.json", "README.md", "predictions_validation.jsonl"} <= names
@@ -66,21 +61,21 @@ def test_a_csv_leaves_everything_behind(script, files, capsys):
     assert "exact_match" in card
 
 
-def test_a_saved_model_judges_translations(script, files):
+def test_a_saved_model_is_evaluated_on_translations(files):
     columns = ["--source_column", "document", "--target_column", "summary"]
-    script.main([*TINY, "--train_file", str(files / "train.csv"), *columns, "--output_dir", str(files / "out")])
+    recipe.main([*TINY, "--train_file", str(files / "train.csv"), *columns, "--output_dir", str(files / "out")])
     languages = ["--source_language", "de", "--target_language", "en", "--generation_num_beams", "2"]
-    saved = ["--model_name_or_path", str(files / "out"), "--output_dir", str(files / "judged")]
-    script.main([*saved, *languages, *TINY[2:], "--test_file", str(files / "test.jsonl")])
-    rows = (files / "judged" / "predictions_test.jsonl").read_text().splitlines()
+    saved = ["--model_name_or_path", str(files / "out"), "--output_dir", str(files / "evaluated")]
+    recipe.main([*saved, *languages, *TINY[2:], "--test_file", str(files / "test.jsonl")])
+    rows = (files / "evaluated" / "predictions_test.jsonl").read_text().splitlines()
     assert [json.loads(row)["source"] for row in rows] == list(pd.read_csv(files / "train.csv")["document"][:4])
 
 
-def test_texts_are_judged_in_their_own_order(script, files):
+def test_texts_are_evaluated_in_their_own_order(files):
     given = ["--train_file", str(files / "train.csv"), "--source_column", "document", "--target_column", "summary"]
     by_length = ["--train_sampling_strategy", "group_by_length", "--output_dir", str(files / "out")]
-    data, model, args = script.parse_arguments([*TINY, *given, *by_length])
-    trainer = script.make_trainer(script.load_pairs(data, args.seed), data, model, args)
+    data, model, args = parse([*TINY, *given, *by_length])
+    trainer = recipe.make_trainer(recipe.load_pairs(data, args.seed), data, model, args)
     rows = [
         row[row >= 0].tolist()
         for batch in trainer.get_test_dataloader(trainer.eval_dataset)
@@ -89,37 +84,37 @@ def test_texts_are_judged_in_their_own_order(script, files):
     assert rows == trainer.eval_dataset["labels"]
 
 
-def test_scores(script):
-    written, wanted = ["the cat sat on the mat", "a dog"], ["the cat sat on the mat", "a dog runs"]
-    assert script.score("none", written, wanted) == {"exact_match": 50.0}
+def test_scores():
+    predictions, targets = ["the cat sat on the mat", "a dog"], ["the cat sat on the mat", "a dog runs"]
+    assert recipe.score("none", predictions, targets) == {"exact_match": 50.0}
     pytest.importorskip("sacrebleu")
     pytest.importorskip("rouge_score")
     for metric, names in (("bleu", {"bleu", "chrf"}), ("rouge", {"rouge1", "rouge2", "rougeLsum"})):
-        found, perfect = script.score(metric, written, wanted), script.score(metric, wanted, wanted)
-        assert found.keys() == perfect.keys() == names | {"exact_match"}
+        scores, perfect = recipe.score(metric, predictions, targets), recipe.score(metric, targets, targets)
+        assert scores.keys() == perfect.keys() == names | {"exact_match"}
         for name in names:
             assert perfect[name] == pytest.approx(100)
-            assert 0 < found[name] < 100
+            assert 0 < scores[name] < 100
 
 
-def test_what_it_refuses(script, files):
+def test_mistakes_are_explained(files):
     with pytest.raises(SystemExit, match="--train_file"):
-        script.main([])
+        recipe.main([])
     with pytest.raises(ValueError, match="--source_column"):
-        script.main([*TINY, "--train_file", str(files / "train.csv"), "--output_dir", str(files / "out")])
-    judge = [*TINY[2:], "--validation_file", str(files / "train.csv"), "--output_dir", str(files / "out")]
-    judge += ["--source_column", "document", "--target_column", "summary"]
+        recipe.main([*TINY, "--train_file", str(files / "train.csv"), "--output_dir", str(files / "out")])
+    evaluation = [*TINY[2:], "--validation_file", str(files / "train.csv"), "--output_dir", str(files / "out")]
+    evaluation += ["--source_column", "document", "--target_column", "summary"]
     with pytest.raises(ValueError, match="nothing to train on"):
-        script.main(judge)
+        recipe.main(evaluation)
     ReformerForMaskedLM(ReformerConfig(num_hidden_layers=1, hidden_size=16)).save_pretrained(files / "masked")
     with pytest.raises(ValueError, match="no encoder-decoder"):
-        script.main([*judge, "--model_name_or_path", str(files / "masked")])
+        recipe.main([*evaluation, "--model_name_or_path", str(files / "masked")])
     (files / "header.csv").write_text("source,target\n")
     with pytest.raises(ValueError, match="holds no row"):
-        script.main([*TINY, "--train_file", str(files / "header.csv"), "--output_dir", str(files / "out")])
+        recipe.main([*TINY, "--train_file", str(files / "header.csv"), "--output_dir", str(files / "out")])
 
 
-def test_what_would_fail_after_training_is_refused_before(script, files, monkeypatch):
+def test_errors_come_before_training_not_after(files, monkeypatch):
     given = [*TINY, "--train_file", str(files / "train.csv"), "--source_column", "document"]
     given += ["--target_column", "summary", "--output_dir", str(files / "out")]
     (files / "blank.txt").write_text("\n")
@@ -129,50 +124,44 @@ def test_what_would_fail_after_training_is_refused_before(script, files, monkeyp
         (["--max_eval_samples", "0"], "max_eval_samples 0"),
         (["--generation_num_beams", "0"], "generation_num_beams 0"),
         (["--validation_fraction", "1"], "validation_fraction"),
-        (["--write", str(files / "absent.txt")], "no file"),
+        (["--predict_file", str(files / "absent.txt")], "no file"),
         (["--write", str(files / "blank.txt")], "is empty"),
         (["--config_overrides", "tie_encoder_decodr=True"], "no field tie_encoder_decodr"),
     ):
         with pytest.raises(ValueError, match=words):
-            script.main([*given, *more])
+            recipe.main([*given, *more])
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(ImportError, match="pip install"):
-        script.main([*given, "--metric", "bleu"])
+        recipe.main([*given, "--metric", "bleu"])
     assert not (files / "out").exists()
 
 
-def test_cells_are_read_as_they_stand(script, files):
+def test_cells_are_read_as_they_stand(files):
     (files / "odd.csv").write_text("source,target\n007,0\nNA,1.50\n")
-    data, _, args = script.parse_arguments(["--validation_file", str(files / "odd.csv"), "--use_cpu"])
-    rows = script.load_pairs(data, args.seed)["validation"]
+    data, _, args = parse(["--validation_file", str(files / "odd.csv"), "--use_cpu"])
+    rows = recipe.load_pairs(data, args.seed)["validation"]
     assert rows["source"][:] == ["007", "NA"]
     assert rows["target"][:] == ["0", "1.50"]
     for cell in (None, ["a", "list"]):
         pd.DataFrame({"source": ["a", "b"], "target": [cell, cell]}).to_parquet(files / "odd.parquet")
-        data, _, args = script.parse_arguments(["--validation_file", str(files / "odd.parquet"), "--use_cpu"])
+        data, _, args = parse(["--validation_file", str(files / "odd.parquet"), "--use_cpu"])
         with pytest.raises(ValueError, match="Row 0 of the validation data has no text as `target`"):
-            script.load_pairs(data, args.seed)
+            recipe.load_pairs(data, args.seed)
 
 
 @pytest.mark.slow
 @pytest.mark.multi_process
-def test_two_processes_judge_every_text_once(files):
-    """More places in the last batch than texts are left."""
+def test_two_processes_evaluate_every_text_once(files):
+    """The last batch has fewer texts than the processes would take."""
     options = ["--train_file", str(files / "train.csv"), "--source_column", "document", "--target_column", "summary"]
-    options += [
-        "--validation_fraction",
-        "0.25",
-        "--output_dir",
-        str(files / "out"),
-        "--per_device_eval_batch_size",
-        "2",
-    ]
+    options += ["--validation_fraction", "0.25", "--per_device_eval_batch_size", "2"]
+    options += ["--output_dir", str(files / "out")]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(SCRIPTS / "train_seq2seq.py"), *TINY, *options]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("lie in") == 1
+    assert result.stdout.count("results are in") == 1
     rows = [json.loads(line) for line in (files / "out" / "predictions_validation.jsonl").read_text().splitlines()]
     assert len(rows) == 6
     assert all(row["target"] == row["source"][0] for row in rows)

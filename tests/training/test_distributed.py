@@ -27,10 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 CASES = {"plain": {}, "loss in chunks": {"chunk_size_lm_head": 7}, "not reversible": {"reversible": False}}
 
 
-def gap(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+def relative_error(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """Relative error of all gradients together."""
-    assert found.keys() == expected.keys()
-    error = sum((found[name] - expected[name]).double().square().sum() for name in expected)
+    assert result.keys() == expected.keys()
+    error = sum((result[name] - expected[name]).double().square().sum() for name in expected)
     return float((error / sum(x.double().square().sum() for x in expected.values())).sqrt())
 
 
@@ -68,9 +68,9 @@ def test_the_library_s_own_fsdp_plan(tmp_path):
     names = {re.sub(r"\.\d+", ".*", name) for name, _ in model.named_modules()}
     assert set(model.fsdp_plan) <= names, "a plan of modules that there are not"
     layers = {f"model.layers.{i}" for i in range(len(model.model.layers))}
-    for found in run_in_processes(gradients_where_the_library_shards, 2, str(tmp_path)):
-        assert found["sharded"] >= {"", "lm_head", "model.embed_tokens", "model.norm"} | layers
-        assert gap(found["gradients"], mean_of_both()) < 1e-6
+    for result in run_in_processes(gradients_where_the_library_shards, 2, str(tmp_path)):
+        assert result["sharded"] >= {"", "lm_head", "model.embed_tokens", "model.norm"} | layers
+        assert relative_error(result["gradients"], mean_of_both()) < 1e-6
 
 
 # --- as accelerate starts them
@@ -78,7 +78,7 @@ def test_the_library_s_own_fsdp_plan(tmp_path):
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    """What tests/launched.py found in each of two processes under a configuration of examples/accelerate."""
+    """The results of tests/launched.py in each of two processes under a configuration of examples/accelerate."""
 
     @cache
     def run(config: str, *options: str) -> list[dict]:
@@ -106,8 +106,8 @@ WAYS = [("ddp",), ("ddp", "--find_unused_parameters"), ("ddp", "--static_graph")
 @pytest.mark.parametrize("case", ["plain", *(pytest.param(case, marks=pytest.mark.slow) for case in [*CASES][1:])])
 def test_gradients_are_the_mean_of_both_processes(way, case, launch):
     expected = mean_of_both(**CASES[case])
-    for found in launch(*way):
-        assert gap(found[case]["gradients"], expected) <= 1e-5
+    for result in launch(*way):
+        assert relative_error(result[case]["gradients"], expected) <= 1e-5
 
 
 @pytest.mark.slow
@@ -116,10 +116,10 @@ def test_gradients_are_the_mean_of_both_processes(way, case, launch):
 def test_fsdp2_in_bfloat16(options, launch):
     """With our policy, or with accelerate's, which casts the streams between layers and is warned of."""
     expected = mean_of_both(dtype=torch.bfloat16)
-    for found in launch("fsdp2_bf16", *options):
-        assert gap(found["plain"]["gradients"], found["not reversible"]["gradients"]) <= 1e-6
-        assert gap(found["plain"]["gradients"], expected) <= (0.02 if options else 0.2)
-        warned = [text for text in found["plain"]["told"] if "streams" in text]
+    for result in launch("fsdp2_bf16", *options):
+        assert relative_error(result["plain"]["gradients"], result["not reversible"]["gradients"]) <= 1e-6
+        assert relative_error(result["plain"]["gradients"], expected) <= (0.02 if options else 0.2)
+        warned = [text for text in result["plain"]["told"] if "streams" in text]
         assert bool(warned) != bool(options)
         assert all("fsdp_policy" in text for text in warned)
 
@@ -129,8 +129,8 @@ def test_fsdp2_in_bfloat16(options, launch):
     ("config", "options"), [("fsdp2", ()), pytest.param("fsdp2_bf16", ("--flat_policy",), marks=pytest.mark.slow)]
 )
 def test_training_resumes_from_full_and_from_sharded_checkpoints(config, options, launch):
-    for found in launch(config, *options):
-        once, again = found["resumed"]
+    for result in launch(config, *options):
+        once, again = result["resumed"]
         assert all(torch.equal(again[name], once[name]) for name in once)
 
 
@@ -139,7 +139,7 @@ def test_training_resumes_from_full_and_from_sharded_checkpoints(config, options
 
 def gradients_under_ddp() -> dict[str, dict[str, torch.Tensor]]:
     """After three steps of gradient descent, so that what is decided in the first step is used."""
-    found = {}
+    result = {}
     for name, flags in DDP_FLAGS.items():
         for bf16 in (False, True):
             model = DistributedDataParallel(model_of(), **flags)
@@ -149,8 +149,8 @@ def gradients_under_ddp() -> dict[str, dict[str, torch.Tensor]]:
                 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                     loss = model(input_ids=ids, labels=ids).loss
                 loss.backward()
-            found[name, bf16] = {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
-    return found
+            result[name, bf16] = {n.removeprefix("module."): p.grad for n, p in model.named_parameters()}
+    return result
 
 
 DDP_FLAGS = {"default": {}, "find unused": {"find_unused_parameters": True}, "static graph": {"static_graph": True}}
@@ -168,9 +168,9 @@ def test_ddp_with_any_flag():
         alone_in_bf16.append({name: p.grad for name, p in model.named_parameters()})
     expected = {False: mean_of_both()}
     expected[True] = {name: (x + alone_in_bf16[1][name]) / 2 for name, x in alone_in_bf16[0].items()}
-    for found in run_in_processes(gradients_under_ddp, 2):
-        for (_, bf16), grads in found.items():
-            assert gap(grads, expected[bf16]) <= 1e-6
+    for result in run_in_processes(gradients_under_ddp, 2):
+        for (_, bf16), grads in result.items():
+            assert relative_error(grads, expected[bf16]) <= 1e-6
 
 
 class CountingChain(modeling_reformer.StreamHandoff):
@@ -185,7 +185,7 @@ class CountingChain(modeling_reformer.StreamHandoff):
 
 def fsdp2_in_many_ways() -> dict:
     modeling_reformer.StreamHandoff = CountingChain
-    found = {}
+    result = {}
     policies = {"float32": None, "flat": fsdp_policy(), "casting": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
     for name, policy in policies.items():
         model, ids = model_of(), batch_of(dist.get_rank())
@@ -193,14 +193,14 @@ def fsdp2_in_many_ways() -> dict:
             fully_shard(layer, **({} if policy is None else {"mp_policy": policy}))
         fully_shard(model, **({} if policy is None else {"mp_policy": policy}))
         model(ids, labels=ids).loss.backward()
-        found[name] = len(CountingChain.last._kept)
+        result[name] = len(CountingChain.last._kept)
     model, ids = model_of(), batch_of(dist.get_rank())
     for layer in model.model.layers:
         fully_shard(layer.feed_forward)  # within a layer
     fully_shard(model)
     model(ids, labels=ids).loss.backward()
-    found["within"] = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
-    return found
+    result["within"] = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    return result
 
 
 @pytest.mark.slow
@@ -209,10 +209,10 @@ def fsdp2_in_many_ways() -> dict:
 def test_fsdp2_keeps_streams_only_where_they_are_cast():
     """And modules wrapped within a layer take the plain path, since their parameters change identity."""
     expected = mean_of_both()
-    for found in run_in_processes(fsdp2_in_many_ways, 2):
-        assert found["float32"] == found["flat"] == 0
-        assert found["casting"] > 0
-        assert gap(found["within"], expected) <= 1e-5
+    for result in run_in_processes(fsdp2_in_many_ways, 2):
+        assert result["float32"] == result["flat"] == 0
+        assert result["casting"] > 0
+        assert relative_error(result["within"], expected) <= 1e-5
 
 
 def with_tied_layers(**changes):
@@ -243,8 +243,8 @@ def test_tied_layers_form_one_fsdp2_group():
         model(ids, labels=ids).loss.backward()
         for name, p in model.named_parameters():
             expected[name] = expected.get(name, 0) + p.grad / 2
-    for found in run_in_processes(fsdp2_with_tied_layers, 2):
-        assert gap(found, expected) <= 1e-5
+    for result in run_in_processes(fsdp2_with_tied_layers, 2):
+        assert relative_error(result, expected) <= 1e-5
 
 
 # --- one process, weights elsewhere

@@ -106,9 +106,9 @@ def train(model, folder, rows=None, resume=None, **arguments) -> Trainer:
 
 
 def logged(trainer: Trainer, name: str = "loss") -> list[float]:
-    found = [entry[name] for entry in trainer.state.log_history if name in entry]
-    assert found
-    return found
+    values = [entry[name] for entry in trainer.state.log_history if name in entry]
+    assert values
+    return values
 
 
 def weights(trainer: Trainer) -> list[torch.Tensor]:
@@ -295,9 +295,9 @@ def test_a_batch_that_does_not_fit_leaves_no_trace(reversible, tmp_path):
         arguments = {**PLAIN_STEPS, "per_device_train_batch_size": size, "auto_find_batch_size": True}
         return train(model, tmp_path, **arguments)
 
-    found, given = run(5, limit=4), run(4, limit=4)
-    assert found.state.train_batch_size == 4
-    assert_equal_weights(found, given)
+    reduced, smaller = run(5, limit=4), run(4, limit=4)
+    assert reduced.state.train_batch_size == 4
+    assert_equal_weights(reduced, smaller)
 
 
 # --- other ways through the layers

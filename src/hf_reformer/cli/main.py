@@ -1,4 +1,4 @@
-"""The command line: `hf-reformer generate`, `chat`, `export`, `convert` and `env`."""
+"""The command line: `hf-reformer train`, `generate`, `chat`, `export`, `convert` and `env`."""
 
 import argparse
 import json
@@ -9,38 +9,48 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..recipes import RECIPES, load_recipe
+
 SAMPLING = ("temperature", "top_p", "top_k")
 CARD = ("language", "license", "datasets", "base_model", "tags", "dataset_name")
 
 
+def run_train(args: argparse.Namespace) -> None:
+    """Train a model. `hf-reformer train RECIPE --help` lists the options of a recipe."""
+    if args.recipe is None:
+        make_parser().parse_args(["train", "--help"])
+    load_recipe(args.recipe).main(args.arguments)
+
+
 def load(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and the tokenizer."""
     from .text_generation import load
 
     return load(args.model, args.device, args.dtype, args.trust_remote_code)
 
 
 def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What was given of the options of `text_generation.generate`."""
+    """The options for `text_generation.generate`."""
     from transformers import set_seed
 
-    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    needless = given if args.greedy else [name for name in given if name != "temperature" and args.temperature == 0]
-    if needless:
-        raise ValueError(f"--greedy always takes the likeliest token. Leave out --{', --'.join(needless)}.")
+    sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    unused = [name for name in sampling if args.greedy or (name != "temperature" and args.temperature == 0)]
+    if unused:
+        raise ValueError(f"--greedy always takes the most likely token. Leave out --{', --'.join(unused)}.")
     if args.seed is not None:
         set_seed(args.seed)
     greedy = args.greedy or args.temperature == 0
     options = {"max_new_tokens": args.max_new_tokens, "stream": not args.no_stream, "do_sample": not greedy}
     if args.prefill_chunk_size is not None:
         options["prefill_chunk_size"] = args.prefill_chunk_size
-    return options if greedy else options | given
+    return options if greedy else options | sampling
 
 
 def run_generate(args: argparse.Namespace) -> None:
     """Continue a text, by default the one on stdin.
 
-    The tokenizer's bos token, if it has one, stands before the prompt, as in training with scripts/train_lm.py, and
-    ends the new text as eos does.
+    The tokenizer's bos token, if it has one, is put before the prompt, as `hf-reformer train language-model` puts it
+    before each document; like eos, it ends the new text.
     """
     from .text_generation import generate, prompt_ids, special_ids
 
@@ -64,9 +74,9 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 def run_chat(args: argparse.Namespace) -> None:
-    """Talk to a model, a line a turn, in the form of its tokenizer's chat template.
+    """Talk to a model, a line per turn, with its tokenizer's chat template.
 
-    /reset forgets all turns, /save FILE writes them as lines of JSON, /quit or ctrl-D ends.
+    /reset forgets all turns, /save FILE writes them as lines of JSON, /quit or ctrl-D ends the chat.
     """
     from .text_generation import Conversation, special_ids
 
@@ -102,7 +112,7 @@ def run_chat(args: argparse.Namespace) -> None:
 def run_export(args: argparse.Namespace) -> None:
     """Write a folder for the Hub: weights, their code, and a model card.
 
-    `from_pretrained(folder, trust_remote_code=True)` then works where this package is not installed, too.
+    `from_pretrained(folder, trust_remote_code=True)` then works without this package.
     """
     from ..hub.exporting import export
     from ..hub.model_folder import quiet
@@ -110,14 +120,14 @@ def run_export(args: argparse.Namespace) -> None:
     card = {name: getattr(args, name) for name in CARD if getattr(args, name) is not None}
     with quiet():
         folder = export(args.model, args.output, overwrite=args.overwrite, name=args.name, **card)
-    print_what_lacks(folder)
-    print(f"Read {folder / 'README.md'} and complete it; then: hf upload {args.name or 'NAME'} {folder}")
+    report_missing_tokenizer(folder)
+    print(f"Read and complete {folder / 'README.md'}; then: hf upload {args.name or 'NAME'} {folder}")
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    """Read an old checkpoint, write it as a folder of ours or of transformers' own Reformer.
+    """Convert an old checkpoint to this package's Reformer or to the one of transformers.
 
-    What is not the same afterwards is printed, a line each.
+    Differences between the two models are printed, one per line.
     """
     from ..hub.convert import convert
     from ..hub.model_folder import quiet
@@ -128,32 +138,32 @@ def run_convert(args: argparse.Namespace) -> None:
         notes = convert(args.source, args.output, **options)
     for note in notes:
         print(f"- {note}")
-    print_what_lacks(Path(args.output))
+    report_missing_tokenizer(Path(args.output))
 
 
-def print_what_lacks(folder: Path) -> None:
-    """Where a folder was written without a tokenizer, say so."""
+def report_missing_tokenizer(folder: Path) -> None:
+    """Print a line if the folder was written without a tokenizer."""
     if not any((folder / name).exists() for name in ("tokenizer_config.json", "processor_config.json")):
-        print(f"There was no tokenizer. Put one into {folder} with `tokenizer.save_pretrained`: pipelines want one.")
+        print(f"There was no tokenizer. Save one to {folder} by `tokenizer.save_pretrained`: pipelines need it.")
 
 
 def json_fields(text: str | None) -> dict[str, Any] | None:
-    """What a JSON object, or a file that holds one, says."""
+    """The fields of a JSON object, which the text is or names the file of."""
     if text is None:
         return None
     try:
-        found = json.loads(text if text.lstrip()[:1] in ("{", "[") else Path(text).read_text(encoding="utf-8"))
+        fields = json.loads(text if text.lstrip()[:1] in ("{", "[") else Path(text).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"--fields is no JSON: {error}.") from error
     except OSError as error:
         raise ValueError(f"--fields {text} is neither a JSON object nor a file that can be read.") from error
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         raise ValueError('--fields must be a JSON object, such as {"num_buckets": 64}.')
-    return found
+    return fields
 
 
 def run_env(args: argparse.Namespace) -> None:
-    """Print versions and devices, for reports of problems."""
+    """Print versions and devices, for bug reports."""
     import platform
 
     import torch
@@ -162,7 +172,7 @@ def run_env(args: argparse.Namespace) -> None:
     from .. import __version__
     from ..ops.dispatch import KERNELS
 
-    fault = KERNELS["cpu"].unsupported_reason()
+    reason = KERNELS["cpu"].unsupported_reason()
     accelerators = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     devices = [f"{torch.accelerator.current_accelerator()}:{i}" for i in range(accelerators)]
     for name, value in {
@@ -171,14 +181,14 @@ def run_env(args: argparse.Namespace) -> None:
         "transformers": transformers.__version__,
         "Python": platform.python_version(),
         "platform": platform.platform(),
-        "compiled CPU kernel": f"none: {fault}" if fault else KERNELS["cpu"].variant(),
+        "compiled CPU kernel": f"none: {reason}" if reason else KERNELS["cpu"].variant(),
         "devices": ", ".join(["cpu", *devices]),
     }.items():
         print(f"{name}: {value}")
 
 
 def check_utf8(text: str, name: str) -> None:
-    """Raise ValueError for what was read from bytes that are no UTF-8 (Python puts surrogates in their place)."""
+    """Raise ValueError for text read from bytes that are not UTF-8 (Python puts surrogates in their place)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -188,85 +198,105 @@ def check_utf8(text: str, name: str) -> None:
 
 
 def positive(text: str) -> int:
+    """An integer of at least 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return int(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `run`, the function that runs it."""
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
-    add("--model", required=True, metavar="PATH", help="folder of a causal language model, or its name on the Hub")
-    add("--max_new_tokens", type=positive, default=256, metavar="N", help="at most so many tokens (256)")
+    add(
+        "--model",
+        required=True,
+        metavar="PATH",
+        help="directory or Hub name of a causal language model",
+    )
+    add("--max_new_tokens", type=positive, default=256, metavar="N", help="at most this many tokens (256)")
     add("--temperature", type=float, metavar="T", help="divides the logits; 0 is --greedy; default: the model's own")
-    add("--top_p", type=float, metavar="P", help="sample from the likeliest tokens, as many as make this probability")
-    add("--top_k", type=int, metavar="K", help="sample from so many likeliest tokens; 0: from all")
-    add("--greedy", action="store_true", help="take the likeliest token every time instead of sampling")
-    add("--seed", type=int, metavar="S", help="makes samples repeat")
-    add("--prefill_chunk_size", type=positive, metavar="N", help="read the prompt so many tokens at a time")
+    add("--top_p", type=float, metavar="P", help="sample from the most likely tokens whose probabilities add up to P")
+    add("--top_k", type=int, metavar="K", help="sample from the K most likely tokens; 0: from all")
+    add("--greedy", action="store_true", help="always take the most likely token instead of sampling")
+    add("--seed", type=int, metavar="S", help="makes sampling reproducible")
+    add("--prefill_chunk_size", type=positive, metavar="N", help="read the prompt in chunks of N tokens")
     add("--device", default="auto", help="cpu, cuda:1, …; auto: an accelerator, else the CPU")
     dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", default="auto", choices=dtypes, help="of the weights; auto: as they were saved")
-    add("--no_stream", action="store_true", help="print a text when it is finished")
+    add("--dtype", default="auto", choices=dtypes, help="dtype of the weights; auto: as saved")
+    add("--no_stream", action="store_true", help="print the text only when it is complete")
     add("--trust_remote_code", action="store_true", help="run the code that comes with the model")
 
-    parser = argparse.ArgumentParser(prog="hf-reformer", description="Language models on the command line.")
+    parser = argparse.ArgumentParser(prog="hf-reformer", description="Reformer models on the command line.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, **options: Any) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=run.__doc__.split("\n")[0], description=run.__doc__, **options)
-        made.set_defaults(run=run)
-        return made
+        subparser = commands.add_parser(name, help=run.__doc__.split("\n")[0], description=run.__doc__, **options)
+        subparser.set_defaults(run=run)
+        return subparser
 
+    recipes = "\n".join(f"  {name:16} {summary}" for name, summary in RECIPES.items())
+    train = command(
+        "train", run_train, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"recipes:\n{recipes}"
+    )
+    train.add_argument("recipe", nargs="?", choices=RECIPES, metavar="RECIPE", help="one of the recipes below")
+    train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the options of the recipe")
     generate = command("generate", run_generate, parents=[shared])
     prompt = generate.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
-    prompt.add_argument("--prompt_file", metavar="FILE", help="where it stands; a newline at its end is left out")
-    generate.add_argument("--no_bos", action="store_true", help="put no bos token before the prompt")
-    generate.add_argument("--no_cache", action="store_true", help="compute all tokens again for every new one")
-    generate.add_argument("--num_return_sequences", type=positive, default=1, metavar="N", help="so many texts")
+    prompt.add_argument("--prompt_file", metavar="FILE", help="a file with the text; a newline at its end is dropped")
+    generate.add_argument("--no_bos", action="store_true", help="do not put the bos token before the prompt")
+    generate.add_argument("--no_cache", action="store_true", help="recompute all tokens for every new one")
+    generate.add_argument("--num_return_sequences", type=positive, default=1, metavar="N", help="number of texts")
     chat = command("chat", run_chat, parents=[shared])
-    chat.add_argument("--system", metavar="TEXT", help="what the model is told first")
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
     add = command("export", run_export).add_argument
     add("--model", required=True, metavar="SOURCE", help="a folder, such as a checkpoint; or a name on the Hub")
-    add("--output", required=True, metavar="FOLDER", help="where to")
-    add("--overwrite", action="store_true", help="though it is not empty; the model in it is replaced")
+    add("--output", required=True, metavar="FOLDER", help="the folder to write")
+    add("--overwrite", action="store_true", help="write into a folder that is not empty, and replace the model in it")
     add("--name", help="user/name on the Hub, for the model card; default: the folder's name")
-    add("--language", nargs="+", metavar="CODE", help="of the texts: en, de, …")
-    add("--license", metavar="ID", help="of the weights: apache-2.0, cc-by-4.0, …")
-    add("--datasets", nargs="+", metavar="NAME", help="on the Hub, that it was trained on")
-    add("--base_model", metavar="NAME", help="on the Hub, that it was trained from")
-    add("--tags", nargs="+", metavar="TAG", help="to be found by")
+    add("--language", nargs="+", metavar="CODE", help="languages of the texts: en, de, …")
+    add("--license", metavar="ID", help="license of the weights: apache-2.0, cc-by-4.0, …")
+    add("--datasets", nargs="+", metavar="NAME", help="data sets on the Hub that it was trained on")
+    add("--base_model", metavar="NAME", help="model on the Hub that it was trained from")
+    add("--tags", nargs="+", metavar="TAG", help="tags for the model card")
     add("--dataset_name", metavar="TEXT", help="what it was evaluated on, in words")
     add = command("convert", run_convert).add_argument
-    add("source", metavar="SOURCE", help="a folder of transformers' own Reformer or of ours, or a file of weights")
-    add("output", metavar="OUTPUT", help="a folder that is empty or does not exist")
+    add("source", metavar="SOURCE", help="a checkpoint directory, or a file of weights")
+    add("output", metavar="OUTPUT", help="a folder that is empty or does not exist yet")
     kinds = ("builtin", "reformer-pytorch", "trax", "hf_reformer")
-    add("--from", dest="kind", choices=kinds, help="what SOURCE is; found out where it can be")
-    add("--to", choices=("hf_reformer", "builtin"), default="hf_reformer", help="what to write (hf_reformer)")
-    add("--head", metavar="CLASS", help="ReformerForCausalLM, …; default: the class that a folder was saved from")
-    add("--attention_mode", choices=("chunk", "window"), help="window: turn chunk mode into it")
-    add("--fields", metavar="JSON", help="an object, or its file: what the weights don't say, or of window mode")
+    add("--from", dest="kind", choices=kinds, help="format of SOURCE; detected if possible")
+    add("--to", choices=("hf_reformer", "builtin"), default="hf_reformer", help="format of OUTPUT (hf_reformer)")
+    add("--head", metavar="CLASS", help="ReformerForCausalLM, …; default: the class that SOURCE was saved from")
+    add("--attention_mode", choices=("chunk", "window"), help="window: convert a model of chunk mode to window mode")
+    add("--fields", metavar="JSON", help="an object or its file: config fields that SOURCE lacks, or for window mode")
     add("--no_lm_bias", action="store_true", help="set the head's bias to 0, as transformers 5.0 to 5.23 compute")
     command("env", run_env)
     return parser
 
 
 def one_line(error: Exception) -> str:
+    """The message of an error in one line."""
     text = " ".join(str(error).split())
     return "hf-reformer: " + text.split(" Model type should be one of")[0]  # hundreds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. The exit status is 2 where something is wrong that its user can change."""
+    """Run a command. The exit status is 2 for an error that the user can mend.
+
+    TRANSFORMERS_VERBOSITY=debug shows where such an error was raised.
+    """
     args = make_parser().parse_args(argv)
     try:
         args.run(args)
-    except BrokenPipeError:  # nobody reads on, as in `| head`
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
+        from transformers.utils import logging
+
+        logging.get_logger("transformers.hf_reformer").debug("", exc_info=True)
         print(one_line(error), file=sys.stderr)
         return 2
     return 0

@@ -1,4 +1,4 @@
-"""Text from causal language models, streamed; and conversations that keep their cache from turn to turn."""
+"""Streamed text of causal language models, and conversations that keep their cache from turn to turn."""
 
 import json
 from pathlib import Path
@@ -17,16 +17,13 @@ logger = logging.get_logger(__name__)
 
 
 def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder, or of a repository of the Hub; our model for transformers' own Reformer.
+    """Model and tokenizer of a checkpoint directory or Hub repository; loads transformers' Reformer, too.
 
     Raises:
-        OSError, ValueError: they cannot be had, or they are of another kind; the message says why.
+        OSError, ValueError: they cannot be loaded, or the model is not a causal language model.
     """
     if Path(name).is_dir() and saved_config(Path(name)).get("is_encoder_decoder"):
-        raise ValueError(
-            f"{name} holds an encoder-decoder, which writes texts that belong to others; "
-            "`generate` and `chat` continue texts, for which they need a causal language model."
-        )
+        raise ValueError(f"{name} is an encoder-decoder model; `generate` and `chat` need a causal language model.")
     try:
         with readable(name):
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -53,8 +50,7 @@ def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code
         )
     if set(tokenizer.get_vocab()) <= {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}:
         raise ValueError(
-            f"{name} has no tokenizer. Save the one that the model was trained with into it: "
-            "`tokenizer.save_pretrained(folder)`."
+            f"{name} has no tokenizer. Save the model's tokenizer there: `tokenizer.save_pretrained(folder)`."
         )
     if device == "auto":
         device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
@@ -64,49 +60,49 @@ def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code
         raise ValueError(f"The device {device!r} cannot be used: {error}") from error
 
 
-def special_ids(model: Any, tokenizer: Any, *ends: int | None) -> dict[str, Any]:
-    """The ids that end a text, `ends` among them, and one to pad with, for `model.generate`."""
-    own = model.generation_config.eos_token_id
-    ends = (*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, *ends)
-    known = [end for end in ends if end is not None]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(known), None)
-    return {"eos_token_id": known or None, "pad_token_id": pad}
+def special_ids(model: Any, tokenizer: Any, *more_eos: int | None) -> dict[str, Any]:
+    """For `model.generate`: the ids that end a text, those of `more_eos` included, and the id to pad with."""
+    eos = model.generation_config.eos_token_id
+    eos = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *more_eos]
+    eos = [token_id for token_id in eos if token_id is not None]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else next(iter(eos), None)
+    return {"eos_token_id": eos or None, "pad_token_id": pad}
 
 
 def prompt_ids(model: Any, tokenizer: Any, text: str, bos: bool = True) -> list[int]:
-    """The ids of a text as `scripts/train_lm.py` trains on them: behind the bos token, where the model knows one."""
+    """The ids of a text, with the bos token in front (if the model has one), as the recipe language-model trains."""
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    first = tokenizer.bos_token_id
-    if bos and first is not None and first < model.get_input_embeddings().num_embeddings and ids[:1] != [first]:
-        ids = [first, *ids]
+    bos_id = tokenizer.bos_token_id
+    if bos and bos_id is not None and bos_id < model.get_input_embeddings().num_embeddings and ids[:1] != [bos_id]:
+        ids = [bos_id, *ids]
     if not ids:
-        raise ValueError("The prompt is empty, and no token stands before it.")
+        raise ValueError("The prompt is empty, and there is no bos token to start from.")
     return ids
 
 
 def generate(
     model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int = 256, stream: bool = True, **options: Any
 ) -> Any:
-    """`model.generate` from a list of ids, which prints the new text to stdout: as it comes, or when it is finished.
+    """`model.generate` from a list of ids; prints the new text to stdout, as it is generated or when it is complete.
 
     Raises:
         ValueError: the model has no position left for a new token.
     """
     config = model.config.get_text_config()
     rotary = getattr(config, "position_embedding_type", None) == "rotary" or getattr(config, "rope_parameters", None)
-    covered = None if rotary else getattr(config, "max_position_embeddings", None)
-    room = max_new_tokens if covered is None else covered - len(ids)
-    if room < 1:
+    positions = None if rotary else getattr(config, "max_position_embeddings", None)
+    capacity = max_new_tokens if positions is None else positions - len(ids)
+    if capacity < 1:
         raise ValueError(
-            f"{len(ids)} tokens are given, and the model covers {covered} positions (`max_position_embeddings`): no "
-            "room for new ones. Shorten the text, or begin a new conversation."
+            f"The input has {len(ids)} tokens, and the model covers {positions} positions "
+            "(`max_position_embeddings`), so none is left for new ones. Shorten the text, or begin a new conversation."
         )
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     input_ids = torch.tensor([ids], device=model.device)
     out = model.generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=min(room, max_new_tokens),
+        max_new_tokens=min(capacity, max_new_tokens),
         streamer=streamer,
         return_dict_in_generate=True,
         **options,
@@ -114,16 +110,16 @@ def generate(
     new = out.sequences[:, len(ids) :]
     if not stream:
         print("\n---\n".join(tokenizer.batch_decode(new, skip_special_tokens=True)), flush=True)
-    if new.shape[1] == room < max_new_tokens:
-        logger.warning(f"The text ends here, as the model covers {covered} positions (`max_position_embeddings`).")
+    if new.shape[1] == capacity < max_new_tokens:
+        logger.warning(f"The text ends here, as the model covers {positions} positions (`max_position_embeddings`).")
     return out
 
 
 class Conversation:
-    """The turns of a chat, and the cache of the tokens that the model has run.
+    """The turns of a chat, and the cache of the tokens that the model has processed.
 
     Args:
-        system: what the model is told first.
+        system: the system message.
         options: for `generate`.
 
     Raises:
@@ -133,8 +129,8 @@ class Conversation:
     def __init__(self, model: Any, tokenizer: Any, system: str | None = None, **options: Any):
         if tokenizer.chat_template is None:
             raise ValueError(
-                "The tokenizer has no chat template. Set `tokenizer.chat_template = …` to the form that the model was "
-                "trained with and save it with the model; or continue texts, with `hf-reformer generate`."
+                "The tokenizer has no chat template. Set `tokenizer.chat_template = …` to the one that the model was "
+                "trained with and save it with the model; or continue texts with `hf-reformer generate`."
             )
         self.model, self.tokenizer, self.system, self.options = model, tokenizer, system, options
         self.reset()
@@ -146,12 +142,12 @@ class Conversation:
         self.cached_ids: list[int] = []
 
     def answer(self, text: str) -> str:
-        """The model's answer to the user's next turn. Both are kept, unless it fails."""
+        """The model's answer to the user's next turn. Both join the conversation, unless there is an error."""
         messages = [*self.messages, {"role": "user", "content": text}]
         try:
             ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         except jinja2.TemplateError as error:
-            raise ValueError(f"The chat template refuses: {error}") from error
+            raise ValueError(f"The chat template raises an error: {error}") from error
         cache = self._cache_for(ids)
         self.cache, self.cached_ids = None, []  # until it holds this turn, too
         out = generate(self.model, self.tokenizer, ids, **{CACHE_NAME: cache}, **self.options)
@@ -163,13 +159,13 @@ class Conversation:
         return answer
 
     def _cache_for(self, ids: list[int]) -> Any:
-        """The cache, cut to what it shares with `ids`, whose last is always run; None: begin anew."""
-        most = min(len(self.cached_ids), len(ids) - 1)
-        shared = next((i for i in range(most) if self.cached_ids[i] != ids[i]), most)
+        """The cache, cropped to the tokens that it shares with `ids` but the last; None: start with a new one."""
+        longest = min(len(self.cached_ids), len(ids) - 1)
+        shared = next((i for i in range(longest) if self.cached_ids[i] != ids[i]), longest)
         try:
             if 0 < shared < len(self.cached_ids):
                 self.cache.crop(shared - len(self.cached_ids))
-        except (AttributeError, RuntimeError):  # it cannot be cut, or a layer no longer has the tokens before the cut
+        except (AttributeError, RuntimeError):  # it cannot be cropped, or a layer has evicted tokens
             return None
         return self.cache if shared else None
 

@@ -1,1 +1,20 @@
 """Reading tables and texts, packing, tokenizers trained on them."""
+
+from .bpe_tokenizer import train_bpe_tokenizer
+from .demo_corpus import CORPUS_PACKAGES, clean_source, corpus_file, installed_packages_corpus, names_a_package
+from .tables import TABLE_FORMATS, Columns, find_columns, hold_out, read_examples, require
+
+__all__ = [
+    "CORPUS_PACKAGES",
+    "TABLE_FORMATS",
+    "Columns",
+    "clean_source",
+    "corpus_file",
+    "find_columns",
+    "hold_out",
+    "installed_packages_corpus",
+    "names_a_package",
+    "read_examples",
+    "require",
+    "train_bpe_tokenizer",
+]

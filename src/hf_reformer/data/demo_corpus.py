@@ -1,4 +1,4 @@
-"""A corpus for demonstrations, from the source files of installed packages: nothing is downloaded."""
+"""A corpus for demonstrations: source files of the installed packages, without a download."""
 
 import hashlib
 import importlib
@@ -31,7 +31,7 @@ _FOREIGN_FOLDER = re.compile(r"vendor|extern|third_party", re.IGNORECASE)
 
 
 def package_folder(name: str) -> Path | None:
-    """Where the installed package `name` lies, without importing it; None if it isn't there."""
+    """The folder of the installed package `name`, without importing it; None if it is not installed."""
     spec = importlib.util.find_spec(name)
     return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
 
@@ -51,25 +51,25 @@ def names_a_package(line: str) -> bool:
 
 
 def clean_source(text: str, max_bytes: int | None = None) -> str:
-    """Remove from a Python file what would tell its package without reading it, and cut it after `max_bytes`.
+    """Remove from a Python file what names its package, and cut it after `max_bytes`.
 
-    Gone are: the comments before the first line of code (licence headers); every line about licences or authors; every
-    import statement, also in doctests and over several lines; and every line that names *any* package of
-    `CORPUS_PACKAGES` or its usual alias (`np.`, `pd.`, `plt.` …). The rule is the same for all files, so that
-    what is missing tells nothing either. Runs of blank lines shrink to one.
+    Removed are: the comments before the first line of code (licence headers); every line about licences or authors;
+    every import statement, also in doctests and over several lines; and every line that names *any* package of
+    `CORPUS_PACKAGES` or its usual alias (`np.`, `pd.`, `plt.` …). The rule is the same for all files, so what is
+    missing does not identify the package either. Runs of blank lines shrink to one.
     """
     lines = text.splitlines()
     first = next((i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")), len(lines))
-    kept: list[str] = []
-    room = float("inf") if max_bytes is None else max_bytes
+    cleaned: list[str] = []
+    bytes_left = float("inf") if max_bytes is None else max_bytes
     for line in map(str.rstrip, _without_imports(lines[first:])):
-        if names_a_package(line) or _LICENCE.search(line) or not (line or (kept and kept[-1])):
+        if names_a_package(line) or _LICENCE.search(line) or not (line or (cleaned and cleaned[-1])):
             continue
-        room -= len(line.encode()) + 1
-        if room < 0:
+        bytes_left -= len(line.encode()) + 1
+        if bytes_left < 0:
             break
-        kept.append(line)
-    return "\n".join(kept) + "\n"
+        cleaned.append(line)
+    return "\n".join(cleaned) + "\n"
 
 
 def _without_imports(lines: Iterable[str]) -> Iterator[str]:
@@ -169,14 +169,14 @@ def installed_packages_corpus(
     """
     datasets = require("datasets")
     seen = _NearDuplicates()
-    found = {}
+    documents = {}
     for name in packages or CORPUS_PACKAGES:
         folder = package_folder(name)
         if folder is not None:
-            found[name] = _documents_by_directory(
+            documents[name] = _documents_by_directory(
                 folder, files_per_package, min_bytes, max_bytes, files_per_directory, seed, seen
             )
-    sizes = {name: sum(map(len, groups)) for name, groups in found.items() if len(groups) > 1}
+    sizes = {name: sum(map(len, groups)) for name, groups in documents.items() if len(groups) > 1}
     names = sorted(sizes, key=lambda name: -sizes[name])[:num_packages]
     if len(names) < 2:
         raise ValueError(
@@ -184,7 +184,7 @@ def installed_packages_corpus(
             "files; a classification corpus needs at least two. Name others with `packages=`."
         )
     validation_size = max(1, round(validation_fraction * min(sizes[name] for name in names)))
-    splits = {name: _split_directories(found[name], validation_size) for name in names}
+    splits = {name: _split_directories(documents[name], validation_size) for name in names}
     train_size = min(len(train) for train, _ in splits.values())
     rows = {
         "train": [(name, *document) for name in names for document in splits[name][0][:train_size]],

@@ -1,32 +1,26 @@
-"""Data for the training scripts: a corpus that lies on every machine, the user's own files, a tokenizer from texts.
+"""Reading a user's own tables and texts: which files, which columns, which part is held out.
 
 `datasets` is imported only inside the functions that need it, so importing this module costs nothing.
 """
 
 import importlib
-import importlib.util
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
 
 def require(module: str) -> ModuleType:
-    """Import an optional dependency, or say which extra brings it."""
+    """Import an optional dependency, or a module that has some. If one is missing, the error names the extra."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        raise ImportError(f"This needs `{module}`. Install it with `pip install 'hf_reformer[train]'`.") from error
+    except ModuleNotFoundError as error:
+        raise ImportError(f"This needs `{error.name}`. Install it with `pip install 'hf_reformer[train]'`.") from error
 
-
-# A corpus without a download: which installed package does a source file come from?
-
-
-# The user's own files.
 
 TABLE_FORMATS: dict[str, tuple[str, dict]] = {
     ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),  # "None" and "NA" are words like any other
@@ -40,8 +34,8 @@ TABLE_FORMATS: dict[str, tuple[str, dict]] = {
 def read_examples(path: str | Path, texts: Sequence[str] = ()) -> "Dataset":
     """Read one split: a csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label.
 
-    texts: columns whose cells are read as they stand also in csv and tsv, where "007" else is 7 and "NA" nothing; an
-            empty cell is None.
+    Args:
+        texts: columns of strings. Otherwise "007" in a csv or tsv file becomes 7. An empty cell is None.
     """
     datasets = require("datasets")
     path = Path(path)
@@ -65,6 +59,16 @@ def read_examples(path: str | Path, texts: Sequence[str] = ()) -> "Dataset":
         if "corresponds to no data" not in str(error):
             raise
         raise ValueError(f"`{path}` holds no row.") from error
+
+
+def read_hub_dataset(name: str, config: str | None = None, alternative: str = "--train_file", **options: Any) -> Any:
+    """A data set on the Hub; ConnectionError, which names an alternative, if it cannot be read."""
+    try:
+        return require("datasets").load_dataset(name, config, **options)
+    except OSError as error:
+        raise ConnectionError(
+            f"The data set `{name}` could not be read from the Hub. Without a connection, use {alternative}."
+        ) from error
 
 
 def _read_text_folder(folder: Path) -> "Dataset":
@@ -103,32 +107,43 @@ _LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "score")
 def find_columns(
     dataset: "Dataset", text: str | None = None, pair: str | None = None, label: str | None = None
 ) -> Columns:
-    """Use the columns that are named, and find the others by the names people usually give them.
+    """Use the columns that are named, and find the others by their usual names.
 
-    A table without a label column gives `label=None`; one whose text column cannot be told raises.
+    A table without a label column gives `label=None`; one whose text column is unclear raises ValueError.
     """
     names = dataset.column_names
     listed = ", ".join(f"`{name}`" for name in names)
-    for wanted in (text, pair, label):
-        if wanted is not None and wanted not in names:
-            raise ValueError(f"There is no column `{wanted}`. The columns are {listed}.")
+    for name in (text, pair, label):
+        if name is not None and name not in names:
+            raise ValueError(f"There is no column `{name}`. The columns are {listed}.")
     label = label or next((name for name in _LABEL_COLUMNS if name in names and name not in (text, pair)), None)
     if text is None and pair is None and "text" not in names:
         text, pair = next((both for both in _PAIR_COLUMNS if {*both} <= {*names}), (None, None))
     if text is None:
-        strings = [name for name in names if _is_string(dataset.features[name]) and name not in (pair, label)]
+        kinds = {name: getattr(dataset.features[name], "dtype", None) for name in names if name not in (pair, label)}
+        strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
         text = next((name for name in _TEXT_COLUMNS if name in strings), strings[0] if len(strings) == 1 else None)
     if text is None:
-        raise ValueError(f"Which column holds the text? The columns are {listed}. Say it with `--text_column`.")
+        raise ValueError(f"Which column holds the text? The columns are {listed}. Name it with `--text_column`.")
     return Columns(text, pair, label)
 
 
-def _is_string(feature: object) -> bool:
-    return getattr(feature, "dtype", None) in ("string", "large_string")
+def check_columns(dataset: "Dataset", split: str, names: Iterable[str | None], advice: str = "") -> None:
+    """Raise ValueError unless the dataset has all columns that are named."""
+    if missing := [name for name in names if name is not None and name not in dataset.column_names]:
+        raise ValueError(f"The {split} data has no column {missing}; its columns are {dataset.column_names}.{advice}")
+
+
+def limit_samples(splits: "DatasetDict", train: int | None, evaluation: int | None, seed: int) -> None:
+    """Keep at most so many random examples of the split `train` and of each other split."""
+    for split, dataset in splits.items():
+        limit = train if split == "train" else evaluation
+        if limit is not None and limit < len(dataset):
+            splits[split] = dataset.shuffle(seed=seed).select(range(limit))
 
 
 def hold_out(dataset: "Dataset", label_column: str, fraction: float, seed: int) -> "DatasetDict":
-    """Split a validation part off, evenly over the labels: shuffle, sort by label, take every n-th row."""
+    """Split off validation data, stratified by label: shuffle, sort by label, take every n-th row."""
     labels = dataset[label_column]
     order = list(range(len(dataset)))
     random.Random(seed).shuffle(order)

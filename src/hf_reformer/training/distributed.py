@@ -1,4 +1,4 @@
-"""Training on several devices with accelerate and the Trainer: FSDP2's precision, sequences shared by processes."""
+"""Training on several devices with accelerate and the Trainer: precision under FSDP2, sequence parallelism."""
 
 from collections.abc import Iterator, Sized
 from typing import Any
@@ -13,11 +13,11 @@ from transformers import Trainer
 def fsdp_policy(
     param_dtype: torch.dtype = torch.bfloat16, reduce_dtype: torch.dtype = torch.float32
 ) -> MixedPrecisionPolicy:
-    """Mixed precision for FSDP2 under which reversible layers stay exact and their memory flat.
+    """Mixed precision for FSDP2 with which reversible layers stay exact and their memory independent of depth.
 
-    accelerate's own policy casts what passes between layers, the residual streams too, so that they cannot be rebuilt
-    from each other any more. Give this one to `FullyShardedDataParallelPlugin(mixed_precision_policy=...)`, or to a
-    Trainer before `train()`:
+    accelerate's default policy casts the inputs of every layer, the residual streams included, so that they cannot be
+    recomputed exactly. Pass this one to `FullyShardedDataParallelPlugin(mixed_precision_policy=...)`, or to a Trainer
+    before `train()`:
 
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = fsdp_policy()
     """
@@ -25,9 +25,9 @@ def fsdp_policy(
 
 
 class RepeatedBatches(Sampler[int]):
-    """Every batch of another sampler's indices several times over; the last is filled up from the first indices.
+    """Repeats every batch of another sampler; the last batch is completed with the first indices.
 
-    Processes that take turns in fetching batches then get the same ones, as many as `times` of them in a row.
+    If processes fetch batches in turn, `times` consecutive processes then get the same batch.
     """
 
     def __init__(self, sampler: Sampler[int], batch_size: int, times: int):
@@ -39,8 +39,8 @@ class RepeatedBatches(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         indices = list(self.sampler)
-        for first in range(0, len(indices), self.batch_size):
-            batch = indices[first : first + self.batch_size]
+        for start in range(0, len(indices), self.batch_size):
+            batch = indices[start : start + self.batch_size]
             while len(batch) < self.batch_size:
                 batch += indices[: self.batch_size - len(batch)]
             for _ in range(self.times):
@@ -50,16 +50,15 @@ class RepeatedBatches(Sampler[int]):
 class SequenceParallelTrainer(Trainer):
     """A Trainer whose processes share sequences in groups of `sequence_parallel_size` neighbours.
 
-    Each group works on one batch of `per_device_train_batch_size` rows together; groups are data parallel to each
-    other. Evaluation runs over the whole set in every group.
+    The processes of a group work together on one batch of `per_device_train_batch_size` sequences; different groups
+    are data parallel. Every group evaluates on the whole set.
 
     Args:
         sequence_parallel_size: processes that share a sequence; divides their number and the attention heads.
-        others: as `Trainer`.
+        args, kwargs: as for `Trainer`.
 
     Raises:
-        ValueError: the number of processes is no multiple of `sequence_parallel_size`, or a training set without a
-            length.
+        ValueError: the number of processes is no multiple of `sequence_parallel_size`, or a dataset has no length.
     """
 
     sequence_group: Any = None
@@ -75,11 +74,11 @@ class SequenceParallelTrainer(Trainer):
         self.sequence_parallel_size = sequence_parallel_size
         if sequence_parallel_size > 1:
             self.sequence_group, _ = dist.new_subgroups(sequence_parallel_size)
-            model: Any = self.model  # one of ours
+            model: Any = self.model
             model.enable_sequence_parallel(self.sequence_group)
 
-    def call_model_init(self, trial=None):
-        """`model_init` may be asked for a model again when training begins."""
+    def call_model_init(self, trial: Any = None) -> Any:
+        """The Trainer may call `model_init` again when training begins."""
         model: Any = super().call_model_init(trial)
         model.enable_sequence_parallel(self.sequence_group)
         return model
@@ -89,8 +88,8 @@ class SequenceParallelTrainer(Trainer):
     ) -> DataLoader:
         if isinstance(dataset, IterableDataset):
             raise ValueError(
-                "Processes that share sequences must get the same rows, which a dataset without a length and an order "
-                "cannot promise. Give one with both."
+                "Processes that share sequences must get the same batches, so the dataset needs a length and an order, "
+                "which an IterableDataset has not. Use a map-style dataset."
             )
         if is_training and sampler_fn is not None:
 
@@ -102,12 +101,12 @@ class SequenceParallelTrainer(Trainer):
         return DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
 
     @property
-    def gather_function(self):
+    def gather_function(self) -> Any:
         """In evaluation every process has all results."""
         return lambda results: results
 
     @gather_function.setter
-    def gather_function(self, value) -> None:
+    def gather_function(self, value: Any) -> None:
         pass
 
 

@@ -1,0 +1,164 @@
+"""Language-modelling data: documents of files, packed into training sequences, cut into windows for evaluation."""
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+
+from .tables import TABLE_FORMATS, find_columns, read_examples, read_hub_dataset
+
+IGNORE = -100  # label of a token that is no target
+READ_SIZE = 2**16  # characters that are read and tokenised at a time, up to the next end of line
+
+Documents = Iterable[Iterable[str]]  # a document comes in chunks, so that a file need not fit into memory
+
+
+def read_documents(files: list[str], column: str | None = None) -> Iterator[Iterable[str]]:
+    """The documents of files: a text file is one, and so is every row of a table (csv, tsv, json, jsonl, parquet)."""
+    for file in files:
+        if Path(file).suffix.lower() in TABLE_FORMATS:
+            table = read_examples(file)
+            yield from ([text or ""] for text in table[find_columns(table, column).text])
+        else:
+            yield _read_chunks(file)
+
+
+def _read_chunks(file: str) -> Iterator[str]:
+    with open(file, encoding="utf-8", errors="replace", newline="") as text:
+        while chunk := text.read(READ_SIZE):
+            yield chunk + text.readline(READ_SIZE)
+
+
+def hub_documents(name: str, config: str | None, split: str, column: str | None, streaming: bool) -> Documents:
+    """The rows of a data set on the Hub; ConnectionError if it cannot be read."""
+    table = read_hub_dataset(name, config, split=split, streaming=streaming)
+    column = find_columns(table, column).text
+    return ([row[column] or ""] for row in table)
+
+
+def first_texts(documents: Documents, characters: int = 10_000_000) -> Iterator[str]:
+    """The first so many characters of the documents, chunk by chunk."""
+    for chunk in chain.from_iterable(documents):
+        yield chunk
+        characters -= len(chunk)
+        if characters < 0:
+            return
+
+
+def hold_out_end(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    """Split off the last part of the texts: whole documents from the end, and one that is cut at the end of a line."""
+    missing = round(sum(map(len, documents)) * fraction)
+    train, held_out = list(documents), list[str]()
+    while train and missing > 0:
+        document = train.pop()
+        if len(document) > missing:
+            cut = document.rfind("\n", 0, len(document) - missing) + 1 or len(document) - missing
+            train.append(document[:cut])
+            document = document[cut:]
+        held_out.insert(0, document)
+        missing -= len(document)
+    return train, held_out
+
+
+def separator(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that stands before every document."""
+    for kind in ("bos", "eos", "cls", "sep", "pad"):
+        token_id = getattr(tokenizer, f"{kind}_token_id")
+        if token_id is not None:
+            return token_id
+    raise ValueError(
+        "The tokenizer has no special token to put between documents. Give it one: "
+        '`tokenizer.add_special_tokens({"bos_token": "<s>"})`, then save it.'
+    )
+
+
+def token_ids(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
+    """The ids of all documents chunk by chunk, with a separator before each document."""
+    for document in documents:
+        yield [separator(tokenizer)]
+        for chunk in document:
+            yield tokenizer(chunk, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[dict[str, Any]]:
+    """Concatenate all documents and cut them into sequences of `length` tokens; an incomplete last one is dropped.
+
+    Raises:
+        ValueError: the documents do not fill one sequence.
+    """
+    rest: list[int] = []
+    empty = True
+    for ids in token_ids(documents, tokenizer):
+        rest += ids
+        full = len(rest) // length * length
+        for start in range(0, full, length):
+            yield {"input_ids": rest[start : start + length]}
+            empty = False
+        rest = rest[full:]
+    if empty:
+        raise ValueError(
+            f"The training texts are too short for a single sequence of {length} tokens. Lower --sequence_length or "
+            "add texts."
+        )
+
+
+def packed_dataset(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+    """The sequences of `pack`, in memory."""
+    sequences = [np.asarray(row["input_ids"], dtype=np.int32) for row in pack(documents, tokenizer, length)]
+    return Dataset.from_dict({"input_ids": sequences})
+
+
+def packed_stream(
+    open_documents: Callable[[], Documents], tokenizer: PreTrainedTokenizerBase, length: int, seed: int
+) -> IterableDataset:
+    """The sequences of `pack`, read again in every epoch and shuffled in a buffer of 256."""
+
+    def sequences() -> Iterator[dict[str, Any]]:
+        return pack(open_documents(), tokenizer, length)
+
+    next(sequences())  # raises at once if the texts are too short
+    return IterableDataset.from_generator(sequences).shuffle(seed=seed, buffer_size=256)
+
+
+def scoring_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, context: int) -> Dataset:
+    """Windows of at most `length` tokens in which every token of every text is a target once.
+
+    A window starts with the last `context` tokens before its targets; their labels are -100.
+    """
+    windows: dict[str, list] = {"input_ids": [], "labels": []}
+    for text in texts:
+        ids = [token for chunk in token_ids([[text]], tokenizer) for token in chunk]
+        done = 1  # nothing predicts the separator
+        while done < len(ids):
+            start = max(0, done - context)
+            window = ids[start : start + length]
+            windows["input_ids"].append(window)
+            windows["labels"].append([IGNORE] * (done - start) + window[done - start :])
+            done = start + len(window)
+    if not windows["input_ids"]:
+        raise ValueError("The validation texts are empty: there is nothing to evaluate.")
+    return Dataset.from_dict(windows)
+
+
+def masked_windows(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, probability: float, seed: int
+) -> Dataset:
+    """Windows of at most `length` tokens of which some are masked, the same ones in every evaluation."""
+    mask = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=probability, seed=seed)
+    windows: dict[str, list] = {"input_ids": [], "labels": []}
+    for row in scoring_windows(texts, tokenizer, length, context=1):
+        masked = mask([{"input_ids": row["input_ids"]}])
+        for name, values in windows.items():
+            values.append(masked[name][0].tolist())
+    return Dataset.from_dict(windows)
+
+
+def causal_lm_collator(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch of full sequences. Separators are targets like other tokens, even if the tokenizer pads with them."""
+    ids = torch.tensor([example["input_ids"] for example in examples], dtype=torch.int64)
+    return {"input_ids": ids, "labels": ids}

@@ -1,0 +1,145 @@
+"""What a recipe starts with: its command line, a tokenizer, and a saved or new model."""
+
+import argparse
+import ast
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..configuration_reformer import ReformerConfig
+from ..data.bpe_tokenizer import train_bpe_tokenizer
+from ..tokenization_reformer import ReformerByteTokenizer
+from .trainers import force_cpu_backend
+
+# Where a small Reformer that is trained from scratch needs other settings than `TrainingArguments` has.
+DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 5,
+    "learning_rate": 1e-3,
+    "warmup_steps": 0.1,
+    "weight_decay": 0.01,
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 16,
+    "logging_steps": 10,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+}
+SIZES = (
+    "hidden_size", "attn_layers", "num_attention_heads", "attention_head_size", "feed_forward_size", "num_hashes",
+    "position_embedding_type",
+)  # fmt: skip
+
+
+@dataclass
+class ModelArguments:
+    """A saved model to start from, or the sizes of a new one."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model to start from."})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={
+            "help": "bytes; train (a byte-level BPE on the training texts); or a name or path. "
+            "Default: the saved model's own, or train."
+        },
+    )
+    tokenizer_vocab_size: int = field(default=8192, metadata={"help": "For --tokenizer train."})
+    hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
+    attn_layers: list[str] = field(
+        default_factory=lambda: ["local", "lsh", "local", "lsh"], metadata={"help": "Attention type of every layer."}
+    )
+    num_attention_heads: int = field(default=2, metadata={"help": "Attention heads of every layer."})
+    attention_head_size: int = field(default=64, metadata={"help": "Width of every head."})
+    feed_forward_size: int = field(default=256, metadata={"help": "Width inside the feed-forward layers."})
+    num_hashes: int = field(default=2, metadata={"help": "Hash rounds of the lsh layers."})
+    position_embedding_type: str = field(default="rotary", metadata={"help": "axial, learned or rotary."})
+    config_overrides: str | None = field(
+        default=None, metadata={"help": 'Any other field of ReformerConfig: "lsh_window=64,reversible=False".'}
+    )
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and keeps the line breaks of the description."""
+
+
+def parse_arguments(
+    classes: Sequence[Any],
+    arguments: Sequence[str] | None,
+    defaults: Mapping[str, Any],
+    presets: Mapping[str, Mapping[str, Any]],
+    **parser_options: Any,
+) -> tuple[Any, ...]:
+    """Read a recipe's command line into instances of `classes`.
+
+    Args:
+        arguments: default: those of the process.
+        defaults: besides `DEFAULTS`; they replace the defaults of `classes`.
+        presets: further defaults, for the case that a flag is given.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    force_cpu_backend()
+    parser = HfArgumentParser(classes, usage="%(prog)s [OPTIONS]", formatter_class=_Formatter, **parser_options)
+    parser.set_defaults(**{**DEFAULTS, **defaults})
+    flags = {argument.split("=")[0] for argument in arguments}
+    for flag, preset in presets.items():
+        if flag in flags:
+            parser.set_defaults(**preset)
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def parse_overrides(text: str | None) -> dict[str, Any]:
+    """`"a=1,b=(2,3),c=word"` as a dictionary."""
+
+    def value(word: str) -> Any:
+        try:
+            return ast.literal_eval(word)
+        except (SyntaxError, ValueError):
+            return word
+
+    assignments = re.findall(r"(\w+)\s*=\s*(\(.*?\)|\[.*?\]|[^,]*)", text or "")
+    return {name: value(word.strip()) for name, word in assignments}
+
+
+def make_tokenizer(args: ModelArguments, texts: Iterable[str], max_length: int) -> PreTrainedTokenizerBase:
+    """The tokenizer that `args` name; it truncates at `max_length`. `texts` are read only to train one."""
+    name = args.tokenizer or args.model_name_or_path or "train"
+    if name == "train":
+        return train_bpe_tokenizer(texts, args.tokenizer_vocab_size, max_length)
+    tokenizer = ReformerByteTokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
+    tokenizer.model_max_length = max_length
+    return tokenizer
+
+
+def make_model(
+    auto_class: Any, args: ModelArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, **fields: Any
+) -> PreTrainedModel:
+    """The saved model with the head of `auto_class`, or a new one for sequences of up to `max_length` tokens.
+
+    Args:
+        fields: further fields of the config, such as labels.
+
+    Raises:
+        ValueError: the config lacks a field of `args.config_overrides`, or the tokenizer does not fit the model.
+    """
+    name, overrides = args.model_name_or_path, parse_overrides(args.config_overrides)
+    base = ReformerConfig() if name is None else AutoConfig.from_pretrained(name)
+    if unknown := [field for field in overrides if not hasattr(base, field)]:
+        raise ValueError(f"--config_overrides: {type(base).__name__} has no field {', '.join(unknown)}.")
+    if name is not None:
+        config = AutoConfig.from_pretrained(name, **fields, **overrides)
+        if len(tokenizer) > config.vocab_size:
+            raise ValueError(
+                f"The tokenizer has {len(tokenizer)} tokens, but `{name}` has only {config.vocab_size}. Leave out "
+                "`--tokenizer` to use the model's own."
+            )
+        return auto_class.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": max_length,
+        **{size: getattr(args, size) for size in SIZES},
+        **{f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")},
+    }
+    return auto_class.from_config(ReformerConfig(**{**sizes, **fields, **overrides}))

@@ -1,0 +1,108 @@
+"""The Trainers of the recipes."""
+
+import os
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from ..models.losses import IGNORE
+
+
+def force_cpu_backend() -> None:
+    """Make several processes without an accelerator train together; call it before `TrainingArguments` are made.
+
+    Without this setting each of them would silently train alone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+
+
+def train_and_save(trainer: Trainer, resume: str | None) -> None:
+    """Train, then save the model, its tokenizer and the metrics of training. `resume`: a checkpoint, or "last"."""
+    result = trainer.train(resume_from_checkpoint=True if resume in ("last", "true", "True") else resume)
+    trainer.save_model()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+
+
+class SequentialEvalMixin:
+    """Makes a Trainer evaluate and predict in the order of the data, even if it groups training batches by length."""
+
+    args: Any
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler | None:
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+
+class EpochLengthSampler(LengthGroupedSampler):
+    """Groups texts of similar length, in an order that depends only on the seed and the epoch.
+
+    A resumed run thus sees the batches of an uninterrupted one, and all processes of a run agree on them.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate at the start of every epoch."""
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+class GroupedTrainer(SequentialEvalMixin, Trainer):
+    """A Trainer that groups batches by `EpochLengthSampler`."""
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochLengthSampler(batch, list(self.train_dataset["length"]), seed)
+
+
+class LanguageModelTrainer(Trainer):
+    """A Trainer that evaluates sequence by sequence and gives `compute_metrics` the nats and targets of each."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        tokenizer: Any = self.processing_class
+        training_collator = self.data_collator
+        self.data_collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORE)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training_collator
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean nats per target of the batch; then nats (B) and numbers of targets (B) of its sequences."""
+        inputs = self._prepare_inputs(inputs)
+        unwrapped: Any = self.model
+        options = {"logits_to_keep": 1} if unwrapped.can_generate() else {}  # then the loss never holds all logits
+        losses = []
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for i in range(len(inputs["labels"])):
+                sequence = {name: value[i : i + 1] for name, value in inputs.items()}
+                losses.append(model(**sequence, num_items_in_batch=1, **options).loss.float())
+        counts = (inputs["labels"] != IGNORE).sum(-1)
+        nats = torch.stack(losses)
+        return nats.sum() / counts.sum().clamp(min=1), nats, counts
+
+
+class SequentialSeq2SeqTrainer(SequentialEvalMixin, Seq2SeqTrainer):
+    """A Seq2SeqTrainer whose predictions are in the order of the data, each once."""
+
+    @property
+    def gather_function(self) -> Any:
+        """Drops the duplicates that fill the last batch of several processes; Seq2SeqTrainer would keep them."""
+        return self.accelerator.gather_for_metrics
+
+    @gather_function.setter
+    def gather_function(self, value: Any) -> None:
+        pass

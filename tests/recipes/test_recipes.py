@@ -1,0 +1,66 @@
+"""The registry of recipes: scripts and `hf-reformer train NAME` run the same `main`, also without the repository."""
+
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hf_reformer.recipes import RECIPES, load_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = {"classification": "train_classification", "language-model": "train_lm", "seq2seq": "train_seq2seq"}
+
+
+def test_every_recipe_has_a_script():
+    assert {path.stem for path in (ROOT / "scripts").glob("*.py")} == {SCRIPTS[name] for name in RECIPES}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_script_is_its_recipe(name):
+    script = runpy.run_path(str(ROOT / "scripts" / f"{SCRIPTS[name]}.py"))
+    assert script["main"] is load_recipe(name).main
+    assert f"hf-reformer train {name}" in script["__doc__"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_help_shows_examples_and_options(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        load_recipe(name).main(["--help"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert f"usage: hf-reformer train {name}" in printed
+    assert f"hf-reformer train {name} --model_name_or_path" in printed
+    assert "--resume_from_checkpoint" in printed.split("options:")[1]
+
+
+def test_recipes_need_no_repository(tmp_path):
+    """From a copy of the package alone, in an empty folder."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "empty").mkdir()
+    for package in ("hf_reformer", "reformer_kernels"):
+        (tmp_path / "site" / package).symlink_to(ROOT / "src" / package)
+    (tmp_path / "text.txt").write_text("again and again " * 40)
+    command = [sys.executable, "-m", "hf_reformer", "train", "language-model", "--train_file", "../text.txt"]
+    command += ["--sequence_length", "64", "--hidden_size", "16", "--attn_layers", "local", "--max_steps", "1"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "empty", env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "empty" / "runs" / "lm" / "model.safetensors").exists()
+
+
+def test_modules_under_their_old_names():
+    code = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    from hf_reformer.distributed import RepeatedBatches, SequenceParallelTrainer, fsdp_policy
+    from hf_reformer.coverage_callback import CoverageCallback, received_by_layer
+    from hf_reformer.data import find_columns, hold_out, installed_packages_corpus, read_examples, train_bpe_tokenizer
+print([str(warning.message) for warning in caught if warning.category is FutureWarning])
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "hf_reformer.training.distributed" in printed
+    assert "hf_reformer.training.coverage_callback" in printed

@@ -14,7 +14,9 @@ READY := $(VENV)/.installed
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # constraints.txt pins the oldest transformers that is supported, and the newest that peft knows; this is the newest.
 NEWEST := transformers==5.24.0
-MEET_TRANSFORMERS := full_attention generation heads hub pipelines registration save_load seq2seq trainer
+MEET_TRANSFORMERS := compat full_attention generation heads hub pipelines registration save_load seq2seq trainer
+MEET_FILES = $(foreach name,$(MEET_TRANSFORMERS),$(or $(wildcard tests/test_$(name).py tests/*/test_$(name).py),\
+    $(error MEET_TRANSFORMERS names $(name), and there is no tests/*/test_$(name).py)))
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-notebooks test-newest lint format bench clean
@@ -44,11 +46,12 @@ test-notebooks: $(READY) ## run the notebooks
 # Everything else that is installed stays as it is.
 test-newest: $(READY) ## run the tests that meet transformers with its newest release
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/newest $(NEWEST)
-	PYTHONPATH=$(abspath $(VENV))/newest $(PYTEST) $(addprefix tests/test_,$(addsuffix .py,$(MEET_TRANSFORMERS))) $(PYTEST_ARGS)
+	PYTHONPATH=$(abspath $(VENV))/newest $(PYTEST) $(MEET_FILES) $(PYTEST_ARGS)
 
-lint: $(READY) ## check style and types
+lint: $(READY) ## check style, imports between rooms, and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	PYTHONPATH=src $(BIN)/lint-imports
 	$(BIN)/mypy
 
 format: $(READY) ## put style right, where a tool can
@@ -59,5 +62,5 @@ bench: $(READY) ## measure against other implementations, in seven minutes
 	$(BIN)/python -m benchmarks.run --short --append $(BENCH_ARGS)
 
 clean: ## remove build products and caches; the virtual environment and runs/ stay
-	rm -rf build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist src/*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name site-packages -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

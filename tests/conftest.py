@@ -97,6 +97,13 @@ def max_abs_diff(a: torch.Tensor, b: torch.Tensor) -> float:
     return 0.0 if a.numel() == 0 else (a.double() - b.double()).abs().max().item()
 
 
+def relative_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Relative error of all gradients together."""
+    assert found.keys() == expected.keys()
+    error = sum((found[name] - expected[name]).double().square().sum() for name in expected)
+    return float((error / sum(x.double().square().sum() for x in expected.values())).sqrt())
+
+
 @pytest.fixture
 def global_generator_untouched():
     """Fails a test that moves torch's default generator."""
@@ -106,8 +113,8 @@ def global_generator_untouched():
 
 
 @pytest.fixture
-def messages():
-    """What transformers logs as a warning or worse, and what Python warns of, from here to the end of the test."""
+def captured_warnings():
+    """Warnings and errors that transformers logs, and Python's warnings, from here to the end of the test."""
     found = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())

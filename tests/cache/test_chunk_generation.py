@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from builtin_cases import pair
 from conftest import OFFLOADED, make_ids, make_model, max_abs_diff
-from test_builtin_parity import pair
 from torch.nn import functional as F
 from transformers.models.reformer.modeling_reformer import LocalSelfAttention, LSHSelfAttention
 

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 import torch
 from conftest import REPEATABLE, SMALL_WINDOWS, make_ids, make_model, max_abs_diff, tiny_config
-from test_memory import census_of, make, size_of_gradients
+from memory_census import census_of, make, size_of_gradients
 from transformers import AutoModelForCausalLM
 
 import hf_reformer

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from builtin_cases import HEADS, TOLERANCE, assert_equal_outputs, make_builtin, tensors
 from conftest import make_ids, make_model, max_abs_diff
 from reformer_pytorch import ReformerLM
 from reformer_pytorch import reformer_pytorch as original
 from safetensors.torch import load_file, save_file
-from test_builtin_parity import HEADS, TOLERANCE, assert_equal_outputs, make_builtin, tensors
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import hf_reformer
@@ -73,12 +73,12 @@ def older_folder(folder, name, both: bool, kind: str):
 @pytest.mark.parametrize("kind", ["bin", "safetensors"])
 @pytest.mark.parametrize("both", [True, False], ids=["two biases", "the other bias"])
 @pytest.mark.parametrize("name", ["ReformerModelWithLMHead", "ReformerForMaskedLM"])
-def test_folders_of_transformers_4_are_read_with_the_bias_that_counted(name, both, kind, tmp_path, messages):
+def test_folders_of_transformers_4_are_read_with_the_bias_that_counted(name, both, kind, tmp_path, captured_warnings):
     builtin, bias = older_folder(tmp_path / "old", name, both, kind)
-    messages.clear()
+    captured_warnings.clear()
     cls = getattr(hf_reformer, HEADS[name])
     ours, info = cls.from_pretrained(tmp_path / "old", dtype=torch.float64, output_loading_info=True)
-    assert messages == []
+    assert captured_warnings == []
     assert not any(info.values()), info
     assert torch.equal(ours.lm_head.bias, bias)
     assert ours.lm_head.bias.requires_grad
@@ -107,10 +107,10 @@ def replaced_builtin():
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_replacing_the_builtin_reads_every_head_without_a_murmur(name, tmp_path, messages, replaced_builtin):
+def test_replacing_the_builtin_reads_every_head_without_a_murmur(name, tmp_path, captured_warnings, replaced_builtin):
     builtin = make_builtin(name, num_buckets=8)
     builtin.save_pretrained(tmp_path)
-    messages.clear()
+    captured_warnings.clear()
     ours = getattr(hf_reformer, HEADS[name])
     auto_classes = [auto_class for auto_class, model_class in AUTO_CLASSES.items() if model_class is ours]
     assert auto_classes
@@ -119,7 +119,7 @@ def test_replacing_the_builtin_reads_every_head_without_a_murmur(name, tmp_path,
         assert type(model) is ours
         assert not any(info.values()), info
         assert_equal_outputs(builtin, model, make_ids(2, 40, vocab=50))
-    assert messages == []
+    assert captured_warnings == []
 
 
 # ---- transformers' own Reformer, there and back ----
@@ -127,17 +127,17 @@ def test_replacing_the_builtin_reads_every_head_without_a_murmur(name, tmp_path,
 
 @pytest.mark.parametrize("axial", [True, False], ids=["axial", "learned"])
 @pytest.mark.parametrize("name", HEADS)
-def test_the_builtin_there_and_back(name, axial, tmp_path, messages):
+def test_the_builtin_there_and_back(name, axial, tmp_path, captured_warnings):
     builtin = make_builtin(name, num_buckets=8, axial_pos_embds=axial)
     builtin.save_pretrained(tmp_path / "builtin")
-    messages.clear()
+    captured_warnings.clear()
     assert convert(tmp_path / "builtin", tmp_path / "ours") == []
     assert convert(tmp_path / "ours", tmp_path / "again", to="builtin") == []
     assert convert(tmp_path / "again", tmp_path / "ours_again") == []
     assert_same_files(tmp_path / "builtin", tmp_path / "again")
     assert_same_files(tmp_path / "ours", tmp_path / "ours_again")
     again, info = getattr(transformers, name).from_pretrained(tmp_path / "again", output_loading_info=True)
-    assert messages == []
+    assert captured_warnings == []
     assert not any(info.values()), info
     ours = getattr(hf_reformer, HEADS[name]).from_pretrained(tmp_path / "ours")
     assert ours.dtype == again.dtype == torch.float64

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 
 import pytest
 
@@ -23,6 +24,23 @@ def test_exported_code_is_flat_and_complete():
     for reference in exporting.auto_map().values():
         module, name = reference.split(".")
         assert f"class {name}(" in files[f"{module}.py"]
+
+
+def test_exported_code_needs_torch_and_transformers_alone():
+    """At top level and in functions; kernels inside a `try`, which the Hub's check of imports passes over."""
+    for file, text in exporting.code_files().items():
+        tree = ast.parse(text)
+        guarded = {node for block in ast.walk(tree) if isinstance(block, ast.Try) for node in ast.walk(block)}
+        for node in ast.walk(tree):
+            absolute = isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and not node.level)
+            for name in [alias.name for alias in node.names] if absolute else []:
+                module = name if isinstance(node, ast.Import) else node.module
+                allowed = {"torch", "transformers", *sys.stdlib_module_names}
+                allowed |= {"reformer_kernels"} if node in guarded else set()
+                allowed |= (
+                    {"huggingface_hub"} if file == "configuration_reformer.py" else set()
+                )  # `strict` dataclasses
+                assert module.split(".")[0] in allowed, f"{file}, line {node.lineno}: {module}"
 
 
 def test_only_modelling_code_is_exported():

@@ -41,12 +41,12 @@ BLOCKS = re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_the_code_of_the_docs_runs(number, tmp_path, monkeypatch, messages):
+def test_the_code_of_the_docs_runs(number, tmp_path, monkeypatch, captured_warnings):
     if "sentence_transformers" in BLOCKS[number]:
         pytest.importorskip("sentence_transformers")
     monkeypatch.chdir(tmp_path)
     exec(BLOCKS[number], {})
-    assert not messages
+    assert not captured_warnings
 
 
 # --- the library's own
@@ -76,7 +76,7 @@ def same(a, b) -> bool:
 
 
 @pytest.mark.parametrize("task", PIPELINES)
-def test_long_texts_alone_and_in_a_batch(task, tmp_path, messages):
+def test_long_texts_alone_and_in_a_batch(task, tmp_path, captured_warnings):
     name, arguments, _ = PIPELINES[task]
     pipe = pipeline(task, model=save(tmp_path, long_model(name)))
     assert type(pipe.model) is getattr(hf_reformer, name)
@@ -92,11 +92,11 @@ def test_long_texts_alone_and_in_a_batch(task, tmp_path, messages):
             assert len(one[0]) == length
             other = [other[0][:length]]
         assert same(one, other)
-    assert not messages
+    assert not captured_warnings
 
 
 @pytest.mark.parametrize("task", PIPELINES)
-def test_a_text_beyond_the_positions_is_refused_or_cut(task, tmp_path, messages):
+def test_a_text_beyond_the_positions_is_refused_or_cut(task, tmp_path, captured_warnings):
     name, arguments, cut = PIPELINES[task]
     save(tmp_path, long_model(name), ReformerByteTokenizer())  # knows of no limit
     text = "<|mask|>" + "x" * 5000
@@ -104,7 +104,7 @@ def test_a_text_beyond_the_positions_is_refused_or_cut(task, tmp_path, messages)
         pipeline(task, model=str(tmp_path))(text, **arguments)
     ReformerByteTokenizer(model_max_length=4096).save_pretrained(tmp_path)
     assert pipeline(task, model=str(tmp_path))(text, **arguments, **cut)
-    assert not [message for message in messages if "longer than the specified maximum" not in message]
+    assert not [message for message in captured_warnings if "longer than the specified maximum" not in message]
 
 
 # --- the search for spans
@@ -209,7 +209,7 @@ def test_an_answer_is_what_stands_at_its_place_in_the_document(kind, monkeypatch
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_rows_of_a_batch_are_answered_as_alone(kind, side, messages):
+def test_rows_of_a_batch_are_answered_as_alone(kind, side, captured_warnings):
     tokenizer = TOKENIZERS[kind]()
     tokenizer.padding_side = side
     reader = make_reader(tokenizer)
@@ -227,7 +227,7 @@ def test_rows_of_a_batch_are_answered_as_alone(kind, side, messages):
         for answer in answers:
             assert answer["answer"] == one["context"][answer["start"] : answer["end"]].strip()
             assert len(tokenizer(answer["answer"], add_special_tokens=False)["input_ids"]) <= 9
-    assert not messages
+    assert not captured_warnings
 
 
 def test_question_separator_white_space_and_padding_are_no_answers(monkeypatch):
@@ -300,7 +300,7 @@ def test_scores_that_are_no_numbers_are_refused_and_not_taken_for_no_answer(scor
 
 
 @pytest.mark.parametrize("positions", ["axial", "learned", "rotary"])
-def test_an_input_beyond_the_positions_is_refused(positions, messages):
+def test_an_input_beyond_the_positions_is_refused(positions, captured_warnings):
     reader = make_reader(position_embedding_type=positions, max_position_embeddings=64)
     reader.tokenizer.model_max_length = 20  # which is about training, not about what the model can read
     assert reader("q", "x" * 62)["answer"]
@@ -309,7 +309,7 @@ def test_an_input_beyond_the_positions_is_refused(positions, messages):
     else:
         with pytest.raises(ValueError, match=r"65 tokens, 1 of them the question's.* positions for 64\. Shorten"):
             reader("q", "x" * 63)
-    assert not messages
+    assert not captured_warnings
 
 
 def test_models_and_tokenizers_that_cannot_serve_are_refused():
@@ -331,7 +331,7 @@ def test_other_models_may_answer():
         reader("Wo?", SENTENCE * 9)
 
 
-def test_a_folder_is_all_it_needs(tmp_path, messages):
+def test_a_folder_is_all_it_needs(tmp_path, captured_warnings):
     register()  # again, which changes nothing
     folder = save(tmp_path / "first", long_model("ReformerForQuestionAnswering"))
     reader = pipeline(TASK, model=folder)
@@ -341,7 +341,7 @@ def test_a_folder_is_all_it_needs(tmp_path, messages):
     reader.save_pretrained(tmp_path / "second")
     assert not list((tmp_path / "second").glob("*.py"))  # nor would `trust_remote_code` be asked for
     assert pipeline(TASK, model=str(tmp_path / "second"))("Wo?", LONG) == answer
-    assert not messages
+    assert not captured_warnings
 
 
 def numbers_in_letters(rng: random.Random, length: int, found: bool) -> tuple[str, str]:
@@ -383,7 +383,7 @@ def test_a_trained_model_finds_the_answer_in_a_long_document():
 # --- sentence-transformers
 
 
-def test_sentence_transformers_embeds_long_documents(tmp_path, messages):
+def test_sentence_transformers_embeds_long_documents(tmp_path, captured_warnings):
     sentence_transformers = pytest.importorskip("sentence_transformers")
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
@@ -405,4 +405,4 @@ def test_sentence_transformers_embeds_long_documents(tmp_path, messages):
         loaded = sentence_transformers.SentenceTransformer(str(tmp_path / folder), device="cpu")
         assert max_abs_diff(loaded.encode(texts, convert_to_tensor=True), together) < 1e-5
     assert sentence_transformers.SentenceTransformer(str(tmp_path / "saved")).get_embedding_dimension() == width
-    assert not messages
+    assert not captured_warnings

@@ -430,7 +430,7 @@ def check_memory_between_forward_and_backward_grows_with_length_alone():
 
 
 @pytest.mark.parametrize("mode", ["window", "chunk"])
-def check_a_reversible_model_agrees_with_the_torch_backend(mode, messages):
+def check_a_reversible_model_agrees_with_the_torch_backend(mode, captured_warnings):
     """In training, with dropout. A recomputation that is not equal bit for bit would warn."""
     ids, outputs = make_ids(1, 20), []
     for name in ("triton", "torch"):
@@ -442,7 +442,7 @@ def check_a_reversible_model_agrees_with_the_torch_backend(mode, messages):
         outputs.append([loss.detach(), *(p.grad for p in model.parameters())])
     for a, b in zip(*outputs, strict=True):
         assert max_abs_diff(a, b) <= 2e-4 * max(1, b.abs().max().item())
-    assert messages == []
+    assert captured_warnings == []
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff, needs_fullgraph
-from test_memory import Census
+from memory_census import Census
 from torch._dynamo.utils import counters
 
 from hf_reformer import ReformerForCausalLM, ReformerForQuestionAnswering, ReformerForSequenceClassification

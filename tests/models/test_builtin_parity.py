@@ -12,7 +12,7 @@ import itertools
 
 import pytest
 import torch
-import transformers
+from builtin_cases import HEADS, SMALL, TOLERANCE, assert_equal_outputs, convert, make_builtin, pair, tensors
 from conftest import make_ids, max_abs_diff
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,73 +21,6 @@ from torch.nn import functional as F
 
 import hf_reformer
 from hf_reformer import ReformerConfig, ReformerForCausalLM, ReformerForMaskedLM, ReformerModel
-
-TOLERANCE = 1e-10
-SMALL = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "num_attention_heads": 2,
-    "attention_head_size": 16,
-    "feed_forward_size": 48,
-    "max_position_embeddings": 512,
-    "axial_pos_shape": (16, 32),
-    "axial_pos_embds_dim": (8, 24),
-    "lsh_attn_chunk_length": 16,
-    "local_attn_chunk_length": 8,
-    "attn_layers": ["local", "lsh"],
-    "initializer_range": 0.2,
-    "hash_seed": 1,
-}
-# (the built-in's head, ours)
-HEADS = {
-    "ReformerModel": "ReformerModel",
-    "ReformerModelWithLMHead": "ReformerForCausalLM",
-    "ReformerForMaskedLM": "ReformerForMaskedLM",
-    "ReformerForSequenceClassification": "ReformerForSequenceClassification",
-    "ReformerForQuestionAnswering": "ReformerForQuestionAnswering",
-}
-
-
-def make_builtin(name: str = "ReformerModel", **overrides):
-    fields = {**SMALL, **overrides}
-    fields.setdefault("is_decoder", name == "ReformerModelWithLMHead")
-    fields.setdefault("num_labels", 3 if name == "ReformerForSequenceClassification" else 2)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = getattr(transformers, name)(transformers.ReformerConfig(**fields)).double().eval()
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if parameter.dim() == 1 and not key.startswith("lm_head"):  # fresh biases hide mistakes
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def convert(builtin, folder, name: str = "ReformerModel", **options):
-    builtin.save_pretrained(folder)
-    return getattr(hf_reformer, HEADS[name]).from_pretrained(folder, dtype=torch.float64, **options)
-
-
-def pair(folder, name: str = "ReformerModel", **overrides):
-    builtin = make_builtin(name, **overrides)
-    return builtin, convert(builtin, folder, name)
-
-
-def tensors(output) -> list[torch.Tensor]:
-    return [x for x in output.values() if isinstance(x, torch.Tensor)]
-
-
-@torch.no_grad()
-def assert_equal_outputs(builtin, ours, ids, mask=None, **inputs) -> None:
-    """Equal at real tokens, in every output that has a length; equal altogether in the others."""
-    real = torch.ones_like(ids).bool() if mask is None else mask.bool()
-    expected = tensors(builtin(ids, attention_mask=mask, **inputs))
-    found = tensors(ours(ids, attention_mask=mask, **inputs))
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        assert a.shape == b.shape
-        if a.shape[:2] == ids.shape:
-            a, b = a[real], b[real]
-        assert max_abs_diff(a, b) <= (TOLERANCE if b.dtype == torch.float64 else 1e-6)  # the built-in's causal loss
 
 
 def random_mask(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -242,11 +175,11 @@ def size_without_bias(model) -> int:
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_every_head_reads_a_folder_of_the_builtin_without_a_murmur(name, tmp_path, messages):
+def test_every_head_reads_a_folder_of_the_builtin_without_a_murmur(name, tmp_path, captured_warnings):
     builtin = make_builtin(name, num_buckets=8)
-    messages.clear()  # what the built-in has to say of itself
+    captured_warnings.clear()  # what the built-in has to say of itself
     ours, info = convert(builtin, tmp_path, name, output_loading_info=True)
-    assert messages == []
+    assert captured_warnings == []
     assert not any(info.values()), info
     assert not ours.training
     assert {p.dtype for p in ours.parameters()} == {torch.float64}
@@ -275,12 +208,12 @@ def test_losses_are_those_of_the_builtin(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_a_converted_model_saves_and_loads_as_ours(name, tmp_path, messages):
+def test_a_converted_model_saves_and_loads_as_ours(name, tmp_path, captured_warnings):
     builtin, ours = pair(tmp_path / "builtin", name, num_buckets=8)
-    messages.clear()
+    captured_warnings.clear()
     ours.save_pretrained(tmp_path / "ours")
     again, info = type(ours).from_pretrained(tmp_path / "ours", dtype=torch.float64, output_loading_info=True)
-    assert messages == []
+    assert captured_warnings == []
     assert not any(info.values()), info
     assert type(again.config) is ReformerConfig
     assert again.config.attention_mode == "chunk"

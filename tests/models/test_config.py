@@ -30,9 +30,9 @@ def reload(config, folder, **overrides):
 # --- defaults
 
 
-def test_the_default_config_is_silent(messages):
+def test_the_default_config_is_silent(captured_warnings):
     ReformerConfig()
-    assert messages == []
+    assert captured_warnings == []
 
 
 def test_defaults():

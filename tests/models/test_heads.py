@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import REPEATABLE, SMALL_WINDOWS, VOCAB, make_ids, make_model, max_abs_diff
+from conftest import REPEATABLE, VOCAB, make_ids, make_model, max_abs_diff
+from head_cases import ENDS, HEADS, HOLES, IDS, MASK, STARTS, heads, inputs_of, make_head
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -20,33 +21,8 @@ from hf_reformer.models.heads_text import pool
 from hf_reformer.models.losses import chunked_cross_entropy, cross_entropy
 
 LANGUAGE_MODELS = [ReformerForCausalLM, ReformerForMaskedLM]
-IDS = make_ids(3, 20)
-MASK = torch.ones_like(IDS)
-MASK[1, 14:], MASK[2, :5] = 0, 0  # padded right, and left
-HOLES = torch.where(make_ids(3, 20, seed=5) % 3 == 0, -100, IDS)  # labels, some of them no target
-STARTS, ENDS = torch.tensor([2, 0, 7]), torch.tensor([4, 25, 19])  # the second answer ends outside the input
 
-HEADS = {
-    ReformerForCausalLM: {"labels": HOLES},
-    ReformerForMaskedLM: {"labels": HOLES},
-    ReformerForSequenceClassification: {"labels": torch.tensor([1, 0, 2])},
-    ReformerForTokenClassification: {"labels": torch.where(HOLES == -100, -100, HOLES % 3)},
-    ReformerForQuestionAnswering: {"start_positions": STARTS, "end_positions": ENDS},
-    ReformerForMultipleChoice: {"labels": torch.tensor([1])},
-}
-heads = pytest.mark.parametrize("cls", HEADS, ids=lambda cls: cls.__name__)
 language_models = pytest.mark.parametrize("cls", LANGUAGE_MODELS, ids=lambda cls: cls.__name__)
-
-
-def make_head(cls, **overrides):
-    return make_model(cls, **{**SMALL_WINDOWS, "num_labels": 3, **overrides})
-
-
-def inputs_of(cls, ids=IDS, mask=MASK) -> dict:
-    """Inputs as the head wants them; multiple choice: one question with three choices."""
-    if cls is ReformerForMultipleChoice:
-        ids, mask = ids[None], mask[None]
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def mean_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -477,12 +453,12 @@ def test_a_left_padded_batch_generates_what_its_rows_generate_alone():
         assert torch.equal(together[row, 12 - length :], alone[0])
 
 
-def test_generation_warns_of_right_padding(messages):
+def test_generation_warns_of_right_padding(captured_warnings):
     """The library takes the logits of the last place, which is padding then."""
     model = make_head(ReformerForCausalLM, eos_token_id=None)
     ids = make_ids(2, 9)
     model.generate(F.pad(ids, (0, 4)), attention_mask=F.pad(torch.ones_like(ids), (0, 4)), max_new_tokens=1)
-    assert any("right-padding was detected" in message for message in messages)
+    assert any("right-padding was detected" in message for message in captured_warnings)
 
 
 def test_generation_from_embeddings_is_that_from_their_tokens():

@@ -58,7 +58,7 @@ def weights_of(folder) -> dict[str, torch.Tensor]:
 
 @every_class
 @pytest.mark.parametrize("shard", ["50GB", "5KB"])
-def test_what_is_loaded_is_what_was_saved(cls, shard, tmp_path, messages):
+def test_what_is_loaded_is_what_was_saved(cls, shard, tmp_path, captured_warnings):
     model = make_model(cls)
     model.save_pretrained(tmp_path, max_shard_size=shard)
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shard == "5KB")
@@ -67,7 +67,7 @@ def test_what_is_loaded_is_what_was_saved(cls, shard, tmp_path, messages):
     assert torch.equal(first_output(again), first_output(model))
     assert not again.training
     assert not any(info.values()), info
-    assert messages == []
+    assert captured_warnings == []
 
 
 @pytest.mark.parametrize("positions", ["axial", "learned", "rotary"])

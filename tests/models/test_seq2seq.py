@@ -5,13 +5,12 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import OFFLOADED, REPEATABLE, SMALL_WINDOWS, TINY, make_ids, make_model, max_abs_diff
+from conftest import OFFLOADED, REPEATABLE, SMALL_WINDOWS, TINY, make_ids, make_model, max_abs_diff, relative_error
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
+from memory_census import Census
 from processes import run_in_processes
 from safetensors.torch import load_file
-from test_distributed import gap
-from test_memory import Census
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
@@ -62,7 +61,7 @@ def backward(model, seed=0, repeats=1, **inputs):
 
 def assert_same_step(found, expected, tolerance):
     assert max_abs_diff(found[0], expected[0]) <= tolerance * expected[0].abs().item()
-    assert gap(found[1], expected[1]) <= tolerance
+    assert relative_error(found[1], expected[1]) <= tolerance
 
 
 # ---- training: one gradient, whatever the path
@@ -141,7 +140,7 @@ def test_frozen_parts(tied):
             parameter.requires_grad_(part in name)
         found = backward(model)[1]
         assert found
-        assert gap(found, {name: whole[name] for name in whole if part in name}) <= 1e-10
+        assert relative_error(found, {name: whole[name] for name in whole if part in name}) <= 1e-10
 
 
 # ---- what encoder and decoder share
@@ -184,7 +183,7 @@ def test_the_parameter_count_drops_by_what_is_shared():
 
 @EITHER
 @pytest.mark.parametrize("words", [False, True], ids=["own head", "tied head"])
-def test_saving_and_loading(tied, words, tmp_path, messages):
+def test_saving_and_loading(tied, words, tmp_path, captured_warnings):
     model = make(tie_encoder_decoder=tied, tie_word_embeddings=words)
     model.save_pretrained(tmp_path)
     assert load_file(tmp_path / "model.safetensors").keys() == {name for name, _ in model.named_parameters()}
@@ -196,10 +195,10 @@ def test_saving_and_loading(tied, words, tmp_path, messages):
         a, b = (m(SOURCE, MASK, TARGET).logits for m in (model, loaded))
     assert max_abs_diff(a, b) <= 1e-12  # weights that lie elsewhere in memory may be summed in another order
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.parameters(), strict=True))
-    assert not [text for text in messages if "slower" not in text]
+    assert not [text for text in captured_warnings if "slower" not in text]
 
 
-def test_the_encoder_of_a_folder(tmp_path, messages):
+def test_the_encoder_of_a_folder(tmp_path, captured_warnings):
     model = make(tie_word_embeddings=True)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -208,17 +207,17 @@ def test_the_encoder_of_a_folder(tmp_path, messages):
             encoder = load.from_pretrained(tmp_path)
             assert type(encoder) is ReformerModel
             assert max_abs_diff(encoder(SOURCE, MASK).last_hidden_state, expected) <= 1e-12
-    assert not [text for text in messages if "slower" not in text]
+    assert not [text for text in captured_warnings if "slower" not in text]
     head = ReformerForSequenceClassification.from_pretrained(tmp_path)
     assert torch.equal(head.model.norm.weight, model.model.norm.weight)
     model.get_encoder().save_pretrained(tmp_path / "encoder")
     assert torch.equal(AutoModel.from_pretrained(tmp_path / "encoder").norm.weight, model.model.norm.weight)
 
 
-def test_a_decoder_that_lost_weights_is_told_of(tmp_path, messages):
+def test_a_decoder_that_lost_weights_is_told_of(tmp_path, captured_warnings):
     make(decoder_attn_layers=["local"] * 3).save_pretrained(tmp_path)
     ReformerForConditionalGeneration.from_pretrained(tmp_path, decoder_attn_layers=["local"] * 2)
-    assert any("decoder.layers.2" in text and "UNEXPECTED" in text for text in messages)
+    assert any("decoder.layers.2" in text and "UNEXPECTED" in text for text in captured_warnings)
 
 
 def test_a_masked_language_model_warms_an_encoder_decoder_up(tmp_path):
@@ -574,7 +573,7 @@ def test_two_processes_give_the_mean():
         expected[tied] = {name: (first[name] + second[name]) / 2 for name in first}
     for found in run_in_processes(gradients_in_a_process, 2):
         for (_, tied), grads in found.items():
-            assert gap(grads, expected[tied]) <= 1e-5
+            assert relative_error(grads, expected[tied]) <= 1e-5
 
 
 # ---- what cannot be
@@ -736,7 +735,7 @@ def test_coverage_of_a_batch_is_the_mean_over_its_rows():
         assert max_abs_diff(found[decoder], torch.stack(rows[:2]).mean(0)[decoder]) <= 1e-12
 
 
-def test_coverage_beside_given_states_and_other_losses(messages):
+def test_coverage_beside_given_states_and_other_losses(captured_warnings):
     model = make(coverage_loss_weight=0.5)
     whole = model(SOURCE, MASK, labels=LABELS)
     states = model.model(SOURCE, MASK)
@@ -746,6 +745,6 @@ def test_coverage_beside_given_states_and_other_losses(messages):
     assert torch.equal(alone.coverage_loss, whole.coverage_loss[len(states.coverage_loss) :])
     assert model(SOURCE, MASK, labels=LABELS, use_cache=True).coverage_loss is None
     assert model(SOURCE, MASK, decoder_input_ids=TARGET).loss is None
-    assert not any("coverage" in text for text in messages)
+    assert not any("coverage" in text for text in captured_warnings)
     assert model.train()(SOURCE, MASK, decoder_input_ids=TARGET).loss is None
-    assert any("add" in text and "coverage_loss" in text for text in messages)
+    assert any("add" in text and "coverage_loss" in text for text in captured_warnings)

@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
+from memory_census import Census
 from processes import run_in_processes
-from test_memory import Census
 from transformers import TrainingArguments
 
 from hf_reformer import (

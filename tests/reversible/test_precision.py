@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPEATABLE, SMALL_WINDOWS, make_ids, make_model, max_abs_diff
-from test_heads import HEADS, heads, inputs_of
+from head_cases import HEADS, heads, inputs_of
 from transformers import Trainer, TrainingArguments, set_seed
 
 import hf_reformer.layers.attention

@@ -682,12 +682,12 @@ def test_backward_keeps_to_the_slices_of_its_forward():
     assert gap(gradients(model), expected) == 0
 
 
-def test_what_is_not_a_number_is_no_matter_of_the_streams_range(messages):
+def test_what_is_not_a_number_is_no_matter_of_the_streams_range(captured_warnings):
     model = make()
     with torch.no_grad():
         model.layers[0].feed_forward.down_proj.bias[3] = float("nan")
     step(model)
-    assert not [message for message in messages if "reconstruct" in message]
+    assert not [message for message in captured_warnings if "reconstruct" in message]
 
 
 def test_double_backward_is_refused():

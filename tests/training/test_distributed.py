@@ -12,7 +12,7 @@ import accelerate
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
+from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff, relative_error
 from launched import batch_of, model_of, whole
 from processes import run_in_processes
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -25,13 +25,6 @@ from hf_reformer.training.distributed import fsdp_policy
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = {"plain": {}, "loss in chunks": {"chunk_size_lm_head": 7}, "not reversible": {"reversible": False}}
-
-
-def relative_error(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Relative error of all gradients together."""
-    assert result.keys() == expected.keys()
-    error = sum((result[name] - expected[name]).double().square().sum() for name in expected)
-    return float((error / sum(x.double().square().sum() for x in expected.values())).sqrt())
 
 
 def alone(rank: int, dtype: torch.dtype = torch.float32, **changes) -> dict[str, torch.Tensor]:
@@ -68,9 +61,9 @@ def test_the_library_s_own_fsdp_plan(tmp_path):
     names = {re.sub(r"\.\d+", ".*", name) for name, _ in model.named_modules()}
     assert set(model.fsdp_plan) <= names, "a plan of modules that there are not"
     layers = {f"model.layers.{i}" for i in range(len(model.model.layers))}
-    for result in run_in_processes(gradients_where_the_library_shards, 2, str(tmp_path)):
-        assert result["sharded"] >= {"", "lm_head", "model.embed_tokens", "model.norm"} | layers
-        assert relative_error(result["gradients"], mean_of_both()) < 1e-6
+    for found in run_in_processes(gradients_where_the_library_shards, 2, str(tmp_path)):
+        assert found["sharded"] >= {"", "lm_head", "model.embed_tokens", "model.norm"} | layers
+        assert relative_error(found["gradients"], mean_of_both()) < 1e-6
 
 
 # --- as accelerate starts them
@@ -106,8 +99,8 @@ WAYS = [("ddp",), ("ddp", "--find_unused_parameters"), ("ddp", "--static_graph")
 @pytest.mark.parametrize("case", ["plain", *(pytest.param(case, marks=pytest.mark.slow) for case in [*CASES][1:])])
 def test_gradients_are_the_mean_of_both_processes(way, case, launch):
     expected = mean_of_both(**CASES[case])
-    for result in launch(*way):
-        assert relative_error(result[case]["gradients"], expected) <= 1e-5
+    for found in launch(*way):
+        assert relative_error(found[case]["gradients"], expected) <= 1e-5
 
 
 @pytest.mark.slow
@@ -116,10 +109,10 @@ def test_gradients_are_the_mean_of_both_processes(way, case, launch):
 def test_fsdp2_in_bfloat16(options, launch):
     """With our policy, or with accelerate's, which casts the streams between layers and is warned of."""
     expected = mean_of_both(dtype=torch.bfloat16)
-    for result in launch("fsdp2_bf16", *options):
-        assert relative_error(result["plain"]["gradients"], result["not reversible"]["gradients"]) <= 1e-6
-        assert relative_error(result["plain"]["gradients"], expected) <= (0.02 if options else 0.2)
-        warned = [text for text in result["plain"]["told"] if "streams" in text]
+    for found in launch("fsdp2_bf16", *options):
+        assert relative_error(found["plain"]["gradients"], found["not reversible"]["gradients"]) <= 1e-6
+        assert relative_error(found["plain"]["gradients"], expected) <= (0.02 if options else 0.2)
+        warned = [text for text in found["plain"]["told"] if "streams" in text]
         assert bool(warned) != bool(options)
         assert all("fsdp_policy" in text for text in warned)
 
@@ -168,8 +161,8 @@ def test_ddp_with_any_flag():
         alone_in_bf16.append({name: p.grad for name, p in model.named_parameters()})
     expected = {False: mean_of_both()}
     expected[True] = {name: (x + alone_in_bf16[1][name]) / 2 for name, x in alone_in_bf16[0].items()}
-    for result in run_in_processes(gradients_under_ddp, 2):
-        for (_, bf16), grads in result.items():
+    for found in run_in_processes(gradients_under_ddp, 2):
+        for (_, bf16), grads in found.items():
             assert relative_error(grads, expected[bf16]) <= 1e-6
 
 
@@ -209,10 +202,10 @@ def fsdp2_in_many_ways() -> dict:
 def test_fsdp2_keeps_streams_only_where_they_are_cast():
     """And modules wrapped within a layer take the plain path, since their parameters change identity."""
     expected = mean_of_both()
-    for result in run_in_processes(fsdp2_in_many_ways, 2):
-        assert result["float32"] == result["flat"] == 0
-        assert result["casting"] > 0
-        assert relative_error(result["within"], expected) <= 1e-5
+    for found in run_in_processes(fsdp2_in_many_ways, 2):
+        assert found["float32"] == found["flat"] == 0
+        assert found["casting"] > 0
+        assert relative_error(found["within"], expected) <= 1e-5
 
 
 def with_tied_layers(**changes):
@@ -243,8 +236,8 @@ def test_tied_layers_form_one_fsdp2_group():
         model(ids, labels=ids).loss.backward()
         for name, p in model.named_parameters():
             expected[name] = expected.get(name, 0) + p.grad / 2
-    for result in run_in_processes(fsdp2_with_tied_layers, 2):
-        assert relative_error(result, expected) <= 1e-5
+    for found in run_in_processes(fsdp2_with_tied_layers, 2):
+        assert relative_error(found, expected) <= 1e-5
 
 
 # --- one process, weights elsewhere

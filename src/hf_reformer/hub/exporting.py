@@ -76,12 +76,12 @@ def export(
     """
     folder = Path(folder).resolve()
     _check_folder(folder, overwrite, model)
-    model, tokenizer, state = _loaded(model, tokenizer, state)
-    check_model(model)
-    readme = model_card(model, name or folder.name, tokenizer, state, **card)
+    loaded, tokenizer, state = _loaded(model, tokenizer, state)
+    check_model(loaded)
+    readme = model_card(loaded, name or folder.name, tokenizer, state, **card)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        _write(model, tokenizer, Path(scratch))
+        _write(loaded, tokenizer, Path(scratch))
         readme.save(Path(scratch, "README.md"))
         _move(Path(scratch), folder)
     return folder
@@ -116,16 +116,16 @@ def push_to_hub(
         huggingface_hub.errors.HfHubHTTPError: the Hub rejects the request.
     """
     validate_repo_id(repo_id)
-    model, tokenizer, state = _loaded(model, tokenizer, state)
-    check_model(model)
-    model_card(model, repo_id, tokenizer, state, **card)  # raises before a repository is created
+    loaded, tokenizer, state = _loaded(model, tokenizer, state)
+    check_model(loaded)
+    model_card(loaded, repo_id, tokenizer, state, **card)  # raises before a repository is created
     repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if revision is not None:
         create_branch(repo_id, branch=revision, token=token, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         return upload_folder(
             repo_id=repo_id,
-            folder_path=export(model, scratch, tokenizer, state=state, name=repo_id, **card),
+            folder_path=export(loaded, scratch, tokenizer, state=state, name=repo_id, **card),
             commit_message=commit_message,
             token=token,
             revision=revision,

@@ -133,7 +133,9 @@ def received_over_tokens(model: Any, batch: Batch) -> torch.Tensor:
     """Attention received by tokens over the uniform share: percentiles 0 to 100, means over layers and rows."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     curves = []
-    for received, mask in zip(attention_mass_by_layer(model, **inputs).unbind(1), inputs["attention_mask"], strict=True):
+    for received, mask in zip(
+        attention_mass_by_layer(model, **inputs).unbind(1), inputs["attention_mask"], strict=True
+    ):
         real = received[:, mask.bool()].float()  # (layers, tokens)
         curves.append(torch.quantile(real * real.shape[1], torch.linspace(0, 1, 101), dim=1).mean(1))
     return torch.stack(curves).mean(0)

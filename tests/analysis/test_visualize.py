@@ -109,7 +109,7 @@ def test_training_shows_its_own_rotations_and_exploration_and_the_model_is_left_
     assert not torch.equal(views[0].buckets, views[2].buckets)
     assert views[0].names == ("position", "hash 1", "hash 2")
     assert views[2].names == (*views[0].names, "exploration 1")
-    assert views[2].orders.perm.shape[2] == 4
+    assert views[2].layout.perm.shape[2] == 4
     model.eval()
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
 

@@ -267,7 +267,7 @@ def test_accumulated_batches_come_to_the_whole(cls):
 def test_a_cache_and_coverage_exclude_each_other():
     model = make()
     assert model(IDS, use_cache=True).coverage_loss is None
-    with pytest.raises(ValueError, match="needs all tokens of a row at once"):
+    with pytest.raises(ValueError, match="needs all tokens of a sequence at once"):
         model(IDS, use_cache=True, output_coverage=True)
     assert model.generate(IDS[:, :8], max_new_tokens=3, pad_token_id=0).shape == (2, 11)
 

@@ -35,6 +35,11 @@ class LayerView(NamedTuple):
     buckets: torch.Tensor | None
     num_buckets: int
 
+    @property
+    def orders(self) -> AttentionLayout:
+        """The former name of `layout`."""
+        return self.layout
+
 
 @torch.no_grad()
 def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **inputs: Any) -> LayerView:

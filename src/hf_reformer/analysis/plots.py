@@ -1,7 +1,7 @@
 """Plots of what LSH attention does: buckets, visible pairs, attention weights, attention mass.
 
-The numbers come from the model's own forward (`view_layer`, or `output_attentions`). Every plot is drawn into the given
-Axes, or into a new figure, and returned as Axes; nothing is shown or saved.
+The numbers come from the model's own forward (`view_layer`, or `output_attentions`). Every plot is drawn into the
+given Axes, or into a new figure, and returned as Axes; nothing is shown or saved.
 """
 
 from collections.abc import Sequence

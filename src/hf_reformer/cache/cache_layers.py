@@ -261,15 +261,15 @@ class ReformerCacheLayer(CacheLayerMixin):
             return
         if not 0 < count <= self.seen_tokens:
             raise ValueError(
-                f"crop({tokens_to_remove}) on a cache of {self.seen_tokens} tokens: give the number to take back, as a "
-                "negative number."
+                f"crop({tokens_to_remove}) on a cache of {self.seen_tokens} tokens: give the number of tokens to remove, "
+                "as a negative number."
             )
         not_cropped = [x for x in (self, *self.sibling_local_layers) if x.seen_tokens == self.seen_tokens]
         if any(layer.has_evicted(count) for layer in not_cropped):
             raise RuntimeError(
-                f"{count} tokens cannot be taken back: a local layer no longer has those that would be seen again. "
-                "Begin anew with a `ReformerCache(config)`, and call its `activate_past_recording()` before tokens "
-                "that may be taken back."
+                f"{count} tokens cannot be removed: a local layer has evicted tokens that would be seen again. Begin "
+                "with a new `ReformerCache(config)`, and call its `activate_past_recording()` before tokens that may "
+                "be removed."
             )
         if count == self.seen_tokens:
             self.reset()

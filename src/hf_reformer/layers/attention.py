@@ -92,6 +92,8 @@ class ReformerAttention(nn.Module):
             attend = decode if prefers_decode(self, value.shape[2], ctx) else prefill
             out, weights = attend(self, query, query if key is None else key, value, vectors, ctx)
             return merge_heads(out.to(value.dtype)), AttentionReport(weights=weights)
+        if cache_layer is None and self.mode == "chunk" and ctx.padded_length <= self.chunk:
+            vectors = None  # in one chunk every token sees all
         buckets = None if vectors is None else self.hasher(vectors, ctx).buckets(vectors)
         if cache_layer is not None:
             cache_layer.append(query if key is None else key, value, buckets, ctx.mask)
@@ -135,9 +137,7 @@ class ReformerAttention(nn.Module):
         position = torch.zeros(batch, heads, 1, length, dtype=torch.int32, device=value.device)
         count = 1 if buckets is None else num_buckets_total(self._num_buckets(ctx))
         if self.mode == "chunk":
-            if (
-                buckets is None
-            ):  # local chunks follow the sequence; padding keeps its place and is masked in the softmax
+            if buckets is None:  # chunks follow the sequence; padding stays in its place and is masked in the softmax
                 buckets, mask = position, None
             return chunk_layout(buckets, count, self.chunk, self.before, self.after, mask, sort=makers.sort_line)
         groups = [(position, 1, config.local_window)]

@@ -99,7 +99,7 @@ def decode(
         scale = attention.scale if hasher is None else None
         kept = cache_layer.keys, cache_layer.values, visible, number[:, None], scale
         outputs.append(gather_attention(query[:, :, own], *kept, dedup_pairs=windows))
-    out, weights = concat_queries(outputs)
     if not ctx.want_weights:
-        return out, None
+        return torch.cat([out for out, _ in outputs], dim=2), None
+    out, weights = concat_queries(outputs)
     return out, weights._replace(tokens=cache_layer.input_positions(weights.tokens))

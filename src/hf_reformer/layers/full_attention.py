@@ -47,7 +47,7 @@ class FullAttention(nn.Module):
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def qkv(self, x: torch.Tensor) -> list[torch.Tensor | None]:
-        """(B, T, D) normalised stream → query, key and value, (B, T, H * head_size); over an encoder the query alone."""
+        """(B, T, D) normalised stream → query and, of own tokens, key and value, (B, T, H * head_size)."""
         return [self.q_proj(x)] if self.over_encoder else [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
 
     def output(self, mixed: torch.Tensor, key: torch.Tensor | None, offset: int = 0) -> torch.Tensor:
@@ -100,8 +100,8 @@ class FullAttention(nn.Module):
     def _own_tokens(self, query, key, value, ctx: ForwardContext) -> tuple[Any, ...]:
         """Query, key and value of all tokens so far, and about them:
 
-        which keys each query may see (`allowed` of `dense_attention`); which queries see any, or None; and for keys of a
-        cache where their tokens stand in the input, (B, 1, 1, T), or None.
+        which keys each query may see (`allowed` of `dense_attention`); which queries see any, or None; and for keys of
+        a cache where their tokens stand in the input, (B, 1, 1, T), or None.
         """
         query, key = rotate(query, ctx.rotary), rotate(key, ctx.rotary)
         cache_layer = None if ctx.cache is None else ctx.cache.layers[self.layer]

@@ -99,7 +99,7 @@ class ReformerLayer(GradientCheckpointingLayer):
         index: int = 0,
         *states: torch.Tensor,
     ) -> tuple[Any, ...]:
-        """(x2, x1), each (B, T, D) in the grid's dtype → (y2, y1), and the fields of an `AttentionReport`, if any is set.
+        """(x2, x1), each (B, T, D) in the grid's dtype → (y2, y1), and an `AttentionReport`'s fields, if any is set.
 
         Args:
             handoff, index: of a reversible stack, and the layer's number there; None: the plain path.

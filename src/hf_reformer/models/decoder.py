@@ -45,7 +45,7 @@ class ReformerDecoderLayer(ReformerLayer):
 
 
 class ReformerDecoder(ReformerModel):
-    """A causal Reformer whose layers look at an encoder's states, too. Its config is `ReformerConfig.decoder_config()`."""
+    """A causal Reformer whose layers attend to an encoder's states, too; of the config `config.decoder_config()`."""
 
     layer_class = ReformerDecoderLayer
     _no_split_modules = ["ReformerDecoderLayer"]

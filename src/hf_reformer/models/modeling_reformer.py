@@ -139,8 +139,8 @@ class ReformerModel(ReformerPreTrainedModel):
         cover = self._covers(output_coverage, cache)
         if cache is not None and (output_sorting or output_attention_mass):
             raise ValueError(
-                "`output_sorting` and `output_attention_mass` need all tokens of a sequence at once, and a cache holds "
-                "some of them. Leave out `past_key_values` and `use_cache`."
+                "`output_sorting` and `output_attention_mass` need all tokens of a sequence at once, and some are in "
+                "the cache. Leave out `past_key_values` and `use_cache`."
             )
         past = 0 if cache is None else cache.get_seq_length()
         check_inputs(
@@ -191,8 +191,8 @@ class ReformerModel(ReformerPreTrainedModel):
         """Whether this call computes the coverage loss."""
         if wanted and cache is not None:
             raise ValueError(
-                "`output_coverage=True` needs all tokens of a sequence at once, and a cache holds some of them. Leave "
-                "out `past_key_values` and `use_cache`."
+                "`output_coverage=True` needs all tokens of a sequence at once, and some are in the cache. Leave out "
+                "`past_key_values` and `use_cache`."
             )
         return cache is None and (self.config.coverage_loss_weight > 0 if wanted is None else wanted)
 
@@ -306,8 +306,9 @@ class ReformerModel(ReformerPreTrainedModel):
         seen = not torch.compiler.is_compiling()
         if seen and config.attention_mode == "window" and length < 2 * num_buckets_total(num_buckets):
             logger.info_once(
-                f"Inputs are so short that {num_buckets_total(num_buckets)} hash buckets stay nearly empty: lsh layers see "
-                "little beyond their local window. For short inputs, lower `num_buckets` or `max_position_embeddings`."
+                f"Inputs are so short that {num_buckets_total(num_buckets)} hash buckets stay nearly empty: lsh layers "
+                "see little beyond their local window. For short inputs, lower `num_buckets` or "
+                "`max_position_embeddings`."
             )
         return ForwardContext(
             mask=mask,

@@ -16,7 +16,7 @@ class SparseAttention(NamedTuple):
     """Which tokens every token attends to, and how much.
 
     Attributes:
-        tokens: (B, H, T, K) int64, positions of the tokens attended to in the input (after those of the cache); -1: none.
+        tokens: (B, H, T, K) int64, positions of the tokens attended to, those of a cache included; -1: none.
             In chunk mode a token may be listed several times, and its weights add up.
         weights: (B, H, T, K), 0 where there is none, before dropout; each token's add up to 1, or are all 0 where it
             sees nothing.
@@ -101,10 +101,13 @@ def gather_attention(
 def concat_queries(
     results: Iterable[tuple[torch.Tensor, SparseAttention]],
 ) -> tuple[torch.Tensor, SparseAttention]:
-    """What `gather_attention` gave for several queries, one after the other."""
+    """What `gather_attention` returned for several queries, one after the other; lists may differ in length."""
     outs, attentions = zip(*results, strict=True)
-    lists = (torch.cat(parts, dim=2) for parts in zip(*attentions, strict=True))
-    return torch.cat(outs, dim=2), SparseAttention(*lists)
+    width = max(attention.tokens.shape[-1] for attention in attentions)
+    pad = torch.nn.functional.pad
+    tokens = [pad(x.tokens, (0, width - x.tokens.shape[-1]), value=-1) for x in attentions]
+    weights = [pad(x.weights, (0, width - x.weights.shape[-1])) for x in attentions]
+    return torch.cat(outs, dim=2), SparseAttention(torch.cat(tokens, dim=2), torch.cat(weights, dim=2))
 
 
 def crop(attention: SparseAttention | torch.Tensor, length: int) -> SparseAttention | torch.Tensor:

@@ -36,7 +36,7 @@ def tokens_per_chunk(x: torch.Tensor, requested: int = 0) -> int:
 
 
 def token_chunks(size: int, *tensors: torch.Tensor | None) -> Iterator[tuple[int, Tensors]]:
-    """The first token and views of `size` tokens, (B, size, ...), of every tensor but None; the last may be shorter."""
+    """Chunks of `size` tokens, the last perhaps shorter: the first token's position, and views of every tensor."""
     length = next(x.shape[1] for x in tensors if x is not None)
     if size >= length:
         yield 0, [*tensors]  # not by `range`, which would fix the length that a graph is traced with

@@ -160,9 +160,9 @@ def run_env(args: argparse.Namespace) -> None:
     import transformers
 
     from .. import __version__
-    from ..ops.dispatch import KERNELS
+    from ..ops.dispatch import KERNELS, unsupported_reason
 
-    fault = KERNELS["cpu"].unsupported_reason()
+    fault = unsupported_reason("cpu")
     accelerators = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     devices = [f"{torch.accelerator.current_accelerator()}:{i}" for i in range(accelerators)]
     for name, value in {
@@ -171,7 +171,7 @@ def run_env(args: argparse.Namespace) -> None:
         "transformers": transformers.__version__,
         "Python": platform.python_version(),
         "platform": platform.platform(),
-        "compiled CPU kernel": f"none: {fault}" if fault else KERNELS["cpu"].variant(),
+        "compiled CPU kernel": f"none: {fault}" if fault else KERNELS["cpu"].current_variant(),
         "devices": ", ".join(["cpu", *devices]),
     }.items():
         print(f"{name}: {value}")

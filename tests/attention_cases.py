@@ -25,29 +25,29 @@ class Case:
         size: int = 4,
         value_size: int | None = None,
         rounds: int = 2,
-        count: int = 3,
+        num_buckets: int = 3,
         window: int = 5,
-        tile: int = 32,
+        block_size: int = 32,
         position_order: bool = True,
         causal: bool = True,
-        hidden: float | None = 0.3,
+        padding: float | None = 0.3,
         shared: bool = True,
         dropout: float = 0.0,
         scale: float = 1.0,
         dtype: torch.dtype = torch.float64,
     ):
         self.generator = torch.Generator().manual_seed(seed)
-        self.mask = None if hidden is None else torch.rand(batch, length, generator=self.generator) >= hidden
+        self.mask = None if padding is None else torch.rand(batch, length, generator=self.generator) >= padding
         self.window, self.causal, self.shared, self.mode, self.scale = window, causal, shared, mode, scale
-        self.buckets = torch.randint(0, count, (batch, heads, rounds, length), generator=self.generator).int()
+        self.buckets = torch.randint(0, num_buckets, (batch, heads, rounds, length), generator=self.generator).int()
         if mode == "window":
-            groups = [(self.buckets, count, window)]
+            groups = [(self.buckets, num_buckets, window)]
             if position_order:
                 groups.insert(0, (torch.zeros(batch, heads, 1, length, dtype=torch.int32), 1, window + 2))
             self.groups = groups
-            self.orders = window_layout(groups, causal, self.mask, tile)
+            self.layout = window_layout(groups, causal, self.mask, block_size)
         else:
-            self.orders = chunk_layout(self.buckets, count, window, 1, 0 if causal else 1, self.mask)
+            self.layout = chunk_layout(self.buckets, num_buckets, window, 1, 0 if causal else 1, self.mask)
         self.inputs = [
             self.draw(batch, heads, length, width).to(dtype) for width in (size, size, value_size or size + 1)
         ]
@@ -64,7 +64,7 @@ class Case:
     def attend(self, query, key, value, backend: str = "auto"):
         """The op on these inputs; shared query/key attention makes its own keys, and `key` is not used."""
         key = None if self.shared else key
-        return windowed_attention(query, key, value, self.orders, **self.options, scale=self.scale, backend=backend)[0]
+        return windowed_attention(query, key, value, self.layout, **self.options, scale=self.scale, backend=backend)[0]
 
     def values_and_gradients(
         self, backend: str, dtype: torch.dtype | None = None, autocast: bool = False
@@ -73,16 +73,16 @@ class Case:
         inputs = [x.to(dtype or x.dtype).detach().requires_grad_() for x in self.inputs]
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             out = self.attend(*inputs, backend=backend)
-        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        grads = torch.autograd.grad(out, inputs, upstream.to(out.dtype), materialize_grads=True)
+        grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        grads = torch.autograd.grad(out, inputs, grad_out.to(out.dtype), materialize_grads=True)
         return [out.detach(), *grads]
 
 
 def assert_equals_reference(case: Case, backend: str, dtype: torch.dtype = torch.float64) -> None:
     case.inputs = [x.to(dtype) for x in case.inputs]  # both get the rounded numbers
-    found = case.values_and_gradients(backend)
+    results = case.values_and_gradients(backend)
     expected = case.values_and_gradients("reference", torch.float64)
-    for name, a, b in zip(("output", "query", "key", "value"), found, expected, strict=True):
+    for name, a, b in zip(("output", "query", "key", "value"), results, expected, strict=True):
         assert a.dtype == dtype
         assert max_abs_diff(a, b) <= TOLERANCES[dtype] * max(1, b.abs().max().item()), name
 
@@ -95,12 +95,12 @@ cases = st.fixed_dictionaries(
         "batch": st.integers(1, 3),
         "heads": st.integers(1, 3),
         "rounds": st.integers(1, 3),
-        "count": st.integers(1, 5),
+        "num_buckets": st.integers(1, 5),
         "window": st.integers(1, 12),
-        "tile": st.sampled_from([1, 3, 8, 32]),
+        "block_size": st.sampled_from([1, 3, 8, 32]),
         "position_order": st.booleans(),
         "causal": st.booleans(),
-        "hidden": st.sampled_from([None, 0.0, 0.3, 0.9]),
+        "padding": st.sampled_from([None, 0.0, 0.3, 0.9]),
         "shared": st.booleans(),
         "dropout": st.sampled_from([0.0, 0.0, 0.3, 1.0]),
     }

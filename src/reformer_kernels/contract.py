@@ -1,13 +1,24 @@
-"""Accelerated backends of ordered attention; everything runs without them, only slower."""
+"""What the backends share: the version of their interface, limits, and numbers that `hf_reformer.ops` defines."""
 
-from hf_reformer.ops.layout import AttentionLayout
+import torch
 
-CONTRACT = 3  # of what attention_ops.py calls here, and how; another number wherever that changes
-MAX_PLACES = 2**29  # places of a line, so that one wrapped around still fits in int32
+CONTRACT = 4  # of what hf_reformer.ops.dispatch calls; another number wherever that changes
+MAX_POSITIONS = 2**29  # sorted positions of a head, so that a position that wraps around still fits in int32
+
+# Those of hf_reformer.ops.reference and .prng; a test compares them.
+SELF_SCORE, MASKED_SCORE = -1e5, -1e9
+GOLDEN, MIX_1, MIX_2 = -1640531527, -2048144789, -1028477387
 
 
-def check_places(orders: AttentionLayout) -> None:
-    """Raise ValueError for a line of more than MAX_PLACES places (rounds x tokens)."""
-    places = orders.perm.shape[2] * orders.perm.shape[3]
-    if places > MAX_PLACES:
-        raise ValueError(f"{places} places a line (rounds x tokens) are more than {MAX_PLACES}. Split the sequence.")
+def check_positions(perm: torch.Tensor) -> None:
+    """Raise ValueError for permutations (B, H, R, T) of more than MAX_POSITIONS sorted positions."""
+    positions = perm.shape[2] * perm.shape[3]
+    if positions > MAX_POSITIONS:
+        raise ValueError(
+            f"{positions} sorted positions (rounds x tokens) are more than {MAX_POSITIONS}. Split the sequence."
+        )
+
+
+def keep_threshold(dropout: float) -> int:
+    """A pair is kept where its random int32 is at least this number (`hf_reformer.ops.prng.keep_threshold`)."""
+    return min(round(dropout * 2**32), 2**32 - 1) - 2**31

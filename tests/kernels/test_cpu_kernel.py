@@ -10,37 +10,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_reformer import ReformerForCausalLM
-from hf_reformer.ops import kernel_check as checks
+from hf_reformer.ops import dispatch, kernel_check
 from hf_reformer.ops.dispatch import select_backend
-from hf_reformer.ops.layout import bucket_windows, sort_by_bucket
+from hf_reformer.ops.layout import bucket_windows, sort_by_bucket, window_extent
 from hf_reformer.ops.lsh import lsh_buckets, window_rotations
 from hf_reformer.ops.prng import fold, make_key, normal_rows
-from reformer_kernels.cpu import build
-from reformer_kernels.cpu import torch_ops as cpu
+from reformer_kernels import cpu
+from reformer_kernels.cpu import build, library
 
 try:
     build.compiler()
 except build.KernelBuildError as error:
     pytest.skip(f"no compiled kernel: {error}", allow_module_level=True)
 
-FOUR_TILES = {"length": 250, "count": 3}
+FOUR_TILES = {"length": 250, "num_buckets": 3}
 
 
 @pytest.fixture(params=build.supported_variants(), autouse=True)
 def variant(request, monkeypatch):
     """Every test runs with every variant that this processor knows."""
     monkeypatch.setenv("HF_REFORMER_CPU_VARIANT", request.param)
-    cpu._library.cache_clear()
-    library = cpu._library()
-    assert not isinstance(library, str), library
+    dispatch.check_library.cache_clear()
+    assert dispatch.check_library() is None
     yield request.param
-    cpu._library.cache_clear()
+    dispatch.check_library.cache_clear()
 
 
 def test_the_variant_is_the_one_that_was_asked_for(variant):
-    library = cpu._library()
-    library.hf_variant.restype = cpu.ctypes.c_char_p
-    assert library.hf_variant().decode() == variant
+    assert cpu.current_variant() == variant
 
 
 # --- attention
@@ -67,8 +64,8 @@ def test_it_equals_the_reference_over_many_tiles(drawn, size, length, window):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_it_equals_the_reference_at_usual_sizes(mode, causal, shared, dropout):
     case = Case(
-        mode=mode, causal=causal, shared=shared, dropout=dropout, length=512, batch=1, size=64, value_size=64, count=4,
-        window=64, hidden=0.1, dtype=torch.float32,
+        mode=mode, causal=causal, shared=shared, dropout=dropout, length=512, batch=1, size=64, value_size=64, num_buckets=4,
+        window=64, padding=0.1, dtype=torch.float32,
     )  # fmt: skip
     assert_equals_reference(case, "cpu", torch.float32)
 
@@ -106,7 +103,7 @@ def test_the_default_dtype_does_not_matter(default, monkeypatch):
     normals = cpu.normal_rows(make_key(0)[None], 100)
     torch.set_default_dtype(default)
     try:
-        cpu._library.cache_clear()  # the library is checked again
+        dispatch.check_library.cache_clear()  # the library is checked again
         assert all(map(torch.equal, case.values_and_gradients("cpu"), expected))
         assert torch.equal(cpu.normal_rows(make_key(0)[None], 100), normals)
     finally:
@@ -151,7 +148,9 @@ def test_inputs_may_differ_in_dtype(widest):
 @pytest.mark.parametrize("shared", [True, False])
 def test_what_is_not_a_number_shows(mode, scale, shared):
     """A token that sees itself or others through NaN gives NaN, whichever way its softmax is computed."""
-    case = Case(mode=mode, shared=shared, size=8, value_size=8, hidden=None, window=16, length=64, dtype=torch.float32)
+    case = Case(
+        mode=mode, shared=shared, size=8, value_size=8, padding=None, window=16, length=64, dtype=torch.float32
+    )
     case.inputs[0] = case.inputs[0] * scale
     case.inputs[0][0, 0, 20] = float("nan")
     out = case.attend(*case.inputs, backend="cpu")
@@ -163,7 +162,7 @@ def test_what_is_not_a_number_shows(mode, scale, shared):
 
 @pytest.mark.parametrize("mode", ["window", "chunk"])
 def test_a_token_alone_sees_itself(mode):
-    case = Case(mode=mode, length=1, hidden=None, size=8, value_size=8, dtype=torch.float32)
+    case = Case(mode=mode, length=1, padding=None, size=8, value_size=8, dtype=torch.float32)
     out, query, _, value = case.values_and_gradients("cpu")
     assert torch.equal(out, case.inputs[2])
     assert (query == 0).all()
@@ -171,7 +170,7 @@ def test_a_token_alone_sees_itself(mode):
 
 
 def test_a_token_that_sees_nothing_gives_zero_and_has_no_gradient():
-    case = Case(hidden=1.0, size=8, value_size=8, dtype=torch.float32)
+    case = Case(padding=1.0, size=8, value_size=8, dtype=torch.float32)
     assert all((x == 0).all() for x in case.values_and_gradients("cpu"))
 
 
@@ -200,7 +199,7 @@ def test_inputs_stay_as_they_are():
 def test_threads_change_no_bit_of_the_output(mode, threads):
     """One row and one head, so that its segments run side by side."""
     case = Case(
-        mode=mode, batch=1, heads=1, length=4096, size=8, value_size=8, window=16, count=20, hidden=None,
+        mode=mode, batch=1, heads=1, length=4096, size=8, value_size=8, window=16, num_buckets=20, padding=None,
         dtype=torch.float32,
     )  # fmt: skip
     alone = case.values_and_gradients("cpu")
@@ -233,16 +232,18 @@ def test_a_second_derivative_is_refused():
 
 def test_the_ops_keep_their_promises_to_torch():
     """Shapes, strides and dtypes that compilation relies on are those of the real outputs."""
+    ops = torch.ops.reformer_kernels
     case = Case(size=8, value_size=16, dtype=torch.float32, mode="window")
     query, _, value = (x.detach().requires_grad_() for x in case.inputs)
-    orders = case.orders
-    call = (query, None, value, *orders[:3], case.mask, None, *orders[3:], True, 0.0, 1.0)
-    torch.library.opcheck(torch.ops.hf_reformer.cpu_attention.default, call)
+    layout = case.layout
+    for query_weights in (None, torch.rand(case.mask.shape)):
+        inputs = (query, None, value, *layout[:3], case.mask, None, query_weights, *layout[3:], True, 0.0, 1.0)
+        torch.library.opcheck(ops.cpu_attention.default, inputs)
     rotations = window_rotations(make_key(0), 0, 2, 8, 2, 6)
-    torch.library.opcheck(torch.ops.hf_reformer.cpu_buckets.default, (query.detach(), rotations, [6]))
-    torch.library.opcheck(torch.ops.hf_reformer.cpu_normals.default, (torch.arange(2, dtype=torch.int32), 5))
-    for parts in (1, 2, 3):
-        torch.library.opcheck(torch.ops.hf_reformer.cpu_sort.default, (case.buckets, case.mask, 3, 4, 0, parts))
+    torch.library.opcheck(ops.cpu_lsh_buckets.default, (query.detach(), rotations, [6]))
+    torch.library.opcheck(ops.cpu_normal_rows.default, (torch.arange(2, dtype=torch.int32), 5))
+    for outputs in (1, 2, 3):
+        torch.library.opcheck(ops.cpu_sort_by_bucket.default, (case.buckets, case.mask, 3, 4, 0, outputs))
 
 
 # --- hashing and sorting
@@ -264,7 +265,7 @@ def test_normal_numbers_are_those_of_the_torch_backend(seed, rows, count):
 def test_buckets_are_those_of_the_torch_backend(seed, length, size, rounds, factors):
     vectors = torch.randn(2, 3, length, size, generator=torch.Generator().manual_seed(seed))
     rotations = window_rotations(make_key(seed), 0, 3, size, rounds, factors)
-    found, expected = (hash_(vectors, rotations, factors) for hash_ in (cpu.lsh_buckets, lsh_buckets))
+    found, expected = (hash_(vectors, rotations, factors) for hash_ in (dispatch.lsh_buckets, lsh_buckets))
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
     assert (found != expected).sum() <= 1  # a near-tie
@@ -272,17 +273,18 @@ def test_buckets_are_those_of_the_torch_backend(seed, length, size, rounds, fact
 
 @given(
     seed=st.integers(0, 10**6), length=st.integers(1, 200), count=st.integers(1, 30), window=st.integers(1, 50),
-    causal=st.booleans(), hidden=st.sampled_from([None, 0.0, 0.3, 1.0]),
+    causal=st.booleans(), padding=st.sampled_from([None, 0.0, 0.3, 1.0]),
 )  # fmt: skip
-def test_sorting_is_that_of_the_torch_backend(seed, length, count, window, causal, hidden):
+def test_sorting_is_that_of_the_torch_backend(seed, length, count, window, causal, padding):
     generator = torch.Generator().manual_seed(seed)
     buckets = torch.randint(0, count, (2, 3, 2, length), generator=generator).int()
-    mask = None if hidden is None else torch.rand(2, length, generator=generator) >= hidden
+    mask = None if padding is None else torch.rand(2, length, generator=generator) >= padding
     for group in (buckets, buckets[:, :1]):
-        found = cpu.bucket_windows(group, count, window, causal, mask)
-        for a, b in zip(found, bucket_windows(group, count, window, causal, mask), strict=True):
-            assert torch.equal(a, b)
-        assert torch.equal(cpu.sort_by_bucket(group, count, mask), sort_by_bucket(group, count, mask))
+        expected = bucket_windows(group, count, window, causal, mask)
+        windows = cpu.sort_by_bucket(group, mask, count, *window_extent(window, causal), len(expected))
+        assert all(map(torch.equal, windows, expected))
+        (perm,) = cpu.sort_by_bucket(group, mask, count, 0, 0, 1)
+        assert torch.equal(perm, sort_by_bucket(group, count, mask))
 
 
 # --- models
@@ -319,9 +321,9 @@ def test_what_it_cannot_serve_is_told(monkeypatch):
 def test_numbers_out_of_range_are_refused():
     buckets = torch.tensor([[[[0, 1, 9]]]], dtype=torch.int32)
     with pytest.raises(ValueError, match="outside of the number of buckets"):
-        cpu.sort_by_bucket(buckets, 7, None)
+        cpu.sort_by_bucket(buckets, None, 7, 0, 0, 1)
     with pytest.raises(ValueError, match="3 columns don't fit bucket factors \\[8\\]"):
-        cpu.lsh_buckets(torch.zeros(1, 2, 4, 8), window_rotations(make_key(0), 0, 2, 8, 1, 6), 8)
+        cpu.lsh_buckets(torch.zeros(1, 2, 4, 8), window_rotations(make_key(0), 0, 2, 8, 1, 6), [8])
 
 
 def test_a_key_of_another_dtype_is_not_narrowed():
@@ -330,8 +332,8 @@ def test_a_key_of_another_dtype_is_not_narrowed():
 
 
 def test_a_kernel_that_disagrees_is_not_used(monkeypatch, caplog):
-    monkeypatch.setattr(cpu, "agrees", lambda library: False)
-    cpu._library.cache_clear()
+    monkeypatch.setattr(dispatch, "agrees", lambda kernels, library: False)
+    dispatch.check_library.cache_clear()
     single = torch.zeros(1, 1, 4, 8)
     with caplog.at_level(logging.WARNING):
         assert select_backend("auto", single, single) == "torch"
@@ -340,12 +342,28 @@ def test_a_kernel_that_disagrees_is_not_used(monkeypatch, caplog):
 
 
 def test_the_check_sees_a_wrong_result(monkeypatch):
-    real = checks.backward
+    real = cpu.bindings.backward
 
     def wrong(*args):
-        of_query, *others = real(*args)
-        return of_query + 1e-2, *others
+        grad_query, *others = real(*args)
+        return grad_query + 1e-2, *others
 
-    assert checks.agrees(cpu._library())
-    monkeypatch.setattr(checks, "backward", wrong)
-    assert not checks.agrees(cpu._library())
+    assert kernel_check.agrees(cpu, library.current_library())
+    monkeypatch.setattr(cpu.bindings, "backward", wrong)
+    assert not kernel_check.agrees(cpu, library.current_library())
+
+
+def test_kernels_of_another_structure_are_not_used(monkeypatch, caplog):
+    """A field that only one side has would be silent memory corruption."""
+    fields = [*library.SortParams._fields_, ("one_more", library.ctypes.c_int64)]
+    longer = type("SortParams", (library.ctypes.Structure,), {"_fields_": fields})
+    monkeypatch.setitem(library.FUNCTIONS, "hf_sort", longer)
+    dispatch.check_library.cache_clear()
+    dispatch._warn_once.cache_clear()
+    single = torch.zeros(1, 1, 4, 8)
+    with caplog.at_level(logging.WARNING):
+        assert select_backend("auto", single, single) == "torch"
+    size = library.ctypes.sizeof(library.SortParams)
+    assert f"do not fit this package: their SortParams has {size} bytes, not {size + 8}" in caplog.text
+    with pytest.raises(ValueError, match="'cpu' cannot be used here.*SortParams"):
+        select_backend("cpu", single, single)

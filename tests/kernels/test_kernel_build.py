@@ -14,8 +14,8 @@ import torch
 from hf_reformer.ops.dispatch import select_backend, windowed_attention
 from hf_reformer.ops.layout import window_layout
 x = torch.randn(1, 1, 4, 8)
-orders = window_layout([(torch.zeros(1, 1, 1, 4, dtype=torch.int32), 1, 2)], True, None)
-assert windowed_attention(x, None, x, orders, causal=True)[0].isfinite().all()
+layout = window_layout([(torch.zeros(1, 1, 1, 4, dtype=torch.int32), 1, 2)], True, None)
+assert windowed_attention(x, None, x, layout, causal=True)[0].isfinite().all()
 print(select_backend("auto", x, x))
 """
 VARIANT = build.supported_variants()[-1]

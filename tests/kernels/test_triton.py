@@ -16,11 +16,10 @@ import pytest
 import torch
 from attention_cases import TOLERANCES, Case, assert_equals_reference, make_case
 from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
-from test_received_attention import assert_is_what_the_weights_say
+from test_attention_mass import assert_mass_equals_reference
 
 from hf_reformer import ReformerForCausalLM
-from hf_reformer.ops import dispatch as attention_ops
-from hf_reformer.ops import reference
+from hf_reformer.ops import dispatch, reference
 from hf_reformer.ops.dispatch import select_backend, windowed_attention
 from reformer_kernels import triton as backend
 
@@ -128,15 +127,18 @@ def test_the_interpreter_takes_tensors_of_the_cpu(monkeypatch):
 def test_transforms_of_torch_func_are_refused(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     x = torch.zeros(1, 1, 4, 8)
-    torch.func.vmap(lambda x: pytest.fail("missed") if backend.unsupported_reason(x, x) is None else x)(x)
+    reason = dispatch.unsupported_reason
+    torch.func.vmap(lambda x: pytest.fail("missed") if reason("triton", x, x) is None else x)(x)
 
 
-def test_a_line_too_long_for_its_numbers_is_refused():
+@NEEDS_TRITON
+def test_too_many_sorted_positions_are_refused(monkeypatch):
     x = torch.zeros(1, 1, 1, 8)
-    orders = Case(length=1, batch=1, heads=1).orders
-    orders = orders._replace(perm=orders.perm[:, :, :1].expand(-1, -1, 2**29 + 1, -1))
-    with pytest.raises(ValueError, match="536870913 places a line"):
-        backend.windowed_attention(x, None, x, orders, causal=True)
+    layout = Case(length=1, batch=1, heads=1).layout
+    layout = layout._replace(perm=layout.perm[:, :, :1].expand(-1, -1, 2**29 + 1, -1))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="536870913 sorted positions"):
+        windowed_attention(x, None, x, layout, causal=True, backend="triton")
 
 
 @pytest.mark.slow
@@ -155,32 +157,17 @@ def test_the_backend_can_be_imported_without_triton():
 # --- the checks
 
 
-def on_device(query, key, value, orders, *, causal, mask, dropout, dropout_key):
-    """The backend on tensors of the CPU, wherever it runs."""
-    move = lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) else x  # noqa: E731
-    query, key, value, mask, dropout_key = map(move, (query, key, value, mask, dropout_key))
-    orders = type(orders)(*map(move, orders))
-    options = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
-    return backend.windowed_attention(query, key, value, orders, **options).cpu()
-
-
-def received_on_device(query, key, value, orders, paid, known, **options):
-    """`kernels.triton.attention_received` on the GPU, for tensors on the CPU."""
-    move = lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) else x  # noqa: E731
-    given = (move(x) for x in (query, key, value, type(orders)(*map(move, orders)), paid, known))
-    found = backend.attention_received(*given, **{name: move(x) for name, x in options.items()})
-    return tuple(x.cpu() for x in found)
+def on_device(*inputs):
+    """The op on tensors of the CPU, wherever it runs."""
+    results = backend.attention(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in inputs))
+    return tuple(x.cpu() for x in results)
 
 
 @pytest.fixture(autouse=True)
 def cpu_tensors_go_to_the_gpu(monkeypatch):
     if DEVICE == "cuda":
-        kernel = SimpleNamespace(
-            unsupported_reason=lambda query, value: None,
-            windowed_attention=on_device,
-            attention_received=received_on_device,
-        )
-        monkeypatch.setitem(attention_ops.KERNELS, "triton", kernel)
+        kernel = SimpleNamespace(unsupported_reason=lambda *tensors: None, attention=on_device)
+        monkeypatch.setitem(dispatch.KERNELS, "triton", kernel)
 
 
 @pytest.fixture
@@ -209,7 +196,7 @@ OPTIONS = {
     "shared": [True, False],
     "causal": [True, False],
     "dropout": [0.0, 0.3, 0.0, 0.3, 1.0],
-    "hidden": [None, 0.0, 0.3, 0.9],
+    "padding": [None, 0.0, 0.3, 0.9],
     "length": [1, 2, 7, 16, 17, 29, 33, 48, 57, 65, 70],
     "size": range(8, 129, 8),
     "value_size": range(8, 129, 8),
@@ -217,9 +204,9 @@ OPTIONS = {
     "heads": [1, 2],
     "rounds": [1, 2, 3],
     "position_order": [True, False],
-    "count": [1, 3, 5],
+    "num_buckets": [1, 3, 5],
     "window": [1, 2, 5, 8, 12, 40],
-    "tile": [1, 3, 8, 32],
+    "block_size": [1, 3, 8, 32],
     "tiles": [(16, 16), (16, 32), (32, 16), None],
 }
 
@@ -257,19 +244,28 @@ def check_every_dtype(mode, dtype, shared, causal, dropout, tiles_of):
 @pytest.mark.parametrize(("mode", "causal", "window"), [("window", True, 128), ("chunk", False, 64)])
 def check_default_sizes(mode, causal, window):
     case = Case(
-        mode=mode, causal=causal, length=192, batch=1, heads=1, rounds=1, size=64, count=2, window=window, hidden=0.1
+        mode=mode,
+        causal=causal,
+        length=192,
+        batch=1,
+        heads=1,
+        rounds=1,
+        size=64,
+        num_buckets=2,
+        window=window,
+        padding=0.1,
     )
     assert_equals_reference(case, "triton", torch.float32)
 
 
-@pytest.mark.parametrize("tile", [3, 32])
-def check_windows_reach_before_and_after_from_every_place(tile):
-    """On which the gradient of the keys relies, whatever the tile of the orders."""
-    orders = Case(length=60, tile=tile, causal=False).orders
-    place = torch.arange(orders.perm[0, 0].numel()).view(orders.perm.shape[2:])
-    sees = orders.window_start <= orders.window_end
-    assert ((place - orders.window_start)[sees.expand_as(orders.window_start)] <= orders.left_reach).all()
-    assert ((orders.window_end - place)[sees.expand_as(orders.window_start)] <= orders.right_reach).all()
+@pytest.mark.parametrize("block_size", [3, 32])
+def check_windows_reach_left_and_right_from_every_position(block_size):
+    """On which the gradient of the keys relies, whatever the block size."""
+    layout = Case(length=60, block_size=block_size, causal=False).layout
+    sorted_pos = torch.arange(layout.perm[0, 0].numel()).view(layout.perm.shape[2:])
+    sees = layout.window_start <= layout.window_end
+    assert ((sorted_pos - layout.window_start)[sees] <= layout.left_reach).all()
+    assert ((layout.window_end - sorted_pos)[sees] <= layout.right_reach).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -334,7 +330,7 @@ def check_inputs_may_differ_in_dtype(widest):
 def check_what_is_not_a_number_shows(mode, shared, dropout):
     """In the output and the gradients of all who see it, dropped or not."""
     case = Case(
-        mode=mode, shared=shared, dropout=dropout, length=32, size=8, window=8, hidden=None, dtype=torch.float32
+        mode=mode, shared=shared, dropout=dropout, length=32, size=8, window=8, padding=None, dtype=torch.float32
     )
     case.inputs[0][0, 0, 20] = float("nan")
     found = case.values_and_gradients("triton")
@@ -346,13 +342,13 @@ def check_what_is_not_a_number_shows(mode, shared, dropout):
 
 
 def check_a_token_that_sees_nothing_gives_zero_and_has_no_gradient():
-    out, *grads = Case(hidden=1.0, dtype=torch.float32).values_and_gradients("triton")
+    out, *grads = Case(padding=1.0, dtype=torch.float32).values_and_gradients("triton")
     assert all((x == 0).all() for x in (out, *grads))
 
 
 @pytest.mark.parametrize("mode", ["window", "chunk"])
 def check_a_shared_token_alone_sees_itself(mode):
-    case = Case(mode=mode, length=1, hidden=None, dtype=torch.bfloat16)
+    case = Case(mode=mode, length=1, padding=None, dtype=torch.bfloat16)
     out, query, *_ = case.values_and_gradients("triton")
     assert torch.equal(out, case.inputs[2])
     assert (query == 0).all()
@@ -367,7 +363,7 @@ def check_large_and_small_scores_stay_finite(scale):
 
 @pytest.mark.parametrize("scale", [1.0, 200.0])
 def check_the_last_token_of_a_partial_tile_has_finite_gradients(scale):
-    case = Case(length=9, tile=8, window=1, hidden=None, dtype=torch.float32)
+    case = Case(length=9, block_size=8, window=1, padding=None, dtype=torch.float32)
     case.inputs[0] = case.inputs[0] * scale
     assert all(x.isfinite().all() for x in case.values_and_gradients("triton"))
 
@@ -375,7 +371,7 @@ def check_the_last_token_of_a_partial_tile_has_finite_gradients(scale):
 def check_dropout_drops_the_pairs_of_the_reference(tiles_of):
     """With equal scores and values that name the tokens, a weight of 0 is a dropped pair."""
     tiles_of(16, 16)
-    case = Case(length=40, batch=2, heads=2, count=1, window=80, hidden=None, dropout=0.5, dtype=torch.float32)
+    case = Case(length=40, batch=2, heads=2, num_buckets=1, window=80, padding=None, dropout=0.5, dtype=torch.float32)
     query, key, _ = case.inputs
     names = torch.eye(40).expand(2, 2, -1, -1)
     found = case.attend(query * 0, key, names, backend="triton") > 0
@@ -396,21 +392,32 @@ def check_a_second_derivative_is_refused():
 @pytest.mark.parametrize("shared", [True, False])
 def check_the_op_keeps_torchs_rules(shared):
     """Schema, fake and autograd rules agree with what the op does."""
-    from reformer_kernels.triton.torch_ops import triton_attention
-
     case = Case(dtype=torch.float32, length=9, batch=1, shared=shared)
     query, key, value = (x.to(DEVICE).requires_grad_() for x in case.inputs)
-    orders = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in case.orders]
-    inputs = (query, None if shared else key, value, *orders[:3], None, None, *orders[3:], True, 0.0)
+    layout = [x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in case.layout]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(triton_attention, inputs, test_utils=tests)
+    for query_weights in (None, torch.rand(1, 9, device=DEVICE)):
+        inputs = (
+            query,
+            None if shared else key,
+            value,
+            *layout[:3],
+            None,
+            None,
+            query_weights,
+            *layout[3:],
+            True,
+            0.0,
+            0.5,
+        )
+        torch.library.opcheck(backend.attention, inputs, test_utils=tests)
 
 
 def check_compiled_code_holds_the_op():
     case = Case(dtype=torch.float32, length=20, batch=1)
 
     def attend(query, value):
-        return windowed_attention(query * 2, None, value, case.orders, causal=True, backend="triton")[0] + 1
+        return windowed_attention(query * 2, None, value, case.layout, causal=True, backend="triton")[0] + 1
 
     query, _, value = case.inputs
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
@@ -448,7 +455,7 @@ def check_a_reversible_model_agrees_with_the_torch_backend(mode, captured_warnin
 @pytest.mark.parametrize(
     ("mode", "shared", "dropout"), [("window", True, 0.3), ("chunk", True, 0.0), ("window", False, 0.0)]
 )
-def check_what_tokens_receive(mode, shared, dropout, tiles_of):
+def check_attention_mass(mode, shared, dropout, tiles_of):
     case = Case(mode=mode, shared=shared, dropout=dropout, length=20, batch=1, rounds=2, dtype=torch.float32)
     tiles_of(16, 16)
-    assert_is_what_the_weights_say(case, "triton", torch.float32)
+    assert_mass_equals_reference(case, "triton", torch.float32)

@@ -47,7 +47,7 @@ def test_a_backend_equals_the_reference_in_many_cases(backend, drawn, scores):
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_backend_equals_the_reference_at_default_sizes(backend, mode, causal):
     window = 128 if mode == "window" else 64
-    case = Case(mode=mode, causal=causal, length=1024, batch=1, size=16, count=8, window=window, hidden=0.1)
+    case = Case(mode=mode, causal=causal, length=1024, batch=1, size=16, num_buckets=8, window=window, padding=0.1)
     assert_equals_reference(case, backend)
 
 
@@ -230,19 +230,19 @@ def test_every_pair_counts_once(backend, drawn):
 @given(drawn=cases)
 @settings(max_examples=40)
 def test_chunks_count_a_pair_as_often_as_it_is_shown(backend, drawn):
-    case = make_case(drawn, mode="chunk", dropout=0.0, shared=False, hidden=None, length=min(drawn["length"], 30))
+    case = make_case(drawn, mode="chunk", dropout=0.0, shared=False, padding=None, length=min(drawn["length"], 30))
     query, key, _ = case.inputs
     batch, heads, length = query.shape[:3]
     names = torch.eye(length, dtype=torch.float64).expand(batch, heads, -1, -1)
     found = case.attend(query * 0, key, names, backend=backend)
-    lines = case.orders.perm.flatten(2)
+    lines = case.layout.perm.flatten(2)
     for row in range(batch):
         for head in range(heads):
             line = lines[row, head].tolist()
             shown = torch.zeros(length, length, dtype=torch.float64)
             for place, token in enumerate(line):
                 first, last = (
-                    int(x.flatten(2)[row, head, place]) for x in (case.orders.window_start, case.orders.window_end)
+                    int(x.flatten(2)[row, head, place]) for x in (case.layout.window_start, case.layout.window_end)
                 )
                 for other in range(first, last + 1):
                     shown[token, line[other % len(line)]] += 1
@@ -255,7 +255,7 @@ def test_chunks_count_a_pair_as_often_as_it_is_shown(backend, drawn):
 def test_weights_of_a_token_add_up_to_one(drawn):
     case = make_case(drawn)
     query, key, value = case.inputs
-    _, weights = attention_with_weights(query, None if case.shared else key, value, case.orders, **case.options)
+    _, weights = attention_with_weights(query, None if case.shared else key, value, case.layout, **case.options)
     sums = weights.sum(-1)
     expected = torch.ones_like(sums)
     if case.mode == "window" and case.mask is not None:  # padding sees nothing
@@ -266,7 +266,7 @@ def test_weights_of_a_token_add_up_to_one(drawn):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_token_that_sees_nothing_gives_zero_and_has_no_gradient(backend):
-    case = Case(hidden=1.0)
+    case = Case(padding=1.0)
     out, *grads = case.values_and_gradients(backend)
     assert all((x == 0).all() for x in (out, *grads))
 
@@ -274,7 +274,7 @@ def test_a_token_that_sees_nothing_gives_zero_and_has_no_gradient(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mode", ["window", "chunk"])
 def test_a_shared_token_alone_sees_itself(backend, mode):
-    case = Case(mode=mode, length=1, hidden=None, dtype=torch.float32)
+    case = Case(mode=mode, length=1, padding=None, dtype=torch.float32)
     out, query, key, value = case.values_and_gradients(backend)
     assert torch.equal(out, case.inputs[2])
     assert (query == 0).all()
@@ -296,7 +296,7 @@ def test_large_and_small_scores_stay_finite(backend, scale, length):
 @pytest.mark.parametrize("scale", [1.0, 200.0])
 def test_the_last_token_of_a_partial_tile_has_finite_gradients(backend, position_order, scale):
     """A score of the token with itself may be far beyond all that it sees, or all that it sees."""
-    case = Case(length=9, tile=8, window=1, hidden=None, position_order=position_order, dtype=torch.float32)
+    case = Case(length=9, block_size=8, window=1, padding=None, position_order=position_order, dtype=torch.float32)
     case.inputs[0] = case.inputs[1] = case.inputs[0] * scale
     assert all(x.isfinite().all() for x in case.values_and_gradients(backend))
 
@@ -376,6 +376,6 @@ def test_models_agree_whatever_the_backend():
 def test_rows_too_long_to_count_are_refused(monkeypatch):
     monkeypatch.setattr(tiled_attention, "MAX_LENGTH", 8)
     x = torch.zeros(1, 1, 9, 4)
-    orders = window_layout([(torch.zeros(1, 1, 1, 9, dtype=torch.int32), 1, 3)], True, None)
-    with pytest.raises(ValueError, match="8 tokens a row"):
-        windowed_attention(x, x, x, orders, causal=True, backend="torch")
+    layout = window_layout([(torch.zeros(1, 1, 1, 9, dtype=torch.int32), 1, 3)], True, None)
+    with pytest.raises(ValueError, match="8 tokens a sequence"):
+        windowed_attention(x, x, x, layout, causal=True, backend="torch")

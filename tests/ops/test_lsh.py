@@ -23,7 +23,7 @@ from hf_reformer.ops.lsh import (
     window_rotations,
 )
 from hf_reformer.ops.prng import make_key
-from hf_reformer.ops.reference import inverse_permutation, shown_counts
+from hf_reformer.ops.reference import inverse_permutation, visible_counts
 
 BUCKET_COUNTS = [2, 4, 14, 64, (2, 2), (4, 8), (6, 10), (2, 4, 8)]
 factors = st.sampled_from(BUCKET_COUNTS)
@@ -270,7 +270,7 @@ def test_a_tile_says_how_far_its_places_see(drawn):
 @given(drawn=windows)
 def test_padding_is_not_seen_and_sees_nothing(drawn):
     _, mask, orders = window_case(**drawn)
-    counts = shown_counts(orders)
+    counts = visible_counts(orders)
     assert counts.max() <= 1
     if mask is not None:
         assert (counts.transpose(-1, -2)[~mask[:, None].expand(-1, 2, -1)] == 0).all()
@@ -302,7 +302,7 @@ def test_chunks_are_those_of_counting_by_hand(chunk, chunks, rounds, count, befo
     buckets = torch.randint(0, count, (2, 2, rounds, length), generator=generator).int()
     mask = None if hidden is None else torch.rand(2, length, generator=generator) >= hidden
     orders = chunk_layout(buckets, count, chunk, before, after, mask)
-    counts = shown_counts(orders)
+    counts = visible_counts(orders)
     for row in range(2):
         for head in range(2):
             if chunks == 1:  # a short input: everybody sees everybody, without hashing

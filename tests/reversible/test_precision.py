@@ -180,21 +180,16 @@ def test_streams_and_rotations_keep_their_own_precision(how, reversible, precisi
     model = make_head(ReformerForCausalLM, reversible=reversible, residual_precision=precision).train()
     model = model.to(half) if how.endswith("weights") else model
     streams, hashed = [], []
-    hashing_backend = hf_reformer.layers.attention.hashing_backend
+    lsh_buckets = hf_reformer.layers.attention.lsh_buckets
 
-    def watched(*args):
-        makers = hashing_backend(*args)
-
-        def lsh_buckets(vectors, rotations, num_buckets):
-            buckets = makers.lsh_buckets(vectors, rotations, num_buckets)
-            hashed.append((vectors.dtype, rotations.dtype, buckets.dtype))
-            return buckets
-
-        return makers._replace(lsh_buckets=lsh_buckets)
+    def watched(vectors, rotations, *args):
+        buckets = lsh_buckets(vectors, rotations, *args)
+        hashed.append((vectors.dtype, rotations.dtype, buckets.dtype))
+        return buckets
 
     for layer in model.model.layers:
         layer.register_forward_hook(lambda module, args, out: streams.extend([*args[:2], *out]))
-    monkeypatch.setattr(hf_reformer.layers.attention, "hashing_backend", watched)
+    monkeypatch.setattr(hf_reformer.layers.attention, "lsh_buckets", watched)
     ids = make_ids(2, 20)
     with torch.autocast("cpu", dtype=half, enabled=how.endswith("autocast")):
         model(ids, labels=ids).loss.backward()

@@ -6,15 +6,15 @@ import torch
 from torch import nn
 
 from ..configuration_reformer import ReformerConfig
-from ..ops.dispatch import hashing_backend, windowed_attention
+from ..ops.dispatch import chunk_layout, lsh_buckets, window_layout, window_rotations, windowed_attention
 from ..ops.gather_attention import (
     attention_with_dense_weights,
     attention_with_sparse_weights,
     crop,
     mass_of_weights,
 )
-from ..ops.layout import AttentionLayout, chunk_layout, window_layout
-from ..ops.lsh import exploration_buckets, legacy_num_buckets, num_buckets_total, seeded_rotations, window_rotations
+from ..ops.layout import AttentionLayout
+from ..ops.lsh import exploration_buckets, legacy_num_buckets, num_buckets_total, seeded_rotations
 from ..ops.prng import OUTPUT_DROPOUT, dropout, fold, make_key
 from ..ops.sequence_parallel import all_reduce
 from ..reversible.chunking import Handoff
@@ -39,7 +39,7 @@ class Hasher(NamedTuple):
 
     def buckets(self, vectors: torch.Tensor) -> torch.Tensor:
         """(B, H, T, D) → (B, H, R, T) int32"""
-        return hashing_backend(self.backend, vectors).lsh_buckets(vectors, self.rotations, self.num_buckets)
+        return lsh_buckets(vectors, self.rotations, self.num_buckets, self.backend)
 
 
 class ReformerAttention(nn.Module):
@@ -133,13 +133,13 @@ class ReformerAttention(nn.Module):
             mask: (B, T) bool, or None: all tokens are real.
         """
         config, (batch, heads, length, _) = self.config, value.shape
-        heads, makers = 1 if buckets is None else heads, hashing_backend(self.backend, value)
+        heads = 1 if buckets is None else heads
         position = torch.zeros(batch, heads, 1, length, dtype=torch.int32, device=value.device)
         count = 1 if buckets is None else num_buckets_total(self._num_buckets(ctx))
         if self.mode == "chunk":
             if buckets is None:  # chunks follow the sequence; padding stays in its place and is masked in the softmax
                 buckets, mask = position, None
-            return chunk_layout(buckets, count, self.chunk, self.before, self.after, mask, sort=makers.sort_line)
+            return chunk_layout(buckets, count, self.chunk, self.before, self.after, mask, self.backend)
         groups = [(position, 1, config.local_window)]
         if buckets is not None:
             groups = groups if config.lsh_include_local else []
@@ -154,7 +154,7 @@ class ReformerAttention(nn.Module):
         if ctx.samples is not None:  # the samples of a sequence lie one after the other in every order
             sample = ctx.samples[:, None, None, :]
             groups = [(sample * count + group, None, window) for group, count, window in groups]
-        return window_layout(groups, self.causal, mask, sort=makers.sort_windows)
+        return window_layout(groups, self.causal, mask, backend=self.backend)
 
     def hasher(self, vectors: torch.Tensor, ctx: ForwardContext) -> Hasher:
         """What hashes vectors (B, H, T, D) in this call: the cache's, once it holds tokens."""
@@ -166,8 +166,8 @@ class ReformerAttention(nn.Module):
         if chunks and seed is not None:
             rotations = seeded_rotations(seed, *shape, like=vectors)
         else:
-            normals = hashing_backend(self.backend, vectors).normals
-            rotations = window_rotations(self._randomness(ctx, vectors.device), self.layer, *shape, normals=normals)
+            key = self._randomness(ctx, vectors.device)
+            rotations = window_rotations(key, self.layer, *shape, like=vectors, backend=self.backend)
         rotations = rotations if ctx.shard is None else rotations[ctx.shard.own_heads(self.heads)]
         hasher = Hasher(rotations, num_buckets, self.backend)
         if cache_layer is not None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from ..ops.dispatch import compiled_step, windowed_attention
+from ..ops.dispatch import decode_kernel, windowed_attention
 from ..ops.gather_attention import SparseAttention, concat_queries, gather_attention
+from ..ops.lsh import bucket_factors
 from .forward_context import ForwardContext
 
 MAX_DECODE_TOKENS = 8  # new tokens, up to which each is looked up by itself
@@ -69,6 +70,17 @@ def prefill(
     return torch.cat(outputs, dim=1), None
 
 
+def cache_tensors(kernel: Any, cache_layer: Any) -> Any:
+    """What the decode functions of `reformer_kernels.cpu` read and write of a cache layer."""
+    hasher, chains = cache_layer.hasher, cache_layer.chains
+    if hasher is None:
+        return kernel.CacheTensors(cache_layer.keys, cache_layer.values)
+    return kernel.CacheTensors(
+        cache_layer.keys, cache_layer.values, cache_layer.buckets, chains.newest, chains.previous, hasher.rotations,
+        bucket_factors(hasher.num_buckets), cache_layer.lsh_window,
+    )  # fmt: skip
+
+
 def decode(
     attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vectors: Any, ctx: ForwardContext
 ) -> tuple[torch.Tensor, SparseAttention | None]:
@@ -82,11 +94,13 @@ def decode(
     cache_layer = ctx.cache.layers[attention.layer]
     hasher = None if vectors is None else attention.hasher(vectors, ctx)
     windows = attention.mode == "window"
-    step = compiled_step(attention.backend, cache_layer.keys) if windows and not ctx.want_weights else None
-    if step is not None:
+    kernel = decode_kernel(attention.backend, cache_layer.keys) if windows and not ctx.want_weights else None
+    if kernel is not None:
         rounds = None if hasher is None else (*value.shape[:2], ctx.num_hashes)
         numbers = cache_layer.reserve(value.shape[2], ctx.mask, rounds)
-        out = step(query, key, value, vectors, cache_layer, numbers, cache_layer.local_reach, attention.scale)
+        cache = cache_tensors(kernel, cache_layer)
+        reach = cache_layer.local_reach
+        out = kernel.decode_attention(query, key, value, vectors, numbers, cache, reach, attention.scale)
         cache_layer.commit(numbers)
         return out, None
     outputs = []

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers.activations import GELUActivation
 
-from ..ops.dispatch import compiled_token_step
+from ..ops.dispatch import decode_kernel
+from .cached_attention import cache_tensors
 from .forward_context import ForwardContext
 
 MAX_BATCH_SIZE = 8  # with more, matrix products of the whole batch are faster
@@ -50,25 +51,26 @@ def plan_fused_decode(
         if step is None:
             return None
         steps.append(step)
-    kernel = compiled_token_step(layers[0].attention.backend, steps[0]["kept"].keys)
+    kernel = decode_kernel(layers[0].attention.backend, steps[0][0].keys)
     if kernel is None:
         return None
 
     def run(x1: torch.Tensor, x2: torch.Tensor) -> Streams:
-        for step in steps:
-            cache_layer = step["kept"]
+        inputs = []
+        for cache_layer, weights, options in steps:
             rounds = None if cache_layer.buckets is None else cache_layer.buckets.shape[:3]
-            step["numbers"] = cache_layer.reserve(1, ctx.mask, rounds)
-        streams = kernel(x1, x2, steps, ctx.rotary)
-        for step in steps:
-            step["kept"].commit(step["numbers"])
+            numbers = cache_layer.reserve(1, ctx.mask, rounds)
+            inputs.append(kernel.DecodeLayer(weights, cache_tensors(kernel, cache_layer), numbers, *options))
+        streams = kernel.decode_layers(x1, x2, inputs, ctx.rotary)
+        for (cache_layer, *_), layer in zip(steps, inputs, strict=True):
+            cache_layer.commit(layer.indices)
         return streams
 
     return run
 
 
-def _describe(layer: Any, cache_layers: list) -> dict[str, Any] | None:
-    """What the kernel has to know of a layer, by its names; None for a layer that it cannot take."""
+def _describe(layer: Any, cache_layers: list) -> tuple[Any, dict[str, torch.Tensor | None], tuple] | None:
+    """A layer's cache, weights and options, as the kernel's `DecodeLayer` takes them; None if it cannot."""
     if "expected_types" not in layer.__dict__ or not layer.is_unmodified():  # a wrapper, perhaps
         return None
     parts = layer._modules  # every token comes here, and a module's attributes take their time
@@ -88,14 +90,7 @@ def _describe(layer: Any, cache_layers: list) -> dict[str, Any] | None:
     weights = _weights(attention, feed_forward, norm._parameters, second_norm._parameters)
     if weights is None:
         return None
-    return {
-        "kept": cache_layer,
-        "weights": weights,
-        "gelu": ACTIVATIONS[act],
-        "epsilon": norm.eps,
-        "local_window": cache_layer.local_reach,
-        "scale": attention.scale,
-    }
+    return cache_layer, weights, (ACTIVATIONS[act], norm.eps, cache_layer.local_reach, attention.scale)
 
 
 def _weights(

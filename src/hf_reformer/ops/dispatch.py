@@ -1,34 +1,45 @@
-"""Ordered attention, the one op behind local and LSH attention, and the choice of a backend for it."""
+"""Windowed attention, the one op behind local and LSH attention, and what layers need to lay it out: by any backend.
+
+Everything here takes `backend`: `config.attention_backend`. "torch" and "reference" are pure PyTorch. "cpu" and
+"triton" are the compiled kernels of `reformer_kernels`, which may be missing.
+"""
 
 import functools
 import logging
 import os
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
-from .layout import AttentionLayout, bucket_windows, sort_by_bucket
-from .lsh import lsh_buckets
+from ..compat import in_functorch_transform
+from .kernel_check import agrees
+from .layout import AttentionLayout, window_extent
+from .layout import chunk_layout as chunk_layout_in_torch
+from .layout import window_layout as window_layout_in_torch
+from .lsh import bucket_factors
+from .lsh import lsh_buckets as lsh_buckets_in_torch
+from .lsh import window_rotations as window_rotations_in_torch
 from .prng import normal_rows
-from .received_attention import BACKENDS as WITH_MASS
 from .reference import windowed_attention as reference_attention
 from .tiled_attention import tiled_attention
 
 try:
-    from reformer_kernels import triton as _triton
+    from reformer_kernels import cpu, triton
     from reformer_kernels.contract import CONTRACT
-    from reformer_kernels.cpu import torch_ops as _cpu
 
-    # A copy of this file that came with a model may meet a package of another age.
-    KERNELS: dict[str, ModuleType] = {"cpu": _cpu, "triton": _triton} if CONTRACT == 3 else {}
-except ImportError:  # this file travels alone: a model loaded with trust_remote_code, without the package
+    # A copy of this file that came with a model may meet kernels of another version.
+    KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton} if CONTRACT == 4 else {}
+except ImportError:  # a model loaded with trust_remote_code, without the package
     KERNELS = {}
 
 logger = logging.getLogger(__name__)
 
-BACKENDS: dict[str, Callable[..., torch.Tensor]] = {"torch": tiled_attention, "reference": reference_attention}
+BACKENDS: dict[str, Callable[..., Any]] = {"torch": tiled_attention, "reference": reference_attention}
+
+
+# --- the choice of a backend
 
 
 def resolve_backend(choice: str = "auto") -> str:
@@ -58,13 +69,33 @@ def select_backend(choice: str, *tensors: torch.Tensor) -> str:
     if choice == "auto":
         if "cpu" not in KERNELS or tensors[0].device.type != "cpu":
             return "torch"
-        reason = KERNELS["cpu"].unsupported_reason(*tensors)
+        reason = unsupported_reason("cpu", *tensors)
         if reason is not None and not torch.compiler.is_compiling():
             _warn_once(reason)
         return "cpu" if reason is None else "torch"
-    if choice in KERNELS and (reason := KERNELS[choice].unsupported_reason(*tensors)):
+    if choice in KERNELS and (reason := unsupported_reason(choice, *tensors)):
         raise ValueError(f"attention backend {choice!r} cannot be used here: {reason}. Choose 'auto', or 'torch'.")
     return choice
+
+
+def unsupported_reason(backend: str, *tensors: torch.Tensor) -> str | None:
+    """Why a backend of `KERNELS` cannot serve tensors like these, (B, H, T, D), or None."""
+    reason = KERNELS[backend].unsupported_reason(*tensors)
+    if reason is None and in_functorch_transform():
+        return "it has no rule for torch.func transforms"
+    return _library_fault() if reason is None and backend == "cpu" else reason
+
+
+@torch.compiler.assume_constant_result
+def _library_fault() -> str | None:
+    """Why the compiled library itself cannot be used, or None; it does not change, so dynamo need not look."""
+    return check_library()
+
+
+@functools.cache
+def check_library() -> str | None:
+    """Compile, load and check the CPU kernels, once a process; why they cannot be used, or None."""
+    return KERNELS["cpu"].choose_library(functools.partial(agrees, KERNELS["cpu"]))
 
 
 @functools.cache
@@ -72,41 +103,17 @@ def _warn_once(reason: str) -> None:
     logger.warning("Attention runs in pure PyTorch, several times slower than compiled: %s.", reason)
 
 
-class HashingBackend(NamedTuple):
-    """What a backend brings for making orders.
+def decode_kernel(choice: str, cached_keys: torch.Tensor) -> Any:
+    """`reformer_kernels.cpu`, if it serves a cache of keys like these, (B, H, capacity, D), outside of a trace.
 
-    Attributes:
-        lsh_buckets: `hashing.lsh_buckets`, or a faster one.
-        sort_windows, sort_line: for the `sort` of `window_layout` and `chunk_layout`.
-        normals: for those of `window_rotations`.
+    Its `decode_attention` takes float32 and bfloat16, its `decode_layers` float32. Else None.
     """
-
-    lsh_buckets: Callable
-    sort_windows: Callable
-    sort_line: Callable
-    normals: Callable
-
-
-def hashing_backend(choice: str, vectors: torch.Tensor) -> HashingBackend:
-    """Those of the backend that serves `vectors` (B, H, T, D)."""
-    if select_backend(choice, vectors, vectors) == "cpu":
-        kernel = KERNELS["cpu"]
-        return HashingBackend(kernel.lsh_buckets, kernel.bucket_windows, kernel.sort_by_bucket, kernel.normal_rows)
-    return HashingBackend(lsh_buckets, bucket_windows, sort_by_bucket, normal_rows)
-
-
-def compiled_step(choice: str, kept: torch.Tensor) -> Callable | None:
-    """`kernels.cpu.step` where it serves tensors like `kept` (B, H, T, D), and nothing is traced; else None."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or cached_keys.dtype not in (torch.float32, torch.bfloat16):
         return None
-    name = select_backend(choice, kept)
-    served = name == "cpu" and kept.dtype in (torch.float32, torch.bfloat16)
-    return KERNELS["cpu"].step if served else None
+    return KERNELS["cpu"] if select_backend(choice, cached_keys) == "cpu" else None
 
 
-def compiled_token_step(choice: str, kept: torch.Tensor) -> Callable | None:
-    """`kernels.cpu.token_step` where it serves tensors like `kept` (B, H, T, D), else None."""
-    return KERNELS["cpu"].token_step if select_backend(choice, kept) == "cpu" and kept.dtype == torch.float32 else None
+# --- attention
 
 
 def windowed_attention(
@@ -128,30 +135,92 @@ def windowed_attention(
     Args:
         query, value: (B, H, T, D) floating. Half precision is accumulated in float32.
         key: the same, or None for shared query/key attention: keys are then the queries scaled to unit length
-            (`reference.shared_key`), and a token sees itself only where it sees nothing else.
+            (`reference.shared_key`), and a token attends to itself only where nothing else is visible.
         layout: of `window_layout` or `chunk_layout`, batch B (heads H or 1).
         causal, mask: used by the chunk rule alone, whose softmax keeps the future and padding with a score of -1e9.
             mask: (B, T) bool, True for real tokens. In window mode `layout` has both built in.
-        scale: scores are query @ key^T * scale; shared keys have their own.
         dropout, dropout_key: dropout on the attention weights, a function of (dropout_key, row, head, query, key).
+        scale: scores are query @ key^T * scale; shared keys have their own.
         query_weights: (B, T), the weight of every query in the attention mass. No gradient passes to it.
 
     Returns:
-        (B, H, T, D) in value's dtype; a token that sees nothing gets 0. And with `query_weights` the attention mass,
+        (B, H, T, D) in value's dtype; a token with empty windows gets 0. And with `query_weights` the attention mass,
         (B, T) in at least float32, else None: mass[j] is the sum over heads and queries i of
         P[i, j] * query_weights[i], with the weights P before dropout. Gradients pass through it.
     """
     if dropout_key is None or dropout == 0:
         dropout, dropout_key = 0.0, None
+    if query_weights is not None:
+        query_weights = query_weights.detach().to(torch.promote_types(query.dtype, torch.float32))
     name = select_backend(backend, *(x for x in (query, value, key) if x is not None))
-    options = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
-    if name == "cpu":  # without a scaled copy of the keys
-        options["scale"] = scale
-    elif key is not None and scale != 1:
-        key = key * scale
-    if query_weights is None:
-        attend = KERNELS[name].windowed_attention if name in KERNELS else BACKENDS[name]
-        return attend(query, key, value, layout, **options), None
-    query_weights = query_weights.detach().to(torch.promote_types(query.dtype, torch.float32))
-    attend = KERNELS[name].attention_received if name in KERNELS else WITH_MASS[name]
-    return attend(query, key, value, layout, query_weights, **options)
+    if name in KERNELS:
+        out, _, _, mass = KERNELS[name].attention(
+            query, key, value, *layout[:3], mask, dropout_key, query_weights, *layout[3:], causal, dropout, scale
+        )
+        return out.to(value.dtype), None if query_weights is None else mass
+    return BACKENDS[name](
+        query, key, value, layout, causal=causal, mask=mask, dropout=dropout, dropout_key=dropout_key, scale=scale,
+        query_weights=query_weights,
+    )  # fmt: skip
+
+
+# --- hashing and sorting: the functions of `lsh` and `layout`, by the compiled kernels where they serve
+
+
+def lsh_buckets(
+    vectors: torch.Tensor, rotations: torch.Tensor, num_buckets: int | tuple[int, ...], backend: str = "auto"
+) -> torch.Tensor:
+    """`lsh.lsh_buckets`. Near-ties may fall differently in different backends."""
+    if select_backend(backend, vectors) != "cpu":
+        return lsh_buckets_in_torch(vectors, rotations, num_buckets)
+    return KERNELS["cpu"].lsh_buckets(vectors.detach(), rotations, list(bucket_factors(num_buckets)))
+
+
+def window_rotations(
+    key: torch.Tensor,
+    layer: int,
+    heads: int,
+    head_size: int,
+    num_hashes: int,
+    num_buckets: int | tuple[int, ...],
+    like: torch.Tensor,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """`lsh.window_rotations` for vectors like `like`, (B, H, T, D); equal in all backends but for the last bits."""
+    normals = KERNELS["cpu"].normal_rows if select_backend(backend, like) == "cpu" else normal_rows
+    return window_rotations_in_torch(key, layer, heads, head_size, num_hashes, num_buckets, normals)
+
+
+def window_layout(
+    groups: list[tuple[torch.Tensor, int | None, int]],
+    causal: bool,
+    mask: torch.Tensor | None,
+    block_size: int = 32,
+    backend: str = "auto",
+) -> AttentionLayout:
+    """`layout.window_layout`, the same in all backends."""
+    by_kernel = select_backend(backend, groups[0][0]) == "cpu"
+    return window_layout_in_torch(groups, causal, mask, block_size, _bucket_windows if by_kernel else None)
+
+
+def _bucket_windows(buckets, num_buckets, window: int, causal: bool, mask) -> list[torch.Tensor]:
+    outputs = 2 if causal else 3
+    return KERNELS["cpu"].sort_by_bucket(buckets, mask, num_buckets, *window_extent(window, causal), outputs)
+
+
+def chunk_layout(
+    buckets: torch.Tensor,
+    num_buckets: int,
+    chunk: int,
+    chunks_before: int,
+    chunks_after: int,
+    mask: torch.Tensor | None,
+    backend: str = "auto",
+) -> AttentionLayout:
+    """`layout.chunk_layout`, the same in all backends."""
+    sort = _sort_by_bucket if select_backend(backend, buckets) == "cpu" else None
+    return chunk_layout_in_torch(buckets, num_buckets, chunk, chunks_before, chunks_after, mask, sort)
+
+
+def _sort_by_bucket(buckets, num_buckets: int, mask) -> torch.Tensor:
+    return KERNELS["cpu"].sort_by_bucket(buckets, mask, num_buckets, 0, 0, 1)[0]

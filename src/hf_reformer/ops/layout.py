@@ -37,103 +37,109 @@ class AttentionLayout(NamedTuple):
 
 @torch.no_grad()
 def window_layout(
-    buckets: list[tuple[torch.Tensor, int | None, int]],
+    groups: list[tuple[torch.Tensor, int | None, int]],
     causal: bool,
     mask: torch.Tensor | None,
-    tile: int = 32,
-    sort: Callable | None = None,
+    block_size: int = 32,
+    sort: Callable[..., list[torch.Tensor]] | None = None,
 ) -> AttentionLayout:
     """Sort tokens by (bucket, position) and give every token its window inside its bucket.
 
     Args:
-        buckets: groups of rounds: (buckets (B, H, R, T) int32, number of buckets if known, window). The position order
-            is a group with one bucket. All share B, H and T (H may be 1 throughout).
-        causal: a token sees itself and the `window - 1` places before it; otherwise `window // 2` on either side.
-        mask: (B, T) bool, True for real tokens, or None. Padding stands at the end of the line and sees nothing.
-        sort: does the work of `bucket_windows`, faster; gives tensors that may be written to.
+        groups: of rounds: (buckets (B, H, R, T) int32, number of buckets if known, window). The order of positions is
+            a group with one bucket. All share B, H and T (H may be 1 throughout).
+        causal: a window is the token itself and the `window - 1` positions before it; otherwise `window // 2` on
+            either side.
+        mask: (B, T) bool, True for real tokens, or None. Padding is sorted last and has empty windows.
+        sort: does the work of `bucket_windows`, faster; its tensors may be written to.
 
     Returns:
-        AttentionLayout with `dedup_pairs=True`; lo and hi never leave their round.
+        AttentionLayout with `dedup_pairs=True`; windows never leave their round.
     """
     sort = sort or bucket_windows
-    sorted_groups = [sort(group, count, window, causal, mask) for group, count, window in buckets]
+    sorted_groups = [sort(group, num_buckets, window, causal, mask) for group, num_buckets, window in groups]
     parts = zip(*sorted_groups, strict=True)
-    line, lo, *hi = (part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts)
-    rounds, length = line.shape[2:]
-    place = torch.arange(rounds * length, dtype=torch.int32, device=line.device).view(rounds, length)
-    lo, last = lo.add_(place[:, :1]), hi[0].add_(place[:, :1]) if hi else place.expand_as(line)
-    widest = max(window for *_, window in buckets)
-    before, after = (torch.sym_min(far, length - 1) for far in reach(widest, causal))  # min, of traced lengths too
-    return AttentionLayout(line, lo, last, torch.sym_min(tile, length), before, after, dedup_pairs=True)
+    perm, start, *end = (part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts)
+    rounds, length = perm.shape[2:]
+    sorted_pos = torch.arange(rounds * length, dtype=torch.int32, device=perm.device).view(rounds, length)
+    start = start.add_(sorted_pos[:, :1])
+    last = end[0].add_(sorted_pos[:, :1]) if end else sorted_pos.expand_as(perm)
+    widest = max(window for *_, window in groups)
+    left, right = (
+        torch.sym_min(reach, length - 1) for reach in window_extent(widest, causal)
+    )  # of traced lengths too
+    return AttentionLayout(perm, start, last, torch.sym_min(block_size, length), left, right, dedup_pairs=True)
 
 
-def reach(window: int, causal: bool) -> tuple[int, int]:
-    """How many places a token sees ahead of its own and behind it."""
+def window_extent(window: int, causal: bool) -> tuple[int, int]:
+    """How many sorted positions a window reaches to the left and to the right of its token."""
     return (window - 1, 0) if causal else (window // 2, window // 2)
 
 
 def bucket_windows(
-    buckets: torch.Tensor, count: int | None, window: int, causal: bool, mask: torch.Tensor | None
+    buckets: torch.Tensor, num_buckets: int | None, window: int, causal: bool, mask: torch.Tensor | None
 ) -> list[torch.Tensor]:
-    """Line, lo and hi of a group of rounds, (B, H, R, T) int32, places counted within each round.
+    """perm, window_start and window_end of a group of rounds, (B, H, R, T) int32, counted within each round.
 
-    Without hi if causal: a window then ends at its own place.
+    Without window_end if causal: a window then ends at its own position.
     """
     length = buckets.shape[-1]
-    place = torch.arange(length, dtype=torch.int32, device=buckets.device)
+    sorted_pos = torch.arange(length, dtype=torch.int32, device=buckets.device)
     if mask is not None:
         buckets = torch.where(mask[:, None, None, :], buckets, torch.iinfo(torch.int32).max)
-    if count == 1 and mask is None:
-        line, first, last = place.expand_as(buckets), torch.zeros_like(buckets), torch.full_like(buckets, length - 1)
+    if num_buckets == 1 and mask is None:
+        perm, first = sorted_pos.expand_as(buckets), torch.zeros_like(buckets)
+        last = torch.full_like(buckets, length - 1)
     else:
-        values, line = torch.sort(buckets, dim=-1, stable=True)  # (B, H, R, T)
+        values, perm = torch.sort(buckets, dim=-1, stable=True)  # (B, H, R, T)
         border = values[..., 1:] != values[..., :-1]
-        first = torch.nn.functional.pad(border * place[1:], (1, 0)).cummax(-1).values
-        last = torch.nn.functional.pad(torch.where(border, place[:-1], length - 1), (0, 1), value=length - 1)
+        first = torch.nn.functional.pad(border * sorted_pos[1:], (1, 0)).cummax(-1).values
+        last = torch.where(border, sorted_pos[:-1], length - 1)
+        last = torch.nn.functional.pad(last, (0, 1), value=length - 1)
         last = last if causal else last.flip(-1).cummin(-1).values.flip(-1)
-    back, on = reach(window, causal)
-    lo = torch.maximum(first, place - back)
-    real = None if mask is None else place < mask.sum(-1, dtype=torch.int32)[:, None, None, None]
-    lo = lo if real is None else torch.where(real, lo, place + 1)
+    left, right = window_extent(window, causal)
+    start = torch.maximum(first, sorted_pos - left)
+    real = None if mask is None else sorted_pos < mask.sum(-1, dtype=torch.int32)[:, None, None, None]
+    start = start if real is None else torch.where(real, start, sorted_pos + 1)
     if causal:
-        return [line.to(torch.int32), lo]
-    hi = torch.minimum(last, place + on)
-    return [line.to(torch.int32), lo, hi if real is None else torch.where(real, hi, place)]
+        return [perm.to(torch.int32), start]
+    end = torch.minimum(last, sorted_pos + right)
+    return [perm.to(torch.int32), start, end if real is None else torch.where(real, end, sorted_pos)]
 
 
 @torch.no_grad()
 def chunk_layout(
     buckets: torch.Tensor,
-    count: int,
+    num_buckets: int,
     chunk: int,
-    before: int,
-    after: int,
+    chunks_before: int,
+    chunks_after: int,
     mask: torch.Tensor | None,
-    sort: Callable | None = None,
+    sort: Callable[..., torch.Tensor] | None = None,
 ) -> AttentionLayout:
-    """The older rule: all rounds as one line, cut in chunks that see `before` and `after` neighbours, wrapping around.
+    """The legacy chunked rule: all rounds end to end, cut in chunks that see neighbouring chunks, wrapping around.
 
     Args:
         buckets: (B, H, R, T) int32 (zeros for local attention, then R = 1); T is a multiple of `chunk`, or at most
             `chunk`, and then every token sees all.
-        count: number of buckets; padding (mask False) sorts behind them.
+        num_buckets: how many there are; padding (mask False) is sorted behind them.
         sort: does the work of `sort_by_bucket`, faster.
     """
     rounds, length = buckets.shape[2:]
-    place = torch.arange(rounds * length, dtype=torch.int32, device=buckets.device).view(rounds, length)
+    sorted_pos = torch.arange(rounds * length, dtype=torch.int32, device=buckets.device).view(rounds, length)
     if length <= chunk:
-        line = place[:1].expand(*buckets.shape[:2], 1, length)
+        perm = sorted_pos[:1].expand(*buckets.shape[:2], 1, length)
         return AttentionLayout(
-            line, torch.zeros_like(line), torch.full_like(line, length - 1), length, 0, 0, dedup_pairs=False
+            perm, torch.zeros_like(perm), torch.full_like(perm, length - 1), length, 0, 0, dedup_pairs=False
         )
-    line = (sort or sort_by_bucket)(buckets, count, mask)
-    lo = ((place // chunk - before) * chunk).expand_as(line)
-    hi = ((place // chunk + after + 1) * chunk - 1).expand_as(line)
-    return AttentionLayout(line, lo, hi, chunk, before * chunk, after * chunk, dedup_pairs=False)
+    perm = (sort or sort_by_bucket)(buckets, num_buckets, mask)
+    start = ((sorted_pos // chunk - chunks_before) * chunk).expand_as(perm)
+    end = ((sorted_pos // chunk + chunks_after + 1) * chunk - 1).expand_as(perm)
+    return AttentionLayout(perm, start, end, chunk, chunks_before * chunk, chunks_after * chunk, dedup_pairs=False)
 
 
-def sort_by_bucket(buckets: torch.Tensor, count: int, mask: torch.Tensor | None) -> torch.Tensor:
+def sort_by_bucket(buckets: torch.Tensor, num_buckets: int, mask: torch.Tensor | None) -> torch.Tensor:
     """Tokens sorted by (bucket, position), padding last: (B, H, R, T) int32."""
     if mask is not None:
-        buckets = torch.where(mask[:, None, None, :], buckets, count)
+        buckets = torch.where(mask[:, None, None, :], buckets, num_buckets)
     return torch.sort(buckets, dim=-1, stable=True).indices.to(torch.int32)

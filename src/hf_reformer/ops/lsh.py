@@ -1,5 +1,6 @@
-"""Angular LSH (paper, section 2): rotations, buckets, and the random buckets of exploration. Nothing carries gradients."""
+"""Angular LSH (paper, section 2): rotations, buckets, and random exploration buckets. Nothing carries gradients."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,10 +15,7 @@ def bucket_factors(num_buckets: int | tuple[int, ...] | list[int]) -> tuple[int,
 
 def num_buckets_total(num_buckets: int | tuple[int, ...] | list[int]) -> int:
     """Number of buckets in all."""
-    total = 1
-    for factor in bucket_factors(num_buckets):
-        total *= factor
-    return total
+    return math.prod(bucket_factors(num_buckets))
 
 
 def window_rotations(
@@ -27,11 +25,11 @@ def window_rotations(
     head_size: int,
     num_hashes: int,
     num_buckets: int | tuple[int, ...],
-    normals: Callable = normal_rows,
+    normals: Callable[[torch.Tensor, int], torch.Tensor] = normal_rows,
 ) -> torch.Tensor:
-    """Gaussian rotations (H, D, R, sum(factors) / 2), float32, a function of (key, layer, round) and of the place.
+    """Gaussian rotations (H, D, R, sum(factors) / 2), float32, a function of (key, layer, round) and of the entry.
 
-    `normals` does the work of `randomness.normal_rows`, faster.
+    `normals` does the work of `prng.normal_rows`, perhaps faster.
     """
     columns = sum(bucket_factors(num_buckets)) // 2
     device = key.device
@@ -43,7 +41,7 @@ def window_rotations(
 def seeded_rotations(
     seed: int, heads: int, head_size: int, num_hashes: int, num_buckets: int | tuple[int, ...], like: torch.Tensor
 ) -> torch.Tensor:
-    """The rotations transformers' own Reformer draws with `hash_seed`, from a private generator.
+    """The rotations that transformers' own Reformer draws with `hash_seed`, from a private generator.
 
     Same shape as `window_rotations`, dtype and device of `like`, the same for every layer.
     """
@@ -81,16 +79,16 @@ def lsh_buckets(vectors: torch.Tensor, rotations: torch.Tensor, num_buckets: int
 
 
 def exploration_buckets(
-    key: torch.Tensor, layer: int, heads: int, count: int, num_buckets: int, ranks: torch.Tensor
+    key: torch.Tensor, layer: int, heads: int, num_rounds: int, num_buckets: int, ranks: torch.Tensor
 ) -> torch.Tensor:
-    """Buckets drawn at random per position, free of content: (B, H, count, T) int32.
+    """Random buckets, independent of content: (B, H, num_rounds, T) int32.
 
-    `ranks`: (B, T) int32, the number of real tokens before each token. The draw depends on (key, layer, order, head,
-    rank) alone, so padding and the other rows of a batch change nothing.
+    `ranks`: (B, T) int32, the number of real tokens before each token. A bucket depends on (key, layer, round, head,
+    rank) alone, so padding and the other sequences of a batch change nothing.
     """
-    orders = torch.arange(count, dtype=torch.int32, device=ranks.device)[:, None]
+    rounds = torch.arange(num_rounds, dtype=torch.int32, device=ranks.device)[:, None]
     head = torch.arange(heads, dtype=torch.int32, device=ranks.device)[:, None, None]
-    draws = fold(key, layer, EXPLORATION, head, orders, ranks[:, None, None, :])  # (B, H, count, T)
+    draws = fold(key, layer, EXPLORATION, head, rounds, ranks[:, None, None, :])  # (B, H, num_rounds, T)
     return (draws.to(torch.int64) + 2**31).mul_(num_buckets).bitwise_right_shift_(32).to(torch.int32)
 
 

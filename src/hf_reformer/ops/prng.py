@@ -1,8 +1,8 @@
-"""Counter-based random numbers: every draw is a function of a key and of the place where it is used.
+"""Counter-based random numbers: every draw is a function of a key and of where it is used.
 
 One integer key is drawn from torch's default generator per training forward. Everything random below it (rotations,
-exploration buckets, dropout masks) is hashed from that key and from (layer, site, row, head, position), so a
-recomputation, another backend or another process reproduces it without touching any generator.
+exploration buckets, dropout masks) is hashed from that key and from (layer, site, sequence, head, position). So a
+recomputation, another backend or another process reproduces it without any generator.
 
 All arithmetic is 32-bit integer arithmetic that wraps around, the same on every device.
 """
@@ -72,21 +72,21 @@ def pair_scramble(query_key: torch.Tensor, key_key: torch.Tensor) -> torch.Tenso
 
 
 def keep_threshold(p: float) -> int:
-    """Largest number that counts as dropped, plus one: a signed 32-bit number below it is dropped (probability p)."""
+    """A signed 32-bit random number below this one drops its pair, with probability p."""
     return min(round(p * 2**32), 2**32) - 2**31
 
 
-def dropout(x: torch.Tensor, p: float, key: torch.Tensor | None, first: int = 0) -> torch.Tensor:
+def dropout(x: torch.Tensor, p: float, key: torch.Tensor | None, offset: int = 0) -> torch.Tensor:
     """Dropout whose mask is a function of (key, row, position, feature).
 
     Args:
         x: (B, T, D), any floating dtype.
         p: probability of a zero, rounded to a multiple of 2^-16.
         key: int32 key of shape (); `None` (evaluation) returns x.
-        first: position of x[:, 0] in its sequence, for callers that work on slices.
+        offset: position of x[:, 0] in its sequence, for callers that work on chunks.
 
     Returns:
-        (B, T, D): x with dropped entries zero and the others divided by the share that is kept.
+        (B, T, D): x with dropped entries zero and the others divided by the share that is not dropped.
     """
     dropped = round(p * 2**16)
     if key is None or dropped == 0:
@@ -95,24 +95,24 @@ def dropout(x: torch.Tensor, p: float, key: torch.Tensor | None, first: int = 0)
         return x * 0
     batch, length, width = x.shape
     draw = _mask_as_op if torch.compiler.is_compiling() else dropout_mask
-    return x * draw(key, batch, length, width, dropped, first).to(x.dtype).mul_(2**16 / (2**16 - dropped))
+    return x * draw(key, batch, length, width, dropped, offset).to(x.dtype).mul_(2**16 / (2**16 - dropped))
 
 
-def dropout_mask(key: torch.Tensor, batch: int, length: int, width: int, dropped: int, first: int) -> torch.Tensor:
+def dropout_mask(key: torch.Tensor, batch: int, length: int, width: int, dropped: int, offset: int) -> torch.Tensor:
     """True where `dropout` keeps, (B, T, D); `dropped` of 2^16 entries are False."""
     rows = torch.arange(batch, dtype=torch.int32, device=key.device)[:, None]
-    places = torch.arange(first, first + length, dtype=torch.int32, device=key.device)
+    positions = torch.arange(offset, offset + length, dtype=torch.int32, device=key.device)
     words = torch.arange((width + 1) // 2, dtype=torch.int32, device=key.device)
-    bits = pair_scramble(fold(key, rows, places)[..., None], fold(key, words))  # (B, T, D / 2)
+    bits = pair_scramble(fold(key, rows, positions)[..., None], fold(key, words))  # (B, T, D / 2)
     bits = (bits ^ _logical_shift(bits, 16)).view(torch.int16)[..., :width]  # two numbers of 16 bits each
     return bits >= dropped - 2**15
 
 
-# Compilers would write the hash anew into every loop that reads the mask, and take minutes. As an op it stays whole.
+# Compilers would repeat the hash in every loop that reads the mask, and take minutes; as an op it stays whole.
 # It is named after this module: a copy of this file elsewhere registers its own.
 _mask_as_op = torch.library.custom_op(re.sub(r"\W", "_", __name__) + "::dropout_mask", dropout_mask, mutates_args=())
 
 
 @_mask_as_op.register_fake
-def _(key, batch, length, width, dropped, first):
+def _(key, batch, length, width, dropped, offset):
     return key.new_empty(batch, length, width, dtype=torch.bool)

@@ -1,1 +1,26 @@
-"""The C++ kernels: compiled on first use, called through ctypes, registered as torch ops."""
+"""The CPU backend: C++ kernels, compiled on first use, called through ctypes, registered as torch ops."""
+
+import torch
+
+from ..attention_op import AttentionArgs
+from . import bindings
+from .decode import CacheTensors, DecodeLayer, decode_attention, decode_layers
+from .library import choose_library, current_variant
+from .torch_ops import attention, lsh_buckets, normal_rows, sort_by_bucket
+
+__all__ = [
+    "AttentionArgs", "CacheTensors", "DecodeLayer", "attention", "bindings", "choose_library", "current_variant",
+    "decode_attention", "decode_layers", "lsh_buckets", "normal_rows", "sort_by_bucket", "unsupported_reason",
+]  # fmt: skip
+
+
+def unsupported_reason(*tensors: torch.Tensor) -> str | None:
+    """Why the kernels cannot serve tensors like these, (B, H, T, D), or None. Integers need only be on a CPU."""
+    for x in tensors:
+        if x.device.type != "cpu":
+            return f"it runs on a CPU, not on {x.device.type}"
+        if x.is_floating_point() and x.dtype not in (*bindings.DTYPES, torch.float16):
+            return f"it knows float32, bfloat16 and float16, not {x.dtype}"
+        if x.is_floating_point() and x.shape[-1] % 8:
+            return f"head sizes must be multiples of 8, not {x.shape[-1]}"
+    return None

@@ -1,112 +1,132 @@
-"""Calls of the compiled library for tokens that come one by one, on top of a cache layer."""
+"""Calls of the compiled library for generation: new tokens on top of a cache."""
 
 import ctypes
-from typing import Any
+from ctypes import byref
+from typing import Any, NamedTuple
 
 import torch
 
-from hf_reformer.ops.lsh import bucket_factors
+from .bindings import DTYPES, pointer, readable, strided
+from .library import DecodeParams, LayerParams, StackParams, current_library
 
-from .bindings import DTYPES, _pointer, _readable, _run, _strided, _structure
 
-_Step = _structure(
-    "_Step",
+class CacheTensors(NamedTuple):
+    """What a layer's cache holds. The kernels write new tokens to its tensors.
+
+    Attributes:
+        keys, values: (B, H, capacity, D) contiguous, by a token's index modulo the capacity.
+        buckets: (B, H, R, capacity) int32; this and the following are those of LSH layers alone.
+        newest, previous: of `bucket_tables.BucketChains`.
+        rotations: (H, D, R, sum(factors) / 2) float32.
+        factors: bucket factors.
+        window: newest members of every bucket that a token attends to.
     """
-    strided: query, key, value, vectors
-    pointer: rotations, factors, numbers, keys, values, buckets, newest, previous
-    int: batch, heads, length, size, rounds, columns, num_factors, count, window, local_window, room, bfloat16
-    int: threads
-    double: scale
-    pointer: out
-    """,
-)
-_LayerStep = _structure(
-    "_LayerStep",
-    """
-    pointer: attention_norm, attention_norm_bias, feed_forward_norm, feed_forward_norm_bias
-    pointer: query_proj, key_proj, value_proj, out_proj, up_proj, up_bias, down_proj, down_bias
-    pointer: cosines, sines, step
-    int: hidden, feed_forward, gelu, float64, turns
-    double: epsilon
-    pointer: x1, x2
-    """,
-)
-_LayerSteps = _structure("_LayerSteps", "pointer: layers\n int: count")
 
-
-def _step(kept, numbers: torch.Tensor, hashed: bool, local_window: int, scale: float, keep: list) -> Any:
-    """New tokens of these numbers, (B, T), on top of `kept`: all but their vectors and where the result goes.
-
-    `keep` holds on to what the structure points at.
-    """
-    batch, heads, _, size = kept.keys.shape
-    numbers = numbers.contiguous()
-    rotations, newest, previous, count, window, rounds = None, None, None, 0, 0, 0
+    keys: torch.Tensor
+    values: torch.Tensor
+    buckets: torch.Tensor | None = None
+    newest: torch.Tensor | None = None
+    previous: torch.Tensor | None = None
+    rotations: torch.Tensor | None = None
     factors: tuple[int, ...] = ()
-    if hashed:
-        rotations, factors, window = kept.rotations, bucket_factors(kept.num_buckets), kept.window
-        newest, previous = kept.tables.newest, kept.tables.previous
-        count, rounds = newest.shape[-1], rotations.shape[2]
-    numbers_of_factors = (ctypes.c_int64 * max(1, len(factors)))(*factors)
-    keep += [numbers, numbers_of_factors]
-    return _Step(
-        rotations=_pointer(rotations), factors=ctypes.addressof(numbers_of_factors), numbers=numbers.data_ptr(),
-        keys=kept.keys.data_ptr(), values=kept.values.data_ptr(), buckets=_pointer(kept.buckets),
-        newest=_pointer(newest), previous=_pointer(previous),
-        batch=batch, heads=heads, length=numbers.shape[1], size=size, rounds=rounds, columns=sum(factors) // 2,
-        num_factors=len(factors), count=count, window=window, local_window=local_window, room=kept.room,
-        bfloat16=DTYPES[kept.keys.dtype], threads=torch.get_num_threads(), scale=scale,
+    window: int = 0
+
+
+class DecodeLayer(NamedTuple):
+    """What `decode_layers` needs of a layer.
+
+    Attributes:
+        weights: float32 and contiguous, by their names in `library.LayerParams`; `key_proj` None: shared query/key.
+        cache: its cache.
+        indices: (B, 1) int64, the new tokens' indices in their sequences, or -1: padding.
+        gelu: the activation is GELU, otherwise ReLU.
+        epsilon: of both norms.
+        local_window, scale: as for `decode_attention`.
+    """
+
+    weights: dict[str, torch.Tensor | None]
+    cache: CacheTensors
+    indices: torch.Tensor
+    gelu: bool
+    epsilon: float
+    local_window: int
+    scale: float
+
+
+def _decode_params(cache: CacheTensors, indices: torch.Tensor, local_window: int, scale: float) -> Any:
+    """All but the new tokens' vectors and the output. The structure holds on to the tensors that it points at."""
+    batch, heads, capacity, size = cache.keys.shape
+    indices, factors = indices.contiguous(), cache.factors
+    factor_array = (ctypes.c_int64 * max(1, len(factors)))(*factors)
+    params = DecodeParams(
+        rotations=pointer(cache.rotations), factors=ctypes.addressof(factor_array), indices=indices.data_ptr(),
+        keys=cache.keys.data_ptr(), values=cache.values.data_ptr(), buckets=pointer(cache.buckets),
+        newest=pointer(cache.newest), previous=pointer(cache.previous),
+        batch=batch, heads=heads, length=indices.shape[1], size=size, columns=sum(factors) // 2,
+        rounds=0 if cache.rotations is None else cache.rotations.shape[2], num_factors=len(factors),
+        num_buckets=0 if cache.newest is None else cache.newest.shape[-1], window=cache.window,
+        local_window=local_window, capacity=capacity, bfloat16=DTYPES[cache.keys.dtype],
+        threads=torch.get_num_threads(), scale=scale,
     )  # fmt: skip
+    params.tensors = indices, factor_array
+    return params
 
 
-def run_step(
-    query, key, value, vectors, kept, numbers: torch.Tensor, local_window: int, scale: float, library: ctypes.CDLL
-) -> torch.Tensor:
-    """New tokens, (B, H, T, D) each, on top of `kept` (a cache layer, which is written to); (B, H, T, D) float32."""
-    batch, heads, length, size = query.shape
-    if kept.keys.shape != (batch, heads, kept.room, size) or numbers.shape != (batch, length):
-        raise ValueError(f"A cache of {tuple(kept.keys.shape)} cannot take tokens of {tuple(query.shape)}.")
-    query, key, value, vectors = _readable(query, key, value, vectors, dtype=kept.keys.dtype)
-    out = query.new_empty(batch, heads, length, size, dtype=torch.float32)
-    keep: list = []
-    step = _step(kept, numbers, vectors is not None, local_window, scale, keep)
-    step.query, step.key, step.value, step.vectors = (_strided(x) for x in (query, key, value, vectors))
-    step.out = out.data_ptr()
-    _run(library, "hf_step", step)
-    return out
-
-
-def run_layers(
-    x1: torch.Tensor, x2: torch.Tensor, layers: list[dict[str, Any]], rotary: tuple[torch.Tensor, torch.Tensor] | None,
-    library: ctypes.CDLL,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """One new token of every row through layers, on top of what each has kept, which is written to.
+@torch.compiler.disable  # a trace cannot hold addresses
+def decode_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vectors: torch.Tensor | None, indices: torch.Tensor,
+    cache: CacheTensors, local_window: int, scale: float, library: ctypes.CDLL | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Write new tokens to the cache and attend from each, as `cache_layers` and `gather_attention` do.
 
     Args:
-        x1, x2: streams (B, 1, D), float64 or float32.
-        layers: of each, `kept`, the cache layer; `numbers` (B, 1) of the token; `weights`, float32 and contiguous, by
-            their names in the structure, `key_proj` None: shared query/key attention; `gelu`, or else relu; `epsilon`
-            of both norms; `local_window`; `scale` of the scores.
-        rotary: cos and sin, (B or 1, 1, 1, head size) float32; None: positions turn nothing.
+        query, key, value: (B, H, T, D), query and key rotated by position.
+        vectors: (B, H, T, D), what is hashed; None in local layers.
+        indices: (B, T) int64, the tokens' indices in their sequences, or -1: padding, whose output is 0.
+        local_window: the token itself and its predecessors that it attends to whatever their buckets.
+        scale: of the scores.
+
+    Returns:
+        (B, H, T, D) in value's dtype.
+    """
+    batch, heads, length, size = query.shape
+    if cache.keys.shape[:2] != (batch, heads) or cache.keys.shape[3] != size or indices.shape != (batch, length):
+        raise ValueError(f"A cache of {tuple(cache.keys.shape)} cannot take tokens of {tuple(query.shape)}.")
+    rows = readable(query, key, value, vectors, dtype=cache.keys.dtype)
+    out = query.new_empty(batch, heads, length, size, dtype=torch.float32)
+    params = _decode_params(cache, indices, local_window, scale)
+    params.query, params.key, params.value, params.vectors = map(strided, rows)
+    params.out = out.data_ptr()
+    (library or current_library()).hf_decode_attention(byref(params))
+    return out.to(value.dtype)
+
+
+def decode_layers(
+    x1: torch.Tensor, x2: torch.Tensor, layers: list[DecodeLayer], rotary: tuple[torch.Tensor, torch.Tensor] | None,
+    library: ctypes.CDLL | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """One new token of every sequence through whole layers, on top of their caches.
+
+    Args:
+        x1, x2: residual streams (B, 1, D), float64 or float32.
+        rotary: cos and sin, (B or 1, 1, 1, head size) float32; None: no rotary positions.
 
     Returns:
         The streams behind the layers.
     """
     x1, x2 = (x.clone(memory_format=torch.contiguous_format) for x in (x1, x2))  # the kernel adds to them in place
-    keep: list = [x.contiguous() for x in rotary or ()]
-    cosines, sines = keep or (None, None)
-    turns = 0 if cosines is None else cosines.shape[0]
-    calls = (_LayerStep * len(layers))()
-    for call, layer in zip(calls, layers, strict=True):
-        weights = layer["weights"]
-        hashed = weights["key_proj"] is None
-        step = _step(layer["kept"], layer["numbers"], hashed, layer["local_window"], layer["scale"], keep)
-        keep.append(step)
-        for name, weight in weights.items():
-            setattr(call, name, _pointer(weight))
-        call.cosines, call.sines, call.turns = _pointer(cosines), _pointer(sines), turns
-        call.step, call.x1, call.x2 = ctypes.addressof(step), x1.data_ptr(), x2.data_ptr()
-        call.hidden, call.feed_forward = x1.shape[-1], weights["up_bias"].numel()
-        call.gelu, call.float64, call.epsilon = layer["gelu"], x1.dtype == torch.float64, layer["epsilon"]
-    _run(library, "hf_layers", _LayerSteps(ctypes.addressof(calls), len(layers)))
+    tables = [x.contiguous() for x in rotary or ()]
+    cosines, sines = tables or (None, None)
+    stack, attentions = (LayerParams * len(layers))(), []
+    for params, layer in zip(stack, layers, strict=True):
+        attention = _decode_params(layer.cache, layer.indices, layer.local_window, layer.scale)
+        attentions.append(attention)
+        for name, weight in layer.weights.items():
+            setattr(params, name, pointer(weight))
+        params.cosines, params.sines = pointer(cosines), pointer(sines)
+        params.rotary_rows = 0 if cosines is None else cosines.shape[0]
+        params.attention, params.x1, params.x2 = ctypes.addressof(attention), x1.data_ptr(), x2.data_ptr()
+        params.hidden, params.feed_forward = x1.shape[-1], layer.weights["up_bias"].numel()
+        params.gelu, params.float64, params.epsilon = layer.gelu, x1.dtype == torch.float64, layer.epsilon
+    (library or current_library()).hf_decode_layers(byref(StackParams(ctypes.addressof(stack), len(layers))))
     return x1, x2

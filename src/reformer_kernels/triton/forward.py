@@ -1,4 +1,4 @@
-"""Forward kernels: the inverse of the orders, and attention of one round of every line.
+"""Forward kernels: inverse permutations, and attention of one round of every head.
 
 Rounds are launched one after another. Within a round every token stands once, so each program owns the rows it writes
 and the running sums of a token pass from launch to launch without atomics: results are the same in every run.
@@ -10,26 +10,28 @@ import triton.language as tl
 from .pairs import FARTHEST, FLOOR, drop, keys_at, load_rows, locate, matmul, pair_scores, queries_at, store_rows
 
 
-@triton.jit(do_not_specialize=["places", "length", "total"])
-def invert_orders(line, lo, hi, place_of, lowest_of, highest_of, places, length, total, BLOCK: tl.constexpr):
-    """By place → by token: where every token stands and what it sees there, all (B, H or 1, R, T) int32.
+@triton.jit(do_not_specialize=["positions", "length", "total"])
+def invert_permutations(
+    perm, window_start, window_end, pos_of, start_of, end_of, positions, length, total, BLOCK: tl.constexpr
+):
+    """By sorted position → by token: every token's sorted position and window, all (B, H or 1, R, T) int32.
 
-    A program takes BLOCK of all `places`; length is T, total is R * T.
+    A program takes BLOCK of all `positions`; length is T, total is R * T.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = at < places
-    token = at - at % length + tl.load(line + at, mask=exists, other=0)
-    tl.store(place_of + token, (at % total).to(tl.int32), mask=exists)
-    tl.store(lowest_of + token, tl.load(lo + at, mask=exists, other=0), mask=exists)
-    tl.store(highest_of + token, tl.load(hi + at, mask=exists, other=0), mask=exists)
+    exists = at < positions
+    token = at - at % length + tl.load(perm + at, mask=exists, other=0)
+    tl.store(pos_of + token, (at % total).to(tl.int32), mask=exists)
+    tl.store(start_of + token, tl.load(window_start + at, mask=exists, other=0), mask=exists)
+    tl.store(end_of + token, tl.load(window_end + at, mask=exists, other=0), mask=exists)
 
 
 @triton.jit
-def first_and_last_seen(queries, inside):
-    """The first and the last place that any of the queries `inside` (n) sees; first > last if none sees any."""
-    sees = inside & (queries.lowest <= queries.highest)
-    first = tl.min(tl.where(sees, queries.lowest, FARTHEST), axis=0)
-    last = tl.max(tl.where(sees, queries.highest, -FARTHEST), axis=0)
+def visible_range(queries, inside):
+    """First and last sorted position visible to any of the queries `inside` (n); first > last if there is none."""
+    sees = inside & (queries.window_start <= queries.window_end)
+    first = tl.min(tl.where(sees, queries.window_start, FARTHEST), axis=0)
+    last = tl.max(tl.where(sees, queries.window_end, -FARTHEST), axis=0)
     return first, last
 
 
@@ -38,8 +40,8 @@ def forward_round(
     inputs,  # `pairs.Inputs`
     sums,  # (B, T, H, value_size) float32: weighted values so far, relative to the running maximum
     out,  # (B, T, H, value_size): the new sums, or after the LAST round the output
-    top,  # (B, H, T) float32: running maximum of the scores
-    mass,  # (B, H, T) float32: running sum of the weights
+    row_max,  # (B, H, T) float32: running maximum of the scores
+    row_sum,  # (B, H, T) float32: running sum of the weights
     numbers,  # `pairs.Numbers`
     length,
     round,
@@ -49,9 +51,9 @@ def forward_round(
     FIRST: tl.constexpr,
     LAST: tl.constexpr,
 ):
-    """Online softmax of a tile of queries over all that this round shows them (Dao et al. 2022, section 3.1)."""
-    at, place, inside = locate(QUERIES, numbers, length, round)
-    queries = queries_at(inputs, at, place, kind)
+    """Online softmax of a tile of queries over all that is visible in this round (Dao et al. 2022, section 3.1)."""
+    at, pos, inside = locate(QUERIES, numbers, length, round)
+    queries = queries_at(inputs, at, pos, kind)
     number = at.first_number + queries.token
     query_rows = load_rows(inputs.query, at, queries.token, kind.size, kind.block)
     if FIRST:
@@ -59,10 +61,10 @@ def forward_round(
         total = tl.zeros([QUERIES], tl.float32)
         weighted = tl.zeros([QUERIES, kind.value_block], tl.float32)
     else:
-        maximum = tl.load(top + number)
-        total = tl.load(mass + number)
+        maximum = tl.load(row_max + number)
+        total = tl.load(row_sum + number)
         weighted = load_rows(sums, at, queries.token, kind.value_size, kind.value_block)
-    first, last = first_and_last_seen(queries, inside)
+    first, last = visible_range(queries, inside)
     for start in range(first, last + 1, KEYS):
         keys = keys_at(inputs, at, start + tl.arange(0, KEYS), kind)
         key_rows = load_rows(inputs.key, at, keys.token, kind.size, kind.block)
@@ -78,8 +80,8 @@ def forward_round(
         weighted = weighted * decay[:, None] + matmul(weights.to(values.dtype), values)
         maximum = larger
     if LAST:
-        total = tl.where(total == 0, 1.0, total)  # a token that sees nothing gives 0
+        total = tl.where(total == 0, 1.0, total)  # a token with an empty window gives 0
         weighted = weighted / total[:, None]
-    tl.store(top + number, maximum, mask=inside)
-    tl.store(mass + number, total, mask=inside)
+    tl.store(row_max + number, maximum, mask=inside)
+    tl.store(row_sum + number, total, mask=inside)
     store_rows(out, weighted, inside, at, queries.token, kind.value_size, kind.value_block)

@@ -1,39 +1,31 @@
 """From tensors to kernel launches: `run_forward` and `run_backward` without autograd."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from hf_reformer.ops.layout import AttentionLayout
-from hf_reformer.ops.prng import keep_threshold
-
+from ..attention_op import AttentionArgs, empty_rows
+from ..contract import check_positions, keep_threshold
 from .backward import Saved, backward_keys_round, backward_queries_round
-from .forward import forward_round, invert_orders
+from .forward import forward_round, invert_permutations
 from .pairs import Inputs, Kind, Numbers
 from .sweep import sweep_keys_round, sweep_queries_round
 from .tiles import choose_tiles
+from .torch_ops import compute_dtype
 
 
-class Call(NamedTuple):
+class LaunchArgs(NamedTuple):
     """What all launches of one call have in common."""
 
     inputs: Inputs
     numbers: Numbers
     kind: Kind
-    orders: AttentionLayout
-
-    @property
-    def rounds(self) -> int:
-        return self.orders.perm.shape[2]
-
-
-def empty_rows(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(B, H, T, D), uninitialised, in memory (B, T, H, D): the layout of a projection."""
-    batch, heads, length, size = shape
-    return torch.empty(batch, length, heads, size, dtype=dtype, device=device).transpose(1, 2)
+    windows: dict[str, int]  # reach counts from every position (window rule), or from the ends of chunks
+    rounds: int
+    query_weights: torch.Tensor | None
+    scale: float  # of the keys, which are scaled already
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
@@ -57,170 +49,131 @@ def key_factor(query: torch.Tensor) -> torch.Tensor:
     return (torch.rsqrt(mean + 1e-6) * size**-0.5).contiguous()
 
 
-def by_token(orders: AttentionLayout) -> dict[str, torch.Tensor | None]:
-    """Place and places seen of every token, for telling what earlier rounds show; None where nobody asks."""
-    names = ("place_of", "lowest_of", "highest_of")
-    rounds, length = orders.perm.shape[2:]
-    if not orders.dedup_pairs or rounds == 1:
-        return dict.fromkeys(names)
-    found = {name: torch.empty_like(orders.perm) for name in names}
-    places, block = orders.perm.numel(), 1024
-    sizes = {"places": places, "length": length, "total": rounds * length}
-    invert_orders[(triton.cdiv(places, block),)](*orders[:3], **found, **sizes, BLOCK=block)
-    return found
+def by_token(
+    perm: torch.Tensor, window_start: torch.Tensor, window_end: torch.Tensor
+) -> dict[str, torch.Tensor | None]:
+    """Sorted position and window of every token, to tell which pairs earlier rounds show."""
+    rounds, length = perm.shape[2:]
+    inverse = {name: torch.empty_like(perm) for name in ("pos_of", "start_of", "end_of")}
+    positions, block = perm.numel(), 1024
+    sizes = {"positions": positions, "length": length, "total": rounds * length}
+    grid = (triton.cdiv(positions, block),)
+    invert_permutations[grid](perm, window_start, window_end, **inverse, **sizes, BLOCK=block)
+    return inverse
 
 
-def with_first_head(key: torch.Tensor | None) -> torch.Tensor | None:
-    """A dropout key as `reference.pair_keys` takes it, (2) always."""
-    return key if key is None or key.dim() else torch.stack([key, torch.zeros_like(key)])
+def prepare(args: AttentionArgs) -> LaunchArgs:
+    """The op's arguments, as the kernels take them.
 
-
-def prepare(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor,
-    line: torch.Tensor,
-    lo: torch.Tensor,
-    hi: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout_key: torch.Tensor | None,
-    tile: int,
-    before: int,
-    after: int,
-    dedup_pairs: bool,
-    causal: bool,
-    dropout: float,
-) -> Call:
-    """The arguments of `operator.triton_attention`, as the kernels take them."""
-    batch, heads, _, size = query.shape
-    value_size = value.shape[-1]
-    query, value = as_rows(query), as_rows(value)
-    line, lo, hi = (x.expand(batch, -1, -1, -1).contiguous() for x in (line, lo, hi))
-    orders = AttentionLayout(line, lo, hi, tile, before, after, dedup_pairs)
-    padded = mask is not None and not dedup_pairs
+    Raises:
+        ValueError: more sorted positions than `contract.MAX_POSITIONS`.
+    """
+    check_positions(args.perm)
+    batch, heads, _, size = args.query.shape
+    dtype, shared = compute_dtype(args.query, args.key, args.value), args.key is None
+    query, value = as_rows(args.query.to(dtype)), as_rows(args.value.to(dtype))
+    key = query if args.key is None else as_rows(args.key.to(dtype) * args.scale)
+    layout = [x.expand(batch, -1, -1, -1).contiguous() for x in (args.perm, args.window_start, args.window_end)]
+    layout_heads, rounds = args.perm.shape[1:3]
+    inverse: dict[str, torch.Tensor | None] = dict.fromkeys(("pos_of", "start_of", "end_of"))
+    mask, dropout_key = None if args.dedup_pairs else args.mask, args.dropout_key
+    if dropout_key is not None and not dropout_key.dim():  # without the number of the first head
+        dropout_key = torch.stack([dropout_key, torch.zeros_like(dropout_key)])
     inputs = Inputs(
-        query,
-        query if key is None else as_rows(key),
-        value,
-        key_factor(query) if key is None else None,
-        line,
-        lo,
-        hi,
-        **by_token(orders),
-        real=mask.contiguous().view(torch.uint8) if padded else None,
-        dropout_key=with_first_head(dropout_key),
-    )
-    keep_scale = 1 / (1 - dropout) if dropout < 1 else 0.0
-    threshold = min(keep_threshold(dropout), 2**31 - 1)
+        query, key, value, key_factor(query) if shared else None, *layout,
+        **(by_token(*layout) if args.dedup_pairs and rounds > 1 else inverse),
+        attention_mask=None if mask is None else mask.contiguous().view(torch.uint8), dropout_key=dropout_key,
+    )  # fmt: skip
+    keep_scale = 1 / (1 - args.dropout) if args.dropout < 1 else 0.0
     kind = Kind(
         size,
-        value_size,
+        value.shape[-1],
         block_of(size),
-        block_of(value_size),
-        shared=key is None,
-        dedup_pairs=dedup_pairs,
-        causal=causal and not dedup_pairs,
-        padded=padded,
+        block_of(value.shape[-1]),
+        shared=shared,
+        dedup_pairs=args.dedup_pairs,
+        causal=args.causal and not args.dedup_pairs,
+        padded=mask is not None,
         dropout=dropout_key is not None,
     )
-    return Call(inputs, Numbers(heads, line.shape[1], line.shape[2], threshold, keep_scale), kind, orders)
+    windows = {"left_reach": args.left_reach, "right_reach": args.right_reach}
+    windows["block_size"] = 1 if args.dedup_pairs else args.block_size
+    numbers = Numbers(heads, layout_heads, rounds, keep_threshold(args.dropout), keep_scale)
+    return LaunchArgs(inputs, numbers, kind, windows, rounds, args.query_weights, args.scale)
 
 
-def launch(kernel, name: str, call: Call, index: int, **own) -> None:
+def launch(kernel: Any, name: str, args: LaunchArgs, index: int, **own: Any) -> None:
     """Launch `kernel` for round `index`; `name` is what `tiles.choose_tiles` calls it, `own` its own arguments."""
-    batch, heads, length, _ = call.inputs.query.shape
+    batch, heads, length, _ = args.inputs.query.shape
     queries, keys, warps, stages = choose_tiles(
-        name, call.inputs.query.dtype, max(call.kind.block, call.kind.value_block)
+        name, args.inputs.query.dtype, max(args.kind.block, args.kind.value_block)
     )
     tiles = triton.cdiv(length, keys if name.endswith("_keys") else queries)
     kernel[(batch * heads * tiles,)](
-        inputs=call.inputs, numbers=call.numbers, length=length, round=index, **own,
-        kind=Kind(*map(tl.constexpr, call.kind)), QUERIES=queries, KEYS=keys, FIRST=index == 0,
+        inputs=args.inputs, numbers=args.numbers, length=length, round=index, **own,
+        kind=Kind(*map(tl.constexpr, args.kind)), QUERIES=queries, KEYS=keys, FIRST=index == 0,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 
-def run_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output (B, H, T, D) in value's dtype, and every token's maximum and sum (B, H, T) float32, in units of log 2."""
-    value = call.inputs.value
-    out = empty_rows(value.shape, value.dtype, value.device)
-    sums = _accumulator(out, call.rounds > 1)
-    top, mass = (torch.empty(value.shape[:3], dtype=torch.float32, device=value.device) for _ in range(2))
-    for index in range(call.rounds):
-        last = index == call.rounds - 1
-        own = {"sums": sums, "out": out if last else sums, "top": top, "mass": mass, "LAST": last}
-        launch(forward_round, "forward", call, index, **own)
-    return out, top, mass
-
-
-def windows_of(orders: AttentionLayout) -> dict[str, int]:
-    """Windows reach `before` and `after` from every place, chunks from the ends of a chunk."""
-    return {
-        "reach": 1 if orders.dedup_pairs else orders.block_size,
-        "before": orders.left_reach,
-        "after": orders.right_reach,
-    }
-
-
-def run_received(call: Call, top: torch.Tensor, mass: torch.Tensor, paid: torch.Tensor) -> torch.Tensor:
-    """What every token receives, (B, T) float32: the sum over heads and queries of weight * paid, (B, T)."""
-    own = {"top": top, "mass": mass, "paid": paid.contiguous(), "received": torch.empty_like(top)}
-    for index in range(call.rounds):
-        launch(sweep_keys_round, "sweep_keys", call, index, **own, **windows_of(call.orders))
-    return own["received"].sum(1)
-
-
-def _pushes(call: Call, top: torch.Tensor, mass: torch.Tensor, push: torch.Tensor) -> torch.Tensor:
-    """(B, H, T) float32: the sum over keys of weight * push, (B, T)."""
-    own = {"top": top, "mass": mass, "push": push, "pushes": torch.empty_like(top)}
-    for index in range(call.rounds):
-        launch(sweep_queries_round, "sweep_queries", call, index, **own)
-    return own["pushes"]
+def run_forward(args: LaunchArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output (B, H, T, D), every token's maximum (in units of log 2) and sum (B, H, T), and the attention mass."""
+    value = args.inputs.value
+    out = empty_rows(value, value.dtype)
+    sums = _accumulator(out, args.rounds > 1)
+    row_max, row_sum = (torch.empty(value.shape[:3], dtype=torch.float32, device=value.device) for _ in range(2))
+    rows = {"row_max": row_max, "row_sum": row_sum}
+    for index in range(args.rounds):
+        last = index == args.rounds - 1
+        launch(forward_round, "forward", args, index, sums=sums, out=out if last else sums, **rows, LAST=last)
+    if args.query_weights is None:
+        return out, row_max, row_sum, row_max.new_empty(0)
+    mass, weights = torch.empty_like(row_max), args.query_weights.float().contiguous()
+    for index in range(args.rounds):
+        launch(sweep_keys_round, "sweep_keys", args, index, **rows, query_weights=weights, mass=mass, **args.windows)
+    return out, row_max, row_sum, mass.sum(1)
 
 
 def run_backward(
-    call: Call,
+    args: LaunchArgs,
     out: torch.Tensor,
-    top: torch.Tensor,
-    mass: torch.Tensor,
-    grad: torch.Tensor,
-    paid: torch.Tensor | None = None,
-    push: torch.Tensor | None = None,
+    row_max: torch.Tensor,
+    row_sum: torch.Tensor,
+    grad_out: torch.Tensor,
+    grad_mass: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """Gradients of query, value and, unless it is shared, key, in their dtype; `grad` is that of `out`.
-
-    paid, push: (B, T) float32, where what tokens receive has a gradient too, `push`.
-    """
-    several, shared = call.rounds > 1, call.kind.shared
-    dq, dk, dv = (empty_rows(x.shape, x.dtype, x.device) for x in call.inputs[:3])
-    query_sums = _accumulator(dq, several or shared)
-    key_sums = query_sums if shared else _accumulator(dk, several)
-    value_sums = _accumulator(dv, several)
-    more: tuple = ()
-    if paid is not None and push is not None:
-        paid, push = paid.contiguous(), push.contiguous()
-        more = paid, push, _pushes(call, top, mass, push)
-        call = call._replace(kind=call.kind._replace(pushed=True))
-    saved = Saved(as_rows(out), as_rows(grad), top, mass, torch.empty_like(top), *more)
-    for index in range(call.rounds):
-        last = index == call.rounds - 1 and not shared  # the keys' part of a shared query is added below
-        own = {"saved": saved, "sums": query_sums, "target": dq if last else query_sums}
-        launch(backward_queries_round, "backward_queries", call, index, **own)
-    for index in range(call.rounds):
-        last = index == call.rounds - 1
+    """Gradients of query, value and, unless it is shared, key; those of output and attention mass are given."""
+    several, shared = args.rounds > 1, args.kind.shared
+    grad_query, grad_key, grad_value = (empty_rows(x, x.dtype) for x in args.inputs[:3])
+    query_sums = _accumulator(grad_query, several or shared)
+    key_sums = query_sums if shared else _accumulator(grad_key, several)
+    value_sums = _accumulator(grad_value, several)
+    of_mass: tuple = ()
+    if grad_mass is not None and args.query_weights is not None:
+        weights, grad_mass = (x.float().contiguous() for x in (args.query_weights, grad_mass))
+        of_mass = weights, grad_mass, (mass_dot := torch.empty_like(row_max))
+        rows = {"row_max": row_max, "row_sum": row_sum, "grad_mass": grad_mass, "mass_dot": mass_dot}
+        for index in range(args.rounds):
+            launch(sweep_queries_round, "sweep_queries", args, index, **rows)
+        args = args._replace(kind=args.kind._replace(has_grad_mass=True))
+    saved = Saved(as_rows(out), as_rows(grad_out), row_max, row_sum, torch.empty_like(row_max), *of_mass)
+    for index in range(args.rounds):
+        last = index == args.rounds - 1 and not shared  # the keys' part of a shared query is added below
+        own = {"saved": saved, "sums": query_sums, "target": grad_query if last else query_sums}
+        launch(backward_queries_round, "backward_queries", args, index, **own)
+    for index in range(args.rounds):
+        last = index == args.rounds - 1
         own = {
             "saved": saved,
             "sums": key_sums,
-            "target": (dq if shared else dk) if last else key_sums,
+            "target": (grad_query if shared else grad_key) if last else key_sums,
             "value_sums": value_sums,
-            "value_target": dv if last else value_sums,
+            "value_target": grad_value if last else value_sums,
         }
-        launch(backward_keys_round, "backward_keys", call, index, **own, **windows_of(call.orders))
-    return [dq, dv] if shared else [dq, dv, dk]
+        launch(backward_keys_round, "backward_keys", args, index, **own, **args.windows)
+    return [grad_query, grad_value] if shared else [grad_query, grad_value, grad_key * args.scale]
 
 
 def _accumulator(result: torch.Tensor, needed: bool) -> torch.Tensor:
     """Where a sum in float32 gathers before it is written to `result`, which serves itself if it is float32."""
-    if not needed or result.dtype == torch.float32:
-        return result
-    return empty_rows(result.shape, torch.float32, result.device)
+    return empty_rows(result, torch.float32) if needed and result.dtype != torch.float32 else result

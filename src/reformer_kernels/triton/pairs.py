@@ -1,7 +1,8 @@
 """What the kernels share: where things lie, and what a pair of query and key comes to.
 
 Rows: query, key, value, output and gradients lie as (B, T, H, D), as projections make them, so token t of head h of
-row b is row (b * T + t) * H + h. Numbers of a token (maximum, sum, …) lie as (B, H, T), orders as (B, H or 1, R, T).
+sequence b is row (b * T + t) * H + h. Numbers of a token (maximum, sum, …) lie as (B, H, T), the layout as
+(B, H or 1, R, T).
 
 A vector of queries or keys becomes a row or a column of a tile by `along`: the kernels that loop over keys have
 queries down (axis 0) and keys across (axis 1), the one that loops over queries has it the other way round.
@@ -12,16 +13,15 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from hf_reformer.ops import prng as randomness
-from hf_reformer.ops.reference import MASKED_SCORE, SELF_SCORE
+from .. import contract
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # scores are kept in units of log 2, for exp2
-SELF = tl.constexpr(SELF_SCORE * 1.4426950408889634)
-MASKED = tl.constexpr(MASKED_SCORE * 1.4426950408889634)
+SELF = tl.constexpr(contract.SELF_SCORE * 1.4426950408889634)
+MASKED = tl.constexpr(contract.MASKED_SCORE * 1.4426950408889634)
 FLOOR = tl.constexpr(-1e30)  # running maxima start here: below every score, and finite, so differences stay numbers
-FARTHEST = tl.constexpr(2**31 - 1)  # beyond every place
+FARTHEST = tl.constexpr(2**31 - 1)  # beyond every position
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-GOLDEN, MIX_1, MIX_2 = (tl.constexpr(x % 2**32) for x in (randomness.GOLDEN, randomness.MIX_1, randomness.MIX_2))
+GOLDEN, MIX_1, MIX_2 = (tl.constexpr(x % 2**32) for x in (contract.GOLDEN, contract.MIX_1, contract.MIX_2))
 
 
 class Inputs(NamedTuple):
@@ -31,13 +31,13 @@ class Inputs(NamedTuple):
     key: Any  # the same; of shared query/key attention the queries
     value: Any  # (B, T, H, value_size)
     factor: Any  # (B, H, T) float32: shared keys are queries times this
-    line: Any  # (B, H or 1, R, T) int32, as `hashing.AttentionLayout` has them
-    lo: Any
-    hi: Any
-    place_of: Any  # the same by token: where it stands, and what it sees there
-    lowest_of: Any
-    highest_of: Any
-    real: Any  # (B, T) uint8, 1 for real tokens
+    perm: Any  # (B, H or 1, R, T) int32, as `layout.AttentionLayout` has them
+    window_start: Any
+    window_end: Any
+    pos_of: Any  # the same by token: its sorted position and its window
+    start_of: Any
+    end_of: Any
+    attention_mask: Any  # (B, T) uint8, 1 for real tokens
     dropout_key: Any  # (2) int32: the key, and the number of the first head
 
 
@@ -45,7 +45,7 @@ class Numbers(NamedTuple):
     """Numbers that are the same in every call of a model."""
 
     heads: Any
-    order_heads: Any
+    layout_heads: Any
     rounds: Any
     threshold: Any  # random numbers below it are dropped
     keep_scale: Any  # what is kept is multiplied by this
@@ -63,36 +63,36 @@ class Kind(NamedTuple):
     causal: bool  # the future is filled (chunk rule)
     padded: bool  # padding is filled (chunk rule)
     dropout: bool
-    pushed: bool = False  # what tokens receive has a gradient, too
+    has_grad_mass: bool = False
 
 
 class Head(NamedTuple):
-    """One head of one row of the batch: the sizes it has, and where its parts of the tensors begin."""
+    """One head of one sequence: its sizes, and where its parts of the tensors begin."""
 
     batch: Any
     head: Any
     heads: Any
     length: Any
-    places: Any  # R * T
+    positions: Any  # R * T
     first_row: Any
     first_number: Any
-    first_place: Any
+    first_pos: Any
 
 
 class Queries(NamedTuple):
-    """Vectors of n queries, each at one place of the line."""
+    """Vectors of n queries, each at one sorted position."""
 
     token: Any
-    lowest: Any  # place that it sees first
-    highest: Any  # and last
+    window_start: Any
+    window_end: Any
     draw: Any  # random number, or None
 
 
 class Keys(NamedTuple):
-    """Vectors of n keys, each at one place of the line."""
+    """Vectors of n keys, each at one sorted position."""
 
     token: Any
-    place: Any
+    pos: Any
     factor: Any  # shared keys are queries times this, or None
     draw: Any
 
@@ -102,16 +102,16 @@ class Keys(NamedTuple):
 
 @triton.jit
 def locate(TILE: tl.constexpr, numbers, length, round):
-    """This program's head, the places of its tile in the round (n), and which of them are inside the round (n)."""
+    """This program's head, the sorted positions of its tile (n), and which of them are inside the round (n)."""
     tiles = tl.cdiv(length, TILE)
     program = tl.program_id(0)
-    line = program // tiles
-    batch, head = line // numbers.heads, line % numbers.heads
-    places = numbers.rounds * length
+    index = program // tiles
+    batch, head = index // numbers.heads, index % numbers.heads
+    positions = numbers.rounds * length
     first_row = batch.to(tl.int64) * length * numbers.heads + head
-    first_number = line.to(tl.int64) * length
-    first_place = (batch * numbers.order_heads + head % numbers.order_heads).to(tl.int64) * places
-    at = Head(batch, head, numbers.heads, length, places, first_row, first_number, first_place)
+    first_number = index.to(tl.int64) * length
+    first_pos = (batch * numbers.layout_heads + head % numbers.layout_heads).to(tl.int64) * positions
+    at = Head(batch, head, numbers.heads, length, positions, first_row, first_number, first_pos)
     offset = program % tiles * TILE + tl.arange(0, TILE)
     return at, round * length + offset, offset < length
 
@@ -137,27 +137,27 @@ def store_rows(x, rows, inside, at, token, SIZE: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def wrap(place, places):
-    """place modulo places, 0 … places - 1."""
-    return (place % places + places) % places
+def wrap(pos, positions):
+    """pos modulo positions, 0 … positions - 1."""
+    return (pos % positions + positions) % positions
 
 
 @triton.jit
-def queries_at(inputs, at, place, kind):
-    """The queries at n places, which may lie laps before or behind the line; so may what they see."""
-    wrapped = wrap(place, at.places)
-    token = tl.load(inputs.line + at.first_place + wrapped)
-    lowest = tl.load(inputs.lo + at.first_place + wrapped) + (place - wrapped)
-    highest = tl.load(inputs.hi + at.first_place + wrapped) + (place - wrapped)
-    return Queries(token, lowest, highest, query_draw(inputs, at, token) if kind.dropout else None)
+def queries_at(inputs, at, pos, kind):
+    """The queries at n sorted positions, which may lie laps before the first or behind the last; so may their windows."""
+    wrapped = wrap(pos, at.positions)
+    token = tl.load(inputs.perm + at.first_pos + wrapped)
+    window_start = tl.load(inputs.window_start + at.first_pos + wrapped) + (pos - wrapped)
+    window_end = tl.load(inputs.window_end + at.first_pos + wrapped) + (pos - wrapped)
+    return Queries(token, window_start, window_end, query_draw(inputs, at, token) if kind.dropout else None)
 
 
 @triton.jit
-def keys_at(inputs, at, place, kind):
-    """The keys at n places, which may lie laps before or behind the line."""
-    token = tl.load(inputs.line + at.first_place + wrap(place, at.places))
+def keys_at(inputs, at, pos, kind):
+    """The keys at n sorted positions, which may lie laps before the first or behind the last."""
+    token = tl.load(inputs.perm + at.first_pos + wrap(pos, at.positions))
     factor = tl.load(inputs.factor + at.first_number + token) if kind.shared else None
-    return Keys(token, place, factor, key_draw(inputs, token) if kind.dropout else None)
+    return Keys(token, pos, factor, key_draw(inputs, token) if kind.dropout else None)
 
 
 @triton.jit
@@ -175,7 +175,7 @@ def matmul(a, b):
 
 
 @triton.jit
-def numbers_of(x, at, token):
+def load_numbers(x, at, token):
     """Numbers (B, T) of n tokens."""
     return tl.load(x + at.batch.to(tl.int64) * at.length + token)
 
@@ -197,13 +197,13 @@ def fill_fixed(
 ):
     """The tile with all pairs filled whose score is a fixed number.
 
-    In the older implementation's order: `masked` for the future and padding first, `itself` for a token itself last.
+    In the legacy rule's order: `masked` for the future and padding first, `itself` for a token itself last.
     """
     query, key = along(queries.token, QUERY_AXIS), along(keys.token, 1 - QUERY_AXIS)
     if kind.causal:
         x = tl.where(query < key, masked, x)
     if kind.padded:
-        real = tl.load(inputs.real + at.batch.to(tl.int64) * at.length + keys.token)
+        real = tl.load(inputs.attention_mask + at.batch.to(tl.int64) * at.length + keys.token)
         x = tl.where(along(real, 1 - QUERY_AXIS) == 0, masked, x)
     if kind.shared:
         x = tl.where(query == key, itself, x)
@@ -222,33 +222,44 @@ def pair_scores(
     FIRST: tl.constexpr,
     kind,
 ):
-    """Scores as the softmax sees them, in units of log 2; -inf where this round does not show the pair, or (window
-    rule) one before it did.
+    """Scores of the softmax in units of log 2; -inf where the pair is not visible in this round, or (window rule) was
+    visible in an earlier one.
     """
     scores = products * LOG2_E
     if kind.shared:
         scores = scores * along(keys.factor, 1 - QUERY_AXIS)
     scores = fill_fixed(scores, MASKED, SELF, inputs, at, queries, keys, QUERY_AXIS, kind)
-    place = along(keys.place, 1 - QUERY_AXIS)
-    shown = (place >= along(queries.lowest, QUERY_AXIS)) & (place <= along(queries.highest, QUERY_AXIS))
-    scores = tl.where(shown, scores, float("-inf"))
+    pos = along(keys.pos, 1 - QUERY_AXIS)
+    visible = (pos >= along(queries.window_start, QUERY_AXIS)) & (pos <= along(queries.window_end, QUERY_AXIS))
+    scores = tl.where(visible, scores, float("-inf"))
     if kind.dedup_pairs and not FIRST:
-        by_token = at.first_place
+        by_token = at.first_pos
         for _ in range(round):  # not unrolled: one kernel serves any number of rounds, with as many registers
-            place = along(tl.load(inputs.place_of + by_token + keys.token), 1 - QUERY_AXIS)
-            first = along(tl.load(inputs.lowest_of + by_token + queries.token), QUERY_AXIS)
-            last = along(tl.load(inputs.highest_of + by_token + queries.token), QUERY_AXIS)
-            scores = tl.where((place >= first) & (place <= last), float("-inf"), scores)
+            pos = along(tl.load(inputs.pos_of + by_token + keys.token), 1 - QUERY_AXIS)
+            first = along(tl.load(inputs.start_of + by_token + queries.token), QUERY_AXIS)
+            last = along(tl.load(inputs.end_of + by_token + queries.token), QUERY_AXIS)
+            scores = tl.where((pos >= first) & (pos <= last), float("-inf"), scores)
             by_token += at.length
     return scores
 
 
-# --- dropout, bit for bit that of `randomness`
+@triton.jit
+def softmax_weights(
+    products, inputs, row_max, row_sum, at, queries, keys, round, QUERY_AXIS: tl.constexpr, FIRST: tl.constexpr, kind
+):
+    """A tile of weights before dropout, float32, from the saved maximum and sum of every query's scores."""
+    scores = pair_scores(products, inputs, at, queries, keys, round, QUERY_AXIS, FIRST, kind)
+    number = at.first_number + queries.token
+    share = 1 / tl.load(row_sum + number)
+    return tl.exp2(scores - along(tl.load(row_max + number), QUERY_AXIS)) * along(share, QUERY_AXIS)
+
+
+# --- dropout, bit for bit that of `prng`
 
 
 @triton.jit
 def fold(key, counter):
-    """`randomness.fold` on uint32."""
+    """`prng.fold` on uint32."""
     x = (key ^ (counter * GOLDEN)) + 1
     x = (x ^ (x >> 16)) * MIX_1
     x = (x ^ (x >> 13)) * MIX_2
@@ -273,7 +284,7 @@ def key_draw(inputs, token):
 
 @triton.jit
 def drop(x, queries, keys, numbers, QUERY_AXIS: tl.constexpr):
-    """The tile after dropout (`randomness.pair_scramble`)."""
+    """The tile after dropout (`prng.pair_scramble`)."""
     drawn = (along(queries.draw, QUERY_AXIS) ^ along(keys.draw, 1 - QUERY_AXIS)) * MIX_1
     drawn = (drawn ^ (drawn >> 15)) * MIX_2
     return x * tl.where(drawn.to(tl.int32, bitcast=True) >= numbers.threshold, numbers.keep_scale, 0.0)

@@ -2,7 +2,7 @@
 
 A pure function of the kernel, the dtype and the head size. Nothing is tuned while a program runs: a
 reversible layer computes its forward a second time and relies on equal bits, and other tiles add in another order.
-`scripts/dev/compile_triton.py` shows what the choice costs in registers and shared memory. It stays below the 99 KiB
+`dev/compile_triton.py` shows what the choice costs in registers and shared memory. It stays below the 99 KiB
 of shared memory that a block has on the smallest supported GPUs.
 """
 
@@ -27,13 +27,13 @@ def choose_tiles(kernel: str, dtype: torch.dtype, size: int) -> Tiles:
         dtype: of query, key and value.
         size: the larger of the two head sizes, padded to a power of two.
     """
-    kernel = kernel.replace("sweep", "backward")  # less of the same
+    kernel = kernel.replace("sweep", "backward")  # which does the same and more
     if dtype == torch.float32:
         return _SINGLE[kernel][size > 64]
     return _HALF[kernel][size > 64]
 
 
-# (up to 64, up to 128). Larger tiles keep registers in memory, in rounds that have others before them or with dropout.
+# (up to 64, up to 128). Larger tiles spill registers in later rounds or with dropout.
 _HALF = {
     "forward": (Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2)),
     "backward_queries": (Tiles(64, 32, 4, 2), Tiles(64, 32, 8, 2)),

@@ -1,4 +1,4 @@
-// The scores of a tile of queries with up to kBlock tiles of keys: which pairs are seen, and the products of both passes.
+// The scores of a tile of queries with up to kBlock tiles of keys: which pairs are visible, and the products of both passes.
 #pragma once
 
 #include "tiles.hpp"
@@ -8,29 +8,29 @@ namespace hf {
 constexpr int kBlock = 4;                                // key tiles worked on at once
 constexpr int kScores = kBlock * kTile + kGranule;       // row length of a block's scores; the rest keeps rows apart
 
-// The tiles in reach of the present query tile; a new one takes the place of the oldest.
-class Ring {
+// The tiles in reach of the present query tile; a new one replaces the oldest.
+class TileRing {
   public:
-    Ring(const Problem& p, bool backward, Arena& arena) {
+    TileRing(const AttentionParams& p, bool backward, Arena& arena) {
         for (int64_t i = 0; i < reach_in_tiles(p); i++) tiles_.emplace_back(p, backward, arena);
     }
     Tile& slot(int64_t index) { return tiles_[(index % size() + size()) % size()]; }  // where that tile is, or will be
-    // `leave(tile)` is called before a tile's memory is used again.
-    template <typename F> Tile& get(const Head& head, int64_t index, int64_t round, F&& leave) {
+    // evict(tile) is called before a tile's memory is used again.
+    template <typename F> Tile& get(const Head& head, int64_t index, int64_t round, F&& evict) {
         Tile& tile = slot(index);
         if (tile.index != index) {
-            if (tile.index != Tile::kEmpty) leave(tile);
+            if (tile.index != Tile::kEmpty) evict(tile);
             tile.read(head, index, round);
         }
         return tile;
     }
-    template <typename F> void clear(F&& leave) {
+    template <typename F> void clear(F&& evict) {
         for (Tile& tile : tiles_) {
-            if (tile.index != Tile::kEmpty) leave(tile);
+            if (tile.index != Tile::kEmpty) evict(tile);
             tile.index = Tile::kEmpty;
         }
     }
-    static size_t floats(const Problem& p, bool backward) { return reach_in_tiles(p) * Tile::floats(p, backward); }
+    static size_t floats(const AttentionParams& p, bool backward) { return reach_in_tiles(p) * Tile::floats(p, backward); }
 
   private:
     int64_t size() const { return static_cast<int64_t>(tiles_.size()); }
@@ -46,7 +46,7 @@ struct KeyBlock {
     void add(Tile& keys, const Queries& queries) {
         if (keys.index == queries.tile) own = tiles;
         for (int group = 0; group < kGroups; group++) {
-            int64_t start = keys.place[0], low = queries.group_lowest[group], high = queries.group_highest[group];
+            int64_t start = keys.sorted_pos[0], low = queries.group_lowest[group], high = queries.group_highest[group];
             int64_t from = low > high ? kTile : std::max<int64_t>(low - start, 0) / kGranule * kGranule;
             int64_t to = low > high ? 0 : (std::min<int64_t>(high - start + 1, keys.count) + kGranule - 1) / kGranule * kGranule;
             begin[tiles][group] = static_cast<int>(from);
@@ -61,18 +61,18 @@ struct KeyBlock {
             if (begin[own][group] > 0 || end[own][group] < kTile) return false;
         return true;
     }
-    bool shows(int slot, int group, int column) const { return begin[slot][group] <= column && column < end[slot][group]; }
+    bool visible(int slot, int group, int column) const { return begin[slot][group] <= column && column < end[slot][group]; }
 };
 
-// Calls add(block) for all that a tile of queries sees, block by block; `leave` as in Ring::get.
-template <typename Leave, typename Add>
-void for_key_blocks(const Head& head, const Queries& queries, int64_t round, Ring& ring, Leave&& leave, Add&& add) {
+// Calls add(block) for all that a tile of queries sees, block by block; `evict` as in TileRing::get.
+template <typename Evict, typename Add>
+void for_key_blocks(const Head& head, const Queries& queries, int64_t round, TileRing& ring, Evict&& evict, Add&& add) {
     int64_t tile = queries.tile;
     while (head.geometry.first(tile) > queries.lowest) tile--;
     do {
         KeyBlock block;
         for (; block.tiles < kBlock && head.geometry.first(tile) <= queries.highest; tile++)
-            block.add(ring.get(head, tile, round, leave), queries);
+            block.add(ring.get(head, tile, round, evict), queries);
         add(block);
     } while (head.geometry.first(tile) <= queries.highest);
 }
@@ -93,15 +93,15 @@ inline void mirror_scores(float* own) {
             transpose(own + column * kScores + row, kScores, own + row * kScores + column, kScores);
 }
 
-// scores[i][slot * kTile + j] = sum over d of rows[i][d] * input_positions(tile)[d][j], where granules may be seen; of slot
+// scores[i][slot * kTile + j] = sum over d of rows[i][d] * columns_of(tile)[d][j], where granules may be seen; of slot
 // `mirrored` only up to the diagonal.
 template <typename F>
-inline void multiply_rows(const float* rows, int size, const KeyBlock& block, int groups, int mirrored, Ahead& ahead,
-                          float* scores, F&& input_positions) {
+inline void multiply_rows(const float* rows, int size, const KeyBlock& block, int groups, int mirrored, Prefetcher& prefetcher,
+                          float* scores, F&& columns_of) {
     const int height = (size + kWidth - 1) / kWidth * kWidth;
     for (int slot = 0; slot < block.tiles; slot++) {
         for (int panel = 0; panel < kTile / kPanel; panel++) {
-            const float* columns = input_positions(*block.tile[slot]) + panel * height * kPanel;
+            const float* columns = columns_of(*block.tile[slot]) + panel * height * kPanel;
             for (int group = 0; group < groups; group++) {
                 int begin = std::max(block.begin[slot][group], panel * kPanel);
                 int end = std::min(block.end[slot][group], (panel + 1) * kPanel);
@@ -113,7 +113,7 @@ inline void multiply_rows(const float* rows, int size, const KeyBlock& block, in
                         for (int at = 0; at < size; at += kPanel)
                             sums.template accumulate<kPanel, 1>(rows + at * kTile + row * kPanel,
                                                                columns + at * kPanel + begin % kPanel,
-                                                               std::min(kPanel, size - at), ahead);
+                                                               std::min(kPanel, size - at), prefetcher);
                         sums.write(scores + row * kScores + slot * kTile + begin, kScores);
                     });
                 };
@@ -126,17 +126,19 @@ inline void multiply_rows(const float* rows, int size, const KeyBlock& block, in
     }
 }
 
-// Slopes of a tile with itself, plus their transpose: what its rows get as queries and as keys in one product. Widens the
+// Score gradients of a tile with itself, plus their transpose: what its rows get as queries and as keys in one product. Widens the
 // columns of every group to all that are then not zero.
 inline void add_transpose(float* own, int groups, KeyBlock& block) {
     int slot = block.own;
     KeyBlock before = block;
     alignas(64) float upper[kWidth * kWidth], lower[kWidth * kWidth];
-    auto seen = [&](int row, int column) { return row / kGranule < groups && before.shows(slot, row / kGranule, column / kGranule * kGranule); };
+    auto visible = [&](int row, int column) {
+        return row / kGranule < groups && before.visible(slot, row / kGranule, column / kGranule * kGranule);
+    };
     for (int row = 0; row < groups * kGranule; row += kWidth)
         for (int column = 0; column <= row; column += kWidth) {
             float *here = own + row * kScores + column, *there = own + column * kScores + row;
-            bool low = seen(row, column), high = seen(column, row);
+            bool low = visible(row, column), high = visible(column, row);
             if (!low && !high) continue;
             if (low) transpose(here, kScores, lower, kWidth);
             if (high) transpose(there, kScores, upper, kWidth);
@@ -150,7 +152,7 @@ inline void add_transpose(float* own, int groups, KeyBlock& block) {
         }
     for (int group = 0; group < groups; group++)
         for (int other = 0; other < groups; other++) {
-            if (!before.shows(slot, other, group * kGranule)) continue;
+            if (!before.visible(slot, other, group * kGranule)) continue;
             block.begin[slot][group] = std::min(block.begin[slot][group], other * kGranule);
             block.end[slot][group] = std::max(block.end[slot][group], (other + 1) * kGranule);
         }
@@ -158,7 +160,7 @@ inline void add_transpose(float* own, int groups, KeyBlock& block) {
 
 // to[i] += sum over slots, j of weights[i][slot * kTile + j] * rows_of(tile)[j], all panels.
 template <typename F>
-inline void add_weighted_rows(const float* weights, int size, const KeyBlock& block, int groups, Ahead& ahead, float* to,
+inline void add_weighted_rows(const float* weights, int size, const KeyBlock& block, int groups, Prefetcher& prefetcher, float* to,
                               F&& rows_of) {
     for_panels(size, [&](auto vectors, int panel) {
         for (int group = 0; group < groups; group++)
@@ -170,7 +172,7 @@ inline void add_weighted_rows(const float* weights, int size, const KeyBlock& bl
                     int begin = block.begin[slot][group];
                     sums.template accumulate<kScores, 1>(weights + row * kScores + slot * kTile + begin,
                                                          rows_of(*block.tile[slot]) + (panel * kTile + begin) * kPanel,
-                                                         block.end[slot][group] - begin, ahead);
+                                                         block.end[slot][group] - begin, prefetcher);
                 }
                 sums.write(target, kPanel);
             });
@@ -179,23 +181,23 @@ inline void add_weighted_rows(const float* weights, int size, const KeyBlock& bl
 
 // to_of(tile)[j] += sum over i of weights[i][slot * kTile + j] * rows[i], all panels: the transposed product, but for one slot.
 template <typename F>
-inline void add_weighted_columns(const float* weights, const float* rows, int size, const KeyBlock& block, int groups, int skipped, Ahead& ahead,
-                                 F&& to_of) {
+inline void add_weighted_columns(const float* weights, const float* rows, int size, const KeyBlock& block, int groups, int skipped,
+                                 Prefetcher& prefetcher, F&& to_of) {
     for_panels(size, [&](auto vectors, int panel) {
         for (int slot = 0; slot < block.tiles; slot++)
             for (int column = 0; column < kTile && slot != skipped; column += kGranule) {
                 int first = 0, last = groups;  // groups that may see this granule
-                while (first < last && !block.shows(slot, first, column)) first++;
-                while (first < last && !block.shows(slot, last - 1, column)) last--;
+                while (first < last && !block.visible(slot, first, column)) first++;
+                while (first < last && !block.visible(slot, last - 1, column)) last--;
                 if (first == last) continue;
                 for_rows_of_granule<vectors.value>([&](auto sums, int m) {
                     float* target = to_of(*block.tile[slot]) + (panel * kTile + column + m) * kPanel;
                     sums.read(target, kPanel);
                     for (int group = first; group < last; group++)
-                        if (block.shows(slot, group, column))
+                        if (block.visible(slot, group, column))
                             sums.template accumulate<1, kScores>(
                                 weights + group * kGranule * kScores + slot * kTile + column + m,
-                                rows + (panel * kTile + group * kGranule) * kPanel, kGranule, ahead);
+                                rows + (panel * kTile + group * kGranule) * kPanel, kGranule, prefetcher);
                     sums.write(target, kPanel);
                 });
             }
@@ -213,23 +215,23 @@ template <bool kShared, bool kWindow> struct RowMask {
           draw(splat(q.draw[i])), threshold(splat(static_cast<int>(keep_threshold))),
           earlier_first(q.earlier_first.data() + i), earlier_extent(q.earlier_extent.data() + i), earlier(earlier) {}
 
-    HF_INLINE Mask shown(const Tile& t, int column) const {  // counts in this round
-        Mask m = within(load(t.place + column), first, extent);
+    HF_INLINE Mask visible(const Tile& t, int column) const {  // counts in this round
+        Mask m = within(load(t.sorted_pos + column), first, extent);
         if constexpr (kWindow)
             for (int r = 0; r < earlier; r++)
                 m = first_only(m, within(load(t.earlier + r * kTile + column), splat(earlier_first[r * kTile]),
                                          splat(earlier_extent[r * kTile])));
         return m;
     }
-    HF_INLINE Mask itself(const Tile& t, int column) const { return equal(load(t.token + column), token); }
+    HF_INLINE Mask is_self(const Tile& t, int column) const { return equal(load(t.token + column), token); }
     HF_INLINE Mask masked(const Tile& t, int column) const { return greater(load(t.order + column), limit); }
-    HF_INLINE Mask open(const Tile& t, int column) const {  // shown, and with a score of its own
-        Mask m = shown(t, column);
+    HF_INLINE Mask scored(const Tile& t, int column) const {  // visible, and its score is not a fixed number
+        Mask m = visible(t, column);
         if constexpr (!kWindow) m = first_only(m, masked(t, column));
-        if constexpr (kShared) m = first_only(m, itself(t, column));
+        if constexpr (kShared) m = first_only(m, is_self(t, column));
         return m;
     }
-    HF_INLINE Mask dropped(const Tile& t, int column) const {  // randomness.pair_scramble
+    HF_INLINE Mask dropped(const Tile& t, int column) const {  // prng.pair_scramble
         Int x = mul(bit_xor(load(t.draw + column), draw), splat(-2048144789));
         x = mul(bit_xor(x, shift_right<15>(x)), splat(-1028477387));
         return greater(threshold, x);

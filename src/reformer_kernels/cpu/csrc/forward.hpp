@@ -1,4 +1,4 @@
-// Forward pass: for every tile of queries, scores with the tiles it sees, an online softmax that goes on from round to
+// Forward pass: for every tile of queries, scores with the visible tiles, an online softmax that continues from round to
 // round, and the weighted sum of values. A row's state between rounds is its running maximum, sum and output.
 #pragma once
 
@@ -9,14 +9,14 @@ namespace hf {
 
 struct ForwardScratch {
     Arena arena;
-    Ring ring;
+    TileRing ring;
     Queries queries;
-    Ahead ahead;
+    Prefetcher prefetcher;
     float *scores, *out;  // [kTile][kScores]; panels
-    alignas(64) float top[kTile], mass[kTile];
+    alignas(64) float row_max[kTile], row_sum[kTile];
 
-    explicit ForwardScratch(const Problem& p)
-        : arena(Ring::floats(p, false) + kTile * kScores + panels_of(p.value_size) * kPanel * kTile), ring(p, false, arena),
+    explicit ForwardScratch(const AttentionParams& p)
+        : arena(TileRing::floats(p, false) + kTile * kScores + panels_of(p.value_size) * kPanel * kTile), ring(p, false, arena),
           queries(p), scores(arena.take(kTile * kScores)), out(arena.take(panels_of(p.value_size) * kPanel * kTile)) {}
 };
 
@@ -29,7 +29,7 @@ HF_INLINE void scale_row(float* panels, int row, int size, float factor) {
 }
 
 template <bool kShared, bool kWindow> struct ForwardTask {
-    const Problem& p;
+    const AttentionParams& p;
     const Head& head;
     int64_t round;
     ForwardScratch& w;
@@ -40,7 +40,7 @@ template <bool kShared, bool kWindow> struct ForwardTask {
         for (int64_t tile = begin; tile < end; tile++) {
             w.queries.read(head, round, tile);
             load_state();
-            look_ahead(tile + 1, end);
+            prefetch_next(tile + 1, end);
             if (w.queries.lowest <= w.queries.highest) {
                 const Tile& own = w.ring.get(head, tile, round, nothing);
                 if (kShared) w.queries.take_norms(own);
@@ -50,20 +50,20 @@ template <bool kShared, bool kWindow> struct ForwardTask {
             finish();
         }
     }
-    void look_ahead(int64_t next, int64_t end) {
-        w.ahead.clear();
+    void prefetch_next(int64_t next, int64_t end) {
+        w.prefetcher.clear();
         if (next >= end) return;
         int64_t keys = beyond(head, w.queries, next);
-        w.ahead.add(head.key, head.tokens(keys), head.geometry.count(keys));
-        w.ahead.add(head.value, head.tokens(keys), head.geometry.count(keys));
-        if (!kShared) w.ahead.add(head.query, head.tokens(next), head.geometry.count(next));
-        w.ahead.add(head.rows(p.out, p.value_size), head.tokens(next), head.geometry.count(next));
+        w.prefetcher.add(head.key, head.tokens(keys), head.geometry.count(keys));
+        w.prefetcher.add(head.value, head.tokens(keys), head.geometry.count(keys));
+        if (!kShared) w.prefetcher.add(head.query, head.tokens(next), head.geometry.count(next));
+        w.prefetcher.add(head.rows(p.out, p.value_size), head.tokens(next), head.geometry.count(next));
     }
     void load_state() {
         const Queries& q = w.queries;
         for (int i = 0; i < kTile; i++) {
-            w.top[i] = kNothing;
-            w.mass[i] = 0;
+            w.row_max[i] = kNothing;
+            w.row_sum[i] = 0;
         }
         if (round == 0) {
             std::memset(w.out, 0, panels_of(p.value_size) * kPanel * kTile * sizeof(float));
@@ -71,8 +71,8 @@ template <bool kShared, bool kWindow> struct ForwardTask {
         }
         Source rows = head.rows(p.out, p.value_size);
         for (int i = 0; i < q.count; i++) {
-            w.top[i] = p.top[head.offset + q.token[i]];
-            w.mass[i] = p.mass[head.offset + q.token[i]];
+            w.row_max[i] = p.row_max[head.offset + q.token[i]];
+            w.row_sum[i] = p.row_sum[head.offset + q.token[i]];
             gather(rows, q.token[i], w.out, i);
         }
     }
@@ -81,7 +81,7 @@ template <bool kShared, bool kWindow> struct ForwardTask {
         const Queries& q = w.queries;
         int groups = (q.count + kGranule - 1) / kGranule;
         int mirrored = kShared && block.own_is_whole() ? block.own : -1;
-        multiply_rows(rows, static_cast<int>(p.size), block, groups, mirrored, w.ahead, w.scores,
+        multiply_rows(rows, static_cast<int>(p.size), block, groups, mirrored, w.prefetcher, w.scores,
                       [](const Tile& t) { return t.columns; });
         if (mirrored >= 0) mirror_scores(w.scores + mirrored * kTile);
         float longest = 1, steepest = 0;  // keys of shared attention are shorter than 1
@@ -99,7 +99,7 @@ template <bool kShared, bool kWindow> struct ForwardTask {
             else
                 weigh(block, i);
         }
-        add_weighted_rows(w.scores, static_cast<int>(p.value_size), block, groups, w.ahead, w.out,
+        add_weighted_rows(w.scores, static_cast<int>(p.value_size), block, groups, w.prefetcher, w.out,
                           [](const Tile& t) { return t.values; });
     }
     template <typename F> HF_INLINE void for_columns(const KeyBlock& block, int i, F&& f) {
@@ -112,36 +112,36 @@ template <bool kShared, bool kWindow> struct ForwardTask {
     void clear_row(const KeyBlock& block, int i) {
         for_columns(block, i, [](const Tile&, int, float* at) { store(at, zero()); });
     }
-    // Moves a row's running maximum to `top`; sum and output follow.
-    HF_INLINE void move_top(int i, float top) {
-        if (top == w.top[i]) return;
-        if (w.mass[i] != 0) {
-            float decay = std::exp2(w.top[i] - top);
-            w.mass[i] *= decay;
+    // Sets a row's running maximum to `row_max`; sum and output are rescaled.
+    HF_INLINE void raise_max(int i, float row_max) {
+        if (row_max == w.row_max[i]) return;
+        if (w.row_sum[i] != 0) {
+            float decay = std::exp2(w.row_max[i] - row_max);
+            w.row_sum[i] *= decay;
             scale_row(w.out, i, static_cast<int>(p.value_size), decay);
         }
-        w.top[i] = top;
+        w.row_max[i] = row_max;
     }
     // Weights by a bound on the scores instead of their maximum. Pairs with a fixed score weigh nothing beside others
     // and are left out; where there are no others, a token of shared query/key attention has itself.
     HF_INLINE void weigh_bounded(const KeyBlock& block, int i, float bound) {
         RowMask<kShared, kWindow> mask(w.queries, i, head.earlier(round), p.keep_threshold);
-        float top = std::max(w.top[i], bound);
-        Float shift = splat(-top);
+        float row_max = std::max(w.row_max[i], bound);
+        Float shift = splat(-row_max);
         float total = store_weights(block, i, mask, [&](const Tile& t, int column, const float* at) {
-            return keep(mask.open(t, column), exp2(fma(load(at), load(t.scale + column), shift)));
+            return keep(mask.scored(t, column), exp2(fma(load(at), load(t.scale + column), shift)));
         });
         if (total != 0) {  // NaN included: it must reach the output
-            move_top(i, top);
-        } else if (kShared && w.top[i] < kFixed) {
+            raise_max(i, row_max);
+        } else if (kShared && w.row_max[i] < kFixed) {
             total = store_weights(block, i, mask, [&](const Tile& t, int column, const float*) {
-                return keep(both(mask.shown(t, column), mask.itself(t, column)), splat(1.0f));
+                return keep(both(mask.visible(t, column), mask.is_self(t, column)), splat(1.0f));
             });
-            if (total > 0) move_top(i, kSelf);
+            if (total > 0) raise_max(i, kSelf);
         }
-        w.mass[i] += total;
+        w.row_sum[i] += total;
     }
-    // Puts weight_of(tile, column, score) in the scores' place, or 0 where dropout says so; returns the sum before it.
+    // Replaces scores by weight_of(tile, column, score), or by 0 if the pair is dropped; returns the sum before dropout.
     template <typename F>
     HF_INLINE float store_weights(const KeyBlock& block, int i, const RowMask<kShared, kWindow>& mask, F&& weight_of) {
         Float total = zero();
@@ -153,7 +153,7 @@ template <bool kShared, bool kWindow> struct ForwardTask {
                 store(at, x);
             });
         };
-        if (p.key_draw)
+        if (p.dropout)
             run(std::true_type());
         else
             run(std::false_type());
@@ -162,18 +162,18 @@ template <bool kShared, bool kWindow> struct ForwardTask {
     // Weights by the true maximum, fixed scores included.
     void weigh(const KeyBlock& block, int i) {
         RowMask<kShared, kWindow> mask(w.queries, i, head.earlier(round), p.keep_threshold);
-        Float top = splat(kNothing);
+        Float row_max = splat(kNothing);
         for_columns(block, i, [&](const Tile& t, int column, float* at) {
             Float x = load(at) * load(t.scale + column);
             if (!kWindow) x = select(mask.masked(t, column), splat(kMasked), x);
-            if (kShared) x = select(mask.itself(t, column), splat(kSelf), x);
-            x = select(mask.shown(t, column), x, splat(kNothing));
-            top = max(top, x);
+            if (kShared) x = select(mask.is_self(t, column), splat(kSelf), x);
+            x = select(mask.visible(t, column), x, splat(kNothing));
+            row_max = max(row_max, x);
             store(at, x);
         });
-        move_top(i, std::max(w.top[i], largest(top)));
-        Float shift = splat(-w.top[i]);
-        w.mass[i] += store_weights(block, i, mask, [&](const Tile&, int, const float* at) {
+        raise_max(i, std::max(w.row_max[i], largest(row_max)));
+        Float shift = splat(-w.row_max[i]);
+        w.row_sum[i] += store_weights(block, i, mask, [&](const Tile&, int, const float* at) {
             Float score = load(at);
             return select(greater(splat(kNothing / 2), score), zero(), exp2(score + shift));
         });
@@ -186,18 +186,18 @@ template <bool kShared, bool kWindow> struct ForwardTask {
             int token = q.token[i];
             float factor = 1;
             if (last) {
-                if (w.mass[i] == 0) w.mass[i] = 1;
-                factor = static_cast<float>(p.dropout_scale) / w.mass[i];
+                if (w.row_sum[i] == 0) w.row_sum[i] = 1;
+                factor = static_cast<float>(p.dropout_scale) / w.row_sum[i];
             }
             scatter<false>(w.out, i, static_cast<int>(p.value_size), splat(factor), head.row(p.out, token, p.value_size));
-            p.top[head.offset + token] = w.top[i];
-            p.mass[head.offset + token] = w.mass[i];
+            p.row_max[head.offset + token] = w.row_max[i];
+            p.row_sum[head.offset + token] = w.row_sum[i];
         }
     }
 };
 
 // Segments of a head's rounds that run side by side, when there are fewer heads than threads could use.
-inline int64_t segments_of(const Problem& p, int64_t smallest) {
+inline int64_t segments_of(const AttentionParams& p, int64_t smallest) {
     int64_t heads = p.batch * p.heads, tiles = Geometry(p).per_round;
     if (p.threads <= 1) return 1;
     int64_t wanted = (4 * p.threads + heads - 1) / heads;
@@ -205,7 +205,7 @@ inline int64_t segments_of(const Problem& p, int64_t smallest) {
     return std::max<int64_t>(1, std::min(wanted, tiles / smallest));
 }
 
-template <bool kShared, bool kWindow> void run_forward(const Problem& p) {
+template <bool kShared, bool kWindow> void run_forward(const AttentionParams& p) {
     int64_t heads = p.batch * p.heads, tiles = Geometry(p).per_round, segments = segments_of(p, reach_in_tiles(p));
     std::vector<std::unique_ptr<ForwardScratch>> scratch(std::max<int64_t>(1, p.threads));
     for (int64_t round = 0; round < p.rounds; round++)  // a round reads what the one before it wrote

@@ -16,7 +16,7 @@ constexpr int kRows = 6;
 constexpr int kRows = 4;
 #endif
 
-constexpr int kTile = 64;                // queries and keys are worked on in tiles of this many places
+constexpr int kTile = 64;                // queries and keys are worked on in tiles of this many positions
 constexpr int kGranule = 16;             // visibility is decided for blocks of kGranule x kGranule pairs
 constexpr int kGroups = kTile / kGranule;
 constexpr int kPanel = 2 * kWidth;       // columns of a panel: a matrix of c columns is ceil(c / kPanel) panels,
@@ -39,9 +39,9 @@ template <int M, int N> struct Block {
             for (int n = 0; n < N; n++) store(c + m * stride + n * kWidth, at[m][n]);
     }
     // A(m, k) = a[m * kRowStep + k * kStep], B[k] = b + k * kPanel; `steps` is a multiple of 8.
-    template <int kRowStep, int kStep> HF_INLINE void accumulate(const float* a, const float* b, int steps, Ahead& ahead) {
+    template <int kRowStep, int kStep> HF_INLINE void accumulate(const float* a, const float* b, int steps, Prefetcher& prefetcher) {
         for (int begin = 0; begin < steps; begin += 4) {
-            ahead.step();
+            prefetcher.step();
 #pragma GCC unroll 4
             for (int k = begin; k < begin + 4; k++) {
                 Float row[N];

@@ -1,4 +1,4 @@
-// Angular LSH (Andoni et al. 2015) and the orders made of buckets: projections, argmax over [x; -x], counting sort.
+// Angular LSH (Andoni et al. 2015) and sorting by bucket: projections, argmax over [x; -x], counting sort.
 #pragma once
 
 #include <stdexcept>
@@ -10,7 +10,7 @@ namespace hf {
 
 struct HashScratch {
     std::vector<float> rows, columns, projected;
-    HashScratch(const Hashing& h, int64_t padded)
+    HashScratch(const HashParams& h, int64_t padded)
         : rows(panels_of(h.size) * kPanel * kTile), columns(rows.size()), projected(padded * kTile) {}
 };
 
@@ -35,7 +35,7 @@ inline void project(const float* rotations, int64_t padded, const float* columns
 }
 
 // Buckets of kWidth tokens of one round: per factor the column of the largest |x|, then its sign.
-inline Int buckets_of(const float* projected, const Hashing& h) {
+inline Int buckets_of(const float* projected, const HashParams& h) {
     Int bucket = splat(0);
     int64_t stride = 1, column = 0;
     for (int64_t f = 0; f < h.num_factors; f++) {
@@ -57,7 +57,7 @@ inline Int buckets_of(const float* projected, const Hashing& h) {
 }
 
 // One head's rotations as [padded / kRows][size][kRows], zeros behind the last column.
-inline void pack_rotations(const Hashing& h, int64_t head, int64_t padded, float* to) {
+inline void pack_rotations(const HashParams& h, int64_t head, int64_t padded, float* to) {
     const int64_t columns = h.rounds * h.columns;
     for (int64_t c = 0; c < padded; c++)
         for (int64_t k = 0; k < h.size; k++)
@@ -65,7 +65,7 @@ inline void pack_rotations(const Hashing& h, int64_t head, int64_t padded, float
                 c < columns ? h.rotations[(head * h.size + k) * columns + c] : 0.0f;
 }
 
-inline void hash_tile(const Hashing& h, int64_t head_index, int64_t first, const float* rotations, int64_t padded, HashScratch& w) {
+inline void hash_tile(const HashParams& h, int64_t head_index, int64_t first, const float* rotations, int64_t padded, HashScratch& w) {
     Source vectors(h.vectors, head_index / h.heads, head_index % h.heads, h.bfloat16, h.size);
     int count = static_cast<int>(std::min<int64_t>(kTile, h.length - first));
     for (int i = 0; i < count; i++) gather(vectors, static_cast<int>(first + i), w.rows.data(), i);
@@ -82,7 +82,7 @@ inline void hash_tile(const Hashing& h, int64_t head_index, int64_t first, const
 }
 
 // Heads of a tile one after the other: in a projection's own layout they lie side by side.
-inline void run_hashing(const Hashing& h) {
+inline void run_hashing(const HashParams& h) {
     int64_t tiles = (h.length + kTile - 1) / kTile, padded = (h.rounds * h.columns + kRows - 1) / kRows * kRows;
     std::vector<float> rotations(h.heads * h.size * padded);
     for (int64_t head = 0; head < h.heads; head++) pack_rotations(h, head, padded, rotations.data() + head * h.size * padded);
@@ -96,35 +96,35 @@ inline void run_hashing(const Hashing& h) {
 }
 
 // One round of one head: a stable counting sort by bucket, padding last; windows end where their bucket does.
-inline void sort_round(const Sorting& s, int64_t head_index, int64_t round) {
+inline void sort_round(const SortParams& s, int64_t head_index, int64_t round) {
     int64_t batch = head_index / s.heads, head = head_index % s.heads, length = s.length;
     const int32_t* buckets =
         static_cast<const int32_t*>(s.buckets.data) + batch * s.buckets.batch + head * s.buckets.head + round * length;
     const uint8_t* mask = s.mask ? s.mask + batch * length : nullptr;
     int64_t at = (head_index * s.rounds + round) * length;
-    std::vector<int32_t> ends(s.count + 2, 0);  // ends[b + 1]: tokens in bucket b; summed, the place behind its last
-    auto bucket_of = [&](int64_t t) { return mask && !mask[t] ? s.count : buckets[t]; };
+    std::vector<int32_t> ends(s.num_buckets + 2, 0);  // ends[b + 1]: tokens in bucket b; summed, the position behind its last
+    auto bucket_of = [&](int64_t t) { return mask && !mask[t] ? s.num_buckets : buckets[t]; };
     for (int64_t t = 0; t < length; t++) {
         int64_t bucket = bucket_of(t);
-        if (bucket < 0 || bucket > s.count) throw std::out_of_range("bucket");
+        if (bucket < 0 || bucket > s.num_buckets) throw std::out_of_range("bucket");
         ends[bucket + 1]++;
     }
-    for (int64_t b = 0; b <= s.count; b++) ends[b + 1] += ends[b];
+    for (int64_t b = 0; b <= s.num_buckets; b++) ends[b + 1] += ends[b];
     std::vector<int32_t> next(ends.begin(), ends.end() - 1);
-    for (int64_t t = 0; t < length; t++) s.line[at + next[bucket_of(t)]++] = static_cast<int32_t>(t);
-    if (!s.lo) return;
-    for (int64_t b = 0; b <= s.count; b++)
-        for (int64_t place = ends[b]; place < ends[b + 1]; place++) {
-            bool padding = b == s.count;
-            int64_t lo = padding ? place + 1 : std::max<int64_t>(ends[b], place - s.back);
-            s.lo[at + place] = static_cast<int32_t>(lo);
-            if (!s.hi) continue;
-            int64_t hi = padding ? place : std::min<int64_t>(ends[b + 1] - 1, place + s.on);
-            s.hi[at + place] = static_cast<int32_t>(hi);
+    for (int64_t t = 0; t < length; t++) s.perm[at + next[bucket_of(t)]++] = static_cast<int32_t>(t);
+    if (!s.window_start) return;
+    for (int64_t b = 0; b <= s.num_buckets; b++)
+        for (int64_t pos = ends[b]; pos < ends[b + 1]; pos++) {
+            bool padding = b == s.num_buckets;
+            int64_t start = padding ? pos + 1 : std::max<int64_t>(ends[b], pos - s.left_reach);
+            s.window_start[at + pos] = static_cast<int32_t>(start);
+            if (!s.window_end) continue;
+            int64_t end = padding ? pos : std::min<int64_t>(ends[b + 1] - 1, pos + s.right_reach);
+            s.window_end[at + pos] = static_cast<int32_t>(end);
         }
 }
 
-inline void run_sorting(const Sorting& s) {
+inline void run_sorting(const SortParams& s) {
     parallel_for(s.batch * s.heads * s.rounds, s.threads,
                  [&](int64_t task, int) { sort_round(s, task / s.rounds, task % s.rounds); });
 }

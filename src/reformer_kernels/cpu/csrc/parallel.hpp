@@ -16,7 +16,7 @@
 namespace hf {
 
 // The first exception of any thread, for its caller: none may leave the thread itself.
-class Failure {
+class ExceptionSlot {
   public:
     template <typename F> void guard(F&& f) noexcept {
         try {
@@ -42,23 +42,23 @@ template <typename F> void parallel_for(int64_t tasks, int64_t threads, F&& body
         for (int64_t task = 0; task < tasks; task++) body(task, 0);
         return;
     }
-    Failure failure;
+    ExceptionSlot slot;
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(dynamic, 1)
-    for (int64_t task = 0; task < tasks; task++) failure.guard([&] { body(task, omp_get_thread_num()); });
+    for (int64_t task = 0; task < tasks; task++) slot.guard([&] { body(task, omp_get_thread_num()); });
 #else
     std::atomic<int64_t> next{0};
     auto work = [&](int worker) {
-        for (int64_t task; (task = next.fetch_add(1)) < tasks;) failure.guard([&] { body(task, worker); });
+        for (int64_t task; (task = next.fetch_add(1)) < tasks;) slot.guard([&] { body(task, worker); });
     };
     std::vector<std::thread> pool;
-    failure.guard([&] {
+    slot.guard([&] {
         for (int worker = 1; worker < threads; worker++) pool.emplace_back(work, worker);
     });
     work(0);
     for (auto& thread : pool) thread.join();
 #endif
-    failure.rethrow();
+    slot.rethrow();
 }
 
 }  // namespace hf

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "problem.hpp"
+#include "params.hpp"
 #include "simd.hpp"
 
 namespace hf {
@@ -33,7 +33,7 @@ struct Source {
 
 // Rows that the next tile needs, fetched line by line between the products of the present one: rows in random order miss
 // the cache, and a processor waits for no more than a dozen lines at once.
-class Ahead {
+class Prefetcher {
   public:
     void clear() {
         kinds_ = row_ = 0;
@@ -41,7 +41,7 @@ class Ahead {
         at_ = nullptr;
     }
     void add(const Source& source, const int32_t* tokens, int count) {
-        wanted_[kinds_++] = {source, tokens, count};
+        queue_[kinds_++] = {source, tokens, count};
         rows_ = std::max(kinds_ == 1 ? 0 : rows_, count);
         if (!at_) turn();
     }
@@ -53,7 +53,7 @@ class Ahead {
     }
 
   private:
-    void turn() {  // to the next row: all kinds of one place, then the next place
+    void turn() {  // to the next row: all kinds of one position, then the next position
         do {
             if (++kind_ == kinds_) {
                 kind_ = 0;
@@ -63,17 +63,17 @@ class Ahead {
                 at_ = nullptr;
                 return;
             }
-        } while (row_ >= wanted_[kind_].count);
-        const Wanted& wanted = wanted_[kind_];
-        at_ = wanted.source.row(wanted.tokens[row_]);
-        end_ = at_ + wanted.source.bytes();
+        } while (row_ >= queue_[kind_].count);
+        const Rows& rows = queue_[kind_];
+        at_ = rows.source.row(rows.tokens[row_]);
+        end_ = at_ + rows.source.bytes();
     }
-    struct Wanted {
+    struct Rows {
         Source source;
         const int32_t* tokens;
         int count;
     };
-    Wanted wanted_[8];
+    Rows queue_[8];
     int kinds_ = 0, kind_ = -1, row_ = 0, rows_ = 0;
     const char *at_ = nullptr, *end_ = nullptr;
 };

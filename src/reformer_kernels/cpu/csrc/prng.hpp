@@ -1,10 +1,10 @@
-// Counter-based standard normal numbers: randomness.normal_rows, in plain loops that the compiler turns into vectors.
+// Counter-based random numbers, as in ops/prng.py: keys, and standard normal numbers in loops that the compiler vectorises.
 #pragma once
 
 #include <algorithm>
 
 #include "parallel.hpp"
-#include "problem.hpp"
+#include "params.hpp"
 #include "simd.hpp"
 
 namespace hf {
@@ -39,7 +39,7 @@ HF_INLINE float normal(uint32_t key) {
     return std::sqrt(-2 * log_of_share(radius)) * cos_of_turn(turn);
 }
 
-inline void run_normals(const Normals& n) {
+inline void run_normals(const NormalParams& n) {
     constexpr int64_t kPiece = 4096;
     int64_t pieces = (n.count + kPiece - 1) / kPiece;
     parallel_for(n.rows * pieces, n.threads, [&](int64_t task, int) {

@@ -1,15 +1,15 @@
-// One more token through a whole layer: norm, projections, a step of attention, and the feed-forward branch. Its time is
-// that of reading the weights once.
+// One new token through a whole layer: norm, projections, attention over the cache, and the feed-forward branch. It takes
+// as long as reading the weights once.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
+#include "decode_attention.hpp"
 #include "parallel.hpp"
-#include "problem.hpp"
+#include "params.hpp"
 #include "simd.hpp"
-#include "step.hpp"
 
 namespace hf {
 
@@ -62,7 +62,7 @@ template <typename T> void normalise(const T* x, const float* weight, const floa
     for (int64_t i = 0; i < size; i++) out[i] = static_cast<float>((out[i] - mean) * scale) * weight[i] + bias[i];
 }
 
-// Turned by position (rotary embeddings): x * cos + (-second half, first half) * sin.
+// Rotary position embeddings: x * cos + (-second half, first half) * sin.
 inline void rotate(const float* x, const float* cosines, const float* sines, int64_t size, float* out) {
     const int64_t half = size / 2;
     for (int64_t i = 0; i < half; i++) {
@@ -71,12 +71,12 @@ inline void rotate(const float* x, const float* cosines, const float* sines, int
     }
 }
 
-template <typename T> void run_layer(const LayerStep& p) {
-    Step s = *p.step;
+template <typename T> void run_decode_layer(const LayerParams& p) {
+    DecodeParams s = *p.attention;
     const int64_t rows = s.batch, hidden = p.hidden, inner = s.heads * s.size, wide = p.feed_forward;
     const bool shared = !p.key_proj;
-    std::vector<float> normed(rows * hidden), query(rows * inner), key(rows * inner), value(rows * inner), turned(2 * rows * inner),
-        mixed(rows * inner), branch(rows * hidden), inside(rows * wide);
+    std::vector<float> normed(rows * hidden), query(rows * inner), key(rows * inner), value(rows * inner), rotated(2 * rows * inner),
+        mixed(rows * inner), branch(rows * hidden), activations(rows * wide);
     T *x1 = static_cast<T*>(p.x1), *x2 = static_cast<T*>(p.x2);
 
     for (int64_t row = 0; row < rows; row++)
@@ -86,22 +86,24 @@ template <typename T> void run_layer(const LayerStep& p) {
     run_dense(projections, shared ? 2 : 3, normed.data(), rows, hidden, s.threads);
 
     auto heads_of = [&](const float* x) { return Strided{x, inner, s.size, 0}; };
-    const float *turned_query = query.data(), *turned_key = shared ? query.data() : key.data();
+    const float *rotated_query = query.data(), *rotated_key = shared ? query.data() : key.data();
     if (p.cosines) {
-        for (int64_t line = 0; line < rows * s.heads; line++) {
-            const int64_t at = p.turns > 1 ? line / s.heads * s.size : 0;
-            rotate(query.data() + line * s.size, p.cosines + at, p.sines + at, s.size, turned.data() + line * s.size);
-            if (!shared) rotate(key.data() + line * s.size, p.cosines + at, p.sines + at, s.size, turned.data() + rows * inner + line * s.size);
+        for (int64_t head_index = 0; head_index < rows * s.heads; head_index++) {
+            const int64_t at = p.rotary_rows > 1 ? head_index / s.heads * s.size : 0;
+            rotate(query.data() + head_index * s.size, p.cosines + at, p.sines + at, s.size, rotated.data() + head_index * s.size);
+            if (!shared)
+                rotate(key.data() + head_index * s.size, p.cosines + at, p.sines + at, s.size,
+                       rotated.data() + rows * inner + head_index * s.size);
         }
-        turned_query = turned.data();
-        turned_key = shared ? turned_query : turned.data() + rows * inner;
+        rotated_query = rotated.data();
+        rotated_key = shared ? rotated_query : rotated.data() + rows * inner;
     }
-    s.query = heads_of(turned_query);
-    s.key = heads_of(turned_key);
+    s.query = heads_of(rotated_query);
+    s.key = heads_of(rotated_key);
     s.value = heads_of(value.data());
     s.vectors = heads_of(query.data());
     s.out = mixed.data();
-    run_step(s);
+    run_decode_attention(s);
 
     Dense merge{p.out_proj, nullptr, branch.data(), hidden};
     run_dense(&merge, 1, mixed.data(), rows, inner, s.threads);
@@ -109,10 +111,10 @@ template <typename T> void run_layer(const LayerStep& p) {
 
     for (int64_t row = 0; row < rows; row++)
         normalise(x1 + row * hidden, p.feed_forward_norm, p.feed_forward_norm_bias, hidden, p.epsilon, normed.data() + row * hidden);
-    Dense up{p.up_proj, p.up_bias, inside.data(), wide}, down{p.down_proj, p.down_bias, branch.data(), hidden};
+    Dense up{p.up_proj, p.up_bias, activations.data(), wide}, down{p.down_proj, p.down_bias, branch.data(), hidden};
     run_dense(&up, 1, normed.data(), rows, hidden, s.threads);
-    for (float& x : inside) x = p.gelu ? 0.5f * x * (1 + std::erf(x * 0.70710678f)) : (x < 0 ? 0.0f : x);
-    run_dense(&down, 1, inside.data(), rows, wide, s.threads);
+    for (float& x : activations) x = p.gelu ? 0.5f * x * (1 + std::erf(x * 0.70710678f)) : (x < 0 ? 0.0f : x);
+    run_dense(&down, 1, activations.data(), rows, wide, s.threads);
     for (int64_t i = 0; i < rows * hidden; i++) x2[i] += branch[i];
 }
 

@@ -1,0 +1,108 @@
+"""The attention op as torch sees it: one schema, and rules for tracing and autograd, for every backend."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+_INPUTS = (
+    "Tensor query, Tensor? key, Tensor value, Tensor perm, Tensor window_start, Tensor window_end, Tensor? mask, "
+    "Tensor? dropout_key, Tensor? query_weights, SymInt block_size, SymInt left_reach, SymInt right_reach, "
+    "bool dedup_pairs, bool causal, float dropout, float scale"
+)
+
+
+class AttentionArgs(NamedTuple):
+    """The op's inputs, as `hf_reformer.ops.dispatch.windowed_attention` and `layout.AttentionLayout` describe them.
+
+    key: None for shared query/key attention. dropout_key: None if nothing is dropped. query_weights: None if the
+    attention mass is not asked for.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor | None
+    value: torch.Tensor
+    perm: torch.Tensor
+    window_start: torch.Tensor
+    window_end: torch.Tensor
+    mask: torch.Tensor | None
+    dropout_key: torch.Tensor | None
+    query_weights: torch.Tensor | None
+    block_size: int
+    left_reach: int
+    right_reach: int
+    dedup_pairs: bool
+    causal: bool
+    dropout: float
+    scale: float
+
+
+_NUM_TENSORS = AttentionArgs._fields.index("block_size")
+
+
+def empty_rows(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, H, T, D) of the same shape, uninitialised, in memory (B, T, H, D): the layout of a projection."""
+    batch, heads, length, size = like.shape
+    return like.new_empty(batch, length, heads, size, dtype=dtype).transpose(1, 2)
+
+
+def register_attention(
+    backend: str, forward: Callable[..., Any], backward: Callable[..., Any], dtype_of: Callable[..., torch.dtype],
+    device_types: str | Sequence[str] | None = None,
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:  # fmt: skip
+    """Register `reformer_kernels::<backend>_attention` and its backward.
+
+    Args:
+        forward: of the fields of `AttentionArgs`; gives the output (B, H, T, D), maximum and sum of every row's
+            softmax, (B, H, T) float32, and the attention mass, (B, T) float32, or an empty tensor without
+            `query_weights`.
+        backward: of the output, row maxima and sums, the gradients of output and mass (None: it has none), and then
+            as `forward`; gives the gradients of query, value and, unless it is None, key.
+        dtype_of: of query, key and value: the dtype of outputs and gradients.
+    """
+    name = f"reformer_kernels::{backend}_attention"
+    op = torch.library.custom_op(
+        name, forward, mutates_args=(), device_types=device_types,
+        schema=f"({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    )  # fmt: skip
+    backward_op = torch.library.custom_op(
+        f"{name}_backward", backward, mutates_args=(), device_types=device_types,
+        schema=f"(Tensor out, Tensor row_max, Tensor row_sum, Tensor grad_out, Tensor? grad_mass, {_INPUTS})"
+        " -> Tensor[]",
+    )  # fmt: skip
+
+    @op.register_fake
+    def _(*inputs):
+        query, key, value, *_ = args = AttentionArgs(*inputs)
+        rows = query.new_empty(query.shape[:3], dtype=torch.float32)
+        mass = rows.new_empty(0 if args.query_weights is None else (query.shape[0], query.shape[2]))
+        return empty_rows(value, dtype_of(query, key, value)), rows, torch.empty_like(rows), mass
+
+    @backward_op.register_fake
+    def _(out, row_max, row_sum, grad_out, grad_mass, query, key, value, *_):
+        return [empty_rows(x, dtype_of(query, key, value)) for x in (query, value, key) if x is not None]
+
+    def setup_context(ctx, inputs, output):
+        tensors, ctx.numbers = inputs[:_NUM_TENSORS], inputs[_NUM_TENSORS:]
+        *saved, mass = output
+        ctx.save_for_backward(*saved, *tensors)
+        ctx.mark_non_differentiable(*saved[1:], *([] if mass.numel() else [mass]))
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx, grad_out, _row_max, _row_sum, grad_mass):
+        unused = (None,) * (len(AttentionArgs._fields) - 3)
+        if grad_out is None and grad_mass is None:
+            return None, None, None, *unused
+        out, row_max, row_sum, *tensors = ctx.saved_tensors
+        query, key, value = tensors[:3]
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grad_query, grad_value, *grad_key = backward_op(
+            out, row_max, row_sum, grad_out, grad_mass, *tensors, *ctx.numbers
+        )
+        return (
+            grad_query.to(query.dtype), grad_key[0].to(key.dtype) if grad_key else None, grad_value.to(value.dtype),
+            *unused,
+        )  # fmt: skip
+
+    op.register_autograd(differentiate, setup_context=setup_context)
+    return op

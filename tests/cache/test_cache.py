@@ -16,7 +16,7 @@ from transformers import DynamicCache, StaticCache
 from hf_reformer import ReformerConfig, ReformerForCausalLM, ReformerModel
 from hf_reformer.cache import cache
 from hf_reformer.cache.cache import ReformerCache
-from hf_reformer.layers import attention
+from hf_reformer.layers import cached_attention
 from hf_reformer.ops.bucket_tables import BucketChains
 
 LENGTH = 70
@@ -110,8 +110,8 @@ def test_a_step_reads_so_many_keys_whatever_the_context(monkeypatch):
         read.append(tokens.shape[-1])
         return attend(query, keys, values, tokens, *more, **options)
 
-    attend = attention.gather_attention
-    monkeypatch.setattr(attention, "gather_attention", counting)
+    attend = cached_attention.gather_attention
+    monkeypatch.setattr(cached_attention, "gather_attention", counting)
     model = make(["local", "lsh"])
     run(model, PIECES["prompt"])
     config = model.config
@@ -192,7 +192,7 @@ def test_what_a_local_layer_has_lost_does_not_come_back_by_recording(late):
     if late:
         kept.crop(-2)
     kept.activate_past_recording()
-    with pytest.raises(RuntimeError, match="no longer has"):
+    with pytest.raises(RuntimeError, match="has evicted"):
         kept.crop(-30)
     run(model, [5], kept=kept)
     kept.crop(-5)
@@ -268,7 +268,7 @@ def test_empty_caches_of_the_library_are_adopted():
 
 
 def bytes_of(layer):
-    held = [x for part in (layer, layer.tables) if part is not None for x in vars(part).values()]
+    held = [x for part in (layer, layer.chains) if part is not None for x in vars(part).values()]
     return sum(x.untyped_storage().nbytes() for x in held if isinstance(x, torch.Tensor))
 
 
@@ -280,7 +280,7 @@ def test_memory_of_a_cache():
     _, kept = run(model, [1000, *[1] * 24], make_ids(1, 1024))
     local, hashed = kept.layers
     assert bytes_of(local) <= 1.01 * 2 * config.local_window * token
-    assert bytes_of(hashed) - hashed.rotations.untyped_storage().nbytes() <= 1.3 * 1024 * token
+    assert bytes_of(hashed) - hashed.hasher.rotations.untyped_storage().nbytes() <= 1.3 * 1024 * token
 
 
 class Largest(TorchDispatchMode):
@@ -361,7 +361,7 @@ def test_what_is_refused_leaves_the_cache_as_it_was(kinds):
     ):
         with pytest.raises(ValueError, match=message):
             model(IDS[:, 40:50], past_key_values=kept, **options)
-    with pytest.raises(RuntimeError, match="taken back"):
+    with pytest.raises(RuntimeError, match="cannot be removed"):
         kept.crop(-36)
     assert max_abs_diff(run(model, [1] * 30, kept=kept)[0], expected[:, 40:]) <= 1e-10
 
@@ -392,7 +392,7 @@ def test_a_call_that_broke_off_is_told_afterwards(monkeypatch):
         broken.setattr(model.model.layers[1], "forward", None)
         with pytest.raises(TypeError):
             model(IDS[:, 20:25], past_key_values=kept)
-    with pytest.raises(ValueError, match=r"hold \[20, 25\] tokens: an earlier call broke off"):
+    with pytest.raises(ValueError, match=r"hold \[20, 25\] tokens: an earlier call was interrupted"):
         model(IDS[:, 20:25], past_key_values=kept)
 
 

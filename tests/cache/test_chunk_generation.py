@@ -110,13 +110,13 @@ def test_the_number_of_buckets_stays_that_of_the_prompt(prompt, tmp_path, repair
     ids = make_ids(1, LENGTH, vocab=50)
     found, kept = run(ours, ids, prompt)
     assert max_abs_diff(found, run(builtin, ids, prompt)[0]) <= 1e-9
-    assert kept.layers[1].num_buckets == builtin.config.num_buckets
+    assert kept.layers[1].hasher.num_buckets == builtin.config.num_buckets
 
 
 def test_a_short_prompt_chooses_the_buckets_of_one_chunk():
     """The built-in breaks off when the first chunk is full."""
     found, kept = run(make(num_buckets=None), make_ids(1, LENGTH), 3)
-    assert kept.layers[1].num_buckets == 2
+    assert kept.layers[1].hasher.num_buckets == 2
     assert found.isfinite().all()
 
 
@@ -227,13 +227,13 @@ def test_a_cache_begins_anew_after_reset_and_after_all_was_taken_back(model):
 
 def test_a_local_layer_keeps_its_chunks_alone(model):
     _, kept = run(model, make_ids(1, 200), 150)
-    assert [layer.room for layer in kept.layers][::2] == [16, 16]
+    assert [layer.capacity for layer in kept.layers][::2] == [16, 16]
 
 
 def test_the_number_of_hashes_is_kept(model):
     ids = make_ids(1, LENGTH)
     found, kept = run(model, ids, 21, num_hashes=3)
-    assert kept.layers[1].num_hashes == 3
+    assert kept.layers[1].hasher.rotations.shape[2] == 3
     assert kept.layers[1].buckets.shape[2] == 3
     assert max_abs_diff(found, run(model, ids, 21)[0]) > 1e-3
     with pytest.raises(ValueError, match="hashed with 3"):

@@ -103,7 +103,7 @@ def test_evenly_spread_attention_has_none(causal):
     seen = real[:, None, :] & real[:, :, None]
     seen = seen.tril() if causal else seen
     weights = seen.double() / seen.sum(-1, keepdim=True).clamp(min=1)
-    received = torch.einsum("bij,bi->bj", weights, shares.paid)
+    received = torch.einsum("bij,bi->bj", weights, shares.query_weights)
     assert max_abs_diff(received, shares.target) <= 1e-12
     assert coverage_loss(received, shares).abs() <= 1e-12
 
@@ -381,8 +381,8 @@ def test_a_picture_shows_the_target(causal):
 
 
 def test_the_experiment_runs_on_both_tasks(tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
-    import coverage_experiment
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
+    from experiments import coverage as coverage_experiment
 
     small = ["--seeds", "2", "--steps", "2", "--rows", "2", "--length", "32", "--window", "8", "--weights", "0", "1"]
     coverage_experiment.main([*small, "--bidirectional", "--picture", str(tmp_path / "received.png")])

@@ -1,7 +1,7 @@
 """One sequence over several processes, by exchanging heads (Jacobs et al. 2023, arXiv 2309.14509).
 
-Every process holds a share of the tokens, and inside attention all tokens of a share of the heads. AttentionLayout and windows
-belong to a head, so the result is that of one process.
+Every process holds a share of the tokens, and inside attention all tokens of a share of the heads. Sort orders
+and windows belong to a head, so the result is that of one process.
 
 Gradients follow torch's collectives: what all processes compute alike, such as the loss, counts once for each. So the
 mean over the processes, as DistributedDataParallel takes it, is the gradient of one process.

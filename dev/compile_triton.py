@@ -27,6 +27,7 @@ from triton.runtime.jit import JITFunction
 
 from hf_reformer.ops.layout import chunk_layout, window_layout
 from hf_reformer.ops.prng import make_key
+from reformer_kernels.attention_op import AttentionArgs
 from reformer_kernels.triton import launch
 from reformer_kernels.triton.tiles import Tiles, choose_tiles
 
@@ -86,30 +87,31 @@ def launches_of(case: Case, kernels: list[str]) -> Iterator[tuple[str, dict, Nee
     mask = torch.ones(1, length, dtype=torch.bool)
     buckets = torch.zeros(1, case.heads, case.rounds, length, dtype=torch.int32)
     if case.rule == "window":
-        orders = window_layout([(buckets, 1, 8)], True, mask)
+        layout = window_layout([(buckets, 1, 8)], True, mask)
     else:
-        orders = chunk_layout(buckets, 1, 16, 1, 0, mask)
-    dropout_key = make_key(0) if case.dropout else None
-    arguments = (
-        query, None if case.shared else query, value, *orders[:3], mask, dropout_key,
-        *orders[3:], True, case.dropout,
+        layout = chunk_layout(buckets, 1, 16, 1, 0, mask)
+    dropout_key, query_weights = make_key(0) if case.dropout else None, torch.ones(1, length)
+    args = AttentionArgs(
+        query, None if case.shared else query, value, *layout[:3], mask, dropout_key, query_weights,
+        *layout[3:], True, case.dropout, 1.0,
     )  # fmt: skip
-    found = []
+    launched = []
 
     def compile_instead(kernel, grid):
         def run(*args, **options):
             if kernel.__name__.removesuffix("_round") in kernels:
-                found.append((kernel.__name__, options, kernel.warmup(*args, grid=grid, **options)))
+                launched.append((kernel.__name__, options, kernel.warmup(*args, grid=grid, **options)))
 
         return run
 
     triton.runtime.driver.set_active(Absent(case.arch))
     with mock.patch.object(JITFunction, "__getitem__", compile_instead):
-        call = launch.prepare(*arguments)
-        out, top, mass = launch.run_forward(call)
-        launch.run_backward(call, out, top, mass, out)
+        launch_args = launch.prepare(args)
+        out, row_max, row_sum, mass = launch.run_forward(launch_args)
+        for grad_mass in (None, mass):
+            launch.run_backward(launch_args, out, row_max, row_sum, out, grad_mass)
     seen = set()
-    for name, options, compiled in found:
+    for name, options, compiled in launched:
         if compiled.hash not in seen:
             seen.add(compiled.hash)
             yield name.removesuffix("_round"), options, needs_of(compiled)
@@ -127,20 +129,20 @@ def needs_of(compiled) -> Needs:
 
 def cases_of(archs: list[int], dtypes: list[torch.dtype], sizes: list[int], every: bool) -> list[Case]:
     """The costliest kinds of call: shared query/key and dropout; windows in rounds that have others before them."""
-    found = []
+    cases = []
     for arch, dtype, size in itertools.product(archs, dtypes, sizes):
         case = Case(arch, dtype, size)
         # One head and one round are constants to Triton: another way through its compiler.
-        found += [case, case._replace(rule="chunk", rounds=1, heads=1)]
+        cases += [case, case._replace(rule="chunk", rounds=1, heads=1)]
         if every:
             for rule, shared, dropout in itertools.product(["window", "chunk"], [True, False], [0.0, 0.1]):
-                found.append(case._replace(rule=rule, rounds=3, shared=shared, dropout=dropout))
-    return found
+                cases.append(case._replace(rule=rule, rounds=3, shared=shared, dropout=dropout))
+    return cases
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ["forward", "backward_queries", "backward_keys", "invert_orders"]
+    names = ["forward", "backward_queries", "backward_keys", "sweep_queries", "sweep_keys", "invert_permutations"]
     parser.add_argument("--all", action="store_true", help="every kind of call and dtype; takes ten minutes")
     parser.add_argument("--kernels", nargs="+", default=names, choices=names)
     parser.add_argument("--archs", nargs="+", type=int, default=[80, 90], help="compute capabilities, times ten")
@@ -153,7 +155,9 @@ def main() -> int:
     dtypes = options.dtypes or (["bfloat16", "float16", "float32"] if options.all else ["bfloat16", "float32"])
     choose = (lambda *_: Tiles(*map(int, options.tiles.split(",")))) if options.tiles else choose_tiles
     failures = 0
-    print("kernel            sm  dtype     size  keys    rule    dropout round   tiles            REG  STACK  shared")
+    print(
+        "kernel              sm  dtype     size  keys    rule    dropout round   tiles            REG  STACK  shared"
+    )
     cases = cases_of(options.archs, [getattr(torch, name) for name in dtypes], options.sizes, options.all)
     with mock.patch.object(launch, "choose_tiles", choose):
         for case in cases:
@@ -161,7 +165,7 @@ def main() -> int:
                 failures += needs.too_much
                 tiles = "{QUERIES}x{KEYS} {num_warps}w {num_stages}s" if "QUERIES" in arguments else ""
                 print(
-                    f"{name:17} {case.arch}  {str(case.dtype)[6:]:9} {case.size:4}  "
+                    f"{name:19} {case.arch}  {str(case.dtype)[6:]:9} {case.size:4}  "
                     f"{'shared' if case.shared else 'own':7} {case.rule:7} {'yes' if case.dropout else 'no':7} "
                     f"{'first' if arguments.get('FIRST') else 'later':7} {tiles.format(**arguments):15} "
                     f"{needs.registers:4}  {needs.stack:5}  {needs.shared:6}{'  <-- too much' * needs.too_much}",

@@ -23,4 +23,4 @@ chmod +x "$folder/c++"
 echo "race:libtorch_cpu.so" > "$folder/suppressions"  # torch's own threads are OpenMP's, not understood
 export CXX="$folder/c++" HF_REFORMER_CACHE="$folder" ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS="halt_on_error=1 suppressions=$folder/suppressions"
 export LD_PRELOAD="$(g++ -print-file-name=$library) $(g++ -print-file-name=libstdc++.so.6)"  # the second: for exceptions
-python -m pytest tests/test_cpu_kernel.py -p no:cacheprovider "$@"
+python -m pytest tests/kernels/test_cpu_kernel.py -p no:cacheprovider "$@"

@@ -64,8 +64,8 @@ def test_it_equals_the_reference_over_many_tiles(drawn, size, length, window):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_it_equals_the_reference_at_usual_sizes(mode, causal, shared, dropout):
     case = Case(
-        mode=mode, causal=causal, shared=shared, dropout=dropout, length=512, batch=1, size=64, value_size=64, num_buckets=4,
-        window=64, padding=0.1, dtype=torch.float32,
+        mode=mode, causal=causal, shared=shared, dropout=dropout, length=512, batch=1, size=64, value_size=64,
+        num_buckets=4, window=64, padding=0.1, dtype=torch.float32,
     )  # fmt: skip
     assert_equals_reference(case, "cpu", torch.float32)
 
@@ -365,5 +365,5 @@ def test_kernels_of_another_structure_are_not_used(monkeypatch, caplog):
         assert select_backend("auto", single, single) == "torch"
     size = library.ctypes.sizeof(library.SortParams)
     assert f"do not fit this package: their SortParams has {size} bytes, not {size + 8}" in caplog.text
-    with pytest.raises(ValueError, match="'cpu' cannot be used here.*SortParams"):
+    with pytest.raises(ValueError, match=r"'cpu' cannot be used here.*SortParams"):
         select_backend("cpu", single, single)

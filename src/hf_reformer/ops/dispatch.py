@@ -7,7 +7,7 @@ Everything here takes `backend`: `config.attention_backend`. "torch" and "refere
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -192,7 +192,7 @@ def window_rotations(
 
 
 def window_layout(
-    groups: list[tuple[torch.Tensor, int | None, int]],
+    groups: Sequence[tuple[torch.Tensor, int | None, int]],
     causal: bool,
     mask: torch.Tensor | None,
     block_size: int = 32,

@@ -5,7 +5,7 @@ positions. Both rules, windows and chunks, are such a sequence (`AttentionLayout
 Nothing here carries gradients.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,7 +37,7 @@ class AttentionLayout(NamedTuple):
 
 @torch.no_grad()
 def window_layout(
-    groups: list[tuple[torch.Tensor, int | None, int]],
+    groups: Sequence[tuple[torch.Tensor, int | None, int]],
     causal: bool,
     mask: torch.Tensor | None,
     block_size: int = 32,

@@ -118,8 +118,8 @@ def _blocks(layout: AttentionLayout, index: _RowIndex) -> Iterator[_TileBlock]:
                 part = (slice(line, line + per_block), slice(at, at + per_line))
                 masked = _outside(first[part], last[part], keys) if layout.dedup_pairs else None
                 shape = (query[part].shape[0] * query[part].shape[1], tile, keys)
-                rows = (x[part].reshape(-1) for x in (query, key, target))
-                yield _TileBlock(round_index, *rows, masked, shape)
+                query_rows, key_rows, target_rows = (x[part].reshape(-1) for x in (query, key, target))
+                yield _TileBlock(round_index, query_rows, key_rows, target_rows, masked, shape)
 
 
 def _outside(first: torch.Tensor, last: torch.Tensor, keys: int) -> torch.Tensor:

@@ -44,7 +44,7 @@ class DecodeLayer(NamedTuple):
         local_window, scale: as for `decode_attention`.
     """
 
-    weights: dict[str, torch.Tensor | None]
+    weights: dict[str, Any]
     cache: CacheTensors
     indices: torch.Tensor
     gelu: bool

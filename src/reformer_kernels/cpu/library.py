@@ -104,7 +104,8 @@ def load_library(variant: str) -> ctypes.CDLL:
     """
     library = build.load_library(variant)
     library.hf_sizeof.restype = ctypes.c_int64
-    for structure in (Strided, *FUNCTIONS.values(), LayerParams):
+    structures: list[type[ctypes.Structure]] = [Strided, *FUNCTIONS.values(), LayerParams]
+    for structure in structures:
         compiled, expected = library.hf_sizeof(structure.__name__.encode()), ctypes.sizeof(structure)
         if compiled != expected:
             raise build.KernelBuildError(

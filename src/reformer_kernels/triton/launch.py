@@ -49,16 +49,14 @@ def key_factor(query: torch.Tensor) -> torch.Tensor:
     return (torch.rsqrt(mean + 1e-6) * size**-0.5).contiguous()
 
 
-def by_token(
-    perm: torch.Tensor, window_start: torch.Tensor, window_end: torch.Tensor
-) -> dict[str, torch.Tensor | None]:
-    """Sorted position and window of every token, to tell which pairs earlier rounds show."""
+def by_token(perm: torch.Tensor, window_start: torch.Tensor, window_end: torch.Tensor) -> list[torch.Tensor]:
+    """Sorted position, window start and end of every token, to tell which pairs are visible in earlier rounds."""
     rounds, length = perm.shape[2:]
-    inverse = {name: torch.empty_like(perm) for name in ("pos_of", "start_of", "end_of")}
+    inverse = [torch.empty_like(perm) for _ in range(3)]
     positions, block = perm.numel(), 1024
     sizes = {"positions": positions, "length": length, "total": rounds * length}
     grid = (triton.cdiv(positions, block),)
-    invert_permutations[grid](perm, window_start, window_end, **inverse, **sizes, BLOCK=block)
+    invert_permutations[grid](perm, window_start, window_end, *inverse, **sizes, BLOCK=block)
     return inverse
 
 
@@ -75,15 +73,13 @@ def prepare(args: AttentionArgs) -> LaunchArgs:
     key = query if args.key is None else as_rows(args.key.to(dtype) * args.scale)
     layout = [x.expand(batch, -1, -1, -1).contiguous() for x in (args.perm, args.window_start, args.window_end)]
     layout_heads, rounds = args.perm.shape[1:3]
-    inverse: dict[str, torch.Tensor | None] = dict.fromkeys(("pos_of", "start_of", "end_of"))
+    inverse = by_token(*layout) if args.dedup_pairs and rounds > 1 else [None] * 3
     mask, dropout_key = None if args.dedup_pairs else args.mask, args.dropout_key
     if dropout_key is not None and not dropout_key.dim():  # without the number of the first head
         dropout_key = torch.stack([dropout_key, torch.zeros_like(dropout_key)])
-    inputs = Inputs(
-        query, key, value, key_factor(query) if shared else None, *layout,
-        **(by_token(*layout) if args.dedup_pairs and rounds > 1 else inverse),
-        attention_mask=None if mask is None else mask.contiguous().view(torch.uint8), dropout_key=dropout_key,
-    )  # fmt: skip
+    factor = key_factor(query) if shared else None
+    real = None if mask is None else mask.contiguous().view(torch.uint8)
+    inputs = [query, key, value, factor, *layout, *inverse, real, dropout_key]
     keep_scale = 1 / (1 - args.dropout) if args.dropout < 1 else 0.0
     kind = Kind(
         size,
@@ -99,7 +95,7 @@ def prepare(args: AttentionArgs) -> LaunchArgs:
     windows = {"left_reach": args.left_reach, "right_reach": args.right_reach}
     windows["block_size"] = 1 if args.dedup_pairs else args.block_size
     numbers = Numbers(heads, layout_heads, rounds, keep_threshold(args.dropout), keep_scale)
-    return LaunchArgs(inputs, numbers, kind, windows, rounds, args.query_weights, args.scale)
+    return LaunchArgs(Inputs(*inputs), numbers, kind, windows, rounds, args.query_weights, args.scale)
 
 
 def launch(kernel: Any, name: str, args: LaunchArgs, index: int, **own: Any) -> None:

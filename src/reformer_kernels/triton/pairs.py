@@ -144,7 +144,7 @@ def wrap(pos, positions):
 
 @triton.jit
 def queries_at(inputs, at, pos, kind):
-    """The queries at n sorted positions, which may lie laps before the first or behind the last; so may their windows."""
+    """The queries at n sorted positions. They and their windows may lie laps before the first or behind the last."""
     wrapped = wrap(pos, at.positions)
     token = tl.load(inputs.perm + at.first_pos + wrapped)
     window_start = tl.load(inputs.window_start + at.first_pos + wrapped) + (pos - wrapped)

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -380,18 +381,16 @@ def test_a_picture_shows_the_target(causal):
 # --- the experiment
 
 
-def test_the_experiment_runs_on_both_tasks(tmp_path, capsys, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[2]))
-    from experiments import coverage as coverage_experiment
-
+def test_the_experiment_runs_on_both_tasks(tmp_path, capsys):
+    main = runpy.run_path(str(Path(__file__).parents[2] / "experiments" / "coverage.py"))["main"]
     small = ["--seeds", "2", "--steps", "2", "--rows", "2", "--length", "32", "--window", "8", "--weights", "0", "1"]
-    coverage_experiment.main([*small, "--bidirectional", "--picture", str(tmp_path / "received.png")])
+    main([*small, "--bidirectional", "--picture", str(tmp_path / "received.png")])
     texts = tmp_path / "texts.csv"
     texts.write_text("text,label\n" + "".join(f"{'long ' * number},{number % 2}\n" for number in range(1, 8)))
-    coverage_experiment.main([*small, "--train_file", str(texts), "--validation_file", str(texts)])
+    main([*small, "--train_file", str(texts), "--validation_file", str(texts)])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * (4 + 2)
     assert all("tokens reached" in line for line in lines)
     assert (tmp_path / "received.png").stat().st_size > 1000
     with pytest.raises(SystemExit):
-        coverage_experiment.main(["--marked", "4"])
+        main(["--marked", "4"])

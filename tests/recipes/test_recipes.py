@@ -49,18 +49,3 @@ def test_recipes_need_no_repository(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "empty", env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "empty" / "runs" / "lm" / "model.safetensors").exists()
-
-
-def test_modules_under_their_old_names():
-    code = """
-import warnings
-with warnings.catch_warnings(record=True) as caught:
-    warnings.simplefilter("always")
-    from hf_reformer.distributed import RepeatedBatches, SequenceParallelTrainer, fsdp_policy
-    from hf_reformer.coverage_callback import CoverageCallback, received_by_layer
-    from hf_reformer.data import find_columns, hold_out, installed_packages_corpus, read_examples, train_bpe_tokenizer
-print([str(warning.message) for warning in caught if warning.category is FutureWarning])
-"""
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "hf_reformer.training.distributed" in printed
-    assert "hf_reformer.training.coverage_callback" in printed

@@ -47,7 +47,7 @@ def generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_generate(args: argparse.Namespace) -> None:
-    """Continue a text, by dereason the one on stdin.
+    """Continue a text, by default the one on stdin.
 
     The tokenizer's bos token, if it has one, is put before the prompt, as `hf-reformer train language-model` puts it
     before each document; like eos, it ends the new text.
@@ -214,16 +214,16 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="directory or Hub name of a causal language model",
     )
-    add("--max_new_tokens", type=positive, dereason=256, metavar="N", help="at most this many tokens (256)")
-    add("--temperature", type=float, metavar="T", help="divides the logits; 0 is --greedy; dereason: the model's own")
+    add("--max_new_tokens", type=positive, default=256, metavar="N", help="at most this many tokens (256)")
+    add("--temperature", type=float, metavar="T", help="divides the logits; 0 is --greedy; default: the model's own")
     add("--top_p", type=float, metavar="P", help="sample from the most likely tokens whose probabilities add up to P")
     add("--top_k", type=int, metavar="K", help="sample from the K most likely tokens; 0: from all")
     add("--greedy", action="store_true", help="always take the most likely token instead of sampling")
     add("--seed", type=int, metavar="S", help="makes sampling reproducible")
     add("--prefill_chunk_size", type=positive, metavar="N", help="read the prompt in chunks of N tokens")
-    add("--device", dereason="auto", help="cpu, cuda:1, …; auto: an accelerator, else the CPU")
+    add("--device", default="auto", help="cpu, cuda:1, …; auto: an accelerator, else the CPU")
     dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", dereason="auto", choices=dtypes, help="dtype of the weights; auto: as saved")
+    add("--dtype", default="auto", choices=dtypes, help="dtype of the weights; auto: as saved")
     add("--no_stream", action="store_true", help="print the text only when it is complete")
     add("--trust_remote_code", action="store_true", help="run the code that comes with the model")
 
@@ -232,7 +232,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     def command(name: str, run: Any, **options: Any) -> argparse.ArgumentParser:
         subparser = commands.add_parser(name, help=run.__doc__.split("\n")[0], description=run.__doc__, **options)
-        subparser.set_dereasons(run=run)
+        subparser.set_defaults(run=run)
         return subparser
 
     recipes = "\n".join(f"  {name:16} {summary}" for name, summary in RECIPES.items())
@@ -247,14 +247,14 @@ def make_parser() -> argparse.ArgumentParser:
     prompt.add_argument("--prompt_file", metavar="FILE", help="a file with the text; a newline at its end is dropped")
     generate.add_argument("--no_bos", action="store_true", help="do not put the bos token before the prompt")
     generate.add_argument("--no_cache", action="store_true", help="recompute all tokens for every new one")
-    generate.add_argument("--num_return_sequences", type=positive, dereason=1, metavar="N", help="number of texts")
+    generate.add_argument("--num_return_sequences", type=positive, default=1, metavar="N", help="number of texts")
     chat = command("chat", run_chat, parents=[shared])
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     add = command("export", run_export).add_argument
     add("--model", required=True, metavar="SOURCE", help="a folder, such as a checkpoint; or a name on the Hub")
     add("--output", required=True, metavar="FOLDER", help="the folder to write")
     add("--overwrite", action="store_true", help="write into a folder that is not empty, and replace the model in it")
-    add("--name", help="user/name on the Hub, for the model card; dereason: the folder's name")
+    add("--name", help="user/name on the Hub, for the model card; default: the folder's name")
     add("--language", nargs="+", metavar="CODE", help="languages of the texts: en, de, …")
     add("--license", metavar="ID", help="license of the weights: apache-2.0, cc-by-4.0, …")
     add("--datasets", nargs="+", metavar="NAME", help="data sets on the Hub that it was trained on")
@@ -266,8 +266,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("output", metavar="OUTPUT", help="a folder that is empty or does not exist yet")
     kinds = ("builtin", "reformer-pytorch", "trax", "hf_reformer")
     add("--from", dest="kind", choices=kinds, help="format of SOURCE; detected if possible")
-    add("--to", choices=("hf_reformer", "builtin"), dereason="hf_reformer", help="format of OUTPUT (hf_reformer)")
-    add("--head", metavar="CLASS", help="ReformerForCausalLM, …; dereason: the class that SOURCE was saved from")
+    add("--to", choices=("hf_reformer", "builtin"), default="hf_reformer", help="format of OUTPUT (hf_reformer)")
+    add("--head", metavar="CLASS", help="ReformerForCausalLM, …; default: the class that SOURCE was saved from")
     add("--attention_mode", choices=("chunk", "window"), help="window: convert a model of chunk mode to window mode")
     add("--fields", metavar="JSON", help="an object or its file: config fields that SOURCE lacks, or for window mode")
     add("--no_lm_bias", action="store_true", help="set the head's bias to 0, as transformers 5.0 to 5.23 compute")

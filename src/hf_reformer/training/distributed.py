@@ -88,8 +88,8 @@ class SequenceParallelTrainer(Trainer):
     ) -> DataLoader:
         if isinstance(dataset, IterableDataset):
             raise ValueError(
-                "Processes that share sequences must get the same batches, so the dataset needs a length and an order, "
-                "which an IterableDataset has not. Use a map-style dataset."
+                "Processes that share sequences must get the same batches, which needs a dataset with a length and an "
+                "order. An IterableDataset has neither: use a map-style dataset."
             )
         if is_training and sampler_fn is not None:
 

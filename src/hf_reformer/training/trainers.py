@@ -82,7 +82,6 @@ class LanguageModelTrainer(Trainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Mean nats per target of the batch; then nats (B) and numbers of targets (B) of its sequences."""
-        inputs = self._prepare_inputs(inputs)
         unwrapped: Any = self.model
         options = {"logits_to_keep": 1} if unwrapped.can_generate() else {}  # then the loss never holds all logits
         losses = []

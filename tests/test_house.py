@@ -39,6 +39,22 @@ def reseeding(text):
     return [name for name in names if re.fullmatch(r"torch\.([\w.]+\.)?(manual_)?seed(_all)?", name)]
 
 
+def unannotated(text):
+    """Public functions and methods are annotated, except kernels of Triton and the methods of autograd Functions."""
+    bodies, found = [ast.parse(text).body], []
+    for body in bodies:
+        for node in body:
+            public = isinstance(node, (ast.ClassDef, ast.FunctionDef)) and re.match("__init__|[^_]", node.name)
+            if public and isinstance(node, ast.ClassDef):
+                bodies += [node.body] if "autograd.Function" not in str([*map(ast.unparse, node.bases)]) else []
+            elif public and not any("jit" in ast.unparse(decorator) for decorator in node.decorator_list):
+                args = [node.args.vararg, *node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                args = [arg for arg in [*args, node.args.kwarg] if arg and arg.arg not in ("self", "cls")]
+                if any(arg.annotation is None for arg in args) or (not node.returns and node.name != "__init__"):
+                    found.append(node.name)
+    return found
+
+
 def home_directories(text):
     """Paths of one machine come from the caller."""
     return [found[0] for found in HOME_DIRECTORY.finditer(text)]
@@ -48,6 +64,7 @@ RULES = {
     postponed_annotations: "src/hf_reformer",
     text_like_an_import: "src/hf_reformer",
     reseeding: "src",
+    unannotated: "src",
     home_directories: "",
 }
 
@@ -82,6 +99,9 @@ BAD = [
     (reseeding, "from torch import manual_seed as fix\nfix(0)"),
     (reseeding, "from torch import random\nrandom.manual_seed(0)"),
     (reseeding, "import torch\ntorch.default_generator.manual_seed(0)"),
+    (unannotated, "def f(x) -> int: 0"),
+    (unannotated, "def f(x: int): 0"),
+    (unannotated, "class A:\n    def __init__(self, *args): 0"),
     (home_directories, "x = '/{}/ada/runs'".format("home")),
     (home_directories, "file:///{}/ada".format("Users")),
     (home_directories, r"C:\{}\ada".format("Users")),
@@ -93,6 +113,8 @@ GOOD = [
         '"""Taken from .hashing, not at the start."""\nfrom .a import (\n    b,\n)\n# from .a comment',
     ),
     (reseeding, "import torch\ng = torch.Generator().manual_seed(0)\ng.seed()\ntorch.initial_seed()"),
+    (unannotated, "class A:\n    def __init__(self, x: int): 0\n    def _f(x): 0\nclass _B:\n    def f(x): 0"),
+    (unannotated, "@triton.jit\ndef kernel(x): 0\ndef f(x: int, *, y: int = 0, **options: int) -> int: 0"),
     *((home_directories, path) for path in ("~/.cache", "docs/home/page", "/rooted", "a.org/home/page", "/homes")),
 ]
 

@@ -28,6 +28,16 @@ def test_old_modules_work_with_a_warning(old):
     assert not hasattr(module, "__file__")
 
 
+def test_renamed_functions_are_found_by_their_old_names():
+    with pytest.warns(FutureWarning, match=r"Import plot_attention_mass from hf_reformer\.analysis"):
+        from hf_reformer.visualize import plot_received
+    with pytest.warns(FutureWarning):
+        from hf_reformer.visualize import reached_share, received_attention, received_entropy, seen_pairs  # noqa: F401
+    with pytest.warns(FutureWarning):
+        from hf_reformer.coverage_callback import received_by_layer  # noqa: F401
+    assert plot_received is hf_reformer.analysis.plot_attention_mass
+
+
 def test_names_that_rooms_offer():
     from hf_reformer import cache, hub
 

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Where torchao is installed, transformers imports it, and it may tell of its own binaries and of torch's news.
 FROM_TORCHAO = re.compile(r"torchao|Calling register_constant\(\) on Enum")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -28,18 +29,26 @@ def test_python_blocks_run_as_they_stand(number, tmp_path):
     assert not printed, "the first snippet a user tries prints no warning"
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_local_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_named_files_and_targets_exist():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"make ([a-z-]+)", README):
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"README names `make {target}`"
-    for path in re.findall(r"\b((?:scripts|tests|src|benchmarks|experiments|dev)/[\w/]+\.py)\b", README):
-        assert (ROOT / path).exists(), f"README names {path}"
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_named_files_and_targets_exist(page):
+    makefile, text = ((path).read_text(encoding="utf-8") for path in (ROOT / "Makefile", page))
+    for target in re.findall(r"`make ([a-z-]+)", text):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), f"{page.name} names `make {target}`"
+    for path in re.findall(r"\b((?:scripts|tests|src|benchmarks|experiments|dev)/[\w/]+\.py)\b", text):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_contributing_names_every_room():
+    page, package = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), ROOT / "src" / "hf_reformer"
+    rooms = {path.name + "/" * path.is_dir() for path in package.iterdir() if path.suffix in ("", ".py")}
+    tree = page[page.index("src/hf_reformer/") : page.index("src/reformer_kernels/")]
+    assert set(re.findall(r"^  ([\w./]+)", tree, flags=re.MULTILINE)) == rooms - {"__pycache__/", "__main__.py"}
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)

@@ -1,4 +1,4 @@
-"""ReformerConfig: every choice that shapes a Reformer model, checked as a whole when it is made."""
+"""ReformerConfig: all hyperparameters of a Reformer model, checked together when a config is made."""
 
 import copy
 import math
@@ -15,7 +15,7 @@ RESIDUAL_PRECISIONS = ("float64", "float32")
 MAX_BUCKETS = 2**24
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
-# What transformers' own Reformer assumes where its config.json is silent and our default differs.
+# Defaults of transformers' own Reformer that differ from ours; its config.json leaves them out.
 _BUILTIN_DEFAULTS = {
     "axial_norm_std": 1.0,
     "axial_pos_embds": True,
@@ -35,7 +35,7 @@ def from_builtin(config: dict[str, Any]) -> dict[str, Any]:
         return config
     renamed = {"ReformerModelWithLMHead": "ReformerForCausalLM"}
     translated = {**_BUILTIN_DEFAULTS, **config, "model_type": "hf_reformer"}
-    translated.update(attention_mode="chunk", classifier_pooling="first", tie_word_embeddings=False)  # its never are
+    translated.update(attention_mode="chunk", classifier_pooling="first", tie_word_embeddings=False)  # never tied
     translated["architectures"] = [renamed.get(name, name) for name in config.get("architectures") or []] or None
     return translated
 
@@ -43,78 +43,79 @@ def from_builtin(config: dict[str, Any]) -> dict[str, Any]:
 @strict
 class ReformerConfig(PreTrainedConfig):
     r"""
-    The names are those of transformers' own Reformer; what is new or means something else is listed here.
+    Names are those of transformers' own Reformer. Listed here are the fields that are new or have another meaning.
 
     Args:
         attn_layers (`list[str]`, *optional*):
-            Kind of every layer: `"local"` (a window over the sequence), `"lsh"` (windows inside hash buckets, shared
+            Kind of each layer: `"local"` (a window over the sequence), `"lsh"` (windows inside hash buckets, shared
             query and key) or `"full"` (exact attention, for comparison and for short sequences). Defaults to
-            `num_hidden_layers` (6) layers that alternate local and lsh.
+            `num_hidden_layers` (6) layers, alternating local and lsh.
         attention_mode (`str`, defaults to `"window"`):
-            `"window"`: every token attends to the union of its windows over several orders, each pair counted once.
-            `"chunk"`: the rule of Trax and transformers, for old checkpoints.
+            `"window"`: every token attends to the union of its windows over several sort orders; each pair counts
+            once. `"chunk"`: the legacy chunked rule of Trax and transformers, for old checkpoints.
         lsh_window, local_window (`int`, defaults to 128):
-            Window mode: places a token sees in a hash order or in the sequence. Causal: itself and the
+            Window mode: positions that a token sees in a sort order or in the sequence. Causal: itself and the
             `window - 1` before it; bidirectional: itself and `window // 2` on either side.
         lsh_include_local (`bool`, defaults to `True`):
             Window mode: lsh layers also see their `local_window` in the sequence.
         lsh_exploration_orders (`int`, defaults to 1):
-            Window mode, training only: orders with buckets drawn at random, by which pairs that never share a
-            bucket can learn to find each other.
+            Window mode, training only: sort orders with random buckets, so that pairs that never share a bucket can
+            learn to attend to each other.
         resample_rotations (`bool`, defaults to `True`):
-            Draw fresh hash rotations for every training forward. `False`: those of evaluation.
+            Draw new hash rotations in every training forward. `False`: use those of evaluation.
         hash_seed (`int`, *optional*):
             Seed of the rotations used in evaluation (`None` counts as 0). In chunk mode a given seed also fixes the
             rotations of training, as transformers' own Reformer does.
         num_buckets (`int` or `list[int]`, *optional*):
             Number of hash buckets, even, or a list of even factors. Window mode: defaults to the power of two nearest
-            to `max_position_embeddings / lsh_window`, factorised in two above 128. Chunk mode: `None` follows the old
-            rule, which looks at the input's length.
+            to `max_position_embeddings / lsh_window`, with two factors above 128. Chunk mode: `None` chooses it by the
+            length of the input, as transformers' own Reformer does.
         position_embedding_type (`str`, *optional*):
             `"axial"` (default), `"learned"` or `"rotary"`. The older flag `axial_pos_embds=False` means `"learned"`.
         axial_pos_shape, axial_pos_embds_dim (`list[int]`, *optional*):
-            Any number of axes. Default: two axes of powers of two that cover `max_position_embeddings`, a quarter of
-            the hidden size for the first. Inputs of every length up to the product of the shape are accepted.
+            Any number of axes. Default: two axes of powers of two that cover `max_position_embeddings`, the first with
+            a quarter of the hidden size. Inputs of any length up to the product of the shape are accepted.
         axial_norm_std (`float`, defaults to 0.02):
-            Standard deviation of fresh axial tables, that of the embeddings they are added to. Transformers' own 1.0
-            drowns the tokens: models from scratch then learn far more slowly.
+            Standard deviation of new axial tables, equal to that of the token embeddings. With 1.0, the default of
+            transformers' own Reformer, models from scratch learn far more slowly.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
         classifier_pooling (`str`, *optional*):
-            What sequence classification looks at: `"mean"` over the real tokens (default when bidirectional), the
+            Pooling of sequence classification: `"mean"` over the real tokens (default when bidirectional), the
             `"last"` real token (default when causal) or the `"first"` one (converted checkpoints).
         reversible (`bool`, defaults to `True`):
-            Recompute activations from the layer outputs in backward, so that memory does not grow with depth.
+            Recompute activations from layer outputs in backward, so that memory does not grow with depth.
         residual_precision (`str`, defaults to `"float64"`):
             Residual streams as `"float64"` on a grid of 2^-32 (range 2^21) or `"float32"` on a grid of 2^-16 (exact
             while |stream| <= 256; less memory, for the longest sequences and for devices without float64).
         attention_backend (`str`, defaults to `"auto"`):
-            `"auto"` takes the compiled kernel on a CPU where it can be used, else pure PyTorch; `"cpu"`, `"torch"`,
-            `"triton"` and `"reference"` insist. The environment variable `HF_REFORMER_BACKEND` overrides it.
+            `"auto"` uses the compiled kernel on a CPU if it is available, else pure PyTorch; `"cpu"`, `"torch"`,
+            `"triton"` and `"reference"` raise where they cannot run. The environment variable `HF_REFORMER_BACKEND`
+            overrides it.
         tie_word_embeddings (`bool`, defaults to `False`):
-            Language models: the head has the weight of the embeddings. Since it reads two residual streams, they are
-            merged by a projection first.
+            Language models: the head shares the weight of the embeddings. A projection merges the two residual
+            streams first.
         chunk_size_feed_forward, chunk_size_lm_head (`int`, defaults to 0):
-            Tokens at a time in the parts of a layer that treat every token alike (norms, projections, feed-forward),
-            and in the language-model loss; they need divide nothing. 0: an automatic size (layers: on a CPU about a
-            million numbers of the stream, which stay in its cache; elsewhere the whole sequence). Given, the
+            Tokens at a time in the token-wise parts of a layer (norms, projections, feed-forward) and in the
+            language-model loss; they need not divide the sequence length. 0: automatic (layers: on a CPU about a
+            million numbers of the stream, which fit into its cache; elsewhere the whole sequence). If it is given, the
             feed-forward is recomputed in backward even with `reversible=False`.
         coverage_loss_weight (`float`, defaults to 0.0):
-            Above 0, this many times the coverage loss of every layer is added to a head's loss: how far the attention
-            that tokens receive is from reaching all of them. Outputs tell it as `coverage_loss` (layers).
+            Weight of the coverage loss, a KL penalty that is low when every token receives attention; above 0 it is
+            added to a head's loss. Outputs hold it as `coverage_loss` (layers), unweighted.
         is_decoder (`bool`, defaults to `False`): Causal attention. `ReformerForCausalLM` always sets it.
         is_encoder_decoder (`bool`, defaults to `False`):
             A bidirectional encoder of `attn_layers` and a causal decoder. `ReformerForConditionalGeneration` always
-            sets it; other models take the encoder alone.
-        decoder_attn_layers (`list[str]`, *optional*): Kind of every layer of the decoder. Defaults to `attn_layers`.
+            sets it; other models use only the encoder.
+        decoder_attn_layers (`list[str]`, *optional*): Kind of each decoder layer. Defaults to `attn_layers`.
         tie_encoder_decoder (`bool`, defaults to `False`):
-            Encoder and decoder share positions and, layer by layer, self-attention, feed-forward and norms. What the
-            decoder has besides, cross-attention, stays its own. Token embeddings are shared in any case.
+            Encoder and decoder share positions and, layer by layer, self-attention, feed-forward and norms, but not
+            cross-attention. Token embeddings are always shared.
         decoder_start_token_id (`int`, *optional*):
-            The token that every target begins after. Defaults to `pad_token_id`, or else `bos_token_id`.
+            The decoder's first input token. Defaults to `pad_token_id`, or else `bos_token_id`.
 
     Raises:
-        huggingface_hub.errors.StrictDataclassError: a field of the wrong type, or fields that contradict each other;
-            the message says what to change.
+        huggingface_hub.errors.StrictDataclassError: a field has the wrong type, or fields contradict each other; the
+            message says what to change.
 
     ```python
     >>> from hf_reformer import ReformerConfig, ReformerModel
@@ -183,7 +184,7 @@ class ReformerConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 1
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.attn_layers is None:
             count = 6 if self.num_hidden_layers is None else self.num_hidden_layers
             self.attn_layers = tuple(("local", "lsh")[i % 2] for i in range(count))
@@ -199,7 +200,7 @@ class ReformerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _resolve_positions(self) -> None:
-        """Fill in position fields that were left open; `validate_positions` judges the result."""
+        """Fill in position fields that were left open; `validate_positions` checks the result."""
         if self.position_embedding_type is None:
             self.position_embedding_type = "learned" if self.axial_pos_embds is False else "axial"
         if self.axial_pos_embds is None:
@@ -228,7 +229,7 @@ class ReformerConfig(PreTrainedConfig):
             self.decoder_start_token_id = self.bos_token_id if self.pad_token_id is None else self.pad_token_id
 
     def to_encoder_decoder(self) -> "ReformerConfig":
-        """This config, or a copy of it that has `is_encoder_decoder` set."""
+        """This config, or a copy with `is_encoder_decoder` set."""
         if self.is_encoder_decoder:
             return self
         config = copy.deepcopy(self)
@@ -238,7 +239,7 @@ class ReformerConfig(PreTrainedConfig):
         return config
 
     def decoder_config(self) -> "ReformerConfig":
-        """The decoder's own config: that of a causal model, whose `attn_layers` are `decoder_attn_layers`."""
+        """The config of the decoder: a causal model whose `attn_layers` are `decoder_attn_layers`."""
         config = copy.deepcopy(self)
         config.attn_layers, config.num_hidden_layers = self.decoder_attn_layers, len(self.decoder_attn_layers)
         config.is_decoder, config.is_encoder_decoder = True, False
@@ -248,25 +249,27 @@ class ReformerConfig(PreTrainedConfig):
 
     @property
     def pooling(self) -> str:
-        """Pooling in force: `classifier_pooling`, or by direction where it is `None`."""
+        """`classifier_pooling`, or its default."""
         return self.classifier_pooling or ("last" if self.is_decoder else "mean")
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return from_builtin(config), kwargs
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
-        """Overrides in `kwargs` are part of what is checked, and make void what was saved because of them."""
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Overrides in `kwargs` are checked too, and replace saved fields that were derived from them."""
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in ReformerConfig.__annotations__}
         derived = {"attn_layers": "num_hidden_layers", "num_hidden_layers": "attn_layers"}
         derived |= {"position_embedding_type": "axial_pos_embds", "axial_pos_embds": "position_embedding_type"}
-        void = {derived[name] for name in overrides if name in derived}
-        kept = {name: value for name, value in from_builtin(config_dict).items() if name not in void}
-        return super().from_dict({**kept, **overrides}, **kwargs)
+        outdated = {derived[name] for name in overrides if name in derived}
+        saved = {name: value for name, value in from_builtin(config_dict).items() if name not in outdated}
+        return super().from_dict({**saved, **overrides}, **kwargs)
 
-    def validate_choices(self):
+    def validate_choices(self) -> None:
         for name, allowed in (
             ("attention_mode", ATTENTION_MODES),
             ("position_embedding_type", POSITION_TYPES),
@@ -277,7 +280,7 @@ class ReformerConfig(PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {allowed}.")
 
-    def validate_layers(self):
+    def validate_layers(self) -> None:
         unknown = sorted(set(self.attn_layers) - set(LAYER_KINDS))
         if unknown:
             raise ValueError(f"`attn_layers` holds unknown kinds {unknown}. Every layer is one of {LAYER_KINDS}.")
@@ -289,7 +292,7 @@ class ReformerConfig(PreTrainedConfig):
                 f"{len(self.attn_layers)} layers. Give only one of the two."
             )
 
-    def validate_decoder(self):
+    def validate_decoder(self) -> None:
         kinds = self.decoder_attn_layers
         if kinds is not None and (not kinds or set(kinds) - set(LAYER_KINDS)):
             raise ValueError(
@@ -316,7 +319,7 @@ class ReformerConfig(PreTrainedConfig):
                 "begins with it. Give it, or a `pad_token_id`, which is its default."
             )
 
-    def validate_sizes(self):
+    def validate_sizes(self) -> None:
         positive = ["vocab_size", "hidden_size", "num_attention_heads", "attention_head_size", "feed_forward_size"]
         positive += ["max_position_embeddings", "num_hashes", "lsh_window", "local_window"]
         if self.attention_mode == "chunk":
@@ -330,24 +333,24 @@ class ReformerConfig(PreTrainedConfig):
             if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"`{name}={getattr(self, name)}` must not be negative.")
 
-    def validate_dropouts(self):
+    def validate_dropouts(self) -> None:
         names = ["hidden_dropout_prob", "lsh_attention_probs_dropout_prob"]
         for name in [*names, "local_attention_probs_dropout_prob", "classifier_dropout"]:
             if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise ValueError(f"`{name}={getattr(self, name)}` must lie between 0 and 1.")
 
-    def validate_coverage(self):
+    def validate_coverage(self) -> None:
         if not 0 <= self.coverage_loss_weight < math.inf:
             raise ValueError(
                 f"`coverage_loss_weight={self.coverage_loss_weight}` must be a finite number of at least 0; 0 leaves "
                 "the coverage loss out."
             )
 
-    def validate_buckets(self):
+    def validate_buckets(self) -> None:
         if self.num_buckets is not None:
             check_num_buckets(self.num_buckets)
 
-    def validate_positions(self):
+    def validate_positions(self) -> None:
         kind = self.position_embedding_type
         if (self.axial_pos_embds and kind != "axial") or (not self.axial_pos_embds and kind == "axial"):
             raise ValueError(
@@ -362,7 +365,7 @@ class ReformerConfig(PreTrainedConfig):
         if kind == "axial":
             self._validate_axial()
 
-    def _validate_axial(self):
+    def _validate_axial(self) -> None:
         shape, dims = self.axial_pos_shape, self.axial_pos_embds_dim
         if len(shape) != len(dims):
             raise ValueError(
@@ -386,7 +389,7 @@ class ReformerConfig(PreTrainedConfig):
                 '`position_embedding_type="rotary"`.'
             )
 
-    def validate_chunks(self):
+    def validate_chunks(self) -> None:
         if self.attention_mode != "chunk" or not self.is_decoder:
             return
         for kind in ("lsh", "local"):
@@ -420,7 +423,7 @@ def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int]) -> None:
 
 
 def padded_length(config: ReformerConfig, length: int) -> int:
-    """Chunk rule: the multiple of all chunk lengths up to which a longer input is padded; else the length itself."""
+    """Chunk rule: the multiple of all chunk lengths that a longer input is padded to; else the length itself."""
     kinds = {kind for kind in config.attn_layers if kind != "full"}
     chunks = [getattr(config, f"{kind}_attn_chunk_length") for kind in kinds]
     if config.attention_mode == "window" or not chunks or length <= min(chunks):

@@ -1,4 +1,4 @@
-"""Old names of modules that now live in a room: importing from them works, with a warning."""
+"""Modules and functions by their names of version 0.1: importing them works, with a warning."""
 
 import sys
 import warnings
@@ -7,27 +7,33 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {
-    "convert": ["hub.convert"],
-    "coverage_callback": ["training.coverage_callback"],
-    "distributed": ["training.distributed"],
-    "model_card": ["hub.model_card"],
-    "pipelines": ["hub.pipelines"],
-    "visualize": ["analysis.plots", "analysis.lsh_stats", "ops.coverage"],
+    "convert": "hub.convert",
+    "coverage_callback": "training.coverage_callback",
+    "distributed": "training.distributed",
+    "model_card": "hub.model_card",
+    "pipelines": "hub.pipelines",
+    "visualize": "analysis",
+}
+RENAMED = {
+    "plot_received": "plot_attention_mass",
+    "reached_share": "covered_fraction",
+    "received_attention": "attention_mass",
+    "received_by_layer": "attention_mass_by_layer",
+    "received_entropy": "mass_entropy",
+    "seen_pairs": "visible_pairs",
 }
 
 
 class MovedModule(ModuleType):
-    """Takes its names from the modules that hold them now."""
+    """Takes its names from the module that holds them now."""
 
     def __getattr__(self, name: str) -> Any:
         package, _, old = self.__name__.rpartition(".")
-        for target in [] if name.startswith("__") else MOVED[old]:
-            module = import_module(f"{package}.{target}")
-            if hasattr(module, name):
-                message = f"{self.__name__} is deprecated. Import {name} from {module.__name__}."
-                warnings.warn(message, FutureWarning, stacklevel=2)
-                return getattr(module, name)
-        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        module, new = f"{package}.{MOVED[old]}", RENAMED.get(name, name)
+        if name.startswith("__") or not hasattr(import_module(module), new):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        warnings.warn(f"{self.__name__} is deprecated. Import {new} from {module}.", FutureWarning, stacklevel=2)
+        return getattr(import_module(module), new)
 
 
 def register_moved_modules() -> None:

@@ -19,7 +19,7 @@ from hf_reformer import (
     ReformerForSequenceClassification,
     ReformerForTokenClassification,
 )
-from hf_reformer.layers import reformer_layer as layers
+from hf_reformer.reversible.reversible import ReversibleFunction
 
 peft = pytest.importorskip("peft")
 from peft import LoraConfig, PromptTuningConfig, TaskType, get_peft_model  # noqa: E402
@@ -106,8 +106,8 @@ def assert_equal_gradients(found: dict, expected: dict, tolerance: float = 1e-10
 def reversible_layers(monkeypatch):
     """The numbers of layers that were run reversibly."""
     seen = []
-    real = layers.reversible_step
-    monkeypatch.setattr(layers, "reversible_step", lambda *args: seen.append(args[5]) or real(*args))
+    apply = ReversibleFunction.apply
+    monkeypatch.setattr(ReversibleFunction, "apply", lambda *args: seen.append(args[3]) or apply(*args))
     return seen
 
 

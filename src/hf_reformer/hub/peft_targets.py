@@ -1,23 +1,23 @@
-"""Where adapters go by default: what peft is told about our models, so that `LoraConfig()` needs no `target_modules`.
+"""Default target modules of our models for peft, so that `LoraConfig()` needs no `target_modules`.
 
-peft keeps a table for every kind of adapter, from a model type to the names of modules, and offers no way to register
-an entry. So the entries are written into its tables: at once where peft is imported already, else when it is. It is
-never imported from here.
+peft has a table for each kind of adapter, from a model type to names of modules, and no way to register an entry. So
+the entries are written into its tables: now if peft is imported already, else when it is. It is never imported here.
 """
 
 import sys
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
+from ..compat import PEFT_TABLES, peft_target_tables
 from ..configuration_reformer import ReformerConfig
 
-TABLES = "peft.utils.constants"
-# Queries and values, as for nearly every model in peft's tables. An lsh layer's queries are its keys.
+# Queries and values, as for nearly every model in peft's tables. In an lsh layer, queries are also keys.
 QUERIES_AND_VALUES = ["qk_proj", "q_proj", "v_proj"]
 EVERY_PROJECTION = ["qk_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-# Kinds that go elsewhere, by the middle of their table's name. IA3 scales keys, values and what enters `down_proj`.
+# Adapters with other targets, by the middle of their table's name. IA3 scales keys, values and inputs of `down_proj`.
 TARGETS_BY_METHOD = {
     "BEFT_TARGET": ["v_proj"],
     "IA3_FEEDFORWARD": ["down_proj"],
@@ -29,43 +29,35 @@ TARGETS_BY_METHOD = {
 
 def register_adapters() -> None:
     """Enter our models in peft's tables, now or as soon as peft is imported. Doing it again changes nothing."""
-    if TABLES in sys.modules:
-        fill(sys.modules[TABLES])
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
+    if PEFT_TABLES in sys.modules:
+        fill_tables()
+    elif not any(isinstance(finder, _FillWhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _FillWhenImported())
 
 
-def fill(tables: ModuleType) -> None:
-    """Enter our models in all of the tables; what somebody else entered for them stays."""
-    for name, table in vars(tables).items():
-        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING"):
-            kind = name.removeprefix("TRANSFORMERS_MODELS_TO_").removesuffix("_MODULES_MAPPING")
-            table.setdefault(ReformerConfig.model_type, list(TARGETS_BY_METHOD.get(kind, QUERIES_AND_VALUES)))
+def fill_tables() -> None:
+    """Enter our models in all of peft's tables; existing entries stay."""
+    for kind, table in peft_target_tables():
+        table.setdefault(ReformerConfig.model_type, list(TARGETS_BY_METHOD.get(kind, QUERIES_AND_VALUES)))
 
 
-class _WhenImported(MetaPathFinder):
-    """Finds peft's module of tables as Python does, and has them filled when they exist."""
+class _FillWhenImported(MetaPathFinder):
+    """Finds peft's module of tables as Python does, and fills the tables once the module has been executed."""
 
-    def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
-        if fullname != TABLES:
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname != PEFT_TABLES:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Filling(spec.loader)
+            execute = spec.loader.exec_module
+
+            def execute_and_fill(module: ModuleType) -> None:
+                execute(module)
+                fill_tables()
+
+            spec.loader.exec_module = execute_and_fill  # type: ignore[method-assign]  # this module has its own loader
         return spec
-
-
-class _Filling(Loader):
-    def __init__(self, loader: Loader):
-        self.loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        fill(module)
 
 
 __all__ = ["register_adapters"]

@@ -1,4 +1,6 @@
-"""Task heads for text but the language models: backbone, one projection, one loss each."""
+"""Task heads for text, except language models: backbone, one projection, one loss each."""
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -51,9 +53,10 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ReformerSequenceClassifierOutput:
-        r"""`labels`: (B) int64 classes, (B) or (B, num_labels) floats for regression or several labels a row."""
+        r"""`labels`: (B) int64 classes; (B) or (B, num_labels) floats for regression; (B, num_labels) floats for
+        several labels per sequence."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling, shard))
@@ -89,7 +92,7 @@ class ReformerForTokenClassification(ReformerPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ReformerTokenClassifierOutput:
         r"""`labels`: (B, T) int64, -100 for no target."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
@@ -131,15 +134,15 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ReformerQuestionAnsweringOutput:
-        r"""`start_positions`, `end_positions`: (B) int64; a position outside the input (cut away) or on padding is no
-        target. Logits of padding are as low as the dtype goes."""
+        r"""`start_positions`, `end_positions`: (B) int64; a position outside the input (truncated) or on padding is
+        no target. Logits of padding are the lowest number of the dtype."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         scores = gather_sequence(self.qa_outputs(outputs.last_hidden_state), shard)  # (B, T, 2)
         real = torch.ones_like(scores[..., 0], dtype=torch.bool)
-        if attention_mask is not None:  # an answer neither begins nor ends on padding: its width changes no loss
+        if attention_mask is not None:  # no answer starts or ends on padding, so its width changes no loss
             real = (attention_mask != 0).to(scores.device)
             scores = scores.masked_fill(~real[..., None], torch.finfo(scores.dtype).min)
         start_logits, end_logits = scores.unbind(-1)
@@ -147,8 +150,8 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
             raise ValueError("Give both `start_positions` and `end_positions`, or neither.")
         loss = None
         if start_positions is not None and end_positions is not None:
-            pairs = ((start_logits, start_positions), (end_logits, end_positions))
-            loss = sum(cross_entropy(logits, _inside(positions, real)) for logits, positions in pairs) / 2
+            start_loss = cross_entropy(start_logits, _inside(start_positions, real))
+            loss = (start_loss + cross_entropy(end_logits, _inside(end_positions, real))) / 2
         return ReformerQuestionAnsweringOutput(
             loss=add_coverage_loss(
                 loss, outputs.coverage_loss, self.config.coverage_loss_weight, training=self.training
@@ -162,7 +165,7 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
 
 
 class ReformerForMultipleChoice(ReformerPreTrainedModel):
-    """Reformer that scores every choice of a question and picks among them."""
+    """Reformer that scores every choice of a question."""
 
     accepts_loss_kwargs = False  # the loss is a mean over questions
 
@@ -180,22 +183,19 @@ class ReformerForMultipleChoice(ReformerPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ReformerMultipleChoiceOutput:
         r"""Inputs are (B, choices, T); `labels`: (B) int64, the index of the right choice."""
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        wanted = 3 if inputs_embeds is None else 4
-        if given is None or given.dim() != wanted:
-            found = None if given is None else tuple(given.shape)
-            raise ValueError(f"Multiple choice needs inputs of shape (batch, choices, length, …), found {found}.")
-        choices = given.shape[1]
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        if inputs is None or inputs.dim() != (3 if inputs_embeds is None else 4):
+            shape = None if inputs is None else tuple(inputs.shape)
+            raise ValueError(f"Multiple choice needs inputs of shape (batch, choices, length, …), found {shape}.")
         flat = [
             None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, position_ids, inputs_embeds)
         ]
         outputs = self.model(*flat, return_dict=True, **kwargs)
-        shard = self.model.shard(given.shape[2])
-        pooled = pool(outputs.last_hidden_state, flat[1], self.config.pooling, shard)
-        logits = self.classifier(pooled).view(-1, choices)
+        pooled = pool(outputs.last_hidden_state, flat[1], self.config.pooling, self.model.shard(inputs.shape[2]))
+        logits = self.classifier(pooled).view(inputs.shape[:2])
         loss = None if labels is None else cross_entropy(logits, labels.to(logits.device))
         return ReformerMultipleChoiceOutput(
             loss=add_coverage_loss(
@@ -211,18 +211,18 @@ class ReformerForMultipleChoice(ReformerPreTrainedModel):
 def pool(
     hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str, shard: SequenceShard | None = None
 ) -> torch.Tensor:
-    """(B, T, D) → (B, D): mean over the real tokens, or the last or first real one; of all processes' tokens.
+    """(B, T, D) → (B, D): mean over the real tokens, or the last or first real one; over all processes' tokens.
 
-    A row without a real token gives 0 (mean), or its last or first token.
+    A sequence without a real token gives 0 (mean), or its last or first token.
     """
-    rows, length = hidden.shape[0], hidden.shape[1] if shard is None else shard.length
-    mask = hidden.new_ones(rows, length) if attention_mask is None else (attention_mask != 0).to(hidden.device)
+    batch, length = hidden.shape[0], hidden.shape[1] if shard is None else shard.length
+    mask = hidden.new_ones(batch, length) if attention_mask is None else (attention_mask != 0).to(hidden.device)
     mask = mask.to(torch.promote_types(hidden.dtype, torch.float32))  # half precision cannot count a long sequence
     if pooling == "mean":
         weights = local_tokens(mask / mask.sum(-1, keepdim=True).clamp(min=1), shard)
         return all_reduce((hidden * weights[..., None]).sum(1), shard).to(hidden.dtype)
-    place = mask.argmax(-1) if pooling == "first" else length - 1 - mask.flip(-1).argmax(-1)  # (B)
-    return tokens_at(hidden, place[:, None], shard)[:, 0]
+    position = mask.argmax(-1) if pooling == "first" else length - 1 - mask.flip(-1).argmax(-1)  # (B)
+    return tokens_at(hidden, position[:, None], shard)[:, 0]
 
 
 def _classifier_dropout(config: ReformerConfig) -> float:
@@ -230,7 +230,7 @@ def _classifier_dropout(config: ReformerConfig) -> float:
 
 
 def _classification_loss(config: ReformerConfig, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """By `config.problem_type`, or else by the number of labels and the labels' dtype. The config is not changed."""
+    """Chosen by `config.problem_type`, else by the number and dtype of the labels. The config is not changed."""
     kind = config.problem_type
     if kind is None and config.num_labels == 1:
         kind = "regression"
@@ -240,7 +240,9 @@ def _classification_loss(config: ReformerConfig, logits: torch.Tensor, labels: t
         return cross_entropy(logits, labels.reshape(-1))
     shape = logits.shape
     if labels.numel() != logits.numel():
-        raise ValueError(f"labels have shape {tuple(labels.shape)}; {kind} with logits {tuple(shape)} needs the same.")
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, but {kind} needs that of the logits, {tuple(shape)}."
+        )
     labels = labels.view(shape).to(logits.dtype)
     if kind == "regression":
         return nn.functional.mse_loss(logits, labels)
@@ -248,7 +250,7 @@ def _classification_loss(config: ReformerConfig, logits: torch.Tensor, labels: t
 
 
 def _inside(positions: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """(B) targets of a span head, -100 where they lie outside the input, or on what is not `real`, (B, T) bool."""
+    """(B) targets of a span head, -100 where they lie outside the input or on padding; `real`: (B, T) bool."""
     positions = positions.reshape(-1).to(real.device)
     check_label_shape(positions, real.shape[:1])
     inside = (positions >= 0) & (positions < real.shape[1])

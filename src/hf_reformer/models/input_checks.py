@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from ..compat import assert_async
 from ..configuration_reformer import check_num_buckets
 from ..ops.dispatch import resolve_backend
 
@@ -129,7 +130,7 @@ def reject_packed_samples(samples: torch.Tensor, advice: str) -> None:
     message = f"`position_ids` restart at 0 within a row, which packs several samples into it. {advice}"
     if not torch.compiler.is_compiling():
         raise ValueError(message)
-    torch._assert_async((samples == 0).all(), message)
+    assert_async((samples == 0).all(), message)
 
 
 def given_shape(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Size:

@@ -20,9 +20,9 @@ from .pretrained import ReformerPreTrainedModel
 
 
 class ReformerLMBase(ReformerPreTrainedModel):
-    """What causal and masked language models share: the head and its chunked loss.
+    """The head of causal and masked language models, and its chunked loss.
 
-    With `tie_word_embeddings`, `lm_head` has the weight of the embeddings, and reads both streams merged into one.
+    With `tie_word_embeddings`, `lm_head` shares the weight of the embeddings and reads both streams merged into one.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -44,9 +44,9 @@ class ReformerLMBase(ReformerPreTrainedModel):
         self.lm_head = value
 
     def _loss_and_logits(self, hidden, targets, shard: SequenceShard | None, num_items, logits_to_keep=0):
-        """Hidden states of this process's tokens, (B, T, 2 D), and targets of all, or None.
+        """From hidden states of this process's tokens, (B, T, 2 D), and targets of all tokens, or None.
 
-        In training with targets the logits exist for a few tokens at a time and are not returned.
+        In training with targets, logits exist for a few tokens at a time and are not returned.
         """
         loss = logits = None
         every = isinstance(logits_to_keep, int) and logits_to_keep == 0
@@ -55,7 +55,7 @@ class ReformerLMBase(ReformerPreTrainedModel):
             logits = self.lm_head(kept_tokens(hidden, logits_to_keep, shard))
         if targets is not None:
             targets = targets.to(hidden.device)
-            check_labels(targets, self.config.vocab_size)  # of all processes' tokens: all raise, or none
+            check_labels(targets, self.config.vocab_size)  # those of all processes, so that all raise or none
             num_items = (targets != IGNORE).sum() if num_items is None else num_items
             own = local_tokens(targets, shard).reshape(-1)
             if logits is not None and every:
@@ -92,14 +92,14 @@ class ReformerForCausalLM(ReformerLMBase, GenerationMixin):
         num_items_in_batch: torch.Tensor | int | None = None,
         num_hashes: int | None = None,
         num_buckets: int | list[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ReformerCausalLMOutput:
         r"""
         Args:
             labels: (B, T) int64: the tokens themselves (shifting happens here), -100 for no target.
-            logits_to_keep: compute the logits of the last so many positions (0: all), or of the given indices.
-            num_items_in_batch: divide the summed loss by it (the Trainer's gradient accumulation).
-            num_hashes, num_buckets: as `ReformerModel` takes them; named here, so that `generate` takes them, too.
+            logits_to_keep: compute logits of this many last positions (0: all), or of these indices.
+            num_items_in_batch: the summed loss is divided by it (gradient accumulation in the Trainer).
+            num_hashes, num_buckets: as in `ReformerModel`; named here so that `generate` accepts them.
             shift_labels: (B, T) int64: the target of every position, already shifted; instead of `labels`.
 
         Returns:
@@ -129,32 +129,32 @@ class ReformerForCausalLM(ReformerLMBase, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return True  # the library says no to whatever is called Reformer
+        return True  # the library says no to every class with `reformer` in its name
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        """The library's choice of a cache with layers of ours; none for shared sequences: steps run all."""
+        """The library's choice of a cache, with layers of ours; none under sequence parallelism."""
         if self.model.sequence_group is not None:
             if "inputs_embeds" in model_kwargs:
                 raise ValueError(
-                    "generate(inputs_embeds=…) needs a cache, and shared sequences have none. Give `input_ids`."
+                    "generate(inputs_embeds=…) needs a cache, and sequence parallelism has none. Give `input_ids`."
                 )
             generation_config.use_cache = False
         if generation_config.cache_implementation == "quantized":
             raise ValueError(
-                'cache_implementation="quantized" cannot serve here: its tokens are read one by one, not all at once. '
+                'cache_implementation="quantized" is not supported: a Reformer reads single tokens of its cache. '
                 "Leave it out."
             )
         library: Any = super()
         library._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         if model_kwargs.get(CACHE_NAME) is not None:
             model_kwargs[CACHE_NAME] = to_reformer_cache(model_kwargs[CACHE_NAME], self.config)
-            if generation_config.is_assistant:  # what it guesses wrong is taken back
+            if generation_config.is_assistant:  # rejected tokens are cropped
                 model_kwargs[CACHE_NAME].activate_past_recording()
 
-    def init_continuous_batching(self, *args, **kwargs):
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError(
-            "continuous batching hands attention pages of keys that others wrote, without their hash buckets. Use "
-            "`generate` with a batch padded on the left: every row comes out as it would alone."
+            "`generate_batch` (continuous batching) is not supported: its pages of keys lack hash buckets. Use "
+            "`generate` with a batch padded on the left; every sequence gives the same text as alone."
         )
 
 
@@ -164,13 +164,13 @@ class ReformerForMaskedLM(ReformerLMBase):
     def __init__(self, config: ReformerConfig):
         if config.is_decoder:
             raise ValueError(
-                "ReformerForMaskedLM fills in masked tokens from both sides, but `config.is_decoder=True` makes "
+                "ReformerForMaskedLM predicts masked tokens from both sides, but `config.is_decoder=True` makes "
                 "attention causal. Set it to False, or use ReformerForCausalLM."
             )
         if config.is_encoder_decoder:
             raise ValueError(
-                "ReformerForMaskedLM is an encoder alone, but `config.is_encoder_decoder=True`, so a saved language "
-                "model's head would be a decoder's. Use ReformerForConditionalGeneration, or set it to False."
+                "ReformerForMaskedLM is only an encoder, but `config.is_encoder_decoder=True`. Use "
+                "ReformerForConditionalGeneration, or set it to False."
             )
         super().__init__(config)
         self.post_init()
@@ -184,7 +184,7 @@ class ReformerForMaskedLM(ReformerLMBase):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ReformerMaskedLMOutput:
         r"""`labels`: (B, T) int64, -100 where nothing was masked. `logits` is None in training with labels."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
@@ -205,11 +205,11 @@ class ReformerForMaskedLM(ReformerLMBase):
 
 
 def kept_tokens(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
-    """The hidden states whose logits are wanted; of several processes, unless all are wanted."""
+    """The hidden states whose logits are needed; gathered from all processes, unless all are needed."""
     if shard is None or (isinstance(logits_to_keep, int) and logits_to_keep == 0):
         return slice_logits_to_keep(hidden, logits_to_keep)
-    places = torch.arange(shard.length, device=hidden.device).expand(hidden.shape[0], -1)[..., None]
-    return tokens_at(hidden, slice_logits_to_keep(places, logits_to_keep)[..., 0], shard)
+    positions = torch.arange(shard.length, device=hidden.device).expand(hidden.shape[0], -1)[..., None]
+    return tokens_at(hidden, slice_logits_to_keep(positions, logits_to_keep)[..., 0], shard)
 
 
 ReformerModelWithLMHead = ReformerForCausalLM

@@ -13,7 +13,9 @@ IGNORE = -100
 MAX_LOGITS = 2**22
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None):
+def cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
     """Mean cross-entropy over labels that are not -100, or their sum divided by `num_items`; 0 without a target.
 
     Args:
@@ -22,8 +24,8 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items: torch.T
     """
     if labels.shape != logits.shape[:1]:
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, but there is one target for each of the {logits.shape[0]} rows "
-            f"of scores. Give labels of shape {tuple(logits.shape[:1])}."
+            f"labels have shape {tuple(labels.shape)}, but {logits.shape[0]} rows of logits need one target each. "
+            f"Give labels of shape {tuple(logits.shape[:1])}."
         )
     check_labels(labels, logits.shape[-1])
     return _summed(logits, labels) / _count(labels, num_items)
@@ -41,16 +43,16 @@ def chunked_cross_entropy(
 
     Args:
         hidden: (N, D); head: D → vocab_size.
-        chunk: tokens at a time; 0 takes about four million logits at a time.
+        chunk: tokens at a time; 0: as many as make about four million logits.
     """
     check_labels(labels, vocab_size)
     chunk = chunk or max(1, MAX_LOGITS // vocab_size)
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    # Before torch 2.13, FSDP2 has the weights of its root away when a checkpoint in there runs again.
-    keeps = chunk >= hidden.shape[0] or (torch.__version__ < "2.13" and dist.is_initialized())
+    # Before torch 2.13, FSDP2 has already freed the weights of its root when a checkpoint in it is recomputed.
+    keep_logits = chunk >= hidden.shape[0] or (torch.__version__ < "2.13" and dist.is_initialized())
     of_head = partial(_head_loss, head)
     for part, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
-        total = total + (of_head(part, targets) if keeps else recomputed(head, of_head, part, targets))
+        total = total + (of_head(part, targets) if keep_logits else recomputed(head, of_head, part, targets))
     return total / _count(labels, num_items)
 
 
@@ -62,29 +64,29 @@ def add_coverage_loss(
     num_items: torch.Tensor | int | None = None,
     training: bool = False,
 ) -> torch.Tensor | None:
-    """A task's loss, and `weight` times the coverage loss of all layers; None where the task has none.
+    """A task's loss plus `weight` times the coverage loss of all layers; None if the task has no loss.
 
     Args:
         coverage: (layers), or None.
-        targets, num_items: where the task's loss is divided by `num_items`, a batch's coverage counts by its share of
-            the targets, so that accumulated batches come to a mean.
-        training: warn where there is a coverage loss and no loss to add it to.
+        targets, num_items: if the task's loss is divided by `num_items`, the coverage loss of a batch is weighted by
+            its share of the targets, so that accumulated batches give a mean.
+        training: warn if there is a coverage loss but no loss to add it to.
     """
     if coverage is None or not weight:
         return loss
     if loss is None:
         if training and not torch.compiler.is_compiling():
             warnings.warn(
-                f"coverage_loss_weight={weight}, but without labels the model makes no loss to add the coverage loss "
-                "to. Whoever makes one elsewhere (label smoothing, `compute_loss_func`) has to add "
+                f"coverage_loss_weight={weight}, but without labels the model computes no loss to add the coverage "
+                "loss to. If the loss is computed elsewhere (label smoothing, `compute_loss_func`), add "
                 "`weight * outputs.coverage_loss.sum()` there.",
                 stacklevel=2,
             )
         return None
-    more = weight * coverage.sum()
+    extra = weight * coverage.sum()
     if num_items is not None and targets is not None:
-        more = more * ((targets != IGNORE).sum().to(more.device) / _count(targets, num_items))
-    return loss + more.to(loss.dtype)
+        extra = extra * ((targets != IGNORE).sum().to(extra.device) / _count(targets, num_items))
+    return loss + extra.to(loss.dtype)
 
 
 def check_labels(labels: torch.Tensor, classes: int) -> None:
@@ -104,7 +106,9 @@ def check_labels(labels: torch.Tensor, classes: int) -> None:
 def check_label_shape(labels: torch.Tensor | None, shape: torch.Size) -> None:
     """Raise ValueError for labels of another shape."""
     if labels is not None and labels.shape != shape:
-        raise ValueError(f"labels have shape {tuple(labels.shape)}, but there is a target for each of {tuple(shape)}.")
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)}, but the inputs need targets of shape {tuple(shape)}."
+        )
 
 
 def _head_loss(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

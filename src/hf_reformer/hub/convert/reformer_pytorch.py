@@ -248,7 +248,14 @@ def convert_layer(weights: State, layer: int, given: dict[str, Any], rotary: boo
     return made, left
 
 
-def with_output_bias(scale, bias, query, value, out, wanted):
+def with_output_bias(
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    query: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    wanted: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """Norm bias, query and value projections that make attention's output larger by `wanted`: we have no bias for it.
 
     A normalised vector n sums to 0, so a projection gets a constant c for every token by adding c/κ · (1/scale)ᵀ to

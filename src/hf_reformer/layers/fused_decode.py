@@ -17,12 +17,8 @@ from .forward_context import ForwardContext
 MAX_BATCH_SIZE = 8  # with more, matrix products of the whole batch are faster
 ACTIVATIONS = {nn.ReLU: False, GELUActivation: True}
 
-Streams = tuple[torch.Tensor, torch.Tensor]
 
-
-def plan_fused_decode(
-    layers: Any, ctx: ForwardContext, like: torch.Tensor, dtype: torch.dtype
-) -> Callable[[torch.Tensor, torch.Tensor], Streams] | None:
+def plan_fused_decode(layers: Any, ctx: ForwardContext, like: torch.Tensor, dtype: torch.dtype) -> Callable | None:
     """What takes both streams (B, 1, D) of one new token per sequence through the layers, as their modules would.
 
     Args:
@@ -30,16 +26,10 @@ def plan_fused_decode(
         dtype: that of the streams.
 
     Returns:
-        None unless this is a decode step with everything that the kernel knows: unmodified layers with float32 weights
-        on a CPU, and nothing but values asked for.
+        (x1, x2, …) → (y1, y2, reports, of which there are none); or None unless this is a decode step with everything
+        that the kernel knows: unmodified layers with float32 weights on a CPU.
     """
-    if (
-        ctx.cache is None
-        or ctx.want_weights
-        or ctx.want_sorting
-        or like.shape[1] != 1
-        or like.shape[0] > MAX_BATCH_SIZE
-    ):
+    if ctx.cache is None or like.shape[1] != 1 or like.shape[0] > MAX_BATCH_SIZE:
         return None
     if not like.is_cpu or dtype not in (torch.float64, torch.float32):
         return None
@@ -55,7 +45,7 @@ def plan_fused_decode(
     if kernel is None:
         return None
 
-    def run(x1: torch.Tensor, x2: torch.Tensor) -> Streams:
+    def run(x1: torch.Tensor, x2: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, list]:
         inputs = []
         for cache_layer, weights, options in steps:
             rounds = None if cache_layer.buckets is None else cache_layer.buckets.shape[:3]
@@ -64,7 +54,7 @@ def plan_fused_decode(
         streams = kernel.decode_layers(x1, x2, inputs, ctx.rotary)
         for (cache_layer, *_), layer in zip(steps, inputs, strict=True):
             cache_layer.commit(layer.indices)
-        return streams
+        return *streams, []
 
     return run
 

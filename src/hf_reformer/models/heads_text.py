@@ -9,7 +9,7 @@ from transformers.utils import can_return_tuple
 from ..configuration_reformer import ReformerConfig
 from ..ops.sequence_parallel import SequenceShard, all_reduce, gather_sequence, local_tokens, tokens_at
 from .input_checks import given_shape
-from .losses import IGNORE, add_coverage_loss, check_label_shape, cross_entropy
+from .losses import IGNORE, check_label_shape, cross_entropy
 from .modeling_reformer import ReformerModel
 from .outputs import (
     ReformerMultipleChoiceOutput,
@@ -61,15 +61,7 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling, shard))
         loss = None if labels is None else _classification_loss(self.config, logits, labels.to(logits.device))
-        return ReformerSequenceClassifierOutput(
-            loss=add_coverage_loss(
-                loss, outputs.coverage_loss, self.config.coverage_loss_weight, training=self.training
-            ),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            coverage_loss=outputs.coverage_loss,
-        )
+        return self._head_output(ReformerSequenceClassifierOutput, outputs, loss, logits=logits)
 
 
 class ReformerForTokenClassification(ReformerPreTrainedModel):
@@ -102,15 +94,8 @@ class ReformerForTokenClassification(ReformerPreTrainedModel):
         loss = None
         if labels is not None:
             loss = cross_entropy(logits.flatten(0, 1), labels.reshape(-1).to(logits.device), num_items_in_batch)
-        weight = self.config.coverage_loss_weight
-        return ReformerTokenClassifierOutput(
-            loss=add_coverage_loss(
-                loss, outputs.coverage_loss, weight, labels, num_items_in_batch, training=self.training
-            ),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            coverage_loss=outputs.coverage_loss,
+        return self._head_output(
+            ReformerTokenClassifierOutput, outputs, loss, labels, num_items_in_batch, logits=logits
         )
 
 
@@ -152,15 +137,8 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
         if start_positions is not None and end_positions is not None:
             start_loss = cross_entropy(start_logits, _inside(start_positions, real))
             loss = (start_loss + cross_entropy(end_logits, _inside(end_positions, real))) / 2
-        return ReformerQuestionAnsweringOutput(
-            loss=add_coverage_loss(
-                loss, outputs.coverage_loss, self.config.coverage_loss_weight, training=self.training
-            ),
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            coverage_loss=outputs.coverage_loss,
+        return self._head_output(
+            ReformerQuestionAnsweringOutput, outputs, loss, start_logits=start_logits, end_logits=end_logits
         )
 
 
@@ -197,15 +175,7 @@ class ReformerForMultipleChoice(ReformerPreTrainedModel):
         pooled = pool(outputs.last_hidden_state, flat[1], self.config.pooling, self.model.shard(inputs.shape[2]))
         logits = self.classifier(pooled).view(inputs.shape[:2])
         loss = None if labels is None else cross_entropy(logits, labels.to(logits.device))
-        return ReformerMultipleChoiceOutput(
-            loss=add_coverage_loss(
-                loss, outputs.coverage_loss, self.config.coverage_loss_weight, training=self.training
-            ),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            coverage_loss=outputs.coverage_loss,
-        )
+        return self._head_output(ReformerMultipleChoiceOutput, outputs, loss, logits=logits)
 
 
 def pool(

@@ -13,7 +13,7 @@ from ..cache.cache import CACHE_NAME, to_reformer_cache
 from ..configuration_reformer import ReformerConfig
 from ..ops.sequence_parallel import SequenceShard, all_reduce, gather_sequence, local_tokens, tokens_at
 from .input_checks import given_shape
-from .losses import IGNORE, add_coverage_loss, check_label_shape, check_labels, chunked_cross_entropy, cross_entropy
+from .losses import IGNORE, check_label_shape, check_labels, chunked_cross_entropy, cross_entropy
 from .modeling_reformer import ReformerModel
 from .outputs import ReformerCausalLMOutput, ReformerMaskedLMOutput
 from .pretrained import ReformerPreTrainedModel
@@ -115,16 +115,14 @@ class ReformerForCausalLM(ReformerLMBase, GenerationMixin):
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
         shard = self.model.shard(shape[1])
         loss, logits = self._loss_and_logits(hidden, targets, shard, num_items_in_batch, logits_to_keep)
-        weight = self.config.coverage_loss_weight
-        return ReformerCausalLMOutput(
-            loss=add_coverage_loss(
-                loss, outputs.coverage_loss, weight, targets, num_items_in_batch, training=self.training
-            ),
+        return self._head_output(
+            ReformerCausalLMOutput,
+            outputs,
+            loss,
+            targets,
+            num_items_in_batch,
             logits=logits,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            coverage_loss=outputs.coverage_loss,
         )
 
     @classmethod
@@ -192,16 +190,7 @@ class ReformerForMaskedLM(ReformerLMBase):
         check_label_shape(labels, shape)
         shard = self.model.shard(shape[1])
         loss, logits = self._loss_and_logits(outputs.last_hidden_state, labels, shard, num_items_in_batch)
-        weight = self.config.coverage_loss_weight
-        return ReformerMaskedLMOutput(
-            loss=add_coverage_loss(
-                loss, outputs.coverage_loss, weight, labels, num_items_in_batch, training=self.training
-            ),
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            coverage_loss=outputs.coverage_loss,
-        )
+        return self._head_output(ReformerMaskedLMOutput, outputs, loss, labels, num_items_in_batch, logits=logits)
 
 
 def kept_tokens(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:

@@ -53,8 +53,10 @@ class ReformerModel(ReformerPreTrainedModel):
     def __init__(self, config: ReformerConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.position_embedding_type != "rotary":
-            self.position_embeddings = make_position_embeddings(config)
+        if config.position_embedding_type == "axial":
+            self.position_embeddings = AxialPositionEmbeddings(config.axial_pos_shape, config.axial_pos_embds_dim)
+        elif config.position_embedding_type == "learned":
+            self.position_embeddings = LearnedPositionEmbeddings(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(len(config.attn_layers)))
         self.norm = LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
@@ -154,7 +156,12 @@ class ReformerModel(ReformerPreTrainedModel):
         ctx, positions = self._make_context(
             embeds, inputs.shape[1], shard, attention_mask, position_ids, num_hashes, num_buckets, cache
         )
-        target = self._coverage_target(ctx, inputs) if cover or output_attention_mass else None
+        target = None
+        if cover or output_attention_mass:
+            real = torch.ones_like(inputs[..., 0] if inputs.dim() == 3 else inputs, dtype=torch.bool)
+            target = coverage_target(
+                real if ctx.mask is None else ctx.mask, ctx.ranks, ctx.samples, self.config.is_decoder
+            )
         ctx = ctx._replace(
             encoder=encoder_context,
             query_weights=None if target is None else target.query_weights / self.config.num_attention_heads,
@@ -195,11 +202,6 @@ class ReformerModel(ReformerPreTrainedModel):
                 "`past_key_values` and `use_cache`."
             )
         return cache is None and (self.config.coverage_loss_weight > 0 if wanted is None else wanted)
-
-    def _coverage_target(self, ctx: ForwardContext, inputs: torch.Tensor) -> CoverageTarget:
-        real = ctx.mask
-        real = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device) if real is None else real
-        return coverage_target(real, ctx.ranks, ctx.samples, self.config.is_decoder)
 
     def _coverage(
         self, reports: list[AttentionReport], target: CoverageTarget, encoder: EncoderContext | None
@@ -250,12 +252,12 @@ class ReformerModel(ReformerPreTrainedModel):
         observed = record_states or ctx.want_weights or ctx.want_sorting
         step = None if observed else plan_fused_decode(self.layers, ctx, embeds, grid.dtype)
         if step is not None:
-            return partial(_run_decode_step, step)
+            return partial(_run_whole, step)
         # Traced into a graph, layers one by one cannot rebuild their inputs, but the graph can compute them again.
         traced = self.config.reversible and torch.is_grad_enabled() and torch.compiler.is_compiling()
         traced = traced and ctx.cache is None and not (ctx.want_weights or ctx.want_sorting)
         if traced and not observed and ctx.encoder is None and supports_compiled_stack(self.layers, ctx):
-            return partial(_run_compiled, self.layers)
+            return partial(_run_whole, partial(compiled_stack, self.layers))
         handoff = None
         plain = observed or ctx.cache is not None or (self.gradient_checkpointing and self.training)
         if self.config.reversible and can_reverse() and not plain and not any(map(needs_plain_path, self.layers)):
@@ -264,19 +266,12 @@ class ReformerModel(ReformerPreTrainedModel):
         return partial(_run_layers, self.layers, handoff=handoff, recompute=traced, state_dtype=state_dtype)
 
     def _make_context(
-        self,
-        embeds,
-        length: int,
-        shard: SequenceShard | None,
-        attention_mask,
-        position_ids,
-        num_hashes,
-        num_buckets,
-        cache,
-    ) -> tuple[ForwardContext, torch.Tensor]:
+        self, embeds: torch.Tensor, length: int, shard: SequenceShard | None, attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None, num_hashes: Any, num_buckets: Any, cache: Any,
+    ) -> tuple[ForwardContext, torch.Tensor]:  # fmt: skip
         """The context of this forward, and the position ids (B or 1, T)."""
         config, device = self.config, embeds.device
-        places = torch.arange(length, device=device)[None]
+        positions = torch.arange(length, device=device)[None]
         mask = None if attention_mask is None else attention_mask.to(device) != 0
         before: torch.Tensor | int = 0
         num_hashes = num_hashes or config.num_hashes
@@ -285,28 +280,29 @@ class ReformerModel(ReformerPreTrainedModel):
         if cache is not None:
             check_call(cache, embeds.shape[0], num_hashes, num_buckets)
             mask, before = new_tokens(cache, mask)
-        ranks = places + before if mask is None else (mask.long().cumsum(-1) - 1 + before).clamp(min=0)
+        ranks = positions + before if mask is None else (mask.long().cumsum(-1) - 1 + before).clamp(min=0)
         samples = None if position_ids is None else packed_samples(position_ids.to(device), ranks, mask)
         if samples is not None and cache is not None:
-            reject_packed_samples(samples, "A cache holds one sample a row: pad instead, or leave out the cache.")
+            reject_packed_samples(samples, "A cache holds one sample per sequence: pad instead, or leave it out.")
         if samples is not None and config.attention_mode == "chunk":
-            reject_packed_samples(
-                samples, "Chunks cannot keep them apart: pad instead, or use `attention_mode='window'`."
-            )
+            reject_packed_samples(samples, "Chunks would mix them: pad instead, or use `attention_mode='window'`.")
         elif samples is not None:
             samples = samples.expand(embeds.shape[0], -1).contiguous()
             first = torch.searchsorted(samples, samples)  # where each token's sample begins
             ranks = ranks.expand_as(first) - ranks.expand_as(first).gather(-1, first)
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
-            position_ids = ranks if config.attention_mode == "window" else places + past
+            position_ids = ranks if config.attention_mode == "window" else positions + past
         rotary = None
         if config.position_embedding_type == "rotary":
             rotary = rotary_tables(position_ids, config.attention_head_size, config.rope_theta)
-        seen = not torch.compiler.is_compiling()
-        if seen and config.attention_mode == "window" and length < 2 * num_buckets_total(num_buckets):
+        key = draw_key(device) if self.training and cache is None else None
+        if key is not None and shard is not None:
+            key = broadcast(key, shard.group)
+        eager = not torch.compiler.is_compiling()
+        if eager and config.attention_mode == "window" and length < 2 * num_buckets_total(num_buckets):
             logger.info_once(
-                f"Inputs are so short that {num_buckets_total(num_buckets)} hash buckets stay nearly empty: lsh layers "
+                f"Inputs are so short that {num_buckets_total(num_buckets)} hash buckets stay nearly empty: LSH layers "
                 "see little beyond their local window. For short inputs, lower `num_buckets` or "
                 "`max_position_embeddings`."
             )
@@ -315,7 +311,7 @@ class ReformerModel(ReformerPreTrainedModel):
             samples=samples if config.attention_mode == "window" else None,
             ranks=ranks.to(torch.int32),
             rotary=rotary,
-            key=_fresh_key(device, shard) if self.training and cache is None else None,
+            key=key,
             num_hashes=num_hashes,
             num_buckets=num_buckets,
             padded_length=padded_length(config, length),
@@ -324,14 +320,10 @@ class ReformerModel(ReformerPreTrainedModel):
         ), position_ids
 
 
-def _run_decode_step(step: Callable, stream: Handoff, *_: Any) -> StackOutput:
+def _run_whole(run: Callable, stream: Handoff, *inputs: Any) -> StackOutput:
+    """All layers in one call of `run`."""
     x = stream.take()
-    return StackOutput(*step(x, x), [])
-
-
-def _run_compiled(layers: nn.ModuleList, stream: Handoff, ctx: ForwardContext, grid: Grid) -> StackOutput:
-    x = stream.take()
-    return StackOutput(*compiled_stack(layers, x, x, ctx, grid))
+    return StackOutput(*run(x, x, *inputs))
 
 
 def _run_layers(
@@ -393,18 +385,6 @@ def new_tokens(cache: Cache, mask: torch.Tensor | None) -> tuple[torch.Tensor | 
         )
     mask = mask[:, layer.seen_tokens :]
     return None if bool(mask.all()) else mask, before
-
-
-def _fresh_key(device: torch.device, shard: SequenceShard | None) -> torch.Tensor:
-    key = draw_key(device)
-    return key if shard is None else broadcast(key, shard.group)
-
-
-def make_position_embeddings(config: ReformerConfig) -> nn.Module:
-    """The module that adds positions to embeddings."""
-    if config.position_embedding_type == "axial":
-        return AxialPositionEmbeddings(tuple(config.axial_pos_shape), tuple(config.axial_pos_embds_dim))
-    return LearnedPositionEmbeddings(config.max_position_embeddings, config.hidden_size)
 
 
 def _subkey(key: torch.Tensor | None, site: int) -> torch.Tensor | None:

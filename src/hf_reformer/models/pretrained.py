@@ -11,6 +11,7 @@ from transformers.modeling_utils import PreTrainedModel, load_state_dict
 from ..configuration_reformer import ReformerConfig
 from ..layers.reformer_layer import ReformerLayer
 from ..ops.sequence_parallel import check_group, check_same_inputs
+from .losses import add_coverage_loss
 
 # Parameter names of transformers' own Reformer, and ours. Names that match no pattern are left alone.
 BUILTIN_NAMES = {
@@ -109,6 +110,20 @@ class ReformerPreTrainedModel(PreTrainedModel):
         for layer in self.modules():
             if isinstance(layer, ReformerLayer):
                 layer.compile_parts(**options)
+
+    def _head_output(
+        self, output_class: type, outputs: Any, loss: torch.Tensor | None, targets: Any = None, num_items: Any = None,
+        **fields: Any,
+    ) -> Any:  # fmt: skip
+        """What a head returns: its loss with the coverage loss added, its own fields, and the backbone's.
+
+        Args:
+            targets, num_items: as `losses.add_coverage_loss` takes them.
+        """
+        weight, coverage = self.config.coverage_loss_weight, outputs.coverage_loss
+        loss = add_coverage_loss(loss, coverage, weight, targets, num_items, training=self.training)
+        states = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        return output_class(loss=loss, **fields, **states, coverage_loss=coverage)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

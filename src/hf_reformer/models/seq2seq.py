@@ -189,8 +189,8 @@ class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
         hidden = outputs.last_hidden_state
         loss, logits = self._loss_and_logits(hidden, labels, None, num_items_in_batch, logits_to_keep)
         coverage = getattr(encoder_outputs, "coverage_loss", None), outputs.coverage_loss
-        told = [x for x in coverage if x is not None]  # of the encoder's layers, then the decoder's
-        both = None if outputs.coverage_loss is None else torch.cat(told)
+        known = [x for x in coverage if x is not None]  # of the encoder's layers, then the decoder's
+        both = None if outputs.coverage_loss is None else torch.cat(known)
         weight = self.config.coverage_loss_weight
         return ReformerSeq2SeqLMOutput(
             loss=add_coverage_loss(loss, both, weight, labels, num_items_in_batch, training=self.training),

@@ -127,6 +127,10 @@ MEMBERS: dict[str, dict[str, tuple[str | None, str]]] = {
     "torch.nn.Module": {
         "_modules": (None, "fused_decode looks at every module for every token; attribute access would dominate"),
         "_parameters": (None, "as `_modules`"),
+        "_forward_hooks": (None, "a layer with hooks has to be run module by module"),
+        "_forward_pre_hooks": (None, "as `_forward_hooks`"),
+        "_backward_hooks": (None, "as `_forward_hooks`"),
+        "_backward_pre_hooks": (None, "as `_forward_hooks`"),
     },
     "transformers.PreTrainedModel": {
         "_init_weights": ("self module", "the library's protocol for initialization"),

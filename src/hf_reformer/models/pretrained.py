@@ -8,6 +8,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel, load_state_dict
 
+from ..compat import forget_weight_conversions, has_forward_pre_hook, load_pretrained_weights, mark_initialized
 from ..configuration_reformer import ReformerConfig
 from ..layers.reformer_layer import ReformerLayer
 from ..ops.sequence_parallel import check_group, check_same_inputs
@@ -60,24 +61,24 @@ class ReformerPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("key_mapping", BUILTIN_NAMES)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._weight_conversions = None  # what is saved from now on bears our own names
+        forget_weight_conversions(model)  # what is saved from now on bears our own names
         return loaded
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
         if model.config.is_encoder_decoder and not hasattr(model, "decoder"):
             model._keys_to_ignore_on_load_unexpected |= {DECODER_KEY_PATTERN}
-        found = PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
-        if LEGACY_LM_HEAD_BIAS in found[0].unexpected_keys and hasattr(model, "lm_head"):
+        loaded = load_pretrained_weights(model, state_dict, checkpoint_files, *args, **kwargs)
+        if LEGACY_LM_HEAD_BIAS in loaded[0].unexpected_keys and hasattr(model, "lm_head"):
             for state in [state_dict] if state_dict is not None else map(load_state_dict, checkpoint_files):
                 if LEGACY_LM_HEAD_BIAS in state:
                     head = model.lm_head
                     head.bias = nn.Parameter(
                         state[LEGACY_LM_HEAD_BIAS].to(head.weight.device, head.bias.dtype, copy=True)
                     )
-                    head.bias._is_hf_initialized = True
-            found[0].missing_keys.discard("lm_head.bias")
-        return found
+                    mark_initialized(head.bias)
+            loaded[0].missing_keys.discard("lm_head.bias")
+        return loaded
 
     def enable_sequence_parallel(self, group: Any) -> None:
         """Let the processes of a `torch.distributed` group share every sequence (sequence parallelism).
@@ -93,7 +94,7 @@ class ReformerPreTrainedModel(PreTrainedModel):
         """
         if group is not None:
             check_group(group)
-            if check_inputs_match_across_ranks not in self._forward_pre_hooks.values():
+            if not has_forward_pre_hook(self, check_inputs_match_across_ranks):
                 self.register_forward_pre_hook(check_inputs_match_across_ranks, with_kwargs=True)
         self.base_model.sequence_group = group
 
@@ -148,8 +149,8 @@ def check_inputs_match_across_ranks(model: Any, args: tuple, kwargs: dict) -> No
     if group is None or torch.compiler.is_compiling():
         return
     signature = inspect.signature(model.forward)
-    found = signature.bind(*args, **kwargs).arguments
-    given = {name: found.get(name) for name in signature.parameters}
-    given["num_hashes, num_buckets or another keyword"] = given.pop("kwargs")
-    given |= {"train() or eval()": model.training, "no_grad()": torch.is_grad_enabled()}
-    check_same_inputs(group, model.device, given)
+    arguments = signature.bind(*args, **kwargs).arguments
+    inputs = {name: arguments.get(name) for name in signature.parameters}
+    inputs["num_hashes, num_buckets or another keyword"] = inputs.pop("kwargs")
+    inputs |= {"train() or eval()": model.training, "no_grad()": torch.is_grad_enabled()}
+    check_same_inputs(group, model.device, inputs)

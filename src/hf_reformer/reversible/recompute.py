@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..compat import in_functorch_transform, reparametrize_module
+from ..compat import in_functorch_transform, reparametrize_module, version_of
 
 
 def can_reverse() -> bool:
@@ -118,10 +118,10 @@ def recomputed(module: nn.Module, function: Callable, x: torch.Tensor, *args: An
         traced = torch.is_grad_enabled() and torch.compiler.is_compiling()
         return checkpoint(function, x, *args, use_reentrant=False) if traced else function(x, *args)
     conditions, tensors = ReplayState(module, x.device), layer_tensors(module)
-    versions = [tensor._version for tensor in tensors.values()]
+    versions = [version_of(tensor) for tensor in tensors.values()]
 
     def run(*args):
-        if versions != [tensor._version for tensor in tensors.values()]:
+        if versions != [version_of(tensor) for tensor in tensors.values()]:
             raise RuntimeError("A parameter was modified in place between forward and backward. Call backward first.")
         with conditions.replay(tensors) if conditions.states else conditions.record():
             return function(*args)

@@ -19,7 +19,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 
-from ..compat import current_graph_task_id, parametrization_cache_enabled, will_engine_execute
+from ..compat import (
+    current_graph_task_id,
+    has_gradient_hooks,
+    parametrization_cache_enabled,
+    version_of,
+    will_engine_execute,
+)
 from .chunking import ChunkedBuffer, Handoff, Tensors, map_tokens, token_chunks, tokens_per_chunk
 from .grid import Grid, to_stream
 from .recompute import ReplayState, autocast_again, autocast_state, layer_tensors, recomputed
@@ -108,7 +114,7 @@ class StreamHandoff:
         if link is None or link[0] != index - 1:
             return  # the first layer, or a recomputation by somebody's checkpoint wrapper
         previous, streams, versions = link
-        if any(x._version != version for x, version in zip(streams, versions, strict=True)):
+        if any(version_of(x) != version for x, version in zip(streams, versions, strict=True)):
             raise RuntimeError(
                 f"The residual stream after layer {previous} was modified in place, so it cannot be reconstructed. "
                 "Use an out-of-place operation, or `config.reversible=False`."
@@ -118,7 +124,7 @@ class StreamHandoff:
 
     def leave(self, index: int, y1: torch.Tensor, y2: torch.Tensor) -> None:
         last = index == self.depth - 1
-        self._link = None if last else (index, (y1.detach(), y2.detach()), (y1._version, y2._version))
+        self._link = None if last else (index, (y1.detach(), y2.detach()), (version_of(y1), version_of(y2)))
 
     def put(self, index: int, streams: tuple[torch.Tensor, torch.Tensor]) -> None:
         self._pending[current_graph_task_id(), index] = streams
@@ -320,7 +326,7 @@ def _parameters(fn, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor]
             f"`{frozen[0]}` of a reversible layer was trained in forward and is frozen now, in backward: perhaps "
             "another adapter was made active, and layers would be run again with that one. Call backward first."
         )
-    if own and not any(tensor._backward_hooks for tensor in saved):
+    if own and not any(map(has_gradient_hooks, saved)):
         return saved, None
     saved = [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(saved, need, strict=True)]
     return saved, dict(zip(fn.names, saved, strict=True))

@@ -77,7 +77,7 @@ def test_chunks_refuse_packed_samples():
 def test_samples_numbered_without_positions_are_never_mixed():
     model = make_model(ReformerForCausalLM, **SMALL_WINDOWS)
     collate = DataCollatorWithFlattening(return_tensors="pt", return_position_ids=False, return_seq_idx=True)
-    with pytest.raises(ValueError, match="`seq_idx` says that several samples are packed"):
+    with pytest.raises(ValueError, match="`seq_idx` indicates packed samples"):
         model(**collate([{"input_ids": make_ids(length).tolist()} for length in (5, 21)]))
     assert model(**collate([{"input_ids": make_ids(21).tolist()}])).loss > 0
 

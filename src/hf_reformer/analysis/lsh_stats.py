@@ -63,7 +63,8 @@ def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **in
             raise ValueError(f"`{name}` holds tokens that this forward does not sort. Give all tokens at once.")
     stack, index = layers[layer]
     output = stack_output(model, stack, input_ids=input_ids, output_sorting=True, **inputs)
-    attention, sorting = stack.layers[index].attention, output.sorting[index]
+    attention: Any = stack.layers[index].attention
+    sorting: Any = output.sorting[index]
     own_mask = inputs.get("attention_mask" if stack is stacks[0] else "decoder_attention_mask")
     mask = torch.ones(output.last_hidden_state.shape[:2], dtype=torch.bool, device=input_ids.device)
     mask = mask if own_mask is None else own_mask.bool()
@@ -71,8 +72,10 @@ def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **in
     position = sorting.buckets is None or (attention.mode == "window" and attention.config.lsh_include_local)
     names = ["position"] * position + [f"hash {i + 1}" for i in range(rounds)]
     names += [f"exploration {i + 1}" for i in range(sorting.layout.perm.shape[2] - len(names))]
-    about = attention.kind, attention.causal, attention.heads
-    return LayerView(*about, sorting.layout, tuple(names), mask, *sorting[1:])
+    return LayerView(
+        attention.kind, attention.causal, attention.heads, sorting.layout, tuple(names), mask, sorting.vectors,
+        sorting.buckets, sorting.num_buckets,
+    )  # fmt: skip
 
 
 def stack_output(model: torch.nn.Module, stack: ReformerModel, **inputs: Any) -> ReformerModelOutput:
@@ -152,8 +155,9 @@ def visible_pairs(view: LayerView, row: int = 0, head: int = 0) -> tuple[torch.T
         Query, key, and the number (of `names`) of the sort order whose window it is, (N) int64 each.
     """
     real, layout = real_tokens(view, row, head), view.layout
-    own = (x.expand(len(view.mask), view.heads, -1, -1)[row, head][None, None] for x in layout[:3])
-    tokens = visible_tokens(AttentionLayout(*own, *layout[3:]))[0, 0]  # (T, R * width)
+    perm, start, end = (x.expand(len(view.mask), view.heads, -1, -1)[row, head][None, None] for x in layout[:3])
+    own = layout._replace(perm=perm, window_start=start, window_end=end)
+    tokens = visible_tokens(own)[0, 0]  # (T, R * width)
     order = torch.arange(len(view.names), device=tokens.device).repeat_interleave(tokens.shape[1] // len(view.names))
     query = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
     is_real = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device).index_fill(0, real, True)

@@ -22,8 +22,10 @@ class ReformerCache(Cache):
 
     def __init__(self, config: ReformerConfig, max_cache_len: int = 0, **options: Any):
         chunks = config.attention_mode == "chunk"
-        kinds = [ChunkCacheLayer if chunks and kind != "full" else ReformerCacheLayer for kind in config.attn_layers]
-        layers: list[Any] = [kind(config, index, max_cache_len) for index, kind in enumerate(kinds)]
+        layers: list[Any] = []
+        for index, (kind, *_) in enumerate(signatures(config)):
+            layer_class = ChunkCacheLayer if chunks and kind != "full" else ReformerCacheLayer
+            layers.append(layer_class(config, index, max_cache_len))
         local = [layer for layer in layers if layer.kind == "local"]
         for layer in layers:  # no cycles among them, so that their memory goes with the last reference
             layer.sibling_local_layers = [] if layer.kind == "local" else local

@@ -40,7 +40,7 @@ class ReformerCacheLayer(CacheLayerMixin):
     is_croppable = True
     keys: Any  # None until there are tokens, like all tensors here
     values: Any
-    buckets: torch.Tensor | None
+    buckets: Any
     lengths: Any
     longest: Any
     oldest: Any
@@ -51,7 +51,8 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     def __init__(self, config: ReformerConfig, layer: int, capacity: int = 0):
         super().__init__()
-        self.kind, self.signature = config.attn_layers[layer], signatures(config)[layer]
+        self.signature = signatures(config)[layer]
+        self.kind = self.signature[0]
         self.local_window, self.lsh_window = config.local_window, config.lsh_window
         self.local_reach = config.local_window if self.kind == "local" or config.lsh_include_local else 0
         self.is_sliding = self.kind == "local"
@@ -206,7 +207,7 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     # --- the library's own operations
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
             "The layers of a ReformerCache cannot be filled from outside: tokens have to be hashed, too. Give the "
             "cache to the model as `cache` or `past_key_values`, and its attention writes to it."

@@ -47,7 +47,8 @@ class ReformerAttention(nn.Module):
 
     def __init__(self, config: ReformerConfig, layer: int):
         super().__init__()
-        self.layer, self.kind = layer, config.attn_layers[layer]
+        kinds: Any = config.attn_layers
+        self.layer, self.kind = layer, kinds[layer]
         self.causal, self.backend, self.mode = config.is_decoder, config.attention_backend, config.attention_mode
         self.heads, self.head_size = config.num_attention_heads, config.attention_head_size
         self.scale = self.head_size**-0.5
@@ -84,14 +85,15 @@ class ReformerAttention(nn.Module):
 
     def forward(self, projected: Handoff, ctx: ForwardContext) -> tuple[torch.Tensor, AttentionReport]:
         """What `qkv` gave → (B, T, H * head_size), every head's attention side by side; and what `ctx` asks for."""
-        query, key, value = (None if x is None else split_heads(x, self.heads, ctx.shard) for x in projected.take())
+        split: list[Any] = [None if x is None else split_heads(x, self.heads, ctx.shard) for x in projected.take()]
+        query, key, value = split
         vectors = query if self.kind == "lsh" else None
         query, key = rotate(query, ctx.rotary), None if key is None else rotate(key, ctx.rotary)
         cache_layer = None if ctx.cache is None else ctx.cache.layers[self.layer]
         if cache_layer is not None and cache_layer.seen_tokens:
             attend = decode if prefers_decode(self, value.shape[2], ctx) else prefill
-            out, weights = attend(self, query, query if key is None else key, value, vectors, ctx)
-            return merge_heads(out.to(value.dtype)), AttentionReport(weights=weights)
+            out, sparse = attend(self, query, query if key is None else key, value, vectors, ctx)
+            return merge_heads(out.to(value.dtype)), AttentionReport(weights=sparse)
         if cache_layer is None and self.mode == "chunk" and ctx.padded_length <= self.chunk:
             vectors = None  # in one chunk every token sees all
         buckets = None if vectors is None else self.hasher(vectors, ctx).buckets(vectors)
@@ -107,9 +109,11 @@ class ReformerAttention(nn.Module):
         layout = self.layout(buckets, mask, ctx, value)
         options: dict[str, Any] = {"causal": self.causal, "mask": mask, "scale": self.scale, "dropout": self.dropout}
         options["dropout_key"] = attention_dropout_key(self, ctx)
-        weights = None
+        weights: Any = None
         if ctx.want_weights:
-            weigh = attention_with_sparse_weights if ctx.want_weights == "sparse" else attention_with_dense_weights
+            weigh: Any = (
+                attention_with_sparse_weights if ctx.want_weights == "sparse" else attention_with_dense_weights
+            )
             out, weights = weigh(query, key, value, layout, **options)
             mass = None if query_weights is None else mass_of_weights(weights, query_weights)
             weights = crop(weights, length)
@@ -140,7 +144,7 @@ class ReformerAttention(nn.Module):
             if buckets is None:  # chunks follow the sequence; padding stays in its place and is masked in the softmax
                 buckets, mask = position, None
             return chunk_layout(buckets, count, self.chunk, self.before, self.after, mask, self.backend)
-        groups = [(position, 1, config.local_window)]
+        groups: list[tuple[torch.Tensor, int | None, int]] = [(position, 1, config.local_window)]
         if buckets is not None:
             groups = groups if config.lsh_include_local else []
             groups.append((buckets, count, config.lsh_window))
@@ -153,7 +157,7 @@ class ReformerAttention(nn.Module):
                 groups.append((explored.expand(batch, -1, -1, -1), count, config.lsh_window))
         if ctx.samples is not None:  # the samples of a sequence lie one after the other in every order
             sample = ctx.samples[:, None, None, :]
-            groups = [(sample * count + group, None, window) for group, count, window in groups]
+            groups = [(sample * (count or 1) + group, None, window) for group, count, window in groups]
         return window_layout(groups, self.causal, mask, backend=self.backend)
 
     def hasher(self, vectors: torch.Tensor, ctx: ForwardContext) -> Hasher:
@@ -176,9 +180,11 @@ class ReformerAttention(nn.Module):
 
     def _num_buckets(self, ctx: ForwardContext) -> int | tuple[int, ...]:
         """This call's own; where there are none those of the cache, or the legacy rule by length."""
+        if ctx.num_buckets is not None:
+            return ctx.num_buckets
         hasher = None if ctx.cache is None else ctx.cache.layers[self.layer].hasher
-        if ctx.num_buckets is not None or hasher is not None:
-            return hasher.num_buckets if ctx.num_buckets is None else ctx.num_buckets
+        if hasher is not None:
+            return hasher.num_buckets
         return legacy_num_buckets(max(ctx.padded_length, self.chunk), self.chunk, self.config.max_position_embeddings)
 
     def _randomness(self, ctx: ForwardContext, device: torch.device) -> torch.Tensor:

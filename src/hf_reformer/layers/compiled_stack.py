@@ -85,7 +85,7 @@ class _Stack(torch.autograd.Function):
     def backward(fn, d1, d2, *grad_masses):
         y1, y2, sum1, sum2, *tensors = fn.saved_tensors
         ctx, need = fn.ctx, fn.needs_input_grad[6:]
-        grads: list[torch.Tensor | None] = []
+        grads: list[Any] = []
         if ctx.key is not None:
             ctx = ctx._replace(key=_key_again(ctx.key, d1))
         for index, (layer, names) in reversed(list(enumerate(zip(fn.layers, fn.names, strict=True)))):

@@ -18,7 +18,7 @@ from ..ops.prng import ATTENTION_DROPOUT, CROSS_DROPOUT, OUTPUT_DROPOUT, dropout
 from ..ops.reference import dropout_factors
 from ..ops.sequence_parallel import SequenceShard, all_reduce, all_to_all_heads, all_to_all_tokens
 from ..reversible.chunking import Handoff
-from .forward_context import AttentionReport, ForwardContext, Sorting
+from .forward_context import AttentionReport, EncoderContext, ForwardContext, Sorting
 from .position_embeddings import rotate
 
 MAX_SCORES = 2**24  # scores computed at once for the attention mass
@@ -65,14 +65,15 @@ class FullAttention(nn.Module):
         """
         shard = None if self.over_encoder else ctx.shard
         query, *own = (split_heads(x, self.heads, shard) for x in projected.take())
-        dtype = query.dtype
+        dtype, encoder, positions = query.dtype, ctx.encoder or EncoderContext(), None
         if states is None:
-            query, key, value, allowed, sees, positions = self._own_tokens(query, *own, ctx)
+            query, key, value, allowed, sees, positions = self._own_tokens(query, own[0], own[1], ctx)
         else:
-            key, value, allowed, sees = self._encoder_tokens(states, ctx)
+            key, value, allowed, sees = self._encoder_tokens(states, encoder)
         causal = self.causal and allowed is None
         dropout_key = attention_dropout_key(self, ctx)
-        weights = mass = None
+        weights: Any = None
+        mass = None
         if ctx.want_weights or dropout_key is not None:
             visible = allowed if sees is None else allowed & sees
             out, weights = dense_attention(query, key, value, visible, causal, self.scale, self.dropout, dropout_key)
@@ -84,8 +85,7 @@ class FullAttention(nn.Module):
             mass = full_attention_mass(query, key, ctx.query_weights, allowed, causal, self.scale)
         weights = weights if ctx.want_weights else None
         if states is not None:
-            mask = ctx.encoder.mask
-            mass = mass if mass is None or mask is None else torch.where(mask, mass, 0)
+            mass = mass if mass is None or encoder.mask is None else torch.where(encoder.mask, mass, 0)
             report = AttentionReport(encoder_mass=mass, encoder_weights=weights)
         else:
             if weights is not None and (ctx.want_weights == "sparse" or positions is not None):
@@ -117,9 +117,9 @@ class FullAttention(nn.Module):
         allowed = make_attention_mask(ctx.mask, ctx.samples, value.shape[2], self.causal, value.device)
         return query, key, value, allowed, None if ctx.mask is None else ctx.mask[:, None, :, None], None
 
-    def _encoder_tokens(self, states: torch.Tensor, ctx: ForwardContext) -> tuple[Any, ...]:
+    def _encoder_tokens(self, states: torch.Tensor, encoder: EncoderContext) -> tuple[Any, ...]:
         """The same of the source's tokens, without the query. The cache computes keys and values once."""
-        mask, cache = ctx.encoder
+        mask, cache = encoder
         if cache is not None and len(cache.layers) > self.layer:
             key, value = cache.layers[self.layer].keys, cache.layers[self.layer].values
         else:

@@ -45,14 +45,14 @@ def plan_fused_decode(layers: Any, ctx: ForwardContext, like: torch.Tensor, dtyp
     if kernel is None:
         return None
 
-    def run(x1: torch.Tensor, x2: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, list]:
+    def run(x1: torch.Tensor, x2: torch.Tensor, *unused: Any) -> tuple[torch.Tensor, torch.Tensor, list]:
         inputs = []
         for cache_layer, weights, options in steps:
             rounds = None if cache_layer.buckets is None else cache_layer.buckets.shape[:3]
             numbers = cache_layer.reserve(1, ctx.mask, rounds)
             inputs.append(kernel.DecodeLayer(weights, cache_tensors(kernel, cache_layer), numbers, *options))
         streams = kernel.decode_layers(x1, x2, inputs, ctx.rotary)
-        for (cache_layer, *_), layer in zip(steps, inputs, strict=True):
+        for (cache_layer, _, _), layer in zip(steps, inputs, strict=True):
             cache_layer.commit(layer.indices)
         return *streams, []
 
@@ -114,5 +114,6 @@ def _weights(
 
 
 def _fits(weight: torch.Tensor | None, shape: tuple[int, ...]) -> bool:
-    fits = weight is not None and weight.shape == shape and shape[0] % 4 == 0
-    return fits and weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous()
+    if weight is None or weight.shape != shape or shape[0] % 4:
+        return False
+    return weight.dtype == torch.float32 and weight.is_cpu and weight.is_contiguous()

@@ -1,6 +1,7 @@
 """Position embeddings: axial (Trax), learned, rotary (Su et al. 2021)."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,6 +54,13 @@ class LearnedPositionEmbeddings(nn.Embedding):
     @property
     def num_positions(self) -> int:
         return self.num_embeddings
+
+
+def make_position_embeddings(config: Any) -> nn.Module:
+    """The module that adds positions to embeddings, axial or learned."""
+    if config.position_embedding_type == "axial":
+        return AxialPositionEmbeddings(config.axial_pos_shape, config.axial_pos_embds_dim)
+    return LearnedPositionEmbeddings(config.max_position_embeddings, config.hidden_size)
 
 
 def rotary_tables(position_ids: torch.Tensor, head_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:

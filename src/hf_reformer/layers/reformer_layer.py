@@ -32,8 +32,8 @@ class ReformerLayer(GradientCheckpointingLayer):
         super().__init__()
         self.chunk_size = config.chunk_size_feed_forward
         self.attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        kind = FullAttention if config.attn_layers[layer] == "full" else ReformerAttention
-        self.attention = kind(config, layer)
+        kinds: Any = config.attn_layers
+        self.attention = (FullAttention if kinds[layer] == "full" else ReformerAttention)(config, layer)
         self.feed_forward_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
         self.expected_types = [ReformerLayer, *map(type, _modules_of(self)[1:])]

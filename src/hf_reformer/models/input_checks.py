@@ -1,6 +1,7 @@
 """What a model looks at in its inputs before it computes: whether they can be right, and what is packed into a row."""
 
 import math
+from typing import Any
 
 import torch
 
@@ -10,8 +11,10 @@ from ..ops.dispatch import resolve_backend
 
 
 def check_inputs(
-    config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets, past: int = 0
-) -> None:
+    config: Any, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, num_hashes: Any, num_buckets: Any,
+    past: int = 0,
+) -> None:  # fmt: skip
     """Raise ValueError for inputs that cannot be right. Values are looked at in eager mode only."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -47,15 +50,17 @@ def check_inputs(
         _check_values(config, input_ids, attention_mask, position_ids)
 
 
-def reject_ignored_packing_args(position_ids, cu_seq_lens_q=None, seq_idx=None, **ignored) -> None:
-    """Raise ValueError for arguments without which a result would be wrong, and of which the model makes no use."""
-    told = "cu_seq_lens_q" if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2 else None
+def reject_ignored_packing_args(
+    position_ids: torch.Tensor | None, cu_seq_lens_q: Any = None, seq_idx: torch.Tensor | None = None, **ignored: Any
+) -> None:
+    """Raise ValueError for arguments that say what is packed into a sequence, where `position_ids` do not."""
+    name = "cu_seq_lens_q" if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2 else None
     if seq_idx is not None and not torch.compiler.is_compiling() and bool((seq_idx != seq_idx[:, :1]).any()):
-        told = "seq_idx"
-    if position_ids is None and told:
+        name = "seq_idx"
+    if position_ids is None and name:
         raise ValueError(
-            f"`{told}` says that several samples are packed into a row. They are told apart by `position_ids` that "
-            "restart at 0, and there are none (prompt tuning drops them). Give them, or pad."
+            f"`{name}` indicates packed samples. They are separated by `position_ids` that restart at 0, and there are "
+            "none (prompt tuning drops them). Give them, or pad."
         )
 
 

@@ -16,7 +16,7 @@ from ..layers.compiled_stack import compiled_stack, supports_compiled_stack
 from ..layers.feed_forward import LayerNorm
 from ..layers.forward_context import AttentionReport, EncoderContext, ForwardContext
 from ..layers.fused_decode import plan_fused_decode
-from ..layers.position_embeddings import AxialPositionEmbeddings, LearnedPositionEmbeddings, rotary_tables
+from ..layers.position_embeddings import make_position_embeddings, rotary_tables
 from ..layers.reformer_layer import ReformerLayer
 from ..ops.coverage import CoverageTarget, coverage_loss, coverage_target
 from ..ops.lsh import num_buckets_total
@@ -53,10 +53,8 @@ class ReformerModel(ReformerPreTrainedModel):
     def __init__(self, config: ReformerConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.position_embedding_type == "axial":
-            self.position_embeddings = AxialPositionEmbeddings(config.axial_pos_shape, config.axial_pos_embds_dim)
-        elif config.position_embedding_type == "learned":
-            self.position_embeddings = LearnedPositionEmbeddings(config.max_position_embeddings, config.hidden_size)
+        if config.position_embedding_type != "rotary":
+            self.position_embeddings = make_position_embeddings(config)
         self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(len(config.attn_layers)))
         self.norm = LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
@@ -97,7 +95,7 @@ class ReformerModel(ReformerPreTrainedModel):
         output_sorting: bool | None = None,
         encoder_hidden_states: torch.FloatTensor | None = None,
         encoder_context: EncoderContext | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ReformerModelOutput:
         r"""
         Args:

@@ -56,7 +56,7 @@ class ReformerPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"\.(self_)?mask_value_float(16|32)$", r"^lm_head\.decoder\.bias$"]
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As for every model of the library. A folder of transformers' own Reformer is read by its names."""
         kwargs.setdefault("key_mapping", BUILTIN_NAMES)
         loaded = super().from_pretrained(*args, **kwargs)

@@ -144,8 +144,8 @@ def attention_with_dense_weights(
     """`dispatch.windowed_attention` and its weights (B, H, T, T), through which gradients pass; arguments as there."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        query, key, values = (None if x is None else x.to(dtype) for x in (query, key, value))
-        out, weights = attention_with_weights(query, None if key is None else key * scale, values, layout, **options)
+        key = None if key is None else key.to(dtype) * scale
+        out, weights = attention_with_weights(query.to(dtype), key, value.to(dtype), layout, **options)
     return out.to(value.dtype), weights
 
 

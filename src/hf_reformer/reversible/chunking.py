@@ -35,7 +35,7 @@ def tokens_per_chunk(x: torch.Tensor, requested: int = 0) -> int:
     return max(1, CHUNK_ELEMENTS // (x.shape[0] * math.prod(x.shape[2:])))
 
 
-def token_chunks(size: int, *tensors: torch.Tensor | None) -> Iterator[tuple[int, Tensors]]:
+def token_chunks(size: int, *tensors: torch.Tensor | None) -> Iterator[tuple[int, list[Any]]]:
     """Chunks of `size` tokens, the last perhaps shorter: the first token's position, and views of every tensor."""
     length = next(x.shape[1] for x in tensors if x is not None)
     if size >= length:
@@ -54,16 +54,16 @@ class ChunkedBuffer:
 
     def put(self, offset: int, *chunks: torch.Tensor | None) -> None:
         if not self.tensors:
-            shapes = [None if x is None else (x.shape[0], self.length, *x.shape[2:]) for x in chunks]
-            self.tensors = [
-                x if x is None or x.shape == s else x.new_empty(s) for x, s in zip(chunks, shapes, strict=True)
-            ]
+            self.tensors = [x if x is None or x.shape[1] == self.length else self._empty(x) for x in chunks]
         for buffer, chunk in zip(self.tensors, chunks, strict=True):
             if buffer is not None and chunk is not None and buffer is not chunk:
                 buffer[:, offset : offset + chunk.shape[1]] = chunk
 
+    def _empty(self, chunk: torch.Tensor) -> torch.Tensor:
+        return chunk.new_empty(chunk.shape[0], self.length, *chunk.shape[2:])
 
-def map_tokens(function: Callable[..., Tensors], size: int, *tensors: torch.Tensor) -> Tensors:
+
+def map_tokens(function: Callable[..., Tensors], size: int, *tensors: Any) -> Tensors:
     """`function(offset, *chunks)` of all chunks, put together: (B, T, ...) each."""
     if size >= tensors[0].shape[1]:
         return function(0, *tensors)

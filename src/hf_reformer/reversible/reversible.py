@@ -264,8 +264,9 @@ def _edge(x: torch.Tensor | None):
 
 
 def invert_branch(
-    branch: Callable, size: int, y, inputs, grad, base, totals: GradientAccumulator, x: ChunkedBuffer
-) -> Tensors:
+    branch: Callable, size: int, y: Any, inputs: Any, grad: Any, base: Any, totals: GradientAccumulator,
+    x: ChunkedBuffer,
+) -> list[Any]:  # fmt: skip
     """Undo y = x + branch(inputs): `x`, and the gradient of `inputs` by that of y, added to `base`."""
     step = ChunkedBuffer(y.shape[1])
     for offset, (y_chunk, chunk, grad_chunk, base_chunk) in token_chunks(size, y, inputs, grad, base):
@@ -278,8 +279,9 @@ def invert_branch(
 
 
 def invert_attention_branch(
-    stages: LayerStages, states, size: int, y1, x2, d1, d2, totals: GradientAccumulator, x1: ChunkedBuffer, grad_report
-) -> Tensors:
+    stages: LayerStages, states: Sequence[Any], size: int, y1: Any, x2: Any, d1: Any, d2: Any,
+    totals: GradientAccumulator, x1: ChunkedBuffer, grad_report: Sequence[Any],
+) -> list[Any]:  # fmt: skip
     """Undo y1 = x1 + f(x2): x1, and the gradient of x2 by those of y1 and of the layer's report, added to d2."""
     projected, graphs = ChunkedBuffer(x2.shape[1]), []
     for offset, (chunk,) in token_chunks(size, x2):

@@ -39,7 +39,7 @@ def prefill_groups(settings: Settings) -> list[Group]:
 
 
 def make(case: Case, impl: str) -> Run:
-    """The step after `length` tokens. Filling a cache is not timed; the contents of the baselines' caches don't matter."""
+    """The step after `length` tokens. Filling a cache is not timed; what the baselines' caches hold doesn't matter."""
     torch.manual_seed(0)
     makers: dict[str, Callable[[Case], tuple[Callable[[], Any], Any]]] = {
         "hf-reformer": hf_reformer_step, "transformers": transformers_step, "full": full_step

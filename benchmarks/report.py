@@ -23,26 +23,27 @@ TITLES = {
     "step-growth": "Growth of a training step",
 }
 NOTES = """\
-All numbers: float32, batch 1, 8 heads of 64. Times are wall-clock medians of calls in turn, back and forth, within one \
-process, after a call each to warm up; in brackets the median ratio to the first of them. `*`: too slow to repeat, \
-called once, cold. Memory is the high-water mark of a process of its own above what was there before the call, where \
-malloc returns freed blocks to the system (`MALLOC_MMAP_THRESHOLD_=65536`). \
-All get the same inputs and compute the gradients of all of them.
+All numbers: float32, batch 1, 8 heads of 64. Times are wall-clock medians of calls in turn, back and forth, within \
+one process, after a call each to warm up; in brackets the median ratio to the first of them. `*`: too slow to \
+repeat, called once, cold. Memory is the high-water mark of a process of its own above what was there before the \
+call, where malloc returns freed blocks to the system (`MALLOC_MMAP_THRESHOLD_=65536`). All get the same inputs and \
+compute the gradients of all of them.
 
 - **Page faults are part of the ratios.** The baselines allocate hundreds of MiB of temporaries in a call, and the \
-default allocator takes them from the system anew each time. With transparent huge pages (`--huge_pages`, in tables of their \
-own) faults are few, and the ratios to the baselines shrink.
+default allocator takes them from the system anew each time. With transparent huge pages (`--huge_pages`, in tables \
+of their own) faults are few, and the ratios to the baselines shrink.
 - Chunk mode is the baselines' own rule: chunks of 64 that see one back. Window mode has windows of 96 in as many \
 hash rounds (without the order of positions): what a token of a chunk sees on average up to itself.
-- transformers' Reformer hashes with as many buckets as hf_reformer's chunk mode, factorised from the same length on. \
-reformer-pytorch has half as many, one set of rotations for all heads, and never factorises: time and memory of its \
-hash grow with the square of the length.
+- transformers' Reformer hashes with as many buckets as hf_reformer's chunk mode, factorised from the same length \
+on. reformer-pytorch has half as many, one set of rotations for all heads, and never factorises: time and memory of \
+its hash grow with the square of the length.
 - `sdpa` is torch's exact attention; it and `local`, exact attention inside chunks along the sequence, do not depend \
 on the number of rounds. `local` is a bound for one round, not a baseline.
 - Models have hidden size 512, feed-forward 1024, layers (local, lsh) in turn, no dropout. hf_reformer's has its \
 default windows of 128, which in training show the order of positions, two hash rounds and one of exploration; \
-transformers' its default chunks of 64, two rounds. `hf-reformer plain` keeps activations \
-instead of recomputing them. `full` is a Transformer on `sdpa` with fixed positions; from 65536 tokens on it recomputes its layers, as hf_reformer's does at every length.
+transformers' its default chunks of 64, two rounds. `hf-reformer plain` keeps activations instead of recomputing \
+them. `full` is a Transformer on `sdpa` with fixed positions; from 65536 tokens on it recomputes its layers, as \
+hf_reformer's does at every length.
 - A step's floor is its dense products (forward, recomputation, backward) at the rate of `mm`, plus its attention \
 measured alone. An op's floor is its products at the rate of `mm` or its reading and writing at that of `copy`, \
 whichever takes longer.

@@ -1,4 +1,4 @@
-"""Sections on attention: whole cores against their rivals, single ops against the machine, break-even, growth."""
+"""Sections on attention: whole cores against the baselines, single ops against the machine, break-even, growth."""
 
 from collections.abc import Sequence
 
@@ -6,22 +6,22 @@ from hf_reformer.ops.dispatch import windowed_attention
 from hf_reformer.ops.layout import AttentionLayout
 from hf_reformer.ops.lsh import bucket_factors
 
-from . import machine
+from . import environment
+from .attention_impls import BATCH, HEADS, SIZE, inputs, make_core, make_layout, num_buckets_for, run_function
 from .cases import BACKWARD, BOTH, FORWARD, Case, Entry, Group, Run, Settings
-from .cores import BATCH, HEADS, SIZE, inputs, make_core, num_buckets_for, our_orders, run_function
 
-OURS = ["ours chunk", "ours window"]
-REFORMERS = [*OURS, "built-in", "reformer-pytorch"]
+HF_REFORMER = ["hf-reformer chunk", "hf-reformer window"]
+REFORMERS = [*HF_REFORMER, "transformers", "reformer-pytorch"]
 BOUNDS = ["local", "sdpa"]  # neither depends on the number of rounds
-TORCH_BACKEND = ["ours chunk torch", "ours window torch"]
+TORCH_BACKEND = ["hf-reformer chunk torch", "hf-reformer window torch"]
 MIDDLE = 4096  # here everything is measured: both directions, and the bounds beside every number of rounds
 LONGEST_SDPA, LONGEST_OTHER_ROUNDS = 65536, 16384
 FLOAT = 4  # bytes
 FLOPS_PER_PAIR = {FORWARD: 4 * SIZE, BACKWARD: 10 * SIZE}  # operations in products, for a visible pair
 
 
-def entries(case: Case, rivals: Sequence[str]) -> list[Entry]:
-    return [Entry(case, rival) for rival in rivals]
+def entries(case: Case, impls: Sequence[str]) -> list[Entry]:
+    return [Entry(case, impl) for impl in impls]
 
 
 def bounds(length: int) -> list[str]:
@@ -37,19 +37,19 @@ def core_groups(settings: Settings) -> list[Group]:
         for rounds in settings.rounds:
             if rounds != main and length > LONGEST_OTHER_ROUNDS and not settings.lengths:
                 continue
-            rivals = REFORMERS + (TORCH_BACKEND if rounds == main else [])
-            rivals = rivals + (bounds(length) if rounds == main or length <= MIDDLE else [])
+            impls = REFORMERS + (TORCH_BACKEND if rounds == main else [])
+            impls = impls + (bounds(length) if rounds == main or length <= MIDDLE else [])
             for work in (FORWARD, BOTH):
                 case = Case(section="core", length=length, work=work, rounds=rounds)
-                found.append(Group("time", entries(case, rivals)))
+                found.append(Group("time", entries(case, impls)))
     for work in (FORWARD, BOTH) if MIDDLE in lengths else ():
         case = Case(section="core", length=MIDDLE, work=work, rounds=main, causal=False)
         found.append(Group("time", entries(case, [*REFORMERS, *BOUNDS])))
     for length in settings.choose((1024, 4096, 16384, 65536), (16384,)):
-        rivals = REFORMERS + bounds(length)
+        impls = REFORMERS + bounds(length)
         for work in (BOTH,) if settings.short else (FORWARD, BOTH):
             case = Case(section="core", length=length, work=work, rounds=main)
-            found.append(Group("memory", entries(case, rivals)))
+            found.append(Group("memory", entries(case, impls)))
     return found
 
 
@@ -62,55 +62,55 @@ def op_groups(settings: Settings) -> list[Group]:
         )
         group = entries(forward, ["mm", "copy"])
         for mode in ("chunk", "window"):
-            group += entries(forward, [f"{mode} orders", f"{mode} attention"])
+            group += entries(forward, [f"{mode} layout", f"{mode} attention"])
             group += entries(backward, [f"{mode} attention"])
         found.append(Group("time", group))
     return found
 
 
 def break_even_groups(settings: Settings) -> list[Group]:
-    """One hash order and the position order, windows of 128 as in the default config, against exact attention."""
+    """One hash round and the order of positions, windows of 128 as in the default config, against exact attention."""
     lengths = settings.choose((128, 192, 256, 320, 384, 512, 768, 1024), (128, 256, 384, 512))
     cases = [
         Case(section="break-even", length=length, work=work, rounds=1)
         for work in (FORWARD, BOTH)
         for length in lengths
     ]
-    return [Group("time", entries(case, ["ours default", "sdpa"])) for case in cases]
+    return [Group("time", entries(case, ["hf-reformer default", "sdpa"])) for case in cases]
 
 
 def growth_groups(settings: Settings) -> list[Group]:
-    """A long line beside a shorter one, in turn."""
+    """A long sequence beside a shorter one, in turn."""
     found = []
     for work in (FORWARD, BOTH):
         cases = [
             Case(section="growth", length=length, work=work, rounds=settings.main_rounds)
             for length in settings.ends((16384, 131072), (16384, 65536))
         ]
-        found += [Group("time", [Entry(case, rival) for case in cases]) for rival in OURS]
+        found += [Group("time", [Entry(case, impl) for case in cases]) for impl in HF_REFORMER]
     return found
 
 
-def make_core_run(case: Case, rival: str) -> Run:
+def make_core_run(case: Case, impl: str) -> Run:
     """A whole core, ready to be called; `bytes` are its results alone: out, and the gradients of q and v."""
     result = BATCH * HEADS * case.length * SIZE * FLOAT
-    call = run_function(make_core(case, rival), case.length, case.work)
+    call = run_function(make_core(case, impl), case.length, case.work)
     return Run(call, bytes=result if case.work == FORWARD else 3 * result)
 
 
-def make_op(case: Case, rival: str) -> Run:
+def make_op(case: Case, impl: str) -> Run:
     """One op, with what it cannot do without: products for visible pairs, inputs read and outputs written once."""
-    if rival in machine.RATES:
-        return machine.make(case, rival)
-    mode, op = rival.split()
-    if op == "orders":
-        return make_orders(case, mode)
+    if impl in environment.RATES:
+        return environment.make(case, impl)
+    mode, op = impl.split()
+    if op == "layout":
+        return make_layout_run(case, mode)
     q, *_ = inputs(case.length)
-    orders = our_orders(mode, q, case.rounds, case.causal)
-    pairs = visible_pairs(orders)
+    layout = make_layout(mode, q, case.rounds, case.causal)
+    pairs = visible_pairs(layout)
 
     def attend(q, v):
-        return windowed_attention(q, None, v, orders, causal=case.causal)[0]
+        return windowed_attention(q, None, v, layout, causal=case.causal)[0]
 
     tensors = 3 if case.work == FORWARD else 6  # q, v, out; with the gradients of all three
     return Run(
@@ -121,19 +121,19 @@ def make_op(case: Case, rival: str) -> Run:
     )
 
 
-def make_orders(case: Case, mode: str) -> Run:
-    """Hash and sort: rotations are products, the rest is reading q and writing three numbers for every place."""
+def make_layout_run(case: Case, mode: str) -> Run:
+    """Hash and sort: rotations are products, the rest is reading q and writing three numbers per sorted position."""
     q, *_ = inputs(case.length)
     columns = sum(bucket_factors(num_buckets_for(mode, case.length))) // 2 * case.rounds
     rows = q.numel() // SIZE  # B·H·T
 
     def call() -> AttentionLayout:
-        return our_orders(mode, q, case.rounds, case.causal)
+        return make_layout(mode, q, case.rounds, case.causal)
 
     return Run(call, flops=2.0 * rows * SIZE * columns, bytes=(rows * SIZE + 3 * rows * case.rounds) * FLOAT)
 
 
-def visible_pairs(orders: AttentionLayout) -> int:
-    """Pairs that the windows or chunks of all places show, over all heads."""
-    shown = int((orders.window_end.long() - orders.window_start.long() + 1).clamp(min=0).sum())
-    return shown * (HEADS // orders.window_start.shape[1])
+def visible_pairs(layout: AttentionLayout) -> int:
+    """Pairs in all windows or chunks, over all heads."""
+    pairs = int((layout.window_end.long() - layout.window_start.long() + 1).clamp(min=0).sum())
+    return pairs * (HEADS // layout.window_start.shape[1])

@@ -1,4 +1,4 @@
-"""What is measured: a `Case` says the shapes, a section's maker turns a case and a rival's name into a `Run`."""
+"""What is measured: a `Case` has the shapes; a section's maker turns it and an implementation's name into a `Run`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -38,10 +38,10 @@ class Run(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A rival on a case."""
+    """An implementation on a case."""
 
     case: Case
-    rival: str
+    impl: str
 
 
 class Group(NamedTuple):

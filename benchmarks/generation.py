@@ -7,35 +7,45 @@ import torch
 from transformers.models.reformer.modeling_reformer import ReformerDynamicCache
 
 from .cases import NEXT, PREFILL, Case, Entry, Group, Run, Settings
-from .models import HEAD_SIZE, HEADS, HIDDEN, LAYERS, ROUNDS, VOCABULARY, FullModel, built_in_model, our_model
+from .models import (
+    HEAD_SIZE,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    ROUNDS,
+    VOCABULARY,
+    FullModel,
+    hf_reformer_model,
+    transformers_model,
+)
 
 
 def groups(settings: Settings) -> list[Group]:
     lengths = settings.choose((1024, 4096, 16384, 65536), (1024, 16384))
     cases = [Case(section="generation", length=length, work=NEXT, rounds=ROUNDS, layers=LAYERS) for length in lengths]
-    rivals = "ours", "built-in", "full"
-    return [Group("time", [Entry(case, rival) for rival in rivals], LAYERS, in_a_row=16) for case in cases]
+    impls = "hf-reformer", "transformers", "full"
+    return [Group("time", [Entry(case, impl) for impl in impls], LAYERS, in_a_row=16) for case in cases]
 
 
 def prefill_groups(settings: Settings) -> list[Group]:
-    """A prompt at once and in pieces."""
+    """A prompt at once and in chunks."""
     found = []
     for length in settings.choose([65536], [16384]):
         case = Case(section="prefill", length=length, work=PREFILL, rounds=ROUNDS, layers=LAYERS)
-        rivals = ["at once", *(f"pieces of {piece}" for piece in (16384, 4096, 1024) if piece < length)]
-        entries = [Entry(case, rival) for rival in rivals]
+        impls = ["at once", *(f"chunks of {piece}" for piece in (16384, 4096, 1024) if piece < length)]
+        entries = [Entry(case, impl) for impl in impls]
         found += [Group("time", entries, LAYERS), Group("memory", entries, LAYERS)]
     return found
 
 
-def make(case: Case, rival: str) -> Run:
-    """The step after `length` tokens. What fills a cache is not timed, nor is what the rivals' caches hold read."""
+def make(case: Case, impl: str) -> Run:
+    """The step after `length` tokens. Filling a cache is not timed; what the baselines' caches hold doesn't matter."""
     torch.manual_seed(0)
     makers: dict[str, Callable[[Case], tuple[Callable[[], Any], Any]]] = {
-        "ours": our_step, "built-in": built_in_step, "full": full_step
+        "hf-reformer": hf_reformer_step, "transformers": transformers_step, "full": full_step
     }  # fmt: skip
     with torch.no_grad():
-        call, kept = makers[rival](case)
+        call, kept = makers[impl](case)
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors_in(kept)}
     size = sum(storages.values())
     return Run(torch.no_grad()(call), note=f"cache of {size / 2**20:.0f} MiB")
@@ -49,12 +59,12 @@ def tensors_in(kept: Any) -> list[torch.Tensor]:
     return [x for part in parts for x in tensors_in(part)]
 
 
-def make_prefill(case: Case, rival: str) -> Run:
+def make_prefill(case: Case, impl: str) -> Run:
     """A cache of the whole prompt, from nothing."""
     torch.manual_seed(0)
-    model: Any = our_model(2 * case.length, case.layers).eval()
+    model: Any = hf_reformer_model(2 * case.length, case.layers).eval()
     prompt = torch.randint(2, VOCABULARY, (1, case.length))
-    piece = case.length if rival == "at once" else int(rival.split()[-1])
+    piece = case.length if impl == "at once" else int(impl.split()[-1])
 
     @torch.no_grad()
     def call() -> Any:
@@ -66,17 +76,17 @@ def make_prefill(case: Case, rival: str) -> Run:
     return Run(call)
 
 
-def our_step(case: Case) -> tuple[Callable[[], Any], Any]:
+def hf_reformer_step(case: Case) -> tuple[Callable[[], Any], Any]:
     """The cache grows by a token a call, as in generation."""
-    model: Any = our_model(2 * case.length, case.layers).eval()
+    model: Any = hf_reformer_model(2 * case.length, case.layers).eval()
     context, token = torch.randint(2, VOCABULARY, (1, case.length)), torch.tensor([[2]])
     cache = model(context, use_cache=True, logits_to_keep=1).past_key_values
     return lambda: model(token, past_key_values=cache).logits, cache.layers
 
 
-def built_in_step(case: Case) -> tuple[Callable[[], Any], Any]:
-    """The built-in Reformer's step with its cache of buckets and states, which is filled with random ones."""
-    model: Any = built_in_model(2 * case.length, case.layers).eval()
+def transformers_step(case: Case) -> tuple[Callable[[], Any], Any]:
+    """A step of transformers' Reformer; its cache of buckets and states is filled with random ones."""
+    model: Any = transformers_model(2 * case.length, case.layers).eval()
     token, filled = torch.tensor([[2]]), model(torch.tensor([[2] * 128]), use_cache=True).past_buckets_states
     states = [torch.randn(1, case.length, HIDDEN) for _ in range(case.layers)]
     buckets = [

@@ -16,7 +16,7 @@ from .cases import Case
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 START_UP = 60.0  # seconds a measuring process may take beside the call itself
-QUADRATIC = ("sdpa", "full")  # rivals whose time grows with the square of the length
+QUADRATIC = ("sdpa", "full")  # implementations whose time grows with the square of the length
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -25,7 +25,7 @@ class TimingBudget(NamedTuple):
 
     Attributes:
         budget: seconds for the repetitions of a group; at least `min_repeats` are done, whatever they take.
-        once_over: a rival whose first call takes longer is not called again.
+        once_over: a impl whose first call takes longer is not called again.
     """
 
     budget: float
@@ -36,7 +36,7 @@ class TimingBudget(NamedTuple):
 
 @dataclass
 class Timing:
-    """Seconds of one rival, a place for every repetition. `failure` says why there are none."""
+    """Seconds of one implementation, one entry per repetition. `failure` says why there are none."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -71,10 +71,10 @@ def timed(call: Callable[[], Any], in_a_row: int = 1) -> tuple[float, float]:
     return wall / in_a_row, cpu / in_a_row
 
 
-def alternate(calls: Mapping[Key, Callable[[], Any]], effort: TimingBudget, in_a_row: int = 1) -> dict[Key, Timing]:
-    """Call all rivals in turn, to and fro, again and again; the first round warms up.
+def alternate(calls: Mapping[Key, Callable[[], Any]], budget: TimingBudget, in_a_row: int = 1) -> dict[Key, Timing]:
+    """Call all implementations in turn, back and forth, again and again; the first round warms up.
 
-    A rival that fails is out, and the others go on.
+    A impl that fails is out, and the others go on.
     """
     timings = {key: Timing() for key in calls}
     gc.collect()
@@ -84,15 +84,15 @@ def alternate(calls: Mapping[Key, Callable[[], Any]], effort: TimingBudget, in_a
         for key, call in calls.items():
             attempt(timings[key], call, in_a_row)
         for timing in timings.values():
-            timing.once = bool(timing.wall) and timing.median > effort.once_over
+            timing.once = bool(timing.wall) and timing.median > budget.once_over
         again = [key for key, timing in timings.items() if timing.wall and not timing.once]
         for key in again:
             timings[key] = Timing()
         start, repeats = time.perf_counter(), 0
-        while repeats < effort.max_repeats and again:
-            if repeats >= effort.min_repeats and time.perf_counter() - start > effort.budget:
+        while repeats < budget.max_repeats and again:
+            if repeats >= budget.min_repeats and time.perf_counter() - start > budget.budget:
                 break
-            again.reverse()  # so that nobody always follows the same rival
+            again.reverse()  # so that none always follows the same other one
             for key in again:
                 attempt(timings[key], calls[key], in_a_row)
             again = [key for key in again if not timings[key].failure]
@@ -108,7 +108,7 @@ def attempt(timing: Timing, call: Callable[[], Any], in_a_row: int = 1) -> None:
     """Add one call's time, or the reason why there is none."""
     try:
         wall, cpu = timed(call, in_a_row)
-    except Exception as error:  # whatever a rival dies of is written down, and the others go on
+    except Exception as error:  # whatever it is, it is recorded, and the others go on
         timing.failure = describe(error)
         return
     timing.wall.append(wall)
@@ -122,19 +122,19 @@ class Forecasts:
         self.known: dict[tuple, tuple[int, float]] = {}
 
     @staticmethod
-    def key(case: Case, rival: str, threads: int) -> tuple:
-        return case.section, rival, case.work, case.rounds, case.causal, case.layers, threads
+    def key(case: Case, impl: str, threads: int) -> tuple:
+        return case.section, impl, case.work, case.rounds, case.causal, case.layers, threads
 
-    def add(self, case: Case, rival: str, threads: int, seconds: float) -> None:
-        self.known[self.key(case, rival, threads)] = case.length, seconds
+    def add(self, case: Case, impl: str, threads: int, seconds: float) -> None:
+        self.known[self.key(case, impl, threads)] = case.length, seconds
 
-    def seconds(self, case: Case, rival: str, threads: int) -> float:
+    def seconds(self, case: Case, impl: str, threads: int) -> float:
         """0 where nothing is known."""
-        length, seconds = self.known.get(self.key(case, rival, threads), (case.length, 0.0))
-        return seconds * (case.length / length) ** (2 if rival in QUADRATIC else 1)
+        length, seconds = self.known.get(self.key(case, impl, threads), (case.length, 0.0))
+        return seconds * (case.length / length) ** (2 if impl in QUADRATIC else 1)
 
 
-def peak_memory(case: Case, rival: str, threads: int, timeout: float) -> dict[str, Any]:
+def peak_memory(case: Case, impl: str, threads: int, timeout: float) -> dict[str, Any]:
     """Memory that one call takes beyond what was there before it, measured in a fresh process.
 
     Returns:
@@ -142,7 +142,7 @@ def peak_memory(case: Case, rival: str, threads: int, timeout: float) -> dict[st
     """
     # By default glibc keeps freed blocks of up to 32 MB: gaps in its heap would count, others in every run.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    request = json.dumps({"case": asdict(case), "rival": rival, "threads": threads})
+    request = json.dumps({"case": asdict(case), "impl": impl, "threads": threads})
     command = [sys.executable, "-m", "benchmarks.memory", request]
     try:
         done = subprocess.run(

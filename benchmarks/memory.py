@@ -1,6 +1,6 @@
 """Peak memory of one call; started by `measure.peak_memory` in a process of its own.
 
-python -m benchmarks.memory '{"case": {"section": "core", "length": 4096}, "rival": "sdpa", "threads": 1}'
+python -m benchmarks.memory '{"case": {"section": "core", "length": 4096}, "impl": "sdpa", "threads": 1}'
 """
 
 import ctypes
@@ -29,7 +29,7 @@ def proc(file: str, name: str) -> int | None:
 
 
 def bound_memory() -> None:
-    """Allow this process most of what is free, so that a rival that wants more fails by itself and kills nothing."""
+    """Limit this process to most of the free memory: an implementation that needs more then fails by itself."""
     free, used = proc("meminfo", "MemAvailable"), proc("self/status", "VmData")
     if free is None or used is None:
         return
@@ -71,9 +71,9 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
     bound_memory()
-    case, rival = Case(**request["case"]), request["rival"]
-    make(case.warm_up(), rival).call()  # libraries, threads and kernels are loaded by now
-    run = make(case, rival)
+    case, impl = Case(**request["case"]), request["impl"]
+    make(case.warm_up(), impl).call()  # libraries, threads and kernels are loaded by now
+    run = make(case, impl)
     give_back()
     exact = forget_highest()
     before = resident()

@@ -1,4 +1,4 @@
-"""Whole models of one size: ours, transformers' own Reformer, and a Transformer on exact attention."""
+"""Whole models of one size: hf_reformer's, transformers' own Reformer, and a Transformer on exact attention."""
 
 from typing import Any
 
@@ -33,21 +33,21 @@ def common(length: int, layers: int, causal: bool) -> dict[str, Any]:
     }
 
 
-def our_config(length: int, layers: int, causal: bool, **changes: Any) -> hf_reformer.ReformerConfig:
+def hf_reformer_config(length: int, layers: int, causal: bool, **changes: Any) -> hf_reformer.ReformerConfig:
     return hf_reformer.ReformerConfig(**common(length, layers, causal), **changes)
 
 
-def our_model(length: int, layers: int, causal: bool = True, **changes: Any) -> nn.Module:
-    """Ours, with the head that fits the direction."""
-    config = our_config(length, layers, causal, **changes)
+def hf_reformer_model(length: int, layers: int, causal: bool = True, **changes: Any) -> nn.Module:
+    """That of hf_reformer, with the head that fits the direction."""
+    config = hf_reformer_config(length, layers, causal, **changes)
     return hf_reformer.ReformerForCausalLM(config) if causal else hf_reformer.ReformerForMaskedLM(config)
 
 
-def built_in_model(length: int, layers: int, causal: bool = True) -> nn.Module:
+def transformers_model(length: int, layers: int, causal: bool = True) -> nn.Module:
     """transformers' own Reformer; in training its axial shape must multiply to the very length."""
     bits = length.bit_length() - 1
     if length != 2**bits:
-        raise ValueError(f"length {length}: the built-in Reformer is measured at powers of two only")
+        raise ValueError(f"length {length}: transformers' Reformer is measured at powers of two only")
     config = transformers.ReformerConfig(
         **common(length, layers, causal),
         axial_pos_shape=[2 ** (bits // 2), 2 ** (bits - bits // 2)],
@@ -70,7 +70,7 @@ class FullLayer(nn.Module):
         self.up_proj, self.down_proj = nn.Linear(HIDDEN, FEED_FORWARD), nn.Linear(FEED_FORWARD, HIDDEN)
 
     def forward(self, x: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """`x`: (B, T, D); with `past`, the last token alone, whose key and value go into the last place there."""
+        """`x`: (B, T, D); with `past`, the last token alone, whose key and value go to the last position there."""
         q, k, v = self.qkv_proj(self.attention_norm(x)).unflatten(-1, (3, HEADS, HEAD_SIZE)).permute(2, 0, 3, 1, 4)
         if past is not None:
             past[0][:, :, -1:], past[1][:, :, -1:] = k, v
@@ -104,7 +104,7 @@ class FullModel(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     def next_logits(self, token: torch.Tensor, past: Cache) -> torch.Tensor:
-        """Logits of the token, (1, 1), that goes into the last place of every layer's keys and values."""
+        """Logits of the token, (1, 1), that goes to the last position of every layer's keys and values."""
         x = self.embed_tokens(token) + self.positions[past[0][0].shape[2] - 1]
         for layer, kept in zip(self.layers, past, strict=True):
             x = layer(x, kept)

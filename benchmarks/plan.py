@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import attention, generation, machine, training
+from . import attention, environment, generation, training
 from .cases import Case, Group, Run, Settings
 
 
@@ -14,7 +14,7 @@ class Section(NamedTuple):
 
 # The most telling first, for runs that end by the clock.
 SECTIONS = {
-    "machine": Section(machine.groups, machine.make),
+    "machine": Section(environment.groups, environment.make),
     "core": Section(attention.core_groups, attention.make_core_run),
     "ops": Section(attention.op_groups, attention.make_op),
     "break-even": Section(attention.break_even_groups, attention.make_core_run),
@@ -28,18 +28,18 @@ SECTIONS = {
 }
 
 
-def plan(settings: Settings, sections: list[str], rivals: list[str] | None = None) -> list[Group]:
-    """All groups of the named sections, with all rivals or the named ones."""
+def plan(settings: Settings, sections: list[str], impls: list[str] | None = None) -> list[Group]:
+    """All groups of the named sections, with all implementations or the named ones."""
     groups = [group for name, section in SECTIONS.items() if name in sections for group in section.groups(settings)]
-    names = {entry.rival for group in groups for entry in group.entries}
-    if unknown := set(rivals or []) - names:
-        raise ValueError(f"--rivals {sorted(unknown)} are not in these sections, which hold {sorted(names)}.")
-    if rivals is None:
+    names = {entry.impl for group in groups for entry in group.entries}
+    if unknown := set(impls or []) - names:
+        raise ValueError(f"--impls {sorted(unknown)} are not in these sections, which hold {sorted(names)}.")
+    if impls is None:
         return groups
-    cut = [group._replace(entries=[entry for entry in group.entries if entry.rival in rivals]) for group in groups]
+    cut = [group._replace(entries=[entry for entry in group.entries if entry.impl in impls]) for group in groups]
     return [group for group in cut if group.entries]
 
 
-def make(case: Case, rival: str) -> Run:
-    """The rival on the case, ready to be called."""
-    return SECTIONS[case.section].make(case, rival)
+def make(case: Case, impl: str) -> Run:
+    """An implementation on a case, ready to be called."""
+    return SECTIONS[case.section].make(case, impl)

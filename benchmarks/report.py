@@ -1,11 +1,11 @@
-"""Tables and pictures from results alone."""
+"""Tables and plots from results alone."""
 
 import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from .machine import RATES
-from .pictures import draw_all
+from .environment import RATES
+from .plots import draw_all
 from .results import Row, load
 from .targets import Target, find_targets
 
@@ -18,42 +18,43 @@ TITLES = {
     "growth": "Growth of the core",
     "depth": "Depth",
     "coverage": "The coverage loss",
-    "generation": "One more token, of sixteen in a row",
-    "prefill": "A prompt, with a cache, at once and in pieces",
+    "generation": "A decode step, of sixteen in a row",
+    "prefill": "A prompt, with a cache, at once and in chunks",
     "step-growth": "Growth of a training step",
 }
 NOTES = """\
-All figures: float32, batch 1, 8 heads of 64. Times are wall-clock medians of calls in turn, to and fro, within one \
-process, after a call each to warm up; in brackets the median ratio to the first of them. `*`: too slow to repeat, \
-called once, cold. Memory is the high-water mark of a process of its own above what was there before the call, where \
-malloc returns freed blocks to the system (`MALLOC_MMAP_THRESHOLD_=65536`). \
-Everyone gets the same inputs and gives the gradients of all of them.
+All numbers: float32, batch 1, 8 heads of 64. Times are wall-clock medians of calls in turn, back and forth, within \
+one process, after a call each to warm up; in brackets the median ratio to the first of them. `*`: too slow to \
+repeat, called once, cold. Memory is the high-water mark of a process of its own above what was there before the \
+call, where malloc returns freed blocks to the system (`MALLOC_MMAP_THRESHOLD_=65536`). All get the same inputs and \
+compute the gradients of all of them.
 
-- **Page faults are part of the ratios.** The rivals make hundreds of MiB of temporaries in a call, and the default \
-allocator takes them from the system anew each time. With transparent huge pages (`--huge_pages`, in tables of their \
-own) faults are few, and the ratios to the rivals shrink.
-- Chunk mode is the rivals' own rule: chunks of 64 that see one back. Window mode shows 96 places in as many hash \
-orders (position order off): what a place of a chunk sees on average up to itself.
-- The built-in Reformer hashes with as many buckets as our chunk mode, factorised from the same length on. \
-reformer-pytorch has half as many, one set of rotations for all heads, and never factorises: time and memory of its \
-hash grow with the square of the length.
+- **Page faults are part of the ratios.** The baselines allocate hundreds of MiB of temporaries in a call, and the \
+default allocator takes them from the system anew each time. With transparent huge pages (`--huge_pages`, in tables \
+of their own) faults are few, and the ratios to the baselines shrink.
+- Chunk mode is the baselines' own rule: chunks of 64 that see one back. Window mode has windows of 96 in as many \
+hash rounds (without the order of positions): what a token of a chunk sees on average up to itself.
+- transformers' Reformer hashes with as many buckets as hf_reformer's chunk mode, factorised from the same length \
+on. reformer-pytorch has half as many, one set of rotations for all heads, and never factorises: time and memory of \
+its hash grow with the square of the length.
 - `sdpa` is torch's exact attention; it and `local`, exact attention inside chunks along the sequence, do not depend \
-on the number of rounds. `local` is a bound for one round, not a rival.
-- Models have hidden size 512, feed-forward 1024, layers (local, lsh) in turn, no dropout. Ours has its default \
-windows of 128, which in training show a position order, two hash orders and one of exploration; the built-in one its \
-default chunks of 64, two rounds. `ours plain` keeps activations instead of recomputing them. `full` is a Transformer \
-on `sdpa` with fixed positions; from 65536 tokens on it recomputes its layers, as ours does at every length.
+on the number of rounds. `local` is a bound for one round, not a baseline.
+- Models have hidden size 512, feed-forward 1024, layers (local, lsh) in turn, no dropout. hf_reformer's has its \
+default windows of 128, which in training show the order of positions, two hash rounds and one of exploration; \
+transformers' its default chunks of 64, two rounds. `hf-reformer plain` keeps activations instead of recomputing \
+them. `full` is a Transformer on `sdpa` with fixed positions; from 65536 tokens on it recomputes its layers, as \
+hf_reformer's does at every length.
 - A step's floor is its dense products (forward, recomputation, backward) at the rate of `mm`, plus its attention \
 measured alone. An op's floor is its products at the rate of `mm` or its reading and writing at that of `copy`, \
 whichever takes longer.
-- The next token: the rivals use their caches. The built-in one keeps states, projects what it needs anew, and makes \
-the positions of the whole context."""
+- The next token: the baselines use their caches. transformers' Reformer keeps states, projects what it needs again, \
+and computes the positions of the whole context."""
 
 
 def write_report(results: Path, folder: Path) -> list[Path]:
-    """Write report.md and the pictures into `folder`; the paths of all that was made."""
+    """Write report.md and the plots into `folder`; the paths of all that was made."""
     rows = load(results)
-    pictures = draw_all(rows, folder)
+    plots = draw_all(rows, folder)
     parts = ["# Benchmarks", facts_table(rows), NOTES]
     timed = sorted({(row.threads, row.huge_pages) for row in rows if row.quantity == "time"})
     for threads, huge_pages in timed or sorted({(row.threads, row.huge_pages) for row in rows if row.threads}):
@@ -62,11 +63,11 @@ def write_report(results: Path, folder: Path) -> list[Path]:
         mine = [row for row in rows if row.section == section and row.quantity != "fact"]
         if mine:
             parts += [f"## {title}", *section_tables(mine)]
-    if pictures:
-        parts += ["## Pictures", *(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in pictures)]
+    if plots:
+        parts += ["## Plots", *(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in plots)]
     report = folder / "report.md"
     report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return [report, *pictures]
+    return [report, *plots]
 
 
 def name_of(threads: int, huge_pages: bool) -> str:
@@ -80,7 +81,7 @@ def table(head: list[str], lines: Iterable[list[str]]) -> str:
 
 
 def facts_table(rows: list[Row]) -> str:
-    facts = dict.fromkeys((row.rival, row.note) for row in rows if row.quantity == "fact")
+    facts = dict.fromkeys((row.impl, row.note) for row in rows if row.quantity == "fact")
     return table(["machine", ""], map(list, facts))
 
 
@@ -114,7 +115,7 @@ def quantity(value: float, unit: str) -> str:
 
 
 def section_tables(rows: list[Row]) -> list[str]:
-    """For every quantity, thread count and page setting a table: a line for every case, a column for every rival."""
+    """For every quantity, thread count and page setting a table: a line per case, a column per implementation."""
     found = []
     for kind in ("time", "memory"):
         mine = [row for row in rows if row.quantity == kind]
@@ -124,7 +125,7 @@ def section_tables(rows: list[Row]) -> list[str]:
             found += [f"**{kind.capitalize()}, {name_of(threads, huge_pages)}**", make_table(same)]
     notes = sorted(
         {
-            f"- {row.rival}, {row.length} tokens: {row.note}"
+            f"- {row.impl}, {row.length} tokens: {row.note}"
             for row in rows
             if row.status == "failed" or row.section == "generation"
         }
@@ -133,16 +134,16 @@ def section_tables(rows: list[Row]) -> list[str]:
 
 
 def case_table(rows: list[Row]) -> str:
-    rivals = list(dict.fromkeys(row.rival for row in rows))
+    impls = list(dict.fromkeys(row.impl for row in rows))
     cases: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        cases.setdefault(row.setting, {})[row.rival] = row
+        cases.setdefault(row.setting, {})[row.impl] = row
     lines = []
-    for setting, by_rival in sorted(cases.items(), key=lambda item: (not item[0][2], item[0])):
+    for setting, by_impl in sorted(cases.items(), key=lambda item: (not item[0][2], item[0])):
         _, _, causal, rounds, layers, work, length = setting
         first = [str(length), str(rounds), str(layers or "–"), "causal" if causal else "bidirectional", work]
-        lines.append(first + [cell(by_rival[rival]) if rival in by_rival else "" for rival in rivals])
-    return table(["tokens", "rounds", "layers", "direction", "work", *rivals], lines)
+        lines.append(first + [cell(by_impl[impl]) if impl in by_impl else "" for impl in impls])
+    return table(["tokens", "rounds", "layers", "direction", "work", *impls], lines)
 
 
 def cell(row: Row) -> str:
@@ -150,8 +151,8 @@ def cell(row: Row) -> str:
     if row.value is None:
         return f"skipped: {row.note}" if row.status == "skipped" else row.status
     shown = f"{row.value * 1e3:.4g} ms" if row.quantity == "time" else f"{row.value / 2**20:.4g} MiB"
-    of_another = row.base.endswith(f" {row.length}") and row.base != f"{row.rival} {row.length}"
-    ratio = f" ({row.ratio:.2f})" if row.ratio is not None and of_another and row.rival not in RATES else ""
+    of_another = row.base.endswith(f" {row.length}") and row.base != f"{row.impl} {row.length}"
+    ratio = f" ({row.ratio:.2f})" if row.ratio is not None and of_another and row.impl not in RATES else ""
     return shown + ratio + "*" * (row.status == "once")
 
 
@@ -160,20 +161,20 @@ def op_table(rows: list[Row]) -> str:
     lines = []
     for row in sorted(rows, key=lambda row: row.length):
         if row.seconds is None:
-            lines.append([row.rival, str(row.length), row.work, cell(row), "", "", ""])
+            lines.append([row.impl, str(row.length), row.work, cell(row), "", "", ""])
             continue
         rates = [f"{amount / row.seconds / 1e9:.1f}" if amount else "" for amount in (row.flops, row.bytes)]
         floor = floor_of(row, rows)
         shown = f"{floor / row.seconds:.2f}" if floor is not None else ""
-        lines.append([row.rival, str(row.length), row.work, f"{row.seconds * 1e3:.4g} ms", *rates, shown])
+        lines.append([row.impl, str(row.length), row.work, f"{row.seconds * 1e3:.4g} ms", *rates, shown])
     return table(["op", "tokens", "work", "time", "GFLOP/s", "GB/s", "share of floor"], lines)
 
 
 def floor_of(row: Row, rows: list[Row]) -> float | None:
     """Seconds that the op's products and bytes would take at the rates measured beside it."""
     product, copy = (
-        next((other for other in rows if (other.rival, other.length) == (rival, row.length)), None) for rival in RATES
+        next((other for other in rows if (other.impl, other.length) == (impl, row.length)), None) for impl in RATES
     )
-    if row.rival in RATES or not (product and copy and product.seconds and copy.seconds):
+    if row.impl in RATES or not (product and copy and product.seconds and copy.seconds):
         return None
     return max((row.flops or 0) / product.flops * product.seconds, (row.bytes or 0) / copy.bytes * copy.seconds)

@@ -1,4 +1,4 @@
-"""The results file: one row for every rival on every case, and for every fact about the machine."""
+"""The results file: one row per implementation and case, and per fact about the environment."""
 
 import csv
 from collections.abc import Iterable, Iterator
@@ -17,12 +17,12 @@ class Row(Case):
         quantity: "time", "memory" or "fact".
         status: "ok"; "once" (too slow to repeat); "skipped" or "failed", and the note says why.
         seconds, fastest, cpu_seconds: medians over `repeats` calls, and the fastest.
-        ratio: this time or memory over that of `base`, the rival (and length) at the head of the group.
+        ratio: this time or memory over that of `base`, the implementation (and length) at the head of the group.
         flops, bytes: the least a call must do; see `cases.Run`.
     """
 
     quantity: str
-    rival: str
+    impl: str
     threads: int = 0
     huge_pages: bool = False
     status: str = "ok"
@@ -44,13 +44,13 @@ class Row(Case):
 
     @property
     def setting(self) -> tuple:
-        """The case, without the rival."""
+        """The case, without the implementation."""
         return self.quantity, self.section, self.causal, self.rounds, self.layers, self.work, self.length
 
     @property
     def identity(self) -> tuple:
         """What a later row must share to replace this one."""
-        return self.setting, self.rival, self.threads, self.huge_pages
+        return self.setting, self.impl, self.threads, self.huge_pages
 
 
 COLUMNS = [field.name for field in fields(Row)]

@@ -1,16 +1,16 @@
-"""Measure hf_reformer beside transformers' own Reformer, reformer-pytorch, and exact and local attention.
+"""Measure hf_reformer against transformers' own Reformer, reformer-pytorch, and exact and local attention.
 
 From the root of the repository, with the package and its `bench` extra installed:
 
     python -m benchmarks.run --short                             # about seven minutes on two cores
     python -m benchmarks.run                                     # everything; hours
     python -m benchmarks.run --only core --lengths 65536 --rounds 2 --threads 2 --append     # one piece of it
-    python -m benchmarks.run --only step --lengths 65536 --rivals full --threads 2 --append  # one slow rival
+    python -m benchmarks.run --only step --lengths 65536 --impls full --threads 2 --append  # one slow baseline
     python -m benchmarks.run --only core --huge_pages --append   # where page faults weigh less
-    python -m benchmarks.run --report                            # tables and pictures again, from what is there
+    python -m benchmarks.run --report                            # tables and plots again, from what is there
 
-Every repetition calls all rivals in turn, so that a busy machine slows them alike. Rows go to results.csv as they are
-found; report.md and the pictures beside it are made from it alone.
+Every repetition calls all implementations in turn, so that a busy machine slows them alike. Rows go to
+results.csv at once; report.md and the plots beside it are made from it alone.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from statistics import median
 import torch
 from transformers.utils import logging
 
-from . import machine
+from . import environment
 from .cases import Entry, Group, Run, Settings
 from .measure import Forecasts, Timing, TimingBudget, alternate, describe, peak_memory
 from .memory import bound_memory
@@ -46,7 +46,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, nargs="+", help="hash rounds of the cores (1 2 4; short: 2)")
     parser.add_argument("--threads", type=int, nargs="+", help="thread counts (1 2; short: 2)")
     parser.add_argument("--quantities", nargs="+", choices=["time", "memory"], default=["time", "memory"])
-    parser.add_argument("--rivals", nargs="+", help="only these, by their names in results.csv")
+    parser.add_argument("--impls", nargs="+", help="only these, by their names in results.csv")
     parser.add_argument("--budget", type=float, help=f"seconds to repeat each group in ({BUDGET:.0f})")
     parser.add_argument("--longest_run", type=float, help=f"seconds a call may take ({LONGEST:.0f}); models get more")
     parser.add_argument("--minutes", type=float, help="what has not begun by then is written as skipped")
@@ -66,7 +66,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args.longest_run = args.longest_run or (SHORT_LONGEST if args.short else LONGEST)
     args.minutes = args.minutes or (SHORT_MINUTES if args.short else None)
     if args.lengths and any(length < 128 or length % 128 for length in args.lengths):
-        parser.error(f"--lengths {args.lengths}: the rivals take multiples of 128 only.")
+        parser.error(f"--lengths {args.lengths}: the baselines take multiples of 128 only.")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         parser.error(f"--output_dir {args.output_dir} is a file.")
     return args
@@ -81,9 +81,9 @@ class Runner:
         self.warm: set[tuple] = set()
 
     def row(self, quantity: str, entry: Entry, threads: int, **found) -> Row:
-        pages = machine.asks_for_huge_pages()
+        pages = environment.asks_for_huge_pages()
         return Row(
-            **asdict(entry.case), quantity=quantity, rival=entry.rival, threads=threads, huge_pages=pages, **found
+            **asdict(entry.case), quantity=quantity, impl=entry.impl, threads=threads, huge_pages=pages, **found
         )
 
     def skipped(self, group: Group, threads: int, why: str) -> list[Row]:
@@ -92,7 +92,7 @@ class Runner:
     def measure(self, group: Group, threads: int) -> list[Row]:
         """Rows of a group; those that would take too long are skipped."""
         allowed = self.args.longest_run * group.scale
-        forecasts = {entry: self.forecasts.seconds(entry.case, entry.rival, threads) for entry in group.entries}
+        forecasts = {entry: self.forecasts.seconds(entry.case, entry.impl, threads) for entry in group.entries}
         entries = [entry for entry, seconds in forecasts.items() if seconds <= allowed]
         rows = [*(self.memory if group.quantity == "memory" else self.time)(group._replace(entries=entries), threads)]
         for entry, seconds in forecasts.items():
@@ -103,7 +103,7 @@ class Runner:
 
     def memory(self, group: Group, threads: int) -> Iterator[Row]:
         for entry in group.entries:
-            found = peak_memory(entry.case, entry.rival, threads, self.args.longest_run * group.scale)
+            found = peak_memory(entry.case, entry.impl, threads, self.args.longest_run * group.scale)
             if "failure" in found:
                 found = {"status": "failed", "note": found["failure"]}
             yield self.row("memory", entry, threads, **found)
@@ -114,25 +114,25 @@ class Runner:
         for entry in group.entries:
             try:
                 runs[entry] = self.prepare(entry)
-            except Exception as error:  # a rival that is not installed or cannot take the case
+            except Exception as error:  # it is not installed or cannot take the case
                 failures[entry] = Timing(failure=describe(error))
-        effort = TimingBudget(self.args.budget, once_over=self.args.budget * group.scale)
-        timings = alternate({entry: run.call for entry, run in runs.items()}, effort, group.in_a_row) | failures
+        budget = TimingBudget(self.args.budget, once_over=self.args.budget * group.scale)
+        timings = alternate({entry: run.call for entry, run in runs.items()}, budget, group.in_a_row) | failures
         for entry in group.entries:
             yield self.time_row(entry, threads, timings[entry], timings[group.entries[0]], runs.get(entry))
 
     def prepare(self, entry: Entry) -> Run:
         """The entry ready to be called; the first of its kind is called in small, which loads what it needs."""
-        kind = entry.case.section, entry.case.work, entry.rival
+        kind = entry.case.section, entry.case.work, entry.impl
         if kind not in self.warm:
-            make(entry.case.warm_up(), entry.rival).call()
+            make(entry.case.warm_up(), entry.impl).call()
             self.warm.add(kind)
         return make(*entry)
 
     def time_row(self, entry: Entry, threads: int, timing: Timing, base: Timing, run: Run | None) -> Row:
         if timing.failure or run is None:
             return self.row("time", entry, threads, status="failed", note=timing.failure)
-        self.forecasts.add(entry.case, entry.rival, threads, timing.median)
+        self.forecasts.add(entry.case, entry.impl, threads, timing.median)
         return self.row(
             "time",
             entry,
@@ -154,7 +154,7 @@ def with_base(rows: list[Row]) -> list[Row]:
     if not rows or rows[0].value is None:
         return rows
     base = rows[0]
-    label, peak = f"{base.rival} {base.length}", base.peak_bytes
+    label, peak = f"{base.impl} {base.length}", base.peak_bytes
     found = [replace(row, base=label) if row.value is not None else row for row in rows]
     return [replace(row, ratio=row.peak_bytes / max(peak, 1)) if peak and row.peak_bytes else row for row in found]
 
@@ -170,9 +170,9 @@ def label_of(group: Group, threads: int) -> str:
 
 
 def name_of(row: Row, group: Group) -> str:
-    """The rival, and what sets its case apart from others of the group."""
+    """The implementation, and what sets its case apart from others of the group."""
     varies = [name for name in ("work", "length") if len({getattr(entry.case, name) for entry in group.entries}) > 1]
-    return " ".join([row.rival, *(str(getattr(row, name)) for name in varies)])
+    return " ".join([row.impl, *(str(getattr(row, name)) for name in varies)])
 
 
 def restart_with_huge_pages() -> None:
@@ -184,7 +184,7 @@ def restart_with_huge_pages() -> None:
 def measure_all(args: argparse.Namespace, path: Path) -> None:
     """Carry out the plan, row by row into the file."""
     try:
-        groups = plan(Settings(args.lengths, args.rounds, args.short), args.only, args.rivals)
+        groups = plan(Settings(args.lengths, args.rounds, args.short), args.only, args.impls)
     except ValueError as error:
         sys.exit(str(error))
     work = [
@@ -194,10 +194,10 @@ def measure_all(args: argparse.Namespace, path: Path) -> None:
         if group.quantity in args.quantities and (group.quantity == "time" or threads == args.threads[0])
     ]
     if not work:
-        sys.exit("Nothing to measure: no group of these sections holds these rivals and quantities.")
-    pages = machine.asks_for_huge_pages()
-    facts = machine.facts().items()
-    rows = [Row(section="machine", length=0, quantity="fact", rival=k, huge_pages=pages, note=v) for k, v in facts]
+        sys.exit("Nothing to measure: no group of these sections holds these implementations and quantities.")
+    pages = environment.asks_for_huge_pages()
+    facts = environment.facts().items()
+    rows = [Row(section="machine", length=0, quantity="fact", impl=k, huge_pages=pages, note=v) for k, v in facts]
     append(path, rows)
     start, runner = time.monotonic(), Runner(args)
     for number, (group, threads) in enumerate(work, 1):
@@ -219,7 +219,7 @@ def main() -> None:
         except ValueError as error:
             sys.exit(str(error))
     if not args.report:
-        if args.huge_pages and not machine.asks_for_huge_pages():
+        if args.huge_pages and not environment.asks_for_huge_pages():
             restart_with_huge_pages()
         if path.exists() and not args.append:
             sys.exit(f"{path} is there already. Add to it with --append, or choose another --output_dir.")

@@ -38,17 +38,17 @@ class Measured:
         mine = [row for row in rows if row.huge_pages == huge_pages]
         self.rows = [row for row in mine if row.threads == threads or row.quantity == "memory"]
 
-    def all(self, section: str, rival: str, **wanted: Any) -> list[Row]:
+    def all(self, section: str, impl: str, **wanted: Any) -> list[Row]:
         """Rows that hold a number; times unless `quantity` says otherwise."""
-        wanted = {"quantity": "time", "section": section, "rival": rival} | wanted
+        wanted = {"quantity": "time", "section": section, "impl": impl} | wanted
         found = [row for row in self.rows if all(getattr(row, name) == value for name, value in wanted.items())]
         return [row for row in found if row.value is not None]
 
-    def one(self, section: str, rival: str, **wanted: Any) -> Row | None:
-        return next(iter(self.all(section, rival, **wanted)), None)
+    def one(self, section: str, impl: str, **wanted: Any) -> Row | None:
+        return next(iter(self.all(section, impl, **wanted)), None)
 
     def quotient(self, section: str, above: str, below: str, **wanted: Any) -> float | None:
-        """Time or memory of one rival over another's, on the same case."""
+        """Time or memory of one implementation over another's, on the same case."""
         return over(self.one(section, above, **wanted), self.one(section, below, **wanted))
 
 
@@ -79,17 +79,17 @@ def cores(measured: Measured) -> Iterator[Target]:
         for length, least in wanted.items():
             case = {"length": length, "work": work, "rounds": 2, "causal": causal}
             setting = f"{length} tokens, {'causal' if causal else 'bidirectional'}"
-            for rival in ("built-in", "reformer-pytorch"):
-                ratio = measured.quotient("core", rival, "ours chunk", **case)
-                yield Target(f"core {work}, chunks", rival, setting, least, True, ratio)
+            for impl in ("transformers", "reformer-pytorch"):
+                ratio = measured.quotient("core", impl, "hf-reformer chunk", **case)
+                yield Target(f"core {work}, chunks", impl, setting, least, True, ratio)
 
 
 def modes(measured: Measured) -> Iterator[Target]:
     for work in (FORWARD, BOTH):
         for length in (K, 4 * K, 16 * K, 64 * K):
             case = {"length": length, "work": work, "rounds": 2, "causal": True}
-            ratio = measured.quotient("core", "ours window", "ours chunk", **case)
-            yield Target(f"core {work}, windows", "ours, chunks", f"{length} tokens, causal", 1.3, False, ratio)
+            ratio = measured.quotient("core", "hf-reformer window", "hf-reformer chunk", **case)
+            yield Target(f"core {work}, windows", "hf-reformer, chunks", f"{length} tokens, causal", 1.3, False, ratio)
 
 
 def shares(measured: Measured) -> Iterator[Target]:
@@ -111,7 +111,9 @@ def share(op: Row | None, product: Row | None) -> float | None:
 
 def memory(measured: Measured) -> Iterator[Target]:
     for mode in ("chunk", "window"):
-        row = measured.one("core", f"ours {mode}", quantity="memory", length=16 * K, work=BOTH, rounds=2, causal=True)
+        row = measured.one(
+            "core", f"hf-reformer {mode}", quantity="memory", length=16 * K, work=BOTH, rounds=2, causal=True
+        )
         extra = row.peak_bytes / row.bytes - 1 if row and row.peak_bytes and row.bytes else None
         yield Target(f"memory of core {BOTH}, {mode}s", "out, dq and dv", "16384 tokens", 0.08, False, extra, "extra")
 
@@ -119,15 +121,17 @@ def memory(measured: Measured) -> Iterator[Target]:
 def break_even(measured: Measured) -> Iterator[Target]:
     for work in (FORWARD, BOTH):
         length, note = break_even_length(measured, work)
-        setting = "1 hash order and the position order"
+        setting = "1 hash round and the order of positions"
         yield Target(f"break-even, {work}", "sdpa", setting, BREAK_EVEN, False, length, "tokens", note)
 
 
 def break_even_length(measured: Measured, work: str) -> tuple[float | None, str]:
     """Where exact attention begins to take longer for good: between the last length where it wins and the next."""
-    ours = {row.length: row for row in measured.all("break-even", "ours default", work=work)}
+    hf_reformer = {row.length: row for row in measured.all("break-even", "hf-reformer default", work=work)}
     exact = {row.length: row for row in measured.all("break-even", "sdpa", work=work)}
-    ratios = [(length, over(exact[length], ours[length])) for length in sorted(ours.keys() & exact.keys())]
+    ratios = [
+        (length, over(exact[length], hf_reformer[length])) for length in sorted(hf_reformer.keys() & exact.keys())
+    ]
     known = [(length, ratio) for length, ratio in ratios if ratio]
     losing = [index for index, (_, ratio) in enumerate(known) if ratio < 1]
     if not known:
@@ -144,28 +148,28 @@ def break_even_length(measured: Measured, work: str) -> tuple[float | None, str]
 
 def steps(measured: Measured) -> Iterator[Target]:
     case = {"length": 16 * K, "layers": LAYERS, "causal": True}
-    faster = measured.quotient("step", "built-in", "ours", **case)
-    smaller = measured.quotient("step", "ours", "built-in", quantity="memory", **case)
-    yield Target(STEP, "built-in", "16384 tokens", 2, True, faster)
-    yield Target(f"memory of a {STEP}", "built-in", "16384 tokens", 1 / 3, False, smaller)
+    faster = measured.quotient("step", "transformers", "hf-reformer", **case)
+    smaller = measured.quotient("step", "hf-reformer", "transformers", quantity="memory", **case)
+    yield Target(STEP, "transformers", "16384 tokens", 2, True, faster)
+    yield Target(f"memory of a {STEP}", "transformers", "16384 tokens", 1 / 3, False, smaller)
     yield Target(STEP, "its floor", "16384 tokens", 1.25, False, over_floor(measured, case))
     for length, least in ((16 * K, 3.5), (64 * K, 10)):
         case = case | {"length": length}
         row = measured.one("step", "full", **case)
         note = ", ".join(filter(None, [row.note, "called once" * (row.status == "once")])) if row else ""
-        ratio = measured.quotient("step", "full", "ours", **case)
+        ratio = measured.quotient("step", "full", "hf-reformer", **case)
         yield Target(STEP, "sdpa Transformer", f"{length} tokens", least, True, ratio, note=note)
 
 
 def coverage(measured: Measured) -> Iterator[Target]:
     for length in (4 * K, 16 * K):
-        ratio = measured.quotient("coverage", "ours coverage", "ours", length=length)
-        yield Target(f"{STEP}, coverage loss", "ours without", f"{length} tokens", 1.15, False, ratio)
+        ratio = measured.quotient("coverage", "hf-reformer coverage", "hf-reformer", length=length)
+        yield Target(f"{STEP}, coverage loss", "hf-reformer without it", f"{length} tokens", 1.15, False, ratio)
 
 
 def over_floor(measured: Measured, case: dict[str, Any]) -> float | None:
     """Time of a step over that of its dense products at the measured rate plus its attention."""
-    step, product, attention = (measured.one("step", rival, **case) for rival in ("ours", "mm", "attention part"))
+    step, product, attention = (measured.one("step", impl, **case) for impl in ("hf-reformer", "mm", "attention part"))
     products, attended = over(product, step), over(attention, step)
     if not products or not attended or not product.flops or not step.flops:
         return None
@@ -177,28 +181,28 @@ def torch_backend(measured: Measured) -> Iterator[Target]:
         for work in (FORWARD, BOTH):
             for length in (4 * K, 16 * K):
                 case = {"length": length, "work": work, "rounds": 2, "causal": True}
-                ratio = measured.quotient("core", "built-in", f"ours {mode} torch", **case)
+                ratio = measured.quotient("core", "transformers", f"hf-reformer {mode} torch", **case)
                 what = f"core {work}, {mode}s, torch backend"
-                yield Target(what, "built-in", f"{length} tokens, causal", least, True, ratio)
+                yield Target(what, "transformers", f"{length} tokens, causal", least, True, ratio)
 
 
 def growth(measured: Measured) -> Iterator[Target]:
-    for section, rivals, works in (
-        ("growth", ("ours chunk", "ours window"), (FORWARD, BOTH)),
-        ("step-growth", ("ours",), (STEP,)),
+    for section, impls, works in (
+        ("growth", ("hf-reformer chunk", "hf-reformer window"), (FORWARD, BOTH)),
+        ("step-growth", ("hf-reformer",), (STEP,)),
     ):
-        for rival in rivals:
+        for impl in impls:
             for work in works:
-                yield growth_of(measured, section, rival, work)
+                yield growth_of(measured, section, impl, work)
 
 
-def growth_of(measured: Measured, section: str, rival: str, work: str) -> Target:
-    """Time per token of the longest line over that of the shortest."""
-    rows = sorted(measured.all(section, rival, work=work), key=lambda row: row.length)
+def growth_of(measured: Measured, section: str, impl: str, work: str) -> Target:
+    """Time per token of the longest sequence over that of the shortest."""
+    rows = sorted(measured.all(section, impl, work=work), key=lambda row: row.length)
     setting, ratio = f"{128 * K} to {16 * K} tokens", None
     if len(rows) > 1:
         short, long = rows[0], rows[-1]
         setting, quotient = f"{long.length} to {short.length} tokens", over(long, short)
         ratio = quotient * short.length / long.length if quotient else None
-    what = work if section == "step-growth" else f"core {work}, {rival.split()[-1]}s"
-    return Target(f"time per token, {what}", "shorter lines", setting, 1.25, False, ratio)
+    what = work if section == "step-growth" else f"core {work}, {impl.split()[-1]}s"
+    return Target(f"time per token, {what}", "shorter sequences", setting, 1.25, False, ratio)

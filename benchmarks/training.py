@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import machine
+from . import environment
+from .attention_impls import hf_reformer_core, hf_reformer_local_core, run_function
 from .cases import BOTH, FORWARD, STEP, Case, Entry, Group, Run, Settings
-from .cores import our_core, our_local_core, run_function
-from .models import LAYERS, ROUNDS, VOCABULARY, FullModel, built_in_model, our_config, our_model
+from .models import LAYERS, ROUNDS, VOCABULARY, FullModel, hf_reformer_config, hf_reformer_model, transformers_model
 
 CHECKPOINTS_FROM = 65536  # tokens from which the exact Transformer recomputes its layers
 MIDDLE = 4096  # here both directions are measured
@@ -26,14 +26,14 @@ def step_groups(settings: Settings) -> list[Group]:
     cases = [step_case("step", length) for length in lengths]
     found = []
     for case in [*cases, step_case("step", MIDDLE, causal=False)] if MIDDLE in lengths else cases:
-        rivals = ["ours", "attention part", "mm", "built-in", "full"]
-        rivals += [] if settings.short else ["ours torch"]
-        found.append(Group("time", [Entry(case, rival) for rival in rivals], LAYERS))
+        impls = ["hf-reformer", "attention part", "mm", "transformers", "full"]
+        impls += [] if settings.short else ["hf-reformer torch"]
+        found.append(Group("time", [Entry(case, impl) for impl in impls], LAYERS))
     for case in cases:
-        rivals = ["ours", "built-in", "full"]
+        impls = ["hf-reformer", "transformers", "full"]
         if settings.short or case.length >= CHECKPOINTS_FROM:
-            rivals.remove("full")  # as long to run as for the time above
-        found.append(Group("memory", [Entry(case, rival) for rival in rivals], LAYERS))
+            impls.remove("full")  # as long to run as for the time above
+        found.append(Group("memory", [Entry(case, impl) for impl in impls], LAYERS))
     return found
 
 
@@ -43,42 +43,45 @@ def depth_groups(settings: Settings) -> list[Group]:
     for length in settings.choose((4096,), (2048,)):
         for layers in (2, 8) if settings.short else (2, 4, 8, 16):
             case = step_case("depth", length, layers)
-            entries = [Entry(case, rival) for rival in ("ours", "ours plain", "built-in", "full")]
+            entries = [Entry(case, impl) for impl in ("hf-reformer", "hf-reformer plain", "transformers", "full")]
             found += [Group(quantity, entries, layers) for quantity in ("time", "memory")]
     return found
 
 
 def growth_groups(settings: Settings) -> list[Group]:
-    """Our step on a long line beside a shorter one, in turn."""
+    """A step of hf_reformer on a long sequence beside a shorter one, in turn."""
     cases = [step_case("step-growth", length) for length in settings.ends((16384, 131072), (4096, 16384))]
-    return [Group("time", [Entry(case, "ours") for case in cases], LAYERS)]
+    return [Group("time", [Entry(case, "hf-reformer") for case in cases], LAYERS)]
 
 
 def coverage_groups(settings: Settings) -> list[Group]:
-    """Our step with and without the coverage loss, in turn."""
+    """A step of hf_reformer with and without the coverage loss, in turn."""
     cases = [step_case("coverage", length) for length in settings.choose((4096, 16384), (4096,))]
-    return [Group("time", [Entry(case, rival) for rival in ("ours", "ours coverage")], LAYERS) for case in cases]
+    return [
+        Group("time", [Entry(case, impl) for impl in ("hf-reformer", "hf-reformer coverage")], LAYERS)
+        for case in cases
+    ]
 
 
-def make(case: Case, rival: str) -> Run:
+def make(case: Case, impl: str) -> Run:
     """One training step on random tokens, or a part of the floor."""
-    if rival in machine.RATES:
-        return machine.make(case, rival)
-    if rival == "attention part":
+    if impl in environment.RATES:
+        return environment.make(case, impl)
+    if impl == "attention part":
         pairs = case.layers // 2
         return Run(attention_part(case), note=f"one local and one lsh layer, forward twice and backward; {pairs} such")
     torch.manual_seed(0)
     makers: dict[str, Callable[..., nn.Module]] = {
-        "ours": our_model,
-        "ours torch": partial(our_model, attention_backend="torch"),
-        "ours plain": partial(our_model, reversible=False),
-        "ours coverage": partial(our_model, coverage_loss_weight=0.1),
-        "built-in": built_in_model,
+        "hf-reformer": hf_reformer_model,
+        "hf-reformer torch": partial(hf_reformer_model, attention_backend="torch"),
+        "hf-reformer plain": partial(hf_reformer_model, reversible=False),
+        "hf-reformer coverage": partial(hf_reformer_model, coverage_loss_weight=0.1),
+        "transformers": transformers_model,
         "full": partial(FullModel, checkpointing=case.length >= CHECKPOINTS_FROM),
     }
-    model = makers[rival](case.length, case.layers, case.causal).train()
+    model = makers[impl](case.length, case.layers, case.causal).train()
     note = "recomputes its layers" if getattr(model, "checkpointing", False) else ""
-    flops = dense_flops(model, case.length) if rival == "ours" else 0.0
+    flops = dense_flops(model, case.length) if impl == "hf-reformer" else 0.0
     return Run(training_step(model, case.length), flops=flops, note=note)
 
 
@@ -112,10 +115,12 @@ def dense_flops(model: nn.Module, length: int) -> float:
 
 def attention_part(case: Case) -> Callable[[], None]:
     """What attention a reversible step of one local and one lsh layer cannot do without, as in the default config."""
-    config: Any = our_config(case.length, 2, case.causal)
+    config: Any = hf_reformer_config(case.length, 2, case.causal)
     explored = config.lsh_exploration_orders
-    lsh = our_core("window", case.rounds, case.causal, window=config.lsh_window, position=True, exploration=explored)
-    cores = [lsh, our_local_core(case.length, config.local_window, case.causal)]
+    lsh = hf_reformer_core(
+        "window", case.rounds, case.causal, window=config.lsh_window, position=True, exploration=explored
+    )
+    cores = [lsh, hf_reformer_local_core(case.length, config.local_window, case.causal)]
     runs = [run_function(core, case.length, work) for core in cores for work in (FORWARD, BOTH)]
 
     def call() -> None:

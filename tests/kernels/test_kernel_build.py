@@ -68,7 +68,7 @@ def test_an_unwritable_cache_is_told_about(tmp_path, needs_compiler):
     (tmp_path / "file").write_text("not a folder")
     done = attend(tmp_path / "file")
     assert done.stdout.strip() == "torch", done.stderr
-    assert done.stderr.count("cannot be kept in") == 1
+    assert done.stderr.count("cannot be stored in") == 1
 
 
 @pytest.mark.slow

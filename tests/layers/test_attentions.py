@@ -26,8 +26,8 @@ def test_lists_equal_the_definition(drawn):
     case = make_case(drawn)
     query, key, value = case.inputs
     key = None if case.shared else key
-    out, attention = attention_with_sparse_weights(query, key, value, case.orders, scale=case.scale, **case.options)
-    expected, weights = attention_with_weights(query, key, value, case.orders, **case.options)
+    out, attention = attention_with_sparse_weights(query, key, value, case.layout, scale=case.scale, **case.options)
+    expected, weights = attention_with_weights(query, key, value, case.layout, **case.options)
     assert max_abs_diff(out, expected) <= 1e-10
     assert max_abs_diff(attention.dense(query.shape[2]), weights) <= 1e-10
 

@@ -90,10 +90,10 @@ class _TileBlock(NamedTuple):
 
 def _blocks(layout: AttentionLayout, index: _RowIndex) -> Iterator[_TileBlock]:
     """Cut every round in blocks of about BLOCK_SCORES scores."""
-    lines, rounds, length = index.row.shape
+    heads, rounds, length = index.row.shape
     tile, left, right = layout.block_size, layout.left_reach, layout.right_reach
     tiles, keys = -(-length // tile), tile + left + right
-    per_line = max(1, min(tiles, BLOCK_SCORES // (tile * keys)))
+    per_head = max(1, min(tiles, BLOCK_SCORES // (tile * keys)))
     per_block = max(1, BLOCK_SCORES // (tile * keys * tiles))
     device = index.row.device
     query_pos = torch.arange(tiles * tile, device=device)
@@ -102,7 +102,7 @@ def _blocks(layout: AttentionLayout, index: _RowIndex) -> Iterator[_TileBlock]:
     for round_index in range(rounds):
         begin = round_index * length
         inside = query_pos.clamp(max=length - 1)
-        query = index.row[:, round_index, inside]  # (lines, tiles·C)
+        query = index.row[:, round_index, inside]  # (heads, tiles·C)
         target = torch.where(query_pos < length, query, index.row.numel() // rounds)
         if layout.dedup_pairs:
             key = index.row[:, round_index, key_pos.clamp(0, length - 1)]  # what is added at the ends is not visible
@@ -111,11 +111,11 @@ def _blocks(layout: AttentionLayout, index: _RowIndex) -> Iterator[_TileBlock]:
             first, last = (x.unflatten(-1, (tiles, tile)) - (offset + begin) for x in (first, last))
         else:
             key = index.row.flatten(1)[:, (key_pos + begin) % (rounds * length)]
-        key = key.unfold(-1, keys, tile)  # (lines, tiles, K), a view
+        key = key.unfold(-1, keys, tile)  # (heads, tiles, K), a view
         query, target = query.unflatten(-1, (tiles, tile)), target.unflatten(-1, (tiles, tile))
-        for line in range(0, lines, per_block):
-            for at in range(0, tiles, per_line):
-                part = (slice(line, line + per_block), slice(at, at + per_line))
+        for head in range(0, heads, per_block):
+            for at in range(0, tiles, per_head):
+                part = (slice(head, head + per_block), slice(at, at + per_head))
                 masked = _outside(first[part], last[part], keys) if layout.dedup_pairs else None
                 shape = (query[part].shape[0] * query[part].shape[1], tile, keys)
                 query_rows, key_rows, target_rows = (x[part].reshape(-1) for x in (query, key, target))

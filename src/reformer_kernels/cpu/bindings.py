@@ -106,7 +106,7 @@ def backward(
     out: torch.Tensor, row_max: torch.Tensor, row_sum: torch.Tensor, grad_out: torch.Tensor,
     grad_mass: torch.Tensor | None, args: AttentionArgs, library: ctypes.CDLL,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Gradients of query, value and, unless it is shared, key, float32; those of the output and the mass are given."""
+    """Gradients of query, value and, unless it is shared, key, float32, from those of the output and the mass."""
     (grad_out,) = readable(grad_out.float())
     if not out.transpose(1, 2).is_contiguous():
         out = out.transpose(1, 2).contiguous().transpose(1, 2)

@@ -26,18 +26,18 @@ VARIANTS = {
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
-COMPILE_SECONDS = 120  # more than that, and something is wrong
+COMPILE_SECONDS = 120  # longer than that, something is wrong
 
 
 class KernelBuildError(Exception):
-    """Why there is no compiled kernel, in words for the user."""
+    """Why there is no compiled kernel, worded for users."""
 
 
 def supported_variants() -> list[str]:
-    """Variants that this processor runs, best first; HF_REFORMER_CPU_VARIANT names one to use alone.
+    """Variants that this processor supports, best first; HF_REFORMER_CPU_VARIANT selects one of them.
 
     Raises:
-        ValueError: the environment variable names no variant, or one that this processor cannot run.
+        ValueError: the environment variable names no variant, or one that this processor does not support.
     """
     capability = torch.backends.cpu.get_cpu_capability()
     runs = list(VARIANTS)[{"AVX512": 0, "AVX2": 1}.get(capability, 2) :]
@@ -65,7 +65,7 @@ def compiler() -> list[str]:
 
 
 def cache_folder() -> Path:
-    """$HF_REFORMER_CACHE, or hf_reformer in the user's cache folder."""
+    """$HF_REFORMER_CACHE, or hf_reformer in the user's cache directory."""
     if chosen := os.environ.get("HF_REFORMER_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_reformer"
@@ -76,7 +76,7 @@ def _command(variant: str) -> list[str]:
 
 
 def library_path(variant: str) -> Path:
-    """Where the compiled variant lies; the name tells sources, compiler and flags apart."""
+    """Path of the compiled variant; its name is a hash of sources, compiler and flags."""
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -101,7 +101,7 @@ def load_library(variant: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(path))
     except OSError as error:  # an unwritable cache, a lock that is never released, a library that does not load
         raise KernelBuildError(
-            f"the compiled kernels cannot be kept in or read from {path.parent}: {error}"
+            f"the compiled kernels cannot be stored in or loaded from {path.parent}: {error}"
         ) from error
 
 
@@ -110,7 +110,7 @@ def _compile(variant: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         command = [*_command(variant), "-o", str(built)]
-        for threads in (["-fopenmp"], []):  # without OpenMP (Apple, clang without libomp) it starts threads of its own
+        for threads in (["-fopenmp"], []):  # without OpenMP (Apple, clang without libomp) it starts its own threads
             try:
                 done = subprocess.run(
                     command + threads, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False

@@ -98,15 +98,15 @@ def prepare(args: AttentionArgs) -> LaunchArgs:
     return LaunchArgs(Inputs(*inputs), numbers, kind, windows, rounds, args.query_weights, args.scale)
 
 
-def launch(kernel: Any, name: str, args: LaunchArgs, index: int, **own: Any) -> None:
-    """Launch `kernel` for round `index`; `name` is what `tiles.choose_tiles` calls it, `own` its own arguments."""
+def launch(kernel: Any, name: str, args: LaunchArgs, index: int, **options: Any) -> None:
+    """Launch `kernel` for round `index`; `name` is what `tiles.choose_tiles` calls it, `options` its own arguments."""
     batch, heads, length, _ = args.inputs.query.shape
     queries, keys, warps, stages = choose_tiles(
         name, args.inputs.query.dtype, max(args.kind.block, args.kind.value_block)
     )
     tiles = triton.cdiv(length, keys if name.endswith("_keys") else queries)
     kernel[(batch * heads * tiles,)](
-        inputs=args.inputs, numbers=args.numbers, length=length, round=index, **own,
+        inputs=args.inputs, numbers=args.numbers, length=length, round=index, **options,
         kind=Kind(*map(tl.constexpr, args.kind)), QUERIES=queries, KEYS=keys, FIRST=index == 0,
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -138,7 +138,7 @@ def run_backward(
     grad_out: torch.Tensor,
     grad_mass: torch.Tensor | None = None,
 ) -> list[torch.Tensor]:
-    """Gradients of query, value and, unless it is shared, key; those of output and attention mass are given."""
+    """Gradients of query, value and, unless it is shared, key, from those of output and attention mass."""
     several, shared = args.rounds > 1, args.kind.shared
     grad_query, grad_key, grad_value = (empty_rows(x, x.dtype) for x in args.inputs[:3])
     query_sums = _accumulator(grad_query, several or shared)
@@ -155,18 +155,18 @@ def run_backward(
     saved = Saved(as_rows(out), as_rows(grad_out), row_max, row_sum, torch.empty_like(row_max), *of_mass)
     for index in range(args.rounds):
         last = index == args.rounds - 1 and not shared  # the keys' part of a shared query is added below
-        own = {"saved": saved, "sums": query_sums, "target": grad_query if last else query_sums}
-        launch(backward_queries_round, "backward_queries", args, index, **own)
+        options = {"saved": saved, "sums": query_sums, "target": grad_query if last else query_sums}
+        launch(backward_queries_round, "backward_queries", args, index, **options)
     for index in range(args.rounds):
         last = index == args.rounds - 1
-        own = {
+        options = {
             "saved": saved,
             "sums": key_sums,
             "target": (grad_query if shared else grad_key) if last else key_sums,
             "value_sums": value_sums,
             "value_target": grad_value if last else value_sums,
         }
-        launch(backward_keys_round, "backward_keys", args, index, **own, **args.windows)
+        launch(backward_keys_round, "backward_keys", args, index, **options, **args.windows)
     return [grad_query, grad_value] if shared else [grad_query, grad_value, grad_key * args.scale]
 
 

@@ -16,14 +16,14 @@ class Style(NamedTuple):
 
 
 STYLES = {
-    "ours window": Style("ours, windows", "#0b5d7a"),
-    "ours chunk": Style("ours, chunks", "#3fa0c0"),
-    "ours": Style("ours", "#0b5d7a"),
-    "ours plain": Style("ours, not reversible", "#3fa0c0"),
-    "ours window torch": Style("windows, PyTorch alone", "#0b5d7a", ":"),
-    "ours chunk torch": Style("chunks, PyTorch alone", "#3fa0c0", ":"),
-    "ours torch": Style("ours, PyTorch alone", "#0b5d7a", ":"),
-    "built-in": Style("transformers' Reformer", "#d1495b"),
+    "hf-reformer window": Style("hf-reformer, windows", "#0b5d7a"),
+    "hf-reformer chunk": Style("hf-reformer, chunks", "#3fa0c0"),
+    "hf-reformer": Style("hf-reformer", "#0b5d7a"),
+    "hf-reformer plain": Style("hf-reformer, not reversible", "#3fa0c0"),
+    "hf-reformer window torch": Style("windows, PyTorch alone", "#0b5d7a", ":"),
+    "hf-reformer chunk torch": Style("chunks, PyTorch alone", "#3fa0c0", ":"),
+    "hf-reformer torch": Style("hf-reformer, PyTorch alone", "#0b5d7a", ":"),
+    "transformers": Style("transformers' Reformer", "#d1495b"),
     "reformer-pytorch": Style("reformer-pytorch", "#d98a1f"),
     "sdpa": Style("exact attention", "#5b4a8a"),
     "full": Style("Transformer, exact", "#5b4a8a"),
@@ -32,7 +32,7 @@ STYLES = {
 
 
 @dataclass(frozen=True)
-class Picture:
+class Plot:
     """A file of panels, each a quantity of a kind of work."""
 
     name: str
@@ -41,57 +41,57 @@ class Picture:
     panels: tuple[tuple[str, str], ...]
 
 
-PICTURES = [
-    Picture("core_time", "core", "length", (("time", FORWARD), ("time", BOTH))),
-    Picture("core_memory", "core", "length", (("memory", FORWARD), ("memory", BOTH))),
-    Picture("step_over_length", "step", "length", (("time", STEP), ("memory", STEP))),
-    Picture("next_token", "generation", "length", (("time", NEXT),)),
-    Picture("step_over_depth", "depth", "layers", (("time", STEP), ("memory", STEP))),
+PLOTS = [
+    Plot("core_time", "core", "length", (("time", FORWARD), ("time", BOTH))),
+    Plot("core_memory", "core", "length", (("memory", FORWARD), ("memory", BOTH))),
+    Plot("step_over_length", "step", "length", (("time", STEP), ("memory", STEP))),
+    Plot("next_token", "generation", "length", (("time", NEXT),)),
+    Plot("step_over_depth", "depth", "layers", (("time", STEP), ("memory", STEP))),
 ]
 UNITS: dict[str, Callable[[Row], float]] = {"time": lambda row: row.seconds, "memory": lambda row: row.peak_bytes}
 LABEL_GAP = 0.058  # of the panel's height, between names
 
 
 def draw_all(rows: list[Row], folder: Path) -> list[Path]:
-    """Every picture for which there are rows that make a line."""
+    """Every plot for which there are rows that make a line."""
     settings = sorted({(row.threads, row.huge_pages) for row in rows if row.quantity == "time"})
     made = []
-    for picture in PICTURES:
+    for plot in PLOTS:
         for threads, huge_pages in settings:
-            panels = [panel_rows(rows, picture, panel, threads, huge_pages) for panel in picture.panels]
-            if any(row.quantity == picture.panels[0][0] for panel in panels for row in panel):
-                end = f"_{threads}_threads" * (picture.panels[0][0] == "time") + "_huge_pages" * huge_pages
-                path = folder / f"{picture.name}{end}.png"
-                draw(picture, [panel for panel in panels if panel], threads, path)
+            panels = [panel_rows(rows, plot, panel, threads, huge_pages) for panel in plot.panels]
+            if any(row.quantity == plot.panels[0][0] for panel in panels for row in panel):
+                end = f"_{threads}_threads" * (plot.panels[0][0] == "time") + "_huge_pages" * huge_pages
+                path = folder / f"{plot.name}{end}.png"
+                draw(plot, [panel for panel in panels if panel], threads, path)
                 made.append(path)
     return list(dict.fromkeys(made))
 
 
-def panel_rows(rows: list[Row], picture: Picture, panel: tuple[str, str], threads: int, huge_pages: bool) -> list[Row]:
+def panel_rows(rows: list[Row], plot: Plot, panel: tuple[str, str], threads: int, huge_pages: bool) -> list[Row]:
     """Causal rows of one panel, at two rounds if there are, one length if depth is the axis; none if it is a point."""
     quantity, work = panel
-    found = [row for row in rows if (row.section, row.quantity, row.work) == (picture.section, quantity, work)]
+    found = [row for row in rows if (row.section, row.quantity, row.work) == (plot.section, quantity, work)]
     found = [row for row in found if row.value and row.causal and row.huge_pages == huge_pages]
-    found = [row for row in found if row.rival in STYLES and (row.threads == threads or quantity == "memory")]
+    found = [row for row in found if row.impl in STYLES and (row.threads == threads or quantity == "memory")]
     rounds = {row.rounds for row in found}
     found = [row for row in found if row.rounds == (2 if 2 in rounds else min(rounds))]
-    if picture.axis == "layers":
+    if plot.axis == "layers":
         found = [row for row in found if row.length == max(other.length for other in found)]
-    return found if len({getattr(row, picture.axis) for row in found}) > 1 else []
+    return found if len({getattr(row, plot.axis) for row in found}) > 1 else []
 
 
-def draw(picture: Picture, panels: list[list[Row]], threads: int, path: Path) -> None:
+def draw(plot: Plot, panels: list[list[Row]], threads: int, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4 * len(panels), 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, rows in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        draw_panel(panel, rows, picture.axis)
+        draw_panel(panel, rows, plot.axis)
         row = rows[0]
-        words = [row.work, f"{row.layers} layers" if picture.axis == "length" and row.layers else ""]
+        words = [row.work, f"{row.layers} layers" if plot.axis == "length" and row.layers else ""]
         words += [f"{row.rounds} rounds" if not row.layers else "", "causal"]
-        words += [f"{row.length} tokens" if picture.axis == "layers" else ""]
+        words += [f"{row.length} tokens" if plot.axis == "layers" else ""]
         words += [f"{threads} thread{'s' * (threads > 1)}" if row.quantity == "time" else ""]
         title = "Time" if row.quantity == "time" else "Peak memory beyond inputs and weights"
         panel.set_title(f"{title}\n{', '.join(filter(None, words))}", fontsize=10, loc="left")
@@ -104,14 +104,14 @@ def draw_panel(panel, rows: list[Row], axis: str) -> None:
     value, quantity = UNITS[rows[0].quantity], rows[0].quantity
     ticks = sorted({getattr(row, axis) for row in rows})
     ends = {}
-    for rival in (name for name in STYLES if any(row.rival == name for row in rows)):
-        points = sorted((getattr(row, axis), value(row)) for row in rows if row.rival == rival)
-        style, bold = STYLES[rival], rival.startswith("ours") and not rival.endswith("torch")
+    for impl in (name for name in STYLES if any(row.impl == name for row in rows)):
+        points = sorted((getattr(row, axis), value(row)) for row in rows if row.impl == impl)
+        style, bold = STYLES[impl], impl.startswith("hf-reformer") and not impl.endswith("torch")
         width = 2.4 if bold else 1.5
         panel.plot(
             *zip(*points, strict=True), style.line, color=style.colour, linewidth=width, marker="o", markersize=4
         )
-        ends[rival] = points[-1]
+        ends[impl] = points[-1]
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     panel.set_xticks(ticks, [thousands(tick) for tick in ticks])
@@ -133,13 +133,13 @@ def draw_panel(panel, rows: list[Row], axis: str) -> None:
 def name_lines(panel, ends: dict[str, tuple[float, float]]) -> None:
     """Names in the right margin, apart from each other, with a thin line to where each curve ends."""
     to_panel = panel.transData + panel.transAxes.inverted()
-    places = {rival: to_panel.transform(end) for rival, end in ends.items()}
-    ordered = sorted(ends, key=lambda rival: places[rival][1])
-    for rival, height in zip(ordered, spread([places[rival][1] for rival in ordered], LABEL_GAP), strict=True):
-        style = STYLES[rival]
+    positions = {impl: to_panel.transform(end) for impl, end in ends.items()}
+    ordered = sorted(ends, key=lambda impl: positions[impl][1])
+    for impl, height in zip(ordered, spread([positions[impl][1] for impl in ordered], LABEL_GAP), strict=True):
+        style = STYLES[impl]
         panel.annotate(
             style.label,
-            xy=places[rival],
+            xy=positions[impl],
             xytext=(1.04, height),
             xycoords="axes fraction",
             textcoords="axes fraction",

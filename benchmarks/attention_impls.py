@@ -1,7 +1,7 @@
-"""Attention cores, ours and the rivals': hash, sort, attention and combination of rounds, and nothing else.
+"""Attention cores of hf_reformer and of the baselines: hash, sort, attention, combination of rounds, nothing else.
 
 All take projected q, v of (B, H, T, D) in the projection's own layout, that is (B, T, H, D) transposed, and give the
-same shape. Queries are keys, and the gradients of both inputs are asked of everyone.
+same shape. Queries are keys, and the gradients of both inputs are computed by all.
 """
 
 import functools
@@ -12,10 +12,9 @@ import torch
 from torch.nn import functional as F
 
 from hf_reformer.configuration_reformer import default_num_buckets
-from hf_reformer.layers.attention import legacy_num_buckets
-from hf_reformer.ops.dispatch import hashing_backend, windowed_attention
-from hf_reformer.ops.layout import AttentionLayout, chunk_layout, window_layout
-from hf_reformer.ops.lsh import exploration_buckets, num_buckets_total, window_rotations
+from hf_reformer.ops.dispatch import chunk_layout, lsh_buckets, window_layout, window_rotations, windowed_attention
+from hf_reformer.ops.layout import AttentionLayout
+from hf_reformer.ops.lsh import exploration_buckets, legacy_num_buckets, num_buckets_total
 from hf_reformer.ops.prng import make_key
 
 from .cases import BACKWARD, FORWARD, Case
@@ -27,7 +26,7 @@ Core = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # q, v: (B, H, T, D
 
 @functools.lru_cache(maxsize=2)  # that of the warm-up, and the length that is measured
 def inputs(length: int) -> list[torch.Tensor]:
-    """q, v and the gradient of the output, standard normal (B, H, T, D): the very same tensors for everyone."""
+    """q, v and the gradient of the output, standard normal (B, H, T, D): the same tensors for all."""
     torch.manual_seed(0)
     return [torch.randn(BATCH, length, HEADS, SIZE).transpose(1, 2) for _ in range(3)]
 
@@ -49,15 +48,15 @@ def run_function(function: Core, length: int, work: str) -> Callable[[], Any]:
     return both
 
 
-# --- ours
+# --- hf_reformer
 
 
 def num_buckets_for(mode: str, length: int, window: int = WINDOW) -> int | tuple[int, ...]:
-    """Number of buckets that fits the length: chunk mode the older rule's, which is also transformers'."""
+    """Number of buckets that fits the length: in chunk mode by the legacy rule, which is also transformers'."""
     return legacy_num_buckets(length, CHUNK, length) if mode == "chunk" else default_num_buckets(length, window)
 
 
-def our_orders(
+def make_layout(
     mode: str,
     q: torch.Tensor,
     rounds: int,
@@ -70,57 +69,55 @@ def our_orders(
 ) -> AttentionLayout:
     """Hash and sort in one of the attention modes, rotations drawn afresh as in training.
 
-    `position` and `exploration` add orders in window mode.
+    `position` and `exploration` add rounds in window mode.
     """
     batch, heads, length, size = q.shape
-    makers = hashing_backend(backend, q)
     factors = num_buckets_for(mode, length, window)
-    rotations = window_rotations(make_key(0), 0, heads, size, rounds, factors, makers.normals)
-    buckets = makers.lsh_buckets(q, rotations, factors)  # (B, H, R, T)
+    rotations = window_rotations(make_key(0), 0, heads, size, rounds, factors, q, backend)
+    buckets = lsh_buckets(q, rotations, factors, backend)  # (B, H, R, T)
     count = num_buckets_total(factors)
     if mode == "chunk":
-        return chunk_layout(buckets, count, CHUNK, 1, 0, None, makers.sort_line)
+        return chunk_layout(buckets, count, CHUNK, 1, 0, None, backend)
     groups = [position_group(batch, heads, length, window)] if position else []
     groups.append((buckets, count, window))
     if exploration:
         ranks = torch.arange(length, dtype=torch.int32)[None]
         explored = exploration_buckets(make_key(0), 0, heads, exploration, count, ranks)
         groups.append((explored.expand(batch, -1, -1, -1), count, window))
-    return window_layout(groups, causal, None, sort=makers.sort_windows)
+    return window_layout(groups, causal, None, backend=backend)
 
 
 def position_group(batch: int, heads: int, length: int, window: int) -> tuple[torch.Tensor, int, int]:
-    """The position order, as `window_layout` takes it."""
+    """The order of positions, as `window_layout` takes it."""
     return torch.zeros(batch, heads, 1, length, dtype=torch.int32), 1, window
 
 
-def our_core(mode: str, rounds: int, causal: bool, backend: str = "auto", **orders: Any) -> Core:
-    """Our lsh core: everything that the benchmarks time as such goes through here."""
+def hf_reformer_core(mode: str, rounds: int, causal: bool, backend: str = "auto", **options: Any) -> Core:
+    """The LSH core of hf_reformer."""
 
     def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        found = our_orders(mode, q, rounds, causal, backend=backend, **orders)
-        return windowed_attention(q, None, v, found, causal=causal, backend=backend)[0]
+        layout = make_layout(mode, q, rounds, causal, backend=backend, **options)
+        return windowed_attention(q, None, v, layout, causal=causal, backend=backend)[0]
 
     return run
 
 
-def our_local_core(length: int, window: int, causal: bool) -> Core:
-    """Our local core, whose key is a tensor of its own, made beforehand."""
+def hf_reformer_local_core(length: int, window: int, causal: bool) -> Core:
+    """The local core of hf_reformer; its keys are made beforehand."""
     key = inputs(length)[0] * SIZE**-0.5
 
     def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         group = position_group(q.shape[0], 1, length, window)
-        orders = window_layout([group], causal, None, sort=hashing_backend("auto", q).sort_windows)
-        return windowed_attention(q, key, v, orders, causal=causal)[0]
+        return windowed_attention(q, key, v, window_layout([group], causal, None), causal=causal)[0]
 
     return run
 
 
-# --- rivals
+# --- baselines
 
 
-class Given(torch.nn.Module):
-    """Stands in for a projection: gives what it was given beforehand."""
+class FixedOutput(torch.nn.Module):
+    """Stands for a projection: returns a tensor made beforehand."""
 
     tensor: torch.Tensor
 
@@ -128,7 +125,7 @@ class Given(torch.nn.Module):
         return self.tensor
 
 
-def built_in_core(length: int, rounds: int, causal: bool) -> Core:
+def transformers_core(length: int, rounds: int, causal: bool) -> Core:
     """transformers' own LSH attention without its projections."""
     from transformers import ReformerConfig
     from transformers.models.reformer.modeling_reformer import LSHSelfAttention
@@ -145,7 +142,7 @@ def built_in_core(length: int, rounds: int, causal: bool) -> Core:
         max_position_embeddings=length,
     )
     module: Any = LSHSelfAttention(config, layer_idx=0).eval()
-    module.query_key, module.value = Given(), Given()
+    module.query_key, module.value = FixedOutput(), FixedOutput()
 
     def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         module.query_key.tensor, module.value.tensor = (x.transpose(1, 2).flatten(2) for x in (q, v))  # (B, T, H·D)
@@ -184,26 +181,26 @@ def local_core(causal: bool) -> Core:
         head = slice(CHUNK)  # the first chunk has none before it
         first = F.scaled_dot_product_attention(q[:, :, head], q[:, :, head], v[:, :, head], is_causal=causal)
         query = q[:, :, CHUNK:].unflatten(2, (-1, CHUNK)).transpose(1, 2).flatten(0, 1)  # (B·(C - 1), H, chunk, D)
-        shown = torch.ones(CHUNK, 2 * CHUNK, dtype=torch.bool).tril(CHUNK) if causal else None
-        rest = F.scaled_dot_product_attention(query, cut(q), cut(v), attn_mask=shown)
+        visible = torch.ones(CHUNK, 2 * CHUNK, dtype=torch.bool).tril(CHUNK) if causal else None
+        rest = F.scaled_dot_product_attention(query, cut(q), cut(v), attn_mask=visible)
         rest = rest.unflatten(0, (batch, -1)).transpose(1, 2).reshape(batch, heads, length - CHUNK, size)
         return torch.cat([first, rest], dim=2)
 
     return run
 
 
-def make_core(case: Case, rival: str) -> Core:
-    """The core of a rival by its name."""
+def make_core(case: Case, impl: str) -> Core:
+    """A core by its name."""
     rounds, causal = case.rounds, case.causal
     makers: dict[str, Callable[[], Core]] = {
-        "ours chunk": lambda: our_core("chunk", rounds, causal),
-        "ours window": lambda: our_core("window", rounds, causal),
-        "ours chunk torch": lambda: our_core("chunk", rounds, causal, backend="torch"),
-        "ours window torch": lambda: our_core("window", rounds, causal, backend="torch"),
-        "ours default": lambda: our_core("window", rounds, causal, window=128, position=True),
-        "built-in": lambda: built_in_core(case.length, rounds, causal),
+        "hf-reformer chunk": lambda: hf_reformer_core("chunk", rounds, causal),
+        "hf-reformer window": lambda: hf_reformer_core("window", rounds, causal),
+        "hf-reformer chunk torch": lambda: hf_reformer_core("chunk", rounds, causal, backend="torch"),
+        "hf-reformer window torch": lambda: hf_reformer_core("window", rounds, causal, backend="torch"),
+        "hf-reformer default": lambda: hf_reformer_core("window", rounds, causal, window=128, position=True),
+        "transformers": lambda: transformers_core(case.length, rounds, causal),
         "reformer-pytorch": lambda: reformer_pytorch_core(rounds, causal),
         "sdpa": lambda: full_core(causal),
         "local": lambda: local_core(causal),
     }
-    return makers[rival]()
+    return makers[impl]()

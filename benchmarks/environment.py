@@ -17,7 +17,7 @@ COPIED = 2**27  # bytes
 
 
 def facts() -> dict[str, str]:
-    """What a reader needs to place the figures."""
+    """What a reader needs to place the numbers."""
     return {
         "processor": processor(),
         "cores": str(os.cpu_count()),
@@ -27,12 +27,12 @@ def facts() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "our backend": select_backend("auto", torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 1, 64)),
+        "hf_reformer backend": select_backend("auto", torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 1, 64)),
     }
 
 
 def processor() -> str:
-    """Model name of the processor, and the widest vectors torch uses on it."""
+    """Model name of the processor, and the SIMD instructions that torch uses on it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -57,12 +57,12 @@ def asks_for_huge_pages() -> bool:
 
 
 def groups(settings: Settings) -> list[Group]:
-    return [Group("time", [Entry(Case(section="machine", length=PRODUCT), rival) for rival in RATES])]
+    return [Group("time", [Entry(Case(section="machine", length=PRODUCT), impl) for impl in RATES])]
 
 
-def make(case: Case, rival: str) -> Run:
+def make(case: Case, impl: str) -> Run:
     """`mm`: square float32 products into memory already touched. `copy`: one long copy, counted as read and write."""
-    if rival == "mm":
+    if impl == "mm":
         a, b, product = (torch.randn(PRODUCT, PRODUCT) for _ in range(3))
 
         def multiply() -> None:

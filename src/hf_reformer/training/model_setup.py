@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrained
 
 from ..configuration_reformer import ReformerConfig
 from ..data.bpe_tokenizer import train_bpe_tokenizer
+from ..data.tables import require
 from ..tokenization_reformer import ReformerByteTokenizer
 from .trainers import force_cpu_backend
 
@@ -80,6 +81,7 @@ def parse_arguments(
         presets: further defaults, for the case that a flag is given.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    require("accelerate")  # without it, `TrainingArguments` would name another package to install
     force_cpu_backend()
     parser = HfArgumentParser(classes, usage="%(prog)s [OPTIONS]", formatter_class=_Formatter, **parser_options)
     parser.set_defaults(**{**DEFAULTS, **defaults})

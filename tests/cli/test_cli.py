@@ -281,7 +281,7 @@ def test_mistakes_of_export_end_in_one_line(folder, line, tmp_path):
     (tmp_path / "full" / "mine").touch()
     for message, argv in {
         "not empty": ["--model", folder, "--output", tmp_path / "full"],
-        "neither a folder nor": ["--model", tmp_path / "absent", "--output", tmp_path / "out"],
+        "neither a directory nor": ["--model", tmp_path / "absent", "--output", tmp_path / "out"],
         "no identifier": ["--model", folder, "--output", tmp_path / "out", "--license", "Apache 2"],
     }.items():
         status, out, err = line("export", *argv)
@@ -442,7 +442,7 @@ def mistakes(tmp_path):
     good = str(save(tmp_path / "good", make_model()))
     Path(save(tmp_path / "null", make_model()), "config.json").write_text("null")
     return {
-        "neither a folder nor": ["--model", tmp_path / "absent"],
+        "neither a directory nor": ["--model", tmp_path / "absent"],
         "there is no config.json": ["--model", tmp_path / "empty"],
         "has no tokenizer": ["--model", tmp_path / "gpt2"],
         "saved by ReformerForSequenceClassification": ["--model", tmp_path / "classifier"],

@@ -1,4 +1,4 @@
-"""Does the coverage loss make attention look everywhere, and does that help where the answer lies everywhere?
+"""Does the coverage loss make attention reach all tokens, and does it help if the answer depends on all of them?
 
     python experiments/coverage.py                                        # some minutes on two cores
     python experiments/coverage.py --train_file a.parquet --validation_file b.parquet --steps 200
@@ -120,29 +120,27 @@ def evaluate(model: Any, task: Majority | Documents) -> dict[str, float]:
 def evaluate_batch(model: Any, batch: Batch) -> dict[str, float]:
     out = model(**batch, output_coverage=False)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    received = attention_mass_by_layer(model, **inputs)
+    mass = attention_mass_by_layer(model, **inputs)
     return {
         "task loss": out.loss.item(),
         "accuracy": (out.logits.argmax(-1) == batch["labels"]).double().mean().item(),
-        "tokens reached": covered_fraction(received, inputs["attention_mask"]).mean().item(),
-        "entropy": mass_entropy(received, inputs["attention_mask"]).mean().item(),
+        "tokens reached": covered_fraction(mass, inputs["attention_mask"]).mean().item(),
+        "entropy": mass_entropy(mass, inputs["attention_mask"]).mean().item(),
     }
 
 
-def received_over_tokens(model: Any, batch: Batch) -> torch.Tensor:
-    """Attention received by tokens over the uniform share: percentiles 0 to 100, means over layers and rows."""
+def mass_percentiles(model: Any, batch: Batch) -> torch.Tensor:
+    """Attention mass of tokens over the uniform share: percentiles 0 to 100, means over layers and sequences."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     curves = []
-    for received, mask in zip(
-        attention_mass_by_layer(model, **inputs).unbind(1), inputs["attention_mask"], strict=True
-    ):
-        real = received[:, mask.bool()].float()  # (layers, tokens)
+    for mass, mask in zip(attention_mass_by_layer(model, **inputs).unbind(1), inputs["attention_mask"], strict=True):
+        real = mass[:, mask.bool()].float()  # (layers, tokens)
         curves.append(torch.quantile(real * real.shape[1], torch.linspace(0, 1, 101), dim=1).mean(1))
     return torch.stack(curves).mean(0)
 
 
 def draw(curves: dict[str, torch.Tensor], file: Path) -> None:
-    """Plot the results of received_over_tokens, a line for each weight."""
+    """Plot the results of mass_percentiles, a line for each weight."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -193,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for seed in range(arguments.seeds):
             model = train(task, seed, weight, arguments)
             runs.append(evaluate(model, task))
-            curves.setdefault(f"weight {weight:g}", received_over_tokens(model, task.validation()[0]))
+            curves.setdefault(f"weight {weight:g}", mass_percentiles(model, task.validation()[0]))
             print(format_line(f"weight {weight:g}, seed {seed}", runs[-1]), flush=True)
         mean = {name: sum(run[name] for run in runs) / len(runs) for name in runs[0]}
         means.append(format_line(f"weight {weight:g}, mean", mean))

@@ -13,23 +13,24 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, set_seed
+from transformers.hf_argparser import HfArg
 
 from hf_reformer import ReformerConfig, ReformerForCausalLM
 
 
 @dataclass
 class Arguments:
-    attention_mode: str = field(default="window", metadata={"help": "window or chunk"})
-    steps: int = field(default=5000, metadata={"help": "maximum number of training steps"})
-    target: float = field(default=0.99, metadata={"help": "stop when 4 rounds reach this accuracy; above 1: never"})
+    attention_mode: str = HfArg(default="window", help="window or chunk")
+    steps: int = HfArg(default=5000, help="maximum number of training steps")
+    target: float = HfArg(default=0.99, help="stop when 4 rounds reach this accuracy; above 1: never")
     evaluate_every: int = 500
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     length: int = 128
-    symbols: int = field(default=127, metadata={"help": "size of the alphabet of w"})
-    window: int = field(default=24, metadata={"help": "window mode: positions a token sees in each sort order"})
-    chunk: int = field(default=16, metadata={"help": "chunk mode: chunk length, looking one chunk back"})
-    num_buckets: int = field(default=0, metadata={"help": "0: 8 in window mode, 16 in chunk mode"})
-    num_hashes: int = field(default=2, metadata={"help": "rounds in training"})
+    symbols: int = HfArg(default=127, help="size of the alphabet of w")
+    window: int = HfArg(default=24, help="window mode: positions a token sees in each sort order")
+    chunk: int = HfArg(default=16, help="chunk mode: chunk length, looking one chunk back")
+    num_buckets: int = HfArg(default=0, help="0: 8 in window mode, 16 in chunk mode")
+    num_hashes: int = HfArg(default=2, help="rounds in training")
     hidden_size: int = 128
     num_attention_heads: int = 2
     batch_size: int = 16

@@ -14,29 +14,28 @@ import signal
 import sys
 import sysconfig
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser, set_seed
+from transformers.hf_argparser import HfArg
 
 from hf_reformer import ReformerConfig, ReformerForCausalLM
 
 
 @dataclass
 class Arguments:
-    jobs: list[str] = field(default_factory=lambda: ["train", "infer"], metadata={"help": "train, infer or both"})
-    length: int = field(default=2**20, metadata={"help": "tokens (bytes) in the one sequence"})
+    jobs: list[str] = HfArg(default_factory=lambda: ["train", "infer"], help="train, infer or both")
+    length: int = HfArg(default=2**20, help="tokens (bytes) in the one sequence")
     layers: int = 6
     hidden_size: int = 256
     feed_forward_size: int = 512
     num_hashes: int = 2
-    chunk_size_feed_forward: int = field(default=0, metadata={"help": "tokens per chunk in token-wise parts"})
-    residual_precision: str = field(
-        default="float32", metadata={"help": "of the residual streams: float32 or float64"}
-    )
-    bf16: bool = field(default=False, metadata={"help": "bfloat16 autocast"})
+    chunk_size_feed_forward: int = HfArg(default=0, help="tokens per chunk in token-wise parts")
+    residual_precision: str = HfArg(default="float32", help="of the residual streams: float32 or float64")
+    bf16: bool = HfArg(default=False, help="bfloat16 autocast")
     learning_rate: float = 1e-3
 
 

@@ -281,7 +281,7 @@ def test_mistakes_of_export_end_in_one_line(folder, line, tmp_path):
     (tmp_path / "full" / "mine").touch()
     for message, argv in {
         "not empty": ["--model", folder, "--output", tmp_path / "full"],
-        "neither a folder nor": ["--model", tmp_path / "absent", "--output", tmp_path / "out"],
+        "neither a directory nor": ["--model", tmp_path / "absent", "--output", tmp_path / "out"],
         "no identifier": ["--model", folder, "--output", tmp_path / "out", "--license", "Apache 2"],
     }.items():
         status, out, err = line("export", *argv)
@@ -305,10 +305,10 @@ def small_builtin(folder):
 
 def test_convert_writes_a_folder_and_reports_what_changes(tmp_path, line):
     folder = small_builtin(tmp_path / "builtin")
-    assert line("convert", folder, tmp_path / "ours") == (0, "", "")
-    assert line("convert", tmp_path / "ours", tmp_path / "again", "--to", "builtin") == (0, "", "")
-    ours, again = load(tmp_path / "ours")[0], load(tmp_path / "again")[0]
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in ours.state_dict().items())
+    assert line("convert", folder, tmp_path / "converted") == (0, "", "")
+    assert line("convert", tmp_path / "converted", tmp_path / "again", "--to", "builtin") == (0, "", "")
+    converted, again = load(tmp_path / "converted")[0], load(tmp_path / "again")[0]
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in converted.state_dict().items())
     fields = tmp_path / "fields.json"
     fields.write_text('{"lsh_window": 48}')
     status, out, err = line(
@@ -394,12 +394,13 @@ def test_mistakes_of_train_end_in_one_line(line, tmp_path, monkeypatch):
         last = err.splitlines()[-1]  # behind the progress bar of reading a table
         assert last.startswith("hf-reformer: ")
         assert message in last
-    monkeypatch.setitem(sys.modules, "evaluate", None)  # as if it were not installed
     for name in ("recipes.classification", "training.classification"):
         monkeypatch.delitem(sys.modules, f"hf_reformer.{name}")
-    assert line("train", "classification", *files) == (
-        2, "", "hf-reformer: This needs `evaluate`. Install it with `pip install 'hf_reformer[train]'`.\n"
-    )  # fmt: skip
+    for library in ("accelerate", "evaluate"):
+        monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+        recipe = "seq2seq" if library == "accelerate" else "classification"
+        message = f"hf-reformer: This needs `{library}`. Install it with `pip install 'hf_reformer[train]'`.\n"
+        assert line("train", recipe, *files) == (2, "", message)
 
 
 def test_the_help_imports_no_recipe():
@@ -441,7 +442,7 @@ def mistakes(tmp_path):
     good = str(save(tmp_path / "good", make_model()))
     Path(save(tmp_path / "null", make_model()), "config.json").write_text("null")
     return {
-        "neither a folder nor": ["--model", tmp_path / "absent"],
+        "neither a directory nor": ["--model", tmp_path / "absent"],
         "there is no config.json": ["--model", tmp_path / "empty"],
         "has no tokenizer": ["--model", tmp_path / "gpt2"],
         "saved by ReformerForSequenceClassification": ["--model", tmp_path / "classifier"],
@@ -492,7 +493,7 @@ def test_the_command_is_installed():
 def test_env_as_a_module():
     command = [sys.executable, "-m", "hf_reformer", "env"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    found = dict(text.split(": ", 1) for text in done.stdout.splitlines())
-    assert found["torch"] == torch.__version__
-    assert found["compiled CPU kernel"].split(":")[0] in {"avx512", "avx2", "portable", "none"}
-    assert found["devices"].startswith("cpu")
+    printed = dict(text.split(": ", 1) for text in done.stdout.splitlines())
+    assert printed["torch"] == torch.__version__
+    assert printed["compiled CPU kernel"].split(":")[0] in {"avx512", "avx2", "portable", "none"}
+    assert printed["devices"].startswith("cpu")

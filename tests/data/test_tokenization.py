@@ -130,14 +130,14 @@ def test_offsets_point_at_the_character_a_byte_belongs_to(text):
 
 
 @for_any(st.lists(st.sampled_from(["a", "é", "漢", " ", "👧", *SPECIALS])))
-def test_offsets_around_special_tokens(pieces):
-    text = "".join(pieces)
+def test_offsets_around_special_tokens(parts):
+    text = "".join(parts)
     encoded = TOKENIZER(text, return_offsets_mapping=True)
     assert len(encoded["offset_mapping"]) == len(encoded["input_ids"])
     for (start, end), token_id in zip(encoded["offset_mapping"], encoded["input_ids"], strict=True):
-        piece = text[start:end]
+        token = text[start:end]
         is_special = token_id in (PAD, EOS, MASK, BOS)
-        assert piece in SPECIALS if is_special else token_id - 2 in piece.encode() and len(piece) == 1
+        assert token in SPECIALS if is_special else token_id - 2 in token.encode() and len(token) == 1
 
 
 def test_words():

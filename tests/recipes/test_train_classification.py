@@ -82,9 +82,9 @@ def test_predictions_are_in_the_order_of_the_data_and_equal_a_reloaded_pipeline(
     from transformers import pipeline
 
     recipe.main(arguments(files, "--validation_file", str(files / "validation.csv"), "--max_steps", "4"))
-    given, predictions = animals(12, seed=1), pd.read_csv(files / "out" / "predictions_validation.csv")
-    assert list(predictions["label"]) == list(given["label"])
-    answers = pipeline("text-classification", model=str(files / "out"))(list(given["text"]), truncation=True)
+    texts, predictions = animals(12, seed=1), pd.read_csv(files / "out" / "predictions_validation.csv")
+    assert list(predictions["label"]) == list(texts["label"])
+    answers = pipeline("text-classification", model=str(files / "out"))(list(texts["text"]), truncation=True)
     assert [answer["label"] for answer in answers] == list(predictions["prediction"])
     for answer, probability in zip(answers, predictions["probability"], strict=True):
         assert answer["score"] == pytest.approx(probability, abs=1e-4)

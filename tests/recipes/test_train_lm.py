@@ -60,12 +60,12 @@ def test_packing_concatenates_all_texts(files, monkeypatch):
     monkeypatch.setattr(packing, "READ_SIZE", 300)
     rows = list(packing.pack(packing.read_documents([str(files / "a.txt"), str(files / "b.txt")]), BYTES, 64))
     assert {len(row["input_ids"]) for row in rows} == {64}
-    found = [token for row in rows for token in row["input_ids"]]
+    tokens = [token for row in rows for token in row["input_ids"]]
     expected = []
     for name in ("a", "b"):
         expected += [BYTES.bos_token_id, *BYTES((files / f"{name}.txt").read_text(encoding="utf-8"))["input_ids"]]
-    assert found == expected[: len(found)]
-    assert len(expected) - len(found) < 64
+    assert tokens == expected[: len(tokens)]
+    assert len(expected) - len(tokens) < 64
 
 
 def test_streamed_sequences_are_those_in_memory_in_another_order(files):
@@ -81,8 +81,8 @@ def test_tables_give_a_document_per_row(tmp_path):
     (tmp_path / "t.jsonl").write_text('{"text": "one"}\n{"text": null}\n{"text": "<|pad|>"}\n')
     documents = packing.read_documents([str(tmp_path / "t.jsonl")])
     bos = BYTES.bos_token_id
-    found = [token for ids in packing.token_ids(documents, BYTES) for token in ids]
-    assert found == [bos, *BYTES("one")["input_ids"], bos, bos, *(byte + 2 for byte in b"<|pad|>")]
+    tokens = [token for ids in packing.token_ids(documents, BYTES) for token in ids]
+    assert tokens == [bos, *BYTES("one")["input_ids"], bos, bos, *(byte + 2 for byte in b"<|pad|>")]
 
 
 @settings(max_examples=50, deadline=None)
@@ -90,23 +90,23 @@ def test_tables_give_a_document_per_row(tmp_path):
 def test_every_token_is_scored_once_with_its_context(length, context, documents):
     if context >= length or not any(documents):
         return
-    found = []
+    tokens = []
     for row in packing.scoring_windows(documents, BYTES, length, context):
         scored = [position for position, label in enumerate(row["labels"]) if label != -100]
         assert scored == list(range(scored[0], len(row["labels"])))
         assert scored[0] >= 1
-        found += [row["labels"][position] for position in scored]
+        tokens += [row["labels"][position] for position in scored]
         assert [row["input_ids"][position] for position in scored] == [row["labels"][position] for position in scored]
         assert len(row["input_ids"]) <= length
-    assert found == [byte + 2 for text in documents for byte in text.encode()]
+    assert tokens == [byte + 2 for text in documents for byte in text.encode()]
 
 
 def test_held_out_text_is_the_end():
     documents = ["one\n" * 10, "two\n" * 10, "three\n" * 10]
-    kept, held = packing.hold_out_end(documents, 0.6)
-    assert "".join(kept + held) == "".join(documents)
-    assert sum(map(len, held)) == pytest.approx(0.6 * 140, abs=4)
-    assert held[0].startswith("two")
+    train, held_out = packing.hold_out_end(documents, 0.6)
+    assert "".join(train + held_out) == "".join(documents)
+    assert sum(map(len, held_out)) == pytest.approx(0.6 * 140, abs=4)
+    assert held_out[0].startswith("two")
     assert packing.hold_out_end(["no end of line"], 0.5) == (["no end "], ["of line"])
 
 
@@ -227,7 +227,7 @@ def test_two_processes_end_where_one_does(files, recipe_name):
         options += ["--validation_file", str(files / "validation.csv"), "--per_device_train_batch_size", "4"]
         options += ["--output_dir", str(files / "out")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    found = []
+    results = []
     for launch, batch_size in (([], "4"), (["-m", "accelerate.commands.launch", "--config_file", str(config)], "2")):
         command = [sys.executable, *launch, "-m", "hf_reformer", "train", recipe_name, *options]
         command += ["--per_device_train_batch_size", batch_size]
@@ -235,8 +235,8 @@ def test_two_processes_end_where_one_does(files, recipe_name):
         assert result.returncode == 0, result.stderr[-3000:]
         reports = re.findall(f"results are in {re.escape(str(files / 'out'))}", result.stdout)
         assert len(reports) == 1  # two processes that do not know of each other would both print it
-        found.append(json.loads((files / "out" / "scores.json").read_text()))
+        results.append(json.loads((files / "out" / "scores.json").read_text()))
     if recipe_name == "language-model":
-        assert found[1]["Reformer"] == pytest.approx(found[0]["Reformer"], abs=0.05)
+        assert results[1]["Reformer"] == pytest.approx(results[0]["Reformer"], abs=0.05)
     else:
-        assert min(scores["validation"]["Reformer"]["accuracy"] for scores in found) > 0.9
+        assert min(scores["validation"]["Reformer"]["accuracy"] for scores in results) > 0.9

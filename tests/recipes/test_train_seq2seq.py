@@ -72,9 +72,9 @@ def test_a_saved_model_is_evaluated_on_translations(files):
 
 
 def test_texts_are_evaluated_in_their_own_order(files):
-    given = ["--train_file", str(files / "train.csv"), "--source_column", "document", "--target_column", "summary"]
+    options = ["--train_file", str(files / "train.csv"), "--source_column", "document", "--target_column", "summary"]
     by_length = ["--train_sampling_strategy", "group_by_length", "--output_dir", str(files / "out")]
-    data, model, args = parse([*TINY, *given, *by_length])
+    data, model, args = parse([*TINY, *options, *by_length])
     trainer = recipe.make_trainer(recipe.load_pairs(data, args.seed), data, model, args)
     rows = [
         row[row >= 0].tolist()
@@ -115,8 +115,8 @@ def test_mistakes_are_explained(files):
 
 
 def test_errors_come_before_training_not_after(files, monkeypatch):
-    given = [*TINY, "--train_file", str(files / "train.csv"), "--source_column", "document"]
-    given += ["--target_column", "summary", "--output_dir", str(files / "out")]
+    options = [*TINY, "--train_file", str(files / "train.csv"), "--source_column", "document"]
+    options += ["--target_column", "summary", "--output_dir", str(files / "out")]
     (files / "blank.txt").write_text("\n")
     for more, words in (
         (["--max_target_length", "1"], "max_target_length 1 must be at least 2"),
@@ -129,10 +129,10 @@ def test_errors_come_before_training_not_after(files, monkeypatch):
         (["--config_overrides", "tie_encoder_decodr=True"], "no field tie_encoder_decodr"),
     ):
         with pytest.raises(ValueError, match=words):
-            recipe.main([*given, *more])
+            recipe.main([*options, *more])
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(ImportError, match="pip install"):
-        recipe.main([*given, "--metric", "bleu"])
+        recipe.main([*options, "--metric", "bleu"])
     assert not (files / "out").exists()
 
 

@@ -110,7 +110,7 @@ def run_chat(args: argparse.Namespace) -> None:
 
 
 def run_export(args: argparse.Namespace) -> None:
-    """Write a folder for the Hub: weights, their code, and a model card.
+    """Write a directory for the Hub: weights, their code, and a model card.
 
     `from_pretrained(folder, trust_remote_code=True)` then works without this package.
     """
@@ -142,7 +142,7 @@ def run_convert(args: argparse.Namespace) -> None:
 
 
 def report_missing_tokenizer(folder: Path) -> None:
-    """Print a line if the folder was written without a tokenizer."""
+    """Print a line if the directory was written without a tokenizer."""
     if not any((folder / name).exists() for name in ("tokenizer_config.json", "processor_config.json")):
         print(f"There was no tokenizer. Save one to {folder} by `tokenizer.save_pretrained`: pipelines need it.")
 
@@ -208,12 +208,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `run`, the function that runs it."""
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="PATH",
-        help="directory or Hub name of a causal language model",
-    )
+    add("--model", required=True, metavar="PATH", help="directory or Hub name of a causal language model")
     add("--max_new_tokens", type=positive, default=256, metavar="N", help="at most this many tokens (256)")
     add("--temperature", type=float, metavar="T", help="divides the logits; 0 is --greedy; default: the model's own")
     add("--top_p", type=float, metavar="P", help="sample from the most likely tokens whose probabilities add up to P")
@@ -251,10 +246,10 @@ def make_parser() -> argparse.ArgumentParser:
     chat = command("chat", run_chat, parents=[shared])
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     add = command("export", run_export).add_argument
-    add("--model", required=True, metavar="SOURCE", help="a folder, such as a checkpoint; or a name on the Hub")
-    add("--output", required=True, metavar="FOLDER", help="the folder to write")
-    add("--overwrite", action="store_true", help="write into a folder that is not empty, and replace the model in it")
-    add("--name", help="user/name on the Hub, for the model card; default: the folder's name")
+    add("--model", required=True, metavar="SOURCE", help="a checkpoint directory, or a name on the Hub")
+    add("--output", required=True, metavar="DIRECTORY", help="where to write")
+    add("--overwrite", action="store_true", help="write into a directory that is not empty; replace the model in it")
+    add("--name", help="user/name on the Hub, for the model card; default: the name of DIRECTORY")
     add("--language", nargs="+", metavar="CODE", help="languages of the texts: en, de, …")
     add("--license", metavar="ID", help="license of the weights: apache-2.0, cc-by-4.0, …")
     add("--datasets", nargs="+", metavar="NAME", help="data sets on the Hub that it was trained on")
@@ -263,7 +258,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dataset_name", metavar="TEXT", help="what it was evaluated on, in words")
     add = command("convert", run_convert).add_argument
     add("source", metavar="SOURCE", help="a checkpoint directory, or a file of weights")
-    add("output", metavar="OUTPUT", help="a folder that is empty or does not exist yet")
+    add("output", metavar="OUTPUT", help="a directory that is empty or does not exist yet")
     kinds = ("builtin", "reformer-pytorch", "trax", "hf_reformer")
     add("--from", dest="kind", choices=kinds, help="format of SOURCE; detected if possible")
     add("--to", choices=("hf_reformer", "builtin"), default="hf_reformer", help="format of OUTPUT (hf_reformer)")

@@ -41,7 +41,7 @@ def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code
     except OSError as error:
         if Path(name).is_dir():
             raise
-        raise ValueError(f"{name} is neither a folder nor a model that could be read from the Hub.") from error
+        raise ValueError(f"{name} is neither a directory nor a model that could be read from the Hub.") from error
     if report["missing_keys"]:
         saved = ", ".join(model.config.architectures or ["another class"])
         raise ValueError(

@@ -66,7 +66,7 @@ def hold_out_end(documents: list[str], fraction: float) -> tuple[list[str], list
 
 
 def separator(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that stands before every document."""
+    """The token that is put before every document."""
     for kind in ("bos", "eos", "cls", "sep", "pad"):
         token_id = getattr(tokenizer, f"{kind}_token_id")
         if token_id is not None:

@@ -19,7 +19,11 @@ def require(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(f"This needs `{error.name}`. Install it with `pip install 'hf_reformer[train]'`.") from error
+        cause: Any = error
+        while cause is not None and getattr(cause, "name", None) is None:  # transformers' lazy imports hide it
+            cause = cause.__cause__
+        missing = module if cause is None else cause.name
+        raise ImportError(f"This needs `{missing}`. Install it with `pip install 'hf_reformer[train]'`.") from error
 
 
 TABLE_FORMATS: dict[str, tuple[str, dict]] = {

@@ -18,7 +18,7 @@ Labels that are numbers with decimals mean regression, lists of labels several l
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,7 @@ from transformers import (
     pipeline,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from ..data.demo_corpus import clean_source, corpus_file, installed_packages_corpus
@@ -85,45 +86,36 @@ PRESETS: dict[str, dict] = {
 class DataArguments:
     """Where the texts come from."""
 
-    demo: bool = field(
-        default=False,
-        metadata={"help": "Complete run without a download: which installed package does a source file come from?"},
+    demo: bool = HfArg(
+        default=False, help="Complete run without a download: which installed package does a source file come from?"
     )
-    task_name: str | None = field(
-        default=None, metadata={"help": "A GLUE task, read from the Hub: sst2, mnli, stsb …"}
+    task_name: str | None = HfArg(default=None, help="A GLUE task, read from the Hub: sst2, mnli, stsb …")
+    train_file: str | None = HfArg(
+        default=None, help="csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label."
     )
-    train_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label."
-        },
+    validation_file: str | None = HfArg(default=None, help="Default: a part of the training data.")
+    test_file: str | None = HfArg(default=None, help="Predicted at the end; needs no labels.")
+    text_column: str | None = HfArg(default=None, help="Default: found by its name.")
+    text_pair_column: str | None = HfArg(default=None, help="Second text, for pairs.")
+    label_column: str | None = HfArg(default=None, help="Default: found by its name.")
+    problem_type: str | None = HfArg(
+        default=None, help="Default: derived from the labels.", metadata={"choices": [SINGLE, MULTI, REGRESSION]}
     )
-    validation_file: str | None = field(default=None, metadata={"help": "Default: a part of the training data."})
-    test_file: str | None = field(default=None, metadata={"help": "Predicted at the end; needs no labels."})
-    text_column: str | None = field(default=None, metadata={"help": "Default: found by its name."})
-    text_pair_column: str | None = field(default=None, metadata={"help": "Second text, for pairs."})
-    label_column: str | None = field(default=None, metadata={"help": "Default: found by its name."})
-    problem_type: str | None = field(
-        default=None, metadata={"help": "Default: derived from the labels.", "choices": [SINGLE, MULTI, REGRESSION]}
+    max_length: int = HfArg(default=4096, help="Longer texts are truncated to this many tokens.")
+    train_length: int | None = HfArg(
+        default=None, help="Cut the training texts into chunks of this many tokens, and still evaluate on whole ones."
     )
-    max_length: int = field(default=4096, metadata={"help": "Longer texts are truncated to this many tokens."})
-    train_length: int | None = field(
-        default=None,
-        metadata={"help": "Cut the training texts into chunks of this many tokens, and still evaluate on whole ones."},
+    max_train_samples: int | None = HfArg(default=None, help="Use at most this many training texts.")
+    max_eval_samples: int | None = HfArg(default=None, help="Use at most this many validation texts.")
+    validation_fraction: float = HfArg(
+        default=0.1, help="Part of the training data to evaluate on, without a --validation_file."
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training texts."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many validation texts."})
-    validation_fraction: float = field(
-        default=0.1, metadata={"help": "Part of the training data to evaluate on, without a --validation_file."}
+    baselines: bool = HfArg(
+        default=False, help="Also evaluate the most frequent label and TF-IDF with a linear model."
     )
-    baselines: bool = field(
-        default=False, metadata={"help": "Also evaluate the most frequent label and TF-IDF with a linear model."}
-    )
-    predict_file: str | None = field(
-        default=None, metadata={"help": "A text file to classify at the end.", "aliases": ["--classify"]}
-    )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "Stop after this many evaluations without progress and keep the best model."}
+    predict_file: str | None = HfArg(default=None, help="A text file to classify at the end.", aliases=["--classify"])
+    early_stopping_patience: int | None = HfArg(
+        default=None, help="Stop after this many evaluations without progress and keep the best model."
     )
 
 

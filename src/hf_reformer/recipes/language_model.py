@@ -22,7 +22,7 @@ are packed into sequences of full length. Evaluation scores every byte of the va
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from ..data.packing import (
@@ -76,33 +77,29 @@ PRESETS = {"--model_name_or_path": {"tokenizer": None, "learning_rate": 3e-4, "n
 class TextArguments:
     """Where the texts come from, and how they are cut."""
 
-    train_file: list[str] | None = field(
-        default=None,
-        metadata={"help": "Text files, or csv, tsv, json, jsonl and parquet with a column of texts."},
+    train_file: list[str] | None = HfArg(
+        default=None, help="Text files, or csv, tsv, json, jsonl and parquet with a column of texts."
     )
-    validation_file: list[str] | None = field(
-        default=None, metadata={"help": "Files to evaluate on. Default: the end of the training texts."}
+    validation_file: list[str] | None = HfArg(
+        default=None, help="Files to evaluate on. Default: the end of the training texts."
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, instead of files."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    text_column: str | None = field(default=None, metadata={"help": "Default: found by its name."})
-    streaming: bool = field(
-        default=False, metadata={"help": "Read the training texts while training; needs --max_steps."}
+    dataset_name: str | None = HfArg(default=None, help="A data set on the Hub, instead of files.")
+    dataset_config_name: str | None = HfArg(default=None, help="Its configuration.")
+    text_column: str | None = HfArg(default=None, help="Default: found by its name.")
+    streaming: bool = HfArg(default=False, help="Read the training texts while training; needs --max_steps.")
+    masked: bool = HfArg(default=False, help="Train a masked model, which is bidirectional.")
+    mlm_probability: float = HfArg(default=0.15, help="Share of tokens masked for a masked model.")
+    sequence_length: int = HfArg(default=1024, help="Tokens of a training sequence.")
+    eval_length: int | None = HfArg(
+        default=None, help="Tokens of a sequence in evaluation. Default: --sequence_length."
     )
-    masked: bool = field(default=False, metadata={"help": "Train a masked model, which is bidirectional."})
-    mlm_probability: float = field(default=0.15, metadata={"help": "Share of tokens masked for a masked model."})
-    sequence_length: int = field(default=1024, metadata={"help": "Tokens of a training sequence."})
-    eval_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a sequence in evaluation. Default: --sequence_length."}
+    eval_context: int | None = HfArg(
+        default=None, help="Tokens that evaluation repeats from the previous sequence. Default: half of the sequence."
     )
-    eval_context: int | None = field(
-        default=None,
-        metadata={"help": "Tokens that evaluation repeats from the previous sequence. Default: half of the sequence."},
+    validation_fraction: float = HfArg(
+        default=0.05, help="Part of the training texts to evaluate on, without a --validation_file."
     )
-    validation_fraction: float = field(
-        default=0.05, metadata={"help": "Part of the training texts to evaluate on, without a --validation_file."}
-    )
-    baselines: bool = field(default=False, metadata={"help": "Also evaluate general compressors."})
+    baselines: bool = HfArg(default=False, help="Also evaluate general compressors.")
 
 
 def check_arguments(texts: TextArguments, model: ModelArguments, args: TrainingArguments) -> None:

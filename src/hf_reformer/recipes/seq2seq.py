@@ -17,7 +17,7 @@ All options of `transformers.Seq2SeqTrainingArguments` work, `--resume_from_chec
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     set_seed,
 )
+from transformers.hf_argparser import HfArg
 
 from ..data.tables import check_columns, limit_samples, read_examples, read_hub_dataset, require
 from ..models.losses import IGNORE
@@ -48,32 +49,28 @@ DEFAULTS = {"output_dir": "runs/seq2seq", "predict_with_generate": True}
 class DataArguments:
     """Where the pairs of texts come from."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
-    train_file: str | None = field(default=None, metadata={"help": "csv, tsv, json, jsonl or parquet file."})
-    validation_file: str | None = field(default=None, metadata={"help": "Default: a part of the training data."})
-    test_file: str | None = field(default=None, metadata={"help": "Evaluated at the end."})
-    source_column: str = field(default="source", metadata={"help": "The input texts."})
-    target_column: str = field(default="target", metadata={"help": "The texts to generate."})
-    source_language: str | None = field(
-        default=None, metadata={"help": "Of a column `translation`, which holds a text per language."}
+    dataset_name: str | None = HfArg(default=None, help="A data set on the Hub.")
+    dataset_config: str | None = HfArg(default=None, help="Its configuration.")
+    train_file: str | None = HfArg(default=None, help="csv, tsv, json, jsonl or parquet file.")
+    validation_file: str | None = HfArg(default=None, help="Default: a part of the training data.")
+    test_file: str | None = HfArg(default=None, help="Evaluated at the end.")
+    source_column: str = HfArg(default="source", help="The input texts.")
+    target_column: str = HfArg(default="target", help="The texts to generate.")
+    source_language: str | None = HfArg(
+        default=None, help="Of a column `translation`, which holds a text per language."
     )
-    target_language: str | None = field(default=None, metadata={"help": "The language to generate."})
-    source_prefix: str = field(default="", metadata={"help": "Put before every source."})
-    max_source_length: int = field(
-        default=4096, metadata={"help": "Longer sources are truncated to this many tokens."}
+    target_language: str | None = HfArg(default=None, help="The language to generate.")
+    source_prefix: str = HfArg(default="", help="Put before every source.")
+    max_source_length: int = HfArg(default=4096, help="Longer sources are truncated to this many tokens.")
+    max_target_length: int = HfArg(default=256, help="Longer targets are truncated; nothing longer is generated.")
+    max_train_samples: int | None = HfArg(default=None, help="Use at most this many pairs.")
+    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on at most this many pairs.")
+    validation_fraction: float = HfArg(default=0.1, help="Part of the training data to evaluate on.")
+    metric: str = HfArg(
+        default="bleu", help="bleu and chrf, or rouge.", metadata={"choices": ("bleu", "chrf", "rouge", "none")}
     )
-    max_target_length: int = field(
-        default=256, metadata={"help": "Longer targets are truncated; nothing longer is generated."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many pairs."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on at most this many pairs."})
-    validation_fraction: float = field(default=0.1, metadata={"help": "Part of the training data to evaluate on."})
-    metric: str = field(
-        default="bleu", metadata={"help": "bleu and chrf, or rouge.", "choices": ("bleu", "chrf", "rouge", "none")}
-    )
-    predict_file: str | None = field(
-        default=None, metadata={"help": "A text file to generate the target of at the end.", "aliases": ["--write"]}
+    predict_file: str | None = HfArg(
+        default=None, help="A text file to generate the target of at the end.", aliases=["--write"]
     )
 
 

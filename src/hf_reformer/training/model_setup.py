@@ -5,13 +5,15 @@ import ast
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.hf_argparser import HfArg
 
 from ..configuration_reformer import ReformerConfig
 from ..data.bpe_tokenizer import train_bpe_tokenizer
+from ..data.tables import require
 from ..tokenization_reformer import ReformerByteTokenizer
 from .trainers import force_cpu_backend
 
@@ -38,26 +40,24 @@ SIZES = (
 class ModelArguments:
     """A saved model to start from, or the sizes of a new one."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "A saved model to start from."})
-    tokenizer: str | None = field(
+    model_name_or_path: str | None = HfArg(default=None, help="A saved model to start from.")
+    tokenizer: str | None = HfArg(
         default=None,
-        metadata={
-            "help": "bytes; train (a byte-level BPE on the training texts); or a name or path. "
-            "Default: the saved model's own, or train."
-        },
+        help="bytes; train (a byte-level BPE on the training texts); or a name or path. "
+        "Default: the saved model's own, or train.",
     )
-    tokenizer_vocab_size: int = field(default=8192, metadata={"help": "For --tokenizer train."})
-    hidden_size: int = field(default=128, metadata={"help": "Width of the model."})
-    attn_layers: list[str] = field(
-        default_factory=lambda: ["local", "lsh", "local", "lsh"], metadata={"help": "Attention type of every layer."}
+    tokenizer_vocab_size: int = HfArg(default=8192, help="For --tokenizer train.")
+    hidden_size: int = HfArg(default=128, help="Width of the model.")
+    attn_layers: list[str] = HfArg(
+        default_factory=lambda: ["local", "lsh", "local", "lsh"], help="Attention type of every layer."
     )
-    num_attention_heads: int = field(default=2, metadata={"help": "Attention heads of every layer."})
-    attention_head_size: int = field(default=64, metadata={"help": "Width of every head."})
-    feed_forward_size: int = field(default=256, metadata={"help": "Width inside the feed-forward layers."})
-    num_hashes: int = field(default=2, metadata={"help": "Hash rounds of the lsh layers."})
-    position_embedding_type: str = field(default="rotary", metadata={"help": "axial, learned or rotary."})
-    config_overrides: str | None = field(
-        default=None, metadata={"help": 'Any other field of ReformerConfig: "lsh_window=64,reversible=False".'}
+    num_attention_heads: int = HfArg(default=2, help="Attention heads of every layer.")
+    attention_head_size: int = HfArg(default=64, help="Width of every head.")
+    feed_forward_size: int = HfArg(default=256, help="Width inside the feed-forward layers.")
+    num_hashes: int = HfArg(default=2, help="Hash rounds of the lsh layers.")
+    position_embedding_type: str = HfArg(default="rotary", help="axial, learned or rotary.")
+    config_overrides: str | None = HfArg(
+        default=None, help='Any other field of ReformerConfig: "lsh_window=64,reversible=False".'
     )
 
 
@@ -80,6 +80,7 @@ def parse_arguments(
         presets: further defaults, for the case that a flag is given.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    require("accelerate")  # without it, `TrainingArguments` would name another package to install
     force_cpu_backend()
     parser = HfArgumentParser(classes, usage="%(prog)s [OPTIONS]", formatter_class=_Formatter, **parser_options)
     parser.set_defaults(**{**DEFAULTS, **defaults})

@@ -281,7 +281,7 @@ def test_mistakes_of_export_end_in_one_line(folder, line, tmp_path):
     (tmp_path / "full" / "mine").touch()
     for message, argv in {
         "not empty": ["--model", folder, "--output", tmp_path / "full"],
-        "neither a folder nor": ["--model", tmp_path / "absent", "--output", tmp_path / "out"],
+        "neither a directory nor": ["--model", tmp_path / "absent", "--output", tmp_path / "out"],
         "no identifier": ["--model", folder, "--output", tmp_path / "out", "--license", "Apache 2"],
     }.items():
         status, out, err = line("export", *argv)

@@ -206,7 +206,7 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     # --- the library's own operations
 
-    def update(self, key_states, value_states, *args, **kwargs):
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
             "The layers of a ReformerCache cannot be filled from outside: tokens have to be hashed, too. Give the "
             "cache to the model as `cache` or `past_key_values`, and its attention writes to it."

@@ -62,7 +62,7 @@ class ReformerDecoder(ReformerModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ReformerModelOutput:
         r"""
         Args:

@@ -1,16 +1,24 @@
 """What a model looks at in its inputs before it computes: whether they can be right, and what is packed into a row."""
 
 import math
+from typing import Any
 
 import torch
 
 from ..compat import assert_async
-from ..configuration_reformer import check_num_buckets
+from ..configuration_reformer import ReformerConfig, check_num_buckets
 from ..ops.dispatch import resolve_backend
 
 
 def check_inputs(
-    config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets, past: int = 0
+    config: ReformerConfig,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    num_hashes: int | None,
+    num_buckets: int | tuple[int, ...] | list[int] | None,
+    past: int = 0,
 ) -> None:
     """Raise ValueError for inputs that cannot be right. Values are looked at in eager mode only."""
     if (input_ids is None) == (inputs_embeds is None):
@@ -47,7 +55,9 @@ def check_inputs(
         _check_values(config, input_ids, attention_mask, position_ids)
 
 
-def reject_ignored_packing_args(position_ids, cu_seq_lens_q=None, seq_idx=None, **ignored) -> None:
+def reject_ignored_packing_args(
+    position_ids: torch.Tensor | None, cu_seq_lens_q: Any = None, seq_idx: Any = None, **ignored: Any
+) -> None:
     """Raise ValueError for arguments without which a result would be wrong, and of which the model makes no use."""
     told = "cu_seq_lens_q" if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2 else None
     if seq_idx is not None and not torch.compiler.is_compiling() and bool((seq_idx != seq_idx[:, :1]).any()):

@@ -97,7 +97,7 @@ class ReformerModel(ReformerPreTrainedModel):
         output_sorting: bool | None = None,
         encoder_hidden_states: torch.FloatTensor | None = None,
         encoder_context: EncoderContext | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ReformerModelOutput:
         r"""
         Args:

@@ -60,7 +60,9 @@ class CoverageCallback(TrainerCallback):
             )
         self.trainer, self.batches, self.least = trainer, batches, least
 
-    def on_evaluate(self, args, state, control, model=None, eval_dataloader=None, **kwargs) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any = None, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
         if model is None or eval_dataloader is None:
             return
         training = model.training

@@ -26,7 +26,7 @@ VOCAB: dict[str, int] = {
 def byte_level_backend(add_prefix_space: bool = False) -> Tokenizer:
     """Build the Rust pipeline: text → words → bytes → ids, with nothing normalised and nothing merged.
 
-    Cutting into words changes no id. It is there for `word_ids()`, so that labels and masks can follow words.
+    Splitting into words changes no id; it serves `word_ids()`, so that labels and masks can follow words.
     """
     backend = Tokenizer(BPE(vocab=VOCAB, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True)
@@ -45,29 +45,29 @@ class ReformerByteTokenizer(TokenizersBackend):
     | 2 to 257 | the bytes 0 to 255                                        |
     | 258      | `<\|mask\|>`                                              |
     | 259      | `<\|bos\|>`                                               |
-    | 260 on   | whatever is added, such as a `cls_token` of your own      |
+    | 260 on   | added tokens, such as a `cls_token`                       |
 
-    A text gets no tokens around it. A pair becomes `A <|eos|> B`, both in 258 ids, so a model with 258 embeddings
-    (google/reformer-enwik8) reads either; masking and `<|bos|>` need 260, the `vocab_size`. `add_bos_token=True` and
+    No tokens are added around a text. A pair becomes `A <|eos|> B`. Both need 258 ids, so a model with 258 embeddings
+    (google/reformer-enwik8) can read them; masking and `<|bos|>` need 260, the `vocab_size`. `add_bos_token=True` and
     `add_eos_token=True` add those two around the whole.
 
-    Offsets count characters: each byte of "é" points to that one character. Decoding is UTF-8, and bytes that are not
-    become U+FFFD. Ids that mean nothing, such as the -100 of labels, are left out.
+    Offsets count characters: each byte of "é" points to that one character. Decoding is UTF-8; invalid bytes become
+    U+FFFD, and ids outside the vocabulary, such as the -100 of labels, are skipped.
 
     Text that spells a special token (`"<|pad|>"`) is read as that token, as everywhere in transformers;
-    `split_special_tokens=True` reads it as bytes. `sep_token` is fixed in the pair format when the tokenizer is made:
-    to change it later, set it and call `update_post_processor()`.
+    `split_special_tokens=True` reads it as bytes. The pair format is fixed when the tokenizer is created: to change
+    `sep_token` later, set it and call `update_post_processor()`.
 
     Args:
-        pad_token: Token for padding. Ids 0, 1, 258 and 259 keep the names above; any other name given here or below
-            is a new token behind them.
+        pad_token: Token for padding. Ids 0, 1, 258 and 259 keep the names above; any other name, here or below, is a
+            new token after them.
         eos_token: Token that ends a text.
-        sep_token: Token between the two texts of a pair. `None` puts nothing there.
-        mask_token: Token to be filled in.
-        bos_token: Token to start generating from.
+        sep_token: Token between the two texts of a pair, or `None`.
+        mask_token: Token to be predicted.
+        bos_token: Token that generation starts from.
         add_prefix_space: Put a space before a text that does not start with one. With `is_split_into_words=True` this
-            is what keeps words apart.
-        vocab: What `from_pretrained` found in `tokenizer.json`. It is only checked.
+            separates words.
+        vocab: The vocabulary in `tokenizer.json`, which is only checked.
 
     Raises:
         ValueError: The files belong to another tokenizer.
@@ -108,7 +108,7 @@ class ReformerByteTokenizer(TokenizersBackend):
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """Read `tokenizer.json` where there is one; without any file (google/reformer-enwik8) bytes need none.
+        """Read `tokenizer.json` if it exists; without any file (google/reformer-enwik8) the bytes are the vocabulary.
 
         Raises:
             ValueError: The only vocabulary there is a SentencePiece model, whose ids are not bytes.
@@ -133,14 +133,14 @@ class ReformerByteTokenizer(TokenizersBackend):
         )
 
     def train_new_from_iterator(self, *args: Any, **kwargs: Any) -> "TokenizersBackend":
-        """Refuse: there is nothing to learn, and learned merges would move the ids of the bytes."""
+        """Raise an error: there is nothing to learn, and learned merges would change the ids of the bytes."""
         raise NotImplementedError(
             "ReformerByteTokenizer has no vocabulary to train: its tokens are the 256 bytes. "
             "Use it as it is, or train another tokenizer and give its size to the model as `vocab_size`."
         )
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Turn tokens into text. A list that holds anything else is text already: pipelines join their words again."""
+        """Turn tokens into text. A list with anything else holds words, which pipelines join again."""
         vocab = self.get_vocab()
         if all(token in vocab for token in tokens):
             return super().convert_tokens_to_string(tokens)

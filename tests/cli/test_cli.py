@@ -449,7 +449,7 @@ def mistakes(tmp_path):
         "is an encoder-decoder": ["--model", tmp_path / "t5"],
         "no chat template": ["--model", tmp_path / "silent"],
         "or damaged": ["--model", tmp_path / "cut"],
-        "holds a NoneType, where an object": ["--model", tmp_path / "null"],
+        "holds a NoneType, but must hold an object": ["--model", tmp_path / "null"],
         "--system is not UTF-8": ["--model", good, "--system", "caf\udce9"],
         "device": ["--model", good, "--device", "nonsense"],
         "Leave out --top_k": ["--model", good, "--greedy", "--top_k", "3"],

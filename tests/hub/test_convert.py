@@ -274,7 +274,7 @@ def mistakes(folder):
         "no config.json": ("nothing", {}),
         "type 'gpt2'": ("other", {}),
         "config.json is no JSON": ("cut", {}),
-        "holds a list, where an object": ("list", {}),
+        "holds a list, but must hold an object": ("list", {}),
         "no pickle of Trax": ("text", {}),
         "cut.gz is no pickle of Trax": ("cut.gz", {}),
         "checkpoint of reformer-pytorch": ("marks", {"kind": "reformer-pytorch"}),

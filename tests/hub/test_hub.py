@@ -426,7 +426,7 @@ def empty(tmp_path):
 REFUSED = {
     "merge_and_unload": adapters,
     "remove modules that were added": injected,
-    "an adapter alone": adapter_folder,
+    "holds only an adapter": adapter_folder,
     "quantized in place": quantized,
     "quantize it when loading": unsavable,
     r"enable_sequence_parallel\(None\)": sharing,
@@ -442,7 +442,7 @@ REFUSED = {
     "hf-reformer convert": builtin,
     "says none": nameless,
     "no config.json": empty,
-    "holds a list, where an object": listed,
+    "holds a list, but must hold an object": listed,
     r"_proj.* has the shape \(\d+.*, where the config asks": of_other_sizes,
     "neither a directory nor": lambda tmp_path: "ada/absent",
 }

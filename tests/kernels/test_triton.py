@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from attention_cases import TOLERANCES, Case, assert_equals_reference, make_case
+from attention_mass_cases import assert_mass_equals_reference
 from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
-from test_attention_mass import assert_mass_equals_reference
 
 from hf_reformer import ReformerForCausalLM
 from hf_reformer.ops import dispatch, reference

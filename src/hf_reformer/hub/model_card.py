@@ -1,4 +1,4 @@
-"""Model cards: the README.md of a model, from its config and from what the Trainer recorded, and from nothing else."""
+"""Model cards: the README.md of a model, made of its config and of what the Trainer recorded."""
 
 import inspect
 import json
@@ -33,7 +33,7 @@ FIELDS = {
 
 
 class Evaluation(NamedTuple):
-    """What an evaluation of the Trainer gave. `final`: it came after training, and judged the weights that stayed."""
+    """Scores of one evaluation by the Trainer. `final`: it was run after training, on the final weights."""
 
     step: int
     epoch: float | None
@@ -42,7 +42,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluations(history: list[dict[str, Any]]) -> list[Evaluation]:
-    """All of a Trainer's `log_history`, in order; several evaluation sets of one step together."""
+    """All evaluations of a Trainer's `log_history`, in order; those of several datasets at one step are merged."""
     found: list[Evaluation] = []
     final = False
     for entry in history:
@@ -57,23 +57,23 @@ def evaluations(history: list[dict[str, Any]]) -> list[Evaluation]:
     return found
 
 
-def of_the_weights(state: TrainerState, found: list[Evaluation]) -> Evaluation | None:
-    """The evaluation of the weights that the state was saved with, where the record leaves no doubt.
+def evaluation_of_weights(state: TrainerState, found: list[Evaluation]) -> Evaluation | None:
+    """The evaluation of the weights that the state was saved with, or None if the record leaves a doubt.
 
-    That is one after training; else one at the last step, unless training is over and an earlier step was better: the
-    Trainer may have gone back to that one (`load_best_model_at_end`), and does not record it.
+    It is one after training, or one at the last step. If training has ended and an earlier step was better, Trainer
+    may have loaded that one (`load_best_model_at_end`), which it does not record.
     """
     if not found:
         return None
     last = found[-1]
-    over = any("train_runtime" in entry for entry in state.log_history)
-    gone_back = over and state.best_global_step not in (None, state.global_step)
-    return last if last.final or (last.step == state.global_step and not gone_back) else None
+    finished = any("train_runtime" in entry for entry in state.log_history)
+    maybe_reloaded = finished and state.best_global_step not in (None, state.global_step)
+    return last if last.final or (last.step == state.global_step and not maybe_reloaded) else None
 
 
 def table(state: TrainerState, found: list[Evaluation]) -> str:
-    """Markdown: a row each for the evaluation of these weights, the best while training, and the last."""
-    weights = of_the_weights(state, found)
+    """Markdown: rows for the evaluation of these weights, the best one during training, and the last one."""
+    weights = evaluation_of_weights(state, found)
     best = [x for x in found if x.step == state.best_global_step and not x.final]
     rows: dict[int, list[str]] = {}
     for name, evaluation in (("these weights", weights), ("best", best and best[0]), ("last", found[-1])):
@@ -111,20 +111,20 @@ def _listed(value: Any) -> list[str]:
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Raise ValueError for metadata that the Hub would not take."""
+    """Raise ValueError for metadata that the Hub would reject."""
     if unknown := sorted(set(metadata) - FIELDS):
         raise ValueError(f"A model card has no field {', '.join(unknown)}. There are {', '.join(sorted(FIELDS))}.")
     for language in _listed(metadata.get("language")):
         if not re.fullmatch(r"[a-z]{2,3}|code|multilingual", language):
             raise ValueError(
-                f"`language={language!r}` is no code of ISO 639, in two or three small letters, such as 'en'. "
-                "'multilingual' and 'code' may stand there, too."
+                f"`language={language!r}` is no code of ISO 639 in two or three lower-case letters, such as 'en'. "
+                "'multilingual' and 'code' are allowed too."
             )
     for license in _listed(metadata.get("license")):
         if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
             raise ValueError(
                 f"`license={license!r}` is no identifier of the Hub's list, such as 'apache-2.0' or 'cc-by-4.0'. For "
-                "one that is not in it give license='other' with `license_name` and `license_link`."
+                "another license pass license='other' with `license_name` and `license_link`."
             )
     if metadata.get("license") == "other" and not (metadata.get("license_name") and metadata.get("license_link")):
         raise ValueError("`license='other'` needs `license_name` and `license_link`.")
@@ -151,26 +151,25 @@ def model_card(
     """The card of a model. `card.save(path)` writes it.
 
     Args:
-        model: one of ours.
-        name: by which it is loaded, in the example: a repository of the Hub, or a folder.
-        tokenizer: that of the example.
-        state: `trainer.state`, from which all scores come.
-        with_code: the model's code lies beside it.
-        dataset_name: what it was evaluated on, in words. Scores enter the metadata where this, or one of
-            `datasets`, is given.
-        training: settings to list; by default what `state` tells.
-        notes: Markdown for the end.
+        model: one of our models.
+        name: the name it is loaded by in the example: a Hub repository or a directory.
+        tokenizer: the tokenizer of the example.
+        state: `trainer.state`, the source of all scores.
+        with_code: whether the modelling code is exported with the model.
+        dataset_name: the evaluation dataset, in words. Scores are part of the metadata if this or `datasets` is given.
+        training: settings to list. Default: those in `state`.
+        notes: Markdown for the end of the card.
         metadata: fields of `huggingface_hub.ModelCardData`, such as `language`, `license`, `datasets`, `base_model`,
             `tags`.
 
     Raises:
-        ValueError: metadata that the Hub would not take, or a model that is not ours.
+        ValueError: the Hub would reject the metadata, or the model is none of ours.
     """
     check_metadata(metadata)
     auto_class = auto_class_of(model)
     task, title = PIPELINE_TAGS[auto_class], name.split("/")[-1]
     found = evaluations(state.log_history) if state is not None else []
-    weights = of_the_weights(state, found) if found else None
+    weights = evaluation_of_weights(state, found) if found else None
     datasets = _listed(metadata.get("datasets"))
     dataset_name = dataset_name or ", ".join(datasets)
     results = _results(weights.scores, task, dataset_name, datasets) if weights and dataset_name else []
@@ -205,15 +204,15 @@ def model_card(
 
 
 def auto_class_of(model: Any) -> str:
-    """Name of the Auto class that loads the model, the first one if there are several.
+    """Name of the (first) Auto class that loads the model.
 
     Raises:
-        ValueError: it is none of ours.
+        ValueError: the model is none of ours.
     """
     for auto_class, model_class in AUTO_CLASSES.items():
         if isinstance(model, model_class):
             return auto_class.__name__
-    raise ValueError(f"{type(model).__name__} is not one of hf_reformer's models, whose code and card we know.")
+    raise ValueError(f"{type(model).__name__} is not one of hf_reformer's models.")
 
 
 __all__ = ["model_card"]

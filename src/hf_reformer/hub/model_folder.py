@@ -1,4 +1,4 @@
-"""Reading a checkpoint directory: its config, and errors in words where it is damaged or does not fit."""
+"""Reading a checkpoint directory: its config, and clear errors if it is damaged or inconsistent."""
 
 import json
 import pickle
@@ -11,13 +11,13 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-# What reading weights raises where they are damaged, or not those of the config.
+# Raised while reading weights that are damaged or do not match the config.
 LOAD_ERRORS = (SafetensorError, pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError)
 
 
 @contextmanager
 def readable(source: Any) -> Iterator[None]:
-    """Turn what reading a folder raises, where its config or weights are wrong, into a ValueError that says so."""
+    """Turn errors about a wrong config or wrong weights into a ValueError that says so."""
     try:
         yield
     except StrictDataclassError as error:
@@ -27,15 +27,15 @@ def readable(source: Any) -> Iterator[None]:
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
-    """What a model's folder says in its config.json.
+    """The contents of a checkpoint directory's config.json.
 
     Raises:
-        ValueError: there is none, or it holds no object.
+        ValueError: the file is missing, or holds no JSON object.
     """
     file = folder / "config.json"
     if not file.exists() and (folder / "adapter_config.json").exists():
         raise ValueError(
-            f"{folder} holds an adapter alone. Load it onto its model, merge, and save that: "
+            f"{folder} holds only an adapter. Load it onto its model, merge, and save the result: "
             "`PeftModel.from_pretrained(model, folder).merge_and_unload()`."
         )
     if not file.exists():
@@ -46,20 +46,20 @@ def saved_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is no JSON: {error}.") from error
     if not isinstance(found, dict):
         raise ValueError(
-            f"{file} holds a {type(found).__name__}, where an object with the model's settings is needed."
+            f"{file} holds a {type(found).__name__}, but must hold an object with the settings of the model."
         )
     return found
 
 
 def check_sizes(report: dict[str, Any]) -> None:
-    """Raise RuntimeError where weights were left out since their sizes are not the config's."""
-    for key, saved, wanted in sorted(report["mismatched_keys"]):
-        raise RuntimeError(f"{key} has the shape {tuple(saved)}, where the config asks for {tuple(wanted)}.")
+    """Raise RuntimeError for weights that were not loaded because their sizes are not those of the config."""
+    for key, saved, expected in sorted(report["mismatched_keys"]):
+        raise RuntimeError(f"{key} has the shape {tuple(saved)}, where the config asks for {tuple(expected)}.")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No report of loading: what matters of it becomes an error."""
+    """No loading report of the library; what matters in it is raised as an error."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

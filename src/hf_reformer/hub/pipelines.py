@@ -1,7 +1,7 @@
 """Question answering over whole documents, as a pipeline.
 
-transformers 5 has no question-answering pipeline any more, and the one it had read long texts in overlapping pieces.
-Here question and document are one input, so every answer was weighed against all others.
+transformers 5 has no question-answering pipeline, and earlier versions read long texts in overlapping chunks. Here
+question and document are one input, so that every answer is scored against all others.
 """
 
 import inspect
@@ -20,26 +20,23 @@ TASK = "long-document-question-answering"
 
 
 class LongDocumentQuestionAnswering(Pipeline):
-    """Finds the answer to a question in a document, in one pass over the whole of it.
+    """Finds the answer to a question in a document, in one pass over the whole document.
 
-    The tokenizer joins the two as a pair, the question first. An answer is a span of the document that neither begins
+    The tokenizer joins the two as a pair, the question first. An answer is a span of the document that neither starts
     nor ends with white space. Its score is the probability of its first token as the start times that of its last
-    token as the end, each among the tokens of the document that are not white space and the *null position*: the first
-    token of the input. That is where training data marks a question without an answer (`start_positions =
-    end_positions = 0`); it holds the tokenizer's `cls` or `bos` token, or else the question's first token, and never
-    one of the document.
+    token as the end. Both are normalized over the tokens of the document that are not white space and the *null
+    position*, the first token of the input. Training data marks a question without an answer there (`start_positions =
+    end_positions = 0`). It holds the tokenizer's `cls` or `bos` token, or the first token of the question.
 
-    Works with every question-answering head of transformers and every fast tokenizer. Rows of a batch are as they
-    would be alone.
+    Works with every question-answering head of transformers and every fast tokenizer. Batching changes no result.
 
     Args:
         model: A model for question answering.
-        tokenizer: Its tokenizer, a fast one.
-        kwargs: As every pipeline takes them (`device`, `batch_size` …), and the options of a call.
+        tokenizer: Its fast tokenizer.
+        kwargs: Arguments of every pipeline (`device`, `batch_size` …), and the options of a call.
 
     Raises:
-        ValueError: The model has no question-answering head, or the tokenizer is missing or does not tell where in
-            the text its tokens come from.
+        ValueError: The model has no question-answering head, or the tokenizer is missing or gives no offsets.
 
     Example:
         >>> reader = pipeline("long-document-question-answering", model=folder)
@@ -56,13 +53,13 @@ class LongDocumentQuestionAnswering(Pipeline):
     def __init__(self, model: Any, tokenizer: Any = None, **kwargs: Any) -> None:
         if "start_positions" not in inspect.signature(model.forward).parameters:
             raise ValueError(
-                f"{type(model).__name__} does not score starts and ends of answers. Load the folder with "
+                f"{type(model).__name__} does not score starts and ends of answers. Load the checkpoint with "
                 "AutoModelForQuestionAnswering."
             )
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
-                f"The tokenizer is {type(tokenizer).__name__}, which does not tell where in the text its tokens come "
-                "from, so that answers could not be located. Give a fast tokenizer, such as ReformerByteTokenizer."
+                f"The tokenizer is {type(tokenizer).__name__}, which gives no offsets, so that answers cannot be "
+                "located in the text. Give a fast tokenizer, such as ReformerByteTokenizer."
             )
         super().__init__(model=model, tokenizer=tokenizer, **kwargs)
 
@@ -72,21 +69,21 @@ class LongDocumentQuestionAnswering(Pipeline):
         Args:
             question: A string, or a list of them; or a dict with `question` and `context`, a list of such dicts, or
                 a torch `Dataset` or generator of them.
-            context: The document, or a list of documents. A single one serves all questions, a single question is
-                asked of all documents.
-            top_k: The largest number of answers, the best first. None overlaps a better one. Default 1.
-            max_answer_length: The largest number of tokens in an answer. Default 64.
-            handle_impossible_answer: Also offer that there is no answer, as an empty one from 0 to 0. Default False.
-            batch_size: How many inputs the model reads at once. Default 1.
+            context: The document, or a list of documents. One document serves all questions, and one question is
+                asked about all documents.
+            top_k: Maximum number of answers, best first, none of which overlaps a better one. Default 1.
+            max_answer_length: Maximum number of tokens in an answer. Default 64.
+            handle_impossible_answer: Also return "no answer", as an empty one from 0 to 0. Default False.
+            batch_size: Number of inputs in a batch. Default 1.
 
         Returns:
             A dict for every question: `score`, the characters `start` and `end`, and `answer`, which is
             `context[start:end]`; with `top_k` above 1 a list of such dicts. A list of inputs gives a list.
 
         Raises:
-            TypeError: An input that is none of the above, or an unknown option.
-            ValueError: An empty question or document, lists of different lengths, an input that is longer than the
-                positions of the model, or scores that are no numbers.
+            TypeError: An input is none of the above, or an option is unknown.
+            ValueError: A question or document is empty, lists differ in length, an input is longer than the positions
+                of the model, or scores are not finite.
         """
         inputs = question if context is None else _pairs(question, context)
         return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **kwargs)
@@ -109,16 +106,16 @@ class LongDocumentQuestionAnswering(Pipeline):
 
     def preprocess(self, inputs: Any) -> dict[str, Any]:
         question, context = _question_and_context(inputs)
-        # The tokenizer's own limit is a warning at most; what the model can read is checked below.
+        # The tokenizer's own limit is only a warning; the model's limit is checked below.
         encoded = self.tokenizer(
             question, context, return_tensors="pt", return_attention_mask=True, truncation=False, verbose=False
         )
-        length, most = encoded["input_ids"].shape[1], self._longest_input()
-        if length > most:
+        length, limit = encoded["input_ids"].shape[1], self._longest_input()
+        if length > limit:
             asked = self.tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
             raise ValueError(
                 f"Question and document make {length} tokens, {len(asked)} of them the question's, but the model has "
-                f"positions for {most}. Shorten the document, or train a model with a larger "
+                f"positions for {limit}. Shorten the document, or train a model with a larger "
                 '`max_position_embeddings` or with `position_embedding_type="rotary"`.'
             )
         if encoded[0].sequence_ids.count(0) == 0 or not any(_solid_tokens(encoded[0], context)):
@@ -136,10 +133,10 @@ class LongDocumentQuestionAnswering(Pipeline):
         return math.prod(config.axial_pos_shape) if axial else config.max_position_embeddings
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
-        passed_on = {name: model_inputs.pop(name) for name in ("encoding", "context")}
+        unchanged = {name: model_inputs.pop(name) for name in ("encoding", "context")}
         outputs = self.model(**model_inputs, return_dict=True)
         logits = {"start_logits": outputs.start_logits, "end_logits": outputs.end_logits}
-        return {**logits, "attention_mask": model_inputs["attention_mask"], **passed_on}
+        return {**logits, "attention_mask": model_inputs["attention_mask"], **unchanged}
 
     def postprocess(
         self,
@@ -148,7 +145,7 @@ class LongDocumentQuestionAnswering(Pipeline):
         max_answer_length: int = 64,
         handle_impossible_answer: bool = False,
     ) -> dict[str, Any] | list[dict[str, Any]]:
-        """The answers in one row: logits (1, T), padded or not."""
+        """The answers in one document: logits (1, T), padded or not."""
         encoding, context = model_outputs["encoding"], model_outputs["context"]
         real = model_outputs["attention_mask"][0] != 0
         solid = torch.tensor(_solid_tokens(encoding, context))

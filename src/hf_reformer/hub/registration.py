@@ -1,8 +1,8 @@
-"""Tell transformers' Auto classes about our models.
+"""Register our models with transformers' Auto classes.
 
-The Auto classes compare config classes by name where they know no better, and transformers' own Reformer has a
-`ReformerConfig` too. Every Auto class that knows the built-in is therefore told about ours; one that is forgotten
-would build the built-in's head from our config.
+Auto classes fall back to comparing config classes by name, and transformers' own Reformer has a `ReformerConfig` too.
+So ours is registered with every Auto class that supports the built-in; otherwise an Auto class would build the
+built-in's head from our config.
 """
 
 from transformers import (
@@ -51,14 +51,14 @@ AUTO_CLASSES = {
 
 
 def register(replace_builtin: bool = False) -> None:
-    """Make `AutoConfig`, `AutoModel…` and `AutoTokenizer` give our classes for `model_type: hf_reformer`.
+    """Make `AutoConfig`, `AutoModel…` and `AutoTokenizer` return our classes for `model_type: hf_reformer`.
 
-    Importing the package does this once; doing it again changes nothing. Configs, models and tokenizers of
-    transformers' own Reformer keep giving the built-in classes. peft learns where adapters go by default,
-    and `pipeline` answers questions over long documents (pipelines.py).
+    Importing the package calls this once; calling it again changes nothing. Configs, models and tokenizers of
+    transformers' own Reformer still give the built-in classes. Our models' default targets are registered with peft,
+    and the question-answering pipeline with `pipeline`.
 
     Args:
-        replace_builtin: Also give our classes, in this process, for a folder or Hub repository whose config says
+        replace_builtin: also return our classes, in this process, for a checkpoint whose config says
             `model_type: reformer`. A config object of the built-in class still gives the built-in model.
     """
     AutoConfig.register(ReformerConfig.model_type, ReformerConfig, exist_ok=True)
@@ -69,7 +69,7 @@ def register(replace_builtin: bool = False) -> None:
     register_adapters()
     register_pipelines()
     if replace_builtin:
-        CONFIG_MAPPING.register("reformer", ReformerConfig, exist_ok=True)  # `AutoConfig.register` insists on its own
+        CONFIG_MAPPING.register("reformer", ReformerConfig, exist_ok=True)  # `AutoConfig.register` wants its own name
 
 
 __all__ = ["register"]

@@ -40,7 +40,7 @@ class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
             self._no_split_modules = set()  # type: ignore[assignment]  # as the library has it by now
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As for every model of the library; of a folder of another model, the encoder."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -67,7 +67,7 @@ class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
         names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
         return {name: source for name, source in self._tied_weights_keys.items() if {name, source} <= names}
 
-    def get_encoder(self, *args, **kwargs) -> ReformerModel:
+    def get_encoder(self, *args: Any, **kwargs: Any) -> ReformerModel:
         return self.model
 
     def get_decoder(self) -> ReformerDecoder:
@@ -76,7 +76,7 @@ class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.embed_tokens = self.decoder.embed_tokens = value  # type: ignore[assignment]
 
-    def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         found = super().resize_token_embeddings(*args, **kwargs)
         self.decoder.config.vocab_size = self.config.vocab_size
         return found
@@ -124,7 +124,7 @@ class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
         num_hashes: int | None = None,
         num_buckets: int | list[int] | None = None,
         cache: Cache | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> ReformerSeq2SeqLMOutput:
         r"""
         Args:
@@ -220,7 +220,7 @@ class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
             if generation_config.is_assistant:  # what it guesses wrong is taken back
                 both.activate_past_recording()
 
-    def init_continuous_batching(self, *args, **kwargs):
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
         raise ValueError("Continuous batching knows no encoder-decoders. Use `generate` with a padded batch.")
 
 

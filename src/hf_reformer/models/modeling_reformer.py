@@ -300,8 +300,8 @@ class ReformerModel(ReformerPreTrainedModel):
         eager = not torch.compiler.is_compiling()
         if eager and config.attention_mode == "window" and length < 2 * num_buckets_total(num_buckets):
             logger.info_once(
-                f"Inputs are so short that {num_buckets_total(num_buckets)} hash buckets stay nearly empty: LSH layers "
-                "see little beyond their local window. For short inputs, lower `num_buckets` or "
+                f"Inputs are so short that {num_buckets_total(num_buckets)} hash buckets stay nearly empty: LSH "
+                "layers see little beyond their local window. For short inputs, lower `num_buckets` or "
                 "`max_position_embeddings`."
             )
         return ForwardContext(

@@ -38,6 +38,15 @@ def test_renamed_functions_are_found_by_their_old_names():
     assert plot_received is hf_reformer.analysis.plot_attention_mass
 
 
+def test_renamed_methods_work_by_their_old_names():
+    model = hf_reformer.ReformerModel(hf_reformer.ReformerConfig(num_hidden_layers=1, hidden_size=16))
+    with pytest.warns(FutureWarning, match="Use enable_sequence_parallel"):
+        model.share_sequences(None)
+    both = model.config.as_encoder_decoder()
+    assert both.is_encoder_decoder
+    assert both.of_decoder().is_decoder
+
+
 def test_names_that_rooms_offer():
     from hf_reformer import cache, hub
 

@@ -247,6 +247,8 @@ class ReformerConfig(PreTrainedConfig):
         config.validate()
         return config
 
+    as_encoder_decoder, of_decoder = to_encoder_decoder, decoder_config  # their names in version 0.1
+
     @property
     def pooling(self) -> str:
         """`classifier_pooling`, or its default."""

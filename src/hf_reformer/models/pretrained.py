@@ -1,6 +1,7 @@
 """The base class of all models: weights, their initialisation, and loading, also from other Reformers' checkpoints."""
 
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -97,6 +98,11 @@ class ReformerPreTrainedModel(PreTrainedModel):
             if not has_forward_pre_hook(self, check_inputs_match_across_ranks):
                 self.register_forward_pre_hook(check_inputs_match_across_ranks, with_kwargs=True)
         self.base_model.sequence_group = group
+
+    def share_sequences(self, group: Any) -> None:
+        """The name of `enable_sequence_parallel` in version 0.1."""
+        warnings.warn("share_sequences is deprecated. Use enable_sequence_parallel.", FutureWarning, stacklevel=2)
+        self.enable_sequence_parallel(group)
 
     def compile_layers(self, **options: Any) -> None:
         """Compile the token-wise parts of every layer, in place: projections, feed-forward, norms around them.

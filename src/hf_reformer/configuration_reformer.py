@@ -2,18 +2,21 @@
 
 import copy
 import math
+import sys
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 LAYER_KINDS = ("local", "lsh", "full")
-ATTENTION_MODES = ("window", "chunk")
-POSITION_TYPES = ("axial", "learned", "rotary")
-POOLINGS = ("mean", "last", "first")
-RESIDUAL_PRECISIONS = ("float64", "float32")
 MAX_BUCKETS = 2**24
-PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+CHOICES = {
+    "attention_mode": ("window", "chunk"),
+    "position_embedding_type": ("axial", "learned", "rotary"),
+    "residual_precision": ("float64", "float32"),
+    "classifier_pooling": ("mean", "last", "first", None),
+    "problem_type": ("regression", "single_label_classification", "multi_label_classification", None),
+}
 
 # Defaults of transformers' own Reformer that differ from ours; its config.json leaves them out.
 _BUILTIN_DEFAULTS = {
@@ -185,18 +188,18 @@ class ReformerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
+        for name in ("attn_layers", "decoder_attn_layers", "num_buckets", "axial_pos_shape", "axial_pos_embds_dim"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, tuple(getattr(self, name)))
         if self.attn_layers is None:
             count = 6 if self.num_hidden_layers is None else self.num_hidden_layers
             self.attn_layers = tuple(("local", "lsh")[i % 2] for i in range(count))
-        self.attn_layers = tuple(self.attn_layers)
         if self.num_hidden_layers is None:
             self.num_hidden_layers = len(self.attn_layers)
         self._resolve_positions()
         self._resolve_decoder()
         if self.num_buckets is None and self.attention_mode == "window":
             self.num_buckets = default_num_buckets(self.max_position_embeddings, self.lsh_window)
-        if not isinstance(self.num_buckets, int) and self.num_buckets is not None:
-            self.num_buckets = tuple(self.num_buckets)
         super().__post_init__(**kwargs)
 
     def _resolve_positions(self) -> None:
@@ -208,24 +211,17 @@ class ReformerConfig(PreTrainedConfig):
         if self.axial_pos_shape is None:
             bits = max(2, math.ceil(math.log2(max(1, self.max_position_embeddings))))
             self.axial_pos_shape = (2 ** (bits // 2), 2 ** (bits - bits // 2))
-        self.axial_pos_shape = tuple(self.axial_pos_shape)
         if self.axial_pos_embds_dim is None:
-            rest = self.hidden_size
-            dims = []
+            rest, dims = self.hidden_size, ()
             for axis in range(len(self.axial_pos_shape), 1, -1):
-                dims.append(max(1, rest // (2 * axis)))
+                dims += (max(1, rest // (2 * axis)),)
                 rest -= dims[-1]
             self.axial_pos_embds_dim = (*dims, rest)
-        self.axial_pos_embds_dim = tuple(self.axial_pos_embds_dim)
 
     def _resolve_decoder(self) -> None:
-        if self.decoder_attn_layers is not None:
-            self.decoder_attn_layers = tuple(self.decoder_attn_layers)
-        if not self.is_encoder_decoder:
-            return
-        if self.decoder_attn_layers is None:
+        if self.is_encoder_decoder and self.decoder_attn_layers is None:
             self.decoder_attn_layers = self.attn_layers
-        if self.decoder_start_token_id is None:
+        if self.is_encoder_decoder and self.decoder_start_token_id is None:
             self.decoder_start_token_id = self.bos_token_id if self.pad_token_id is None else self.pad_token_id
 
     def to_encoder_decoder(self) -> "ReformerConfig":
@@ -254,12 +250,18 @@ class ReformerConfig(PreTrainedConfig):
         """`classifier_pooling`, or its default."""
         return self.classifier_pooling or ("last" if self.is_decoder else "mean")
 
+    @property
+    def covered_positions(self) -> float:
+        """Number of positions that the position embeddings cover; infinite for rotary ones."""
+        if self.position_embedding_type == "rotary":
+            return math.inf
+        axial = self.position_embedding_type == "axial"
+        return math.prod(self.axial_pos_shape) if axial else self.max_position_embeddings
+
     @classmethod
-    def get_config_dict(
-        cls, pretrained_model_name_or_path: Any, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        config, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return from_builtin(config), kwargs
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        config, unused = super().get_config_dict(*args, **kwargs)
+        return from_builtin(config), unused
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -272,22 +274,17 @@ class ReformerConfig(PreTrainedConfig):
         return super().from_dict({**saved, **overrides}, **kwargs)
 
     def validate_choices(self) -> None:
-        for name, allowed in (
-            ("attention_mode", ATTENTION_MODES),
-            ("position_embedding_type", POSITION_TYPES),
-            ("residual_precision", RESIDUAL_PRECISIONS),
-            ("classifier_pooling", (*POOLINGS, None)),
-            ("problem_type", (*PROBLEM_TYPES, None)),
-        ):
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {allowed}.")
 
     def validate_layers(self) -> None:
-        unknown = sorted(set(self.attn_layers) - set(LAYER_KINDS))
-        if unknown:
-            raise ValueError(f"`attn_layers` holds unknown kinds {unknown}. Every layer is one of {LAYER_KINDS}.")
-        if not self.attn_layers:
-            raise ValueError("`attn_layers` is empty. Name at least one layer, for example ['local', 'lsh'].")
+        for name in ("attn_layers", "decoder_attn_layers"):
+            kinds = getattr(self, name)
+            if kinds is not None and not kinds:
+                raise ValueError(f"`{name}` is empty. Name at least one layer, for example ['local', 'lsh'].")
+            if unknown := sorted(set(kinds or ()) - set(LAYER_KINDS)):
+                raise ValueError(f"`{name}` holds unknown kinds {unknown}. Every layer is one of {LAYER_KINDS}.")
         if self.num_hidden_layers != len(self.attn_layers):
             raise ValueError(
                 f"`num_hidden_layers={self.num_hidden_layers}` contradicts `attn_layers`, which names "
@@ -295,24 +292,17 @@ class ReformerConfig(PreTrainedConfig):
             )
 
     def validate_decoder(self) -> None:
-        kinds = self.decoder_attn_layers
-        if kinds is not None and (not kinds or set(kinds) - set(LAYER_KINDS)):
-            raise ValueError(
-                f"`decoder_attn_layers={kinds}` must name at least one layer, every one of {LAYER_KINDS}. Leave it "
-                "out for a decoder of the encoder's layers."
-            )
         if not self.is_encoder_decoder:
             return
         if self.is_decoder:
             raise ValueError(
-                "`is_decoder=True` makes one causal stack, but `is_encoder_decoder=True` asks for an encoder that "
-                "looks both ways and a decoder. Set one of the two to False: an encoder-decoder is a "
-                "`ReformerForConditionalGeneration`, a causal language model is trained as one from the start."
+                "`is_decoder=True` makes one causal stack, but `is_encoder_decoder=True` asks for a bidirectional "
+                "encoder and a decoder. Set one of the two to False."
             )
-        if self.tie_encoder_decoder and kinds != self.attn_layers:
+        if self.tie_encoder_decoder and self.decoder_attn_layers != self.attn_layers:
             raise ValueError(
                 f"`tie_encoder_decoder=True` shares every layer, but `attn_layers={self.attn_layers}` and "
-                f"`decoder_attn_layers={kinds}` differ. Leave `decoder_attn_layers` out, or do not tie."
+                f"`decoder_attn_layers={self.decoder_attn_layers}` differ. Omit the latter, or do not tie."
             )
         start = self.decoder_start_token_id
         if start is None or not 0 <= start < self.vocab_size:
@@ -321,32 +311,28 @@ class ReformerConfig(PreTrainedConfig):
                 "begins with it. Give it, or a `pad_token_id`, which is its default."
             )
 
-    def validate_sizes(self) -> None:
+    def validate_numbers(self) -> None:
+        kinds = ("lsh", "local")
         positive = ["vocab_size", "hidden_size", "num_attention_heads", "attention_head_size", "feed_forward_size"]
         positive += ["max_position_embeddings", "num_hashes", "lsh_window", "local_window"]
         if self.attention_mode == "chunk":
-            positive += [f"{kind}_attn_chunk_length" for kind in ("lsh", "local") if kind in self.attn_layers]
-        for name in positive:
-            if not getattr(self, name) or getattr(self, name) < 1:
-                raise ValueError(f"`{name}={getattr(self, name)}` must be at least 1.")
+            positive += [f"{kind}_attn_chunk_length" for kind in kinds if kind in self.attn_layers]
         not_negative = ["lsh_exploration_orders", "chunk_size_feed_forward", "chunk_size_lm_head"]
-        not_negative += [f"{kind}_num_chunks_{side}" for kind in ("lsh", "local") for side in ("before", "after")]
-        for name in not_negative:
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"`{name}={getattr(self, name)}` must not be negative.")
-
-    def validate_dropouts(self) -> None:
-        names = ["hidden_dropout_prob", "lsh_attention_probs_dropout_prob"]
-        for name in [*names, "local_attention_probs_dropout_prob", "classifier_dropout"]:
-            if not 0 <= (getattr(self, name) or 0) <= 1:
-                raise ValueError(f"`{name}={getattr(self, name)}` must lie between 0 and 1.")
-
-    def validate_coverage(self) -> None:
-        if not 0 <= self.coverage_loss_weight < math.inf:
-            raise ValueError(
-                f"`coverage_loss_weight={self.coverage_loss_weight}` must be a finite number of at least 0; 0 leaves "
-                "the coverage loss out."
-            )
+        not_negative += [f"{kind}_num_chunks_{side}" for kind in kinds for side in ("before", "after")]
+        shares = [
+            "hidden_dropout_prob",
+            "classifier_dropout",
+            *(f"{kind}_attention_probs_dropout_prob" for kind in kinds),
+        ]
+        for names, low, high, rule in (
+            (positive, 1, math.inf, "be at least 1"),
+            (not_negative, 0, math.inf, "not be negative"),
+            (shares, 0, 1, "lie between 0 and 1"),
+            (["coverage_loss_weight"], 0, sys.float_info.max, "be a finite number of at least 0"),
+        ):
+            for name in names:
+                if not low <= (getattr(self, name) or 0) <= high:
+                    raise ValueError(f"`{name}={getattr(self, name)}` must {rule}.")
 
     def validate_buckets(self) -> None:
         if self.num_buckets is not None:
@@ -354,7 +340,7 @@ class ReformerConfig(PreTrainedConfig):
 
     def validate_positions(self) -> None:
         kind = self.position_embedding_type
-        if (self.axial_pos_embds and kind != "axial") or (not self.axial_pos_embds and kind == "axial"):
+        if bool(self.axial_pos_embds) != (kind == "axial"):
             raise ValueError(
                 f"`axial_pos_embds={self.axial_pos_embds}` contradicts `position_embedding_type={kind!r}`. "
                 "Give `position_embedding_type` alone."
@@ -364,11 +350,11 @@ class ReformerConfig(PreTrainedConfig):
                 f"`attention_head_size={self.attention_head_size}` is odd, but rotary positions turn pairs of "
                 "dimensions. Choose an even size or another `position_embedding_type`."
             )
-        if kind == "axial":
-            self._validate_axial()
 
-    def _validate_axial(self) -> None:
-        shape, dims = self.axial_pos_shape, self.axial_pos_embds_dim
+    def validate_axial_positions(self) -> None:
+        shape, dims, covered = self.axial_pos_shape, self.axial_pos_embds_dim, math.prod(self.axial_pos_shape)
+        if self.position_embedding_type != "axial":
+            return
         if len(shape) != len(dims):
             raise ValueError(
                 f"`axial_pos_shape={shape}` has {len(shape)} axes but `axial_pos_embds_dim={dims}` has {len(dims)}. "
@@ -376,27 +362,23 @@ class ReformerConfig(PreTrainedConfig):
             )
         if min(shape) < 1:
             raise ValueError(
-                f"`axial_pos_shape={shape}` must hold sizes of at least 1. Leave the field out to have it filled in."
+                f"`axial_pos_shape={shape}` must hold sizes of at least 1. Leave the field out for a default."
             )
         if min(dims) < 1 or sum(dims) != self.hidden_size:
             raise ValueError(
-                f"`axial_pos_embds_dim={dims}` adds up to {sum(dims)}, but `hidden_size={self.hidden_size}` is split "
-                "among the axes. Sizes must be positive and add up to the hidden size; leave the field out to have "
-                "it filled in."
+                f"`axial_pos_embds_dim={dims}` adds up to {sum(dims)}, but must hold positive sizes that add up to "
+                f"`hidden_size={self.hidden_size}`. Correct it, or leave the field out for a default."
             )
-        if self.attention_mode == "window" and math.prod(shape) < self.max_position_embeddings:
+        if self.attention_mode == "window" and covered < self.max_position_embeddings:
             raise ValueError(
-                f"`axial_pos_shape={shape}` covers {math.prod(shape)} positions, fewer than "
-                f"`max_position_embeddings={self.max_position_embeddings}`. Enlarge the shape, leave it out, or use "
-                '`position_embedding_type="rotary"`.'
+                f"`axial_pos_shape={shape}` covers {covered} positions, fewer than `max_position_embeddings="
+                f'{self.max_position_embeddings}`. Enlarge or omit it, or use `position_embedding_type="rotary"`.'
             )
 
     def validate_chunks(self) -> None:
-        if self.attention_mode != "chunk" or not self.is_decoder:
-            return
         for kind in ("lsh", "local"):
-            after = getattr(self, f"{kind}_num_chunks_after") or 0
-            if kind in self.attn_layers and after:
+            after = getattr(self, f"{kind}_num_chunks_after")
+            if after and kind in self.attn_layers and self.attention_mode == "chunk" and self.is_decoder:
                 raise ValueError(
                     f"`{kind}_num_chunks_after={after}` looks at chunks to come, which a causal model must not. "
                     "Set it to 0, or `is_decoder=False`."
@@ -432,6 +414,3 @@ def padded_length(config: ReformerConfig, length: int) -> int:
         return length
     multiple = math.lcm(*chunks)
     return -(-length // multiple) * multiple
-
-
-__all__ = ["ReformerConfig"]

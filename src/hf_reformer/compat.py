@@ -121,60 +121,43 @@ def peft_target_tables() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 # ---- members of library classes that subclasses override or set, or that are read in place
-# class → member → (its parameters as we rely on them, None for an attribute; the reason)
+# class → names of attributes, or a method with its first parameters as we rely on them → the reason
 
-MEMBERS: dict[str, dict[str, tuple[str | None, str]]] = {
+MEMBERS: dict[str, dict[str, str]] = {
     "torch.nn.Module": {
-        "_modules": (None, "fused_decode looks at every module for every token; attribute access would dominate"),
-        "_parameters": (None, "as `_modules`"),
-        "_forward_hooks": (None, "a layer with hooks has to be run module by module"),
-        "_forward_pre_hooks": (None, "as `_forward_hooks`"),
-        "_backward_hooks": (None, "as `_forward_hooks`"),
-        "_backward_pre_hooks": (None, "as `_forward_hooks`"),
+        "_modules _parameters": "fused_decode reads them for every token; attribute access would dominate",
+        "_forward_hooks _forward_pre_hooks _backward_hooks _backward_pre_hooks": "a layer with hooks runs in modules",
     },
     "transformers.PreTrainedModel": {
-        "_init_weights": ("self module", "the library's protocol for initialization"),
-        "_no_split_modules": (None, "the library's protocol for device maps and FSDP"),
-        "_skip_keys_device_placement": (None, "the library's protocol for device maps"),
-        "_supports_sdpa": (None, "the library's protocol for attention functions"),
-        "_supports_context_parallel": (None, "the library's protocol for context parallelism"),
-        "_tied_weights_keys": (None, "the library's protocol for tied weights"),
-        "_keys_to_ignore_on_load_unexpected": (None, "the library's protocol for keys that are no mistake"),
-        "_load_pretrained_model": (
-            "model state_dict checkpoint_files",
-            "an older bias of the language-model head is read there; an encoder ignores a decoder's keys",
+        "_init_weights(self, module)": "the library's protocol for initialization",
+        "_no_split_modules _skip_keys_device_placement": "the library's protocol for device maps and FSDP",
+        "_supports_sdpa": "the library's protocol for attention functions",
+        "_supports_context_parallel": "the library's protocol for context parallelism",
+        "_tied_weights_keys": "the library's protocol for tied weights",
+        "_keys_to_ignore_on_load_unexpected": "the library's protocol for keys that are no mistake",
+        "_load_pretrained_model(model, state_dict, checkpoint_files)": (
+            "an older bias of the language-model head is read there; an encoder ignores a decoder's keys"
         ),
-        "get_expanded_tied_weights_keys": ("self all_submodels", "weights shared by encoder and decoder"),
+        "get_expanded_tied_weights_keys(self, all_submodels)": "weights shared by encoder and decoder",
     },
     "transformers.GenerationMixin": {
-        "_supports_default_dynamic_cache": ("", "the library says no to every class with `reformer` in its name"),
-        "_prepare_cache_for_generation": (
-            "self generation_config model_kwargs",
-            "the cache that `generate` makes gets layers of ours",
-        ),
+        "_supports_default_dynamic_cache()": "the library says no to every class with `reformer` in its name",
+        "_prepare_cache_for_generation(self, generation_config, model_kwargs)": "the cache gets layers of ours",
     },
-    "transformers.PreTrainedConfig": {
-        "_attn_implementation": (None, "selects the attention function, as in the library's own models"),
-    },
-    "transformers.TokenizersBackend": {
-        "_decode": ("self token_ids", "ids outside the vocabulary are left out"),
-    },
+    "transformers.PreTrainedConfig": {"_attn_implementation": "selects the attention function, as in the library"},
+    "transformers.TokenizersBackend": {"_decode(self, token_ids)": "ids outside the vocabulary are left out"},
     "transformers.Pipeline": {
-        "_load_tokenizer": (None, "the library's protocol for pipelines"),
-        "_load_processor": (None, "the library's protocol for pipelines"),
-        "_load_image_processor": (None, "the library's protocol for pipelines"),
-        "_load_video_processor": (None, "the library's protocol for pipelines"),
-        "_load_feature_extractor": (None, "the library's protocol for pipelines"),
-        "_sanitize_parameters": ("self", "the library's protocol for pipelines"),
-        "_forward": ("self input_tensors", "the library's protocol for pipelines"),
+        "_load_tokenizer _load_processor _load_image_processor": "the library's protocol for pipelines",
+        "_load_video_processor _load_feature_extractor": "the library's protocol for pipelines",
+        "_sanitize_parameters(self)": "the library's protocol for pipelines",
+        "_forward(self, input_tensors)": "the library's protocol for pipelines",
     },
     "transformers.Trainer": {
-        "_get_dataloader": (
-            "self dataset description batch_size sampler_fn is_training dataloader_key",
-            "processes that share sequences must get the same batches",
+        "_get_dataloader(self, dataset, description, batch_size, sampler_fn, is_training, dataloader_key)": (
+            "processes that share sequences must get the same batches"
         ),
-        "_get_collator_with_removed_columns": ("self data_collator description", "as `_get_dataloader`"),
-        "_get_train_sampler": ("self train_dataset", "grouping by length must be the same after resuming"),
-        "_get_eval_sampler": ("self eval_dataset", "predictions must come in the order of the dataset"),
+        "_get_collator_with_removed_columns(self, data_collator, description)": "as `_get_dataloader`",
+        "_get_train_sampler(self, train_dataset)": "grouping by length must be the same after resuming",
+        "_get_eval_sampler(self, eval_dataset)": "predictions must come in the order of the dataset",
     },
 }

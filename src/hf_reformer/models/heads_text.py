@@ -55,8 +55,7 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> ReformerSequenceClassifierOutput:
-        r"""`labels`: (B) int64 classes; (B) or (B, num_labels) floats for regression; (B, num_labels) floats for
-        several labels per sequence."""
+        r"""`labels`: (B) int64 classes; floats, (B) or (B, num_labels), for regression or several labels."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling, shard))
@@ -94,9 +93,8 @@ class ReformerForTokenClassification(ReformerPreTrainedModel):
         loss = None
         if labels is not None:
             loss = cross_entropy(logits.flatten(0, 1), labels.reshape(-1).to(logits.device), num_items_in_batch)
-        return self._head_output(
-            ReformerTokenClassifierOutput, outputs, loss, labels, num_items_in_batch, logits=logits
-        )
+        items = num_items_in_batch
+        return self._head_output(ReformerTokenClassifierOutput, outputs, loss, labels, items, logits=logits)
 
 
 class ReformerForQuestionAnswering(ReformerPreTrainedModel):
@@ -168,9 +166,8 @@ class ReformerForMultipleChoice(ReformerPreTrainedModel):
         if inputs is None or inputs.dim() != (3 if inputs_embeds is None else 4):
             shape = None if inputs is None else tuple(inputs.shape)
             raise ValueError(f"Multiple choice needs inputs of shape (batch, choices, length, …), found {shape}.")
-        flat = [
-            None if x is None else x.flatten(0, 1) for x in (input_ids, attention_mask, position_ids, inputs_embeds)
-        ]
+        tensors = (input_ids, attention_mask, position_ids, inputs_embeds)
+        flat = [None if x is None else x.flatten(0, 1) for x in tensors]
         outputs = self.model(*flat, return_dict=True, **kwargs)
         pooled = pool(outputs.last_hidden_state, flat[1], self.config.pooling, self.model.shard(inputs.shape[2]))
         logits = self.classifier(pooled).view(inputs.shape[:2])
@@ -201,22 +198,15 @@ def _classifier_dropout(config: ReformerConfig) -> float:
 
 def _classification_loss(config: ReformerConfig, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Chosen by `config.problem_type`, else by the number and dtype of the labels. The config is not changed."""
-    kind = config.problem_type
-    if kind is None and config.num_labels == 1:
-        kind = "regression"
-    elif kind is None:
-        kind = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    several = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+    kind = config.problem_type or ("regression" if config.num_labels == 1 else several)
     if kind == "single_label_classification":
         return cross_entropy(logits, labels.reshape(-1))
-    shape = logits.shape
+    shape = tuple(logits.shape)
     if labels.numel() != logits.numel():
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, but {kind} needs that of the logits, {tuple(shape)}."
-        )
-    labels = labels.view(shape).to(logits.dtype)
-    if kind == "regression":
-        return nn.functional.mse_loss(logits, labels)
-    return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, but {kind} needs that of the logits, {shape}.")
+    loss = nn.functional.mse_loss if kind == "regression" else nn.functional.binary_cross_entropy_with_logits
+    return loss(logits, labels.view(shape).to(logits.dtype))
 
 
 def _inside(positions: torch.Tensor, real: torch.Tensor) -> torch.Tensor:

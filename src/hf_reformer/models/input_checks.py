@@ -1,6 +1,5 @@
 """What a model looks at in its inputs before it computes: whether they can be right, and what is packed into a row."""
 
-import math
 from typing import Any
 
 import torch
@@ -18,11 +17,12 @@ def check_inputs(
     """Raise ValueError for inputs that cannot be right. Values are looked at in eager mode only."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
-    given, name = (input_ids, "input_ids") if inputs_embeds is None else (inputs_embeds, "inputs_embeds")
-    shape = tuple(given.shape)
-    if given.dim() != (2 if inputs_embeds is None else 3):
-        wanted = "(batch, length)" if inputs_embeds is None else "(batch, length, hidden_size)"
-        raise ValueError(f"`{name}` has shape {shape}; it must be {wanted}.")
+    x, name, axes = input_ids, "input_ids", "(batch, length)"
+    if inputs_embeds is not None:
+        x, name, axes = inputs_embeds, "inputs_embeds", "(batch, length, hidden_size)"
+    shape = tuple(x.shape)
+    if len(shape) != len(axes.split()):
+        raise ValueError(f"`{name}` has shape {shape}; it must be {axes}.")
     if 0 in shape[:2]:
         raise ValueError(f"`{name}` has shape {shape}: an empty batch or sequence. Give at least one row and token.")
     if inputs_embeds is not None and shape[2] != config.hidden_size:
@@ -35,17 +35,18 @@ def check_inputs(
     if num_buckets is not None:
         check_num_buckets(num_buckets)
     resolve_backend(config.attention_backend)
-    for value, label in ((attention_mask, "attention_mask"), (position_ids, "position_ids")):
-        rows = (shape[0],) if label == "attention_mask" else (shape[0], 1)
-        length = shape[1] + (past if label == "attention_mask" else 0)
-        if value is not None and (value.dim() != 2 or value.shape[0] not in rows or value.shape[1] != length):
-            held = f" and {past} tokens in the cache" if past else ""
+    batch, length = shape[:2]
+    for value, label, rows, columns in (
+        (attention_mask, "attention_mask", (batch,), length + past),
+        (position_ids, "position_ids", (batch, 1), length),
+    ):
+        if value is not None and (value.dim() != 2 or value.shape[0] not in rows or value.shape[1] != columns):
             raise ValueError(
-                f"`{label}` has shape {tuple(value.shape)}; with `{name}` of {shape}{held} it must be "
-                f"{(shape[0], length)}."
+                f"`{label}` has shape {tuple(value.shape)}; with `{name}` of {shape} and {past} tokens in the cache "
+                f"it must be {(batch, columns)}."
             )
     if position_ids is None:
-        _check_positions_cover(config, past + shape[1], attention_mask)
+        _check_positions_cover(config, past + length, attention_mask)
     if not torch.compiler.is_compiling():
         _check_values(config, input_ids, attention_mask, position_ids)
 
@@ -59,30 +60,29 @@ def reject_ignored_packing_args(
         name = "seq_idx"
     if position_ids is None and name:
         raise ValueError(
-            f"`{name}` indicates packed samples. They are separated by `position_ids` that restart at 0, and there are "
-            "none (prompt tuning drops them). Give them, or pad."
+            f"`{name}` indicates packed samples. They are separated by `position_ids` that restart at 0, and there "
+            "are none (prompt tuning drops them). Give them, or pad."
         )
 
 
-def _check_positions_cover(config, length: int, attention_mask) -> None:
-    kind, covered = config.position_embedding_type, config.max_position_embeddings
-    if kind == "axial":
-        covered = math.prod(config.axial_pos_shape)
+def _check_positions_cover(config: Any, length: int, attention_mask: torch.Tensor | None) -> None:
+    kind, covered = config.position_embedding_type, config.covered_positions
     if kind == "rotary" or length <= covered:
         return
     if config.attention_mode == "window" and attention_mask is not None and not torch.compiler.is_compiling():
         length = int((attention_mask != 0).sum(-1).max())  # padding has no position
     if length > covered:
-        field = (
-            f"axial_pos_shape={config.axial_pos_shape}" if kind == "axial" else f"max_position_embeddings={covered}"
-        )
+        name = "axial_pos_shape" if kind == "axial" else "max_position_embeddings"
         raise ValueError(
-            f"`{field}` covers {covered} positions but the input has {length} tokens. Make the model with a larger "
-            '`max_position_embeddings`, shorten the input, or set `position_embedding_type="rotary"`.'
+            f"`{name}={getattr(config, name)}` covers {covered} positions but the input has {length} tokens. Make the "
+            "model with a larger `max_position_embeddings`, shorten the input, or set "
+            '`position_embedding_type="rotary"`.'
         )
 
 
-def _check_values(config, input_ids, attention_mask, position_ids) -> None:
+def _check_values(
+    config: Any, input_ids: torch.Tensor | None, mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> None:
     if input_ids is not None and input_ids.device.type != "meta":
         low, high = (int(x) for x in input_ids.aminmax())
         if low < 0 or high >= config.vocab_size:
@@ -90,11 +90,9 @@ def _check_values(config, input_ids, attention_mask, position_ids) -> None:
                 f"`input_ids` reach from {low} to {high}, but `vocab_size={config.vocab_size}` knows 0 … "
                 f"{config.vocab_size - 1}. Use the model's own tokenizer, or `resize_token_embeddings`."
             )
-    check_mask_values(attention_mask)
+    check_mask_values(mask)
+    covered = config.covered_positions
     if position_ids is not None and config.position_embedding_type != "rotary" and position_ids.device.type != "meta":
-        covered = config.max_position_embeddings
-        if config.position_embedding_type == "axial":
-            covered = math.prod(config.axial_pos_shape)
         low, high = (int(x) for x in position_ids.aminmax())
         if low < 0 or high >= covered:
             raise ValueError(f"`position_ids` reach from {low} to {high}, but the model covers 0 … {covered - 1}.")
@@ -106,8 +104,8 @@ def check_mask_values(mask: torch.Tensor | None) -> None:
         return
     if bool(((mask != 0) & (mask != 1)).any()):
         raise ValueError(
-            "`attention_mask` holds values other than 0 and 1. Give 1 for real tokens and 0 for padding; additive "
-            "masks (0 and -inf) are not understood."
+            "`attention_mask` holds values other than 0 and 1. Give 1 for real tokens and 0 for padding, no additive "
+            "masks (0 and -inf)."
         )
 
 

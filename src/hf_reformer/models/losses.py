@@ -11,22 +11,17 @@ from ..reversible.recompute import recomputed
 
 IGNORE = -100
 MAX_LOGITS = 2**22
+Count = torch.Tensor | int | None
 
 
-def cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None = None
-) -> torch.Tensor:
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items: Count = None) -> torch.Tensor:
     """Mean cross-entropy over labels that are not -100, or their sum divided by `num_items`; 0 without a target.
 
     Args:
         logits: (N, C) floating; computed in at least float32.
         labels: (N) int64 in -100, 0 … C - 1.
     """
-    if labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, but {logits.shape[0]} rows of logits need one target each. "
-            f"Give labels of shape {tuple(logits.shape[:1])}."
-        )
+    check_label_shape(labels, logits.shape[:1])
     check_labels(labels, logits.shape[-1])
     return _summed(logits, labels) / _count(labels, num_items)
 
@@ -37,7 +32,7 @@ def chunked_cross_entropy(
     labels: torch.Tensor,
     vocab_size: int,
     chunk: int = 0,
-    num_items: torch.Tensor | int | None = None,
+    num_items: Count = None,
 ) -> torch.Tensor:
     """`cross_entropy(head(hidden), labels)` with the logits of `chunk` tokens at a time, in backward too.
 
@@ -61,7 +56,7 @@ def add_coverage_loss(
     coverage: torch.Tensor | None,
     weight: float,
     targets: torch.Tensor | None = None,
-    num_items: torch.Tensor | int | None = None,
+    num_items: Count = None,
     training: bool = False,
 ) -> torch.Tensor | None:
     """A task's loss plus `weight` times the coverage loss of all layers; None if the task has no loss.
@@ -77,9 +72,8 @@ def add_coverage_loss(
     if loss is None:
         if training and not torch.compiler.is_compiling():
             warnings.warn(
-                f"coverage_loss_weight={weight}, but without labels the model computes no loss to add the coverage "
-                "loss to. If the loss is computed elsewhere (label smoothing, `compute_loss_func`), add "
-                "`weight * outputs.coverage_loss.sum()` there.",
+                f"coverage_loss_weight={weight}, but without labels there is no loss to add the coverage loss to. "
+                "Where the loss is computed elsewhere (label smoothing), add `weight * outputs.coverage_loss.sum()`.",
                 stacklevel=2,
             )
         return None
@@ -121,7 +115,7 @@ def _summed(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
 
 
-def _count(labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor | int:
+def _count(labels: torch.Tensor, num_items: Count) -> torch.Tensor | int:
     if num_items is None:
         num_items = (labels != IGNORE).sum()
     return num_items.to(labels.device).clamp(min=1) if isinstance(num_items, torch.Tensor) else max(num_items, 1)

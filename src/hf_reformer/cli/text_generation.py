@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextSt
 from transformers.utils import logging
 
 from ..cache.cache import CACHE_NAME
-from ..hub.model_folder import check_sizes, quiet, readable, saved_config
+from ..hub.model_folder import load_model, quiet, readable, saved_config
 from ..models.language_models import ReformerForCausalLM
 
 logger = logging.get_logger(__name__)
@@ -30,14 +30,7 @@ def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code
             model_class: Any = ReformerForCausalLM if config.model_type == "reformer" else AutoModelForCausalLM
             tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
             with quiet():
-                model, report = model_class.from_pretrained(
-                    name,
-                    dtype=dtype,
-                    trust_remote_code=trust_remote_code,
-                    output_loading_info=True,
-                    ignore_mismatched_sizes=True,
-                )
-            check_sizes(report)
+                model, report = load_model(model_class, name, dtype, trust_remote_code=trust_remote_code)
     except OSError as error:
         if Path(name).is_dir():
             raise

@@ -21,20 +21,12 @@ from ..configuration_reformer import ReformerConfig
 from ..ops.dispatch import BACKENDS
 from .flatten import flatten, short_name
 from .model_card import model_card
-from .model_folder import check_sizes, readable, saved_config
-from .registration import AUTO_CLASSES
+from .model_folder import load_model, readable, saved_config
+from .registration import AUTO_CLASSES, MODEL_CLASSES
 
-MODEL_CLASSES = {cls.__name__: cls for cls in AUTO_CLASSES.values()}
 # Files of an earlier model in the same place, which the new model may not overwrite.
-MODEL_FILE_PATTERNS = [
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-]
+MODEL_FILE_PATTERNS = ["model*.safetensors", "model.safetensors.index.json", "generation_config.json", "tokenizer*"]
+MODEL_FILE_PATTERNS += ["special_tokens_map.json", "added_tokens.json", "chat_template*"]
 READ_FROM_HUB = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 Source = PreTrainedModel | str | PathLike
@@ -75,15 +67,28 @@ def export(
             says what to do first. Nothing is written.
     """
     folder = Path(folder).resolve()
-    _check_folder(folder, overwrite, model)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file. Name a directory.")
+    if isinstance(model, (str, PathLike)) and Path(model).resolve() == folder:
+        raise ValueError(f"{folder} cannot be exported into itself. Name another directory.")
+    if not overwrite and folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty. Name another one, or pass `overwrite=True` (--overwrite).")
     loaded, tokenizer, state = _loaded(model, tokenizer, state)
     check_model(loaded)
     readme = model_card(loaded, name or folder.name, tokenizer, state, **card)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        _write(loaded, tokenizer, Path(scratch))
-        readme.save(Path(scratch, "README.md"))
-        _move(Path(scratch), folder)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        scratch = Path(temporary)
+        _write(loaded, tokenizer, scratch)
+        readme.save(scratch / "README.md")
+        folder.mkdir(exist_ok=True)
+        for file in folder.iterdir():  # an earlier model is removed only now that the new one is complete
+            if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in MODEL_FILE_PATTERNS):
+                file.unlink()
+        for file in filter(Path.is_file, scratch.rglob("*")):
+            target = folder / file.relative_to(scratch)
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)
     return folder
 
 
@@ -144,18 +149,24 @@ def read(source: str | PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         try:
             folder = Path(snapshot_download(str(source), allow_patterns=READ_FROM_HUB))
         except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{source} is neither a directory nor a model that could be read from the Hub."
-            ) from error
-    model_class: Any = _class_of(folder)
-    with readable(source):
-        model, report = model_class.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
+            raise ValueError(f"{source} is neither a directory nor a model that can be read from the Hub.") from error
+    config = saved_config(folder)
+    kind = config.get("model_type")
+    if kind != ReformerConfig.model_type:
+        advice = " `hf-reformer convert` converts it." if kind == "reformer" else ""
+        raise ValueError(f"{folder} holds a model of type {kind!r}, not {ReformerConfig.model_type!r}.{advice}")
+    names = config.get("architectures") or ["none"]
+    name = str(names[0] if isinstance(names, list) else names)
+    if name not in MODEL_CLASSES:
+        raise ValueError(
+            f"`architectures` in {folder}/config.json says {name}, which is none of {', '.join(MODEL_CLASSES)}."
         )
-        check_sizes(report)
+    model_class: Any = MODEL_CLASSES[name]
+    with readable(source):
+        model, report = load_model(model_class, folder)
     for kind in ("missing", "unexpected"):
         if keys := report[f"{kind}_keys"]:
-            raise ValueError(f"The weights in {source} do not fit {model_class.__name__}: {min(keys)} is {kind}.")
+            raise ValueError(f"The weights in {source} do not fit {name}: {min(keys)} is {kind}.")
     tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").exists() else None
     record = folder / "trainer_state.json"
     return model, tokenizer, TrainerState.load_from_json(str(record)) if record.exists() else None
@@ -165,8 +176,8 @@ def check_model(model: Any) -> None:
     """Raise ValueError for a model that could not be saved in an exported directory, or not be loaded from it."""
     if hasattr(model, "peft_config"):
         raise ValueError(
-            "The model has adapters attached. Merge them first, "
-            "`model = model.merge_and_unload()`; or share only the adapter: `model.save_pretrained(folder)`."
+            "The model has adapters attached. Merge them, `model = model.merge_and_unload()`, or share only the "
+            "adapter: `model.save_pretrained(folder)`."
         )
     tensors = model.state_dict() if isinstance(model, torch.nn.Module) else {}
     if sharded := [name for name, x in tensors.items() if isinstance(x, DTensor)]:
@@ -185,47 +196,27 @@ def check_model(model: Any) -> None:
             "`model.enable_sequence_parallel(None)`, and export from one process."
         )
     if empty := [name for name, x in tensors.items() if x.is_meta]:
-        raise ValueError(
-            f"`{empty[0]}` has no values (it is on the meta device). Load the whole model, without `device_map`."
-        )
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None:
-        _check_weights(model, tensors)
-    elif not quantizer.is_serializable():
-        raise ValueError(
-            "Weights quantized in this way cannot be saved. Export the original model and quantize it when loading."
-        )
-
-
-def _check_weights(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> None:
-    """The saved weights must be those that the class creates from the config, or the directory would not load."""
+        raise ValueError(f"`{empty[0]}` has no values (meta device). Load the whole model, without `device_map`.")
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
+        if not quantizer.is_serializable():
+            raise ValueError("Such quantized weights cannot be saved. Export the original, quantize it when loading.")
+        return
     if quantized := [name for name, x in tensors.items() if type(x.data) is not torch.Tensor]:
         raise ValueError(
             f"`{quantized[0]}` is a {type(tensors[quantized[0]].data).__name__}, quantized in place, which the config "
             "does not record. Export the original model, or quantize it while loading by "
             "`from_pretrained(..., quantization_config=...)`."
         )
-    with torch.device("meta"):
+    with torch.device("meta"):  # what the class creates from the config is what the directory must hold
         from_config = type(model)(copy.deepcopy(model.config)).state_dict()
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
     expected = {name: tuple(x.shape) for name, x in from_config.items()}
     if shapes != expected:
         name = min(name for name in shapes | expected if shapes.get(name) != expected.get(name))
         raise ValueError(
-            f"The model does not match its config: `{name}` has the shape {shapes.get(name)}, but "
-            f"{type(model).__name__} expects {expected.get(name)}. Adapt the config, remove modules that were added "
-            "(adapters), or gather the weights that other processes hold."
-        )
-
-
-def _check_folder(folder: Path, overwrite: bool, source: Any) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file. Name a directory.")
-    if isinstance(source, (str, PathLike)) and Path(source).resolve() == folder:
-        raise ValueError(f"{folder} cannot be exported into itself. Name another directory.")
-    if not overwrite and folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(
-            f"{folder} is not empty. Name another directory, or pass `overwrite=True` (--overwrite)."
+            f"The model does not match its config: `{name}` has the shape {shapes.get(name)}, but should have "
+            f"{expected.get(name)}. Adapt the config, remove modules that were added (adapters), or gather weights "
+            "that other processes hold."
         )
 
 
@@ -235,23 +226,6 @@ def _loaded(model: Any, tokenizer: Any, state: Any) -> tuple[Any, Any, Any]:
         return model, tokenizer, state
     model, saved_tokenizer, saved_state = read(model)
     return model, saved_tokenizer if tokenizer is None else tokenizer, saved_state if state is None else state
-
-
-def _class_of(folder: Path) -> type[PreTrainedModel]:
-    """The model class that the directory's config names."""
-    config = saved_config(folder)
-    kind = config.get("model_type")
-    if kind != ReformerConfig.model_type:
-        advice = " `hf-reformer convert` converts it." if kind == "reformer" else ""
-        raise ValueError(f"{folder} holds a model of type {kind!r}, not {ReformerConfig.model_type!r}.{advice}")
-    names = config.get("architectures") or ["none"]
-    name = str(names[0] if isinstance(names, list) else names)
-    if name not in MODEL_CLASSES:
-        raise ValueError(
-            f"`architectures` in {folder}/config.json says {name}. It must be a list of one of "
-            f"{', '.join(MODEL_CLASSES)}."
-        )
-    return MODEL_CLASSES[name]
 
 
 def code_files() -> dict[str, str]:
@@ -277,19 +251,3 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fo
         tokenizer.save_pretrained(folder)
     for name, text in code_files().items():
         (folder / name).write_text(text, encoding="utf-8")
-
-
-def _move(scratch: Path, folder: Path) -> None:
-    """Move the files into `folder`. An earlier model is removed only now that the new one is complete."""
-    folder.mkdir(exist_ok=True)
-    for file in folder.iterdir():
-        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in MODEL_FILE_PATTERNS):
-            file.unlink()
-    for file in scratch.rglob("*"):
-        if file.is_file():
-            target = folder / file.relative_to(scratch)
-            target.parent.mkdir(exist_ok=True)
-            file.replace(target)
-
-
-__all__ = ["export", "push_to_hub"]

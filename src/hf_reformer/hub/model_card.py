@@ -36,7 +36,6 @@ class Evaluation(NamedTuple):
     """Scores of one evaluation by the Trainer. `final`: it was run after training, on the final weights."""
 
     step: int
-    epoch: float | None
     scores: dict[str, float]
     final: bool
 
@@ -53,7 +52,7 @@ def evaluations(history: list[dict[str, Any]]) -> list[Evaluation]:
             continue
         if found and (found[-1].step, found[-1].final) == (entry["step"], final):
             scores = found.pop().scores | scores
-        found.append(Evaluation(entry["step"], entry.get("epoch"), scores, final))
+        found.append(Evaluation(entry["step"], scores, final))
     return found
 
 
@@ -71,39 +70,20 @@ def evaluation_of_weights(state: TrainerState, found: list[Evaluation]) -> Evalu
     return last if last.final or (last.step == state.global_step and not maybe_reloaded) else None
 
 
-def table(state: TrainerState, found: list[Evaluation]) -> str:
+def table(found: list[Evaluation], weights: Evaluation | None, best_step: int | None) -> str:
     """Markdown: rows for the evaluation of these weights, the best one during training, and the last one."""
-    weights = evaluation_of_weights(state, found)
-    best = [x for x in found if x.step == state.best_global_step and not x.final]
+    best = next((x for x in found if x.step == best_step and not x.final), None)
     rows: dict[int, list[str]] = {}
-    for name, evaluation in (("these weights", weights), ("best", best and best[0]), ("last", found[-1])):
+    for name, evaluation in (("these weights", weights), ("best", best), ("last", found[-1])):
         if evaluation:
             rows.setdefault(found.index(evaluation), []).append(name)
     names = list(dict.fromkeys(name for number in rows for name in found[number].scores))
     lines = [f"| | step | {' | '.join(names)} |", "|:--|--:|" + "--:|" * len(names)]
     for number, what in rows.items():
-        scores = found[number].scores
-        cells = [_number(scores[name]) if name in scores else "" for name in names]
+        scores = [found[number].scores.get(name, "") for name in names]
+        cells = [f"{score:.4g}" if isinstance(score, float) else str(score) for score in scores]
         lines.append(f"| {', '.join(what)} | {found[number].step} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _number(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _results(scores: dict[str, float], task: str, dataset: str, datasets: list[str]) -> list[EvalResult]:
-    return [
-        EvalResult(
-            task_type=task,
-            dataset_type=datasets[0] if len(datasets) == 1 else re.sub(r"\W+", "-", dataset).strip("-").lower(),
-            dataset_name=dataset,
-            metric_type=name,
-            metric_value=value,
-        )
-        for name, value in scores.items()
-        if isinstance(value, (int, float)) and math.isfinite(value)
-    ]
 
 
 def _listed(value: Any) -> list[str]:
@@ -116,15 +96,12 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
         raise ValueError(f"A model card has no field {', '.join(unknown)}. There are {', '.join(sorted(FIELDS))}.")
     for language in _listed(metadata.get("language")):
         if not re.fullmatch(r"[a-z]{2,3}|code|multilingual", language):
-            raise ValueError(
-                f"`language={language!r}` is no code of ISO 639 in two or three lower-case letters, such as 'en'. "
-                "'multilingual' and 'code' are allowed too."
-            )
+            raise ValueError(f"`language={language!r}` is no code of ISO 639 like 'en', nor 'multilingual' or 'code'.")
     for license in _listed(metadata.get("license")):
         if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
             raise ValueError(
-                f"`license={license!r}` is no identifier of the Hub's list, such as 'apache-2.0' or 'cc-by-4.0'. For "
-                "another license pass license='other' with `license_name` and `license_link`."
+                f"`license={license!r}` is no identifier of the Hub's list, such as 'apache-2.0'. For another license "
+                "pass license='other' with `license_name` and `license_link`."
             )
     if metadata.get("license") == "other" and not (metadata.get("license_name") and metadata.get("license_link")):
         raise ValueError("`license='other'` needs `license_name` and `license_link`.")
@@ -169,10 +146,15 @@ def model_card(
     auto_class = auto_class_of(model)
     task, title = PIPELINE_TAGS[auto_class], name.split("/")[-1]
     found = evaluations(state.log_history) if state is not None else []
-    weights = evaluation_of_weights(state, found) if found else None
+    weights = evaluation_of_weights(state, found) if state is not None else None
     datasets = _listed(metadata.get("datasets"))
     dataset_name = dataset_name or ", ".join(datasets)
-    results = _results(weights.scores, task, dataset_name, datasets) if weights and dataset_name else []
+    identifier = datasets[0] if len(datasets) == 1 else re.sub(r"\W+", "-", dataset_name).strip("-").lower()
+    results = [
+        EvalResult(task, identifier, dataset_name, metric_type=metric, metric_value=value)
+        for metric, value in (weights.scores if weights and dataset_name else {}).items()
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    ]
     metadata["tags"] = list(dict.fromkeys(["reformer", "hf_reformer", *_listed(metadata.get("tags"))]))
     if results:
         metadata |= {"model_name": title, "eval_results": results}
@@ -180,7 +162,7 @@ def model_card(
         training = {"steps": state.global_step, "epochs": round(state.epoch or 0, 2)}
         training |= {"rows at a time, on each device": state.train_batch_size} if state.train_batch_size else {}
     config = model.config
-    card = ModelCard.from_template(
+    return ModelCard.from_template(
         ModelCardData(library_name="transformers", pipeline_tag=task, **metadata),
         template_path=str(TEMPLATE),
         title=title,
@@ -195,24 +177,16 @@ def model_card(
         has_chat_template=getattr(tokenizer, "chat_template", None) is not None,
         with_code=with_code,
         training=[f"{key}: {value}" for key, value in (training or {}).items()],
-        evaluations=table(state, found) if found else None,
+        evaluations=table(found, weights, state.best_global_step) if state is not None and found else None,
         knows_weights=weights is not None,
         dataset_name=dataset_name,
         notes=notes,
     )
-    return card
 
 
 def auto_class_of(model: Any) -> str:
-    """Name of the (first) Auto class that loads the model.
-
-    Raises:
-        ValueError: the model is none of ours.
-    """
+    """Name of the (first) Auto class that loads the model; ValueError if the model is none of ours."""
     for auto_class, model_class in AUTO_CLASSES.items():
         if isinstance(model, model_class):
             return auto_class.__name__
     raise ValueError(f"{type(model).__name__} is not one of hf_reformer's models.")
-
-
-__all__ = ["model_card"]

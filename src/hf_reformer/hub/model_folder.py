@@ -51,10 +51,17 @@ def saved_config(folder: Path) -> dict[str, Any]:
     return found
 
 
-def check_sizes(report: dict[str, Any]) -> None:
-    """Raise RuntimeError for weights that were not loaded because their sizes are not those of the config."""
+def load_model(model_class: Any, source: Any, dtype: str = "auto", **options: Any) -> tuple[Any, dict[str, Any]]:
+    """The model of a checkpoint directory and the loading report.
+
+    Raises:
+        RuntimeError: the sizes of the weights are not those of the config.
+    """
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = model_class.from_pretrained(source, dtype=dtype, **options)
     for key, saved, expected in sorted(report["mismatched_keys"]):
         raise RuntimeError(f"{key} has the shape {tuple(saved)}, where the config asks for {tuple(expected)}.")
+    return model, report
 
 
 @contextmanager

@@ -58,6 +58,3 @@ class _FillWhenImported(MetaPathFinder):
 
             spec.loader.exec_module = execute_and_fill  # type: ignore[method-assign]  # this module has its own loader
         return spec
-
-
-__all__ = ["register_adapters"]

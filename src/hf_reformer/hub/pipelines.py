@@ -14,7 +14,6 @@ from transformers import AutoModelForQuestionAnswering
 from transformers.pipelines.base import Pipeline
 
 from ..compat import register_pipeline_task
-from ..configuration_reformer import ReformerConfig
 
 TASK = "long-document-question-answering"
 
@@ -53,13 +52,13 @@ class LongDocumentQuestionAnswering(Pipeline):
     def __init__(self, model: Any, tokenizer: Any = None, **kwargs: Any) -> None:
         if "start_positions" not in inspect.signature(model.forward).parameters:
             raise ValueError(
-                f"{type(model).__name__} does not score starts and ends of answers. Load the checkpoint with "
+                f"{type(model).__name__} scores no starts and ends of answers. Load it with "
                 "AutoModelForQuestionAnswering."
             )
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
-                f"The tokenizer is {type(tokenizer).__name__}, which gives no offsets, so that answers cannot be "
-                "located in the text. Give a fast tokenizer, such as ReformerByteTokenizer."
+                f"The tokenizer is {type(tokenizer).__name__}, which gives no offsets to find answers by. Give a fast "
+                "tokenizer, such as ReformerByteTokenizer."
             )
         super().__init__(model=model, tokenizer=tokenizer, **kwargs)
 
@@ -88,21 +87,15 @@ class LongDocumentQuestionAnswering(Pipeline):
         inputs = question if context is None else _pairs(question, context)
         return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **kwargs)
 
-    def _sanitize_parameters(
-        self,
-        top_k: int | None = None,
-        max_answer_length: int | None = None,
-        handle_impossible_answer: bool | None = None,
-    ) -> tuple[dict, dict, dict]:
-        for name, value in (("top_k", top_k), ("max_answer_length", max_answer_length)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+    def _sanitize_parameters(self, **options: Any) -> tuple[dict, dict, dict]:
+        if unknown := sorted(set(options) - {"top_k", "max_answer_length", "handle_impossible_answer"}):
+            raise TypeError(f"There is no option {', '.join(unknown)}.")
+        options = {name: value for name, value in options.items() if value is not None}
+        for name in ("top_k", "max_answer_length"):
+            value = options.get(name, 1)
+            if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}={value}` must be a whole number of at least 1.")
-        options = {
-            "top_k": top_k,
-            "max_answer_length": max_answer_length,
-            "handle_impossible_answer": handle_impossible_answer,
-        }
-        return {}, {}, {name: value for name, value in options.items() if value is not None}
+        return {}, {}, options
 
     def preprocess(self, inputs: Any) -> dict[str, Any]:
         question, context = _question_and_context(inputs)
@@ -110,7 +103,9 @@ class LongDocumentQuestionAnswering(Pipeline):
         encoded = self.tokenizer(
             question, context, return_tensors="pt", return_attention_mask=True, truncation=False, verbose=False
         )
-        length, limit = encoded["input_ids"].shape[1], self._longest_input()
+        limit = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", math.inf))
+        limit = getattr(self.model.config, "covered_positions", limit)  # of our models
+        length = encoded["input_ids"].shape[1]
         if length > limit:
             asked = self.tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
             raise ValueError(
@@ -121,16 +116,6 @@ class LongDocumentQuestionAnswering(Pipeline):
         if encoded[0].sequence_ids.count(0) == 0 or not any(_solid_tokens(encoded[0], context)):
             raise ValueError("The tokenizer makes no token of the question, or none of the document. Give more text.")
         return {**encoded, "encoding": encoded[0], "context": context}
-
-    def _longest_input(self) -> float:
-        """How many tokens the model has positions for."""
-        config = self.model.config
-        if not isinstance(config, ReformerConfig):
-            return min(self.tokenizer.model_max_length, getattr(config, "max_position_embeddings", math.inf))
-        if config.position_embedding_type == "rotary":
-            return math.inf
-        axial = config.position_embedding_type == "axial"
-        return math.prod(config.axial_pos_shape) if axial else config.max_position_embeddings
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
         unchanged = {name: model_inputs.pop(name) for name in ("encoding", "context")}
@@ -157,8 +142,9 @@ class LongDocumentQuestionAnswering(Pipeline):
         starts, ends = (scores.masked_fill(~solid, -math.inf) for scores in (starts, ends))
         answers = []
         for first, last, score in best_spans(starts, ends, inside, encoding.offsets, top_k, max_answer_length):
-            start, end = _without_white_space(context, encoding.offsets[first][0], encoding.offsets[last][1])
-            answers.append({"score": math.exp(score), "start": start, "end": end, "answer": context[start:end]})
+            span = context[encoding.offsets[first][0] : encoding.offsets[last][1]]
+            answer, start = span.strip(), encoding.offsets[first][0] + len(span) - len(span.lstrip())
+            answers.append({"score": math.exp(score), "start": start, "end": start + len(answer), "answer": answer})
         if handle_impossible_answer:
             answers = sorted([*answers, null], key=lambda answer: -answer["score"])[:top_k]
         return answers[0] if top_k == 1 else answers
@@ -166,9 +152,8 @@ class LongDocumentQuestionAnswering(Pipeline):
 
 def register_pipelines() -> None:
     """Make `pipeline("long-document-question-answering", …)` known. Doing it again changes nothing."""
-    auto_classes = (AutoModelForQuestionAnswering,)
-    entry = {"impl": LongDocumentQuestionAnswering, "pt": auto_classes, "default": {}, "type": "text"}
-    register_pipeline_task(TASK, entry)
+    entry = {"impl": LongDocumentQuestionAnswering, "pt": (AutoModelForQuestionAnswering,), "default": {}}
+    register_pipeline_task(TASK, {**entry, "type": "text"})
 
 
 def best_spans(
@@ -248,25 +233,16 @@ def _solid_tokens(encoding: Any, context: str) -> list[bool]:
     ]
 
 
-def _without_white_space(text: str, start: int, end: int) -> tuple[int, int]:
-    span = text[start:end]
-    return start + len(span) - len(span.lstrip()), end - len(span) + len(span.rstrip())
-
-
 def _pairs(question: Any, context: Any) -> Any:
     """Questions and documents, single or in lists, as one dict or a list of them."""
-    one_question, one_context = isinstance(question, str), isinstance(context, str)
-    if one_question and one_context:
+    several, many = isinstance(question, (list, tuple)), isinstance(context, (list, tuple))
+    if not several and not many:
         return {"question": question, "context": context}
-    for name, given, single in (("question", question, one_question), ("context", context, one_context)):
-        if not single and not isinstance(given, (list, tuple)):
-            raise TypeError(f"`{name}` is {type(given).__name__}; it must be a string or a list of strings.")
-    questions = [question] * len(context) if one_question else question
-    contexts = [context] * len(question) if one_context else context
+    questions = question if several else [question] * len(context)
+    contexts = context if many else [context] * len(question)
     if len(questions) != len(contexts):
         raise ValueError(
-            f"There are {len(questions)} questions and {len(contexts)} documents. Give as many of either, or a single "
-            "one of them."
+            f"There are {len(questions)} questions and {len(contexts)} documents. Give equally many, or one of either."
         )
     return [{"question": one, "context": other} for one, other in zip(questions, contexts, strict=True)]
 
@@ -283,6 +259,3 @@ def _question_and_context(inputs: Any) -> tuple[str, str]:
         if not text.strip():
             raise ValueError(f"`{name}` is empty. There is nothing to {'ask' if name == 'question' else 'find'}.")
     return inputs["question"], inputs["context"]
-
-
-__all__ = ["LongDocumentQuestionAnswering", "register_pipelines"]

@@ -48,6 +48,7 @@ AUTO_CLASSES = {
     AutoModelForTextEncoding: ReformerModel,
     AutoModelForTokenClassification: ReformerForTokenClassification,
 }
+MODEL_CLASSES = {cls.__name__: cls for cls in AUTO_CLASSES.values()}
 
 
 def register(replace_builtin: bool = False) -> None:
@@ -70,6 +71,3 @@ def register(replace_builtin: bool = False) -> None:
     register_pipelines()
     if replace_builtin:
         CONFIG_MAPPING.register("reformer", ReformerConfig, exist_ok=True)  # `AutoConfig.register` wants its own name
-
-
-__all__ = ["register"]

@@ -12,22 +12,15 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 
 from ...configuration_reformer import ReformerConfig, from_builtin
-from ...models import heads_text, language_models, modeling_reformer
 from ...models.pretrained import BUILTIN_NAMES, LEGACY_LM_HEAD_BIAS
-from ..model_folder import LOAD_ERRORS, check_sizes, saved_config
+from ..model_folder import LOAD_ERRORS, load_model, saved_config
+from ..registration import MODEL_CLASSES
 from .reformer_pytorch import from_reformer_pytorch
 from .trax import from_trax, read_pickle
 
-KINDS = ("builtin", "reformer-pytorch", "trax", "hf_reformer")
-HEADS = {
-    "ReformerModel": modeling_reformer.ReformerModel,
-    "ReformerForCausalLM": language_models.ReformerForCausalLM,
-    "ReformerForMaskedLM": language_models.ReformerForMaskedLM,
-    "ReformerForMultipleChoice": heads_text.ReformerForMultipleChoice,
-    "ReformerForQuestionAnswering": heads_text.ReformerForQuestionAnswering,
-    "ReformerForSequenceClassification": heads_text.ReformerForSequenceClassification,
-    "ReformerForTokenClassification": heads_text.ReformerForTokenClassification,
-}
+FOLDERS = ("builtin", "hf_reformer")
+KINDS = (*FOLDERS, "reformer-pytorch", "trax")
+HEADS = {name: cls for name, cls in MODEL_CLASSES.items() if name != "ReformerForConditionalGeneration"}
 BUILTIN_HEADS = {
     "ReformerModel": transformers.ReformerModel,
     "ReformerForCausalLM": transformers.ReformerModelWithLMHead,
@@ -82,25 +75,26 @@ def convert(
     if to not in ("hf_reformer", "builtin") or attention_mode not in (None, "chunk", "window"):
         raise ValueError(f"`to={to!r}` or `attention_mode={attention_mode!r}` is unknown.")
     kind = kind or detect(source)
-    model, notes = read(source, kind, head, {} if attention_mode == "window" and is_folder(kind) else fields or {})
+    of_window_mode = fields if attention_mode == "window" and kind in FOLDERS else None
+    model, notes = read(source, kind, head, {} if of_window_mode else fields or {})
     if attention_mode == "window":
-        model, more = to_window(model, fields if is_folder(kind) else None)
+        model, more = to_window(model, of_window_mode)
         notes += more
     elif attention_mode == "chunk" and model.config.attention_mode != "chunk":
         raise ValueError(f"{source} is a model of window mode, and windows cannot be turned into chunks.")
     if not lm_bias:
-        notes += drop_lm_bias(model)
+        if not hasattr(model, "lm_head"):
+            raise ValueError(f"{type(model).__name__} has no language-model head, and so no bias to leave out.")
+        torch.nn.init.zeros_(model.lm_head.bias)
+        notes.append("The head's bias is 0, as transformers 5.0 to 5.23 compute: other versions differ by the bias.")
     if to == "builtin":
         model, more = to_builtin(model)
         notes += more
     model.save_pretrained(output)
-    if is_folder(kind):
-        copy_tokenizer(source, output)
+    for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):
+        copy = shutil.copytree if file.is_dir() else shutil.copy2
+        copy(file, output / file.name)
     return notes
-
-
-def is_folder(kind: str) -> bool:
-    return kind in ("builtin", "hf_reformer")
 
 
 def detect(source: Path) -> str:
@@ -126,12 +120,12 @@ def read(source: Path, kind: str, head: str | None, fields: dict[str, Any]) -> t
     """Our model with the weights of a source of that kind, and what is not the same."""
     if kind not in KINDS:
         raise ValueError(f"`kind={kind!r}` is unknown. Choose one of {KINDS}.")
-    if head is not None and not is_folder(kind):
+    if head is not None and kind not in FOLDERS:
         raise ValueError(f"`head={head!r}` is for folders; weights of {kind} are those of a language model.")
-    if fields and is_folder(kind):
+    if fields and kind in FOLDERS:
         raise ValueError("A folder says all about itself: fields are for window mode, or weights without a config.")
     try:
-        if is_folder(kind):
+        if kind in FOLDERS:
             return read_folder(source, head)
         if kind == "trax":
             return from_trax(read_pickle(source), fields)
@@ -149,10 +143,7 @@ def read_folder(source: Path, head: str | None = None) -> tuple[Any, list[str]]:
     name = head or saved
     if name not in HEADS:
         raise ValueError(f"{source} was saved from {saved}. Name with `head` what to read it as: {sorted(HEADS)}.")
-    model, info = HEADS[name].from_pretrained(
-        source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    check_sizes(info)
+    model, info = load_model(HEADS[name], source)
     for problem in ("missing_keys", "error_msgs"):
         if info[problem]:
             raise ValueError(f"{source} is not a {name}: {problem} are {sorted(map(str, info[problem]))[:5]}.")
@@ -167,29 +158,17 @@ def read_state_dict(source: Path) -> dict[str, torch.Tensor]:
     found = torch.load(source, map_location="cpu", weights_only=True)
     held = found if isinstance(found, dict) else {}
     for state in (held, *(held.get(name) for name in ("state_dict", "model_state_dict", "model"))):
-        if isinstance(state, dict):
-            tensors = {name: x for name, x in state.items() if isinstance(name, str) and isinstance(x, torch.Tensor)}
-            if tensors:
-                return tensors
+        items = state.items() if isinstance(state, dict) else ()
+        if tensors := {name: x for name, x in items if isinstance(name, str) and isinstance(x, torch.Tensor)}:
+            return tensors
     raise ValueError(f"{source} holds no state dict. Write one: `torch.save(model.state_dict(), path)`.")
-
-
-def drop_lm_bias(model: Any) -> list[str]:
-    head = getattr(model, "lm_head", None)
-    if head is None:
-        raise ValueError(f"{type(model).__name__} has no language-model head, and so no bias to leave out.")
-    torch.nn.init.zeros_(head.bias)
-    return ["The head's bias is 0, as transformers 5.0 to 5.23 compute: other versions differ by the bias."]
-
-
-# ---- chunk mode to window mode ----
 
 
 def to_window(model: Any, fields: dict[str, Any] | None = None) -> tuple[Any, list[str]]:
     """A model of chunk mode as one of window mode with the same weights, and what is set how.
 
-    Windows show as many places as chunks did on average: `(before + 1 / 2) * length` in causal models, of which the
-    chunk of a token's own shows half, `(before + 1 + after) * length` in others. `num_buckets` is chosen from
+    Windows show as many positions as chunks did on average: `(before + 1 / 2) * length` in causal models, which see
+    half of a token's own chunk, `(before + 1 + after) * length` in others. `num_buckets` is chosen from
     `max_position_embeddings` and the window. Outputs differ; compare, or train a little, before you rely on them.
 
     Args:
@@ -201,15 +180,18 @@ def to_window(model: Any, fields: dict[str, Any] | None = None) -> tuple[Any, li
     config = model.config
     if config.attention_mode == "window":
         raise ValueError("The model is in window mode already.")
-    kinds = set(config.attn_layers)
-    windows = {f"{kind}_window": places_seen(config, kind) for kind in ("lsh", "local") if kind in kinds}
+    windows = {}
+    for kind in {"lsh", "local"} & set(config.attn_layers):
+        length = getattr(config, f"{kind}_attn_chunk_length")
+        before, after = (getattr(config, f"{kind}_num_chunks_{side}") or 0 for side in ("before", "after"))
+        own = max(1, length // 2) if config.is_decoder else (1 + after) * length
+        windows[f"{kind}_window"] = before * length + own
     if windows:
         windows.setdefault("local_window", windows.get("lsh_window"))  # lsh layers look there, too
         windows.setdefault("lsh_window", windows["local_window"])
     chosen = {"num_buckets": None, **windows, **(fields or {}), "attention_mode": "window"}
-    known = set(ReformerConfig.__dataclass_fields__)
-    if not set(chosen) <= known:
-        raise ValueError(f"{sorted(set(chosen) - known)} are no fields of ReformerConfig.")
+    if unknown := sorted(set(chosen) - set(ReformerConfig.__dataclass_fields__)):
+        raise ValueError(f"{unknown} are no fields of ReformerConfig.")
     old = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
     try:
         made = type(model)(ReformerConfig(**{**old, **chosen}))
@@ -231,25 +213,30 @@ def to_window(model: Any, fields: dict[str, Any] | None = None) -> tuple[Any, li
     ]
 
 
-def places_seen(config: ReformerConfig, kind: str) -> int:
-    length = getattr(config, f"{kind}_attn_chunk_length")
-    before, after = (getattr(config, f"{kind}_num_chunks_{side}") or 0 for side in ("before", "after"))
-    return before * length + max(1, length // 2) if config.is_decoder else (before + 1 + after) * length
-
-
-# ---- ours to transformers' own ----
-
-
 def to_builtin(model: Any) -> tuple[Any, list[str]]:
     """A model of chunk mode as one of transformers' own Reformer, the weights bit for bit, and what is lost.
 
     Raises:
         ValueError: the built-in cannot express the model; the message says why.
     """
-    reason = why_not_builtin(model)
-    if reason is not None:
-        raise ValueError(f"transformers' own Reformer cannot express this model: {reason}.")
     config, name = model.config, type(model).__name__
+    for obstacle, reason in (
+        (name not in BUILTIN_HEADS, f"it has no counterpart of {name}"),
+        (config.attention_mode == "window", "`attention_mode='window'`, and it knows chunks alone"),
+        ("full" in config.attn_layers, "`attn_layers` holds 'full', and it has local and lsh layers alone"),
+        (config.position_embedding_type == "rotary", "`position_embedding_type='rotary'`"),
+        (
+            config.position_embedding_type == "axial" and len(config.axial_pos_shape) != 2,
+            f"`axial_pos_shape={config.axial_pos_shape}` has not two axes",
+        ),
+        (config.tie_word_embeddings, "`tie_word_embeddings=True` merges the streams, and nothing in it does"),
+        (
+            name == "ReformerForSequenceClassification" and config.pooling != "first",
+            f"`classifier_pooling={config.pooling!r}`, and it classifies by the first token",
+        ),
+    ):
+        if obstacle:
+            raise ValueError(f"transformers' own Reformer cannot express this model: {reason}.")
     old, lost = config.to_dict(), []
     for field, described in ReformerConfig.__dataclass_fields__.items():
         if field in transformers.ReformerConfig.__dataclass_fields__ or field in DERIVED_FIELDS:
@@ -261,42 +248,18 @@ def to_builtin(model: Any) -> tuple[Any, list[str]]:
         if fields.get(key, 0) is None and type(None) not in get_args(described.type):
             fields[key] = described.default  # of kinds of layers that the model lacks
     made = BUILTIN_HEADS[name](transformers.ReformerConfig(**fields))
-    dtype = model.dtype
     state = {builtin_name(key, name): value for key, value in model.state_dict().items()}
     adds_bias = LEGACY_LM_HEAD_BIAS in made.state_dict()
     if adds_bias:
         state[LEGACY_LM_HEAD_BIAS] = state["lm_head.bias"].clone()
     made.load_state_dict(state, assign=True)
-    made = made.to(dtype).eval()
+    made = made.to(model.dtype).eval()
     if model.can_generate():
         made.generation_config = model.generation_config
     notes = [f"The built-in has no field for: {', '.join(lost)}."] if lost else []
     if hasattr(model, "lm_head") and model.lm_head.bias.any() and not adds_bias:
         notes.append("The head's bias is in the file; transformers 5.0 to 5.23 leave it out of the logits.")
     return made, notes
-
-
-def why_not_builtin(model: Any) -> str | None:
-    config, name = model.config, type(model).__name__
-    two_axes = config.position_embedding_type != "axial" or len(config.axial_pos_shape) == 2
-    for true, reason in (
-        (name in BUILTIN_HEADS, f"it has no counterpart of {name}"),
-        (config.attention_mode == "chunk", "`attention_mode='window'`, and it knows chunks alone"),
-        ("full" not in config.attn_layers, "`attn_layers` holds 'full', and it has local and lsh layers alone"),
-        (config.position_embedding_type != "rotary", "`position_embedding_type='rotary'`"),
-        (two_axes, f"`axial_pos_shape={config.axial_pos_shape}` has not two axes"),
-        (
-            not config.tie_word_embeddings,
-            "`tie_word_embeddings=True` merges the streams, and it has nothing that does",
-        ),
-        (
-            name != "ReformerForSequenceClassification" or config.pooling == "first",
-            f"`classifier_pooling={config.pooling!r}`, and it classifies by the first token",
-        ),
-    ):
-        if not true:
-            return reason
-    return None
 
 
 def builtin_name(key: str, head: str) -> str:
@@ -307,15 +270,3 @@ def builtin_name(key: str, head: str) -> str:
         theirs = pattern.strip("^$").replace("(reformer\\.)?", "" if alone else "reformer.").replace("\\.", ".")
         key = key.replace(ours, theirs)
     return key
-
-
-def copy_tokenizer(source: Path, output: Path) -> None:
-    for pattern in TOKENIZER_FILES:
-        for found in source.glob(pattern):
-            if found.is_dir():
-                shutil.copytree(found, output / found.name)
-            else:
-                shutil.copy2(found, output / found.name)
-
-
-__all__ = ["convert", "detect", "read_folder", "to_builtin", "to_window"]

@@ -102,8 +102,7 @@ class ReformerByteTokenizer(TokenizersBackend):
             add_prefix_space=add_prefix_space,
             **kwargs,
         )
-        found = self._tokenizer.get_vocab(with_added_tokens=False) if vocab is None else vocab
-        if found != VOCAB:
+        if (self._tokenizer.get_vocab(with_added_tokens=False) if vocab is None else vocab) != VOCAB:
             raise ValueError(_foreign(self.name_or_path))
 
     @classmethod
@@ -159,6 +158,3 @@ def _foreign(name: str) -> str:
         f"'{name}' holds the vocabulary of another tokenizer, whose ids are not bytes. Load it with the class that "
         "made it (`transformers.ReformerTokenizer` for SentencePiece files of the built-in Reformer)."
     )
-
-
-__all__ = ["ReformerByteTokenizer"]

@@ -38,13 +38,13 @@ IN_SHAPES += ["weight_tie_embedding", "fixed_position_emb", "absolute_position_e
 NO_COUNTERPART = {
     "use_scale_norm": "its norm divides by the vector's length; ours is a LayerNorm with mean and bias",
     "use_rezero": "its branches have no norm in front; ours always have one",
-    "ff_glu": "its feed-forward multiplies two projections; ours has one",
     "num_mem_kv": "its attention reads extra learned keys; ours reads tokens alone",
     "pkm_layers": "its product-key memory layers are of no kind that we have",
     "n_local_attn_heads": "its layers mix local and hashed heads; ours are local or hashed as a whole",
     "return_embeddings": "its model has no head, and normalises the mean of both streams; ours keeps them apart",
+    "ff_glu": "its feed-forward multiplies two projections; ours has one",
 }
-NO_COUNTERPART_KEYS = {
+TRACES = {  # in the names of the weights
     "use_scale_norm": r"\.norm\.g$",
     "use_rezero": r"\.[fg]\.net\.g$",
     "num_mem_kv": r"\.mem_kv$",
@@ -62,10 +62,17 @@ def from_reformer_pytorch(state: State, arguments: dict[str, Any]) -> tuple[Any,
     Raises:
         ValueError: an argument is missing, contradicts the weights, or has no counterpart; the message says which.
     """
-    state = without_prefix(state)
+    names = [key for key in state if key.endswith("token_emb.weight")]
+    if len(names) != 1:
+        raise ValueError(
+            f"`token_emb.weight` occurs {len(names)} times in the weights, but a ReformerLM of reformer-pytorch has "
+            "it once. Only ReformerLM can be converted: neither the bare Reformer nor ReformerEncDec."
+        )
+    prefix = names[0].removesuffix("token_emb.weight")
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    state = {key: value for key, value in state.items() if ".irrev_blocks." not in key}  # the same tensors again
     check_arguments(state, arguments)
-    found = sizes(state, arguments)
-    given = {**OPTIONAL, **arguments, **found}
+    given = {**OPTIONAL, **arguments, **sizes(state, arguments)}
     config = make_config(given)
     model: Any = (ReformerForCausalLM if given["causal"] else ReformerForMaskedLM)(config)
     dtype = state["token_emb.weight"].dtype
@@ -78,36 +85,21 @@ def from_reformer_pytorch(state: State, arguments: dict[str, Any]) -> tuple[Any,
     return model.to(dtype).eval(), notes(given, weights, left)
 
 
-def without_prefix(state: State) -> State:
-    names = [key for key in state if key.endswith("token_emb.weight")]
-    if len(names) != 1:
-        raise ValueError(
-            f"`token_emb.weight` occurs {len(names)} times in the weights, but a ReformerLM of reformer-pytorch has "
-            "it once. Only ReformerLM can be converted: neither the bare Reformer nor ReformerEncDec."
-        )
-    prefix = names[0].removesuffix("token_emb.weight")
-    kept = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    return {key: value for key, value in kept.items() if ".irrev_blocks." not in key}  # the same tensors again
-
-
 def check_arguments(state: State, arguments: dict[str, Any]) -> None:
     """Raise ValueError for what is unknown, missing or without counterpart."""
     known = {*NEEDED, *WITHOUT_EFFECT, *OPTIONAL, *IN_SHAPES, *NO_COUNTERPART}
-    unknown = sorted(set(arguments) - known)
-    if unknown:
+    if unknown := sorted(set(arguments) - known):
         raise ValueError(f"{unknown} are no arguments of ReformerLM. Known are {sorted(known)}.")
-    for name, reason in NO_COUNTERPART.items():
-        pattern = NO_COUNTERPART_KEYS.get(name)
-        in_weights = pattern is not None and any(re.search(pattern, key) for key in state)
-        if arguments.get(name) or in_weights:
-            raise ValueError(f"`{name}` has no counterpart in our chunk mode: {reason}. It cannot be converted.")
+    used = {name for name in NO_COUNTERPART if arguments.get(name)}
+    used |= {name for name, pattern in TRACES.items() if any(re.search(pattern, key) for key in state)}
     if not any(key.startswith("out.1.") for key in state):
-        raise ValueError(f"`return_embeddings` has no counterpart: {NO_COUNTERPART['return_embeddings']}.")
-    up, down = (state[LAYER.format(0) + f"g.net.fn.fn.{name}.weight"] for name in ("w1", "w2"))
-    if up.shape[0] != down.shape[1]:
-        raise ValueError(f"`ff_glu` has no counterpart in our chunk mode: {NO_COUNTERPART['ff_glu']}.")
-    missing = [name for name in NEEDED if name not in arguments]
-    if missing:
+        used.add("return_embeddings")
+    if not used:
+        up, down = (state[LAYER.format(0) + f"g.net.fn.fn.{name}.weight"] for name in ("w1", "w2"))
+        used |= {"ff_glu"} if up.shape[0] != down.shape[1] else set()
+    for name in sorted(used):
+        raise ValueError(f"`{name}` has no counterpart in our chunk mode: {NO_COUNTERPART[name]}.")
+    if missing := [name for name in NEEDED if name not in arguments]:
         raise ValueError(f"{missing} cannot be read from the weights. Give what ReformerLM was made with.")
     if arguments.get("ff_activation", "gelu") not in ACT2FN:
         raise ValueError(f"`ff_activation={arguments['ff_activation']!r}` must be a name, such as 'gelu' or 'relu'.")
@@ -121,12 +113,15 @@ def sizes(state: State, arguments: dict[str, Any]) -> dict[str, Any]:
     """
     first = LAYER.format(0)
     query = state[first + "f.net.fn.toqk.weight"]
-    found: dict[str, Any] = {"num_tokens": state["token_emb.weight"].shape[0], "dim": query.shape[1]}
-    found["emb_dim"] = state["token_emb.weight"].shape[1]
-    found["depth"] = 1 + max(int(key.split(".")[3]) for key in state if key.startswith("reformer.layers.blocks."))
-    found["ff_size"] = state[first + "g.net.fn.fn.w1.weight"].shape[0]
-    found["weight_tie_embedding"] = "out.1.tensor" in state
-    found["positions"] = positions_of(state)
+    kinds = {"pos_emb.emb.weight": "absolute", "pos_emb.weights.0": "axial", "pos_emb.inv_freq": "fixed"}
+    found: dict[str, Any] = {
+        "dim": query.shape[1],
+        "depth": 1 + max(int(key.split(".")[3]) for key in state if key.startswith("reformer.layers.blocks.")),
+        "ff_size": state[first + "g.net.fn.fn.w1.weight"].shape[0],
+        "weight_tie_embedding": "out.1.tensor" in state,
+        "positions": next((kind for key, kind in kinds.items() if key in state), "rotary"),
+    }
+    found["num_tokens"], found["emb_dim"] = state["token_emb.weight"].shape
     if found["positions"] == "absolute":
         found["max_seq_len"] = state["pos_emb.emb.weight"].shape[0]
     if "layer_pos_emb.inv_freq" in state:
@@ -144,14 +139,6 @@ def sizes(state: State, arguments: dict[str, Any]) -> dict[str, Any]:
     if found["heads"] * found["dim_head"] != query.shape[0]:
         raise ValueError(f"`dim_head={found['dim_head']}` does not divide the width {query.shape[0]} of the queries.")
     return found
-
-
-def positions_of(state: State) -> str:
-    if "pos_emb.emb.weight" in state:
-        return "absolute"
-    if "pos_emb.weights.0" in state:
-        return "axial"
-    return "fixed" if "pos_emb.inv_freq" in state else "rotary"
 
 
 def make_config(given: dict[str, Any]) -> ReformerConfig:
@@ -193,21 +180,15 @@ def convert_weights(weights: State, given: dict[str, Any], config: ReformerConfi
         left = max(left, lost)
     made["model.norm.weight"] = weights["norm.weight"].repeat(2)
     made["model.norm.bias"] = weights["norm.bias"].repeat(2)
-    head, bias = output_weights(weights, given)
-    made["lm_head.weight"], made["lm_head.bias"] = head.repeat(1, 2) / 2, bias
-    return made, left
-
-
-def output_weights(weights: State, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Their one or two projections to logits as one: (V, D) and (V)."""
     if given["weight_tie_embedding"]:
-        head = torch.nn.functional.normalize(weights["out.1.tensor"], dim=-1)
+        head = torch.nn.functional.normalize(weights["out.1.tensor"], dim=-1)  # (V, D)
         bias = head.new_zeros(len(head))
     else:
         head, bias = weights["out.1.weight"], weights["out.1.bias"]
-    if "out.0.weight" in weights:
+    if "out.0.weight" in weights:  # their two projections as one
         head, bias = head @ weights["out.0.weight"], bias + head @ weights["out.0.bias"]
-    return head, bias
+    made["lm_head.weight"], made["lm_head.bias"] = head.repeat(1, 2) / 2, bias
+    return made, left
 
 
 def position_table(weights: State, given: dict[str, Any]) -> torch.Tensor:
@@ -228,7 +209,14 @@ def position_table(weights: State, given: dict[str, Any]) -> torch.Tensor:
 
 
 def convert_layer(weights: State, layer: int, given: dict[str, Any], rotary: bool) -> tuple[State, float]:
-    """One layer by our names, and the share of its output bias that could not be kept."""
+    """One layer by our names, and the share of its output bias, which we have not, that could not be kept.
+
+    Norm bias, query and value projections are changed so that attention's output is larger by that bias. A normalised
+    vector n sums to 0, so a projection gets a constant c for every token by adding c/κ · (1/scale)ᵀ to its matrix:
+    (1/scale)ᵀ (scale * n + bias) = Σ bias/scale = κ. The norm's bias is first moved along `scale` until κ is its
+    width; the same device keeps what the projections gave. Attention weights sum to 1, so a constant in all values
+    comes out as `out` times it. `out` may be singular: then a part of the bias is reached by no constant.
+    """
     heads, size = given["heads"], given["dim_head"]
     f, g = (LAYER.format(layer) + f"{branch}.net." for branch in "fg")
     query = weights[f + "fn.toqk.weight"] / size**0.5  # our scores are not divided by it: their keys are normalised
@@ -237,44 +225,25 @@ def convert_layer(weights: State, layer: int, given: dict[str, Any], rotary: boo
         query = query.unflatten(0, (heads, size))[:, order].flatten(0, 1)
     value = weights[f + "fn.tov.weight"]
     value = value.repeat(heads * size // len(value), 1)  # one_value_head
-    out = weights[f + "fn.to_out.weight"]
+    out, out_bias = weights[f + "fn.to_out.weight"], weights[f + "fn.to_out.bias"]
     scale, bias = weights[f + "norm.weight"], weights[f + "norm.bias"]
-    bias, query, value, left = with_output_bias(scale, bias, query, value, out, weights[f + "fn.to_out.bias"])
-    made = {"attention_norm.weight": scale, "attention_norm.bias": bias}
-    made |= {"attention.qk_proj.weight": query, "attention.v_proj.weight": value, "attention.o_proj.weight": out}
-    made |= {f"feed_forward_norm.{name}": weights[g + f"norm.{name}"] for name in ("weight", "bias")}
-    for ours, theirs in (("up_proj", "w1"), ("down_proj", "w2")):
-        made |= {f"feed_forward.{ours}.{n}": weights[g + f"fn.fn.{theirs}.{n}"] for n in ("weight", "bias")}
-    return made, left
-
-
-def with_output_bias(
-    scale: torch.Tensor,
-    bias: torch.Tensor,
-    query: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    wanted: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """Norm bias, query and value projections that make attention's output larger by `wanted`: we have no bias for it.
-
-    A normalised vector n sums to 0, so a projection gets a constant c for every token by adding c/κ · (1/scale)ᵀ to
-    its matrix: (1/scale)ᵀ (scale * n + bias) = Σ bias/scale = κ. The norm's bias is first moved along `scale` until
-    κ is its width; the same device keeps what the projections gave. Attention weights sum to 1, so a constant in all
-    values comes out as `out` times it.
-
-    Returns:
-        bias, query, value, and the norm of what no constant reaches (`out` may be singular), as a share of `wanted`.
-    """
     if not scale.all():
         raise ValueError("A norm before attention has a weight of exactly 0, so that `to_out.bias` cannot be kept.")
     width, inverse = len(scale), 1 / scale
     moved = scale * (1 - (bias * inverse).sum() / width)
-    constant = torch.linalg.lstsq(out, wanted[:, None], driver="gelsd").solution[:, 0]
-    query = query - torch.outer(query @ moved, inverse) / width
-    value = value + torch.outer(constant - value @ moved, inverse) / width
-    left = (out @ constant - wanted).norm() / wanted.norm().clamp(min=1e-30)
-    return bias + moved, query, value, left.item()
+    constant = torch.linalg.lstsq(out, out_bias[:, None], driver="gelsd").solution[:, 0]
+    made = {
+        "attention_norm.weight": scale,
+        "attention_norm.bias": bias + moved,
+        "attention.qk_proj.weight": query - torch.outer(query @ moved, inverse) / width,
+        "attention.v_proj.weight": value + torch.outer(constant - value @ moved, inverse) / width,
+        "attention.o_proj.weight": out,
+    }
+    names = {"feed_forward_norm": "norm", "feed_forward.up_proj": "fn.fn.w1", "feed_forward.down_proj": "fn.fn.w2"}
+    for ours, theirs in names.items():
+        made |= {f"{ours}.{name}": weights[f"{g}{theirs}.{name}"] for name in ("weight", "bias")}
+    left = (out @ constant - out_bias).norm() / out_bias.norm().clamp(min=1e-30)
+    return made, left.item()
 
 
 def notes(given: dict[str, Any], weights: State, left: float) -> list[str]:
@@ -312,6 +281,3 @@ def notes(given: dict[str, Any], weights: State, left: float) -> list[str]:
     if given["ff_dropout"]:
         lines.append("`ff_dropout` became `hidden_dropout_prob`, which also drops embeddings and branches' outputs.")
     return lines
-
-
-__all__ = ["from_reformer_pytorch"]

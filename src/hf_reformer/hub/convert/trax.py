@@ -13,9 +13,8 @@ import torch
 from ...configuration_reformer import ReformerConfig
 from ...models.language_models import ReformerForCausalLM
 
-GZIP = b"\x1f\x8b"
-NO_PICKLE = (pickle.UnpicklingError, zlib.error)
 NOT_IN_WEIGHTS = {"lsh": ("num_hashes", "num_buckets", "lsh_attn_chunk_length"), "local": ("local_attn_chunk_length",)}
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError)  # raised where data has another form than expected
 
 
 def _from_latin1(text: str, encoding: str) -> bytes:
@@ -55,8 +54,8 @@ def read_pickle(path: str | Path) -> Any:
     """
     data = Path(path).read_bytes()
     try:
-        return _ArraysOnly(io.BytesIO(gzip.decompress(data) if data.startswith(GZIP) else data)).load()
-    except (*NO_PICKLE, EOFError, OSError, TypeError, ValueError, LookupError, AttributeError) as error:
+        return _ArraysOnly(io.BytesIO(gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data)).load()
+    except (pickle.UnpicklingError, zlib.error, EOFError, OSError, *MALFORMED) as error:
         raise ValueError(f"{path} is no pickle of Trax weights that can be read: {error}.") from error
 
 
@@ -74,19 +73,19 @@ def from_trax(tree: Any, fields: dict[str, Any]) -> tuple[Any, list[str]]:
     weights = tree["weights"] if isinstance(tree, dict) and "weights" in tree else tree
     try:
         state, shapes = read_tree(weights)
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (RuntimeError, *MALFORMED) as error:
         raise ValueError(
             f"These are not the weights of a ReformerLM of Trax as its models of 2020 are laid out ({error})."
         ) from error
-    unknown = sorted(set(fields) - set(ReformerConfig.__dataclass_fields__))
-    if unknown:
+    if unknown := sorted(set(fields) - set(ReformerConfig.__dataclass_fields__)):
         raise ValueError(f"{unknown} are no fields of ReformerConfig.")
-    missing = [name for kind in set(shapes["attn_layers"]) for name in NOT_IN_WEIGHTS[kind] if name not in fields]
-    if missing:
+    needed = {name for kind in shapes["attn_layers"] for name in NOT_IN_WEIGHTS[kind]}
+    if missing := sorted(needed - set(fields)):
         raise ValueError(f"The weights don't tell {missing}. Give these fields; Trax's gin file has them.")
-    for name in shapes:
-        if name in fields and _plain(fields[name]) != _plain(shapes[name]):
-            raise ValueError(f"`{name}={fields[name]}` contradicts the weights: {shapes[name]}. Leave it out.")
+    for name, value in shapes.items():
+        given = fields.get(name, value)
+        if (list(given) if isinstance(given, tuple) else given) != value:
+            raise ValueError(f"`{name}={given}` contradicts the weights: {value}. Leave it out.")
     config = ReformerConfig(
         **{"layer_norm_eps": 1e-6, "eos_token_id": None, **shapes, **fields, "attention_mode": "chunk"}
         | {"is_decoder": True, "tie_word_embeddings": False}
@@ -103,32 +102,25 @@ def from_trax(tree: Any, fields: dict[str, Any]) -> tuple[Any, list[str]]:
     ]
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value
-
-
 def read_tree(weights: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Our state dict, and the config's fields that its shapes tell."""
     state = {"model.embed_tokens.weight": _tensor(weights[1])}
     vocab, hidden = state["model.embed_tokens.weight"].shape
-    positions = weights[3]
-    if not isinstance(positions, (tuple, list)):
+    if not isinstance(weights[3], (tuple, list)):
         raise TypeError("its positions are not axial")
-    tables = [_tensor(table)[0] for table in positions]  # Trax has an axis for the batch in front
+    tables = [_tensor(table)[0] for table in weights[3]]  # Trax has an axis for the batch in front
     state |= {f"model.position_embeddings.weights.{axis}": table for axis, table in enumerate(tables)}
-    kinds = []
     if len(weights[5]) % 4:
         raise TypeError(f"{len(weights[5])} parts of layers are no multiple of 4")
-    for layer in range(len(weights[5]) // 4):
-        part, kind = _layer(weights[5][4 * layer : 4 * layer + 4])
-        kinds.append(kind)
+    layers = [_layer(weights[5][start : start + 4]) for start in range(0, len(weights[5]), 4)]
+    for layer, (part, _) in enumerate(layers):
         state |= {f"model.layers.{layer}.{key}": value for key, value in part.items()}
     state["model.norm.weight"], state["model.norm.bias"] = map(_tensor, weights[7])
     state["lm_head.weight"], state["lm_head.bias"] = _tensor(weights[9][0]).T.contiguous(), _tensor(weights[9][1])
     heads, _, size = np.shape(weights[5][0][1][0])
     shape = [table.shape[axis] for axis, table in enumerate(tables)]
     return state, {
-        "attn_layers": kinds,
+        "attn_layers": [kind for _, kind in layers],
         "vocab_size": vocab,
         "hidden_size": hidden,
         "num_attention_heads": heads,
@@ -148,7 +140,10 @@ def _layer(block: Any) -> tuple[dict[str, torch.Tensor], str]:
         feed_forward = feed_forward[2]
     kind = "lsh" if len(attention) < 4 else "local"
     names = ["qk_proj", "v_proj"] if kind == "lsh" else ["q_proj", "k_proj", "v_proj"]
-    made = {f"attention.{name}.weight": _heads(part) for name, part in zip(names, attention, strict=False)}
+    made = {  # (H, D, head_size) → (H * head_size, D)
+        f"attention.{name}.weight": _tensor(part).transpose(1, 2).flatten(0, 1).contiguous()
+        for name, part in zip(names, attention, strict=False)
+    }
     made["attention.o_proj.weight"] = _tensor(attention[len(names)]).flatten(0, 1).T.contiguous()
     made["attention_norm.weight"], made["attention_norm.bias"] = map(_tensor, norm)
     made["feed_forward_norm.weight"], made["feed_forward_norm.bias"] = map(_tensor, feed_forward[0])
@@ -158,15 +153,7 @@ def _layer(block: Any) -> tuple[dict[str, torch.Tensor], str]:
     return made, kind
 
 
-def _heads(part: Any) -> torch.Tensor:
-    """(H, D, head_size) → (H * head_size, D)"""
-    return _tensor(part).transpose(1, 2).flatten(0, 1).contiguous()
-
-
 def _tensor(array: Any) -> torch.Tensor:
     if not isinstance(array, np.ndarray):
         raise TypeError(f"an array was expected, found {type(array).__name__}")
     return torch.from_numpy(np.array(array))  # a copy, which may be written to
-
-
-__all__ = ["from_trax", "read_pickle"]

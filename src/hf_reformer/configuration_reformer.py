@@ -51,36 +51,29 @@ class ReformerConfig(PreTrainedConfig):
     Args:
         attn_layers (`list[str]`, *optional*):
             Kind of each layer: `"local"` (a window over the sequence), `"lsh"` (windows inside hash buckets, shared
-            query and key) or `"full"` (exact attention, for comparison and for short sequences). Defaults to
-            `num_hidden_layers` (6) layers, alternating local and lsh.
+            query and key) or `"full"` (exact attention). Defaults to `num_hidden_layers` (6), local and lsh in turn.
         attention_mode (`str`, defaults to `"window"`):
             `"window"`: every token attends to the union of its windows over several sort orders; each pair counts
             once. `"chunk"`: the legacy chunked rule of Trax and transformers, for old checkpoints.
         lsh_window, local_window (`int`, defaults to 128):
             Window mode: positions that a token sees in a sort order or in the sequence. Causal: itself and the
             `window - 1` before it; bidirectional: itself and `window // 2` on either side.
-        lsh_include_local (`bool`, defaults to `True`):
-            Window mode: lsh layers also see their `local_window` in the sequence.
+        lsh_include_local (`bool`, defaults to `True`): Window mode: lsh layers also see their `local_window`.
         lsh_exploration_orders (`int`, defaults to 1):
-            Window mode, training only: sort orders with random buckets, so that pairs that never share a bucket can
-            learn to attend to each other.
-        resample_rotations (`bool`, defaults to `True`):
-            Draw new hash rotations in every training forward. `False`: use those of evaluation.
+            Window mode, training only: sort orders with random buckets, so that every pair can learn to attend.
+        resample_rotations (`bool`, defaults to `True`): Draw new hash rotations in every training forward.
         hash_seed (`int`, *optional*):
-            Seed of the rotations used in evaluation (`None` counts as 0). In chunk mode a given seed also fixes the
-            rotations of training, as transformers' own Reformer does.
+            Seed of the rotations of evaluation (`None`: 0); in chunk mode, if it is given, also of training.
         num_buckets (`int` or `list[int]`, *optional*):
-            Number of hash buckets, even, or a list of even factors. Window mode: defaults to the power of two nearest
-            to `max_position_embeddings / lsh_window`, with two factors above 128. Chunk mode: `None` chooses it by the
-            length of the input, as transformers' own Reformer does.
+            Number of hash buckets, even, or a list of even factors. Default: the power of two nearest to
+            `max_position_embeddings / lsh_window`, two factors above 128; in chunk mode by the length of the input.
         position_embedding_type (`str`, *optional*):
             `"axial"` (default), `"learned"` or `"rotary"`. The older flag `axial_pos_embds=False` means `"learned"`.
         axial_pos_shape, axial_pos_embds_dim (`list[int]`, *optional*):
-            Any number of axes. Default: two axes of powers of two that cover `max_position_embeddings`, the first with
-            a quarter of the hidden size. Inputs of any length up to the product of the shape are accepted.
+            Sizes and widths of any number of axes. Default: two powers of two that cover `max_position_embeddings`,
+            the first with a quarter of the hidden size.
         axial_norm_std (`float`, defaults to 0.02):
-            Standard deviation of new axial tables, equal to that of the token embeddings. With 1.0, the default of
-            transformers' own Reformer, models from scratch learn far more slowly.
+            Standard deviation of new axial tables. With the built-in's 1.0, models from scratch learn far more slowly.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
         classifier_pooling (`str`, *optional*):
             Pooling of sequence classification: `"mean"` over the real tokens (default when bidirectional), the
@@ -98,27 +91,22 @@ class ReformerConfig(PreTrainedConfig):
             Language models: the head shares the weight of the embeddings. A projection merges the two residual
             streams first.
         chunk_size_feed_forward, chunk_size_lm_head (`int`, defaults to 0):
-            Tokens at a time in the token-wise parts of a layer (norms, projections, feed-forward) and in the
-            language-model loss; they need not divide the sequence length. 0: automatic (layers: on a CPU about a
-            million numbers of the stream, which fit into its cache; elsewhere the whole sequence). If it is given, the
-            feed-forward is recomputed in backward even with `reversible=False`.
+            Tokens at a time in the token-wise parts of a layer and in the language-model loss; they need not divide
+            the sequence length. 0: automatic. Otherwise the feed-forward is recomputed in backward even with
+            `reversible=False`.
         coverage_loss_weight (`float`, defaults to 0.0):
-            Weight of the coverage loss, a KL penalty that is low when every token receives attention; above 0 it is
-            added to a head's loss. Outputs hold it as `coverage_loss` (layers), unweighted.
+            Weight in a head's loss of the coverage loss, a KL penalty that is low when every token receives attention.
+            Outputs hold it as `coverage_loss` (layers), unweighted.
         is_decoder (`bool`, defaults to `False`): Causal attention. `ReformerForCausalLM` always sets it.
         is_encoder_decoder (`bool`, defaults to `False`):
-            A bidirectional encoder of `attn_layers` and a causal decoder. `ReformerForConditionalGeneration` always
-            sets it; other models use only the encoder.
+            A bidirectional encoder and a causal decoder: `ReformerForConditionalGeneration`; others use the encoder.
         decoder_attn_layers (`list[str]`, *optional*): Kind of each decoder layer. Defaults to `attn_layers`.
         tie_encoder_decoder (`bool`, defaults to `False`):
-            Encoder and decoder share positions and, layer by layer, self-attention, feed-forward and norms, but not
-            cross-attention. Token embeddings are always shared.
-        decoder_start_token_id (`int`, *optional*):
-            The decoder's first input token. Defaults to `pad_token_id`, or else `bos_token_id`.
+            Encoder and decoder share all but cross-attention. Token embeddings are always shared.
+        decoder_start_token_id (`int`, *optional*): Defaults to `pad_token_id`, or else `bos_token_id`.
 
     Raises:
-        huggingface_hub.errors.StrictDataclassError: a field has the wrong type, or fields contradict each other; the
-            message says what to change.
+        huggingface_hub.errors.StrictDataclassError: a field has the wrong type, or fields contradict each other.
 
     ```python
     >>> from hf_reformer import ReformerConfig, ReformerModel
@@ -212,11 +200,10 @@ class ReformerConfig(PreTrainedConfig):
             bits = max(2, math.ceil(math.log2(max(1, self.max_position_embeddings))))
             self.axial_pos_shape = (2 ** (bits // 2), 2 ** (bits - bits // 2))
         if self.axial_pos_embds_dim is None:
-            rest, dims = self.hidden_size, ()
+            dims: list[int] = []
             for axis in range(len(self.axial_pos_shape), 1, -1):
-                dims += (max(1, rest // (2 * axis)),)
-                rest -= dims[-1]
-            self.axial_pos_embds_dim = (*dims, rest)
+                dims.append(max(1, (self.hidden_size - sum(dims)) // (2 * axis)))
+            self.axial_pos_embds_dim = (*dims, self.hidden_size - sum(dims))
 
     def _resolve_decoder(self) -> None:
         if self.is_encoder_decoder and self.decoder_attn_layers is None:

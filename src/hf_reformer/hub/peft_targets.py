@@ -16,14 +16,13 @@ from ..configuration_reformer import ReformerConfig
 
 # Queries and values, as for nearly every model in peft's tables. In an lsh layer, queries are also keys.
 QUERIES_AND_VALUES = ["qk_proj", "q_proj", "v_proj"]
-EVERY_PROJECTION = ["qk_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 # Adapters with other targets, by the middle of their table's name. IA3 scales keys, values and inputs of `down_proj`.
 TARGETS_BY_METHOD = {
     "BEFT_TARGET": ["v_proj"],
     "IA3_FEEDFORWARD": ["down_proj"],
     "IA3_TARGET": ["qk_proj", "k_proj", "v_proj", "down_proj"],
     "LNTUNING_TARGET": ["attention_norm", "feed_forward_norm", "norm"],
-    "OSF_TARGET": EVERY_PROJECTION,
+    "OSF_TARGET": ["qk_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"],
 }
 
 

@@ -24,8 +24,7 @@ class LongDocumentQuestionAnswering(Pipeline):
     The tokenizer joins the two as a pair, the question first. An answer is a span of the document that neither starts
     nor ends with white space. Its score is the probability of its first token as the start times that of its last
     token as the end. Both are normalized over the tokens of the document that are not white space and the *null
-    position*, the first token of the input. Training data marks a question without an answer there (`start_positions =
-    end_positions = 0`). It holds the tokenizer's `cls` or `bos` token, or the first token of the question.
+    position*, the first token of the input, where training data marks a question without an answer.
 
     Works with every question-answering head of transformers and every fast tokenizer. Batching changes no result.
 
@@ -76,13 +75,12 @@ class LongDocumentQuestionAnswering(Pipeline):
             batch_size: Number of inputs in a batch. Default 1.
 
         Returns:
-            A dict for every question: `score`, the characters `start` and `end`, and `answer`, which is
-            `context[start:end]`; with `top_k` above 1 a list of such dicts. A list of inputs gives a list.
+            A dict for every question, or a list of dicts with `top_k` above 1: `score`, the characters `start` and `end`,
+            and `answer`, which is `context[start:end]`. A list of inputs gives a list.
 
         Raises:
             TypeError: An input is none of the above, or an option is unknown.
-            ValueError: A question or document is empty, lists differ in length, an input is longer than the positions
-                of the model, or scores are not finite.
+            ValueError: A text is empty, lists differ in length, an input is too long, or scores are not finite.
         """
         inputs = question if context is None else _pairs(question, context)
         return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **kwargs)

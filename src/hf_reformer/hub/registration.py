@@ -5,20 +5,7 @@ So ours is registered with every Auto class that supports the built-in; otherwis
 built-in's head from our config.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForMultipleChoice,
-    AutoModelForPreTraining,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTextEncoding,
-    AutoModelForTokenClassification,
-    AutoTokenizer,
-)
+import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..compat import register_model_name
@@ -37,16 +24,16 @@ from .peft_targets import register_adapters
 from .pipelines import register_pipelines
 
 AUTO_CLASSES = {
-    AutoModel: ReformerModel,
-    AutoModelForCausalLM: ReformerForCausalLM,
-    AutoModelForMaskedLM: ReformerForMaskedLM,
-    AutoModelForMultipleChoice: ReformerForMultipleChoice,
-    AutoModelForPreTraining: ReformerForCausalLM,
-    AutoModelForQuestionAnswering: ReformerForQuestionAnswering,
-    AutoModelForSeq2SeqLM: ReformerForConditionalGeneration,
-    AutoModelForSequenceClassification: ReformerForSequenceClassification,
-    AutoModelForTextEncoding: ReformerModel,
-    AutoModelForTokenClassification: ReformerForTokenClassification,
+    transformers.AutoModel: ReformerModel,
+    transformers.AutoModelForCausalLM: ReformerForCausalLM,
+    transformers.AutoModelForMaskedLM: ReformerForMaskedLM,
+    transformers.AutoModelForMultipleChoice: ReformerForMultipleChoice,
+    transformers.AutoModelForPreTraining: ReformerForCausalLM,
+    transformers.AutoModelForQuestionAnswering: ReformerForQuestionAnswering,
+    transformers.AutoModelForSeq2SeqLM: ReformerForConditionalGeneration,
+    transformers.AutoModelForSequenceClassification: ReformerForSequenceClassification,
+    transformers.AutoModelForTextEncoding: ReformerModel,
+    transformers.AutoModelForTokenClassification: ReformerForTokenClassification,
 }
 MODEL_CLASSES = {cls.__name__: cls for cls in AUTO_CLASSES.values()}
 
@@ -62,8 +49,8 @@ def register(replace_builtin: bool = False) -> None:
         replace_builtin: also return our classes, in this process, for a checkpoint whose config says
             `model_type: reformer`. A config object of the built-in class still gives the built-in model.
     """
-    AutoConfig.register(ReformerConfig.model_type, ReformerConfig, exist_ok=True)
-    AutoTokenizer.register(ReformerConfig, tokenizer_class=ReformerByteTokenizer, exist_ok=True)
+    transformers.AutoConfig.register(ReformerConfig.model_type, ReformerConfig, exist_ok=True)
+    transformers.AutoTokenizer.register(ReformerConfig, tokenizer_class=ReformerByteTokenizer, exist_ok=True)
     for auto_class, model_class in AUTO_CLASSES.items():
         auto_class.register(ReformerConfig, model_class, exist_ok=True)
         register_model_name(auto_class, ReformerConfig.model_type, model_class.__name__)

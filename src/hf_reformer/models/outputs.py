@@ -3,16 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPastAndCrossAttentions,
-    CausalLMOutputWithPast,
-    MaskedLMOutput,
-    MultipleChoiceModelOutput,
-    QuestionAnsweringModelOutput,
-    Seq2SeqLMOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
+from transformers import modeling_outputs
 
 from ..layers.forward_context import Sorting
 
@@ -20,7 +11,7 @@ from ..layers.forward_context import Sorting
 
 
 @dataclass
-class ReformerModelOutput(BaseModelOutputWithPastAndCrossAttentions):
+class ReformerModelOutput(modeling_outputs.BaseModelOutputWithPastAndCrossAttentions):
     """Of the backbone, and of a decoder; `attention_mass` and `sorting`: of every layer, as `ReformerModel` says."""
 
     coverage_loss: torch.Tensor | None = None
@@ -29,35 +20,35 @@ class ReformerModelOutput(BaseModelOutputWithPastAndCrossAttentions):
 
 
 @dataclass
-class ReformerCausalLMOutput(CausalLMOutputWithPast):
+class ReformerCausalLMOutput(modeling_outputs.CausalLMOutputWithPast):
     coverage_loss: torch.Tensor | None = None
 
 
 @dataclass
-class ReformerMaskedLMOutput(MaskedLMOutput):
+class ReformerMaskedLMOutput(modeling_outputs.MaskedLMOutput):
     coverage_loss: torch.Tensor | None = None
 
 
 @dataclass
-class ReformerSequenceClassifierOutput(SequenceClassifierOutput):
+class ReformerSequenceClassifierOutput(modeling_outputs.SequenceClassifierOutput):
     coverage_loss: torch.Tensor | None = None
 
 
 @dataclass
-class ReformerTokenClassifierOutput(TokenClassifierOutput):
+class ReformerTokenClassifierOutput(modeling_outputs.TokenClassifierOutput):
     coverage_loss: torch.Tensor | None = None
 
 
 @dataclass
-class ReformerQuestionAnsweringOutput(QuestionAnsweringModelOutput):
+class ReformerQuestionAnsweringOutput(modeling_outputs.QuestionAnsweringModelOutput):
     coverage_loss: torch.Tensor | None = None
 
 
 @dataclass
-class ReformerMultipleChoiceOutput(MultipleChoiceModelOutput):
+class ReformerMultipleChoiceOutput(modeling_outputs.MultipleChoiceModelOutput):
     coverage_loss: torch.Tensor | None = None
 
 
 @dataclass
-class ReformerSeq2SeqLMOutput(Seq2SeqLMOutput):
+class ReformerSeq2SeqLMOutput(modeling_outputs.Seq2SeqLMOutput):
     coverage_loss: torch.Tensor | None = None

@@ -21,13 +21,8 @@ from .trax import from_trax, read_pickle
 FOLDERS = ("builtin", "hf_reformer")
 KINDS = (*FOLDERS, "reformer-pytorch", "trax")
 HEADS = {name: cls for name, cls in MODEL_CLASSES.items() if name != "ReformerForConditionalGeneration"}
-BUILTIN_HEADS = {
-    "ReformerModel": transformers.ReformerModel,
-    "ReformerForCausalLM": transformers.ReformerModelWithLMHead,
-    "ReformerForMaskedLM": transformers.ReformerForMaskedLM,
-    "ReformerForQuestionAnswering": transformers.ReformerForQuestionAnswering,
-    "ReformerForSequenceClassification": transformers.ReformerForSequenceClassification,
-}
+BUILTIN_HEADS = {name: getattr(transformers, name) for name in HEADS if hasattr(transformers, name)}
+BUILTIN_HEADS["ReformerForCausalLM"] = transformers.ReformerModelWithLMHead
 TOKENIZER_FILES = [
     "tokenizer*",
     "special_tokens_map.json",

@@ -299,6 +299,7 @@ class ReformerConfig(PreTrainedConfig):
             )
 
     def validate_numbers(self) -> None:
+        check_num_buckets(self.num_buckets)
         kinds = ("lsh", "local")
         positive = ["vocab_size", "hidden_size", "num_attention_heads", "attention_head_size", "feed_forward_size"]
         positive += ["max_position_embeddings", "num_hashes", "lsh_window", "local_window"]
@@ -320,10 +321,6 @@ class ReformerConfig(PreTrainedConfig):
             for name in names:
                 if not low <= (getattr(self, name) or 0) <= high:
                     raise ValueError(f"`{name}={getattr(self, name)}` must {rule}.")
-
-    def validate_buckets(self) -> None:
-        if self.num_buckets is not None:
-            check_num_buckets(self.num_buckets)
 
     def validate_positions(self) -> None:
         kind = self.position_embedding_type
@@ -378,8 +375,10 @@ def default_num_buckets(max_positions: int, window: int) -> int | tuple[int, int
     return 2**bits if bits <= 7 else (2 ** (bits // 2), 2 ** (bits - bits // 2))
 
 
-def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int]) -> None:
-    """Raise ValueError unless every factor is an even number of at least 2."""
+def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int] | None) -> None:
+    """Raise ValueError unless every factor is an even number of at least 2; None is accepted."""
+    if num_buckets is None:
+        return
     factors = tuple(num_buckets) if isinstance(num_buckets, (list, tuple)) else (num_buckets,)
     if not factors or any(not isinstance(factor, int) or factor < 2 or factor % 2 for factor in factors):
         raise ValueError(

@@ -23,18 +23,6 @@ VOCAB: dict[str, int] = {
 }
 
 
-def byte_level_backend(add_prefix_space: bool = False) -> Tokenizer:
-    """Build the Rust pipeline: text → words → bytes → ids, with nothing normalised and nothing merged.
-
-    Splitting into words changes no id; it serves `word_ids()`, so that labels and masks can follow words.
-    """
-    backend = Tokenizer(BPE(vocab=VOCAB, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (PAD, EOS, MASK, BOS)])
-    return backend
-
-
 class ReformerByteTokenizer(TokenizersBackend):
     r"""Fast byte-level tokenizer: the UTF-8 bytes of the text, each as `byte + 2`, and nothing else.
 
@@ -59,12 +47,9 @@ class ReformerByteTokenizer(TokenizersBackend):
     `sep_token` later, set it and call `update_post_processor()`.
 
     Args:
-        pad_token: Token for padding. Ids 0, 1, 258 and 259 keep the names above; any other name, here or below, is a
-            new token after them.
-        eos_token: Token that ends a text.
+        pad_token, eos_token, mask_token, bos_token: Special tokens. Ids 0, 1, 258 and 259 keep the names above; any
+            other name, here or below, is a new token after them.
         sep_token: Token between the two texts of a pair, or `None`.
-        mask_token: Token to be predicted.
-        bos_token: Token that generation starts from.
         add_prefix_space: Put a space before a text that does not start with one. With `is_split_into_words=True` this
             separates words.
         vocab: The vocabulary in `tokenizer.json`, which is only checked.
@@ -92,7 +77,12 @@ class ReformerByteTokenizer(TokenizersBackend):
         vocab: dict[str, int] | list | None = None,
         **kwargs: Any,
     ) -> None:
-        self._tokenizer = byte_level_backend(add_prefix_space)
+        self._tokenizer = Tokenizer(BPE(vocab=VOCAB, merges=[]))  # nothing is normalised, nothing merged
+        # Splitting into words changes no id; it serves `word_ids()`, so that labels and masks can follow words.
+        self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True)
+        self._tokenizer.decoder = decoders.ByteLevel()
+        special = [AddedToken(token, normalized=False, special=True) for token in (PAD, EOS, MASK, BOS)]
+        self._tokenizer.add_special_tokens(special)
         super().__init__(
             pad_token=pad_token,
             eos_token=eos_token,
@@ -134,8 +124,8 @@ class ReformerByteTokenizer(TokenizersBackend):
     def train_new_from_iterator(self, *args: Any, **kwargs: Any) -> "TokenizersBackend":
         """Raise an error: there is nothing to learn, and learned merges would change the ids of the bytes."""
         raise NotImplementedError(
-            "ReformerByteTokenizer has no vocabulary to train: its tokens are the 256 bytes. "
-            "Use it as it is, or train another tokenizer and give its size to the model as `vocab_size`."
+            "ReformerByteTokenizer has no vocabulary to train: its tokens are the 256 bytes. Use it, or train "
+            "another tokenizer and give its size to the model as `vocab_size`."
         )
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:

@@ -74,7 +74,6 @@ def export(
     if not overwrite and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty. Name another one, or pass `overwrite=True` (--overwrite).")
     loaded, tokenizer, state = _loaded(model, tokenizer, state)
-    check_model(loaded)
     readme = model_card(loaded, name or folder.name, tokenizer, state, **card)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
@@ -109,7 +108,7 @@ def push_to_hub(
     Files of a previously uploaded model are deleted or replaced, and so is its model card.
 
     Args:
-        model, tokenizer, state, card: as in `export`.
+        model, tokenizer, state, card: as in `export`, and so are errors, which come before anything is sent.
         repo_id: "user/name", or "name" for your own account.
         private: visibility of a new repository. Default: the owner's setting.
         token: default: that of `hf auth login`.
@@ -117,12 +116,10 @@ def push_to_hub(
         commit_message: first line of the commit message.
 
     Raises:
-        ValueError: as in `export`, before anything is sent.
         huggingface_hub.errors.HfHubHTTPError: the Hub rejects the request.
     """
     validate_repo_id(repo_id)
     loaded, tokenizer, state = _loaded(model, tokenizer, state)
-    check_model(loaded)
     model_card(loaded, repo_id, tokenizer, state, **card)  # raises before a repository is created
     repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if revision is not None:
@@ -222,10 +219,11 @@ def check_model(model: Any) -> None:
 
 def _loaded(model: Any, tokenizer: Any, state: Any) -> tuple[Any, Any, Any]:
     """The three of them, read from a directory or repository if `model` names one; arguments take precedence."""
-    if not isinstance(model, (str, PathLike)):
-        return model, tokenizer, state
-    model, saved_tokenizer, saved_state = read(model)
-    return model, saved_tokenizer if tokenizer is None else tokenizer, saved_state if state is None else state
+    if isinstance(model, (str, PathLike)):
+        model, *saved = read(model)
+        tokenizer, state = (old if new is None else new for new, old in zip((tokenizer, state), saved, strict=True))
+    check_model(model)
+    return model, tokenizer, state
 
 
 def code_files() -> dict[str, str]:

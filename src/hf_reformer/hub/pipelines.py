@@ -42,11 +42,8 @@ class LongDocumentQuestionAnswering(Pipeline):
         {'score': 0.87, 'start': 51423, 'end': 51434, 'answer': 'Jane Austen'}
     """
 
-    _load_processor = False
-    _load_image_processor = False
-    _load_video_processor = False
-    _load_feature_extractor = False
     _load_tokenizer = True
+    _load_processor = _load_image_processor = _load_video_processor = _load_feature_extractor = False
 
     def __init__(self, model: Any, tokenizer: Any = None, **kwargs: Any) -> None:
         if "start_positions" not in inspect.signature(model.forward).parameters:
@@ -75,8 +72,8 @@ class LongDocumentQuestionAnswering(Pipeline):
             batch_size: Number of inputs in a batch. Default 1.
 
         Returns:
-            A dict for every question, or a list of dicts with `top_k` above 1: `score`, the characters `start` and `end`,
-            and `answer`, which is `context[start:end]`. A list of inputs gives a list.
+            A dict for every question, or a list of dicts with `top_k` above 1: `score`, the characters `start` and
+            `end`, and `answer`, which is `context[start:end]`. A list of inputs gives a list.
 
         Raises:
             TypeError: An input is none of the above, or an option is unknown.

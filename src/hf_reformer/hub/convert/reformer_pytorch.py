@@ -12,17 +12,10 @@ from ...models.language_models import ReformerForCausalLM, ReformerForMaskedLM
 State = dict[str, torch.Tensor]
 LAYER = "reformer.layers.blocks.{}."
 NEEDED = ("causal", "bucket_size", "n_hashes")  # and what `sizes` cannot find
-WITHOUT_EFFECT = ("ff_chunks", "attn_chunks", "reverse_thres", "pkm_num_keys", "axial_position_shape", "ff_mult")
-OPTIONAL = {
-    "use_full_attn": False,
-    "full_attn_thres": 0,
-    "random_rotations_per_head": False,
-    "ff_activation": "gelu",
-    "lsh_dropout": 0.0,
-    "ff_dropout": 0.0,
-    "post_attn_dropout": 0.0,
-    "layer_dropout": 0.0,
-}
+WITHOUT_EFFECT = ["ff_chunks", "attn_chunks", "reverse_thres", "pkm_num_keys", "axial_position_shape", "ff_mult"]
+WITHOUT_EFFECT += ["random_rotations_per_head"]
+OPTIONAL: dict[str, Any] = {"ff_activation": "gelu", "use_full_attn": False, "full_attn_thres": 0}
+OPTIONAL |= dict.fromkeys(["lsh_dropout", "ff_dropout", "post_attn_dropout", "layer_dropout"], 0.0)
 IN_SHAPES = [
     "num_tokens",
     "dim",
@@ -35,7 +28,7 @@ IN_SHAPES = [
     "one_value_head",
 ]
 IN_SHAPES += ["weight_tie_embedding", "fixed_position_emb", "absolute_position_emb", "axial_position_emb"]
-NO_COUNTERPART = {
+NO_COUNTERPART = {  # in our chunk mode
     "use_scale_norm": "its norm divides by the vector's length; ours is a LayerNorm with mean and bias",
     "use_rezero": "its branches have no norm in front; ours always have one",
     "num_mem_kv": "its attention reads extra learned keys; ours reads tokens alone",
@@ -106,11 +99,7 @@ def check_arguments(state: State, arguments: dict[str, Any]) -> None:
 
 
 def sizes(state: State, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What the shapes tell, and heads and length where they tell nothing.
-
-    Raises:
-        ValueError: an argument contradicts them, or is needed and was not given.
-    """
+    """What the shapes tell, completed by arguments; ValueError for one that contradicts them or is missing."""
     first = LAYER.format(0)
     query = state[first + "f.net.fn.toqk.weight"]
     kinds = {"pos_emb.emb.weight": "absolute", "pos_emb.weights.0": "axial", "pos_emb.inv_freq": "fixed"}
@@ -128,9 +117,8 @@ def sizes(state: State, arguments: dict[str, Any]) -> dict[str, Any]:
         found["dim_head"] = 2 * state["layer_pos_emb.inv_freq"].shape[0]
     elif "dim_head" not in arguments and "heads" in arguments:
         found["dim_head"] = query.shape[0] // arguments["heads"]
-    found = {**{name: arguments[name] for name in ("dim_head", "max_seq_len") if name in arguments}, **found}
     for name in ("dim_head", "max_seq_len"):
-        if name not in found:
+        if found.setdefault(name, arguments.get(name)) is None:
             raise ValueError(f"`{name}` cannot be read from these weights. Give it: it was an argument of ReformerLM.")
     found["heads"] = query.shape[0] // found["dim_head"]
     for name, value in found.items():

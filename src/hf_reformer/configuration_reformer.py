@@ -286,12 +286,12 @@ class ReformerConfig(PreTrainedConfig):
                 "`is_decoder=True` makes one causal stack, but `is_encoder_decoder=True` asks for a bidirectional "
                 "encoder and a decoder. Set one of the two to False."
             )
-        if self.tie_encoder_decoder and self.decoder_attn_layers != self.attn_layers:
+        kinds, start = self.decoder_attn_layers, self.decoder_start_token_id
+        if self.tie_encoder_decoder and kinds != self.attn_layers:
             raise ValueError(
                 f"`tie_encoder_decoder=True` shares every layer, but `attn_layers={self.attn_layers}` and "
-                f"`decoder_attn_layers={self.decoder_attn_layers}` differ. Omit the latter, or do not tie."
+                f"`decoder_attn_layers={kinds}` differ. Leave `decoder_attn_layers` out, or do not tie."
             )
-        start = self.decoder_start_token_id
         if start is None or not 0 <= start < self.vocab_size:
             raise ValueError(
                 f"`decoder_start_token_id={start}` must be a token, 0 … {self.vocab_size - 1}: the decoder's input "
@@ -345,9 +345,7 @@ class ReformerConfig(PreTrainedConfig):
                 "Give one embedding size for every axis."
             )
         if min(shape) < 1:
-            raise ValueError(
-                f"`axial_pos_shape={shape}` must hold sizes of at least 1. Leave the field out for a default."
-            )
+            raise ValueError(f"`axial_pos_shape={shape}` must hold sizes of at least 1. Leave the field out.")
         if min(dims) < 1 or sum(dims) != self.hidden_size:
             raise ValueError(
                 f"`axial_pos_embds_dim={dims}` adds up to {sum(dims)}, but must hold positive sizes that add up to "

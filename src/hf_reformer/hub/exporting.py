@@ -156,7 +156,7 @@ def read(source: str | PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     name = str(names[0] if isinstance(names, list) else names)
     if name not in MODEL_CLASSES:
         raise ValueError(
-            f"`architectures` in {folder}/config.json says {name}, which is none of {', '.join(MODEL_CLASSES)}."
+            f"`architectures` in {folder}/config.json says {name}, not one of {', '.join(MODEL_CLASSES)}."
         )
     model_class: Any = MODEL_CLASSES[name]
     with readable(source):

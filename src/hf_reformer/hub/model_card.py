@@ -143,7 +143,9 @@ def model_card(
         ValueError: the Hub would reject the metadata, or the model is none of ours.
     """
     check_metadata(metadata)
-    auto_class = auto_class_of(model)
+    auto_class = next((auto.__name__ for auto, ours in AUTO_CLASSES.items() if isinstance(model, ours)), None)
+    if auto_class is None:
+        raise ValueError(f"{type(model).__name__} is not one of hf_reformer's models.")
     task, title = PIPELINE_TAGS[auto_class], name.split("/")[-1]
     found = evaluations(state.log_history) if state is not None else []
     weights = evaluation_of_weights(state, found) if state is not None else None
@@ -182,11 +184,3 @@ def model_card(
         dataset_name=dataset_name,
         notes=notes,
     )
-
-
-def auto_class_of(model: Any) -> str:
-    """Name of the (first) Auto class that loads the model; ValueError if the model is none of ours."""
-    for auto_class, model_class in AUTO_CLASSES.items():
-        if isinstance(model, model_class):
-            return auto_class.__name__
-    raise ValueError(f"{type(model).__name__} is not one of hf_reformer's models.")

@@ -45,9 +45,7 @@ def saved_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file} is no JSON: {error}.") from error
     if not isinstance(found, dict):
-        raise ValueError(
-            f"{file} holds a {type(found).__name__}, but must hold an object with the settings of the model."
-        )
+        raise ValueError(f"{file} holds a {type(found).__name__}, but must hold an object with the model's settings.")
     return found
 
 

@@ -47,10 +47,7 @@ class LongDocumentQuestionAnswering(Pipeline):
 
     def __init__(self, model: Any, tokenizer: Any = None, **kwargs: Any) -> None:
         if "start_positions" not in inspect.signature(model.forward).parameters:
-            raise ValueError(
-                f"{type(model).__name__} scores no starts and ends of answers. Load it with "
-                "AutoModelForQuestionAnswering."
-            )
+            raise ValueError(f"{type(model).__name__} scores no spans. Load it with AutoModelForQuestionAnswering.")
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"The tokenizer is {type(tokenizer).__name__}, which gives no offsets to find answers by. Give a fast "
@@ -130,9 +127,8 @@ class LongDocumentQuestionAnswering(Pipeline):
         real = model_outputs["attention_mask"][0] != 0
         solid = torch.tensor(_solid_tokens(encoding, context))
         inside = torch.tensor([sequence == 1 for sequence in encoding.sequence_ids])
-        starts, ends = (
-            _log_probabilities(model_outputs[name][0][real], solid) for name in ("start_logits", "end_logits")
-        )
+        logits = (model_outputs[name][0][real] for name in ("start_logits", "end_logits"))
+        starts, ends = (_log_probabilities(x, solid) for x in logits)
         null = {"score": math.exp(starts[0] + ends[0]), "start": 0, "end": 0, "answer": ""}
         starts, ends = (scores.masked_fill(~solid, -math.inf) for scores in (starts, ends))
         answers = []
@@ -159,7 +155,7 @@ def best_spans(
     count: int,
     max_length: int,
 ) -> Iterator[tuple[int, int, float]]:
-    """The best spans of tokens, none of which shares a character with a better one.
+    """First token, last token and score of the best spans, none of which shares a character with a better one.
 
     Time grows with T · `max_length`, memory with T. Of equal spans the earliest is the better one, then the shortest.
 
@@ -167,11 +163,7 @@ def best_spans(
         starts, ends: (T) scores of every token as first and last one, -inf where no span begins or ends.
         inside: (T) bool, the tokens of which spans are made.
         offsets: the characters that every token stands for.
-        count: the largest number of spans.
-        max_length: the largest number of tokens of a span.
-
-    Yields:
-        first token, last token, and the sum of their scores.
+        count, max_length: the largest number of spans, and of tokens of a span.
     """
     free = inside.clone()
     scores, lasts = _best_lasts(starts, ends, free, max_length)
@@ -236,17 +228,13 @@ def _pairs(question: Any, context: Any) -> Any:
     questions = question if several else [question] * len(context)
     contexts = context if many else [context] * len(question)
     if len(questions) != len(contexts):
-        raise ValueError(
-            f"There are {len(questions)} questions and {len(contexts)} documents. Give equally many, or one of either."
-        )
+        raise ValueError(f"There are {len(questions)} questions and {len(contexts)} documents. Give as many, or one.")
     return [{"question": one, "context": other} for one, other in zip(questions, contexts, strict=True)]
 
 
 def _question_and_context(inputs: Any) -> tuple[str, str]:
     if not isinstance(inputs, Mapping):
-        raise TypeError(
-            f"An input is {type(inputs).__name__}. Give `question` and `context`, or dicts that hold these two."
-        )
+        raise TypeError(f"An input is {type(inputs).__name__}. Give `question` and `context`, or dicts of the two.")
     for name in ("question", "context"):
         text = inputs.get(name)
         if not isinstance(text, str):

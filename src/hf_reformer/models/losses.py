@@ -101,7 +101,7 @@ def check_label_shape(labels: torch.Tensor | None, shape: torch.Size) -> None:
     """Raise ValueError for labels of another shape."""
     if labels is not None and labels.shape != shape:
         raise ValueError(
-            f"labels have shape {tuple(labels.shape)}, but there must be a target for each of {tuple(shape)}."
+            f"labels have shape {tuple(labels.shape)}; there must be a target for each of {tuple(shape)}."
         )
 
 

@@ -74,9 +74,7 @@ def from_trax(tree: Any, fields: dict[str, Any]) -> tuple[Any, list[str]]:
     try:
         state, shapes = read_tree(weights)
     except (RuntimeError, *MALFORMED) as error:
-        raise ValueError(
-            f"These are not the weights of a ReformerLM of Trax as its models of 2020 are laid out ({error})."
-        ) from error
+        raise ValueError(f"These weights are not laid out as a ReformerLM of Trax of 2020 ({error}).") from error
     if unknown := sorted(set(fields) - set(ReformerConfig.__dataclass_fields__)):
         raise ValueError(f"{unknown} are no fields of ReformerConfig.")
     needed = {name for kind in shapes["attn_layers"] for name in NOT_IN_WEIGHTS[kind]}

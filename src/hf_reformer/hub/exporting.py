@@ -155,9 +155,7 @@ def read(source: str | PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     names = config.get("architectures") or ["none"]
     name = str(names[0] if isinstance(names, list) else names)
     if name not in MODEL_CLASSES:
-        raise ValueError(
-            f"`architectures` in {folder}/config.json says {name}, not one of {', '.join(MODEL_CLASSES)}."
-        )
+        raise ValueError(f"`architectures` in {folder}/config.json says {name}, none of {', '.join(MODEL_CLASSES)}.")
     model_class: Any = MODEL_CLASSES[name]
     with readable(source):
         model, report = load_model(model_class, folder)

@@ -100,9 +100,7 @@ def check_labels(labels: torch.Tensor, classes: int) -> None:
 def check_label_shape(labels: torch.Tensor | None, shape: torch.Size) -> None:
     """Raise ValueError for labels of another shape."""
     if labels is not None and labels.shape != shape:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)}; there must be a target for each of {tuple(shape)}."
-        )
+        raise ValueError(f"labels have shape {tuple(labels.shape)}. There must be a target for each of {(*shape,)}.")
 
 
 def _head_loss(head: nn.Module, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -23,15 +23,8 @@ KINDS = (*FOLDERS, "reformer-pytorch", "trax")
 HEADS = {name: cls for name, cls in MODEL_CLASSES.items() if name != "ReformerForConditionalGeneration"}
 BUILTIN_HEADS = {name: getattr(transformers, name) for name in HEADS if hasattr(transformers, name)}
 BUILTIN_HEADS["ReformerForCausalLM"] = transformers.ReformerModelWithLMHead
-TOKENIZER_FILES = [
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "spiece.model",
-    "vocab*",
-    "merges.txt",
-]
-TOKENIZER_FILES += ["chat_template*", "additional_chat_templates", "tokenization_*.py"]
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "spiece.model", "vocab*"]
+TOKENIZER_FILES += ["merges.txt", "chat_template*", "additional_chat_templates", "tokenization_*.py"]
 DERIVED_FIELDS = {"attention_mode", "position_embedding_type", "classifier_pooling", "num_hidden_layers"}  # no loss
 READ_ERRORS = (OSError, StrictDataclassError, *LOAD_ERRORS)
 
@@ -215,20 +208,16 @@ def to_builtin(model: Any) -> tuple[Any, list[str]]:
         ValueError: the built-in cannot express the model; the message says why.
     """
     config, name = model.config, type(model).__name__
+    kind, shape = config.position_embedding_type, config.axial_pos_shape
+    by_another_token = name == "ReformerForSequenceClassification" and config.pooling != "first"
     for obstacle, reason in (
         (name not in BUILTIN_HEADS, f"it has no counterpart of {name}"),
         (config.attention_mode == "window", "`attention_mode='window'`, and it knows chunks alone"),
         ("full" in config.attn_layers, "`attn_layers` holds 'full', and it has local and lsh layers alone"),
-        (config.position_embedding_type == "rotary", "`position_embedding_type='rotary'`"),
-        (
-            config.position_embedding_type == "axial" and len(config.axial_pos_shape) != 2,
-            f"`axial_pos_shape={config.axial_pos_shape}` has not two axes",
-        ),
+        (kind == "rotary", "`position_embedding_type='rotary'`"),
+        (kind == "axial" and len(shape) != 2, f"`axial_pos_shape={shape}` has not two axes"),
         (config.tie_word_embeddings, "`tie_word_embeddings=True` merges the streams, and nothing in it does"),
-        (
-            name == "ReformerForSequenceClassification" and config.pooling != "first",
-            f"`classifier_pooling={config.pooling!r}`, and it classifies by the first token",
-        ),
+        (by_another_token, f"`classifier_pooling={config.pooling!r}`, and it classifies by the first token"),
     ):
         if obstacle:
             raise ValueError(f"transformers' own Reformer cannot express this model: {reason}.")

@@ -16,18 +16,9 @@ WITHOUT_EFFECT = ["ff_chunks", "attn_chunks", "reverse_thres", "pkm_num_keys", "
 WITHOUT_EFFECT += ["random_rotations_per_head"]
 OPTIONAL: dict[str, Any] = {"ff_activation": "gelu", "use_full_attn": False, "full_attn_thres": 0}
 OPTIONAL |= dict.fromkeys(["lsh_dropout", "ff_dropout", "post_attn_dropout", "layer_dropout"], 0.0)
-IN_SHAPES = [
-    "num_tokens",
-    "dim",
-    "depth",
-    "heads",
-    "dim_head",
-    "max_seq_len",
-    "emb_dim",
-    "weight_tie",
-    "one_value_head",
-]
-IN_SHAPES += ["weight_tie_embedding", "fixed_position_emb", "absolute_position_emb", "axial_position_emb"]
+IN_SHAPES = ["num_tokens", "dim", "depth", "heads", "dim_head", "max_seq_len", "emb_dim", "weight_tie"]
+IN_SHAPES += ["one_value_head", "weight_tie_embedding", "fixed_position_emb", "absolute_position_emb"]
+IN_SHAPES += ["axial_position_emb"]
 NO_COUNTERPART = {  # in our chunk mode
     "use_scale_norm": "its norm divides by the vector's length; ours is a LayerNorm with mean and bias",
     "use_rezero": "its branches have no norm in front; ours always have one",

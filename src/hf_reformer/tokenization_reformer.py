@@ -97,15 +97,11 @@ class ReformerByteTokenizer(TokenizersBackend):
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """Read `tokenizer.json` if it exists; without any file (google/reformer-enwik8) the bytes are the vocabulary.
-
-        Raises:
-            ValueError: The only vocabulary there is a SentencePiece model, whose ids are not bytes.
-        """
+        """Read `tokenizer.json` if it exists; without files (google/reformer-enwik8) the bytes are the vocabulary."""
         name = kwargs.get("name_or_path", "")
         vocab_file = kwargs.pop("vocab_file", None)
         if kwargs.get("tokenizer_file") is None:
-            if vocab_file is not None:
+            if vocab_file is not None:  # of SentencePiece
                 raise ValueError(_foreign(name))
             logger.warning(f"'{name}' has no tokenizer files; its text is read as bytes.")
         return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)

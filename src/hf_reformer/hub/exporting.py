@@ -48,8 +48,8 @@ def export(
     dtype. If the config names a compiled backend, the exported config says "auto" instead.
 
     Args:
-        model: one of our models; or a checkpoint directory or Hub repository, such as a checkpoint of the Trainer,
-            whose tokenizer and `trainer_state.json` are then included.
+        model: one of our models; or a checkpoint directory or Hub repository, whose tokenizer and
+            `trainer_state.json` are then included.
         folder: the directory to write. It must be empty or not exist.
         tokenizer: is saved with the model.
         state: `trainer.state`, for the scores on the model card.
@@ -138,8 +138,7 @@ def push_to_hub(
 def read(source: str | PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, TrainerState | None]:
     """Model, tokenizer and Trainer state of a checkpoint directory or Hub repository; None for what is not there.
 
-    Raises:
-        ValueError: it holds none of our models, or not all of the weights.
+    A ValueError says why the model cannot be read.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -187,8 +186,8 @@ def check_model(model: Any) -> None:
         )
     if model.base_model.sequence_group is not None:
         raise ValueError(
-            "Sequence parallelism is enabled, so that every process would write. Call "
-            "`model.enable_sequence_parallel(None)`, and export from one process."
+            "Sequence parallelism is enabled: every process would write. Call `model.enable_sequence_parallel(None)`, "
+            "and export from one process."
         )
     if empty := [name for name, x in tensors.items() if x.is_meta]:
         raise ValueError(f"`{empty[0]}` has no values (meta device). Load the whole model, without `device_map`.")
@@ -198,9 +197,8 @@ def check_model(model: Any) -> None:
         return
     if quantized := [name for name, x in tensors.items() if type(x.data) is not torch.Tensor]:
         raise ValueError(
-            f"`{quantized[0]}` is a {type(tensors[quantized[0]].data).__name__}, quantized in place, which the config "
-            "does not record. Export the original model, or quantize it while loading by "
-            "`from_pretrained(..., quantization_config=...)`."
+            f"`{quantized[0]}` is a {type(tensors[quantized[0]].data).__name__}, quantized in place without a record "
+            "in the config. Export the original, or quantize by `from_pretrained(..., quantization_config=...)`."
         )
     with torch.device("meta"):  # what the class creates from the config is what the directory must hold
         from_config = type(model)(copy.deepcopy(model.config)).state_dict()

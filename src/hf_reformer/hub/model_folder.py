@@ -27,11 +27,7 @@ def readable(source: Any) -> Iterator[None]:
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
-    """The contents of a checkpoint directory's config.json.
-
-    Raises:
-        ValueError: the file is missing, or holds no JSON object.
-    """
+    """The contents of a checkpoint directory's config.json; ValueError if it is missing or holds no JSON object."""
     file = folder / "config.json"
     if not file.exists() and (folder / "adapter_config.json").exists():
         raise ValueError(
@@ -50,11 +46,7 @@ def saved_config(folder: Path) -> dict[str, Any]:
 
 
 def load_model(model_class: Any, source: Any, dtype: str = "auto", **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The model of a checkpoint directory and the loading report.
-
-    Raises:
-        RuntimeError: the sizes of the weights are not those of the config.
-    """
+    """A checkpoint's model and the loading report; RuntimeError if weights have other sizes than the config says."""
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = model_class.from_pretrained(source, dtype=dtype, **options)
     for key, saved, expected in sorted(report["mismatched_keys"]):

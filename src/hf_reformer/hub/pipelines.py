@@ -1,8 +1,4 @@
-"""Question answering over whole documents, as a pipeline.
-
-transformers 5 has no question-answering pipeline, and earlier versions read long texts in overlapping chunks. Here
-question and document are one input, so that every answer is scored against all others.
-"""
+"""Question answering over whole documents, as a pipeline; transformers 5 has none, earlier versions read in chunks."""
 
 import inspect
 import math
@@ -91,10 +87,8 @@ class LongDocumentQuestionAnswering(Pipeline):
 
     def preprocess(self, inputs: Any) -> dict[str, Any]:
         question, context = _question_and_context(inputs)
-        # The tokenizer's own limit is only a warning; the model's limit is checked below.
-        encoded = self.tokenizer(
-            question, context, return_tensors="pt", return_attention_mask=True, truncation=False, verbose=False
-        )
+        options = {"truncation": False, "verbose": False}  # the model's limit counts, not the tokenizer's
+        encoded = self.tokenizer(question, context, return_tensors="pt", return_attention_mask=True, **options)
         limit = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", math.inf))
         limit = getattr(self.model.config, "covered_positions", limit)  # of our models
         length = encoded["input_ids"].shape[1]

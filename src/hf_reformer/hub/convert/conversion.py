@@ -86,11 +86,7 @@ def convert(
 
 
 def detect(source: Path) -> str:
-    """The kind of a source, from what lies there.
-
-    Raises:
-        ValueError, OSError: it is none of those known.
-    """
+    """The kind of a source, from what lies there; ValueError or OSError if it is none of those known."""
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist.")
     if source.is_file():
@@ -160,10 +156,7 @@ def to_window(model: Any, fields: dict[str, Any] | None = None) -> tuple[Any, li
     `max_position_embeddings` and the window. Outputs differ; compare, or train a little, before you rely on them.
 
     Args:
-        fields: of `ReformerConfig`, to be set otherwise.
-
-    Raises:
-        ValueError: it is in window mode already, or the fields contradict each other.
+        fields: of `ReformerConfig`, to be set otherwise. A ValueError says how they contradict each other.
     """
     config = model.config
     if config.attention_mode == "window":
@@ -204,8 +197,7 @@ def to_window(model: Any, fields: dict[str, Any] | None = None) -> tuple[Any, li
 def to_builtin(model: Any) -> tuple[Any, list[str]]:
     """A model of chunk mode as one of transformers' own Reformer, the weights bit for bit, and what is lost.
 
-    Raises:
-        ValueError: the built-in cannot express the model; the message says why.
+    A ValueError says why the built-in cannot express a model.
     """
     config, name = model.config, type(model).__name__
     kind, shape = config.position_embedding_type, config.axial_pos_shape

@@ -49,8 +49,8 @@ def from_reformer_pytorch(state: State, arguments: dict[str, Any]) -> tuple[Any,
     names = [key for key in state if key.endswith("token_emb.weight")]
     if len(names) != 1:
         raise ValueError(
-            f"`token_emb.weight` occurs {len(names)} times in the weights, but a ReformerLM of reformer-pytorch has "
-            "it once. Only ReformerLM can be converted: neither the bare Reformer nor ReformerEncDec."
+            f"`token_emb.weight` occurs {len(names)} times in these weights, once in those of a ReformerLM. Neither "
+            "the bare Reformer nor ReformerEncDec of reformer-pytorch can be converted."
         )
     prefix = names[0].removesuffix("token_emb.weight")
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -47,11 +47,7 @@ class _ArraysOnly(pickle.Unpickler):
 
 
 def read_pickle(path: str | Path) -> Any:
-    """What a pickle file holds, compressed by gzip or not: numpy arrays and plain containers, nothing else.
-
-    Raises:
-        ValueError: it holds something else, or is damaged; the message says what was found.
-    """
+    """What a pickle holds, compressed by gzip or not; ValueError if not numpy arrays in plain containers alone."""
     data = Path(path).read_bytes()
     try:
         return _ArraysOnly(io.BytesIO(gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data)).load()

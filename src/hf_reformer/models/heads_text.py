@@ -128,16 +128,14 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
         if attention_mask is not None:  # no answer starts or ends on padding, so its width changes no loss
             real = (attention_mask != 0).to(scores.device)
             scores = scores.masked_fill(~real[..., None], torch.finfo(scores.dtype).min)
-        start_logits, end_logits = scores.unbind(-1)
+        logits = {"start_logits": scores[..., 0], "end_logits": scores[..., 1]}
         if (start_positions is None) != (end_positions is None):
             raise ValueError("Give both `start_positions` and `end_positions`, or neither.")
         loss = None
         if start_positions is not None and end_positions is not None:
-            start_loss = cross_entropy(start_logits, _inside(start_positions, real))
-            loss = (start_loss + cross_entropy(end_logits, _inside(end_positions, real))) / 2
-        return self._head_output(
-            ReformerQuestionAnsweringOutput, outputs, loss, start_logits=start_logits, end_logits=end_logits
-        )
+            start_loss = cross_entropy(logits["start_logits"], _inside(start_positions, real))
+            loss = (start_loss + cross_entropy(logits["end_logits"], _inside(end_positions, real))) / 2
+        return self._head_output(ReformerQuestionAnsweringOutput, outputs, loss, **logits)
 
 
 class ReformerForMultipleChoice(ReformerPreTrainedModel):

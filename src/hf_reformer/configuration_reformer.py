@@ -61,7 +61,7 @@ class ReformerConfig(PreTrainedConfig):
         lsh_include_local (`bool`, defaults to `True`): Window mode: lsh layers also see their `local_window`.
         lsh_exploration_orders (`int`, defaults to 1):
             Window mode, training only: sort orders with random buckets, so that every pair can learn to attend.
-        resample_rotations (`bool`, defaults to `True`): Draw new hash rotations in every training forward.
+        resample_rotations (`bool`, defaults to `True`): New hash rotations in every training forward, or evaluation's.
         hash_seed (`int`, *optional*):
             Seed of the rotations of evaluation (`None`: 0); in chunk mode, if it is given, also of training.
         num_buckets (`int` or `list[int]`, *optional*):
@@ -88,8 +88,7 @@ class ReformerConfig(PreTrainedConfig):
             `"triton"` and `"reference"` raise where they cannot run. The environment variable `HF_REFORMER_BACKEND`
             overrides it.
         tie_word_embeddings (`bool`, defaults to `False`):
-            Language models: the head shares the weight of the embeddings. A projection merges the two residual
-            streams first.
+            The language-model head shares the weight of the embeddings, after a projection that merges the streams.
         chunk_size_feed_forward, chunk_size_lm_head (`int`, defaults to 0):
             Tokens at a time in the token-wise parts of a layer and in the language-model loss; they need not divide
             the sequence length. 0: automatic. Otherwise the feed-forward is recomputed in backward even with

@@ -1,6 +1,5 @@
 """Checkpoints of other Reformers as ours, ours as transformers' own, and chunk mode as window mode."""
 
-import json
 import shutil
 import zipfile
 from pathlib import Path
@@ -122,8 +121,7 @@ def read(source: Path, kind: str, head: str | None, fields: dict[str, Any]) -> t
 
 def read_folder(source: Path, head: str | None = None) -> tuple[Any, list[str]]:
     """Our model of a folder of transformers' own Reformer, or of ours, and what was left out of it."""
-    config = from_builtin(json.loads((source / "config.json").read_text(encoding="utf-8")))
-    saved = next(iter(config.get("architectures") or []), None)
+    saved = next(iter(from_builtin(saved_config(source)).get("architectures") or []), None)
     name = head or saved
     if name not in HEADS:
         raise ValueError(f"{source} was saved from {saved}. Name with `head` what to read it as: {sorted(HEADS)}.")

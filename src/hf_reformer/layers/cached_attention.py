@@ -1,7 +1,7 @@
 """Local and LSH attention of new tokens over those of a cache and each other: `prefill` for many, `decode` for few.
 
 In window mode each new token gets what one forward over all tokens would give it. In chunk mode it follows the legacy
-rule of decoding (`cache.chunk_decoding`).
+rule of decoding (`cache_layers.ChunkCacheLayer`).
 """
 
 from typing import Any
@@ -40,11 +40,11 @@ def prefill(
     """
     cache_layer, new, group = ctx.cache.layers[attention.layer], value.shape[2], attention.heads
     if vectors is None:
-        keys, values, mask = cache_layer.last_tokens(min(cache_layer.seen_tokens, attention.config.local_window - 1))
-        old = keys.shape[2]
-        padded = ctx.mask is not None or cache_layer.attention_mask is not None
-        real = mask.new_ones(value.shape[0], new) if ctx.mask is None else ctx.mask
-        mask = torch.cat([mask, real], dim=-1) if padded else None
+        keys, values, numbers = cache_layer.last_tokens(min(cache_layer.seen_tokens, cache_layer.local_window - 1))
+        old, mask = keys.shape[2], None
+        if ctx.mask is not None or cache_layer.attention_mask is not None:
+            real = numbers.new_ones(value.shape[0], new) if ctx.mask is None else ctx.mask
+            mask = torch.cat([numbers >= 0, real.bool()], dim=-1)
         cache_layer.append(key, value, None, ctx.mask)
         queries, keys, values = (torch.cat(x, dim=2) for x in ((keys, query), (keys, key), (values, value)))
         buckets, tokens = None, torch.arange(old, old + new, device=value.device).expand(value.shape[0], -1)

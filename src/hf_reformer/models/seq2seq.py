@@ -4,21 +4,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, can_return_tuple
 
-from ..cache.cache import CACHE_NAME, to_reformer_cache
+from ..cache.cache import CACHE_NAME
 from ..configuration_reformer import ReformerConfig
 from .decoder import ReformerDecoder
 from .input_checks import given_shape
-from .language_models import ReformerLMBase
+from .language_models import ReformerGenerationMixin, ReformerLMBase
 from .losses import IGNORE, add_coverage_loss, check_label_shape, check_labels
 from .modeling_reformer import ReformerModel
 from .outputs import ReformerSeq2SeqLMOutput
 
 
-class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
+class ReformerForConditionalGeneration(ReformerLMBase, ReformerGenerationMixin):
     """Encoder-decoder with a language-model head, whatever `config.is_encoder_decoder` says.
 
     `model` is the encoder, a `ReformerModel`, so that every other class reads it from a folder of this one, and this
@@ -204,24 +203,6 @@ class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
             coverage_loss=both,
         )
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return True  # the library says no to whatever is called Reformer
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        """The library's choice of caches, of which that of the target gets layers of ours."""
-        library: Any = super()
-        library._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        both: Any = model_kwargs.get(CACHE_NAME)
-        if isinstance(both, EncoderDecoderCache):
-            own: Any = to_reformer_cache(both.self_attention_cache, self.decoder.config)
-            both.self_attention_cache = own
-            if generation_config.is_assistant:  # what it guesses wrong is taken back
-                both.activate_past_recording()
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("Continuous batching knows no encoder-decoders. Use `generate` with a padded batch.")
 
 
 __all__ = ["ReformerForConditionalGeneration"]

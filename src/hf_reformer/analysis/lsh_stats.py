@@ -17,12 +17,9 @@ class LayerView(NamedTuple):
         kind: "local", "lsh" or "full".
         causal: whether tokens see only what is before them.
         heads: H. Sort orders that are the same for all heads are kept once.
-        layout: sort orders and windows, as the attention op got them; in chunk mode of the padded input.
         names: of the sort orders: "position", "hash 1", …, "exploration 1", …
         mask: (B, T) bool, True for real tokens.
-        vectors: (B, H, T, D), what was hashed; None where nothing was.
-        buckets: (B, H, R, T) int32, the bucket of every token in every hash round; None as above.
-        num_buckets: how many buckets a round has; 0 as above.
+        layout, vectors, buckets, num_buckets: as in `forward_context.Sorting`.
     """
 
     kind: str
@@ -72,10 +69,8 @@ def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **in
     position = sorting.buckets is None or (attention.mode == "window" and attention.config.lsh_include_local)
     names = ["position"] * position + [f"hash {i + 1}" for i in range(rounds)]
     names += [f"exploration {i + 1}" for i in range(sorting.layout.perm.shape[2] - len(names))]
-    return LayerView(
-        attention.kind, attention.causal, attention.heads, sorting.layout, tuple(names), mask, sorting.vectors,
-        sorting.buckets, sorting.num_buckets,
-    )  # fmt: skip
+    layout, *hashed = sorting
+    return LayerView(attention.kind, attention.causal, attention.heads, layout, tuple(names), mask, *hashed)
 
 
 def stack_output(model: torch.nn.Module, stack: ReformerModel, **inputs: Any) -> ReformerModelOutput:
@@ -97,7 +92,7 @@ def bucket_sizes(view: LayerView) -> torch.Tensor:
 
 
 def bucket_balance(view: LayerView) -> dict[str, float]:
-    """How evenly tokens spread over buckets, for logs; means over rows, heads and rounds.
+    """How evenly tokens spread over buckets, for logs; means over sequences, heads and rounds.
 
     Returns:
         "largest": tokens in the largest bucket, as a multiple of an even share; "used": share of buckets that hold any
@@ -114,8 +109,8 @@ def round_agreement(view: LayerView, neighbours: int = 8, queries: int = 256) ->
     """Share of near neighbours that hashing brings together: in one of the first round, of the first two, and so on.
 
     Args:
-        neighbours: how many real tokens of the same row and head, of the smallest angles, count as near.
-        queries: for how many tokens of a row, evenly spaced, they are looked for.
+        neighbours: how many real tokens of the same sequence and head, of the smallest angles, count as near.
+        queries: for how many tokens of a sequence, evenly spaced, they are looked for.
 
     Returns:
         (R) float64, never falling: the more rounds, the more pairs share a bucket somewhere.
@@ -154,14 +149,16 @@ def visible_pairs(view: LayerView, row: int = 0, head: int = 0) -> tuple[torch.T
     Returns:
         Query, key, and the number (of `names`) of the sort order whose window it is, (N) int64 each.
     """
-    real, layout = real_tokens(view, row, head), view.layout
+    check_index("row", row, len(view.mask))
+    check_index("head", head, view.heads)
+    real, layout = view.mask[row], view.layout
     perm, start, end = (x.expand(len(view.mask), view.heads, -1, -1)[row, head][None, None] for x in layout[:3])
     own = layout._replace(perm=perm, window_start=start, window_end=end)
     tokens = visible_tokens(own)[0, 0]  # (T, R * width)
     order = torch.arange(len(view.names), device=tokens.device).repeat_interleave(tokens.shape[1] // len(view.names))
     query = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
-    is_real = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device).index_fill(0, real, True)
-    visible = (tokens >= 0) & is_real[query] & is_real[tokens.clamp(min=0)]
+    real = torch.nn.functional.pad(real, (0, len(tokens) - len(real)))  # in chunk mode the input was padded
+    visible = (tokens >= 0) & real[query] & real[tokens.clamp(min=0)]
     visible = visible & (tokens <= query) if view.causal else visible
     return query[visible], tokens[visible], order.expand_as(tokens)[visible]
 
@@ -171,13 +168,6 @@ def buckets_of(view: LayerView) -> torch.Tensor:
         reason = f"is a {view.kind} layer" if view.kind != "lsh" else "saw an input no longer than its chunk"
         raise ValueError(f"There are no buckets: the layer {reason}. Only lsh layers hash; view one of these.")
     return view.buckets
-
-
-def real_tokens(view: LayerView, row: int, head: int) -> torch.Tensor:
-    """Positions of the real tokens of a row."""
-    check_index("row", row, len(view.mask))
-    check_index("head", head, view.heads)
-    return view.mask[row].nonzero().squeeze(-1)
 
 
 def check_index(name: str, number: int, count: int) -> None:

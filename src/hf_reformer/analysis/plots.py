@@ -19,7 +19,6 @@ from .lsh_stats import (
     buckets_of,
     check_index,
     num_columns,
-    real_tokens,
     round_agreement,
     visible_pairs,
 )
@@ -31,8 +30,11 @@ MAX_LABELS = 64  # tokens whose text can still be read along an axis
 def plot_buckets(view: LayerView, hash_round: int = 0, row: int = 0, head: int = 0, ax: Any = None) -> Any:
     """Which bucket every real token falls into, over its position, in one hash round."""
     buckets = buckets_of(view)
-    check_index("hash_round", hash_round, buckets.shape[2])
-    real = real_tokens(view, row, head)
+    for name, number, count in zip(
+        ("row", "head", "hash_round"), (row, head, hash_round), buckets.shape, strict=False
+    ):
+        check_index(name, number, count)
+    real = view.mask[row].nonzero().squeeze(-1)
     ax = _axes(ax)
     ax.scatter(real.cpu(), buckets[row, head, hash_round, real].cpu(), s=8, linewidths=0)
     ax.set(xlabel="position", ylabel="bucket", title=f"head {head}, hash {hash_round + 1}")
@@ -76,13 +78,13 @@ def plot_attention(
     ax: Any = None,
     side: int = SIDE,
 ) -> Any:
-    """The attention weights of a head, one line of pixels for every token that attends.
+    """The attention weights of a head, one row of pixels for every token that attends.
 
     Args:
         attention, mask: as for `attention_mass`.
         tokens: texts of the tokens, to be written along both axes; for short inputs.
         side: where there are more tokens, a pixel stands for a block of them: how much of their attention its tokens
-            pay to its other tokens, so that every line still adds up to 1.
+            pay to its other tokens, so that every row still adds up to 1.
     """
     image, steps = attention_image(attention, row, head, mask, side)
     columns = num_columns(attention)
@@ -95,8 +97,8 @@ def plot_attention(
 
     from matplotlib.colors import PowerNorm
 
-    top = max(float(image.detach().max()), 1e-9)
-    shown = _show(ax, image.detach().float().cpu(), *steps, cmap="Blues", norm=PowerNorm(0.5, 0, top))
+    norm = PowerNorm(0.5, 0, max(float(image.detach().max()), 1e-9))
+    shown = _show(ax, image.detach().float().cpu(), *steps, cmap="Blues", norm=norm)
     if tokens is not None:
         first = columns - len(image)
         ax.set_xticks(range(columns), tokens, rotation=90)
@@ -113,15 +115,15 @@ def attention_image(
     mask: torch.Tensor | None = None,
     side: int = SIDE,
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The weights of a head in at most `side` lines and columns, and how many tokens a line and a column stand for."""
+    """The weights of a head in at most `side` rows and columns, and how many tokens a row and a column stand for."""
     tokens, weights = as_lists(attention, mask)
     check_index("row", row, len(tokens))
     check_index("head", head, tokens.shape[1])
     tokens, weights = tokens[row, head].clamp(min=0), weights[row, head]  # (T, K)
     steps = -(-len(tokens) // side), -(-num_columns(attention) // side)
-    line = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens) // steps[0]
+    query = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens) // steps[0]
     size = -(-len(tokens) // steps[0]), -(-num_columns(attention) // steps[1])
-    image = weights.new_zeros(size).index_put((line, tokens // steps[1]), weights, accumulate=True)
+    image = weights.new_zeros(size).index_put((query, tokens // steps[1]), weights, accumulate=True)
     return image / image.detach().sum(-1, keepdim=True).round().clamp(min=1), steps
 
 
@@ -152,7 +154,7 @@ def plot_attention_mass(
 
 
 def plot_bucket_sizes(view: LayerView, ax: Any = None) -> Any:
-    """How many buckets are how full, over all rows, heads and rounds; the line is where all are equally full."""
+    """How many buckets are how full, over all sequences, heads and rounds; the line is where all are equally full."""
     sizes = bucket_sizes(view).double()
     even = view.mask.sum(-1).clamp(min=1)[:, None, None, None] / view.num_buckets
     ax = _axes(ax)
@@ -176,24 +178,21 @@ def plot_round_agreement(view: LayerView, neighbours: int = 8, ax: Any = None) -
     return ax
 
 
-# ---- helpers ----
-
-
 def _axes(ax: Any) -> Any:
     if ax is not None:
         return ax
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib, which `pip install 'hf-reformer[train]'` brings.") from error
+        raise ImportError("Plots need matplotlib, which `pip install 'hf-reformer[train]'` brings.") from error
     return plt.subplots(layout="constrained")[1]
 
 
-def _show(ax: Any, image: torch.Tensor, row_step: int, column_step: int, **how: Any) -> Any:
+def _show(ax: Any, image: torch.Tensor, row_step: int, column_step: int, **options: Any) -> Any:
     """An image of pairs whose axes count tokens."""
     extent = (-0.5, image.shape[1] * column_step - 0.5, image.shape[0] * row_step - 0.5, -0.5)
     ax.set(xlabel="attends to", ylabel="token")
-    return ax.imshow(image.numpy(), extent=extent, interpolation="nearest", **how)
+    return ax.imshow(image.numpy(), extent=extent, interpolation="nearest", **options)
 
 
 def _count_along(axis: Any) -> None:

@@ -7,12 +7,7 @@ from torch import nn
 
 from ..configuration_reformer import ReformerConfig
 from ..ops.dispatch import chunk_layout, lsh_buckets, window_layout, window_rotations, windowed_attention
-from ..ops.gather_attention import (
-    attention_with_dense_weights,
-    attention_with_sparse_weights,
-    crop,
-    mass_of_weights,
-)
+from ..ops.gather_attention import attention_with_dense_weights, attention_with_sparse_weights, crop, mass_of_weights
 from ..ops.layout import AttentionLayout
 from ..ops.lsh import exploration_buckets, legacy_num_buckets, num_buckets_total, seeded_rotations
 from ..ops.prng import OUTPUT_DROPOUT, dropout, fold, make_key
@@ -111,9 +106,8 @@ class ReformerAttention(nn.Module):
         options["dropout_key"] = attention_dropout_key(self, ctx)
         weights: Any = None
         if ctx.want_weights:
-            weigh: Any = (
-                attention_with_sparse_weights if ctx.want_weights == "sparse" else attention_with_dense_weights
-            )
+            as_lists = ctx.want_weights == "sparse"
+            weigh: Any = attention_with_sparse_weights if as_lists else attention_with_dense_weights
             out, weights = weigh(query, key, value, layout, **options)
             mass = None if query_weights is None else mass_of_weights(weights, query_weights)
             weights = crop(weights, length)

@@ -28,7 +28,7 @@ def prefers_decode(attention: Any, new_tokens: int, ctx: ForwardContext) -> bool
 def prefill(
     attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vectors: Any, ctx: ForwardContext
 ) -> tuple[torch.Tensor, None]:
-    """Many new tokens at once: windows over kept and new tokens, in which only the new ones look around.
+    """Many new tokens at once: windows over cached and new tokens, of which only the new ones are queries.
 
     Args:
         attention: a `ReformerAttention`.
@@ -111,8 +111,8 @@ def decode(
         number = cache_layer.append(key[:, :, own], value[:, :, own], buckets, mask)[:, 0]
         visible = cache_layer.visible_tokens(number, buckets)[:, :, None]
         scale = attention.scale if hasher is None else None
-        kept = cache_layer.keys, cache_layer.values, visible, number[:, None], scale
-        outputs.append(gather_attention(query[:, :, own], *kept, dedup_pairs=windows))
+        inputs = query[:, :, own], cache_layer.keys, cache_layer.values, visible, number[:, None], scale
+        outputs.append(gather_attention(*inputs, dedup_pairs=windows))
     if not ctx.want_weights:
         return torch.cat([out for out, _ in outputs], dim=2), None
     out, weights = concat_queries(outputs)

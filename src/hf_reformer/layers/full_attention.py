@@ -66,12 +66,13 @@ class FullAttention(nn.Module):
         query, *own = (split_heads(x, self.heads, shard) for x in projected.take())
         dtype, encoder, positions = query.dtype, ctx.encoder or EncoderContext(), None
         if states is None:
-            query, key, value, allowed, sees, positions = self._own_tokens(query, *own, ctx)
+            query, key, value, allowed, sees, positions = self._own_tokens(query, own[0], own[1], ctx)
         else:
             key, value, allowed, sees = self._encoder_tokens(states, encoder)
         causal = self.causal and allowed is None
         dropout_key = attention_dropout_key(self, ctx)
-        mass = weights = None
+        mass: Any = None
+        weights: Any = None
         if ctx.want_weights or dropout_key is not None:
             visible = allowed if sees is None else allowed & sees
             factors = None if dropout_key is None else dropout_factors(dropout_key, self.dropout, *query.shape[:3])
@@ -106,7 +107,7 @@ class FullAttention(nn.Module):
         and for keys of a cache where their tokens stand in the input, (B, 1, 1, T), or None.
         """
         query, key = rotate(query, ctx.rotary), rotate(key, ctx.rotary)
-        cache_layer = None if ctx.cache is None else ctx.cache.layers[self.layer]
+        cache_layer: Any = None if ctx.cache is None else ctx.cache.layers[self.layer]
         continues = cache_layer is not None and cache_layer.seen_tokens > 0
         if cache_layer is not None:
             numbers = cache_layer.append(key, value, None, ctx.mask)

@@ -84,17 +84,14 @@ class ReformerDecoder(ReformerModel):
         mask = None if encoder_attention_mask is None else encoder_attention_mask.to(states.device) != 0
         if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
             mask = None
-        self_cache = cross_cache = None
-        if both is not None:
-            self_cache, cross_cache = both.self_attention_cache, both.cross_attention_cache
         outputs = super().forward(
             input_ids,
             attention_mask,
             inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
-            past_key_values=self_cache,
+            past_key_values=None if both is None else both.self_attention_cache,
             encoder_hidden_states=states,
-            encoder_context=EncoderContext(mask, cross_cache),
+            encoder_context=EncoderContext(mask, None if both is None else both.cross_attention_cache),
             **{**kwargs, "return_dict": True},
         )
         outputs[CACHE_NAME] = both
@@ -125,25 +122,23 @@ class ReformerDecoder(ReformerModel):
                 "it must be the same."
             )
 
-    def _both_caches(self, given: Any, wanted: bool | None, states: torch.Tensor) -> EncoderDecoderCache | None:
+    def _both_caches(self, cache: Any, use_cache: bool | None, states: torch.Tensor) -> EncoderDecoderCache | None:
         """Of the target's tokens, and of the source's keys and values, which begin anew with the target."""
-        if given is not None and not isinstance(given, EncoderDecoderCache):
+        if cache is not None and not isinstance(cache, EncoderDecoderCache):
             raise ValueError(
-                f"The cache given is a {type(given).__name__}, but an encoder-decoder keeps two. Give what an earlier "
+                f"The cache given is a {type(cache).__name__}, but an encoder-decoder keeps two. Give what an earlier "
                 "call returned, or `EncoderDecoderCache(DynamicCache(), DynamicCache())`."
             )
-        own = self._cache(None if given is None else given.self_attention_cache, wanted)
+        own: Any = self._cache(None if cache is None else cache.self_attention_cache, use_cache)
         if own is None:
             return None
-        both = EncoderDecoderCache(own, DynamicCache()) if given is None else given
-        both.self_attention_cache = own  # type: ignore[assignment]  # any cache
+        both = EncoderDecoderCache(own, DynamicCache()) if cache is None else cache
+        both.self_attention_cache = own
         if own.get_seq_length() == 0:
             both.cross_attention_cache = DynamicCache()
-        layers = both.cross_attention_cache.layers
-        held = [getattr(layer, "keys", None) for layer in layers]
-        if own.get_seq_length() and [x is not None and x.shape[2] for x in held] != [states.shape[1]] * len(
-            self.layers
-        ):
+            return both
+        keys = [getattr(layer, "keys", None) for layer in both.cross_attention_cache.layers]
+        if [x is not None and x.shape[2] for x in keys] != [states.shape[1]] * len(self.layers):
             raise ValueError(
                 f"The cache was filled with another source than this one of {states.shape[1]} tokens. Begin anew with "
                 "an empty cache."

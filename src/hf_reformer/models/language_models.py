@@ -70,8 +70,8 @@ class ReformerLMBase(ReformerPreTrainedModel):
         return loss, logits
 
 
-class ReformerGenerationMixin(GenerationMixin):
-    """The library's `generate`, with caches of ours."""
+class ReformerGenerativeLM(ReformerLMBase, GenerationMixin):
+    """A language model with the library's `generate`, and a cache of ours in it."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -93,13 +93,12 @@ class ReformerGenerationMixin(GenerationMixin):
         library: Any = super()
         library._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         cache: Any = model_kwargs.get(CACHE_NAME)
-        if cache is None:
-            return
-        if isinstance(cache, EncoderDecoderCache) and self.config.is_encoder_decoder:
-            cache.self_attention_cache = to_reformer_cache(cache.self_attention_cache, self.decoder.config)
-        elif not self.config.is_encoder_decoder:
+        if cache is not None and not self.config.is_encoder_decoder:
             cache = model_kwargs[CACHE_NAME] = to_reformer_cache(cache, self.config)
-        if generation_config.is_assistant:  # rejected tokens are cropped
+        elif isinstance(cache, EncoderDecoderCache):
+            own: Any = to_reformer_cache(cache.self_attention_cache, self.get_decoder().config)
+            cache.self_attention_cache = own
+        if cache is not None and generation_config.is_assistant:  # rejected tokens are cropped
             cache.activate_past_recording()
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
@@ -109,7 +108,7 @@ class ReformerGenerationMixin(GenerationMixin):
         )
 
 
-class ReformerForCausalLM(ReformerLMBase, ReformerGenerationMixin):
+class ReformerForCausalLM(ReformerGenerativeLM):
     """Reformer with a language-model head. Always causal, whatever `config.is_decoder` says."""
 
     def __init__(self, config: ReformerConfig):

@@ -11,13 +11,13 @@ from ..cache.cache import CACHE_NAME
 from ..configuration_reformer import ReformerConfig
 from .decoder import ReformerDecoder
 from .input_checks import given_shape
-from .language_models import ReformerGenerationMixin, ReformerLMBase
+from .language_models import ReformerGenerativeLM
 from .losses import IGNORE, add_coverage_loss, check_label_shape, check_labels
 from .modeling_reformer import ReformerModel
 from .outputs import ReformerSeq2SeqLMOutput
 
 
-class ReformerForConditionalGeneration(ReformerLMBase, ReformerGenerationMixin):
+class ReformerForConditionalGeneration(ReformerGenerativeLM):
     """Encoder-decoder with a language-model head, whatever `config.is_encoder_decoder` says.
 
     `model` is the encoder, a `ReformerModel`, so that every other class reads it from a folder of this one, and this
@@ -89,7 +89,7 @@ class ReformerForConditionalGeneration(ReformerLMBase, ReformerGenerationMixin):
             )
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """(B, T) labels → the decoder's input: a place to the right, behind the start token, -100 as padding."""
+        """(B, T) labels → the decoder's input: one position to the right, behind the start token, -100 as padding."""
         check_labels(labels, self.config.vocab_size)
         pad = self.config.decoder_start_token_id if self.config.pad_token_id is None else self.config.pad_token_id
         shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
@@ -152,8 +152,7 @@ class ReformerForConditionalGeneration(ReformerLMBase, ReformerGenerationMixin):
         self._check_labels(labels)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[assignment]
-            covers = kwargs.get("output_coverage")
-            if decoder_attention_mask is None and self.model._covers(covers, None):
+            if decoder_attention_mask is None and self.model._covers(kwargs.get("output_coverage")):
                 targets = (labels != IGNORE).long()
                 decoder_attention_mask = targets.flip(-1).cummax(-1).values.flip(-1)  # without padding at the end
         if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -162,9 +161,8 @@ class ReformerForConditionalGeneration(ReformerLMBase, ReformerGenerationMixin):
                 "to itself, as for label smoothing, `DataCollatorForSeq2Seq(tokenizer, model=model)` makes both."
             )
         check_label_shape(labels, given_shape(decoder_input_ids, decoder_inputs_embeds))
-        if encoder_outputs is not None and not (
-            isinstance(encoder_outputs, (ModelOutput, tuple, list)) and encoder_outputs
-        ):
+        usable = isinstance(encoder_outputs, (ModelOutput, tuple, list)) and encoder_outputs
+        if encoder_outputs is not None and not usable:
             raise ValueError(
                 f"`encoder_outputs` is {type(encoder_outputs).__name__}. Give what the encoder returned, or a tuple "
                 "that begins with its last hidden state, (B, S, 2 D)."

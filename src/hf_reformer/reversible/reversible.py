@@ -258,8 +258,8 @@ def invert_layer(
 ) -> tuple[Any, Any, Any, Any, Tensors]:  # fmt: skip
     """Undo a layer: x1, x2, their gradients, and those of the leaves that need one.
 
-    outputs: y1, y2, and whether they may be overwritten. Every tensor as large as a stream goes as soon as it can: here
-    training needs most memory.
+    outputs: y1, y2, and whether they may be overwritten. Every tensor as large as a stream goes as soon as it can:
+    here training needs most memory.
     """
     y1, y2, reusable = outputs.take()
     totals = GradientAccumulator([x for x, n in zip(leaves, need, strict=True) if n])

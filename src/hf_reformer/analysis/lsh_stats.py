@@ -6,7 +6,7 @@ import torch
 
 from ..models.modeling_reformer import ReformerModel
 from ..models.outputs import ReformerModelOutput
-from ..ops.gather_attention import SparseAttention, visible_tokens
+from ..ops.gather_attention import AttentionWeights, SparseAttention, visible_tokens
 from ..ops.layout import AttentionLayout
 
 
@@ -129,7 +129,7 @@ def round_agreement(view: LayerView, neighbours: int = 8, queries: int = 256) ->
     return together.sum((0, 1, 3, 4)).double() / pair.sum().clamp(min=1)
 
 
-def attention_mass(attention: SparseAttention | torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def attention_mass(attention: AttentionWeights, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The share of all attention that every token receives, (B, H, length); each head's add up to 1.
 
     Args:
@@ -137,8 +137,8 @@ def attention_mass(attention: SparseAttention | torch.Tensor, mask: torch.Tensor
         mask: (B, T), 1 for real tokens: the attention of others does not count. Needed in chunk mode alone, where
             padding attends too.
     """
-    tokens, weights = as_lists(attention, mask)
-    mass = weights.new_zeros(*weights.shape[:2], num_columns(attention))
+    tokens, weights, length = as_lists(attention, mask)
+    mass = weights.new_zeros(*weights.shape[:2], length)
     mass = mass.scatter_add(-1, tokens.clamp(min=0).flatten(2), weights.flatten(2))
     return mass / weights.detach().sum(-1).round().sum(-1, keepdim=True).clamp(min=1)
 
@@ -176,19 +176,12 @@ def check_index(name: str, number: int, count: int) -> None:
         raise ValueError(f"`{name}={number}` does not exist: {allowed}.")
 
 
-def as_lists(attention: SparseAttention | torch.Tensor, mask: torch.Tensor | None) -> SparseAttention:
-    """Weights as lists, those of padding's own attention 0."""
+def as_lists(attention: AttentionWeights, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The fields of `SparseAttention`, padding's own attention 0, and how many tokens may be attended to."""
     if isinstance(attention, torch.Tensor):
         tokens = torch.arange(attention.shape[-1], device=attention.device).expand(attention.shape)
         attention = SparseAttention(tokens, attention)
-    if mask is None:
-        return attention
-    real = mask[:, None, -attention.weights.shape[2] :, None].bool()
-    return SparseAttention(attention.tokens, attention.weights * real)
-
-
-def num_columns(attention: SparseAttention | torch.Tensor) -> int:
-    """How many tokens may be attended to."""
-    if isinstance(attention, torch.Tensor):
-        return attention.shape[-1]
-    return max(attention.tokens.shape[2], int(attention.tokens.max()) + 1)
+    tokens, weights = attention
+    if mask is not None:
+        weights = weights * mask[:, None, -weights.shape[2] :, None].bool()
+    return tokens, weights, max(tokens.shape[2], int(tokens.max()) + 1)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..ops.coverage import coverage_target
-from ..ops.gather_attention import SparseAttention
+from ..ops.gather_attention import AttentionWeights
 from .lsh_stats import (
     LayerView,
     as_lists,
@@ -18,7 +18,6 @@ from .lsh_stats import (
     bucket_sizes,
     buckets_of,
     check_index,
-    num_columns,
     round_agreement,
     visible_pairs,
 )
@@ -39,7 +38,7 @@ def plot_buckets(view: LayerView, hash_round: int = 0, row: int = 0, head: int =
     ax.scatter(real.cpu(), buckets[row, head, hash_round, real].cpu(), s=8, linewidths=0)
     ax.set(xlabel="position", ylabel="bucket", title=f"head {head}, hash {hash_round + 1}")
     ax.set_ylim(-1, view.num_buckets)
-    _count_along(ax.yaxis)
+    ax.locator_params("y", integer=True)
     return ax
 
 
@@ -70,7 +69,7 @@ def plot_pairs(view: LayerView, row: int = 0, head: int = 0, ax: Any = None, sid
 
 
 def plot_attention(
-    attention: SparseAttention | torch.Tensor,
+    attention: AttentionWeights,
     row: int = 0,
     head: int = 0,
     tokens: Sequence[str] | None = None,
@@ -87,7 +86,7 @@ def plot_attention(
             pay to its other tokens, so that every row still adds up to 1.
     """
     image, steps = attention_image(attention, row, head, mask, side)
-    columns = num_columns(attention)
+    columns = as_lists(attention)[2]
     if tokens is not None and (len(tokens) != columns or columns > MAX_LABELS):
         raise ValueError(
             f"`tokens` holds {len(tokens)} texts for {columns} tokens. Give one for each of at most {MAX_LABELS}, "
@@ -109,26 +108,22 @@ def plot_attention(
 
 
 def attention_image(
-    attention: SparseAttention | torch.Tensor,
-    row: int = 0,
-    head: int = 0,
-    mask: torch.Tensor | None = None,
-    side: int = SIDE,
+    attention: AttentionWeights, row: int = 0, head: int = 0, mask: torch.Tensor | None = None, side: int = SIDE
 ) -> tuple[torch.Tensor, tuple[int, int]]:
     """The weights of a head in at most `side` rows and columns, and how many tokens a row and a column stand for."""
-    tokens, weights = as_lists(attention, mask)
+    tokens, weights, columns = as_lists(attention, mask)
     check_index("row", row, len(tokens))
     check_index("head", head, tokens.shape[1])
     tokens, weights = tokens[row, head].clamp(min=0), weights[row, head]  # (T, K)
-    steps = -(-len(tokens) // side), -(-num_columns(attention) // side)
+    steps = -(-len(tokens) // side), -(-columns // side)
     query = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens) // steps[0]
-    size = -(-len(tokens) // steps[0]), -(-num_columns(attention) // steps[1])
+    size = -(-len(tokens) // steps[0]), -(-columns // steps[1])
     image = weights.new_zeros(size).index_put((query, tokens // steps[1]), weights, accumulate=True)
     return image / image.detach().sum(-1, keepdim=True).round().clamp(min=1), steps
 
 
 def plot_attention_mass(
-    attention: SparseAttention | torch.Tensor,
+    attention: AttentionWeights,
     row: int = 0,
     mask: torch.Tensor | None = None,
     ax: Any = None,
@@ -173,7 +168,7 @@ def plot_round_agreement(view: LayerView, neighbours: int = 8, ax: Any = None) -
     ax.plot(rounds, share, marker="o", label="near neighbours")
     ax.plot(rounds, 1 - (1 - 1 / view.num_buckets) ** rounds, color="grey", linestyle="--", label="by chance")
     ax.set(xlabel="hash rounds", ylabel="share a bucket in some round", title="agreement of rounds", ylim=(0, 1.02))
-    _count_along(ax.xaxis)
+    ax.locator_params("x", integer=True)
     ax.legend(loc="lower right", frameon=False)
     return ax
 
@@ -193,12 +188,6 @@ def _show(ax: Any, image: torch.Tensor, row_step: int, column_step: int, **optio
     extent = (-0.5, image.shape[1] * column_step - 0.5, image.shape[0] * row_step - 0.5, -0.5)
     ax.set(xlabel="attends to", ylabel="token")
     return ax.imshow(image.numpy(), extent=extent, interpolation="nearest", **options)
-
-
-def _count_along(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _colour(name: str) -> Any:

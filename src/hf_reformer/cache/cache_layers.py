@@ -20,31 +20,20 @@ GROWTH = 1.125  # of the capacity, when it is full
 
 
 class ReformerCacheLayer(CacheLayerMixin):
-    """The kept tokens of one layer.
-
-    Attributes:
-        keys, values: (B, H, capacity, D), by the number of a token in its sequence; modulo the capacity in local
-            layers. Keys of lsh layers are their shared query/key vectors as projected, turned by position but not
-            normalised.
-        buckets: (B, H, R, capacity) int32, lsh layers.
-        chains: the members of every bucket; lsh layers in window mode.
-        hasher: `layers.attention.Hasher` of all tokens kept; lsh layers.
-        seen_tokens: how many tokens of each sequence were given so far, padding included.
-        lengths: (B) int64, real tokens of every sequence.
-        attention_mask: (B, seen_tokens) bool, which of them were real; None: all were.
-        local_reach: how many of the last tokens a new one sees by position.
-    """
+    """The tokens of one layer, by their numbers; local layers keep the last ones alone, by number modulo capacity."""
 
     is_croppable = True
-    keys: Any  # None until there are tokens, like all tensors here
-    values: Any
-    buckets: Any
-    lengths: Any
-    longest: Any
-    oldest: Any
-    attention_mask: torch.Tensor | None
-    chains: Any
-    hasher: Any
+    # None until there are tokens:
+    keys: Any  # (B, H, capacity, D), turned by position; lsh layers: query/key vectors as projected, not normalised
+    values: Any  # (B, H, capacity, D)
+    buckets: Any  # (B, H, R, capacity) int32, lsh layers
+    lengths: Any  # (B) int64, real tokens of every sequence
+    longest: Any  # (B) int64, the same before tokens were cropped
+    oldest: Any  # (B) int64, number of the first token that is still kept, once the past is recorded
+    attention_mask: torch.Tensor | None  # (B, seen_tokens) bool, which tokens were real; None: all were
+    chains: Any  # `BucketChains`, the members of every bucket; lsh layers in window mode
+    hasher: Any  # `layers.attention.Hasher` of all tokens; lsh layers
+    seen_tokens: int  # how many tokens of each sequence were given so far, padding included
     makes_chains = True
     per_sequence: tuple[str, ...] = ("keys", "values", "buckets", "lengths", "longest", "oldest", "attention_mask")
 
@@ -53,6 +42,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         self.signature = signatures(config)[layer]
         self.kind = self.signature[0]
         self.local_window, self.lsh_window = config.local_window, config.lsh_window
+        # How many of the last tokens a new one sees by position.
         self.local_reach = config.local_window if self.kind == "local" or config.lsh_include_local else 0
         self.is_sliding = self.kind == "local"
         self.initial_capacity = capacity
@@ -90,8 +80,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         self.keys = key_states.new_zeros(batch, heads, capacity, size)
         self.values = self.keys.clone()
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        self.longest = self.lengths  # of every sequence before tokens were cropped
-        self.oldest = self.lengths  # number of the first token that is still kept, once the past is recorded
+        self.longest = self.oldest = self.lengths
         self.is_initialized = True
 
     def append(
@@ -105,7 +94,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         keys, values = (x.detach().to(self.keys.dtype) for x in (keys, values))
-        numbers = self.reserve(keys.shape[2], mask, None if buckets is None else buckets.shape[:3])
+        numbers = self.reserve(keys.shape[2], mask)
         if self.attention_mask is None and not self.is_ring_buffer:  # the same slots in every sequence
             own = slice(self.seen_tokens, self.seen_tokens + keys.shape[2])
             self.keys[:, :, own], self.values[:, :, own] = keys, values
@@ -118,8 +107,8 @@ class ReformerCacheLayer(CacheLayerMixin):
         self.commit(numbers)
         return numbers
 
-    def reserve(self, new: int, mask: torch.Tensor | None, rounds: tuple[int, ...] | None) -> torch.Tensor:
-        """Numbers (B, N) of N new tokens, with memory for them; `rounds`: (B, H, R) of lsh layers."""
+    def reserve(self, new: int, mask: torch.Tensor | None) -> torch.Tensor:
+        """Numbers (B, N) of N new tokens, with memory for them."""
         numbers = self.lengths[:, None]
         numbers = numbers if new == 1 else numbers + torch.arange(new, device=self.device)
         if mask is not None or self.attention_mask is not None:
@@ -127,7 +116,8 @@ class ReformerCacheLayer(CacheLayerMixin):
             before = self.mask_so_far()
             numbers = torch.where(mask, self.lengths[:, None] + mask.cumsum(-1) - 1, -1)
             self.attention_mask = torch.cat([before, mask], dim=-1)
-        if rounds is not None and self.buckets is None:
+        if self.hasher is not None and self.buckets is None:
+            rounds = (*self.keys.shape[:2], self.hasher.rotations.shape[2])
             self.buckets = torch.zeros(*rounds, self.capacity, dtype=torch.int32, device=self.device)
             if self.makes_chains:
                 num_buckets = num_buckets_total(self.hasher.num_buckets)
@@ -305,13 +295,9 @@ class ReformerCacheLayer(CacheLayerMixin):
 
 
 class ChunkCacheLayer(ReformerCacheLayer):
-    """The kept tokens of one lsh or local layer in chunk mode. Every sequence counts alone, without padding.
+    """The tokens of one lsh or local layer in chunk mode. Every sequence counts alone, without padding."""
 
-    Attributes:
-        chunks_from: (B) int64, lsh layers: a new token with fewer tokens before it sees all of them.
-    """
-
-    chunks_from: Any
+    chunks_from: Any  # (B) int64, lsh layers: a new token with fewer tokens before it sees all of them
     makes_chains = False  # a decode step sorts all tokens
     per_sequence = (*ReformerCacheLayer.per_sequence, "chunks_from")
 

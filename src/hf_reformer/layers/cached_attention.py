@@ -96,11 +96,9 @@ def decode(
     windows = attention.mode == "window"
     kernel = decode_kernel(attention.backend, cache_layer.keys) if windows and not ctx.want_weights else None
     if kernel is not None:
-        rounds = None if hasher is None else (*value.shape[:2], ctx.num_hashes)
-        numbers = cache_layer.reserve(value.shape[2], ctx.mask, rounds)
-        cache = cache_tensors(kernel, cache_layer)
-        reach = cache_layer.local_reach
-        out = kernel.decode_attention(query, key, value, vectors, numbers, cache, reach, attention.scale)
+        numbers = cache_layer.reserve(value.shape[2], ctx.mask)
+        options = cache_tensors(kernel, cache_layer), cache_layer.local_reach, attention.scale
+        out = kernel.decode_attention(query, key, value, vectors, numbers, *options)
         cache_layer.commit(numbers)
         return out, None
     outputs = []

@@ -42,11 +42,10 @@ def compiled_stack(
 def _settings(layers: Any) -> str:
     """All numbers, texts and flags of the layers and of their config: dynamo guards what goes in here."""
     holders = [layers[0].attention.config, *(module for layer in layers for module in layer.modules())]
-    plain = [value for holder in holders for value in vars(holder).values() if isinstance(value, _PLAIN)]
+    plain = [
+        value for holder in holders for value in vars(holder).values() if isinstance(value, (bool, int, float, str))
+    ]
     return " ".join([value.hex() if isinstance(value, float) else str(value) for value in plain])
-
-
-_PLAIN = (bool, int, float, str)
 
 
 @nonstrict_trace

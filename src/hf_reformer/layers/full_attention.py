@@ -23,36 +23,54 @@ from .position_embeddings import rotate
 MAX_SCORES = 2**24  # scores computed at once for the attention mass
 
 
-class FullAttention(nn.Module):
-    """One softmax per query over all keys that it may see: `qkv(x)`, then `forward`, then `output(mixed)`.
+class AttentionProjections(nn.Module):
+    """What all attention has: projections to queries, keys and values, and back: `qkv(x)`, then `output(mixed)`."""
 
-    With `over_encoder`, keys and values are projected from the encoder's last hidden state, (B, S, 2 D).
-    """
-
-    kind = "full"
-
-    def __init__(self, config: ReformerConfig, layer: int, over_encoder: bool = False):
+    def __init__(self, config: ReformerConfig, layer: int, kind: str, over_encoder: bool = False):
         super().__init__()
-        self.layer, self.config, self.over_encoder = layer, config, over_encoder
+        self.layer, self.kind, self.config, self.over_encoder = layer, kind, config, over_encoder
         self.causal = config.is_decoder and not over_encoder
         self.heads, self.head_size = config.num_attention_heads, config.attention_head_size
         self.scale = self.head_size**-0.5
         self.output_dropout = config.hidden_dropout_prob
-        self.dropout = 0.0 if over_encoder else config.local_attention_probs_dropout_prob or 0.0
         inner, source = self.heads * self.head_size, config.hidden_size * (2 if over_encoder else 1)
-        self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.k_proj = nn.Linear(source, inner, bias=False)
+        if kind == "lsh":
+            self.qk_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        else:
+            self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
+            self.k_proj = nn.Linear(source, inner, bias=False)
         self.v_proj = nn.Linear(source, inner, bias=False)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def qkv(self, x: torch.Tensor) -> list[torch.Tensor | None]:
-        """(B, T, D) normalised stream → query and, of own tokens, key and value, (B, T, H * head_size)."""
+        """(B, T, D) normalised stream → query, key (None where it is the query) and value, (B, T, H * head_size).
+
+        Over an encoder the query alone.
+        """
+        if self.kind == "lsh":
+            return [self.qk_proj(x), None, self.v_proj(x)]
         return [self.q_proj(x)] if self.over_encoder else [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
 
     def output(self, mixed: torch.Tensor, key: torch.Tensor | None, offset: int = 0) -> torch.Tensor:
-        """As `ReformerAttention.output`."""
-        site = CROSS_DROPOUT if self.over_encoder else OUTPUT_DROPOUT
-        return dropout(self.o_proj(mixed), self.output_dropout, None if key is None else fold(key, site), offset)
+        """What attention gave, (B, T, H * head_size) → (B, T, D).
+
+        Args:
+            key: of this layer's dropout, None in evaluation.
+            offset: position of mixed[:, 0] in its sequence.
+        """
+        key = None if key is None else fold(key, CROSS_DROPOUT if self.over_encoder else OUTPUT_DROPOUT)
+        return dropout(self.o_proj(mixed), self.output_dropout, key, offset)
+
+
+class FullAttention(AttentionProjections):
+    """One softmax per query over all keys that it may see.
+
+    With `over_encoder`, keys and values are projected from the encoder's last hidden state, (B, S, 2 D).
+    """
+
+    def __init__(self, config: ReformerConfig, layer: int, over_encoder: bool = False):
+        super().__init__(config, layer, "full", over_encoder)
+        self.dropout = 0.0 if over_encoder else config.local_attention_probs_dropout_prob or 0.0
 
     def forward(
         self, projected: Handoff, ctx: ForwardContext, states: torch.Tensor | None = None

@@ -47,8 +47,7 @@ def plan_fused_decode(layers: Any, ctx: ForwardContext, like: torch.Tensor, dtyp
     def run(x1: torch.Tensor, x2: torch.Tensor, *unused: Any) -> tuple[torch.Tensor, torch.Tensor, list]:
         inputs = []
         for cache_layer, weights, options in steps:
-            rounds = None if cache_layer.buckets is None else cache_layer.buckets.shape[:3]
-            numbers = cache_layer.reserve(1, ctx.mask, rounds)
+            numbers = cache_layer.reserve(1, ctx.mask)
             inputs.append(kernel.DecodeLayer(weights, cache_tensors(kernel, cache_layer), numbers, *options))
         streams = kernel.decode_layers(x1, x2, inputs, ctx.rotary)
         for (cache_layer, _, _), layer in zip(steps, inputs, strict=True):

@@ -95,16 +95,6 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
         shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
         return shifted.masked_fill(shifted == IGNORE, pad)
 
-    def _check_labels(self, labels: torch.Tensor | None) -> None:
-        """Before the encoder runs."""
-        if labels is None:
-            return
-        if labels.dim() != 2 or 0 in labels.shape:
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)}; an encoder-decoder's must be (batch, length of the target)."
-            )
-        check_labels(labels, self.config.vocab_size)
-
     @can_return_tuple
     def forward(
         self,
@@ -149,7 +139,13 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
                 "An encoder-decoder takes no position ids: positions follow from the masks, and a row holds one "
                 "source and one target, never several samples."
             )
-        self._check_labels(labels)
+        if labels is not None:  # before the encoder runs
+            if labels.dim() != 2 or 0 in labels.shape:
+                raise ValueError(
+                    f"labels have shape {tuple(labels.shape)}; an encoder-decoder's must be (batch, length of the "
+                    "target)."
+                )
+            check_labels(labels, self.config.vocab_size)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[assignment]
             if decoder_attention_mask is None and self.model._covers(kwargs.get("output_coverage")):

@@ -31,7 +31,10 @@ class SparseAttention(NamedTuple):
         return matrix.scatter_add(-1, self.tokens.clamp(min=0), self.weights)
 
 
-def mass_of_weights(attention: SparseAttention | torch.Tensor, query_weights: torch.Tensor) -> torch.Tensor:
+AttentionWeights = SparseAttention | torch.Tensor  # or the matrix of weights, (B, H, T, length)
+
+
+def mass_of_weights(attention: AttentionWeights, query_weights: torch.Tensor) -> torch.Tensor:
     """The attention mass of every token, (B, T), by each query's weight, (B, T); without a cache."""
     if isinstance(attention, torch.Tensor):
         return torch.einsum("bhns,bn->bs", attention, query_weights.to(attention.dtype))
@@ -108,7 +111,7 @@ def concat_queries(results: Iterable[tuple[torch.Tensor, SparseAttention]]) -> t
     return torch.cat(outs, dim=2), SparseAttention(torch.cat(tokens, dim=2), torch.cat(weights, dim=2))
 
 
-def crop(attention: SparseAttention | torch.Tensor, length: int) -> SparseAttention | torch.Tensor:
+def crop(attention: AttentionWeights, length: int) -> AttentionWeights:
     """The attention of the first `length` tokens; padding behind them weighs nothing."""
     if isinstance(attention, torch.Tensor):  # as it is where it can be, so that it keeps the gradient it gets
         return attention if attention.shape[2] == length else attention[:, :, :length, :length]

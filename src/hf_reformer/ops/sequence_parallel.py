@@ -17,18 +17,12 @@ import torch.distributed as dist
 
 
 class SequenceShard(NamedTuple):
-    """A process's part of sequences of `length` tokens.
+    """A process's part of sequences that several processes share."""
 
-    Attributes:
-        group: the processes that share a sequence; all are given the same inputs.
-        rank, size: this process's number among them, and how many they are.
-        length: tokens of the whole sequence.
-    """
-
-    group: Any
-    rank: int
-    size: int
-    length: int
+    group: Any  # the processes that share a sequence; all are given the same inputs
+    rank: int  # this process's number among them
+    size: int  # how many they are
+    length: int  # tokens of the whole sequence
 
     def first(self, rank: int) -> int:
         """First token of a process's share; shares differ by at most one token."""

@@ -74,11 +74,7 @@ def residual_step(
     projected = Handoff(map_tokens(partial(stages, "qkv_projection"), size, x2))
     with stages.context("attend"):
         mixed, *report = layer.attend(projected, ctx, *states)
-
-    def attention(offset: int, x: torch.Tensor, mixed: torch.Tensor) -> Tensors:
-        return [x + stages("output_projection", offset, mixed)]
-
-    (y1,) = map_tokens(attention, size, x1, mixed)
+    (y1,) = map_tokens(lambda offset, x, mixed: [x + stages("output_projection", offset, mixed)], size, x1, mixed)
     del mixed
 
     def feed_forward(offset: int, x: torch.Tensor, y: torch.Tensor) -> Tensors:

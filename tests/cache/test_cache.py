@@ -372,7 +372,7 @@ def test_what_is_refused_leaves_the_cache_as_it_was(kinds):
 def test_other_rows_than_those_of_the_cache_are_refused(rows, new, dtype):
     model = make().to(dtype)
     _, kept = run(model, [20])
-    with pytest.raises(ValueError, match=f"{rows} rows were given, but the cache has 4"):
+    with pytest.raises(ValueError, match=f"has {rows} sequences, but the cache has 4"):
         model(make_ids(rows, new), past_key_values=kept)
 
 

@@ -2,7 +2,7 @@
 
 Dynamo cannot follow the Function of a single layer, whose backward finds its streams in Python objects and
 differentiates. So it puts the stack into its graph as one call that it does not look into, and AOTAutograd runs the
-call to see what it computes, forward and backward. What decides that and is no tensor has to be told to dynamo.
+call to see what it computes, forward and backward. What decides that and is no tensor has to be an argument.
 """
 
 import contextlib
@@ -81,14 +81,14 @@ class _Stack(torch.autograd.Function):
             ctx = ctx._replace(key=_key_again(ctx.key, d1))
         for index, (layer, names) in reversed(list(enumerate(zip(fn.layers, fn.names, strict=True)))):
             first = len(tensors) - len(names)
-            wanted = need[first : len(tensors)]
-            leaves = [x.detach().requires_grad_(n) for x, n in zip(tensors[first:], wanted, strict=True)]
+            needed = need[first : len(tensors)]
+            leaves = [x.detach().requires_grad_(n) for x, n in zip(tensors[first:], needed, strict=True)]
             del tensors[first:]
             again = partial(_again, layer, dict(zip(names, leaves, strict=True)), d1.device, fn.autocast)
             stages = LayerStages(layer, ctx.for_layer(layer.attention.layer), fn.grid, again)
             size, outputs = tokens_per_chunk(y2, layer.chunk_size), Handoff((y1, y2, False))
             report = AttentionReport(mass=grad_masses[index] if grad_masses else None)
-            y1, y2, d1, d2, layer_grads = invert_layer(stages, (), size, outputs, d1, d2, report, leaves, wanted)
+            y1, y2, d1, d2, layer_grads = invert_layer(stages, (), size, outputs, d1, d2, report, leaves, needed)
             grads = layer_grads + grads
         grads = [d1, d2, *grads]
         checked = next(i for i, grad in enumerate(grads) if fn.needs_input_grad[4 + i] and grad is not None)

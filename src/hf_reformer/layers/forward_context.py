@@ -34,7 +34,7 @@ class ForwardContext(NamedTuple):
     layer_key: torch.Tensor | None = None  # `key` for one layer, see `for_layer`
     cache: Any = None  # `cache.ReformerCache` of the tokens before these, which layers read and write; T: new tokens
     encoder: EncoderContext | None = None  # what a decoder's layers know of the source
-    query_weights: torch.Tensor | None = None  # (B, T), each query's share of the attention mass; None: not wanted
+    query_weights: torch.Tensor | None = None  # (B, T), each query's share of the attention mass; None: not reported
     want_weights: bool | str = False  # whether layers report their attention weights: False, "sparse" or "dense"
     want_sorting: bool = False  # whether layers report how they arranged the tokens
 

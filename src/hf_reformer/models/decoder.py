@@ -58,7 +58,6 @@ class ReformerDecoder(ReformerModel):
         encoder_hidden_states: torch.FloatTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        output_attentions: bool | str | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
@@ -76,8 +75,8 @@ class ReformerDecoder(ReformerModel):
         """
         if cache is not None and past_key_values is not None:
             raise ValueError("`cache` and `past_key_values` are two names for one argument. Give one of them.")
-        states, rows = encoder_hidden_states, given_shape(input_ids, inputs_embeds)[0]
-        self._check_source(states, encoder_attention_mask, rows)
+        states, batch = encoder_hidden_states, given_shape(input_ids, inputs_embeds)[0]
+        self._check_source(states, encoder_attention_mask, batch)
         both = self._both_caches(past_key_values if cache is None else cache, use_cache, states)
         if both is None or both.get_seq_length() == 0:  # and not for every token that is generated
             check_mask_values(encoder_attention_mask)
@@ -88,7 +87,6 @@ class ReformerDecoder(ReformerModel):
             input_ids,
             attention_mask,
             inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
             past_key_values=None if both is None else both.self_attention_cache,
             encoder_hidden_states=states,
             encoder_context=EncoderContext(mask, None if both is None else both.cross_attention_cache),
@@ -107,14 +105,14 @@ class ReformerDecoder(ReformerModel):
         real = real if encoder.mask is None else real & encoder.mask
         return own + coverage_loss(cross, coverage_target(real, real.cumsum(-1) - 1)).to(own.dtype)
 
-    def _check_source(self, states: torch.Tensor | None, mask: torch.Tensor | None, rows: int) -> None:
+    def _check_source(self, states: torch.Tensor | None, mask: torch.Tensor | None, batch: int) -> None:
         width = 2 * self.config.hidden_size
         if states is None:
             raise ValueError("A decoder needs `encoder_hidden_states`, the encoder's last hidden state.")
-        if states.dim() != 3 or states.shape[0] != rows or states.shape[1] == 0 or states.shape[2] != width:
+        if states.dim() != 3 or states.shape[0] != batch or states.shape[1] == 0 or states.shape[2] != width:
             raise ValueError(
-                f"The encoder's states have shape {tuple(states.shape)}; for {rows} rows of the target they must be "
-                f"({rows}, source length, {width}): both residual streams of every source token."
+                f"The encoder's states have shape {tuple(states.shape)}; for {batch} targets they must be "
+                f"({batch}, source length, {width}): both residual streams of every source token."
             )
         if mask is not None and mask.shape != states.shape[:2]:
             raise ValueError(

@@ -43,7 +43,7 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
         """As for every model of the library; of a folder of another model, the encoder."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.generation_config.decoder_start_token_id is None:  # nothing of the folder tells it
+        if model.generation_config.decoder_start_token_id is None:  # the folder holds none
             model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
         model._check_sharing()
         return loaded
@@ -76,16 +76,16 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
         self.model.embed_tokens = self.decoder.embed_tokens = value  # type: ignore[assignment]
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        found = super().resize_token_embeddings(*args, **kwargs)
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.decoder.config.vocab_size = self.config.vocab_size
-        return found
+        return embeddings
 
     def enable_sequence_parallel(self, group: Any) -> None:
         """Not possible: raises ValueError, unless `group` is None."""
         if group is not None:
             raise ValueError(
                 "Processes cannot share the sequences of an encoder-decoder: its cross-attention looks at a whole "
-                "source. Share the work by rows instead: DistributedDataParallel or FSDP."
+                "source. Split the batch instead: DistributedDataParallel or FSDP."
             )
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
@@ -119,7 +119,7 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
         Args:
             input_ids, attention_mask, inputs_embeds: the source, as `ReformerModel` takes it, (B, S).
             encoder_outputs: what the encoder gave for a source, in place of it; its first entry is (B, S, 2 D). Where
-                it tells no `coverage_loss`, that of the decoder stands alone.
+                it holds no `coverage_loss`, that of the decoder stands alone.
             decoder_input_ids or decoder_inputs_embeds: the target so far, (B, T), behind the start token. Default:
                 `labels`, shifted.
             decoder_attention_mask: (B, T), 1 for real tokens; with a cache, of the tokens before, too.
@@ -136,8 +136,8 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
         """
         if any(name in kwargs for name in ("position_ids", "decoder_position_ids")):
             raise ValueError(
-                "An encoder-decoder takes no position ids: positions follow from the masks, and a row holds one "
-                "source and one target, never several samples."
+                "An encoder-decoder takes no position ids: positions follow from the masks, and a sequence is one "
+                "source or one target, never several samples."
             )
         if labels is not None:  # before the encoder runs
             if labels.dim() != 2 or 0 in labels.shape:
@@ -182,8 +182,8 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
         hidden = outputs.last_hidden_state
         loss, logits = self._loss_and_logits(hidden, labels, None, num_items_in_batch, logits_to_keep)
         coverage = getattr(encoder_outputs, "coverage_loss", None), outputs.coverage_loss
-        known = [x for x in coverage if x is not None]  # of the encoder's layers, then the decoder's
-        both = None if outputs.coverage_loss is None else torch.cat(known)
+        layers = [x for x in coverage if x is not None]  # of the encoder's layers, then the decoder's
+        both = None if outputs.coverage_loss is None else torch.cat(layers)
         weight = self.config.coverage_loss_weight
         return ReformerSeq2SeqLMOutput(
             loss=add_coverage_loss(loss, both, weight, labels, num_items_in_batch, training=self.training),

@@ -1,4 +1,4 @@
-"""Attention over lists of tokens: for decoding, over the tokens of a cache, and where the weights are wanted."""
+"""Attention over lists of tokens: for decoding, over the tokens of a cache, and wherever weights are returned."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple

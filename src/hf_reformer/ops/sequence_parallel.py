@@ -79,13 +79,13 @@ def check_group(group: Any) -> None:
         )
 
 
-def check_same_inputs(group: Any, device: torch.device, given: dict[str, Any]) -> None:
-    """Raise ValueError unless all processes of the group were given the same, by the same names."""
-    mine = torch.tensor([_fingerprint(value) for value in given.values()], dtype=torch.int64, device=device)
+def check_same_inputs(group: Any, device: torch.device, inputs: dict[str, Any]) -> None:
+    """Raise ValueError unless all processes of the group have the same inputs."""
+    mine = torch.tensor([_fingerprint(value) for value in inputs.values()], dtype=torch.int64, device=device)
     low, high = mine.clone(), mine.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN, group)
     dist.all_reduce(high, dist.ReduceOp.MAX, group)
-    different = [f"`{name}`" for name, other in zip(given, (low != high).tolist(), strict=True) if other]
+    different = [f"`{name}`" for name, other in zip(inputs, (low != high).tolist(), strict=True) if other]
     if different:
         raise ValueError(
             f"Processes that share sequences were given different inputs: {', '.join(different)}. All of a group need "

@@ -97,7 +97,7 @@ class StreamHandoff:
     def __init__(self, grid: Grid, depth: int):
         self.grid, self.depth = grid, depth
         self._pending: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._originals: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._link: tuple[int, tuple[torch.Tensor, torch.Tensor], tuple[int, int]] | None = None
 
     def enter(self, index: int, x1: torch.Tensor, x2: torch.Tensor) -> None:
@@ -112,7 +112,7 @@ class StreamHandoff:
                 "Use an out-of-place operation, or `config.reversible=False`."
             )
         if not all(_same_storage(a, b) for a, b in zip(streams, (x1, x2), strict=True)):
-            self._kept[previous] = streams
+            self._originals[previous] = streams
 
     def leave(self, index: int, y1: torch.Tensor, y2: torch.Tensor) -> None:
         last = index == self.depth - 1
@@ -123,15 +123,15 @@ class StreamHandoff:
 
     def take(self, index: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Outputs of layer `index`, and whether they may be overwritten."""
-        found = self._pending.pop((current_graph_task_id(), index), None)
-        if index in self._kept:
-            return *self._kept[index], False
-        if found is None:
+        streams = self._pending.pop((current_graph_task_id(), index), None)
+        if index in self._originals:
+            return *self._originals[index], False
+        if streams is None:
             raise RuntimeError(
                 f"A gradient reached reversible layer {index} without passing through layer {index + 1}, so "
                 "its outputs are unknown. Take the plain path: `output_hidden_states=True` or `reversible=False`."
             )
-        return *found, True
+        return *streams, True
 
 
 def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -176,8 +176,8 @@ class ReversibleFunction(torch.autograd.Function):
         need = fn.needs_input_grad[7:]
         count = len(tensors) - len(fn.names)
         states = [
-            x.detach().requires_grad_(wanted) if x.is_floating_point() else x
-            for x, wanted in zip(tensors[:count], need, strict=False)
+            x.detach().requires_grad_(needed) if x.is_floating_point() else x
+            for x, needed in zip(tensors[:count], need, strict=False)
         ]
         parameters, swap = _parameters(fn, tensors[count:], need[count:])
         stages = LayerStages(fn.layer, fn.ctx, handoff.grid, partial(fn.state.replay, swap))
@@ -278,8 +278,8 @@ def _invert_branch(
         leaf = chunk.detach().requires_grad_()
         out = branch(offset, leaf)
         x.put(offset, y_chunk - out.detach())
-        (found,) = totals.differentiate([out if out.requires_grad else None], [grad_chunk], [leaf])
-        step.put(offset, _sum(base_chunk, found))
+        (leaf_grad,) = totals.differentiate([out if out.requires_grad else None], [grad_chunk], [leaf])
+        step.put(offset, _sum(base_chunk, leaf_grad))
     return x.tensors + step.tensors
 
 
@@ -307,8 +307,8 @@ def _invert_attention_branch(
     del d_mixed, edges, inputs
     step = ChunkedBuffer(x2.shape[1])
     for (offset, (_, base, *chunks)), (leaf, edges) in zip(token_chunks(size, x2, d2, *grads), graphs, strict=True):
-        (found,) = totals.differentiate(edges, chunks, [leaf])
-        step.put(offset, _sum(base, found))
+        (leaf_grad,) = totals.differentiate(edges, chunks, [leaf])
+        step.put(offset, _sum(base, leaf_grad))
     return x1.tensors + step.tensors
 
 
@@ -324,7 +324,7 @@ def _parameters(fn, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor]
     """
     now = layer_tensors(fn.layer)
     own = all(now.get(name) is tensor for name, tensor in zip(fn.names, saved, strict=True))
-    frozen = [name for name, x, wanted in zip(fn.names, saved, need, strict=True) if wanted and not x.requires_grad]
+    frozen = [name for name, x, needed in zip(fn.names, saved, need, strict=True) if needed and not x.requires_grad]
     if own and frozen:
         raise RuntimeError(
             f"`{frozen[0]}` of a reversible layer was trained in forward and is frozen now, in backward: perhaps "
@@ -332,7 +332,7 @@ def _parameters(fn, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor]
         )
     if own and not any(map(has_gradient_hooks, saved)):
         return saved, None
-    saved = [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(saved, need, strict=True)]
+    saved = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(saved, need, strict=True)]
     return saved, dict(zip(fn.names, saved, strict=True))
 
 
@@ -340,7 +340,7 @@ def warn_if_inexact(before: tuple[torch.Tensor, ...], streams: tuple[torch.Tenso
     if bool((checksum(streams[0]) == before[0]) & (checksum(streams[1]) == before[1])):
         return
     if not all(bool(x.isfinite().all()) for x in streams):
-        return  # the loss tells of NaN and infinity
+        return  # the loss shows NaN and infinity
     warnings.warn(
         "A reversible stack did not reconstruct its input exactly: the residual streams left the range "
         f"|x| <= {grid.limit:g} of their grid, or a layer does not compute the same thing twice. Gradients are "

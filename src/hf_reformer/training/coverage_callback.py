@@ -56,7 +56,7 @@ class CoverageCallback(TrainerCallback):
         if getattr(getattr(trainer.model, "config", None), "is_encoder_decoder", False):
             raise ValueError(
                 "CoverageCallback looks at models of one stack, and this is an encoder-decoder. Its `coverage_loss` "
-                "tells of every layer of both."
+                "covers every layer of both."
             )
         self.trainer, self.batches, self.least = trainer, batches, least
 

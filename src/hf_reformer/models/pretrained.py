@@ -34,10 +34,8 @@ BUILTIN_NAMES = {
     r"^lm_head\.decoder\.weight$": "lm_head.weight",
 }
 
-
 # Files of transformers 4, and since 5.24, hold the head's bias by this name too. Where they differ, this one counts.
 LEGACY_LM_HEAD_BIAS = "lm_head.decoder.bias"
-
 
 # What a folder of an encoder-decoder holds besides the encoder, which is all that other models read of it.
 DECODER_KEY_PATTERN = r"^(decoder|lm_head|merge_streams)\."

@@ -54,7 +54,7 @@ def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **in
     """
     stacks = [module for module in model.modules() if isinstance(module, ReformerModel)]
     layers = [(stack, index) for stack in stacks for index in range(len(stack.layers))]
-    check_index("layer", layer, len(layers))
+    check_index(layer=(layer, len(layers)))
     for name in ("cache", "past_key_values"):
         if inputs.get(name) is not None:
             raise ValueError(f"`{name}` holds tokens that this forward does not sort. Give all tokens at once.")
@@ -149,8 +149,7 @@ def visible_pairs(view: LayerView, row: int = 0, head: int = 0) -> tuple[torch.T
     Returns:
         Query, key, and the number (of `names`) of the sort order whose window it is, (N) int64 each.
     """
-    check_index("row", row, len(view.mask))
-    check_index("head", head, view.heads)
+    check_index(row=(row, len(view.mask)), head=(head, view.heads))
     real, layout = view.mask[row], view.layout
     perm, start, end = (x.expand(len(view.mask), view.heads, -1, -1)[row, head][None, None] for x in layout[:3])
     own = layout._replace(perm=perm, window_start=start, window_end=end)
@@ -170,10 +169,12 @@ def buckets_of(view: LayerView) -> torch.Tensor:
     return view.buckets
 
 
-def check_index(name: str, number: int, count: int) -> None:
-    if not 0 <= number < count:
-        allowed = f"0 to {count - 1} are possible" if count else "the model has none of this package's layers"
-        raise ValueError(f"`{name}={number}` does not exist: {allowed}.")
+def check_index(**indices: tuple[int, int]) -> None:
+    """Raise ValueError unless each index is below its count; by the names of the arguments."""
+    for name, (index, count) in indices.items():
+        if not 0 <= index < count:
+            allowed = f"0 to {count - 1} are possible" if count else "the model has none of this package's layers"
+            raise ValueError(f"`{name}={index}` does not exist: {allowed}.")
 
 
 def as_lists(attention: AttentionWeights, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, int]:

@@ -29,10 +29,8 @@ MAX_LABELS = 64  # tokens whose text can still be read along an axis
 def plot_buckets(view: LayerView, hash_round: int = 0, row: int = 0, head: int = 0, ax: Any = None) -> Any:
     """Which bucket every real token falls into, over its position, in one hash round."""
     buckets = buckets_of(view)
-    for name, number, count in zip(
-        ("row", "head", "hash_round"), (row, head, hash_round), buckets.shape, strict=False
-    ):
-        check_index(name, number, count)
+    batch, heads, rounds, _ = buckets.shape
+    check_index(row=(row, batch), head=(head, heads), hash_round=(hash_round, rounds))
     real = view.mask[row].nonzero().squeeze(-1)
     ax = _axes(ax)
     ax.scatter(real.cpu(), buckets[row, head, hash_round, real].cpu(), s=8, linewidths=0)
@@ -112,8 +110,7 @@ def attention_image(
 ) -> tuple[torch.Tensor, tuple[int, int]]:
     """The weights of a head in at most `side` rows and columns, and how many tokens a row and a column stand for."""
     tokens, weights, columns = as_lists(attention, mask)
-    check_index("row", row, len(tokens))
-    check_index("head", head, tokens.shape[1])
+    check_index(row=(row, len(tokens)), head=(head, tokens.shape[1]))
     tokens, weights = tokens[row, head].clamp(min=0), weights[row, head]  # (T, K)
     steps = -(-len(tokens) // side), -(-columns // side)
     query = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens) // steps[0]
@@ -135,7 +132,7 @@ def plot_attention_mass(
     coverage loss. Not with packed samples.
     """
     mass = attention_mass(attention, mask)
-    check_index("row", row, len(mass))
+    check_index(row=(row, len(mass)))
     ax = _axes(ax)
     for head, shares in enumerate(mass[row].detach().float().cpu()):
         ax.plot(shares, label=f"head {head}", linewidth=1)

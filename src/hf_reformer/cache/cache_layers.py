@@ -70,8 +70,6 @@ class ReformerCacheLayer(CacheLayerMixin):
         """Whether new tokens replace the oldest."""
         return self.kind == "local" and not self.record_past
 
-    # --- growing
-
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.device, self.dtype = key_states.device, key_states.dtype
         batch, heads, _, size = key_states.shape
@@ -154,8 +152,6 @@ class ReformerCacheLayer(CacheLayerMixin):
         if buckets is not None:
             self.buckets[row, :, :, slot] = buckets[row, :, :, column]
 
-    # --- reading
-
     def all_tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Keys and values (B, H, T, D), buckets (B, H, R, T) or None, and where sequences differ, (B, T) bool."""
         length = self.seen_tokens if self.attention_mask is None else max(1, int(self.lengths.max()))
@@ -194,8 +190,6 @@ class ReformerCacheLayer(CacheLayerMixin):
         slot = (numbers.clamp(min=0) % max(1, self.capacity))[:, None, :, None]
         index = slot.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
         return self.keys.gather(2, index), self.values.gather(2, index), numbers
-
-    # --- the library's own operations
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(

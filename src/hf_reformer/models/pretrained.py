@@ -120,11 +120,8 @@ class ReformerPreTrainedModel(PreTrainedModel):
         self, output_class: type, outputs: Any, loss: torch.Tensor | None, targets: Any = None, num_items: Any = None,
         **fields: Any,
     ) -> Any:  # fmt: skip
-        """What a head returns: its loss with the coverage loss added, its own fields, and the backbone's.
-
-        Args:
-            targets, num_items: as `losses.add_coverage_loss` takes them.
-        """
+        """What a head returns: its loss with the coverage loss added (`add_coverage_loss`), its own fields, and the
+        backbone's."""
         weight, coverage = self.config.coverage_loss_weight, outputs.coverage_loss
         loss = add_coverage_loss(loss, coverage, weight, targets, num_items, training=self.training)
         states = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}

@@ -175,10 +175,7 @@ class ReversibleFunction(torch.autograd.Function):
             outputs = Handoff(handoff.take(index))
         need = fn.needs_input_grad[7:]
         count = len(tensors) - len(fn.names)
-        states = [
-            x.detach().requires_grad_(needed) if x.is_floating_point() else x
-            for x, needed in zip(tensors[:count], need, strict=False)
-        ]
+        states = [x.detach().requires_grad_(needed) for x, needed in zip(tensors[:count], need, strict=False)]
         parameters, swap = _parameters(fn, tensors[count:], need[count:])
         stages = LayerStages(fn.layer, fn.ctx, handoff.grid, partial(fn.state.replay, swap))
         leaves = [*states, *parameters]

@@ -213,7 +213,6 @@ class ReformerCacheLayer(CacheLayerMixin):
             keys, values, numbers = self.last_tokens(min(self.capacity, self.seen_tokens))
             capacity = max(self.seen_tokens, 1)  # from here on slots by number, those of evicted tokens unused
             self.keys, self.values = (x.new_zeros(*x.shape[:2], capacity, x.shape[3]) for x in (keys, values))
-            self.record_past = True
             self._write(numbers, keys, values)
         self.record_past = True
 

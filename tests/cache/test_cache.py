@@ -372,7 +372,7 @@ def test_what_is_refused_leaves_the_cache_as_it_was(kinds):
 def test_other_rows_than_those_of_the_cache_are_refused(rows, new, dtype):
     model = make().to(dtype)
     _, kept = run(model, [20])
-    with pytest.raises(ValueError, match=f"{rows} rows were given, but the cache has 4"):
+    with pytest.raises(ValueError, match=f"has {rows} sequences, but the cache has 4"):
         model(make_ids(rows, new), past_key_values=kept)
 
 
@@ -438,7 +438,7 @@ def test_what_a_cache_cannot_serve_is_refused():
     other[0, 9] = 0  # as many as before, but others
     with pytest.raises(ValueError, match="masks other tokens"):
         model(new, attention_mask=torch.cat([other, MASK[:, 20:25]], dim=-1), past_key_values=kept)
-    with pytest.raises(ValueError, match="one sample a row"):
+    with pytest.raises(ValueError, match="one sample per sequence"):
         model(IDS, position_ids=torch.cat([torch.arange(30), torch.arange(40)])[None], use_cache=True)
     with pytest.raises(ValueError, match="did not fill"):
         make(["local"])(new, past_key_values=kept)

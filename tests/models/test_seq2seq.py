@@ -619,7 +619,7 @@ def test_what_a_forward_refuses(model):
             model(**inputs)
     with pytest.raises(ValueError, match="cannot share"):
         model.enable_sequence_parallel("a group")
-    with pytest.raises(ValueError, match="Continuous batching"):
+    with pytest.raises(ValueError, match="continuous batching"):
         model.init_continuous_batching()
 
 

@@ -6,7 +6,7 @@ import torch
 
 from ..models.modeling_reformer import ReformerModel
 from ..models.outputs import ReformerModelOutput
-from ..ops.gather_attention import SparseAttention, visible_tokens
+from ..ops.gather_attention import AttentionWeights, SparseAttention, visible_tokens
 from ..ops.layout import AttentionLayout
 
 
@@ -17,12 +17,9 @@ class LayerView(NamedTuple):
         kind: "local", "lsh" or "full".
         causal: whether tokens see only what is before them.
         heads: H. Sort orders that are the same for all heads are kept once.
-        layout: sort orders and windows, as the attention op got them; in chunk mode of the padded input.
         names: of the sort orders: "position", "hash 1", …, "exploration 1", …
         mask: (B, T) bool, True for real tokens.
-        vectors: (B, H, T, D), what was hashed; None where nothing was.
-        buckets: (B, H, R, T) int32, the bucket of every token in every hash round; None as above.
-        num_buckets: how many buckets a round has; 0 as above.
+        layout, vectors, buckets, num_buckets: as in `forward_context.Sorting`.
     """
 
     kind: str
@@ -57,7 +54,7 @@ def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **in
     """
     stacks = [module for module in model.modules() if isinstance(module, ReformerModel)]
     layers = [(stack, index) for stack in stacks for index in range(len(stack.layers))]
-    check_index("layer", layer, len(layers))
+    check_index(layer=(layer, len(layers)))
     for name in ("cache", "past_key_values"):
         if inputs.get(name) is not None:
             raise ValueError(f"`{name}` holds tokens that this forward does not sort. Give all tokens at once.")
@@ -72,10 +69,8 @@ def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **in
     position = sorting.buckets is None or (attention.mode == "window" and attention.config.lsh_include_local)
     names = ["position"] * position + [f"hash {i + 1}" for i in range(rounds)]
     names += [f"exploration {i + 1}" for i in range(sorting.layout.perm.shape[2] - len(names))]
-    return LayerView(
-        attention.kind, attention.causal, attention.heads, sorting.layout, tuple(names), mask, sorting.vectors,
-        sorting.buckets, sorting.num_buckets,
-    )  # fmt: skip
+    layout, *hashed = sorting
+    return LayerView(attention.kind, attention.causal, attention.heads, layout, tuple(names), mask, *hashed)
 
 
 def stack_output(model: torch.nn.Module, stack: ReformerModel, **inputs: Any) -> ReformerModelOutput:
@@ -97,7 +92,7 @@ def bucket_sizes(view: LayerView) -> torch.Tensor:
 
 
 def bucket_balance(view: LayerView) -> dict[str, float]:
-    """How evenly tokens spread over buckets, for logs; means over rows, heads and rounds.
+    """How evenly tokens spread over buckets, for logs; means over sequences, heads and rounds.
 
     Returns:
         "largest": tokens in the largest bucket, as a multiple of an even share; "used": share of buckets that hold any
@@ -114,8 +109,8 @@ def round_agreement(view: LayerView, neighbours: int = 8, queries: int = 256) ->
     """Share of near neighbours that hashing brings together: in one of the first round, of the first two, and so on.
 
     Args:
-        neighbours: how many real tokens of the same row and head, of the smallest angles, count as near.
-        queries: for how many tokens of a row, evenly spaced, they are looked for.
+        neighbours: how many real tokens of the same sequence and head, of the smallest angles, count as near.
+        queries: for how many tokens of a sequence, evenly spaced, they are looked for.
 
     Returns:
         (R) float64, never falling: the more rounds, the more pairs share a bucket somewhere.
@@ -134,7 +129,7 @@ def round_agreement(view: LayerView, neighbours: int = 8, queries: int = 256) ->
     return together.sum((0, 1, 3, 4)).double() / pair.sum().clamp(min=1)
 
 
-def attention_mass(attention: SparseAttention | torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def attention_mass(attention: AttentionWeights, mask: torch.Tensor | None = None) -> torch.Tensor:
     """The share of all attention that every token receives, (B, H, length); each head's add up to 1.
 
     Args:
@@ -142,8 +137,8 @@ def attention_mass(attention: SparseAttention | torch.Tensor, mask: torch.Tensor
         mask: (B, T), 1 for real tokens: the attention of others does not count. Needed in chunk mode alone, where
             padding attends too.
     """
-    tokens, weights = as_lists(attention, mask)
-    mass = weights.new_zeros(*weights.shape[:2], num_columns(attention))
+    tokens, weights, length = as_lists(attention, mask)
+    mass = weights.new_zeros(*weights.shape[:2], length)
     mass = mass.scatter_add(-1, tokens.clamp(min=0).flatten(2), weights.flatten(2))
     return mass / weights.detach().sum(-1).round().sum(-1, keepdim=True).clamp(min=1)
 
@@ -154,14 +149,15 @@ def visible_pairs(view: LayerView, row: int = 0, head: int = 0) -> tuple[torch.T
     Returns:
         Query, key, and the number (of `names`) of the sort order whose window it is, (N) int64 each.
     """
-    real, layout = real_tokens(view, row, head), view.layout
+    check_index(row=(row, len(view.mask)), head=(head, view.heads))
+    real, layout = view.mask[row], view.layout
     perm, start, end = (x.expand(len(view.mask), view.heads, -1, -1)[row, head][None, None] for x in layout[:3])
     own = layout._replace(perm=perm, window_start=start, window_end=end)
     tokens = visible_tokens(own)[0, 0]  # (T, R * width)
     order = torch.arange(len(view.names), device=tokens.device).repeat_interleave(tokens.shape[1] // len(view.names))
     query = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
-    is_real = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device).index_fill(0, real, True)
-    visible = (tokens >= 0) & is_real[query] & is_real[tokens.clamp(min=0)]
+    real = torch.nn.functional.pad(real, (0, len(tokens) - len(real)))  # in chunk mode the input was padded
+    visible = (tokens >= 0) & real[query] & real[tokens.clamp(min=0)]
     visible = visible & (tokens <= query) if view.causal else visible
     return query[visible], tokens[visible], order.expand_as(tokens)[visible]
 
@@ -173,32 +169,20 @@ def buckets_of(view: LayerView) -> torch.Tensor:
     return view.buckets
 
 
-def real_tokens(view: LayerView, row: int, head: int) -> torch.Tensor:
-    """Positions of the real tokens of a row."""
-    check_index("row", row, len(view.mask))
-    check_index("head", head, view.heads)
-    return view.mask[row].nonzero().squeeze(-1)
+def check_index(**indices: tuple[int, int]) -> None:
+    """Raise ValueError unless each index is below its count; by the names of the arguments."""
+    for name, (index, count) in indices.items():
+        if not 0 <= index < count:
+            allowed = f"0 to {count - 1} are possible" if count else "the model has none of this package's layers"
+            raise ValueError(f"`{name}={index}` does not exist: {allowed}.")
 
 
-def check_index(name: str, number: int, count: int) -> None:
-    if not 0 <= number < count:
-        allowed = f"0 to {count - 1} are possible" if count else "the model has none of this package's layers"
-        raise ValueError(f"`{name}={number}` does not exist: {allowed}.")
-
-
-def as_lists(attention: SparseAttention | torch.Tensor, mask: torch.Tensor | None) -> SparseAttention:
-    """Weights as lists, those of padding's own attention 0."""
+def as_lists(attention: AttentionWeights, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The fields of `SparseAttention`, padding's own attention 0, and how many tokens may be attended to."""
     if isinstance(attention, torch.Tensor):
         tokens = torch.arange(attention.shape[-1], device=attention.device).expand(attention.shape)
         attention = SparseAttention(tokens, attention)
-    if mask is None:
-        return attention
-    real = mask[:, None, -attention.weights.shape[2] :, None].bool()
-    return SparseAttention(attention.tokens, attention.weights * real)
-
-
-def num_columns(attention: SparseAttention | torch.Tensor) -> int:
-    """How many tokens may be attended to."""
-    if isinstance(attention, torch.Tensor):
-        return attention.shape[-1]
-    return max(attention.tokens.shape[2], int(attention.tokens.max()) + 1)
+    tokens, weights = attention
+    if mask is not None:
+        weights = weights * mask[:, None, -weights.shape[2] :, None].bool()
+    return tokens, weights, max(tokens.shape[2], int(tokens.max()) + 1)

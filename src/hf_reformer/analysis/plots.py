@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..ops.coverage import coverage_target
-from ..ops.gather_attention import SparseAttention
+from ..ops.gather_attention import AttentionWeights
 from .lsh_stats import (
     LayerView,
     as_lists,
@@ -18,8 +18,6 @@ from .lsh_stats import (
     bucket_sizes,
     buckets_of,
     check_index,
-    num_columns,
-    real_tokens,
     round_agreement,
     visible_pairs,
 )
@@ -31,13 +29,14 @@ MAX_LABELS = 64  # tokens whose text can still be read along an axis
 def plot_buckets(view: LayerView, hash_round: int = 0, row: int = 0, head: int = 0, ax: Any = None) -> Any:
     """Which bucket every real token falls into, over its position, in one hash round."""
     buckets = buckets_of(view)
-    check_index("hash_round", hash_round, buckets.shape[2])
-    real = real_tokens(view, row, head)
+    batch, heads, rounds, _ = buckets.shape
+    check_index(row=(row, batch), head=(head, heads), hash_round=(hash_round, rounds))
+    real = view.mask[row].nonzero().squeeze(-1)
     ax = _axes(ax)
     ax.scatter(real.cpu(), buckets[row, head, hash_round, real].cpu(), s=8, linewidths=0)
     ax.set(xlabel="position", ylabel="bucket", title=f"head {head}, hash {hash_round + 1}")
     ax.set_ylim(-1, view.num_buckets)
-    _count_along(ax.yaxis)
+    ax.locator_params("y", integer=True)
     return ax
 
 
@@ -68,7 +67,7 @@ def plot_pairs(view: LayerView, row: int = 0, head: int = 0, ax: Any = None, sid
 
 
 def plot_attention(
-    attention: SparseAttention | torch.Tensor,
+    attention: AttentionWeights,
     row: int = 0,
     head: int = 0,
     tokens: Sequence[str] | None = None,
@@ -76,16 +75,16 @@ def plot_attention(
     ax: Any = None,
     side: int = SIDE,
 ) -> Any:
-    """The attention weights of a head, one line of pixels for every token that attends.
+    """The attention weights of a head, one row of pixels for every token that attends.
 
     Args:
         attention, mask: as for `attention_mass`.
         tokens: texts of the tokens, to be written along both axes; for short inputs.
         side: where there are more tokens, a pixel stands for a block of them: how much of their attention its tokens
-            pay to its other tokens, so that every line still adds up to 1.
+            pay to its other tokens, so that every row still adds up to 1.
     """
     image, steps = attention_image(attention, row, head, mask, side)
-    columns = num_columns(attention)
+    columns = as_lists(attention)[2]
     if tokens is not None and (len(tokens) != columns or columns > MAX_LABELS):
         raise ValueError(
             f"`tokens` holds {len(tokens)} texts for {columns} tokens. Give one for each of at most {MAX_LABELS}, "
@@ -95,8 +94,8 @@ def plot_attention(
 
     from matplotlib.colors import PowerNorm
 
-    top = max(float(image.detach().max()), 1e-9)
-    shown = _show(ax, image.detach().float().cpu(), *steps, cmap="Blues", norm=PowerNorm(0.5, 0, top))
+    norm = PowerNorm(0.5, 0, max(float(image.detach().max()), 1e-9))
+    shown = _show(ax, image.detach().float().cpu(), *steps, cmap="Blues", norm=norm)
     if tokens is not None:
         first = columns - len(image)
         ax.set_xticks(range(columns), tokens, rotation=90)
@@ -107,26 +106,21 @@ def plot_attention(
 
 
 def attention_image(
-    attention: SparseAttention | torch.Tensor,
-    row: int = 0,
-    head: int = 0,
-    mask: torch.Tensor | None = None,
-    side: int = SIDE,
+    attention: AttentionWeights, row: int = 0, head: int = 0, mask: torch.Tensor | None = None, side: int = SIDE
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The weights of a head in at most `side` lines and columns, and how many tokens a line and a column stand for."""
-    tokens, weights = as_lists(attention, mask)
-    check_index("row", row, len(tokens))
-    check_index("head", head, tokens.shape[1])
+    """The weights of a head in at most `side` rows and columns, and how many tokens a row and a column stand for."""
+    tokens, weights, columns = as_lists(attention, mask)
+    check_index(row=(row, len(tokens)), head=(head, tokens.shape[1]))
     tokens, weights = tokens[row, head].clamp(min=0), weights[row, head]  # (T, K)
-    steps = -(-len(tokens) // side), -(-num_columns(attention) // side)
-    line = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens) // steps[0]
-    size = -(-len(tokens) // steps[0]), -(-num_columns(attention) // steps[1])
-    image = weights.new_zeros(size).index_put((line, tokens // steps[1]), weights, accumulate=True)
+    steps = -(-len(tokens) // side), -(-columns // side)
+    query = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens) // steps[0]
+    size = -(-len(tokens) // steps[0]), -(-columns // steps[1])
+    image = weights.new_zeros(size).index_put((query, tokens // steps[1]), weights, accumulate=True)
     return image / image.detach().sum(-1, keepdim=True).round().clamp(min=1), steps
 
 
 def plot_attention_mass(
-    attention: SparseAttention | torch.Tensor,
+    attention: AttentionWeights,
     row: int = 0,
     mask: torch.Tensor | None = None,
     ax: Any = None,
@@ -138,7 +132,7 @@ def plot_attention_mass(
     coverage loss. Not with packed samples.
     """
     mass = attention_mass(attention, mask)
-    check_index("row", row, len(mass))
+    check_index(row=(row, len(mass)))
     ax = _axes(ax)
     for head, shares in enumerate(mass[row].detach().float().cpu()):
         ax.plot(shares, label=f"head {head}", linewidth=1)
@@ -152,7 +146,7 @@ def plot_attention_mass(
 
 
 def plot_bucket_sizes(view: LayerView, ax: Any = None) -> Any:
-    """How many buckets are how full, over all rows, heads and rounds; the line is where all are equally full."""
+    """How many buckets are how full, over all sequences, heads and rounds; the line is where all are equally full."""
     sizes = bucket_sizes(view).double()
     even = view.mask.sum(-1).clamp(min=1)[:, None, None, None] / view.num_buckets
     ax = _axes(ax)
@@ -171,12 +165,9 @@ def plot_round_agreement(view: LayerView, neighbours: int = 8, ax: Any = None) -
     ax.plot(rounds, share, marker="o", label="near neighbours")
     ax.plot(rounds, 1 - (1 - 1 / view.num_buckets) ** rounds, color="grey", linestyle="--", label="by chance")
     ax.set(xlabel="hash rounds", ylabel="share a bucket in some round", title="agreement of rounds", ylim=(0, 1.02))
-    _count_along(ax.xaxis)
+    ax.locator_params("x", integer=True)
     ax.legend(loc="lower right", frameon=False)
     return ax
-
-
-# ---- helpers ----
 
 
 def _axes(ax: Any) -> Any:
@@ -185,21 +176,15 @@ def _axes(ax: Any) -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib, which `pip install 'hf-reformer[train]'` brings.") from error
+        raise ImportError("Plots need matplotlib, which `pip install 'hf-reformer[train]'` brings.") from error
     return plt.subplots(layout="constrained")[1]
 
 
-def _show(ax: Any, image: torch.Tensor, row_step: int, column_step: int, **how: Any) -> Any:
+def _show(ax: Any, image: torch.Tensor, row_step: int, column_step: int, **options: Any) -> Any:
     """An image of pairs whose axes count tokens."""
     extent = (-0.5, image.shape[1] * column_step - 0.5, image.shape[0] * row_step - 0.5, -0.5)
     ax.set(xlabel="attends to", ylabel="token")
-    return ax.imshow(image.numpy(), extent=extent, interpolation="nearest", **how)
-
-
-def _count_along(axis: Any) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_locator(MaxNLocator(integer=True))
+    return ax.imshow(image.numpy(), extent=extent, interpolation="nearest", **options)
 
 
 def _colour(name: str) -> Any:

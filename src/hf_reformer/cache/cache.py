@@ -57,7 +57,7 @@ def check_call(cache: Cache, batch: int, num_hashes: int, num_buckets: Any) -> N
     """Before any layer writes to the cache.
 
     Raises:
-        ValueError: its layers do not hold the same tokens, it has other rows, or its tokens were hashed otherwise.
+        ValueError: its layers differ in their tokens, it holds other sequences, or its tokens were hashed otherwise.
     """
     layers: list[Any] = cache.layers
     seen = sorted({layer.seen_tokens for layer in layers})
@@ -68,8 +68,8 @@ def check_call(cache: Cache, batch: int, num_hashes: int, num_buckets: Any) -> N
         )
     if layers[0].seen_tokens and layers[0].batch_size != batch:
         raise ValueError(
-            f"{batch} rows were given, but the cache has {layers[0].batch_size}. Give it new tokens of every row, or "
-            "choose rows with `cache.reorder_cache(rows)`."
+            f"The input has {batch} sequences, but the cache has {layers[0].batch_size}. Give new tokens of each, or "
+            "select sequences with `cache.reorder_cache(indices)`."
         )
     for layer in layers:
         if not layer.seen_tokens or layer.hasher is None:

@@ -2,8 +2,7 @@
 
 A layer numbers the real tokens of a sequence 0, 1, 2 … and keeps them by that number: padding takes no memory, and the
 sequences of a batch may differ in length. A decode step then reads the last `lsh_window` members of the new token's
-buckets and the last `local_window` tokens, whatever the length. In chunk mode a step sorts the buckets of all tokens
-(`chunk_decoding.py`).
+buckets and the last `local_window` tokens, whatever the length. In chunk mode a step sorts the buckets of all tokens.
 """
 
 import math
@@ -16,37 +15,26 @@ from transformers.cache_utils import CacheLayerMixin
 from ..configuration_reformer import ReformerConfig, padded_length
 from ..ops.bucket_tables import BucketChains
 from ..ops.lsh import num_buckets_total
-from .chunk_decoding import hash_chunks, local_chunks
 
 GROWTH = 1.125  # of the capacity, when it is full
 
 
 class ReformerCacheLayer(CacheLayerMixin):
-    """The kept tokens of one layer.
-
-    Attributes:
-        keys, values: (B, H, capacity, D), by the number of a token in its sequence; modulo the capacity in local
-            layers. Keys of lsh layers are their shared query/key vectors as projected, turned by position but not
-            normalised.
-        buckets: (B, H, R, capacity) int32, lsh layers.
-        chains: the members of every bucket; lsh layers in window mode.
-        hasher: `layers.attention.Hasher` of all tokens kept; lsh layers.
-        seen_tokens: how many tokens of each sequence were given so far, padding included.
-        lengths: (B) int64, real tokens of every sequence.
-        attention_mask: (B, seen_tokens) bool, which of them were real; None: all were.
-        local_reach: how many of the last tokens a new one sees by position.
-    """
+    """The tokens of one layer, by their numbers; local layers keep the last ones alone, by number modulo capacity."""
 
     is_croppable = True
-    keys: Any  # None until there are tokens, like all tensors here
-    values: Any
-    buckets: Any
-    lengths: Any
-    longest: Any
-    oldest: Any
-    attention_mask: torch.Tensor | None
-    chains: Any
-    hasher: Any
+    # None until there are tokens:
+    keys: Any  # (B, H, capacity, D), turned by position; lsh layers: query/key vectors as projected, not normalised
+    values: Any  # (B, H, capacity, D)
+    buckets: Any  # (B, H, R, capacity) int32, lsh layers
+    lengths: Any  # (B) int64, real tokens of every sequence
+    longest: Any  # (B) int64, the same before tokens were cropped
+    oldest: Any  # (B) int64, number of the first token that is still kept, once the past is recorded
+    attention_mask: torch.Tensor | None  # (B, seen_tokens) bool, which tokens were real; None: all were
+    chains: Any  # `BucketChains`, the members of every bucket; lsh layers in window mode
+    hasher: Any  # `layers.attention.Hasher` of all tokens; lsh layers
+    seen_tokens: int  # how many tokens of each sequence were given so far, padding included
+    makes_chains = True
     per_sequence: tuple[str, ...] = ("keys", "values", "buckets", "lengths", "longest", "oldest", "attention_mask")
 
     def __init__(self, config: ReformerConfig, layer: int, capacity: int = 0):
@@ -54,6 +42,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         self.signature = signatures(config)[layer]
         self.kind = self.signature[0]
         self.local_window, self.lsh_window = config.local_window, config.lsh_window
+        # How many of the last tokens a new one sees by position.
         self.local_reach = config.local_window if self.kind == "local" or config.lsh_include_local else 0
         self.is_sliding = self.kind == "local"
         self.initial_capacity = capacity
@@ -63,10 +52,14 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all tokens."""
-        self.keys = self.values = self.buckets = self.attention_mask = self.chains = self.hasher = None
+        for name in (*self.per_sequence, "chains", "hasher"):
+            setattr(self, name, None)
         self.is_initialized = False
-        self.seen_tokens = self.batch_size = 0
-        self.lengths = self.longest = self.oldest = None
+        self.seen_tokens = 0
+
+    @property
+    def batch_size(self) -> int:
+        return 0 if self.lengths is None else self.lengths.shape[0]
 
     @property
     def capacity(self) -> int:
@@ -77,18 +70,15 @@ class ReformerCacheLayer(CacheLayerMixin):
         """Whether new tokens replace the oldest."""
         return self.kind == "local" and not self.record_past
 
-    # --- growing
-
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.device, self.dtype = key_states.device, key_states.dtype
-        self.batch_size, heads, _, size = key_states.shape
+        batch, heads, _, size = key_states.shape
         capacity = self.initial_capacity
         capacity = min(capacity, 2 * self.local_window) if self.is_ring_buffer else capacity
-        self.keys = key_states.new_zeros(self.batch_size, heads, capacity, size)
+        self.keys = key_states.new_zeros(batch, heads, capacity, size)
         self.values = self.keys.clone()
-        self.lengths = torch.zeros(self.batch_size, dtype=torch.int64, device=self.device)
-        self.longest = self.lengths  # of every sequence before tokens were cropped
-        self.oldest = self.lengths  # number of the first token that is still kept, once the past is recorded
+        self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.longest = self.oldest = self.lengths
         self.is_initialized = True
 
     def append(
@@ -102,15 +92,21 @@ class ReformerCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         keys, values = (x.detach().to(self.keys.dtype) for x in (keys, values))
-        numbers = self.reserve(keys.shape[2], mask, None if buckets is None else buckets.shape[:3])
-        self._write(numbers, keys, values, buckets)
+        numbers = self.reserve(keys.shape[2], mask)
+        if self.attention_mask is None and not self.is_ring_buffer:  # the same slots in every sequence
+            own = slice(self.seen_tokens, self.seen_tokens + keys.shape[2])
+            self.keys[:, :, own], self.values[:, :, own] = keys, values
+            if buckets is not None:
+                self.buckets[..., own] = buckets
+        else:
+            self._write(numbers, keys, values, buckets)
         if self.chains is not None:
             self.chains.add(buckets, numbers)
         self.commit(numbers)
         return numbers
 
-    def reserve(self, new: int, mask: torch.Tensor | None, rounds: tuple[int, ...] | None) -> torch.Tensor:
-        """Numbers (B, N) of N new tokens, with memory for them; `rounds`: (B, H, R) of lsh layers."""
+    def reserve(self, new: int, mask: torch.Tensor | None) -> torch.Tensor:
+        """Numbers (B, N) of N new tokens, with memory for them."""
         numbers = self.lengths[:, None]
         numbers = numbers if new == 1 else numbers + torch.arange(new, device=self.device)
         if mask is not None or self.attention_mask is not None:
@@ -118,9 +114,12 @@ class ReformerCacheLayer(CacheLayerMixin):
             before = self.mask_so_far()
             numbers = torch.where(mask, self.lengths[:, None] + mask.cumsum(-1) - 1, -1)
             self.attention_mask = torch.cat([before, mask], dim=-1)
-        if rounds is not None and self.buckets is None:
+        if self.hasher is not None and self.buckets is None:
+            rounds = (*self.keys.shape[:2], self.hasher.rotations.shape[2])
             self.buckets = torch.zeros(*rounds, self.capacity, dtype=torch.int32, device=self.device)
-            self.chains = self._new_chains(rounds)
+            if self.makes_chains:
+                num_buckets = num_buckets_total(self.hasher.num_buckets)
+                self.chains = BucketChains(rounds, num_buckets, self.capacity, self.device)
         most = 2 * self.local_window if self.is_ring_buffer else math.inf
         if self.capacity < min(self.seen_tokens + new, most):
             capacity = int(min(max(self.seen_tokens + new, self.capacity * GROWTH + 1), most))
@@ -129,9 +128,6 @@ class ReformerCacheLayer(CacheLayerMixin):
             if self.chains is not None:
                 self.chains.previous = _extend(self.chains.previous, 1 + capacity, dim=3)
         return numbers
-
-    def _new_chains(self, rounds: tuple[int, ...]) -> BucketChains | None:
-        return BucketChains(rounds, num_buckets_total(self.hasher.num_buckets), self.capacity, self.device)
 
     def commit(self, numbers: torch.Tensor) -> None:
         """The tokens of these numbers are kept now."""
@@ -147,24 +143,14 @@ class ReformerCacheLayer(CacheLayerMixin):
             return self.attention_mask
         return torch.ones(self.batch_size, self.seen_tokens, dtype=torch.bool, device=self.device)
 
-    def _write(self, numbers, keys, values, buckets) -> None:
-        new = numbers.shape[1]
-        if self.attention_mask is None and not self.is_ring_buffer:
-            own = slice(self.seen_tokens, self.seen_tokens + new)
-            self.keys[:, :, own], self.values[:, :, own] = keys, values
-            if buckets is not None:
-                self.buckets[..., own] = buckets
-            return
-        written = numbers >= 0
-        if self.is_ring_buffer:
-            written &= numbers > numbers.amax(-1, keepdim=True) - self.capacity
+    def _write(self, numbers: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, buckets: Any = None) -> None:
+        """Into the slots of these numbers; not those of padding, nor what a ring buffer would overwrite at once."""
+        written = (numbers >= 0) & (numbers > numbers.amax(-1, keepdim=True) - self.capacity)
         row, column = written.nonzero(as_tuple=True)
-        slot = numbers[row, column] % self.capacity if self.is_ring_buffer else numbers[row, column]
+        slot = numbers[row, column] % self.capacity
         self.keys[row, :, slot], self.values[row, :, slot] = keys[row, :, column], values[row, :, column]
         if buckets is not None:
             self.buckets[row, :, :, slot] = buckets[row, :, :, column]
-
-    # --- reading
 
     def all_tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Keys and values (B, H, T, D), buckets (B, H, R, T) or None, and where sequences differ, (B, T) bool."""
@@ -199,13 +185,11 @@ class ReformerCacheLayer(CacheLayerMixin):
         return torch.where(numbers >= 0, positions, -1)
 
     def last_tokens(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values of the last `count` tokens, (B, H, count, D), and which of them exist, (B, count) bool."""
+        """Keys and values of the last `count` tokens, (B, H, count, D), and their numbers, (B, count); < 0: none."""
         numbers = self.lengths[:, None] - count + torch.arange(count, device=self.device)
         slot = (numbers.clamp(min=0) % max(1, self.capacity))[:, None, :, None]
         index = slot.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
-        return self.keys.gather(2, index), self.values.gather(2, index), numbers >= 0
-
-    # --- the library's own operations
+        return self.keys.gather(2, index), self.values.gather(2, index), numbers
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(
@@ -226,18 +210,11 @@ class ReformerCacheLayer(CacheLayerMixin):
         """Keep every token from now on, so that any number can be cropped."""
         if self.kind == "local" and self.is_initialized and not self.record_past:
             self.oldest = (torch.maximum(self.longest, self.lengths) - self.capacity).clamp(min=0)
-            keys, values, _ = self.last_tokens(min(self.capacity, self.seen_tokens))
-            self._unroll(keys, values)
+            keys, values, numbers = self.last_tokens(min(self.capacity, self.seen_tokens))
+            capacity = max(self.seen_tokens, 1)  # from here on slots by number, those of evicted tokens unused
+            self.keys, self.values = (x.new_zeros(*x.shape[:2], capacity, x.shape[3]) for x in (keys, values))
+            self._write(numbers, keys, values)
         self.record_past = True
-
-    def _unroll(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """From a ring buffer to slots by number; numbers before those kept stay unwritten."""
-        capacity = max(self.seen_tokens, 1)
-        numbers = self.lengths[:, None] - keys.shape[2] + torch.arange(keys.shape[2], device=self.device)
-        row, column = (numbers >= 0).nonzero(as_tuple=True)
-        self.keys, self.values = (x.new_zeros(*x.shape[:2], capacity, x.shape[3]) for x in (keys, values))
-        slot = numbers[row, column]
-        self.keys[row, :, slot], self.values[row, :, slot] = keys[row, :, column], values[row, :, column]
 
     def lengths_without(self, count: int) -> torch.Tensor:
         return self.lengths - self.mask_so_far()[:, -count:].sum(-1)
@@ -298,31 +275,23 @@ class ReformerCacheLayer(CacheLayerMixin):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        if self.is_initialized:
-            self._each(lambda x: x[indices.to(x.device)])
-            self.batch_size = self.lengths.shape[0]
+        self._each(lambda x: x[indices.to(x.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self._each(lambda x: x.repeat_interleave(repeats, dim=0))
-            self.batch_size = self.lengths.shape[0]
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def offload(self) -> None:
-        if self.is_initialized:
-            self._each(lambda x: x.to("cpu", non_blocking=True))
+        self._each(lambda x: x.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
-        if self.is_initialized:
-            self._each(lambda x: x.to(self.device, non_blocking=True))
+        self._each(lambda x: x.to(self.device, non_blocking=True))
 
 
 class ChunkCacheLayer(ReformerCacheLayer):
-    """The kept tokens of one lsh or local layer in chunk mode. Every sequence counts alone, without padding.
+    """The tokens of one lsh or local layer in chunk mode. Every sequence counts alone, without padding."""
 
-    Attributes:
-        chunks_from: (B) int64, lsh layers: a new token with fewer tokens before it sees all of them.
-    """
-
+    chunks_from: Any  # (B) int64, lsh layers: a new token with fewer tokens before it sees all of them
+    makes_chains = False  # a decode step sorts all tokens
     per_sequence = (*ReformerCacheLayer.per_sequence, "chunks_from")
 
     def __init__(self, config: ReformerConfig, layer: int, capacity: int = 0):
@@ -332,30 +301,35 @@ class ChunkCacheLayer(ReformerCacheLayer):
         self.before = getattr(config, f"{self.kind}_num_chunks_before") or 0
         self.local_window = (self.before + 1) * self.chunk
 
-    def reset(self) -> None:
-        super().reset()
-        self.chunks_from: Any = None
-
-    def _new_chains(self, rounds: tuple[int, ...]) -> None:
-        return None  # a decode step sorts all tokens
-
     def commit(self, numbers: torch.Tensor) -> None:
         super().commit(numbers)
         if self.kind == "lsh" and self.seen_tokens == numbers.shape[1]:  # the first tokens
-            chunks_from = [self._chunks_from(length) for length in self.lengths.tolist()]
+            chunks_from = []
+            for length in self.lengths.tolist():
+                cut = padded_length(self.config, length) > self.chunk  # else neither it nor the first step after it
+                chunks_from.append(min(length, self.chunk) if cut else max(length + 1, self.chunk))
             self.chunks_from = torch.tensor(chunks_from, device=self.device)
 
-    def _chunks_from(self, length: int) -> int:
-        """A first input of one chunk is not cut in chunks, and neither is the first step after it."""
-        if padded_length(self.config, length) > self.chunk:
-            return min(length, self.chunk)
-        return max(length + 1, self.chunk)
-
     def visible_tokens(self, own: torch.Tensor, buckets: torch.Tensor | None) -> torch.Tensor:
+        """The chunk that the newest token falls into, of the sequence or of each round's sort order, and those before.
+
+        A round wraps around at its end, so that a token may come up several times. It counts as often as it does.
+        """
+        window = torch.arange(self.local_window, device=own.device)
         if buckets is None:
-            return local_chunks(own, self.chunk, self.before)[:, None]
-        kept = self.buckets[..., : self.seen_tokens]
-        return hash_chunks(kept, buckets, own, self.lengths, self.chunk, self.before, own >= self.chunks_from)
+            visible = own[:, None] - window
+            first = (own.div(self.chunk, rounding_mode="floor") - self.before) * self.chunk
+            return torch.where(visible >= first[:, None], visible, -1).clamp(min=-1)[:, None]
+        all_buckets, lengths = self.buckets[..., : self.seen_tokens], self.lengths[:, None, None, None]
+        real = torch.arange(self.seen_tokens, device=own.device) < lengths  # (B, 1, 1, T)
+        perm = torch.where(real, all_buckets, torch.iinfo(torch.int32).max).sort(dim=-1, stable=True).indices
+        sorted_pos = ((all_buckets <= buckets) & real).sum(-1, keepdim=True) - 1  # (B, H, R, 1): last of its bucket
+        first = (sorted_pos.div(self.chunk, rounding_mode="floor") - self.before) * self.chunk
+        visible = perm.gather(-1, (first + window) % lengths.clamp(min=1)).flatten(-2)  # (B, H, K)
+        visible = torch.nn.functional.pad(visible, (0, max(0, self.chunk + 1 - visible.shape[-1])), value=-1)
+        number = torch.arange(visible.shape[-1], device=own.device)
+        everything = torch.where(number <= own[:, None], number, -1)[:, None]  # (B, 1, K)
+        return torch.where((own >= self.chunks_from)[:, None, None], visible, everything)
 
 
 def _extend(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:

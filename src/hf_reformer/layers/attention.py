@@ -7,81 +7,41 @@ from torch import nn
 
 from ..configuration_reformer import ReformerConfig
 from ..ops.dispatch import chunk_layout, lsh_buckets, window_layout, window_rotations, windowed_attention
-from ..ops.gather_attention import (
-    attention_with_dense_weights,
-    attention_with_sparse_weights,
-    crop,
-    mass_of_weights,
-)
+from ..ops.gather_attention import attention_with_dense_weights, attention_with_sparse_weights, crop, mass_of_weights
 from ..ops.layout import AttentionLayout
 from ..ops.lsh import exploration_buckets, legacy_num_buckets, num_buckets_total, seeded_rotations
-from ..ops.prng import OUTPUT_DROPOUT, dropout, fold, make_key
+from ..ops.prng import make_key
 from ..ops.sequence_parallel import all_reduce
 from ..reversible.chunking import Handoff
 from .cached_attention import decode, prefers_decode, prefill
 from .forward_context import AttentionReport, ForwardContext, Sorting
-from .full_attention import attention_dropout_key, merge_heads, split_heads
+from .full_attention import AttentionProjections, attention_dropout_key, merge_heads, split_heads
 from .position_embeddings import rotate
 
 
 class Hasher(NamedTuple):
-    """What hashes the vectors of a layer, in one call or over the life of a cache.
+    """What hashes the vectors of a layer, in one call or over the life of a cache."""
 
-    Attributes:
-        rotations: (H, D, R, sum(factors) / 2), as `lsh.lsh_buckets` takes them.
-        num_buckets: of every round, or their factors.
-        backend: the config's choice.
-    """
-
-    rotations: torch.Tensor
-    num_buckets: int | tuple[int, ...]
-    backend: str
+    rotations: torch.Tensor  # (H, D, R, sum(factors) / 2), as `lsh.lsh_buckets` takes them
+    num_buckets: int | tuple[int, ...]  # of every round, or their factors
+    backend: str  # the config's choice
 
     def buckets(self, vectors: torch.Tensor) -> torch.Tensor:
         """(B, H, T, D) → (B, H, R, T) int32"""
         return lsh_buckets(vectors, self.rotations, self.num_buckets, self.backend)
 
 
-class ReformerAttention(nn.Module):
-    """Windowed attention over sort orders: `qkv(x)`, then `forward`, then `output(mixed)`."""
+class ReformerAttention(AttentionProjections):
+    """Windowed attention over sort orders."""
 
     def __init__(self, config: ReformerConfig, layer: int):
-        super().__init__()
         kinds: Any = config.attn_layers
-        self.layer, self.kind = layer, kinds[layer]
-        self.causal, self.backend, self.mode = config.is_decoder, config.attention_backend, config.attention_mode
-        self.heads, self.head_size = config.num_attention_heads, config.attention_head_size
-        self.scale = self.head_size**-0.5
-        self.output_dropout = config.hidden_dropout_prob
+        super().__init__(config, layer, kinds[layer])
+        self.backend, self.mode = config.attention_backend, config.attention_mode
         self.dropout = getattr(config, f"{self.kind}_attention_probs_dropout_prob") or 0.0
         self.chunk = getattr(config, f"{self.kind}_attn_chunk_length")
         self.before = getattr(config, f"{self.kind}_num_chunks_before") or 0
         self.after = getattr(config, f"{self.kind}_num_chunks_after") or 0
-        self.config = config
-        inner = self.heads * self.head_size
-        if self.kind == "lsh":
-            self.qk_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        else:
-            self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
-            self.k_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
-
-    def qkv(self, x: torch.Tensor) -> list[torch.Tensor | None]:
-        """(B, T, D) normalised stream → query, key (None where it is the query) and value, (B, T, H * head_size)."""
-        if self.kind == "lsh":
-            return [self.qk_proj(x), None, self.v_proj(x)]
-        return [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
-
-    def output(self, mixed: torch.Tensor, key: torch.Tensor | None, offset: int = 0) -> torch.Tensor:
-        """What attention gave, (B, T, H * head_size) → (B, T, D).
-
-        Args:
-            key: of this layer's dropout, None in evaluation.
-            offset: position of mixed[:, 0] in its sequence.
-        """
-        key = None if key is None else fold(key, OUTPUT_DROPOUT)
-        return dropout(self.o_proj(mixed), self.output_dropout, key, offset)
 
     def forward(self, projected: Handoff, ctx: ForwardContext) -> tuple[torch.Tensor, AttentionReport]:
         """What `qkv` gave → (B, T, H * head_size), every head's attention side by side; and what `ctx` asks for."""
@@ -111,9 +71,8 @@ class ReformerAttention(nn.Module):
         options["dropout_key"] = attention_dropout_key(self, ctx)
         weights: Any = None
         if ctx.want_weights:
-            weigh: Any = (
-                attention_with_sparse_weights if ctx.want_weights == "sparse" else attention_with_dense_weights
-            )
+            as_lists = ctx.want_weights == "sparse"
+            weigh: Any = attention_with_sparse_weights if as_lists else attention_with_dense_weights
             out, weights = weigh(query, key, value, layout, **options)
             mass = None if query_weights is None else mass_of_weights(weights, query_weights)
             weights = crop(weights, length)
@@ -149,10 +108,8 @@ class ReformerAttention(nn.Module):
             groups = groups if config.lsh_include_local else []
             groups.append((buckets, count, config.lsh_window))
             if ctx.key is not None and config.lsh_exploration_orders:
-                explored = exploration_buckets(
-                    self._randomness(ctx, value.device), self.layer, self.heads, config.lsh_exploration_orders, count,
-                    ctx.ranks,
-                )  # fmt: skip
+                key, orders = self._randomness(ctx, value.device), config.lsh_exploration_orders
+                explored = exploration_buckets(key, self.layer, self.heads, orders, count, ctx.ranks)
                 explored = explored if ctx.shard is None else explored[:, ctx.shard.own_heads(self.heads)]
                 groups.append((explored.expand(batch, -1, -1, -1), count, config.lsh_window))
         if ctx.samples is not None:  # the samples of a sequence lie one after the other in every order

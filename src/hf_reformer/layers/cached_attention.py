@@ -1,7 +1,7 @@
 """Local and LSH attention of new tokens over those of a cache and each other: `prefill` for many, `decode` for few.
 
 In window mode each new token gets what one forward over all tokens would give it. In chunk mode it follows the legacy
-rule of decoding (`cache.chunk_decoding`).
+rule of decoding (`cache_layers.ChunkCacheLayer`).
 """
 
 from typing import Any
@@ -28,7 +28,7 @@ def prefers_decode(attention: Any, new_tokens: int, ctx: ForwardContext) -> bool
 def prefill(
     attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vectors: Any, ctx: ForwardContext
 ) -> tuple[torch.Tensor, None]:
-    """Many new tokens at once: windows over kept and new tokens, in which only the new ones look around.
+    """Many new tokens at once: windows over cached and new tokens, of which only the new ones are queries.
 
     Args:
         attention: a `ReformerAttention`.
@@ -40,11 +40,11 @@ def prefill(
     """
     cache_layer, new, group = ctx.cache.layers[attention.layer], value.shape[2], attention.heads
     if vectors is None:
-        keys, values, mask = cache_layer.last_tokens(min(cache_layer.seen_tokens, attention.config.local_window - 1))
-        old = keys.shape[2]
-        padded = ctx.mask is not None or cache_layer.attention_mask is not None
-        real = mask.new_ones(value.shape[0], new) if ctx.mask is None else ctx.mask
-        mask = torch.cat([mask, real], dim=-1) if padded else None
+        keys, values, numbers = cache_layer.last_tokens(min(cache_layer.seen_tokens, cache_layer.local_window - 1))
+        old, mask = keys.shape[2], None
+        if ctx.mask is not None or cache_layer.attention_mask is not None:
+            real = numbers.new_ones(value.shape[0], new) if ctx.mask is None else ctx.mask
+            mask = torch.cat([numbers >= 0, real.bool()], dim=-1)
         cache_layer.append(key, value, None, ctx.mask)
         queries, keys, values = (torch.cat(x, dim=2) for x in ((keys, query), (keys, key), (values, value)))
         buckets, tokens = None, torch.arange(old, old + new, device=value.device).expand(value.shape[0], -1)
@@ -96,11 +96,9 @@ def decode(
     windows = attention.mode == "window"
     kernel = decode_kernel(attention.backend, cache_layer.keys) if windows and not ctx.want_weights else None
     if kernel is not None:
-        rounds = None if hasher is None else (*value.shape[:2], ctx.num_hashes)
-        numbers = cache_layer.reserve(value.shape[2], ctx.mask, rounds)
-        cache = cache_tensors(kernel, cache_layer)
-        reach = cache_layer.local_reach
-        out = kernel.decode_attention(query, key, value, vectors, numbers, cache, reach, attention.scale)
+        numbers = cache_layer.reserve(value.shape[2], ctx.mask)
+        options = cache_tensors(kernel, cache_layer), cache_layer.local_reach, attention.scale
+        out = kernel.decode_attention(query, key, value, vectors, numbers, *options)
         cache_layer.commit(numbers)
         return out, None
     outputs = []
@@ -111,8 +109,8 @@ def decode(
         number = cache_layer.append(key[:, :, own], value[:, :, own], buckets, mask)[:, 0]
         visible = cache_layer.visible_tokens(number, buckets)[:, :, None]
         scale = attention.scale if hasher is None else None
-        kept = cache_layer.keys, cache_layer.values, visible, number[:, None], scale
-        outputs.append(gather_attention(query[:, :, own], *kept, dedup_pairs=windows))
+        inputs = query[:, :, own], cache_layer.keys, cache_layer.values, visible, number[:, None], scale
+        outputs.append(gather_attention(*inputs, dedup_pairs=windows))
     if not ctx.want_weights:
         return torch.cat([out for out, _ in outputs], dim=2), None
     out, weights = concat_queries(outputs)

@@ -2,7 +2,7 @@
 
 Dynamo cannot follow the Function of a single layer, whose backward finds its streams in Python objects and
 differentiates. So it puts the stack into its graph as one call that it does not look into, and AOTAutograd runs the
-call to see what it computes, forward and backward. What decides that and is no tensor has to be told to dynamo.
+call to see what it computes, forward and backward. What decides that and is no tensor has to be an argument.
 """
 
 import contextlib
@@ -15,18 +15,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..compat import active_ddp_module, nonstrict_trace, reparametrize_module
-from ..reversible.chunking import ChunkedBuffer, tokens_per_chunk
+from ..reversible.chunking import Handoff, tokens_per_chunk
 from ..reversible.grid import Grid
 from ..reversible.recompute import autocast_again, autocast_state
-from ..reversible.reversible import (
-    GradientAccumulator,
-    LayerStages,
-    checksum,
-    invert_attention_branch,
-    invert_branch,
-    residual_step,
-    warn_if_inexact,
-)
+from ..reversible.reversible import LayerStages, checksum, invert_layer, residual_step, warn_if_inexact
 from .forward_context import AttentionReport, ForwardContext
 
 
@@ -50,11 +42,10 @@ def compiled_stack(
 def _settings(layers: Any) -> str:
     """All numbers, texts and flags of the layers and of their config: dynamo guards what goes in here."""
     holders = [layers[0].attention.config, *(module for layer in layers for module in layer.modules())]
-    plain = [value for holder in holders for value in vars(holder).values() if isinstance(value, _PLAIN)]
+    plain = [
+        value for holder in holders for value in vars(holder).values() if isinstance(value, (bool, int, float, str))
+    ]
     return " ".join([value.hex() if isinstance(value, float) else str(value) for value in plain])
-
-
-_PLAIN = (bool, int, float, str)
 
 
 @nonstrict_trace
@@ -90,20 +81,15 @@ class _Stack(torch.autograd.Function):
             ctx = ctx._replace(key=_key_again(ctx.key, d1))
         for index, (layer, names) in reversed(list(enumerate(zip(fn.layers, fn.names, strict=True)))):
             first = len(tensors) - len(names)
-            wanted = need[first : len(tensors)]
-            leaves = [x.detach().requires_grad_(n) for x, n in zip(tensors[first:], wanted, strict=True)]
+            needed = need[first : len(tensors)]
+            leaves = [x.detach().requires_grad_(n) for x, n in zip(tensors[first:], needed, strict=True)]
             del tensors[first:]
-            totals = GradientAccumulator([x for x in leaves if x.requires_grad])
             again = partial(_again, layer, dict(zip(names, leaves, strict=True)), d1.device, fn.autocast)
             stages = LayerStages(layer, ctx.for_layer(layer.attention.layer), fn.grid, again)
-            size = tokens_per_chunk(y2, layer.chunk_size)
-            buffers = ChunkedBuffer(y2.shape[1]), ChunkedBuffer(y1.shape[1])
-            y2, d1 = invert_branch(stages.feed_forward_branch, size, y2, y1, d2, d1, totals, buffers[0])
-            grad_report = [*grad_masses[index : index + 1], *[None] * len(AttentionReport._fields)]
-            grad_report = grad_report[: len(AttentionReport._fields)]
-            y1, d2 = invert_attention_branch(stages, (), size, y1, y2, d1, d2, totals, buffers[1], grad_report)
-            layer_grads = iter(totals.result())
-            grads = [next(layer_grads) if n else None for n in wanted] + grads
+            size, outputs = tokens_per_chunk(y2, layer.chunk_size), Handoff((y1, y2, False))
+            report = AttentionReport(mass=grad_masses[index] if grad_masses else None)
+            y1, y2, d1, d2, layer_grads = invert_layer(stages, (), size, outputs, d1, d2, report, leaves, needed)
+            grads = layer_grads + grads
         grads = [d1, d2, *grads]
         checked = next(i for i, grad in enumerate(grads) if fn.needs_input_grad[4 + i] and grad is not None)
         grads[checked] = _checked(grads[checked], y1, y2, sum1, sum2, fn.grid.bits)  # compilers cannot leave it out
@@ -117,13 +103,16 @@ def _again(layer, tensors, device, autocast, stage) -> Iterator[None]:
 
 
 # Two ops that compilers do not look into, named after this module: a copy of this file elsewhere registers its own.
+_NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
+@torch.library.custom_op(f"{_NAMESPACE}::key_again", mutates_args=())
 def _key_again(key: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """The key, once there is `after`: so that masks are drawn again in backward, not kept from forward."""
     return key.clone()
 
 
+@torch.library.custom_op(f"{_NAMESPACE}::checked", mutates_args=())
 def _checked(
     grad: torch.Tensor, x1: torch.Tensor, x2: torch.Tensor, sum1: torch.Tensor, sum2: torch.Tensor, bits: int
 ) -> torch.Tensor:
@@ -132,8 +121,5 @@ def _checked(
     return grad.clone()
 
 
-_NAMESPACE = re.sub(r"\W", "_", __name__)
-_key_again = torch.library.custom_op(f"{_NAMESPACE}::key_again", _key_again, mutates_args=())
-_key_again.register_fake(lambda key, after: torch.empty_like(key))
-_checked = torch.library.custom_op(f"{_NAMESPACE}::checked", _checked, mutates_args=())
-_checked.register_fake(lambda grad, *others: torch.empty_like(grad))
+for _op in (_key_again, _checked):
+    _op.register_fake(lambda like, *others: torch.empty_like(like))

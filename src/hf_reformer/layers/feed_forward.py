@@ -26,12 +26,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.feed_forward_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor, key: torch.Tensor | None, offset: int = 0) -> torch.Tensor:
-        """(B, T, D) → (B, T, D).
-
-        Args:
-            key: of this layer's dropout, None in evaluation.
-            offset: position of x[:, 0] in its sequence.
-        """
+        """(B, T, D) → (B, T, D); `key` and `offset` as those of `ReformerAttention.output`."""
         x = self.up_proj(x)
         x = dropout(x, self.dropout, key if key is None else fold(key, HIDDEN_DROPOUT), offset)
         x = self.down_proj(self.act(x))

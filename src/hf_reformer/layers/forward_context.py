@@ -4,59 +4,39 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..ops.gather_attention import SparseAttention
+from ..ops.gather_attention import AttentionWeights
 from ..ops.layout import AttentionLayout
 from ..ops.prng import fold
 from ..ops.sequence_parallel import SequenceShard
 
 
 class EncoderContext(NamedTuple):
-    """What a decoder's layers know of the source beside the encoder's states, which carry gradients.
+    """What a decoder's layers know of the source beside the encoder's states, which carry gradients."""
 
-    Attributes:
-        mask: (B, S) bool, True for real tokens of the source; None: all are.
-        cache: the library's cache, to which every layer writes the source's keys and values once; or None.
-    """
-
-    mask: torch.Tensor | None = None
-    cache: Any = None
+    mask: torch.Tensor | None = None  # (B, S) bool, True for real tokens of the source; None: all are
+    cache: Any = None  # the library's cache, to which every layer writes the source's keys and values once
 
 
 class ForwardContext(NamedTuple):
-    """What one forward pass tells every layer. Read-only, without gradients.
+    """What one forward pass tells every layer. Read-only, without gradients."""
 
-    Attributes:
-        mask: (B, T) bool, True for real tokens, or None.
-        samples: (B, T) int32, which of the samples packed into its sequence a token belongs to; None: one sample each.
-        ranks: (B or 1, T) int32, number of real tokens of its sample before each token.
-        rotary: cos and sin of `position_embeddings.rotary_tables`, or None.
-        key: int32 key of shape () of this forward's randomness; None in evaluation.
-        layer_key: the same for one layer, see `for_layer`.
-        num_hashes, num_buckets: the config's, or this call's own. `num_buckets=None`: the legacy rule by length.
-        padded_length: chunk mode: length up to which layers pad, a multiple of the chunk lengths.
-        shard: this process's part, where several share every sequence. T is the whole length.
-        cache: `cache.ReformerCache` of the tokens before these, which the layers read and write. T counts new tokens.
-        encoder: what a decoder's layers know of the source; None in models of one stack.
-        query_weights: (B, T), how much each query counts in the attention mass, over all heads; None: not wanted.
-        want_weights: whether layers report their attention weights: False, "sparse" or "dense".
-        want_sorting: whether layers report how they arranged the tokens.
-    """
-
-    mask: torch.Tensor | None
-    samples: torch.Tensor | None
-    ranks: torch.Tensor
-    rotary: tuple[torch.Tensor, torch.Tensor] | None
-    key: torch.Tensor | None
-    num_hashes: int
-    num_buckets: int | tuple[int, ...] | None
-    padded_length: int
-    shard: SequenceShard | None = None
-    layer_key: torch.Tensor | None = None
-    cache: Any = None
-    encoder: EncoderContext | None = None
-    query_weights: torch.Tensor | None = None
-    want_weights: bool | str = False
-    want_sorting: bool = False
+    mask: torch.Tensor | None  # (B, T) bool, True for real tokens; None: all are
+    samples: torch.Tensor | None  # (B, T) int32, which sample of a packed sequence a token belongs to; None: one each
+    ranks: torch.Tensor  # (B or 1, T) int32, number of real tokens of its sample before each token
+    rotary: tuple[torch.Tensor, torch.Tensor] | None  # cos and sin of `position_embeddings.rotary_tables`
+    key: torch.Tensor | None  # int32 key of shape () of this forward's randomness; None in evaluation
+    num_hashes: int  # the config's, or this call's own
+    num_buckets: int | tuple[int, ...] | None  # the same; None: the legacy rule by length
+    padded_length: int  # chunk mode: length up to which layers pad, a multiple of the chunk lengths
+    shard: SequenceShard | None = (
+        None  # this process's part, where several share every sequence; T is the whole length
+    )
+    layer_key: torch.Tensor | None = None  # `key` for one layer, see `for_layer`
+    cache: Any = None  # `cache.ReformerCache` of the tokens before these, which layers read and write; T: new tokens
+    encoder: EncoderContext | None = None  # what a decoder's layers know of the source
+    query_weights: torch.Tensor | None = None  # (B, T), each query's share of the attention mass; None: not reported
+    want_weights: bool | str = False  # whether layers report their attention weights: False, "sparse" or "dense"
+    want_sorting: bool = False  # whether layers report how they arranged the tokens
 
     @property
     def offset(self) -> int:
@@ -85,18 +65,10 @@ class Sorting(NamedTuple):
 
 
 class AttentionReport(NamedTuple):
-    """What a layer reports of its attention, each None unless `ForwardContext` asks for it.
+    """What a layer reports of its attention, each None unless `ForwardContext` asks for it."""
 
-    Attributes:
-        mass: (B, T) floating, attention mass that every token receives; differentiable.
-        encoder_mass: (B, S), the same of the source's tokens, in decoders.
-        weights: attention weights over own tokens, as asked for, or with a cache sparse; differentiable.
-        encoder_weights: (B, H, T, S), those over the source's tokens, in decoders.
-        sorting: how the layer arranged the tokens.
-    """
-
-    mass: torch.Tensor | None = None
-    encoder_mass: torch.Tensor | None = None
-    weights: SparseAttention | torch.Tensor | None = None
-    encoder_weights: torch.Tensor | None = None
+    mass: torch.Tensor | None = None  # (B, T) floating, attention mass that every token receives; differentiable
+    encoder_mass: torch.Tensor | None = None  # (B, S), the same of the source's tokens, in decoders
+    weights: AttentionWeights | None = None  # over own tokens, with a cache sparse; differentiable
+    encoder_weights: torch.Tensor | None = None  # (B, H, T, S), those over the source's tokens, in decoders
     sorting: Sorting | None = None

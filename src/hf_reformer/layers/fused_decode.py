@@ -31,16 +31,15 @@ def plan_fused_decode(layers: Any, ctx: ForwardContext, like: torch.Tensor, dtyp
     """
     if ctx.cache is None or like.shape[1] != 1 or like.shape[0] > MAX_BATCH_SIZE:
         return None
-    if not like.is_cpu or dtype not in (torch.float64, torch.float32):
+    if not like.is_cpu or dtype not in (torch.float64, torch.float32) or torch.is_grad_enabled():
         return None
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return None
-    steps = []
+    steps: list[Any] = []
     for layer in layers:
-        step = _describe(layer, ctx.cache.layers)
-        if step is None:
+        steps.append(_describe(layer, ctx.cache.layers))
+        if steps[-1] is None:
             return None
-        steps.append(step)
     kernel = decode_kernel(layers[0].attention.backend, steps[0][0].keys)
     if kernel is None:
         return None
@@ -48,8 +47,7 @@ def plan_fused_decode(layers: Any, ctx: ForwardContext, like: torch.Tensor, dtyp
     def run(x1: torch.Tensor, x2: torch.Tensor, *unused: Any) -> tuple[torch.Tensor, torch.Tensor, list]:
         inputs = []
         for cache_layer, weights, options in steps:
-            rounds = None if cache_layer.buckets is None else cache_layer.buckets.shape[:3]
-            numbers = cache_layer.reserve(1, ctx.mask, rounds)
+            numbers = cache_layer.reserve(1, ctx.mask)
             inputs.append(kernel.DecodeLayer(weights, cache_tensors(kernel, cache_layer), numbers, *options))
         streams = kernel.decode_layers(x1, x2, inputs, ctx.rotary)
         for (cache_layer, _, _), layer in zip(steps, inputs, strict=True):
@@ -65,52 +63,36 @@ def _describe(layer: Any, cache_layers: list) -> tuple[Any, dict[str, torch.Tens
         return None
     parts = layer._modules  # every token comes here, and a module's attributes take their time
     attention, feed_forward = parts["attention"], parts["feed_forward"]
-    norm, second_norm = parts["attention_norm"], parts["feed_forward_norm"]
-    act = type(feed_forward._modules["act"])
-    cache_layer = cache_layers[attention.layer]
     if attention.kind == "full" or attention.mode != "window":
         return None
-    if (
-        not cache_layer.seen_tokens
-        or cache_layer.keys.dtype != torch.float32
-        or act not in ACTIVATIONS
-        or norm.eps != second_norm.eps
-    ):
+    cache_layer, projections = cache_layers[attention.layer], attention._modules | feed_forward._modules
+    norm, second_norm, act = parts["attention_norm"], parts["feed_forward_norm"], type(projections["act"])
+    if not cache_layer.seen_tokens or cache_layer.keys.dtype != torch.float32:
         return None
-    weights = _weights(attention, feed_forward, norm._parameters, second_norm._parameters)
-    if weights is None:
+    if act not in ACTIVATIONS or norm.eps != second_norm.eps:
         return None
-    return cache_layer, weights, (ACTIVATIONS[act], norm.eps, cache_layer.local_reach, attention.scale)
-
-
-def _weights(
-    attention: Any, feed_forward: Any, norm: dict, second_norm: dict
-) -> dict[str, torch.Tensor | None] | None:
-    """By the names of the kernel; None where it cannot take them."""
-    shared = attention.kind == "lsh"
-    names = ("qk_proj", "v_proj", "o_proj") if shared else ("q_proj", "v_proj", "o_proj", "k_proj")
-    projections = [attention._modules[name]._parameters for name in names]
-    up_proj, down_proj = feed_forward._modules["up_proj"], feed_forward._modules["down_proj"]
-    up, down = up_proj._parameters, down_proj._parameters
+    up_proj, down_proj = projections["up_proj"], projections["down_proj"]
     hidden, wide, inner = down_proj.out_features, up_proj.out_features, attention.heads * attention.head_size
-    found = {
-        "attention_norm": (norm["weight"], (hidden,)),
-        "attention_norm_bias": (norm["bias"], (hidden,)),
-        "feed_forward_norm": (second_norm["weight"], (hidden,)),
-        "feed_forward_norm_bias": (second_norm["bias"], (hidden,)),
-        "query_proj": (projections[0]["weight"], (inner, hidden)),
-        "value_proj": (projections[1]["weight"], (inner, hidden)),
-        "out_proj": (projections[2]["weight"], (hidden, inner)),
-        "up_proj": (up["weight"], (wide, hidden)),
-        "up_bias": (up["bias"], (wide,)),
-        "down_proj": (down["weight"], (hidden, wide)),
-        "down_bias": (down["bias"], (hidden,)),
-    }
-    if not shared:
-        found["key_proj"] = projections[3]["weight"], (inner, hidden)
-    biased = any(parameters["bias"] is not None for parameters in projections)
-    fit = not biased and all(_fits(weight, shape) for weight, shape in found.values())
-    return {"key_proj": None, **{name: weight for name, (weight, _) in found.items()}} if fit else None
+    table = [  # the kernel's name, the module, its weight's shape, and the kernel's name of its bias
+        ("attention_norm", norm, (hidden,), "attention_norm_bias"),
+        ("feed_forward_norm", second_norm, (hidden,), "feed_forward_norm_bias"),
+        ("query_proj", projections["qk_proj" if attention.kind == "lsh" else "q_proj"], (inner, hidden), None),
+        ("value_proj", projections["v_proj"], (inner, hidden), None),
+        ("out_proj", projections["o_proj"], (hidden, inner), None),
+        ("up_proj", up_proj, (wide, hidden), "up_bias"),
+        ("down_proj", down_proj, (hidden, wide), "down_bias"),
+    ]
+    if attention.kind != "lsh":
+        table.append(("key_proj", projections["k_proj"], (inner, hidden), None))
+    weights: dict[str, torch.Tensor | None] = {"key_proj": None}
+    for name, module, shape, bias_name in table:
+        weight, bias = module._parameters["weight"], module._parameters["bias"]
+        if not _fits(weight, shape) or not (bias is None if bias_name is None else _fits(bias, shape[:1])):
+            return None
+        weights[name] = weight
+        if bias_name is not None:
+            weights[bias_name] = bias
+    return cache_layer, weights, (ACTIVATIONS[act], norm.eps, cache_layer.local_reach, attention.scale)
 
 
 def _fits(weight: torch.Tensor | None, shape: tuple[int, ...]) -> bool:

@@ -1,7 +1,7 @@
-"""Position embeddings: axial (Trax), learned, rotary (Su et al. 2021)."""
+"""Position embeddings: axial (Trax) and rotary (Su et al. 2021)."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ class AxialPositionEmbeddings(nn.Module):
     `weights[i]` has shape (1, …, s_i, …, 1, dims[i]), as older checkpoints store it.
     """
 
-    def __init__(self, shape: tuple[int, ...], dims: tuple[int, ...]):
+    def __init__(self, shape: Sequence[int], dims: Sequence[int]):
         super().__init__()
         self.shape = tuple(shape)
         self.weights = _Tables(
@@ -33,34 +33,14 @@ class AxialPositionEmbeddings(nn.Module):
             for axis, (size, dim) in enumerate(zip(self.shape, dims, strict=True))
         )
 
-    @property
-    def num_positions(self) -> int:
-        return math.prod(self.shape)
-
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         """(B or 1, T) int64 → (B or 1, T, sum(dims))"""
-        parts = []
-        stride = self.num_positions
+        parts, stride = [], math.prod(self.shape)
         for size, weight in zip(self.shape, self.weights(), strict=True):
             stride //= size
             index = position_ids.div(stride, rounding_mode="floor") % size
             parts.append(nn.functional.embedding(index, weight.view(size, -1)))
         return torch.cat(parts, dim=-1)
-
-
-class LearnedPositionEmbeddings(nn.Embedding):
-    """One learned vector for every position: (B or 1, T) int64 → (B or 1, T, D)."""
-
-    @property
-    def num_positions(self) -> int:
-        return self.num_embeddings
-
-
-def make_position_embeddings(config: Any) -> nn.Module:
-    """The module that adds positions to embeddings, axial or learned."""
-    if config.position_embedding_type == "axial":
-        return AxialPositionEmbeddings(config.axial_pos_shape, config.axial_pos_embds_dim)
-    return LearnedPositionEmbeddings(config.max_position_embeddings, config.hidden_size)
 
 
 def rotary_tables(position_ids: torch.Tensor, head_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -127,7 +127,7 @@ class ReformerLayer(GradientCheckpointingLayer):
 
 def _modules_of(module: nn.Module) -> list[nn.Module]:
     """The module and all within it, as `module.modules()`, which takes five times as long."""
-    found = [module]
-    for one in found:  # grows meanwhile
-        found += [child for child in one._modules.values() if child is not None]
-    return found
+    modules = [module]
+    for parent in modules:  # the list grows while it is read
+        modules += [child for child in parent._modules.values() if child is not None]
+    return modules

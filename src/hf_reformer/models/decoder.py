@@ -58,7 +58,6 @@ class ReformerDecoder(ReformerModel):
         encoder_hidden_states: torch.FloatTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        output_attentions: bool | str | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         cache: Cache | None = None,
@@ -76,25 +75,21 @@ class ReformerDecoder(ReformerModel):
         """
         if cache is not None and past_key_values is not None:
             raise ValueError("`cache` and `past_key_values` are two names for one argument. Give one of them.")
-        states, rows = encoder_hidden_states, given_shape(input_ids, inputs_embeds)[0]
-        self._check_source(states, encoder_attention_mask, rows)
+        states, batch = encoder_hidden_states, given_shape(input_ids, inputs_embeds)[0]
+        self._check_source(states, encoder_attention_mask, batch)
         both = self._both_caches(past_key_values if cache is None else cache, use_cache, states)
         if both is None or both.get_seq_length() == 0:  # and not for every token that is generated
             check_mask_values(encoder_attention_mask)
         mask = None if encoder_attention_mask is None else encoder_attention_mask.to(states.device) != 0
         if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
             mask = None
-        self_cache = cross_cache = None
-        if both is not None:
-            self_cache, cross_cache = both.self_attention_cache, both.cross_attention_cache
         outputs = super().forward(
             input_ids,
             attention_mask,
             inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
-            past_key_values=self_cache,
+            past_key_values=None if both is None else both.self_attention_cache,
             encoder_hidden_states=states,
-            encoder_context=EncoderContext(mask, cross_cache),
+            encoder_context=EncoderContext(mask, None if both is None else both.cross_attention_cache),
             **{**kwargs, "return_dict": True},
         )
         outputs[CACHE_NAME] = both
@@ -110,14 +105,14 @@ class ReformerDecoder(ReformerModel):
         real = real if encoder.mask is None else real & encoder.mask
         return own + coverage_loss(cross, coverage_target(real, real.cumsum(-1) - 1)).to(own.dtype)
 
-    def _check_source(self, states: torch.Tensor | None, mask: torch.Tensor | None, rows: int) -> None:
+    def _check_source(self, states: torch.Tensor | None, mask: torch.Tensor | None, batch: int) -> None:
         width = 2 * self.config.hidden_size
         if states is None:
             raise ValueError("A decoder needs `encoder_hidden_states`, the encoder's last hidden state.")
-        if states.dim() != 3 or states.shape[0] != rows or states.shape[1] == 0 or states.shape[2] != width:
+        if states.dim() != 3 or states.shape[0] != batch or states.shape[1] == 0 or states.shape[2] != width:
             raise ValueError(
-                f"The encoder's states have shape {tuple(states.shape)}; for {rows} rows of the target they must be "
-                f"({rows}, source length, {width}): both residual streams of every source token."
+                f"The encoder's states have shape {tuple(states.shape)}; for {batch} targets they must be "
+                f"({batch}, source length, {width}): both residual streams of every source token."
             )
         if mask is not None and mask.shape != states.shape[:2]:
             raise ValueError(
@@ -125,25 +120,23 @@ class ReformerDecoder(ReformerModel):
                 "it must be the same."
             )
 
-    def _both_caches(self, given: Any, wanted: bool | None, states: torch.Tensor) -> EncoderDecoderCache | None:
+    def _both_caches(self, cache: Any, use_cache: bool | None, states: torch.Tensor) -> EncoderDecoderCache | None:
         """Of the target's tokens, and of the source's keys and values, which begin anew with the target."""
-        if given is not None and not isinstance(given, EncoderDecoderCache):
+        if cache is not None and not isinstance(cache, EncoderDecoderCache):
             raise ValueError(
-                f"The cache given is a {type(given).__name__}, but an encoder-decoder keeps two. Give what an earlier "
+                f"The cache given is a {type(cache).__name__}, but an encoder-decoder keeps two. Give what an earlier "
                 "call returned, or `EncoderDecoderCache(DynamicCache(), DynamicCache())`."
             )
-        own = self._cache(None if given is None else given.self_attention_cache, wanted)
+        own: Any = self._cache(None if cache is None else cache.self_attention_cache, use_cache)
         if own is None:
             return None
-        both = EncoderDecoderCache(own, DynamicCache()) if given is None else given
-        both.self_attention_cache = own  # type: ignore[assignment]  # any cache
+        both = EncoderDecoderCache(own, DynamicCache()) if cache is None else cache
+        both.self_attention_cache = own
         if own.get_seq_length() == 0:
             both.cross_attention_cache = DynamicCache()
-        layers = both.cross_attention_cache.layers
-        held = [getattr(layer, "keys", None) for layer in layers]
-        if own.get_seq_length() and [x is not None and x.shape[2] for x in held] != [states.shape[1]] * len(
-            self.layers
-        ):
+            return both
+        keys = [getattr(layer, "keys", None) for layer in both.cross_attention_cache.layers]
+        if [x is not None and x.shape[2] for x in keys] != [states.shape[1]] * len(self.layers):
             raise ValueError(
                 f"The cache was filled with another source than this one of {states.shape[1]} tokens. Begin anew with "
                 "an empty cache."

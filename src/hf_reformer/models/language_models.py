@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
@@ -69,7 +70,45 @@ class ReformerLMBase(ReformerPreTrainedModel):
         return loss, logits
 
 
-class ReformerForCausalLM(ReformerLMBase, GenerationMixin):
+class ReformerGenerativeLM(ReformerLMBase, GenerationMixin):
+    """A language model with the library's `generate`, and a cache of ours in it."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return True  # the library says no to every class with `reformer` in its name
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
+        """The library's choice of a cache, with layers of ours; none under sequence parallelism."""
+        if self.model.sequence_group is not None:
+            if "inputs_embeds" in model_kwargs:
+                raise ValueError(
+                    "generate(inputs_embeds=…) needs a cache, and sequence parallelism has none. Give `input_ids`."
+                )
+            generation_config.use_cache = False
+        if generation_config.cache_implementation == "quantized":
+            raise ValueError(
+                'cache_implementation="quantized" is not supported: a Reformer reads single tokens of its cache. '
+                "Leave it out."
+            )
+        library: Any = super()
+        library._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache: Any = model_kwargs.get(CACHE_NAME)
+        if cache is not None and not self.config.is_encoder_decoder:
+            cache = model_kwargs[CACHE_NAME] = to_reformer_cache(cache, self.config)
+        elif isinstance(cache, EncoderDecoderCache):
+            own: Any = to_reformer_cache(cache.self_attention_cache, self.get_decoder().config)
+            cache.self_attention_cache = own
+        if cache is not None and generation_config.is_assistant:  # rejected tokens are cropped
+            cache.activate_past_recording()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError(
+            "`generate_batch` (continuous batching) is not supported: its pages of keys lack hash buckets. Use "
+            "`generate` with a batch padded on the left; every sequence gives the same text as alone."
+        )
+
+
+class ReformerForCausalLM(ReformerGenerativeLM):
     """Reformer with a language-model head. Always causal, whatever `config.is_decoder` says."""
 
     def __init__(self, config: ReformerConfig):
@@ -115,45 +154,8 @@ class ReformerForCausalLM(ReformerLMBase, GenerationMixin):
             targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
         shard = self.model.shard(shape[1])
         loss, logits = self._loss_and_logits(hidden, targets, shard, num_items_in_batch, logits_to_keep)
-        return self._head_output(
-            ReformerCausalLMOutput,
-            outputs,
-            loss,
-            targets,
-            num_items_in_batch,
-            logits=logits,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-        )
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return True  # the library says no to every class with `reformer` in its name
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        """The library's choice of a cache, with layers of ours; none under sequence parallelism."""
-        if self.model.sequence_group is not None:
-            if "inputs_embeds" in model_kwargs:
-                raise ValueError(
-                    "generate(inputs_embeds=…) needs a cache, and sequence parallelism has none. Give `input_ids`."
-                )
-            generation_config.use_cache = False
-        if generation_config.cache_implementation == "quantized":
-            raise ValueError(
-                'cache_implementation="quantized" is not supported: a Reformer reads single tokens of its cache. '
-                "Leave it out."
-            )
-        library: Any = super()
-        library._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        if model_kwargs.get(CACHE_NAME) is not None:
-            model_kwargs[CACHE_NAME] = to_reformer_cache(model_kwargs[CACHE_NAME], self.config)
-            if generation_config.is_assistant:  # rejected tokens are cropped
-                model_kwargs[CACHE_NAME].activate_past_recording()
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError(
-            "`generate_batch` (continuous batching) is not supported: its pages of keys lack hash buckets. Use "
-            "`generate` with a batch padded on the left; every sequence gives the same text as alone."
-        )
+        fields = {"logits": logits, CACHE_NAME: getattr(outputs, CACHE_NAME)}
+        return self._head_output(ReformerCausalLMOutput, outputs, loss, targets, num_items_in_batch, **fields)
 
 
 class ReformerForMaskedLM(ReformerLMBase):

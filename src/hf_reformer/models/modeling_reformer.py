@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from ..layers.compiled_stack import compiled_stack, supports_compiled_stack
 from ..layers.feed_forward import LayerNorm
 from ..layers.forward_context import AttentionReport, EncoderContext, ForwardContext
 from ..layers.fused_decode import plan_fused_decode
-from ..layers.position_embeddings import make_position_embeddings, rotary_tables
+from ..layers.position_embeddings import AxialPositionEmbeddings, rotary_tables
 from ..layers.reformer_layer import ReformerLayer
 from ..ops.coverage import CoverageTarget, coverage_loss, coverage_target
 from ..ops.lsh import num_buckets_total
@@ -33,15 +33,6 @@ from .pretrained import ReformerPreTrainedModel
 logger = logging.get_logger(__name__)
 
 
-class StackOutput(NamedTuple):
-    """Both streams behind a stack of layers, what each layer reports, and the states that were recorded, or None."""
-
-    x1: torch.Tensor
-    x2: torch.Tensor
-    reports: list[AttentionReport]
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-
-
 class ReformerModel(ReformerPreTrainedModel):
     """The bare model. Bidirectional, or causal with `config.is_decoder=True`.
 
@@ -53,8 +44,12 @@ class ReformerModel(ReformerPreTrainedModel):
     def __init__(self, config: ReformerConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        if config.position_embedding_type != "rotary":
-            self.position_embeddings = make_position_embeddings(config)
+        if config.position_embedding_type == "axial":
+            self.position_embeddings: nn.Module = AxialPositionEmbeddings(
+                config.axial_pos_shape, config.axial_pos_embds_dim
+            )
+        elif config.position_embedding_type == "learned":
+            self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(len(config.attn_layers)))
         self.norm = LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
@@ -136,12 +131,13 @@ class ReformerModel(ReformerPreTrainedModel):
         if cache is not None and past_key_values is not None:
             raise ValueError("`cache` and `past_key_values` are two names for one argument. Give one of them.")
         cache = self._cache(past_key_values if cache is None else cache, use_cache)
-        cover = self._covers(output_coverage, cache)
-        if cache is not None and (output_sorting or output_attention_mass):
+        if cache is not None and (output_coverage or output_sorting or output_attention_mass):
+            name = "coverage" if output_coverage else "sorting" if output_sorting else "attention_mass"
             raise ValueError(
-                "`output_sorting` and `output_attention_mass` need all tokens of a sequence at once, and some are in "
-                "the cache. Leave out `past_key_values` and `use_cache`."
+                f"`output_{name}=True` needs all tokens of a sequence at once, and some are in the cache. Leave out "
+                "`past_key_values` and `use_cache`."
             )
+        cover = self._covers(output_coverage) and cache is None
         past = 0 if cache is None else cache.get_seq_length()
         check_inputs(
             self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets, past
@@ -154,12 +150,10 @@ class ReformerModel(ReformerPreTrainedModel):
         ctx, positions = self._make_context(
             embeds, inputs.shape[1], shard, attention_mask, position_ids, num_hashes, num_buckets, cache
         )
-        target = None
+        target, real = None, ctx.mask
         if cover or output_attention_mass:
-            real = torch.ones_like(inputs[..., 0] if inputs.dim() == 3 else inputs, dtype=torch.bool)
-            target = coverage_target(
-                real if ctx.mask is None else ctx.mask, ctx.ranks, ctx.samples, self.config.is_decoder
-            )
+            real = torch.ones(inputs.shape[:2], dtype=torch.bool, device=embeds.device) if real is None else real
+            target = coverage_target(real, ctx.ranks, ctx.samples, self.config.is_decoder)
         ctx = ctx._replace(
             encoder=encoder_context,
             query_weights=None if target is None else target.query_weights / self.config.num_attention_heads,
@@ -192,14 +186,9 @@ class ReformerModel(ReformerPreTrainedModel):
             sorting=tuple(r.sorting for r in reports) if output_sorting else None,
         )
 
-    def _covers(self, wanted: bool | None, cache: Cache | None) -> bool:
-        """Whether this call computes the coverage loss."""
-        if wanted and cache is not None:
-            raise ValueError(
-                "`output_coverage=True` needs all tokens of a sequence at once, and some are in the cache. Leave out "
-                "`past_key_values` and `use_cache`."
-            )
-        return cache is None and (self.config.coverage_loss_weight > 0 if wanted is None else wanted)
+    def _covers(self, output_coverage: bool | None) -> bool:
+        """Whether a call without a cache computes the coverage loss."""
+        return self.config.coverage_loss_weight > 0 if output_coverage is None else output_coverage
 
     def _coverage(
         self, reports: list[AttentionReport], target: CoverageTarget, encoder: EncoderContext | None
@@ -208,18 +197,16 @@ class ReformerModel(ReformerPreTrainedModel):
         mass = torch.stack([report.mass for report in reports])
         return coverage_loss(mass, target).to(mass.dtype)
 
-    def _check_attentions(self, wanted: bool | str) -> None:
-        if not wanted:
-            return
+    def _check_attentions(self, output_attentions: bool | str) -> None:
         reason = None
-        if isinstance(wanted, str) and wanted != "sparse":
+        if isinstance(output_attentions, str) and output_attentions != "sparse":
             reason = 'it must be True, False or "sparse"'
         elif self.sequence_group is not None:
             reason = "processes share the sequences (`enable_sequence_parallel`)"
         elif self.gradient_checkpointing and self.training:
             reason = "gradient checkpointing would drop them"
-        if reason is not None:
-            raise ValueError(f"`output_attentions={wanted!r}` cannot be: {reason}.")
+        if output_attentions and reason is not None:
+            raise ValueError(f"`output_attentions={output_attentions!r}` cannot be: {reason}.")
 
     def _cache(self, cache: Any, use_cache: bool | None) -> Cache | None:
         """The cache of this call: the one given, or a new one where it is asked for."""
@@ -239,13 +226,12 @@ class ReformerModel(ReformerPreTrainedModel):
             raise ValueError(f"A cache (`past_key_values`) cannot be used: {reason}. Leave it out.")
         return cache
 
-    def _choose_stack(
-        self, ctx: ForwardContext, grid: Grid, embeds: torch.Tensor, record_states: bool
-    ) -> Callable[..., StackOutput]:
-        """The way through the layers: (stream, ctx, grid, *encoder states) → StackOutput. The values are one.
+    def _choose_stack(self, ctx: ForwardContext, grid: Grid, embeds: torch.Tensor, record_states: bool) -> Callable:
+        """The way through the layers: (stream, ctx, grid, *encoder states) → (x1, x2, reports, states or None).
 
-        A decode step in one call of the kernel; the whole stack as one call of a compiled graph; layer by layer, in a
-        graph recomputed in backward; reversibly; or plainly, as whoever looks at more than values needs it.
+        The values are the same on every way: a decode step in one call of the kernel; the whole stack as one call of a
+        compiled graph; layer by layer, in a graph recomputed in backward; reversibly; or plainly, as whoever looks at
+        more than values needs it.
         """
         observed = record_states or ctx.want_weights or ctx.want_sorting
         step = None if observed else plan_fused_decode(self.layers, ctx, embeds, grid.dtype)
@@ -318,10 +304,10 @@ class ReformerModel(ReformerPreTrainedModel):
         ), position_ids
 
 
-def _run_whole(run: Callable, stream: Handoff, *inputs: Any) -> StackOutput:
+def _run_whole(run: Callable, stream: Handoff, *inputs: Any) -> tuple[Any, ...]:
     """All layers in one call of `run`."""
     x = stream.take()
-    return StackOutput(*run(x, x, *inputs))
+    return *run(x, x, *inputs), None
 
 
 def _run_layers(
@@ -333,7 +319,7 @@ def _run_layers(
     handoff: StreamHandoff | None,
     recompute: bool,
     state_dtype: torch.dtype | None,
-) -> StackOutput:
+) -> tuple[Any, ...]:
     """Layer by layer.
 
     Args:
@@ -342,28 +328,24 @@ def _run_layers(
         state_dtype: record the feed-forward stream around the layers, in this dtype.
     """
     x1 = x2 = stream.take()
-    hidden_states: list[torch.Tensor] = []
-    reports = []
+    reports, hidden_states = [], []
+
+    def record(stream: torch.Tensor) -> torch.Tensor:
+        """The stream, on through the state that is recorded: so gradients pass through it."""
+        hidden_states.append(stream.to(state_dtype))
+        if hidden_states[-1] is stream or not torch.is_grad_enabled():
+            return stream
+        return stream.detach() + (hidden_states[-1] - hidden_states[-1].detach())
+
     for index, layer in enumerate(layers):
-        if state_dtype is not None:
-            x2 = record_hidden_state(x2, state_dtype, hidden_states)
+        x2 = x2 if state_dtype is None else record(x2)
         if recompute:
             x2, x1, *report = checkpoint(layer, x2, x1, ctx, grid, None, index, *states, use_reentrant=False)
         else:
             x2, x1, *report = layer(x2, x1, ctx, grid, handoff, index, *states)
         reports.append(AttentionReport(*report))
-    if state_dtype is not None:
-        x2 = record_hidden_state(x2, state_dtype, hidden_states)
-    return StackOutput(x1, x2, reports, tuple(hidden_states) if state_dtype is not None else None)
-
-
-def record_hidden_state(stream: torch.Tensor, dtype: torch.dtype, states: list[torch.Tensor]) -> torch.Tensor:
-    """The stream, on through a state of that dtype which is put into `states`: so gradients pass through it."""
-    state = stream.to(dtype)
-    states.append(state)
-    if state is stream or not torch.is_grad_enabled():
-        return stream
-    return stream.detach() + (state - state.detach())
+    x2 = x2 if state_dtype is None else record(x2)
+    return x1, x2, reports, None if state_dtype is None else tuple(hidden_states)
 
 
 def new_tokens(cache: Cache, mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | int]:

@@ -34,10 +34,8 @@ BUILTIN_NAMES = {
     r"^lm_head\.decoder\.weight$": "lm_head.weight",
 }
 
-
 # Files of transformers 4, and since 5.24, hold the head's bias by this name too. Where they differ, this one counts.
 LEGACY_LM_HEAD_BIAS = "lm_head.decoder.bias"
-
 
 # What a folder of an encoder-decoder holds besides the encoder, which is all that other models read of it.
 DECODER_KEY_PATTERN = r"^(decoder|lm_head|merge_streams)\."
@@ -122,11 +120,8 @@ class ReformerPreTrainedModel(PreTrainedModel):
         self, output_class: type, outputs: Any, loss: torch.Tensor | None, targets: Any = None, num_items: Any = None,
         **fields: Any,
     ) -> Any:  # fmt: skip
-        """What a head returns: its loss with the coverage loss added, its own fields, and the backbone's.
-
-        Args:
-            targets, num_items: as `losses.add_coverage_loss` takes them.
-        """
+        """What a head returns: its loss with the coverage loss added (`add_coverage_loss`), its own fields, and the
+        backbone's."""
         weight, coverage = self.config.coverage_loss_weight, outputs.coverage_loss
         loss = add_coverage_loss(loss, coverage, weight, targets, num_items, training=self.training)
         states = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}

@@ -4,21 +4,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, EncoderDecoderCache
-from transformers.generation import GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, can_return_tuple
 
-from ..cache.cache import CACHE_NAME, to_reformer_cache
+from ..cache.cache import CACHE_NAME
 from ..configuration_reformer import ReformerConfig
 from .decoder import ReformerDecoder
 from .input_checks import given_shape
-from .language_models import ReformerLMBase
+from .language_models import ReformerGenerativeLM
 from .losses import IGNORE, add_coverage_loss, check_label_shape, check_labels
 from .modeling_reformer import ReformerModel
 from .outputs import ReformerSeq2SeqLMOutput
 
 
-class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
+class ReformerForConditionalGeneration(ReformerGenerativeLM):
     """Encoder-decoder with a language-model head, whatever `config.is_encoder_decoder` says.
 
     `model` is the encoder, a `ReformerModel`, so that every other class reads it from a folder of this one, and this
@@ -44,7 +43,7 @@ class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
         """As for every model of the library; of a folder of another model, the encoder."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.generation_config.decoder_start_token_id is None:  # nothing of the folder tells it
+        if model.generation_config.decoder_start_token_id is None:  # the folder holds none
             model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
         model._check_sharing()
         return loaded
@@ -77,34 +76,24 @@ class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
         self.model.embed_tokens = self.decoder.embed_tokens = value  # type: ignore[assignment]
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        found = super().resize_token_embeddings(*args, **kwargs)
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.decoder.config.vocab_size = self.config.vocab_size
-        return found
+        return embeddings
 
     def enable_sequence_parallel(self, group: Any) -> None:
         """Not possible: raises ValueError, unless `group` is None."""
         if group is not None:
             raise ValueError(
                 "Processes cannot share the sequences of an encoder-decoder: its cross-attention looks at a whole "
-                "source. Share the work by rows instead: DistributedDataParallel or FSDP."
+                "source. Split the batch instead: DistributedDataParallel or FSDP."
             )
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """(B, T) labels → the decoder's input: a place to the right, behind the start token, -100 as padding."""
+        """(B, T) labels → the decoder's input: one position to the right, behind the start token, -100 as padding."""
         check_labels(labels, self.config.vocab_size)
         pad = self.config.decoder_start_token_id if self.config.pad_token_id is None else self.config.pad_token_id
         shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
         return shifted.masked_fill(shifted == IGNORE, pad)
-
-    def _check_labels(self, labels: torch.Tensor | None) -> None:
-        """Before the encoder runs."""
-        if labels is None:
-            return
-        if labels.dim() != 2 or 0 in labels.shape:
-            raise ValueError(
-                f"labels have shape {tuple(labels.shape)}; an encoder-decoder's must be (batch, length of the target)."
-            )
-        check_labels(labels, self.config.vocab_size)
 
     @can_return_tuple
     def forward(
@@ -130,7 +119,7 @@ class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
         Args:
             input_ids, attention_mask, inputs_embeds: the source, as `ReformerModel` takes it, (B, S).
             encoder_outputs: what the encoder gave for a source, in place of it; its first entry is (B, S, 2 D). Where
-                it tells no `coverage_loss`, that of the decoder stands alone.
+                it holds no `coverage_loss`, that of the decoder stands alone.
             decoder_input_ids or decoder_inputs_embeds: the target so far, (B, T), behind the start token. Default:
                 `labels`, shifted.
             decoder_attention_mask: (B, T), 1 for real tokens; with a cache, of the tokens before, too.
@@ -147,14 +136,19 @@ class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
         """
         if any(name in kwargs for name in ("position_ids", "decoder_position_ids")):
             raise ValueError(
-                "An encoder-decoder takes no position ids: positions follow from the masks, and a row holds one "
-                "source and one target, never several samples."
+                "An encoder-decoder takes no position ids: positions follow from the masks, and a sequence is one "
+                "source or one target, never several samples."
             )
-        self._check_labels(labels)
+        if labels is not None:  # before the encoder runs
+            if labels.dim() != 2 or 0 in labels.shape:
+                raise ValueError(
+                    f"labels have shape {tuple(labels.shape)}; an encoder-decoder's must be (batch, length of the "
+                    "target)."
+                )
+            check_labels(labels, self.config.vocab_size)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)  # type: ignore[assignment]
-            covers = kwargs.get("output_coverage")
-            if decoder_attention_mask is None and self.model._covers(covers, None):
+            if decoder_attention_mask is None and self.model._covers(kwargs.get("output_coverage")):
                 targets = (labels != IGNORE).long()
                 decoder_attention_mask = targets.flip(-1).cummax(-1).values.flip(-1)  # without padding at the end
         if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -163,9 +157,8 @@ class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
                 "to itself, as for label smoothing, `DataCollatorForSeq2Seq(tokenizer, model=model)` makes both."
             )
         check_label_shape(labels, given_shape(decoder_input_ids, decoder_inputs_embeds))
-        if encoder_outputs is not None and not (
-            isinstance(encoder_outputs, (ModelOutput, tuple, list)) and encoder_outputs
-        ):
+        usable = isinstance(encoder_outputs, (ModelOutput, tuple, list)) and encoder_outputs
+        if encoder_outputs is not None and not usable:
             raise ValueError(
                 f"`encoder_outputs` is {type(encoder_outputs).__name__}. Give what the encoder returned, or a tuple "
                 "that begins with its last hidden state, (B, S, 2 D)."
@@ -189,8 +182,8 @@ class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
         hidden = outputs.last_hidden_state
         loss, logits = self._loss_and_logits(hidden, labels, None, num_items_in_batch, logits_to_keep)
         coverage = getattr(encoder_outputs, "coverage_loss", None), outputs.coverage_loss
-        known = [x for x in coverage if x is not None]  # of the encoder's layers, then the decoder's
-        both = None if outputs.coverage_loss is None else torch.cat(known)
+        layers = [x for x in coverage if x is not None]  # of the encoder's layers, then the decoder's
+        both = None if outputs.coverage_loss is None else torch.cat(layers)
         weight = self.config.coverage_loss_weight
         return ReformerSeq2SeqLMOutput(
             loss=add_coverage_loss(loss, both, weight, labels, num_items_in_batch, training=self.training),
@@ -204,24 +197,6 @@ class ReformerForConditionalGeneration(ReformerLMBase, GenerationMixin):
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
             coverage_loss=both,
         )
-
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return True  # the library says no to whatever is called Reformer
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        """The library's choice of caches, of which that of the target gets layers of ours."""
-        library: Any = super()
-        library._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        both: Any = model_kwargs.get(CACHE_NAME)
-        if isinstance(both, EncoderDecoderCache):
-            own: Any = to_reformer_cache(both.self_attention_cache, self.decoder.config)
-            both.self_attention_cache = own
-            if generation_config.is_assistant:  # what it guesses wrong is taken back
-                both.activate_past_recording()
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("Continuous batching knows no encoder-decoders. Use `generate` with a padded batch.")
 
 
 __all__ = ["ReformerForConditionalGeneration"]

@@ -14,19 +14,11 @@ TINY = torch.finfo(torch.float32).tiny  # stands for 0 under a logarithm
 
 
 class CoverageTarget(NamedTuple):
-    """What the loss compares with. A packed sample counts like a sequence of its own.
+    """What the loss compares with. A packed sample counts like a sequence of its own."""
 
-    Attributes:
-        real: (B, T) bool.
-        query_weights: (B, T), how much each query counts: 1 / n for the n real tokens of its sample.
-        target: (B, T), the mass of evenly spread attention; 0 for padding.
-        samples: () int64, how many samples hold a real token, but at least 1.
-    """
-
-    real: torch.Tensor
-    query_weights: torch.Tensor
-    target: torch.Tensor
-    samples: torch.Tensor
+    query_weights: torch.Tensor  # (B, T), how much each query counts: 1 / n for the n real tokens of its sample
+    target: torch.Tensor  # (B, T), the mass of evenly spread attention; 0 for padding
+    samples: torch.Tensor  # () int64, how many samples hold a real token, but at least 1
 
 
 def coverage_target(
@@ -53,7 +45,7 @@ def coverage_target(
         harmonic = torch.arange(1, length + 1, device=real.device, dtype=dtype).reciprocal().cumsum(0)
         harmonic = torch.nn.functional.pad(harmonic, (1, 0))
         target = query_weights * (harmonic[number] - harmonic[ranks])
-    return CoverageTarget(real, query_weights, target, (real & (ranks == 0)).sum().clamp(min=1))
+    return CoverageTarget(query_weights, target, (real & (ranks == 0)).sum().clamp(min=1))
 
 
 def coverage_loss(mass: torch.Tensor, target: CoverageTarget) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Attention over lists of tokens: for decoding, over the tokens of a cache, and where the weights are wanted."""
+"""Attention over lists of tokens: for decoding, over the tokens of a cache, and wherever weights are returned."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -31,7 +31,10 @@ class SparseAttention(NamedTuple):
         return matrix.scatter_add(-1, self.tokens.clamp(min=0), self.weights)
 
 
-def mass_of_weights(attention: SparseAttention | torch.Tensor, query_weights: torch.Tensor) -> torch.Tensor:
+AttentionWeights = SparseAttention | torch.Tensor  # or the matrix of weights, (B, H, T, length)
+
+
+def mass_of_weights(attention: AttentionWeights, query_weights: torch.Tensor) -> torch.Tensor:
     """The attention mass of every token, (B, T), by each query's weight, (B, T); without a cache."""
     if isinstance(attention, torch.Tensor):
         return torch.einsum("bhns,bn->bs", attention, query_weights.to(attention.dtype))
@@ -75,11 +78,11 @@ def gather_attention(
         again = torch.nn.functional.pad(tokens[..., 1:] == tokens[..., :-1], (1, 0))
         tokens = torch.where(again, -1, tokens)
     listed = tokens >= 0
-    line = torch.arange(batch * heads, device=keys.device).view(batch, heads, 1, 1) * slots
-    rows = (line + tokens.remainder(slots)).flatten()
+    offset = torch.arange(batch * heads, device=keys.device).view(batch, heads, 1, 1) * slots
+    index = (offset + tokens.remainder(slots)).flatten()
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        key, value = (x.reshape(-1, x.shape[-1]).index_select(0, rows).to(dtype) for x in (keys, values))
+        key, value = (x.reshape(-1, x.shape[-1]).index_select(0, index).to(dtype) for x in (keys, values))
         key, value = (x.view(*tokens.shape, -1) for x in (key, value))
         scores = (key @ query.to(dtype)[..., None]).squeeze(-1)
         if scale is None:
@@ -98,9 +101,7 @@ def gather_attention(
     return out, SparseAttention(tokens, weights)
 
 
-def concat_queries(
-    results: Iterable[tuple[torch.Tensor, SparseAttention]],
-) -> tuple[torch.Tensor, SparseAttention]:
+def concat_queries(results: Iterable[tuple[torch.Tensor, SparseAttention]]) -> tuple[torch.Tensor, SparseAttention]:
     """What `gather_attention` returned for several queries, one after the other; lists may differ in length."""
     outs, attentions = zip(*results, strict=True)
     width = max(attention.tokens.shape[-1] for attention in attentions)
@@ -110,7 +111,7 @@ def concat_queries(
     return torch.cat(outs, dim=2), SparseAttention(torch.cat(tokens, dim=2), torch.cat(weights, dim=2))
 
 
-def crop(attention: SparseAttention | torch.Tensor, length: int) -> SparseAttention | torch.Tensor:
+def crop(attention: AttentionWeights, length: int) -> AttentionWeights:
     """The attention of the first `length` tokens; padding behind them weighs nothing."""
     if isinstance(attention, torch.Tensor):  # as it is where it can be, so that it keeps the gradient it gets
         return attention if attention.shape[2] == length else attention[:, :, :length, :length]
@@ -165,6 +166,8 @@ def attention_with_sparse_weights(
     tokens, (batch, heads, length, size) = visible_tokens(layout), query.shape
     positions = torch.arange(length, device=query.device)
     draws = None if dropout_key is None else pair_keys(dropout_key, batch, heads, length)
+    keys, scores_scale = (query, None) if key is None else (key, scale)
+    options: dict[str, Any] = {"dedup_pairs": layout.dedup_pairs, "dropout": dropout}
     results = []
     for some in positions.split(max(1, MAX_GATHERED // (batch * heads * tokens.shape[-1] * size))):
         listed, masked = tokens[:, :, some], None
@@ -173,17 +176,7 @@ def attention_with_sparse_weights(
             if mask is not None:
                 padding = ~mask[:, None, None, :].expand(-1, *listed.shape[1:3], -1)
                 masked = masked | padding.gather(-1, listed.clamp(min=0))
-        result = gather_attention(
-            query[:, :, some],
-            query if key is None else key,
-            value,
-            listed,
-            some.expand(batch, -1),
-            None if key is None else scale,
-            dedup_pairs=layout.dedup_pairs,
-            masked=masked,
-            dropout=dropout,
-            draws=None if draws is None else (draws[0][:, :, some], draws[1]),
-        )
-        results.append(result)
+        options |= {"masked": masked, "draws": None if draws is None else (draws[0][:, :, some], draws[1])}
+        inputs = query[:, :, some], keys, value, listed, some.expand(batch, -1), scores_scale
+        results.append(gather_attention(*inputs, **options))
     return concat_queries(results)

@@ -7,6 +7,9 @@ Gradients follow torch's collectives: what all processes compute alike, such as 
 mean over the processes, as DistributedDataParallel takes it, is the gradient of one process.
 """
 
+import math
+from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -14,18 +17,12 @@ import torch.distributed as dist
 
 
 class SequenceShard(NamedTuple):
-    """A process's part of sequences of `length` tokens.
+    """A process's part of sequences that several processes share."""
 
-    Attributes:
-        group: the processes that share a sequence; all are given the same inputs.
-        rank, size: this process's number among them, and how many they are.
-        length: tokens of the whole sequence.
-    """
-
-    group: Any
-    rank: int
-    size: int
-    length: int
+    group: Any  # the processes that share a sequence; all are given the same inputs
+    rank: int  # this process's number among them
+    size: int  # how many they are
+    length: int  # tokens of the whole sequence
 
     def first(self, rank: int) -> int:
         """First token of a process's share; shares differ by at most one token."""
@@ -82,13 +79,13 @@ def check_group(group: Any) -> None:
         )
 
 
-def check_same_inputs(group: Any, device: torch.device, given: dict[str, Any]) -> None:
-    """Raise ValueError unless all processes of the group were given the same, by the same names."""
-    mine = torch.tensor([_fingerprint(value) for value in given.values()], dtype=torch.int64, device=device)
+def check_same_inputs(group: Any, device: torch.device, inputs: dict[str, Any]) -> None:
+    """Raise ValueError unless all processes of the group have the same inputs."""
+    mine = torch.tensor([_fingerprint(value) for value in inputs.values()], dtype=torch.int64, device=device)
     low, high = mine.clone(), mine.clone()
     dist.all_reduce(low, dist.ReduceOp.MIN, group)
     dist.all_reduce(high, dist.ReduceOp.MAX, group)
-    different = [f"`{name}`" for name, other in zip(given, (low != high).tolist(), strict=True) if other]
+    different = [f"`{name}`" for name, other in zip(inputs, (low != high).tolist(), strict=True) if other]
     if different:
         raise ValueError(
             f"Processes that share sequences were given different inputs: {', '.join(different)}. All of a group need "
@@ -99,18 +96,14 @@ def check_same_inputs(group: Any, device: torch.device, given: dict[str, Any]) -
 def _fingerprint(value: Any) -> int:
     """An int64 that depends on shapes and numbers, not on their dtype; the same in every process."""
     if isinstance(value, torch.Tensor):
-        return hash((*value.shape, int(_checksum(value).view(torch.int64))))
+        flat = value.detach().reshape(-1).double()  # one float64 of every number and its position
+        total = flat @ torch.arange(1, len(flat) + 1, dtype=torch.float64, device=value.device)
+        return hash((*value.shape, int(total.view(torch.int64))))
     if isinstance(value, dict):  # by name; what is None may be there or not
         return hash(tuple(_fingerprint(value[key]) for key in sorted(value) if value[key] is not None))
     if isinstance(value, list | tuple):
         return hash(tuple(_fingerprint(x) for x in value))
     return hash(value) if isinstance(value, int | float) else 0
-
-
-def _checksum(x: torch.Tensor) -> torch.Tensor:
-    """One float64 that depends on every number and on its place."""
-    flat = x.detach().reshape(-1).double()
-    return flat @ torch.arange(1, len(flat) + 1, dtype=torch.float64, device=x.device)
 
 
 def broadcast(x: torch.Tensor, group: Any) -> torch.Tensor:
@@ -120,68 +113,69 @@ def broadcast(x: torch.Tensor, group: Any) -> torch.Tensor:
     return x
 
 
-def _all_to_all(parts: list[torch.Tensor], shapes: list[torch.Size], group: Any) -> list[torch.Tensor]:
-    """Send part i to process i; what comes from each has the shape given."""
-    sent = torch.cat([part.reshape(-1) for part in parts])
-    sizes = [shape.numel() for shape in shapes]
-    received = sent.new_empty(sum(sizes))
-    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts], group=group)
-    return [piece.view(shape) for piece, shape in zip(received.split(sizes), shapes, strict=True)]
-
-
-def _all_to_all_heads(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
-    batch, heads, _, size = x.shape
-    own = heads // shard.size
-    shapes = [torch.Size((batch, own, share, size)) for share in shard.shares()]
-    return torch.cat(_all_to_all(list(x.split(own, dim=1)), shapes, shard.group), dim=2)
-
-
-def _all_to_all_tokens(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
-    batch, own, _, size = x.shape
-    shapes = [torch.Size((batch, own, shard.end - shard.begin, size))] * shard.size
-    return torch.cat(_all_to_all(list(x.split(shard.shares(), dim=2)), shapes, shard.group), dim=1)
-
-
-def _summed(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
-    x = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(x, group=shard.group)
-    return x
-
-
-def _gathered(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
-    batch, _, *rest = x.shape
-    shapes = [torch.Size((batch, share, *rest)) for share in shard.shares()]
-    return torch.cat(_all_to_all([x] * shard.size, shapes, shard.group), dim=1)
-
-
-def _scattered(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
-    """The sum of all processes' x, each its own tokens of it."""
-    batch, _, *rest = x.shape
-    shapes = [torch.Size((batch, shard.end - shard.begin, *rest))] * shard.size
-    return torch.stack(_all_to_all(list(x.split(shard.shares(), dim=1)), shapes, shard.group)).sum(0)
-
-
 class _Exchange(torch.autograd.Function):
     """A linear map over all processes; its gradient is that of the adjoint map."""
 
     @staticmethod
-    def forward(ctx, x, shard, exchange, adjoint):
-        ctx.shard, ctx.adjoint = shard, adjoint
-        return exchange(x, shard)
+    def forward(ctx, x, exchange, adjoint):
+        ctx.adjoint = adjoint
+        return exchange(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.adjoint(grad, ctx.shard), None, None, None
+        return ctx.adjoint(grad), None, None
+
+
+def _send(x: torch.Tensor, sizes: list[int], received_sizes: list[int], group: Any) -> torch.Tensor:
+    received = x.new_empty(sum(received_sizes))
+    dist.all_to_all_single(received, x.contiguous(), received_sizes, sizes, group=group)
+    return received
+
+
+def _sum(x: torch.Tensor, group: Any) -> torch.Tensor:
+    x = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def _all_to_all(parts: Iterable[torch.Tensor], shapes: list[tuple], group: Any) -> list[torch.Tensor]:
+    """Send part i to process i; what comes from each has the shape given."""
+    flat = [part.reshape(-1) for part in parts]
+    sizes, received_sizes = [x.numel() for x in flat], [math.prod(shape) for shape in shapes]
+    forth = partial(_send, sizes=sizes, received_sizes=received_sizes, group=group)
+    back = partial(_send, sizes=received_sizes, received_sizes=sizes, group=group)
+    received = _Exchange.apply(torch.cat(flat), forth, back)
+    return [x.view(shape) for x, shape in zip(received.split(received_sizes), shapes, strict=True)]
 
 
 def all_to_all_heads(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
     """(B, H, own tokens, D) → (B, own heads, T, D)"""
-    return _Exchange.apply(x, shard, _all_to_all_heads, _all_to_all_tokens)
+    batch, heads, _, size = x.shape
+    own = heads // shard.size
+    shapes = [(batch, own, share, size) for share in shard.shares()]
+    return torch.cat(_all_to_all(x.split(own, dim=1), shapes, shard.group), dim=2)
 
 
 def all_to_all_tokens(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
     """(B, own heads, T, D) → (B, H, own tokens, D)"""
-    return _Exchange.apply(x, shard, _all_to_all_tokens, _all_to_all_heads)
+    shape = (*x.shape[:2], shard.end - shard.begin, x.shape[3])
+    return torch.cat(_all_to_all(x.split(shard.shares(), dim=2), [shape] * shard.size, shard.group), dim=1)
+
+
+def gather_sequence(x: torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
+    """(B, own tokens, ...) → (B, T, ...), on every process."""
+    if shard is None:
+        return x
+    shapes = [(x.shape[0], share, *x.shape[2:]) for share in shard.shares()]
+    return torch.cat(_all_to_all(x.expand(shard.size, *x.shape), shapes, shard.group), dim=1)
+
+
+def all_reduce(x: torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
+    """Every process's x added up."""
+    if shard is None:
+        return x
+    add = partial(_sum, group=shard.group)
+    return _Exchange.apply(x, add, add)
 
 
 def local_tokens(x: torch.Tensor | None, shard: SequenceShard | None) -> torch.Tensor | None:
@@ -189,21 +183,9 @@ def local_tokens(x: torch.Tensor | None, shard: SequenceShard | None) -> torch.T
     return x if x is None or shard is None else x[:, shard.begin : shard.end]
 
 
-def gather_sequence(x: torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
-    """(B, own tokens, ...) → (B, T, ...), on every process."""
-    return x if shard is None else _Exchange.apply(x, shard, _gathered, _scattered)
-
-
-def all_reduce(x: torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
-    """Every process's x added up."""
-    return x if shard is None else _Exchange.apply(x, shard, _summed, _summed)
-
-
-def tokens_at(hidden: torch.Tensor, places: torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
-    """(B, own tokens, D) and places (B, N) in the whole sequence → (B, N, D), on every process."""
-    begin, end = (0, hidden.shape[1]) if shard is None else (shard.begin, shard.end)
-    found = hidden.gather(1, (places - begin).clamp(0, end - begin - 1)[..., None].expand(-1, -1, hidden.shape[2]))
-    if shard is None:
-        return found
-    mine = (places >= begin) & (places < end)
-    return all_reduce(torch.where(mine[..., None], found, 0), shard)
+def tokens_at(hidden: torch.Tensor, positions: torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
+    """(B, own tokens, D) and positions (B, N) in the whole sequence → (B, N, D), on every process."""
+    index = positions if shard is None else positions - shard.begin
+    inside = (index >= 0) & (index < hidden.shape[1])
+    states = hidden.gather(1, index.clamp(0, hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2]))
+    return states if shard is None else all_reduce(torch.where(inside[..., None], states, 0), shard)

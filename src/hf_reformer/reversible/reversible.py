@@ -39,19 +39,11 @@ class LayerStages:
     def __init__(self, layer: Any, ctx: Any, grid: Grid, context: StageContext):
         self.layer, self.ctx, self.grid, self.context = layer, ctx, grid, context
 
-    def qkv_projection(self, offset: int, x2: torch.Tensor) -> Tensors:
-        with self.context(("qkv_projection", offset)):
-            return self.layer.qkv_projection(x2, self.ctx, offset)
-
-    def output_projection(self, offset: int, mixed: torch.Tensor) -> torch.Tensor:
-        """f(x2) = output_projection(attend(qkv_projection(x2))), on the grid."""
-        with self.context(("output_projection", offset)):
-            return to_stream(self.layer.output_projection(mixed, self.ctx, offset), self.grid)
-
-    def feed_forward_branch(self, offset: int, y1: torch.Tensor) -> torch.Tensor:
-        """g(y1), on the grid."""
-        with self.context(("feed_forward_branch", offset)):
-            return to_stream(self.layer.feed_forward_branch(y1, self.ctx, offset), self.grid)
+    def __call__(self, name: str, offset: int, x: torch.Tensor) -> Any:
+        """A part by its name; what is added to a stream is on the grid."""
+        with self.context((name, offset)):
+            out = getattr(self.layer, name)(x, self.ctx, offset)
+            return out if name == "qkv_projection" else to_stream(out, self.grid)
 
 
 def residual_step(
@@ -79,14 +71,14 @@ def residual_step(
     stages = LayerStages(layer, ctx, grid, context or _current_autocast(x2.device))
     size = tokens_per_chunk(x2, layer.chunk_size)
     recompute = 0 < layer.chunk_size < x2.shape[1]
-    projected = Handoff(map_tokens(stages.qkv_projection, size, x2))
+    projected = Handoff(map_tokens(partial(stages, "qkv_projection"), size, x2))
     with stages.context("attend"):
         mixed, *report = layer.attend(projected, ctx, *states)
-    (y1,) = map_tokens(lambda offset, x, mixed: [x + stages.output_projection(offset, mixed)], size, x1, mixed)
+    (y1,) = map_tokens(lambda offset, x, mixed: [x + stages("output_projection", offset, mixed)], size, x1, mixed)
     del mixed
 
     def feed_forward(offset: int, x: torch.Tensor, y: torch.Tensor) -> Tensors:
-        g = partial(stages.feed_forward_branch, offset)
+        g = partial(stages, "feed_forward_branch", offset)
         return [x + (recomputed(layer, g, y) if recompute else g(y))]
 
     (y2,) = map_tokens(feed_forward, size, x2, y1)
@@ -105,7 +97,7 @@ class StreamHandoff:
     def __init__(self, grid: Grid, depth: int):
         self.grid, self.depth = grid, depth
         self._pending: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._originals: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._link: tuple[int, tuple[torch.Tensor, torch.Tensor], tuple[int, int]] | None = None
 
     def enter(self, index: int, x1: torch.Tensor, x2: torch.Tensor) -> None:
@@ -120,7 +112,7 @@ class StreamHandoff:
                 "Use an out-of-place operation, or `config.reversible=False`."
             )
         if not all(_same_storage(a, b) for a, b in zip(streams, (x1, x2), strict=True)):
-            self._kept[previous] = streams
+            self._originals[previous] = streams
 
     def leave(self, index: int, y1: torch.Tensor, y2: torch.Tensor) -> None:
         last = index == self.depth - 1
@@ -131,15 +123,15 @@ class StreamHandoff:
 
     def take(self, index: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
         """Outputs of layer `index`, and whether they may be overwritten."""
-        found = self._pending.pop((current_graph_task_id(), index), None)
-        if index in self._kept:
-            return *self._kept[index], False
-        if found is None:
+        streams = self._pending.pop((current_graph_task_id(), index), None)
+        if index in self._originals:
+            return *self._originals[index], False
+        if streams is None:
             raise RuntimeError(
                 f"A gradient reached reversible layer {index} without passing through layer {index + 1}, so "
                 "its outputs are unknown. Take the plain path: `output_hidden_states=True` or `reversible=False`."
             )
-        return *found, True
+        return *streams, True
 
 
 def _same_storage(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -178,33 +170,25 @@ class ReversibleFunction(torch.autograd.Function):
     def backward(fn, d1, d2, *grad_report):
         tensors, handoff, index = list(fn.saved_tensors), fn.handoff, fn.index
         if index == handoff.depth - 1:
-            *tensors, y1, y2 = tensors
-            reusable = False
+            outputs = Handoff((tensors.pop(-2), tensors.pop(), False))
         else:
-            y1, y2, reusable = handoff.take(index)
+            outputs = Handoff(handoff.take(index))
         need = fn.needs_input_grad[7:]
         count = len(tensors) - len(fn.names)
-        states = [_leaf(x, wanted) for x, wanted in zip(tensors[:count], need, strict=False)]
+        states = [x.detach().requires_grad_(needed) for x, needed in zip(tensors[:count], need, strict=False)]
         parameters, swap = _parameters(fn, tensors[count:], need[count:])
         stages = LayerStages(fn.layer, fn.ctx, handoff.grid, partial(fn.state.replay, swap))
-        totals = GradientAccumulator([x for x, n in zip([*states, *parameters], need, strict=True) if n])
-        # Every tensor as large as a stream goes as soon as it can: this is where training needs most memory.
-        buffer = ChunkedBuffer(y2.shape[1], *[y2] * reusable)
-        x2, d1 = invert_branch(stages.feed_forward_branch, fn.size, y2, y1, d2, d1, totals, buffer)
-        del y2
-        buffer = ChunkedBuffer(y1.shape[1], *[y1] * reusable)
-        x1, d2 = invert_attention_branch(stages, states, fn.size, y1, x2, d1, d2, totals, buffer, grad_report)
-        del y1, buffer
+        leaves = [*states, *parameters]
+        x1, x2, d1, d2, grads = invert_layer(stages, states, fn.size, outputs, d1, d2, grad_report, leaves, need)
         if fn.checksums is not None:
             warn_if_inexact(fn.checksums, (x1, x2), handoff.grid)
         elif any(node is not None and will_engine_execute(node) for node, _ in fn.next_functions[:2]):
             handoff.put(index - 1, (x1, x2))
-        grads = iter(totals.result())
-        return (None,) * 5 + (d1, d2) + tuple(next(grads) if n else None for n in need)
+        return *[None] * 5, d1, d2, *grads
 
 
 class GradientAccumulator:
-    """Gradients of a layer's parameters, added up over slices and branches."""
+    """Gradients of a layer's parameters, added up over chunks and branches."""
 
     def __init__(self, tensors: list[torch.Tensor]):
         self.tensors = tensors
@@ -222,19 +206,17 @@ class GradientAccumulator:
         leaf_grads = iter(torch.autograd.grad(roots, leaves, root_grads, allow_unused=True))
         input_grads = [None if x is None else next(leaf_grads) for x in inputs]
         for index, grad in enumerate(leaf_grads):
-            if grad is not None:
-                self._add(index, grad)
+            total = self.sums[index]
+            if grad is None:
+                continue
+            if total is None:
+                self.sums[index] = grad  # perhaps shared with another parameter
+            elif self.owned[index]:
+                total.add_(grad)
+            else:
+                self.sums[index] = total.to(torch.promote_types(grad.dtype, torch.float32)) + grad
+                self.owned[index] = True
         return input_grads
-
-    def _add(self, index: int, grad: torch.Tensor) -> None:
-        total = self.sums[index]
-        if total is None:
-            self.sums[index] = grad  # perhaps shared with another parameter
-        elif self.owned[index]:
-            total.add_(grad)
-        else:
-            self.sums[index] = total.to(torch.promote_types(grad.dtype, torch.float32)) + grad
-            self.owned[index] = True
 
     def result(self) -> Tensors:
         return [None if x is None else x.to(like.dtype) for x, like in zip(self.sums, self.tensors, strict=True)]
@@ -263,7 +245,27 @@ def _edge(x: torch.Tensor | None):
     return get_gradient_edge(x) if x is not None and x.requires_grad else None
 
 
-def invert_branch(
+def invert_layer(
+    stages: LayerStages, states: Sequence[Any], size: int, outputs: Handoff, d1: Any, d2: Any,
+    grad_report: Sequence[Any], leaves: list[torch.Tensor], need: Sequence[bool],
+) -> tuple[Any, Any, Any, Any, Tensors]:  # fmt: skip
+    """Undo a layer: x1, x2, their gradients, and those of the leaves that need one.
+
+    outputs: y1, y2, and whether they may be overwritten. Every tensor as large as a stream goes as soon as it can:
+    here training needs most memory.
+    """
+    y1, y2, reusable = outputs.take()
+    totals = GradientAccumulator([x for x, n in zip(leaves, need, strict=True) if n])
+    buffer = ChunkedBuffer(y2.shape[1], *[y2] * reusable)
+    x2, d1 = _invert_branch(partial(stages, "feed_forward_branch"), size, y2, y1, d2, d1, totals, buffer)
+    del y2
+    buffer = ChunkedBuffer(y1.shape[1], *[y1] * reusable)
+    x1, d2 = _invert_attention_branch(stages, states, size, y1, x2, d1, d2, totals, buffer, grad_report)
+    grads = iter(totals.result())
+    return x1, x2, d1, d2, [next(grads) if n else None for n in need]
+
+
+def _invert_branch(
     branch: Callable, size: int, y: Any, inputs: Any, grad: Any, base: Any, totals: GradientAccumulator,
     x: ChunkedBuffer,
 ) -> list[Any]:  # fmt: skip
@@ -273,12 +275,12 @@ def invert_branch(
         leaf = chunk.detach().requires_grad_()
         out = branch(offset, leaf)
         x.put(offset, y_chunk - out.detach())
-        (found,) = totals.differentiate([out if out.requires_grad else None], [grad_chunk], [leaf])
-        step.put(offset, _sum(base_chunk, found))
+        (leaf_grad,) = totals.differentiate([out if out.requires_grad else None], [grad_chunk], [leaf])
+        step.put(offset, _sum(base_chunk, leaf_grad))
     return x.tensors + step.tensors
 
 
-def invert_attention_branch(
+def _invert_attention_branch(
     stages: LayerStages, states: Sequence[Any], size: int, y1: Any, x2: Any, d1: Any, d2: Any,
     totals: GradientAccumulator, x1: ChunkedBuffer, grad_report: Sequence[Any],
 ) -> list[Any]:  # fmt: skip
@@ -286,7 +288,7 @@ def invert_attention_branch(
     projected, graphs = ChunkedBuffer(x2.shape[1]), []
     for offset, (chunk,) in token_chunks(size, x2):
         leaf = chunk.detach().requires_grad_()
-        outputs = stages.qkv_projection(offset, leaf)
+        outputs = stages("qkv_projection", offset, leaf)
         projected.put(offset, *(None if x is None else x.detach() for x in outputs))
         graphs.append((leaf, [_edge(x) for x in outputs]))
     inputs = [None if x is None else x.detach().requires_grad_() for x in projected.tensors]
@@ -295,23 +297,20 @@ def invert_attention_branch(
         mixed, *report = stages.layer.attend(Handoff(list(inputs)), stages.ctx, *states)
     edges, mixed = [_edge(x) for x in (mixed, *report)], mixed.detach()
     del report
-    _, d_mixed = invert_branch(stages.output_projection, size, y1, mixed, d1, None, totals, x1)
+    branch = partial(stages, "output_projection")
+    _, d_mixed = _invert_branch(branch, size, y1, mixed, d1, None, totals, x1)
     del mixed
     grads = totals.differentiate(edges, [d_mixed, *grad_report], inputs)
     del d_mixed, edges, inputs
     step = ChunkedBuffer(x2.shape[1])
     for (offset, (_, base, *chunks)), (leaf, edges) in zip(token_chunks(size, x2, d2, *grads), graphs, strict=True):
-        (found,) = totals.differentiate(edges, chunks, [leaf])
-        step.put(offset, _sum(base, found))
+        (leaf_grad,) = totals.differentiate(edges, chunks, [leaf])
+        step.put(offset, _sum(base, leaf_grad))
     return x1.tensors + step.tensors
 
 
 def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
     return b if a is None else a if b is None else a + b
-
-
-def _leaf(x: Any, wanted: bool) -> Any:
-    return x.detach().requires_grad_(wanted) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 def _parameters(fn, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor], dict[str, torch.Tensor] | None]:
@@ -322,7 +321,7 @@ def _parameters(fn, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor]
     """
     now = layer_tensors(fn.layer)
     own = all(now.get(name) is tensor for name, tensor in zip(fn.names, saved, strict=True))
-    frozen = [name for name, x, wanted in zip(fn.names, saved, need, strict=True) if wanted and not x.requires_grad]
+    frozen = [name for name, x, needed in zip(fn.names, saved, need, strict=True) if needed and not x.requires_grad]
     if own and frozen:
         raise RuntimeError(
             f"`{frozen[0]}` of a reversible layer was trained in forward and is frozen now, in backward: perhaps "
@@ -330,7 +329,7 @@ def _parameters(fn, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor]
         )
     if own and not any(map(has_gradient_hooks, saved)):
         return saved, None
-    saved = [tensor.detach().requires_grad_(wanted) for tensor, wanted in zip(saved, need, strict=True)]
+    saved = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(saved, need, strict=True)]
     return saved, dict(zip(fn.names, saved, strict=True))
 
 
@@ -338,7 +337,7 @@ def warn_if_inexact(before: tuple[torch.Tensor, ...], streams: tuple[torch.Tenso
     if bool((checksum(streams[0]) == before[0]) & (checksum(streams[1]) == before[1])):
         return
     if not all(bool(x.isfinite().all()) for x in streams):
-        return  # the loss tells of NaN and infinity
+        return  # the loss shows NaN and infinity
     warnings.warn(
         "A reversible stack did not reconstruct its input exactly: the residual streams left the range "
         f"|x| <= {grid.limit:g} of their grid, or a layer does not compute the same thing twice. Gradients are "

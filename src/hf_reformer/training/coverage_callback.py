@@ -56,7 +56,7 @@ class CoverageCallback(TrainerCallback):
         if getattr(getattr(trainer.model, "config", None), "is_encoder_decoder", False):
             raise ValueError(
                 "CoverageCallback looks at models of one stack, and this is an encoder-decoder. Its `coverage_loss` "
-                "tells of every layer of both."
+                "covers every layer of both."
             )
         self.trainer, self.batches, self.least = trainer, batches, least
 
@@ -72,7 +72,11 @@ class CoverageCallback(TrainerCallback):
             numbers = torch.stack([self._numbers(model, batch, args.device) for batch in batches])
         finally:
             model.train(training)
-        self.trainer.log(log_names(numbers.mean(0)))
+        logs = {}
+        for name, layers in zip(("eval_received_entropy", "eval_reached_share"), numbers.mean(0), strict=True):
+            logs[name] = layers.mean().item()
+            logs |= {f"{name}_layer_{layer}": value for layer, value in enumerate(layers.tolist())}
+        self.trainer.log(logs)
 
     def _numbers(self, model: torch.nn.Module, batch: Any, device: torch.device) -> torch.Tensor:
         """(2, layers): entropy and covered fraction, means over samples that hold a real token."""
@@ -80,27 +84,13 @@ class CoverageCallback(TrainerCallback):
         inputs = {name: batch[name].to(device) for name in names if batch.get(name) is not None}
         mass = attention_mass_by_layer(model, **inputs).float()
         real = inputs.get("attention_mask", torch.ones_like(mass[0])) != 0
+        samples = None
         if "position_ids" in inputs:
-            mass, real = unpacked(mass, real, inputs["position_ids"])
+            samples = packed_samples(inputs["position_ids"], (real.cumsum(-1) - 1).clamp(min=0), real)
+        if samples is not None:  # a sequence for each packed sample; its tokens stay where they are
+            parts = [real & (samples == sample) for sample in range(int(samples.max()) + 1)]
+            mass, real = torch.cat([torch.where(part, mass, 0) for part in parts], dim=1), torch.cat(parts)
         some = real.any(-1)
         mass, real = mass[:, some], real[some]
         numbers = mass_entropy(mass, real), covered_fraction(mass, real, self.least)
         return torch.stack([x.mean(-1) for x in numbers])
-
-
-def unpacked(mass: torch.Tensor, real: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(layers, B, T) and (B, T), with a sequence for each packed sample; its tokens stay where they are."""
-    samples = packed_samples(position_ids, (real.cumsum(-1) - 1).clamp(min=0), real)
-    if samples is None:
-        return mass, real
-    parts = [real & (samples == sample) for sample in range(int(samples.max()) + 1)]
-    return torch.cat([torch.where(part, mass, 0) for part in parts], dim=1), torch.cat(parts)
-
-
-def log_names(numbers: torch.Tensor) -> dict[str, float]:
-    """(2, layers) → the means and every layer's, by the names they are logged under."""
-    logs = {}
-    for name, layers in zip(("eval_received_entropy", "eval_reached_share"), numbers, strict=True):
-        logs[name] = layers.mean().item()
-        logs |= {f"{name}_layer_{layer}": value for layer, value in enumerate(layers.tolist())}
-    return logs

@@ -138,16 +138,11 @@ def check_columns(dataset: "Dataset", split: str, names: Iterable[str | None], a
         raise ValueError(f"The {split} data has no column {missing}; its columns are {dataset.column_names}.{advice}")
 
 
-def limit_samples(splits: "DatasetDict", train: int | None, evaluation: int | None, seed: int) -> None:
-    """Keep at most so many random examples of the split `train` and of each other split."""
-    for split, dataset in splits.items():
-        limit = train if split == "train" else evaluation
-        if limit is not None and limit < len(dataset):
-            splits[split] = dataset.shuffle(seed=seed).select(range(limit))
-
-
-def hold_out(dataset: "Dataset", label_column: str, fraction: float, seed: int) -> "DatasetDict":
-    """Split off validation data, stratified by label: shuffle, sort by label, take every n-th row."""
+def hold_out(dataset: "Dataset", label_column: str | None, fraction: float, seed: int) -> "DatasetDict":
+    """Split off random validation data; with labels, stratified: shuffle, sort by label, take every n-th row."""
+    if label_column is None:
+        parts = dataset.train_test_split(test_size=fraction, seed=seed)
+        return require("datasets").DatasetDict(train=parts["train"], validation=parts["test"])
     labels = dataset[label_column]
     order = list(range(len(dataset)))
     random.Random(seed).shuffle(order)

@@ -172,29 +172,31 @@ def run(texts: TextArguments, model_args: ModelArguments, args: TrainingArgument
         return open_documents(texts, "train", streaming=True)
 
     set_seed(args.seed)
+    length, eval_length = texts.sequence_length, texts.eval_length
+    max_length = max(length, eval_length)
     with args.main_process_first(desc="reading the texts"):
         train, held_out = load_texts(texts)
-        max_length = max(texts.sequence_length, texts.eval_length)
         tokenizer = make_tokenizer(model_args, first_texts(stream()) if texts.streaming else train, max_length)
         if tokenizer.pad_token is None:
             tokenizer.pad_token_id = separator(tokenizer)
         dataset: Dataset | IterableDataset | None = None
+        amount = "streamed" if texts.streaming else "none"
         if texts.streaming:
-            dataset = packed_stream(stream, tokenizer, texts.sequence_length, args.seed)
+            dataset = packed_stream(stream, tokenizer, length, args.seed)
         elif train:
-            dataset = packed_dataset([[text] for text in train], tokenizer, texts.sequence_length)
-        auto_class: Any = AutoModelForCausalLM
-        collator: Any = causal_lm_collator
+            dataset = packed_dataset([[text] for text in train], tokenizer, length)
+            amount = f"{len(dataset):,} sequences of {length} tokens"
         if texts.masked:
-            auto_class = AutoModelForMaskedLM
-            collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=texts.mlm_probability)
-            windows = masked_windows(held_out, tokenizer, texts.eval_length, texts.mlm_probability, args.seed)
+            windows = masked_windows(held_out, tokenizer, eval_length, texts.mlm_probability, args.seed)
         else:
-            windows = scoring_windows(held_out, tokenizer, texts.eval_length, texts.eval_context)
+            windows = scoring_windows(held_out, tokenizer, eval_length, texts.eval_context)
+    auto_class: Any = AutoModelForMaskedLM if texts.masked else AutoModelForCausalLM
+    collator: Any = causal_lm_collator
+    if texts.masked:
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=texts.mlm_probability)
     metric = BitsPerByte(held_out, tokenizer, texts.masked)
-    model = make_model(auto_class, model_args, tokenizer, max_length, is_decoder=not texts.masked)
     trainer = LanguageModelTrainer(
-        model=model,
+        model=make_model(auto_class, model_args, tokenizer, max_length, is_decoder=not texts.masked),
         args=args,
         train_dataset=dataset,
         eval_dataset=windows,
@@ -202,13 +204,8 @@ def run(texts: TextArguments, model_args: ModelArguments, args: TrainingArgument
         data_collator=collator,
         compute_metrics=metric,
     )
-    if args.process_index == 0:
-        streamed = not isinstance(dataset, Dataset)
-        amount = "streamed" if streamed else f"{len(dataset):,} sequences of {texts.sequence_length} tokens"
-        print(f"Training texts: {amount}; validation: {metric.num_bytes:,} bytes in {metric.num_tokens:,} tokens.")
-        print(f"Parameters: {model.num_parameters():,}; layers: {', '.join(model.config.attn_layers)}")
-    if dataset is not None:
-        train_and_save(trainer, args.resume_from_checkpoint)
+    size = f"{metric.num_bytes:,} bytes in {metric.num_tokens:,} tokens"
+    train_and_save(trainer, f"Training texts: {amount}; validation: {size}.")
     scores = {"Reformer": trainer.evaluate()[f"eval_{metric.name}"]}
     if trainer.is_world_process_zero():
         if texts.baselines and not texts.masked:
@@ -220,13 +217,7 @@ def run(texts: TextArguments, model_args: ModelArguments, args: TrainingArgument
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
-    texts, model_args, args = parse_arguments(
-        (TextArguments, ModelArguments, TrainingArguments),
-        arguments,
-        DEFAULTS,
-        PRESETS,
-        prog="hf-reformer train language-model",
-        description=__doc__,
-    )
+    classes = (TextArguments, ModelArguments, TrainingArguments)
+    texts, model_args, args = parse_arguments("language-model", __doc__, classes, arguments, DEFAULTS, PRESETS)
     check_arguments(texts, model_args, args)
     run(texts, model_args, args)

@@ -66,11 +66,12 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 def parse_arguments(
+    recipe: str,
+    description: str | None,
     classes: Sequence[Any],
     arguments: Sequence[str] | None,
     defaults: Mapping[str, Any],
-    presets: Mapping[str, Mapping[str, Any]],
-    **parser_options: Any,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Any, ...]:
     """Read a recipe's command line into instances of `classes`.
 
@@ -82,10 +83,11 @@ def parse_arguments(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     require("accelerate")  # without it, `TrainingArguments` would name another package to install
     force_cpu_backend()
-    parser = HfArgumentParser(classes, usage="%(prog)s [OPTIONS]", formatter_class=_Formatter, **parser_options)
+    options = {"prog": f"hf-reformer train {recipe}", "usage": "%(prog)s [OPTIONS]", "description": description}
+    parser = HfArgumentParser(classes, formatter_class=_Formatter, **options)
     parser.set_defaults(**{**DEFAULTS, **defaults})
     flags = {argument.split("=")[0] for argument in arguments}
-    for flag, preset in presets.items():
+    for flag, preset in (presets or {}).items():
         if flag in flags:
             parser.set_defaults(**preset)
     return parser.parse_args_into_dataclasses(arguments)

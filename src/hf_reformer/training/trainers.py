@@ -1,6 +1,7 @@
 """The Trainers of the recipes."""
 
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,13 +22,33 @@ def force_cpu_backend() -> None:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
-def train_and_save(trainer: Trainer, resume: str | None) -> None:
-    """Train, then save the model, its tokenizer and the metrics of training. `resume`: a checkpoint, or "last"."""
+def train_and_save(trainer: Trainer, data_summary: str) -> None:
+    """Print what is trained. With training data, train, then save the model, its tokenizer and the metrics."""
+    model: Any = trainer.model
+    if trainer.is_world_process_zero():
+        layers = ", ".join(getattr(model.config, "attn_layers", [model.config.model_type]))
+        print(f"{data_summary}\nParameters: {model.num_parameters():,}; layers: {layers}")
+    if trainer.train_dataset is None:
+        return
+    resume = trainer.args.resume_from_checkpoint
     result = trainer.train(resume_from_checkpoint=True if resume in ("last", "true", "True") else resume)
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+
+
+def predict_splits(trainer: Trainer, encoded: Mapping[str, Dataset]) -> Iterator[tuple[str, Any]]:
+    """Predict all splits but the training data and save their metrics; the main process gets the predictions.
+
+    Every process must run through the iterator.
+    """
+    for split, dataset in encoded.items():
+        if split != "train":
+            output = trainer.predict(dataset, metric_key_prefix=split)
+            trainer.save_metrics(split, output.metrics)
+            if trainer.is_world_process_zero():
+                yield split, output.predictions
 
 
 class SequentialEvalMixin:

@@ -1,0 +1,97 @@
+"""What a recipe reads: options for its data, their checks, the splits of files, and what is held out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+from transformers import TrainingArguments
+from transformers.hf_argparser import HfArg
+from transformers.utils import logging
+
+from ..data.tables import hold_out, read_examples
+from .model_setup import ModelArguments
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class FileArguments:
+    """Files of examples, and how many of them to use. A recipe adds options of its own."""
+
+    train_file: str | None = HfArg(
+        default=None, help="csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label."
+    )
+    validation_file: str | None = HfArg(default=None, help="Default: a part of the training data.")
+    test_file: str | None = HfArg(default=None, help="Predicted at the end.")
+    max_train_samples: int | None = HfArg(default=None, help="Use at most this many training examples.")
+    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on at most this many examples.")
+    validation_fraction: float = HfArg(
+        default=0.1, help="Part of the training data to evaluate on, without a --validation_file."
+    )
+    predict_file: str | None = HfArg(default=None, help="A text file to predict at the end.")
+
+    def read_files(self, texts: Sequence[str] = ()) -> DatasetDict:
+        """The splits that have a file. `texts`: columns of strings, as for `read_examples`."""
+        files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
+        return DatasetDict({split: read_examples(file, texts) for split, file in files.items() if file is not None})
+
+    def complete(self, splits: DatasetDict, seed: int, label_column: str | None = None) -> DatasetDict:
+        """Hold out validation data of the training data if there is none, and keep at most the samples asked for."""
+        if "train" in splits and not any(split.startswith("validation") for split in splits):
+            held_out = hold_out(splits["train"], label_column, self.validation_fraction, seed)
+            splits = DatasetDict({**held_out, **splits, "train": held_out["train"]})
+            logger.warning(
+                f"There is no validation data: {len(splits['validation'])} of the training examples are held out "
+                "for it."
+            )
+        for split, dataset in splits.items():
+            limit = self.max_train_samples if split == "train" else self.max_eval_samples
+            if limit is not None and limit < len(dataset):
+                splits[split] = dataset.shuffle(seed=seed).select(range(limit))
+        return splits
+
+
+def check_arguments(
+    data: FileArguments,
+    model: ModelArguments,
+    args: TrainingArguments,
+    sources: Sequence[str],
+    smallest: Mapping[str, int],
+) -> bool:
+    """Whether there is data; if not, a saved model predicts a file. To be called before anything is read.
+
+    Args:
+        sources: options, besides files, that name data.
+        smallest: options and their smallest values, besides those of `FileArguments`.
+
+    Raises:
+        SystemExit: there is nothing to do.
+        ValueError: an option has a value that would otherwise fail only after training.
+    """
+    has_data = any(getattr(data, name) for name in (*sources, "train_file", "validation_file", "test_file"))
+    if not has_data and (data.predict_file is None or model.model_name_or_path is None):
+        options = ", ".join(f"--{name}" for name in (*sources, "train_file"))
+        raise SystemExit(f"Give {options}, or --model_name_or_path with --predict_file. See --help.")
+    values = vars(args) | vars(data) if has_data else {}
+    for name, least in {"max_train_samples": 1, "max_eval_samples": 1, **smallest}.items():
+        if values.get(name) is not None and values[name] < least:
+            raise ValueError(f"--{name} {values[name]} must be at least {least}.")
+    if not 0 < data.validation_fraction < 1:
+        raise ValueError(f"--validation_fraction {data.validation_fraction} must be between 0 and 1.")
+    if data.predict_file is not None:
+        file = Path(data.predict_file)
+        if not file.is_file():
+            raise ValueError(f"--predict_file: there is no file `{file}`.")
+        if not file.read_bytes().strip():
+            raise ValueError(f"--predict_file: `{file}` is empty.")
+    return has_data
+
+
+def trainer_datasets(encoded: Mapping[str, Dataset]) -> dict[str, Any]:
+    """`train_dataset` and `eval_dataset` of a Trainer; the latter is a dictionary if there are several."""
+    evaluated = {split: part for split, part in encoded.items() if split.startswith("validation")}
+    evaluated = evaluated or {split: part for split, part in encoded.items() if split != "train"}
+    eval_dataset = evaluated if len(evaluated) > 1 else next(iter(evaluated.values()), None)
+    return {"train_dataset": encoded.get("train"), "eval_dataset": eval_dataset}

@@ -76,20 +76,18 @@ def read_hub_dataset(name: str, config: str | None = None, alternative: str = "-
 
 
 def _read_text_folder(folder: Path) -> "Dataset":
-    files = [
-        file
+    rows = [
+        {
+            "text": file.read_text(encoding="utf-8", errors="replace"),
+            "label": file.relative_to(folder).parts[0],
+            "path": file.relative_to(folder).as_posix(),
+        }
         for file in sorted(folder.glob("*/**/*"))
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
-    if not files:
+    if not rows:
         raise ValueError(f"`{folder}` holds no texts. A folder needs one sub-folder per label, with text files in it.")
-    return require("datasets").Dataset.from_dict(
-        {
-            "text": [file.read_text(encoding="utf-8", errors="replace") for file in files],
-            "label": [file.relative_to(folder).parts[0] for file in files],
-            "path": [file.relative_to(folder).as_posix() for file in files],
-        }
-    )
+    return require("datasets").Dataset.from_list(rows)
 
 
 class Columns(NamedTuple):

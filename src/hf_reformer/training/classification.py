@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 from matplotlib.figure import Figure
+from scipy.special import expit, softmax
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import ConfusionMatrixDisplay
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from transformers import EvalPrediction
@@ -66,10 +67,8 @@ class Task:
         if self.problem_type == REGRESSION:
             return logits.reshape(len(logits)), None
         if self.problem_type == MULTI:
-            probabilities = 1 / (1 + np.exp(-logits))
-            return (probabilities > 0.5).astype(int), probabilities
-        exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        return logits.argmax(axis=-1), exponentials / exponentials.sum(axis=-1, keepdims=True)
+            return (expit(logits) > 0.5).astype(int), expit(logits)
+        return logits.argmax(axis=-1), softmax(logits, axis=-1)
 
     def format_label(self, label: Any) -> str | float:
         """A label as a person would write it."""
@@ -200,15 +199,8 @@ def draw_confusion_matrix(file: Path, task: Task, labels: np.ndarray, prediction
     side = max(4.0, 1.5 + 0.55 * len(task.label_names))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    ConfusionMatrixDisplay.from_predictions(
-        labels,
-        predictions,
-        labels=range(len(task.label_names)),
-        display_labels=task.label_names,
-        xticks_rotation=45,
-        cmap="Blues",
-        colorbar=False,
-        ax=axes,
-    )
+    matrix = confusion_matrix(labels, predictions, labels=range(len(task.label_names)))
+    display = ConfusionMatrixDisplay(matrix, display_labels=task.label_names)
+    display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=45)
     axes.set_title(title)
     figure.savefig(file, dpi=120)

@@ -37,7 +37,6 @@ from transformers import (
     pipeline,
     set_seed,
 )
-from transformers.hf_argparser import HfArg
 
 from ..data.demo_corpus import clean_source, corpus_file, installed_packages_corpus
 from ..data.tables import check_columns, find_columns, read_hub_dataset
@@ -53,26 +52,17 @@ from ..training.classification import (
     write_predictions,
 )
 from ..training.data_setup import FileArguments, check_arguments, trainer_datasets
-from ..training.model_setup import ModelArguments, make_model, make_tokenizer, parse_arguments
+from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
 from ..training.reports import format_table, write_report
 from ..training.trainers import GroupedTrainer, predict_splits, train_and_save
 
 DEFAULTS = {"output_dir": "runs/classification", "train_sampling_strategy": "group_by_length"}
 DEMO = {  # trained on chunks of the documents, evaluated on whole ones
-    "output_dir": "runs/demo",
-    "baselines": True,
-    "max_length": 6144,
-    "train_length": 512,
-    "attn_layers": ["lsh"],
-    "attention_head_size": 32,
-    "feed_forward_size": 128,
-    "num_hashes": 1,
+    "output_dir": "runs/demo", "baselines": True, "max_length": 6144, "train_length": 512,
+    "attn_layers": ["lsh"], "attention_head_size": 32, "feed_forward_size": 128, "num_hashes": 1,
     "config_overrides": "lsh_window=64,local_window=32,initializer_range=0.05",
-    "num_train_epochs": 1,
-    "per_device_train_batch_size": 4,
-    "logging_steps": 50,
-    "eval_strategy": "no",
-}
+    "num_train_epochs": 1, "per_device_train_batch_size": 4, "logging_steps": 50, "eval_strategy": "no",
+}  # fmt: skip
 PRESETS: dict[str, dict] = {
     "--model_name_or_path": {"learning_rate": 2e-4, "num_train_epochs": 3},
     "--demo": DEMO,
@@ -84,27 +74,23 @@ PRESETS: dict[str, dict] = {
 class DataArguments(FileArguments):
     """Where the texts come from."""
 
-    demo: bool = HfArg(
-        default=False, help="Complete run without a download: which installed package does a source file come from?"
+    demo: bool = option(
+        False, "Complete run without a download: which installed package does a source file come from?"
     )
-    task_name: str | None = HfArg(default=None, help="A GLUE task, read from the Hub: sst2, mnli, stsb …")
-    test_file: str | None = HfArg(default=None, help="Predicted at the end; needs no labels.")
-    text_column: str | None = HfArg(default=None, help="Default: found by its name.")
-    text_pair_column: str | None = HfArg(default=None, help="Second text, for pairs.")
-    label_column: str | None = HfArg(default=None, help="Default: found by its name.")
-    problem_type: str | None = HfArg(
-        default=None, help="Default: derived from the labels.", metadata={"choices": [SINGLE, MULTI, REGRESSION]}
+    task_name: str | None = option(None, "A GLUE task, read from the Hub: sst2, mnli, stsb …")
+    test_file: str | None = option(None, "Predicted at the end; needs no labels.")
+    text_column: str | None = option(None, "Default: found by its name.")
+    text_pair_column: str | None = option(None, "Second text, for pairs.")
+    label_column: str | None = option(None, "Default: found by its name.")
+    problem_type: str | None = option(None, "Default: derived from the labels.", choices=[SINGLE, MULTI, REGRESSION])
+    max_length: int = option(4096, "Longer texts are truncated to this many tokens.")
+    train_length: int | None = option(
+        None, "Cut the training texts into chunks of this many tokens, and still evaluate on whole ones."
     )
-    max_length: int = HfArg(default=4096, help="Longer texts are truncated to this many tokens.")
-    train_length: int | None = HfArg(
-        default=None, help="Cut the training texts into chunks of this many tokens, and still evaluate on whole ones."
-    )
-    baselines: bool = HfArg(
-        default=False, help="Also evaluate the most frequent label and TF-IDF with a linear model."
-    )
-    predict_file: str | None = HfArg(default=None, help="A text file to classify at the end.", aliases=["--classify"])
-    early_stopping_patience: int | None = HfArg(
-        default=None, help="Stop after this many evaluations without progress and keep the best model."
+    baselines: bool = option(False, "Also evaluate the most frequent label and TF-IDF with a linear model.")
+    predict_file: str | None = option(None, "A text file to classify at the end.", aliases=["--classify"])
+    early_stopping_patience: int | None = option(
+        None, "Stop after this many evaluations without progress and keep the best model."
     )
 
 
@@ -116,7 +102,7 @@ def prepare_data(args: DataArguments, model_labels: list[str] | None, seed: int)
         splits = DatasetDict({name: part for name, part in glue.items() if not name.startswith("test")})
     first = next(iter(splits))
     columns = find_columns(splits[first], args.text_column, args.text_pair_column, args.label_column)
-    task = define_task(splits[first], columns, first, args.problem_type, model_labels, args.task_name)
+    task = define_task(splits[first], columns, first, args.problem_type, model_labels)
     for split, part in splits.items():
         check_columns(part, split, columns if split != "test" else columns[:2])
         splits[split] = task.add_labels(part, split)
@@ -215,7 +201,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
             else longest_first(tokenize(part, task, tokenizer))
             for split, part in splits.items()
         }
-    metrics = Metrics(task)
+    metrics = Metrics(task, data.task_name)
     names = dict(enumerate(task.label_names or ["score"]))
     fields = {"problem_type": task.problem_type, "id2label": names, "label2id": {n: i for i, n in names.items()}}
     model = make_model(AutoModelForSequenceClassification, model_args, tokenizer, data.max_length, **fields)

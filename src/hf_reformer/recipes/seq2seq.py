@@ -34,12 +34,11 @@ from transformers import (
     Seq2SeqTrainingArguments,
     set_seed,
 )
-from transformers.hf_argparser import HfArg
 
 from ..data.tables import check_columns, read_hub_dataset, require
 from ..models.losses import IGNORE
 from ..training.data_setup import FileArguments, check_arguments, trainer_datasets
-from ..training.model_setup import ModelArguments, make_model, make_tokenizer, parse_arguments
+from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
 from ..training.reports import write_report
 from ..training.trainers import SequentialSeq2SeqTrainer, predict_splits, train_and_save
 
@@ -51,23 +50,17 @@ SMALLEST = {"max_source_length": 1, "max_target_length": 2, "generation_num_beam
 class DataArguments(FileArguments):
     """Where the pairs of texts come from."""
 
-    dataset_name: str | None = HfArg(default=None, help="A data set on the Hub.")
-    dataset_config: str | None = HfArg(default=None, help="Its configuration.")
-    source_column: str = HfArg(default="source", help="The input texts.")
-    target_column: str = HfArg(default="target", help="The texts to generate.")
-    source_language: str | None = HfArg(
-        default=None, help="Of a column `translation`, which holds a text per language."
-    )
-    target_language: str | None = HfArg(default=None, help="The language to generate.")
-    source_prefix: str = HfArg(default="", help="Put before every source.")
-    max_source_length: int = HfArg(default=4096, help="Longer sources are truncated to this many tokens.")
-    max_target_length: int = HfArg(default=256, help="Longer targets are truncated; nothing longer is generated.")
-    metric: str = HfArg(
-        default="bleu", help="bleu and chrf, or rouge.", metadata={"choices": ("bleu", "chrf", "rouge", "none")}
-    )
-    predict_file: str | None = HfArg(
-        default=None, help="A text file to generate the target of at the end.", aliases=["--write"]
-    )
+    dataset_name: str | None = option(None, "A data set on the Hub.")
+    dataset_config: str | None = option(None, "Its configuration.")
+    source_column: str = option("source", "The input texts.")
+    target_column: str = option("target", "The texts to generate.")
+    source_language: str | None = option(None, "Of a column `translation`, which holds a text per language.")
+    target_language: str | None = option(None, "The language to generate.")
+    source_prefix: str = option("", "Put before every source.")
+    max_source_length: int = option(4096, "Longer sources are truncated to this many tokens.")
+    max_target_length: int = option(256, "Longer targets are truncated; nothing longer is generated.")
+    metric: str = option("bleu", "bleu and chrf, or rouge.", choices=("bleu", "chrf", "rouge", "none"))
+    predict_file: str | None = option(None, "A text file to generate the target of at the end.", aliases=["--write"])
 
 
 def load_pairs(args: DataArguments, seed: int) -> DatasetDict:

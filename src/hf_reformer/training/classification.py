@@ -39,7 +39,6 @@ class Task:
     columns: Columns
     problem_type: str
     label_names: list[str] = field(default_factory=list)
-    glue: str | None = None
 
     def texts(self, examples: Any) -> list[list[str]]:
         """The texts of all examples, and their second texts if they are pairs; "" where one is missing."""
@@ -105,12 +104,7 @@ def read_label_names(dataset: Dataset, columns: Columns, split: str) -> list[lis
 
 
 def define_task(
-    dataset: Dataset,
-    columns: Columns,
-    split: str,
-    problem_type: str | None = None,
-    model_labels: list[str] | None = None,
-    glue: str | None = None,
+    dataset: Dataset, columns: Columns, split: str, problem_type: str | None, model_labels: list[str] | None
 ) -> Task:
     """Derive the kind of task from the labels: floats mean regression, lists mean several labels per text.
 
@@ -122,7 +116,7 @@ def define_task(
         is_float = str(getattr(feature, "dtype", "")).startswith(("float", "double"))
         problem_type = MULTI if hasattr(feature, "feature") else REGRESSION if is_float else SINGLE
     if problem_type == REGRESSION:
-        return Task(columns, problem_type, glue=glue)
+        return Task(columns, problem_type)
 
     def numbers_first(name: str) -> tuple[bool, int, str]:
         return (not name.isdigit(), int(name) if name.isdigit() else 0, name)
@@ -133,15 +127,15 @@ def define_task(
         names = model_labels
     if len(names) < 2:
         raise ValueError(f"All {len(labels)} rows of the {split} data have the same label, {names}: nothing to learn.")
-    return Task(columns, problem_type, list(names), glue)
+    return Task(columns, problem_type, list(names))
 
 
 class Metrics:
-    """`compute_metrics` for the Trainer, with the metrics of the task."""
+    """`compute_metrics` for the Trainer, with the metrics of a GLUE task, or of the kind of task."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, glue: str | None) -> None:
         self.task = task
-        self.options = METRICS.get(task.glue, METRICS[task.problem_type])
+        self.options = METRICS.get(glue, METRICS[task.problem_type])
         self.modules = {name: evaluate.load(METRIC_MODULE, name, keep_in_memory=True) for name in self.options}
 
     def score(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:

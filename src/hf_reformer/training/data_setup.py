@@ -7,11 +7,10 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 from transformers import TrainingArguments
-from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from ..data.tables import hold_out, read_examples
-from .model_setup import ModelArguments
+from .model_setup import ModelArguments, option
 
 logger = logging.get_logger(__name__)
 
@@ -20,17 +19,15 @@ logger = logging.get_logger(__name__)
 class FileArguments:
     """Files of examples, and how many of them to use. A recipe adds options of its own."""
 
-    train_file: str | None = HfArg(
-        default=None, help="csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label."
+    train_file: str | None = option(
+        None, "csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label."
     )
-    validation_file: str | None = HfArg(default=None, help="Default: a part of the training data.")
-    test_file: str | None = HfArg(default=None, help="Predicted at the end.")
-    max_train_samples: int | None = HfArg(default=None, help="Use at most this many training examples.")
-    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on at most this many examples.")
-    validation_fraction: float = HfArg(
-        default=0.1, help="Part of the training data to evaluate on, without a --validation_file."
-    )
-    predict_file: str | None = HfArg(default=None, help="A text file to predict at the end.")
+    validation_file: str | None = option(None, "Default: a part of the training data.")
+    test_file: str | None = option(None, "Predicted at the end.")
+    max_train_samples: int | None = option(None, "Use at most this many training examples.")
+    max_eval_samples: int | None = option(None, "Evaluate on at most this many examples.")
+    validation_fraction: float = option(0.1, "Part of the training data to evaluate on, without a --validation_file.")
+    predict_file: str | None = option(None, "A text file to predict at the end.")
 
     def read_files(self, texts: Sequence[str] = ()) -> DatasetDict:
         """The splits that have a file. `texts`: columns of strings, as for `read_examples`."""
@@ -58,7 +55,7 @@ def check_arguments(
     model: ModelArguments,
     args: TrainingArguments,
     sources: Sequence[str],
-    smallest: Mapping[str, int],
+    smallest: dict[str, int],
 ) -> bool:
     """Whether there is data; if not, a saved model predicts a file. To be called before anything is read.
 

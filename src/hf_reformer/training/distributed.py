@@ -1,6 +1,7 @@
 """Training on several devices with accelerate and the Trainer: precision under FSDP2, sequence parallelism."""
 
 from collections.abc import Iterator, Sized
+from itertools import chain, cycle, islice
 from typing import Any
 
 import torch
@@ -40,11 +41,8 @@ class RepeatedBatches(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         indices = list(self.sampler)
         for start in range(0, len(indices), self.batch_size):
-            batch = indices[start : start + self.batch_size]
-            while len(batch) < self.batch_size:
-                batch += indices[: self.batch_size - len(batch)]
-            for _ in range(self.times):
-                yield from batch
+            batch = list(islice(chain(indices[start:], cycle(indices)), self.batch_size))
+            yield from batch * self.times
 
 
 class SequenceParallelTrainer(Trainer):

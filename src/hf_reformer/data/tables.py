@@ -133,7 +133,7 @@ def find_columns(
 def check_columns(dataset: "Dataset", split: str, names: Iterable[str | None], advice: str = "") -> None:
     """Raise ValueError unless the dataset has all columns that are named."""
     if missing := [name for name in names if name is not None and name not in dataset.column_names]:
-        raise ValueError(f"The {split} data has no column {missing}; its columns are {dataset.column_names}.{advice}")
+        raise ValueError(f"The {split} data has no column {missing}; its columns are {dataset.column_names}. {advice}")
 
 
 def hold_out(dataset: "Dataset", label_column: str | None, fraction: float, seed: int) -> "DatasetDict":

@@ -51,7 +51,7 @@ from ..training.classification import (
     draw_confusion_matrix,
     write_predictions,
 )
-from ..training.data_setup import FileArguments, check_arguments, trainer_datasets
+from ..training.data_setup import FileArguments, trainer_datasets
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
 from ..training.reports import format_table, write_report
 from ..training.trainers import GroupedTrainer, predict_splits, train_and_save
@@ -73,6 +73,9 @@ PRESETS: dict[str, dict] = {
 @dataclass
 class DataArguments(FileArguments):
     """Where the texts come from."""
+
+    sources = ("demo", "task_name")
+    smallest = {"max_length": 1}
 
     demo: bool = option(
         False, "Complete run without a download: which installed package does a source file come from?"
@@ -230,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, TrainingArguments)
     data, model_args, args = parse_arguments("classification", __doc__, classes, arguments, DEFAULTS, PRESETS)
-    has_data = check_arguments(data, model_args, args, ("demo", "task_name"), {"max_length": 1})
+    has_data = data.check(model_args, args)
     trained = has_data and run(data, model_args, args)
     if data.predict_file is not None and args.process_index == 0:
         folder = args.output_dir if trained else model_args.model_name_or_path

@@ -37,18 +37,20 @@ from transformers import (
 
 from ..data.tables import check_columns, read_hub_dataset, require
 from ..models.losses import IGNORE
-from ..training.data_setup import FileArguments, check_arguments, trainer_datasets
+from ..training.data_setup import FileArguments, trainer_datasets
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
 from ..training.reports import write_report
 from ..training.trainers import SequentialSeq2SeqTrainer, predict_splits, train_and_save
 
 DEFAULTS = {"output_dir": "runs/seq2seq", "predict_with_generate": True}
-SMALLEST = {"max_source_length": 1, "max_target_length": 2, "generation_num_beams": 1, "generation_max_length": 2}
 
 
 @dataclass
 class DataArguments(FileArguments):
     """Where the pairs of texts come from."""
+
+    sources = ("dataset_name",)
+    smallest = {"max_source_length": 1, "max_target_length": 2, "generation_num_beams": 1, "generation_max_length": 2}
 
     dataset_name: str | None = option(None, "A data set on the Hub.")
     dataset_config: str | None = option(None, "Its configuration.")
@@ -79,10 +81,8 @@ def select_columns(dataset: Dataset, args: DataArguments, split: str) -> Dataset
     translations = "translation" in dataset.column_names and all(names)
     if not translations:
         names = args.source_column, args.target_column
-        check_columns(
-            dataset, split, names,
-            " Name them with --source_column and --target_column, or give --source_language and --target_language.",
-        )  # fmt: skip
+        advice = "Name them with --source_column and --target_column, or give --source_language and --target_language."
+        check_columns(dataset, split, names, advice)
 
     def select(row: dict, index: int) -> dict[str, str]:
         cells = [((row["translation"] or {}) if translations else row).get(name) for name in names]
@@ -202,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, Seq2SeqTrainingArguments)
     data, model_args, args = parse_arguments("seq2seq", __doc__, classes, arguments, DEFAULTS)
-    has_data = check_arguments(data, model_args, args, ("dataset_name",), SMALLEST)
+    has_data = data.check(model_args, args)
     if not has_data:
         check_trained(model_args.model_name_or_path)
     elif args.predict_with_generate and data.metric != "none":

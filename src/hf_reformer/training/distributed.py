@@ -60,6 +60,8 @@ class SequenceParallelTrainer(Trainer):
     """
 
     sequence_group: Any = None
+    # In evaluation every process has all results: nothing is gathered, whatever the Trainer sets.
+    gather_function = property(lambda self: lambda results: results, lambda self, value: None)
 
     def __init__(self, *args: Any, sequence_parallel_size: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -97,15 +99,6 @@ class SequenceParallelTrainer(Trainer):
             return super()._get_dataloader(dataset, description, batch_size, repeated, is_training, dataloader_key)
         collate = self._get_collator_with_removed_columns(self.data_collator, description=description)
         return DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
-
-    @property
-    def gather_function(self) -> Any:
-        """In evaluation every process has all results."""
-        return lambda results: results
-
-    @gather_function.setter
-    def gather_function(self, value: Any) -> None:
-        pass
 
 
 __all__ = ["RepeatedBatches", "SequenceParallelTrainer", "fsdp_policy"]

@@ -118,11 +118,5 @@ class LanguageModelTrainer(Trainer):
 class SequentialSeq2SeqTrainer(SequentialEvalMixin, Seq2SeqTrainer):
     """A Seq2SeqTrainer whose predictions are in the order of the data, each once."""
 
-    @property
-    def gather_function(self) -> Any:
-        """Drops the duplicates that fill the last batch of several processes; Seq2SeqTrainer would keep them."""
-        return self.accelerator.gather_for_metrics
-
-    @gather_function.setter
-    def gather_function(self, value: Any) -> None:
-        pass
+    # Drops the duplicates that fill the last batch of several processes; Seq2SeqTrainer would set one that keeps them.
+    gather_function = property(lambda self: self.accelerator.gather_for_metrics, lambda self, value: None)

@@ -121,7 +121,7 @@ def run_convert(args: argparse.Namespace) -> None:
     from ..hub.convert import convert
     from ..hub.model_folder import quiet
 
-    options = {"kind": args.kind, "to": args.to, "head": args.head, "attention_mode": args.attention_mode}
+    options = {name: getattr(args, name) for name in ("kind", "to", "head", "attention_mode")}
     options |= {"fields": json_fields(args.fields), "lm_bias": not args.no_lm_bias}
     with quiet():
         notes = convert(args.source, args.output, **options)
@@ -181,9 +181,8 @@ def check_utf8(text: str, name: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} is not UTF-8: byte {text[error.start].encode(errors='surrogateescape')!r}."
-        ) from error
+        byte = text[error.start].encode(errors="surrogateescape")
+        raise ValueError(f"{name} is not UTF-8: byte {byte!r}.") from error
 
 
 def positive(text: str) -> int:
@@ -219,10 +218,8 @@ def make_parser() -> argparse.ArgumentParser:
         subparser.set_defaults(run=run)
         return subparser
 
-    recipes = "\n".join(f"  {name:16} {summary}" for name, summary in RECIPES.items())
-    train = command(
-        "train", run_train, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"recipes:\n{recipes}"
-    )
+    recipes = "recipes:\n" + "\n".join(f"  {name:16} {summary}" for name, summary in RECIPES.items())
+    train = command("train", run_train, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=recipes)
     train.add_argument("recipe", nargs="?", choices=RECIPES, metavar="RECIPE", help="one of the recipes below")
     train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the options of the recipe")
     generate = command("generate", run_generate, parents=[shared])

@@ -36,18 +36,10 @@ def write_report(trainer: Trainer, scores: dict[str, Any], summary: str, dataset
         trained = trainer.state.global_step > 0
         if trained:
             trainer.save_state()  # again, with the last evaluation
-        card = model_card(
-            trainer.accelerator.unwrap_model(trainer.model),
-            str(folder),
-            tokenizer,
-            trainer.state,
-            with_code=False,
-            dataset_name=dataset,
-            training=extract_hyperparameters_from_trainer(trainer) if trained else None,
-            notes=f"## Scores\n\n{summary}",
-            **metadata,
-        )
-        card.save(folder / "README.md")
+        metadata |= {"training": extract_hyperparameters_from_trainer(trainer) if trained else None}
+        metadata |= {"dataset_name": dataset, "notes": f"## Scores\n\n{summary}", "with_code": False}
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        model_card(model, str(folder), tokenizer, trainer.state, **metadata).save(folder / "README.md")
     print(f"\n{summary}\n\nThe results are in {folder}/")
     for pattern, content in CONTENTS.items():
         if names := ", ".join(sorted(file.name for file in folder.glob(pattern))):

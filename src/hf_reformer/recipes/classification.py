@@ -51,10 +51,10 @@ from ..training.classification import (
     draw_confusion_matrix,
     write_predictions,
 )
-from ..training.data_setup import FileArguments, trainer_datasets
+from ..training.data_setup import FileArguments
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
 from ..training.reports import format_table, write_report
-from ..training.trainers import GroupedTrainer, predict_splits, train_and_save
+from ..training.trainers import GroupedTrainer, build_trainer, predict_splits, train_and_save
 
 DEFAULTS = {"output_dir": "runs/classification", "train_sampling_strategy": "group_by_length"}
 DEMO = {  # trained on chunks of the documents, evaluated on whole ones
@@ -209,15 +209,9 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     fields = {"problem_type": task.problem_type, "id2label": names, "label2id": {n: i for i, n in names.items()}}
     model = make_model(AutoModelForSequenceClassification, model_args, tokenizer, data.max_length, **fields)
     patience = data.early_stopping_patience
-    trainer = GroupedTrainer(
-        model=model,
-        args=args,
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=metrics,
-        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
-        **trainer_datasets(encoded),
-    )
+    options = {"data_collator": DataCollatorWithPadding(tokenizer), "compute_metrics": metrics}
+    options |= {"callbacks": [EarlyStoppingCallback(patience)] if patience else None}
+    trainer = build_trainer(GroupedTrainer, model, args, tokenizer, encoded, **options)
     counts = ", ".join(f"{split} {len(part)}" for split, part in splits.items())
     mean = np.mean(next(iter(encoded.values()))["length"])
     labels = task.label_names or task.problem_type

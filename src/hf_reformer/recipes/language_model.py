@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -53,7 +52,7 @@ from ..data.packing import (
 from ..training.bits_per_byte import BitsPerByte, compressor_baselines
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
 from ..training.reports import draw_learning_curve, format_table, write_report
-from ..training.trainers import LanguageModelTrainer, train_and_save
+from ..training.trainers import LanguageModelTrainer, build_trainer, train_and_save
 
 logger = logging.get_logger(__name__)
 
@@ -165,31 +164,24 @@ def run(texts: TextArguments, model_args: ModelArguments, args: TrainingArgument
         tokenizer = make_tokenizer(model_args, first_texts(stream()) if texts.streaming else train, max_length)
         if tokenizer.pad_token is None:
             tokenizer.pad_token_id = separator(tokenizer)
-        dataset: Dataset | IterableDataset | None = None
-        amount = "streamed" if texts.streaming else "none"
+        splits, amount = {}, "none"
         if texts.streaming:
-            dataset = packed_stream(stream, tokenizer, length, args.seed)
+            splits["train"], amount = packed_stream(stream, tokenizer, length, args.seed), "streamed"
         elif train:
-            dataset = packed_dataset([[text] for text in train], tokenizer, length)
-            amount = f"{len(dataset):,} sequences of {length} tokens"
+            splits["train"] = packed_dataset([[text] for text in train], tokenizer, length)
+            amount = f"{len(splits['train']):,} sequences of {length} tokens"
         if texts.masked:
-            windows = masked_windows(held_out, tokenizer, eval_length, texts.mlm_probability, args.seed)
+            share = texts.mlm_probability
+            splits["validation"] = masked_windows(held_out, tokenizer, eval_length, share, args.seed)
+            collator: Any = DataCollatorForLanguageModeling(tokenizer, mlm_probability=share)
         else:
-            windows = scoring_windows(held_out, tokenizer, eval_length, texts.eval_context)
-    auto_class: Any = AutoModelForMaskedLM if texts.masked else AutoModelForCausalLM
-    collator: Any = causal_lm_collator
-    if texts.masked:
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=texts.mlm_probability)
+            splits["validation"] = scoring_windows(held_out, tokenizer, eval_length, texts.eval_context)
+            collator = causal_lm_collator
     metric = BitsPerByte(held_out, tokenizer, texts.masked)
-    trainer = LanguageModelTrainer(
-        model=make_model(auto_class, model_args, tokenizer, max_length, is_decoder=not texts.masked),
-        args=args,
-        train_dataset=dataset,
-        eval_dataset=windows,
-        processing_class=tokenizer,
-        data_collator=collator,
-        compute_metrics=metric,
-    )
+    auto_class: Any = AutoModelForMaskedLM if texts.masked else AutoModelForCausalLM
+    model = make_model(auto_class, model_args, tokenizer, max_length, is_decoder=not texts.masked)
+    options = {"data_collator": collator, "compute_metrics": metric}
+    trainer = build_trainer(LanguageModelTrainer, model, args, tokenizer, splits, **options)
     size = f"{metric.num_bytes:,} bytes in {metric.num_tokens:,} tokens"
     train_and_save(trainer, f"Training texts: {amount}; validation: {size}.")
     scores = {"Reformer": trainer.evaluate()[f"eval_{metric.name}"]}

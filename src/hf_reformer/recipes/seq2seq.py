@@ -37,10 +37,10 @@ from transformers import (
 
 from ..data.tables import check_columns, read_hub_dataset, require
 from ..models.losses import IGNORE
-from ..training.data_setup import FileArguments, trainer_datasets
+from ..training.data_setup import FileArguments
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
 from ..training.reports import write_report
-from ..training.trainers import SequentialSeq2SeqTrainer, predict_splits, train_and_save
+from ..training.trainers import SequentialSeq2SeqTrainer, build_trainer, predict_splits, train_and_save
 
 DEFAULTS = {"output_dir": "runs/seq2seq", "predict_with_generate": True}
 
@@ -145,15 +145,9 @@ def make_trainer(
     def compute_metrics(output: EvalPrediction) -> dict[str, float]:
         return score(data.metric, decode(output.predictions, tokenizer), decode(output.label_ids, tokenizer))
 
-    trainer = SequentialSeq2SeqTrainer(
-        model=model,
-        args=args,
-        processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
-        compute_metrics=compute_metrics if args.predict_with_generate else None,
-        **trainer_datasets(encoded),
-    )
-    return trainer, encoded
+    options: dict[str, Any] = {"data_collator": DataCollatorForSeq2Seq(tokenizer, model=model)}
+    options |= {"compute_metrics": compute_metrics if args.predict_with_generate else None}
+    return build_trainer(SequentialSeq2SeqTrainer, model, args, tokenizer, encoded, **options), encoded
 
 
 def run(data: DataArguments, model_args: ModelArguments, args: Seq2SeqTrainingArguments) -> bool:

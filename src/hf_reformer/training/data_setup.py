@@ -1,11 +1,11 @@
 """What a recipe reads: options for its data, their checks, the splits of files, and what is held out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from datasets import Dataset, DatasetDict
+from datasets import DatasetDict
 from transformers import TrainingArguments
 from transformers.utils import logging
 
@@ -75,11 +75,3 @@ class FileArguments:
             if limit is not None and limit < len(dataset):
                 splits[split] = dataset.shuffle(seed=seed).select(range(limit))
         return splits
-
-
-def trainer_datasets(encoded: Mapping[str, Dataset]) -> dict[str, Any]:
-    """`train_dataset` and `eval_dataset` of a Trainer; the latter is a dictionary if there are several."""
-    evaluated = {split: part for split, part in encoded.items() if split.startswith("validation")}
-    evaluated = evaluated or {split: part for split, part in encoded.items() if split != "train"}
-    eval_dataset = evaluated if len(evaluated) > 1 else next(iter(evaluated.values()), None)
-    return {"train_dataset": encoded.get("train"), "eval_dataset": eval_dataset}

@@ -22,6 +22,17 @@ def force_cpu_backend() -> None:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
+def build_trainer(
+    trainer_class: Any, model: Any, args: Any, tokenizer: Any, splits: Mapping[str, Any], **options: Any
+) -> Any:
+    """A Trainer of the split `train` that evaluates the validation splits, or all others if there are none."""
+    evaluated = {split: part for split, part in splits.items() if split.startswith("validation")}
+    evaluated = evaluated or {split: part for split, part in splits.items() if split != "train"}
+    options["train_dataset"] = splits.get("train")
+    options["eval_dataset"] = evaluated if len(evaluated) > 1 else next(iter(evaluated.values()), None)
+    return trainer_class(model=model, args=args, processing_class=tokenizer, **options)
+
+
 def train_and_save(trainer: Trainer, data_summary: str) -> None:
     """Print what is trained. With training data, train, then save the model, its tokenizer and the metrics."""
     model: Any = trainer.model

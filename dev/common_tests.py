@@ -83,19 +83,10 @@ class Tester:
 
     def get_config(self) -> ReformerConfig:
         return ReformerConfig(
-            vocab_size=self.vocab_size,
-            hidden_size=self.hidden_size,
-            attn_layers=self.layers,
-            num_attention_heads=self.num_attention_heads,
-            attention_head_size=8,
-            feed_forward_size=37,
-            local_window=4,
-            lsh_window=4,
-            num_buckets=4,
-            max_position_embeddings=64,
-            hidden_dropout_prob=0.1,
-            is_decoder=self.is_decoder,
-        )
+            vocab_size=self.vocab_size, hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads,
+            attention_head_size=8, feed_forward_size=37, attn_layers=self.layers, local_window=4, lsh_window=4,
+            num_buckets=4, max_position_embeddings=64, hidden_dropout_prob=0.1, is_decoder=self.is_decoder,
+        )  # fmt: skip
 
     def prepare_config_and_inputs_for_common(self) -> tuple[ReformerConfig, dict[str, torch.Tensor]]:
         shape = [self.batch_size, self.seq_length]

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from unittest import mock
 
@@ -64,20 +65,13 @@ class Needs(NamedTuple):
         return self.stack > allowed or self.shared > SHARED_LIMIT
 
 
-class Absent:
+def absent_driver(arch: int) -> SimpleNamespace:
     """Stands for the driver of a GPU that is not there."""
-
-    def __init__(self, arch: int):
-        self.arch = arch
-
-    def get_current_device(self) -> int:
-        return self.arch  # compiled kernels are kept by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+    return SimpleNamespace(
+        get_current_device=lambda: arch,  # compiled kernels are kept by device
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+    )
 
 
 def launches_of(case: Case, kernels: list[str]) -> Iterator[tuple[str, dict, Needs]]:
@@ -104,7 +98,7 @@ def launches_of(case: Case, kernels: list[str]) -> Iterator[tuple[str, dict, Nee
 
         return run
 
-    triton.runtime.driver.set_active(Absent(case.arch))
+    triton.runtime.driver.set_active(absent_driver(case.arch))
     with mock.patch.object(JITFunction, "__getitem__", compile_instead):
         launch_args = launch.prepare(args)
         out, row_max, row_sum, mass = launch.run_forward(launch_args)

@@ -12,6 +12,7 @@ output is a run; the last lines are means over seeds.
 """
 
 import argparse
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,21 +86,17 @@ class Documents:
         return {**encoded, "labels": torch.tensor(rows["label"])}
 
 
-def make_model(task: Majority | Documents, weight: float, arguments: argparse.Namespace) -> Any:
+def train(task: Majority | Documents, seed: int, weight: float, arguments: argparse.Namespace) -> Any:
+    """Train one model."""
+    torch.manual_seed(seed)
     config = ReformerConfig(
         vocab_size=task.vocab_size, pad_token_id=task.pad_token_id, hidden_size=64, num_attention_heads=2,
         attention_head_size=32, feed_forward_size=128, attn_layers=arguments.attn_layers, is_decoder=task.is_decoder,
         max_position_embeddings=arguments.length, lsh_window=arguments.window, local_window=arguments.window,
         hidden_dropout_prob=0.0, coverage_loss_weight=weight, initializer_range=arguments.initializer_range,
+        num_labels=task.num_labels,
     )  # fmt: skip
-    config.num_labels = task.num_labels
-    return ReformerForSequenceClassification(config)
-
-
-def train(task: Majority | Documents, seed: int, weight: float, arguments: argparse.Namespace) -> Any:
-    """Train one model."""
-    torch.manual_seed(seed)
-    model = make_model(task, weight, arguments).train()
+    model = ReformerForSequenceClassification(config).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _, batch in zip(range(arguments.steps), task.training(seed), strict=False):
         loss = model(**batch).loss
@@ -109,32 +106,31 @@ def train(task: Majority | Documents, seed: int, weight: float, arguments: argpa
     return model.eval()
 
 
+@torch.no_grad()
 def evaluate(model: Any, task: Majority | Documents) -> dict[str, float]:
     """Means over the validation examples."""
-    results = [(len(batch["labels"]), evaluate_batch(model, batch)) for batch in task.validation()]
-    total = sum(size for size, _ in results)
-    return {name: sum(size * result[name] for size, result in results) / total for name in results[0][1]}
-
-
-@torch.no_grad()
-def evaluate_batch(model: Any, batch: Batch) -> dict[str, float]:
-    out = model(**batch, output_coverage=False)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    mass = attention_mass_by_layer(model, **inputs)
-    return {
-        "task loss": out.loss.item(),
-        "accuracy": (out.logits.argmax(-1) == batch["labels"]).double().mean().item(),
-        "tokens reached": covered_fraction(mass, inputs["attention_mask"]).mean().item(),
-        "entropy": mass_entropy(mass, inputs["attention_mask"]).mean().item(),
-    }
+    sums: Counter[str] = Counter()
+    for batch in task.validation():
+        out = model(**batch, output_coverage=False)
+        mask, labels = batch["attention_mask"], batch["labels"]
+        mass = attention_mass_by_layer(model, batch["input_ids"], attention_mask=mask)
+        means = {
+            "task loss": out.loss,
+            "accuracy": (out.logits.argmax(-1) == labels).double().mean(),
+            "tokens reached": covered_fraction(mass, mask).mean(),
+            "entropy": mass_entropy(mass, mask).mean(),
+        }
+        sums.update({name: len(labels) * mean.item() for name, mean in means.items()}, examples=len(labels))
+    examples = sums.pop("examples")
+    return {name: total / examples for name, total in sums.items()}
 
 
 def mass_percentiles(model: Any, batch: Batch) -> torch.Tensor:
     """Attention mass of tokens over the uniform share: percentiles 0 to 100, means over layers and sequences."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    curves = []
-    for mass, mask in zip(attention_mass_by_layer(model, **inputs).unbind(1), inputs["attention_mask"], strict=True):
-        real = mass[:, mask.bool()].float()  # (layers, tokens)
+    masks, curves = batch["attention_mask"].bool(), []
+    masses = attention_mass_by_layer(model, batch["input_ids"], attention_mask=batch["attention_mask"])
+    for mass, mask in zip(masses.unbind(1), masks, strict=True):
+        real = mass[:, mask].float()  # (layers, tokens)
         curves.append(torch.quantile(real * real.shape[1], torch.linspace(0, 1, 101), dim=1).mean(1))
     return torch.stack(curves).mean(0)
 

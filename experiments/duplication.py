@@ -38,27 +38,15 @@ class Arguments:
 
 
 def make_model(args: Arguments) -> ReformerForCausalLM:
-    chunked = args.attention_mode == "chunk"
     config = ReformerConfig(
-        vocab_size=args.symbols + 1,
-        attn_layers=["lsh"],
-        attention_mode=args.attention_mode,
-        hidden_size=args.hidden_size,
-        num_attention_heads=args.num_attention_heads,
-        attention_head_size=args.hidden_size // args.num_attention_heads,
-        feed_forward_size=2 * args.hidden_size,
-        num_hashes=args.num_hashes,
-        num_buckets=args.num_buckets or (16 if chunked else 8),
-        lsh_window=args.window,
-        lsh_include_local=False,
-        lsh_attn_chunk_length=args.chunk,
-        hidden_dropout_prob=0.0,
-        max_position_embeddings=args.length,
-        position_embedding_type="learned",
-        is_decoder=True,
-        pad_token_id=None,
-        eos_token_id=None,
-    )
+        vocab_size=args.symbols + 1, attn_layers=["lsh"], attention_mode=args.attention_mode,
+        hidden_size=args.hidden_size, num_attention_heads=args.num_attention_heads,
+        attention_head_size=args.hidden_size // args.num_attention_heads, feed_forward_size=2 * args.hidden_size,
+        num_hashes=args.num_hashes, num_buckets=args.num_buckets or (16 if args.attention_mode == "chunk" else 8),
+        lsh_window=args.window, lsh_include_local=False, lsh_attn_chunk_length=args.chunk, hidden_dropout_prob=0.0,
+        max_position_embeddings=args.length, position_embedding_type="learned", is_decoder=True,
+        pad_token_id=None, eos_token_id=None,
+    )  # fmt: skip
     return ReformerForCausalLM(config)
 
 

@@ -57,20 +57,12 @@ def read_bytes(length: int) -> torch.Tensor:
 
 def make_model(args: Arguments) -> ReformerForCausalLM:
     config = ReformerConfig(
-        vocab_size=256,
-        num_hidden_layers=args.layers,
-        hidden_size=args.hidden_size,
-        num_attention_heads=max(1, args.hidden_size // 64),
-        feed_forward_size=args.feed_forward_size,
-        num_hashes=args.num_hashes,
-        max_position_embeddings=args.length,
-        chunk_size_feed_forward=args.chunk_size_feed_forward,
-        residual_precision=args.residual_precision,
-        hidden_dropout_prob=0.0,
-        is_decoder=True,
-        pad_token_id=None,
-        eos_token_id=None,
-    )
+        vocab_size=256, num_hidden_layers=args.layers, hidden_size=args.hidden_size, num_hashes=args.num_hashes,
+        num_attention_heads=max(1, args.hidden_size // 64), feed_forward_size=args.feed_forward_size,
+        max_position_embeddings=args.length, chunk_size_feed_forward=args.chunk_size_feed_forward,
+        residual_precision=args.residual_precision, hidden_dropout_prob=0.0, is_decoder=True,
+        pad_token_id=None, eos_token_id=None,
+    )  # fmt: skip
     return ReformerForCausalLM(config)
 
 

@@ -27,7 +27,7 @@ TINY = [
 
 def parse(argv):
     classes = recipe.DataArguments, ModelArguments, Seq2SeqTrainingArguments
-    return parse_arguments(classes, argv, recipe.DEFAULTS, {})
+    return parse_arguments("seq2seq", None, classes, argv, recipe.DEFAULTS)
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_texts_are_evaluated_in_their_own_order(files):
     options = ["--train_file", str(files / "train.csv"), "--source_column", "document", "--target_column", "summary"]
     by_length = ["--train_sampling_strategy", "group_by_length", "--output_dir", str(files / "out")]
     data, model, args = parse([*TINY, *options, *by_length])
-    trainer = recipe.make_trainer(recipe.load_pairs(data, args.seed), data, model, args)
+    trainer, _ = recipe.make_trainer(recipe.load_pairs(data, args.seed), data, model, args)
     rows = [
         row[row >= 0].tolist()
         for batch in trainer.get_test_dataloader(trainer.eval_dataset)

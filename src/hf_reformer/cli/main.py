@@ -22,28 +22,22 @@ def run_train(args: argparse.Namespace) -> None:
     load_recipe(args.recipe).main(args.arguments)
 
 
-def load(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The model and the tokenizer."""
-    from .text_generation import load
-
-    return load(args.model, args.device, args.dtype, args.trust_remote_code)
-
-
-def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options for `text_generation.generate`."""
+def load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """The model, its tokenizer, and the options for `text_generation.generate`."""
     from transformers import set_seed
 
+    from .text_generation import load
+
+    greedy = args.greedy or args.temperature == 0
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    unused = [name for name in sampling if args.greedy or (name != "temperature" and args.temperature == 0)]
-    if unused:
+    if unused := [name for name in sampling if args.greedy or (name != "temperature" and greedy)]:
         raise ValueError(f"--greedy always takes the most likely token. Leave out --{', --'.join(unused)}.")
+    options = {"max_new_tokens": args.max_new_tokens, "stream": not args.no_stream, "do_sample": not greedy}
+    options |= {} if greedy else sampling
+    options |= {"prefill_chunk_size": args.prefill_chunk_size} if args.prefill_chunk_size else {}
     if args.seed is not None:
         set_seed(args.seed)
-    greedy = args.greedy or args.temperature == 0
-    options = {"max_new_tokens": args.max_new_tokens, "stream": not args.no_stream, "do_sample": not greedy}
-    if args.prefill_chunk_size is not None:
-        options["prefill_chunk_size"] = args.prefill_chunk_size
-    return options if greedy else options | sampling
+    return *load(args.model, args.device, args.dtype, args.trust_remote_code), options
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -54,16 +48,12 @@ def run_generate(args: argparse.Namespace) -> None:
     """
     from .text_generation import generate, prompt_ids, special_ids
 
-    options = generation_options(args)
-    model, tokenizer = load(args)
+    model, tokenizer, options = load(args)
     text = args.prompt
-    if text is None:
-        text = (
-            Path(args.prompt_file).read_bytes().decode(errors="surrogateescape")
-            if args.prompt_file
-            else sys.stdin.read()
-        )
-        text = text.removesuffix("\n")
+    if args.prompt_file:
+        text = Path(args.prompt_file).read_bytes().decode(errors="surrogateescape").removesuffix("\n")
+    elif text is None:
+        text = sys.stdin.read().removesuffix("\n")
     check_utf8(text, args.prompt_file or "The prompt")
     ids = prompt_ids(model, tokenizer, text, bos=not args.no_bos)
     options |= special_ids(model, tokenizer, None if args.no_bos else tokenizer.bos_token_id)
@@ -80,8 +70,7 @@ def run_chat(args: argparse.Namespace) -> None:
     """
     from .text_generation import Conversation, special_ids
 
-    options = generation_options(args)
-    model, tokenizer = load(args)
+    model, tokenizer, options = load(args)
     check_utf8(args.system or "", "--system")
     conversation = Conversation(model, tokenizer, args.system, **special_ids(model, tokenizer), **options)
     terminal = sys.stdin.isatty()
@@ -132,7 +121,7 @@ def run_convert(args: argparse.Namespace) -> None:
     from ..hub.convert import convert
     from ..hub.model_folder import quiet
 
-    options = {"kind": args.kind, "to": args.to, "head": args.head, "attention_mode": args.attention_mode}
+    options = {name: getattr(args, name) for name in ("kind", "to", "head", "attention_mode")}
     options |= {"fields": json_fields(args.fields), "lm_bias": not args.no_lm_bias}
     with quiet():
         notes = convert(args.source, args.output, **options)
@@ -192,9 +181,8 @@ def check_utf8(text: str, name: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} is not UTF-8: byte {text[error.start].encode(errors='surrogateescape')!r}."
-        ) from error
+        byte = text[error.start].encode(errors="surrogateescape")
+        raise ValueError(f"{name} is not UTF-8: byte {byte!r}.") from error
 
 
 def positive(text: str) -> int:
@@ -230,10 +218,8 @@ def make_parser() -> argparse.ArgumentParser:
         subparser.set_defaults(run=run)
         return subparser
 
-    recipes = "\n".join(f"  {name:16} {summary}" for name, summary in RECIPES.items())
-    train = command(
-        "train", run_train, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=f"recipes:\n{recipes}"
-    )
+    recipes = "recipes:\n" + "\n".join(f"  {name:16} {summary}" for name, summary in RECIPES.items())
+    train = command("train", run_train, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=recipes)
     train.add_argument("recipe", nargs="?", choices=RECIPES, metavar="RECIPE", help="one of the recipes below")
     train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the options of the recipe")
     generate = command("generate", run_generate, parents=[shared])

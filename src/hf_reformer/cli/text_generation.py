@@ -42,9 +42,7 @@ def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code
             f"{saved}; only causal language models generate."
         )
     if set(tokenizer.get_vocab()) <= {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}:
-        raise ValueError(
-            f"{name} has no tokenizer. Save the model's tokenizer there: `tokenizer.save_pretrained(folder)`."
-        )
+        raise ValueError(f"{name} has no tokenizer. Save the model's there: `tokenizer.save_pretrained(folder)`.")
     if device == "auto":
         device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
     try:
@@ -91,15 +89,9 @@ def generate(
             "(`max_position_embeddings`), so none is left for new ones. Shorten the text, or begin a new conversation."
         )
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    options |= {"max_new_tokens": min(capacity, max_new_tokens), "streamer": streamer, "return_dict_in_generate": True}
     input_ids = torch.tensor([ids], device=model.device)
-    out = model.generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=min(capacity, max_new_tokens),
-        streamer=streamer,
-        return_dict_in_generate=True,
-        **options,
-    )
+    out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
     new = out.sequences[:, len(ids) :]
     if not stream:
         print("\n---\n".join(tokenizer.batch_decode(new, skip_special_tokens=True)), flush=True)

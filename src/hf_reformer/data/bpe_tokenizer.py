@@ -10,13 +10,13 @@ def train_bpe_tokenizer(
     texts: Iterable[str], vocab_size: int = 8192, max_length: int = 4096
 ) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE from `texts`. Every text can be encoded, pairs become `<s> A </s> B </s>`."""
-    special = ["<pad>", "<s>", "</s>", "<mask>"]
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=special,
+        special_tokens=list(special.values()),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -24,14 +24,11 @@ def train_bpe_tokenizer(
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>",
         pair="<s> $A </s> $B </s>",
-        special_tokens=[("<s>", backend.token_to_id("<s>")), ("</s>", backend.token_to_id("</s>"))],
+        special_tokens=[(token, backend.token_to_id(token)) for token in ("<s>", "</s>")],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        mask_token="<mask>",
         model_max_length=max_length,
         model_input_names=["input_ids", "attention_mask"],
+        **special,
     )

@@ -87,16 +87,15 @@ def _without_imports(lines: Iterable[str]) -> Iterator[str]:
 class _NearDuplicates:
     """Remembers documents by their lines and recognises one that shares half of them with an earlier one."""
 
-    def __init__(self, threshold: float = 0.5, shortest_line: int = 16) -> None:
-        self.threshold, self.shortest_line = threshold, shortest_line
+    def __init__(self) -> None:
         self.documents_with: defaultdict[str, list[int]] = defaultdict(list)
         self.sizes: list[int] = []
 
     def add(self, text: str) -> bool:
         """Remember `text` and return True, or return False when it is a near-duplicate."""
-        lines = {line for line in map(str.strip, text.splitlines()) if len(line) >= self.shortest_line}
+        lines = {line for line in map(str.strip, text.splitlines()) if len(line) >= 16}
         shared = Counter(document for line in lines for document in self.documents_with.get(line, ()))
-        if any(n >= self.threshold * min(len(lines), self.sizes[document]) for document, n in shared.items()):
+        if any(n >= min(len(lines), self.sizes[document]) / 2 for document, n in shared.items()):
             return False
         for line in lines:
             self.documents_with[line].append(len(self.sizes))
@@ -104,48 +103,36 @@ class _NearDuplicates:
         return True
 
 
-def _shuffled(paths: Iterable[Path], root: Path, seed: int) -> list[Path]:
-    """An order that depends on the seed and the relative path alone, so it is the same on every machine."""
-    return sorted(
-        paths, key=lambda path: hashlib.sha256(f"{seed}:{path.relative_to(root).as_posix()}".encode()).digest()
-    )
-
-
 def _documents_by_directory(
-    root: Path, limit: int, min_bytes: int, max_bytes: int, files_per_directory: int, seed: int, seen: _NearDuplicates
-) -> list[list[tuple[str, str]]]:
-    """Up to `limit` cleaned documents of one package as (path, text), grouped by directory, in shuffled order."""
+    name: str, limit: int, min_bytes: int, max_bytes: int, files_per_directory: int, seed: int, seen: _NearDuplicates
+) -> list[list[dict[str, str]]]:
+    """Up to `limit` cleaned documents of one package, grouped by directory; none if it is not installed."""
+    root = package_folder(name)
+    if root is None:
+        return []
+
+    def rank(path: Path) -> bytes:
+        """Shuffles; it depends on the seed and the relative path alone, so it is the same on every machine."""
+        return hashlib.sha256(f"{seed}:{path.relative_to(root).as_posix()}".encode()).digest()
+
     directories: defaultdict[Path, list[Path]] = defaultdict(list)
     for file in root.rglob("*.py"):
         if not _FOREIGN_FOLDER.search(file.relative_to(root).as_posix()) and file.stat().st_size >= min_bytes:
             directories[file.parent].append(file)
-    groups: list[list[tuple[str, str]]] = []
-    missing = limit
-    for directory in _shuffled(directories, root, seed):
-        group: list[tuple[str, str]] = []
-        for file in _shuffled(directories[directory], root, seed):
+    groups: list[list[dict[str, str]]] = []
+    for directory in sorted(directories, key=rank):
+        group: list[dict[str, str]] = []
+        for file in sorted(directories[directory], key=rank):
             text = clean_source(file.read_text(encoding="utf-8", errors="replace"), max_bytes)
             if len(text.encode()) >= min_bytes and seen.add(text):
-                group.append((file.relative_to(root.parent).as_posix(), text))
-            if len(group) == min(files_per_directory, missing):
+                group.append({"text": text, "label": name, "path": file.relative_to(root.parent).as_posix()})
+            if len(group) == min(files_per_directory, limit):
                 break
-        if group:
-            groups.append(group)
-            missing -= len(group)
-        if missing == 0:
+        groups += [group] if group else []
+        limit -= len(group)
+        if limit == 0:
             break
     return groups
-
-
-def _split_directories(
-    groups: list[list[tuple[str, str]]], validation_size: int
-) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Whole directories go to validation until it has enough documents; all others are for training."""
-    train: list[tuple[str, str]] = []
-    validation: list[tuple[str, str]] = []
-    for group in groups:
-        (validation if len(validation) < validation_size else train).extend(group)
-    return train, validation[:validation_size]
 
 
 def installed_packages_corpus(
@@ -169,13 +156,10 @@ def installed_packages_corpus(
     """
     datasets = require("datasets")
     seen = _NearDuplicates()
-    documents = {}
-    for name in packages or CORPUS_PACKAGES:
-        folder = package_folder(name)
-        if folder is not None:
-            documents[name] = _documents_by_directory(
-                folder, files_per_package, min_bytes, max_bytes, files_per_directory, seed, seen
-            )
+    documents = {
+        name: _documents_by_directory(name, files_per_package, min_bytes, max_bytes, files_per_directory, seed, seen)
+        for name in packages or CORPUS_PACKAGES
+    }
     sizes = {name: sum(map(len, groups)) for name, groups in documents.items() if len(groups) > 1}
     names = sorted(sizes, key=lambda name: -sizes[name])[:num_packages]
     if len(names) < 2:
@@ -184,20 +168,15 @@ def installed_packages_corpus(
             "files; a classification corpus needs at least two. Name others with `packages=`."
         )
     validation_size = max(1, round(validation_fraction * min(sizes[name] for name in names)))
-    splits = {name: _split_directories(documents[name], validation_size) for name in names}
-    train_size = min(len(train) for train, _ in splits.values())
+    parts: dict[str, tuple[list, list]] = {name: ([], []) for name in names}
+    for name, (train, validation) in parts.items():
+        for group in documents[name]:
+            (validation if len(validation) < validation_size else train).extend(group)
+    train_size = min(len(train) for train, _ in parts.values())
     rows = {
-        "train": [(name, *document) for name in names for document in splits[name][0][:train_size]],
-        "validation": [(name, *document) for name in names for document in splits[name][1]],
+        "train": [row for train, _ in parts.values() for row in train[:train_size]],
+        "validation": [row for _, validation in parts.values() for row in validation[:validation_size]],
     }
-    features = datasets.Features(
-        text=datasets.Value("string"), label=datasets.ClassLabel(names=names), path=datasets.Value("string")
-    )
-    return datasets.DatasetDict(
-        {
-            split: datasets.Dataset.from_dict(
-                {"text": [r[2] for r in part], "label": [r[0] for r in part], "path": [r[1] for r in part]}, features
-            )
-            for split, part in rows.items()
-        }
-    )
+    text = datasets.Value("string")
+    features = datasets.Features(text=text, label=datasets.ClassLabel(names=names), path=text)
+    return datasets.DatasetDict({split: datasets.Dataset.from_list(part, features) for split, part in rows.items()})

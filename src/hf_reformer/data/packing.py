@@ -10,9 +10,9 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
+from ..models.losses import IGNORE
 from .tables import TABLE_FORMATS, find_columns, read_examples, read_hub_dataset
 
-IGNORE = -100  # label of a token that is no target
 READ_SIZE = 2**16  # characters that are read and tokenised at a time, up to the next end of line
 
 Documents = Iterable[Iterable[str]]  # a document comes in chunks, so that a file need not fit into memory

@@ -76,20 +76,18 @@ def read_hub_dataset(name: str, config: str | None = None, alternative: str = "-
 
 
 def _read_text_folder(folder: Path) -> "Dataset":
-    files = [
-        file
+    rows = [
+        {
+            "text": file.read_text(encoding="utf-8", errors="replace"),
+            "label": file.relative_to(folder).parts[0],
+            "path": file.relative_to(folder).as_posix(),
+        }
         for file in sorted(folder.glob("*/**/*"))
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     ]
-    if not files:
+    if not rows:
         raise ValueError(f"`{folder}` holds no texts. A folder needs one sub-folder per label, with text files in it.")
-    return require("datasets").Dataset.from_dict(
-        {
-            "text": [file.read_text(encoding="utf-8", errors="replace") for file in files],
-            "label": [file.relative_to(folder).parts[0] for file in files],
-            "path": [file.relative_to(folder).as_posix() for file in files],
-        }
-    )
+    return require("datasets").Dataset.from_list(rows)
 
 
 class Columns(NamedTuple):
@@ -135,19 +133,14 @@ def find_columns(
 def check_columns(dataset: "Dataset", split: str, names: Iterable[str | None], advice: str = "") -> None:
     """Raise ValueError unless the dataset has all columns that are named."""
     if missing := [name for name in names if name is not None and name not in dataset.column_names]:
-        raise ValueError(f"The {split} data has no column {missing}; its columns are {dataset.column_names}.{advice}")
+        raise ValueError(f"The {split} data has no column {missing}; its columns are {dataset.column_names}. {advice}")
 
 
-def limit_samples(splits: "DatasetDict", train: int | None, evaluation: int | None, seed: int) -> None:
-    """Keep at most so many random examples of the split `train` and of each other split."""
-    for split, dataset in splits.items():
-        limit = train if split == "train" else evaluation
-        if limit is not None and limit < len(dataset):
-            splits[split] = dataset.shuffle(seed=seed).select(range(limit))
-
-
-def hold_out(dataset: "Dataset", label_column: str, fraction: float, seed: int) -> "DatasetDict":
-    """Split off validation data, stratified by label: shuffle, sort by label, take every n-th row."""
+def hold_out(dataset: "Dataset", label_column: str | None, fraction: float, seed: int) -> "DatasetDict":
+    """Split off random validation data; with labels, stratified: shuffle, sort by label, take every n-th row."""
+    if label_column is None:
+        parts = dataset.train_test_split(test_size=fraction, seed=seed)
+        return require("datasets").DatasetDict(train=parts["train"], validation=parts["test"])
     labels = dataset[label_column]
     order = list(range(len(dataset)))
     random.Random(seed).shuffle(order)

@@ -37,11 +37,9 @@ from transformers import (
     pipeline,
     set_seed,
 )
-from transformers.hf_argparser import HfArg
-from transformers.utils import logging
 
 from ..data.demo_corpus import clean_source, corpus_file, installed_packages_corpus
-from ..data.tables import check_columns, find_columns, hold_out, limit_samples, read_examples, read_hub_dataset
+from ..data.tables import check_columns, find_columns, read_hub_dataset
 from ..training.classification import (
     MULTI,
     REGRESSION,
@@ -53,28 +51,18 @@ from ..training.classification import (
     draw_confusion_matrix,
     write_predictions,
 )
-from ..training.model_setup import ModelArguments, make_model, make_tokenizer, parse_arguments
+from ..training.data_setup import FileArguments
+from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
 from ..training.reports import format_table, write_report
-from ..training.trainers import GroupedTrainer, train_and_save
-
-logger = logging.get_logger(__name__)
+from ..training.trainers import GroupedTrainer, build_trainer, predict_splits, train_and_save
 
 DEFAULTS = {"output_dir": "runs/classification", "train_sampling_strategy": "group_by_length"}
 DEMO = {  # trained on chunks of the documents, evaluated on whole ones
-    "output_dir": "runs/demo",
-    "baselines": True,
-    "max_length": 6144,
-    "train_length": 512,
-    "attn_layers": ["lsh"],
-    "attention_head_size": 32,
-    "feed_forward_size": 128,
-    "num_hashes": 1,
+    "output_dir": "runs/demo", "baselines": True, "max_length": 6144, "train_length": 512,
+    "attn_layers": ["lsh"], "attention_head_size": 32, "feed_forward_size": 128, "num_hashes": 1,
     "config_overrides": "lsh_window=64,local_window=32,initializer_range=0.05",
-    "num_train_epochs": 1,
-    "per_device_train_batch_size": 4,
-    "logging_steps": 50,
-    "eval_strategy": "no",
-}
+    "num_train_epochs": 1, "per_device_train_batch_size": 4, "logging_steps": 50, "eval_strategy": "no",
+}  # fmt: skip
 PRESETS: dict[str, dict] = {
     "--model_name_or_path": {"learning_rate": 2e-4, "num_train_epochs": 3},
     "--demo": DEMO,
@@ -83,70 +71,45 @@ PRESETS: dict[str, dict] = {
 
 
 @dataclass
-class DataArguments:
+class DataArguments(FileArguments):
     """Where the texts come from."""
 
-    demo: bool = HfArg(
-        default=False, help="Complete run without a download: which installed package does a source file come from?"
-    )
-    task_name: str | None = HfArg(default=None, help="A GLUE task, read from the Hub: sst2, mnli, stsb …")
-    train_file: str | None = HfArg(
-        default=None, help="csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label."
-    )
-    validation_file: str | None = HfArg(default=None, help="Default: a part of the training data.")
-    test_file: str | None = HfArg(default=None, help="Predicted at the end; needs no labels.")
-    text_column: str | None = HfArg(default=None, help="Default: found by its name.")
-    text_pair_column: str | None = HfArg(default=None, help="Second text, for pairs.")
-    label_column: str | None = HfArg(default=None, help="Default: found by its name.")
-    problem_type: str | None = HfArg(
-        default=None, help="Default: derived from the labels.", metadata={"choices": [SINGLE, MULTI, REGRESSION]}
-    )
-    max_length: int = HfArg(default=4096, help="Longer texts are truncated to this many tokens.")
-    train_length: int | None = HfArg(
-        default=None, help="Cut the training texts into chunks of this many tokens, and still evaluate on whole ones."
-    )
-    max_train_samples: int | None = HfArg(default=None, help="Use at most this many training texts.")
-    max_eval_samples: int | None = HfArg(default=None, help="Use at most this many validation texts.")
-    validation_fraction: float = HfArg(
-        default=0.1, help="Part of the training data to evaluate on, without a --validation_file."
-    )
-    baselines: bool = HfArg(
-        default=False, help="Also evaluate the most frequent label and TF-IDF with a linear model."
-    )
-    predict_file: str | None = HfArg(default=None, help="A text file to classify at the end.", aliases=["--classify"])
-    early_stopping_patience: int | None = HfArg(
-        default=None, help="Stop after this many evaluations without progress and keep the best model."
-    )
+    sources = ("demo", "task_name")
+    smallest = {"max_length": 1}
 
-
-def load_splits(args: DataArguments) -> DatasetDict:
-    """All data of the run: `train`, one or more splits that start with `validation`, and perhaps `test`."""
-    if args.demo:
-        return installed_packages_corpus()
-    if args.task_name is not None:
-        splits = read_hub_dataset("nyu-mll/glue", args.task_name, "--train_file and --validation_file, or --demo")
-        return DatasetDict({name: part for name, part in splits.items() if not name.startswith("test")})
-    files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-    return DatasetDict({split: read_examples(file) for split, file in files.items() if file is not None})
+    demo: bool = option(
+        False, "Complete run without a download: which installed package does a source file come from?"
+    )
+    task_name: str | None = option(None, "A GLUE task, read from the Hub: sst2, mnli, stsb …")
+    test_file: str | None = option(None, "Predicted at the end; needs no labels.")
+    text_column: str | None = option(None, "Default: found by its name.")
+    text_pair_column: str | None = option(None, "Second text, for pairs.")
+    label_column: str | None = option(None, "Default: found by its name.")
+    problem_type: str | None = option(None, "Default: derived from the labels.", choices=[SINGLE, MULTI, REGRESSION])
+    max_length: int = option(4096, "Longer texts are truncated to this many tokens.")
+    train_length: int | None = option(
+        None, "Cut the training texts into chunks of this many tokens, and still evaluate on whole ones."
+    )
+    baselines: bool = option(False, "Also evaluate the most frequent label and TF-IDF with a linear model.")
+    predict_file: str | None = option(None, "A text file to classify at the end.", aliases=["--classify"])
+    early_stopping_patience: int | None = option(
+        None, "Stop after this many evaluations without progress and keep the best model."
+    )
 
 
 def prepare_data(args: DataArguments, model_labels: list[str] | None, seed: int) -> tuple[DatasetDict, Task]:
     """Read the data, define the task, number the labels, and hold out validation data if there is none."""
-    splits = load_splits(args)
+    splits = installed_packages_corpus() if args.demo else args.read_files()
+    if args.task_name is not None and not args.demo:
+        glue = read_hub_dataset("nyu-mll/glue", args.task_name, "--train_file and --validation_file, or --demo")
+        splits = DatasetDict({name: part for name, part in glue.items() if not name.startswith("test")})
     first = next(iter(splits))
     columns = find_columns(splits[first], args.text_column, args.text_pair_column, args.label_column)
-    task = define_task(splits[first], columns, first, args.problem_type, model_labels, args.task_name)
+    task = define_task(splits[first], columns, first, args.problem_type, model_labels)
     for split, part in splits.items():
         check_columns(part, split, columns if split != "test" else columns[:2])
         splits[split] = task.add_labels(part, split)
-    if "train" in splits and not any(split.startswith("validation") for split in splits):
-        held_out = hold_out(splits.pop("train"), "labels", args.validation_fraction, seed)
-        splits = DatasetDict({**held_out, **splits})
-        logger.warning(
-            f"There is no validation data: {len(splits['validation'])} of the training texts are held out for it."
-        )
-    limit_samples(splits, args.max_train_samples, args.max_eval_samples, seed)
-    return splits, task
+    return args.complete(splits, seed, "labels"), task
 
 
 def tokenize(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, chunk: int | None = None) -> Dataset:
@@ -173,43 +136,28 @@ def longest_first(dataset: Dataset) -> Dataset:
 
 
 def evaluate_splits(
-    trainer: Trainer, metrics: Metrics, splits: DatasetDict, encoded: dict[str, Dataset]
-) -> dict[str, dict[str, float]]:
-    """Predict all splits but the training data; write predictions and confusion matrices. Returns scores by split."""
-    task, folder = metrics.task, Path(trainer.args.output_dir)
-    scores = {}
-    for split, data in encoded.items():
-        if split == "train":
-            continue
-        output = trainer.predict(data, metric_key_prefix=split)
-        trainer.save_metrics(split, output.metrics)
-        if not trainer.is_world_process_zero():
-            continue
-        logits = np.empty_like(output.predictions)
-        logits[data["row"]] = output.predictions
-        write_predictions(folder / f"predictions_{split}.csv", task, splits[split], logits)
-        if "labels" in splits[split].column_names:
-            labels, (predictions, _) = np.asarray(splits[split]["labels"]), task.predict(logits)
-            scores[split] = metrics.score(predictions, labels)
+    trainer: Trainer, metrics: Metrics, splits: DatasetDict, encoded: dict[str, Dataset], args: DataArguments
+) -> None:
+    """Write predictions, confusion matrices and scores of all splits but the training data, and those of baselines."""
+    task, folder, trained = metrics.task, Path(trainer.args.output_dir), "train" in splits
+    tables = {}
+    for split, output in predict_splits(trainer, encoded):
+        part, logits = splits[split], np.empty_like(output)
+        logits[encoded[split]["row"]] = output
+        write_predictions(folder / f"predictions_{split}.csv", task, part, logits)
+        if "labels" in part.column_names:
+            labels, (predictions, _) = np.asarray(part["labels"]), task.predict(logits)
+            tables[split] = {"Reformer": metrics.score(predictions, labels)}
+            if args.baselines and trained:
+                tables[split] |= baselines(metrics, splits["train"], part)
             if task.problem_type == SINGLE:
                 file = folder / f"confusion_matrix_{split}.png"
                 draw_confusion_matrix(file, task, labels, predictions, f"{split}: {len(labels)} texts")
-    return scores
-
-
-def report(
-    trainer: Trainer, metrics: Metrics, splits: DatasetDict, scores: dict[str, dict[str, float]], args: DataArguments
-) -> None:
-    """Print and save the scores, with those of the baselines if asked for."""
-    trained = "train" in splits
-    tables = {split: {"Reformer": score} for split, score in scores.items()}
-    if args.baselines and trained:
-        for split, table in tables.items():
-            table |= baselines(metrics, splits["train"], splits[split])
-    summary = [f"{split}: {len(splits[split])} texts\n\n{format_table(table)}" for split, table in tables.items()]
-    dataset = "installed packages" if args.demo else args.task_name or str(args.train_file)
-    glue = {"datasets": "nyu-mll/glue"} if args.task_name else {}
-    write_report(trainer, tables, "\n\n".join(summary), dataset if trained else None, **glue)
+    if trainer.is_world_process_zero():
+        summary = [f"{split}: {len(splits[split])} texts\n\n{format_table(table)}" for split, table in tables.items()]
+        dataset = "installed packages" if args.demo else args.task_name or str(args.train_file)
+        glue = {"datasets": "nyu-mll/glue"} if args.task_name else {}
+        write_report(trainer, tables, "\n\n".join(summary), dataset if trained else None, **glue)
 
 
 def check_saved(model: PreTrainedModel, folder: str, texts: list[str]) -> None:
@@ -240,78 +188,47 @@ def predict_file(file: Path, folder: str, clean: bool) -> None:
         print(f"  {answer['score']:7.3f}  {answer['label']}")
 
 
-def run(data_args: DataArguments, model_args: ModelArguments, args: TrainingArguments) -> None:
-    """Read the data, train, evaluate and report."""
+def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments) -> bool:
+    """Read the data, train, evaluate and report. Returns whether a model was trained."""
     set_seed(args.seed)
     model_labels = None
     if model_args.model_name_or_path is not None:
         model_labels = list(AutoConfig.from_pretrained(model_args.model_name_or_path).id2label.values())
     with args.main_process_first(desc="preparing the data"):
-        splits, task = prepare_data(data_args, model_labels, args.seed)
+        splits, task = prepare_data(data, model_labels, args.seed)
         train_texts = task.texts(splits["train"])[0] if "train" in splits else []
-        tokenizer = make_tokenizer(model_args, train_texts, data_args.max_length)
+        tokenizer = make_tokenizer(model_args, train_texts, data.max_length)
         encoded = {
-            split: tokenize(part, task, tokenizer, data_args.train_length)
+            split: tokenize(part, task, tokenizer, data.train_length)
             if split == "train"
             else longest_first(tokenize(part, task, tokenizer))
             for split, part in splits.items()
         }
-    metrics = Metrics(task)
-    names = task.label_names or ["score"]
-    model = make_model(
-        AutoModelForSequenceClassification,
-        model_args,
-        tokenizer,
-        data_args.max_length,
-        problem_type=task.problem_type,
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-    )
-    validation = {split: part for split, part in encoded.items() if split.startswith("validation")}
-    patience = data_args.early_stopping_patience
-    trainer = GroupedTrainer(
-        model=model,
-        args=args,
-        train_dataset=encoded.get("train"),
-        eval_dataset=validation if len(validation) > 1 else next(iter(validation.values()), None),
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=metrics,
-        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
-    )
-    if args.process_index == 0:
-        counts = ", ".join(f"{split} {len(part)}" for split, part in splits.items())
-        mean = np.mean(next(iter(encoded.values()))["length"])
-        print(f"Texts: {counts}; {mean:.0f} tokens on average. Labels: {task.label_names or task.problem_type}")
-        print(f"Parameters: {model.num_parameters():,}; layers: {', '.join(model_args.attn_layers)}")
-    if "train" in encoded:
-        train_and_save(trainer, args.resume_from_checkpoint)
-    scores = evaluate_splits(trainer, metrics, splits, encoded)
-    if trainer.is_world_process_zero():
-        report(trainer, metrics, splits, scores, data_args)
-        if data_args.demo:
-            check_saved(model, args.output_dir, splits["validation"]["text"][:4])
-            data_args.predict_file = data_args.predict_file or str(corpus_file(splits["validation"]["path"][0]))
+    metrics = Metrics(task, data.task_name)
+    names = dict(enumerate(task.label_names or ["score"]))
+    fields = {"problem_type": task.problem_type, "id2label": names, "label2id": {n: i for i, n in names.items()}}
+    model = make_model(AutoModelForSequenceClassification, model_args, tokenizer, data.max_length, **fields)
+    patience = data.early_stopping_patience
+    options = {"data_collator": DataCollatorWithPadding(tokenizer), "compute_metrics": metrics}
+    options |= {"callbacks": [EarlyStoppingCallback(patience)] if patience else None}
+    trainer = build_trainer(GroupedTrainer, model, args, tokenizer, encoded, **options)
+    counts = ", ".join(f"{split} {len(part)}" for split, part in splits.items())
+    mean = np.mean(next(iter(encoded.values()))["length"])
+    labels = task.label_names or task.problem_type
+    train_and_save(trainer, f"Texts: {counts}; {mean:.0f} tokens on average. Labels: {labels}")
+    evaluate_splits(trainer, metrics, splits, encoded, data)
+    if data.demo and trainer.is_world_process_zero():
+        check_saved(model, str(args.output_dir), splits["validation"]["text"][:4])
+        data.predict_file = data.predict_file or str(corpus_file(splits["validation"]["path"][0]))
+    return "train" in splits
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
-    data_args, model_args, args = parse_arguments(
-        (DataArguments, ModelArguments, TrainingArguments),
-        arguments,
-        DEFAULTS,
-        PRESETS,
-        prog="hf-reformer train classification",
-        description=__doc__,
-    )
-    files = (data_args.train_file, data_args.validation_file, data_args.test_file)
-    has_data = data_args.demo or data_args.task_name is not None or any(files)
-    if not has_data and (data_args.predict_file is None or model_args.model_name_or_path is None):
-        raise SystemExit(
-            "Give --demo, --train_file, --task_name, or --model_name_or_path with --predict_file. See --help."
-        )
-    if has_data:
-        run(data_args, model_args, args)
-    if data_args.predict_file is not None and args.process_index == 0:
-        folder = args.output_dir if has_data else model_args.model_name_or_path
-        predict_file(Path(data_args.predict_file), folder, clean=data_args.demo)
+    classes = (DataArguments, ModelArguments, TrainingArguments)
+    data, model_args, args = parse_arguments("classification", __doc__, classes, arguments, DEFAULTS, PRESETS)
+    has_data = data.check(model_args, args)
+    trained = has_data and run(data, model_args, args)
+    if data.predict_file is not None and args.process_index == 0:
+        folder = args.output_dir if trained else model_args.model_name_or_path
+        predict_file(Path(data.predict_file), folder, clean=data.demo)

@@ -23,10 +23,10 @@ are packed into sequences of full length. Evaluation scores every byte of the va
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -34,7 +34,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
 from ..data.packing import (
@@ -51,25 +50,18 @@ from ..data.packing import (
     separator,
 )
 from ..training.bits_per_byte import BitsPerByte, compressor_baselines
-from ..training.model_setup import ModelArguments, make_model, make_tokenizer, parse_arguments
+from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
 from ..training.reports import draw_learning_curve, format_table, write_report
-from ..training.trainers import LanguageModelTrainer, train_and_save
+from ..training.trainers import LanguageModelTrainer, build_trainer, train_and_save
 
 logger = logging.get_logger(__name__)
 
 DEFAULTS = {
-    "tokenizer": "bytes",
-    "output_dir": "runs/lm",
-    "num_train_epochs": 10,
-    "learning_rate": 2e-3,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.05,
-    "weight_decay": 0.1,
-    "per_device_train_batch_size": 8,
-    "per_device_eval_batch_size": 4,
-    "logging_steps": 20,
-    "save_total_limit": 1,
-}
+    "tokenizer": "bytes", "output_dir": "runs/lm",
+    "num_train_epochs": 10, "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.05,
+    "weight_decay": 0.1, "per_device_train_batch_size": 8, "per_device_eval_batch_size": 4,
+    "logging_steps": 20, "save_total_limit": 1,
+}  # fmt: skip
 PRESETS = {"--model_name_or_path": {"tokenizer": None, "learning_rate": 3e-4, "num_train_epochs": 3}}
 
 
@@ -77,29 +69,25 @@ PRESETS = {"--model_name_or_path": {"tokenizer": None, "learning_rate": 3e-4, "n
 class TextArguments:
     """Where the texts come from, and how they are cut."""
 
-    train_file: list[str] | None = HfArg(
-        default=None, help="Text files, or csv, tsv, json, jsonl and parquet with a column of texts."
+    train_file: list[str] | None = option(
+        None, "Text files, or csv, tsv, json, jsonl and parquet with a column of texts."
     )
-    validation_file: list[str] | None = HfArg(
-        default=None, help="Files to evaluate on. Default: the end of the training texts."
+    validation_file: list[str] | None = option(None, "Files to evaluate on. Default: the end of the training texts.")
+    dataset_name: str | None = option(None, "A data set on the Hub, instead of files.")
+    dataset_config_name: str | None = option(None, "Its configuration.")
+    text_column: str | None = option(None, "Default: found by its name.")
+    streaming: bool = option(False, "Read the training texts while training; needs --max_steps.")
+    masked: bool = option(False, "Train a masked model, which is bidirectional.")
+    mlm_probability: float = option(0.15, "Share of tokens masked for a masked model.")
+    sequence_length: int = option(1024, "Tokens of a training sequence.")
+    eval_length: int | None = option(None, "Tokens of a sequence in evaluation. Default: --sequence_length.")
+    eval_context: int | None = option(
+        None, "Tokens that evaluation repeats from the previous sequence. Default: half of the sequence."
     )
-    dataset_name: str | None = HfArg(default=None, help="A data set on the Hub, instead of files.")
-    dataset_config_name: str | None = HfArg(default=None, help="Its configuration.")
-    text_column: str | None = HfArg(default=None, help="Default: found by its name.")
-    streaming: bool = HfArg(default=False, help="Read the training texts while training; needs --max_steps.")
-    masked: bool = HfArg(default=False, help="Train a masked model, which is bidirectional.")
-    mlm_probability: float = HfArg(default=0.15, help="Share of tokens masked for a masked model.")
-    sequence_length: int = HfArg(default=1024, help="Tokens of a training sequence.")
-    eval_length: int | None = HfArg(
-        default=None, help="Tokens of a sequence in evaluation. Default: --sequence_length."
+    validation_fraction: float = option(
+        0.05, "Part of the training texts to evaluate on, without a --validation_file."
     )
-    eval_context: int | None = HfArg(
-        default=None, help="Tokens that evaluation repeats from the previous sequence. Default: half of the sequence."
-    )
-    validation_fraction: float = HfArg(
-        default=0.05, help="Part of the training texts to evaluate on, without a --validation_file."
-    )
-    baselines: bool = HfArg(default=False, help="Also evaluate general compressors.")
+    baselines: bool = option(False, "Also evaluate general compressors.")
 
 
 def check_arguments(texts: TextArguments, model: ModelArguments, args: TrainingArguments) -> None:
@@ -167,48 +155,35 @@ def load_texts(args: TextArguments) -> tuple[list[str], list[str]]:
 
 def run(texts: TextArguments, model_args: ModelArguments, args: TrainingArguments) -> None:
     """Read the texts, train, evaluate and report."""
-
-    def stream() -> Documents:
-        return open_documents(texts, "train", streaming=True)
-
     set_seed(args.seed)
+    stream = partial(open_documents, texts, "train", streaming=True)
+    length, eval_length = texts.sequence_length, texts.eval_length
+    max_length = max(length, eval_length)
     with args.main_process_first(desc="reading the texts"):
         train, held_out = load_texts(texts)
-        max_length = max(texts.sequence_length, texts.eval_length)
         tokenizer = make_tokenizer(model_args, first_texts(stream()) if texts.streaming else train, max_length)
         if tokenizer.pad_token is None:
             tokenizer.pad_token_id = separator(tokenizer)
-        dataset: Dataset | IterableDataset | None = None
+        splits, amount = {}, "none"
         if texts.streaming:
-            dataset = packed_stream(stream, tokenizer, texts.sequence_length, args.seed)
+            splits["train"], amount = packed_stream(stream, tokenizer, length, args.seed), "streamed"
         elif train:
-            dataset = packed_dataset([[text] for text in train], tokenizer, texts.sequence_length)
-        auto_class: Any = AutoModelForCausalLM
-        collator: Any = causal_lm_collator
+            splits["train"] = packed_dataset([[text] for text in train], tokenizer, length)
+            amount = f"{len(splits['train']):,} sequences of {length} tokens"
         if texts.masked:
-            auto_class = AutoModelForMaskedLM
-            collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=texts.mlm_probability)
-            windows = masked_windows(held_out, tokenizer, texts.eval_length, texts.mlm_probability, args.seed)
+            share = texts.mlm_probability
+            splits["validation"] = masked_windows(held_out, tokenizer, eval_length, share, args.seed)
+            collator: Any = DataCollatorForLanguageModeling(tokenizer, mlm_probability=share)
         else:
-            windows = scoring_windows(held_out, tokenizer, texts.eval_length, texts.eval_context)
+            splits["validation"] = scoring_windows(held_out, tokenizer, eval_length, texts.eval_context)
+            collator = causal_lm_collator
     metric = BitsPerByte(held_out, tokenizer, texts.masked)
+    auto_class: Any = AutoModelForMaskedLM if texts.masked else AutoModelForCausalLM
     model = make_model(auto_class, model_args, tokenizer, max_length, is_decoder=not texts.masked)
-    trainer = LanguageModelTrainer(
-        model=model,
-        args=args,
-        train_dataset=dataset,
-        eval_dataset=windows,
-        processing_class=tokenizer,
-        data_collator=collator,
-        compute_metrics=metric,
-    )
-    if args.process_index == 0:
-        streamed = not isinstance(dataset, Dataset)
-        amount = "streamed" if streamed else f"{len(dataset):,} sequences of {texts.sequence_length} tokens"
-        print(f"Training texts: {amount}; validation: {metric.num_bytes:,} bytes in {metric.num_tokens:,} tokens.")
-        print(f"Parameters: {model.num_parameters():,}; layers: {', '.join(model.config.attn_layers)}")
-    if dataset is not None:
-        train_and_save(trainer, args.resume_from_checkpoint)
+    options = {"data_collator": collator, "compute_metrics": metric}
+    trainer = build_trainer(LanguageModelTrainer, model, args, tokenizer, splits, **options)
+    size = f"{metric.num_bytes:,} bytes in {metric.num_tokens:,} tokens"
+    train_and_save(trainer, f"Training texts: {amount}; validation: {size}.")
     scores = {"Reformer": trainer.evaluate()[f"eval_{metric.name}"]}
     if trainer.is_world_process_zero():
         if texts.baselines and not texts.masked:
@@ -220,13 +195,7 @@ def run(texts: TextArguments, model_args: ModelArguments, args: TrainingArgument
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
-    texts, model_args, args = parse_arguments(
-        (TextArguments, ModelArguments, TrainingArguments),
-        arguments,
-        DEFAULTS,
-        PRESETS,
-        prog="hf-reformer train language-model",
-        description=__doc__,
-    )
+    classes = (TextArguments, ModelArguments, TrainingArguments)
+    texts, model_args, args = parse_arguments("language-model", __doc__, classes, arguments, DEFAULTS, PRESETS)
     check_arguments(texts, model_args, args)
     run(texts, model_args, args)

@@ -16,7 +16,7 @@ All options of `transformers.Seq2SeqTrainingArguments` work, `--resume_from_chec
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,60 +34,45 @@ from transformers import (
     Seq2SeqTrainingArguments,
     set_seed,
 )
-from transformers.hf_argparser import HfArg
 
-from ..data.tables import check_columns, limit_samples, read_examples, read_hub_dataset, require
+from ..data.tables import check_columns, read_hub_dataset, require
 from ..models.losses import IGNORE
-from ..training.model_setup import ModelArguments, make_model, make_tokenizer, parse_arguments
+from ..training.data_setup import FileArguments
+from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
 from ..training.reports import write_report
-from ..training.trainers import SequentialSeq2SeqTrainer, train_and_save
+from ..training.trainers import SequentialSeq2SeqTrainer, build_trainer, predict_splits, train_and_save
 
 DEFAULTS = {"output_dir": "runs/seq2seq", "predict_with_generate": True}
 
 
 @dataclass
-class DataArguments:
+class DataArguments(FileArguments):
     """Where the pairs of texts come from."""
 
-    dataset_name: str | None = HfArg(default=None, help="A data set on the Hub.")
-    dataset_config: str | None = HfArg(default=None, help="Its configuration.")
-    train_file: str | None = HfArg(default=None, help="csv, tsv, json, jsonl or parquet file.")
-    validation_file: str | None = HfArg(default=None, help="Default: a part of the training data.")
-    test_file: str | None = HfArg(default=None, help="Evaluated at the end.")
-    source_column: str = HfArg(default="source", help="The input texts.")
-    target_column: str = HfArg(default="target", help="The texts to generate.")
-    source_language: str | None = HfArg(
-        default=None, help="Of a column `translation`, which holds a text per language."
-    )
-    target_language: str | None = HfArg(default=None, help="The language to generate.")
-    source_prefix: str = HfArg(default="", help="Put before every source.")
-    max_source_length: int = HfArg(default=4096, help="Longer sources are truncated to this many tokens.")
-    max_target_length: int = HfArg(default=256, help="Longer targets are truncated; nothing longer is generated.")
-    max_train_samples: int | None = HfArg(default=None, help="Use at most this many pairs.")
-    max_eval_samples: int | None = HfArg(default=None, help="Evaluate on at most this many pairs.")
-    validation_fraction: float = HfArg(default=0.1, help="Part of the training data to evaluate on.")
-    metric: str = HfArg(
-        default="bleu", help="bleu and chrf, or rouge.", metadata={"choices": ("bleu", "chrf", "rouge", "none")}
-    )
-    predict_file: str | None = HfArg(
-        default=None, help="A text file to generate the target of at the end.", aliases=["--write"]
-    )
+    sources = ("dataset_name",)
+    smallest = {"max_source_length": 1, "max_target_length": 2, "generation_num_beams": 1, "generation_max_length": 2}
+
+    dataset_name: str | None = option(None, "A data set on the Hub.")
+    dataset_config: str | None = option(None, "Its configuration.")
+    source_column: str = option("source", "The input texts.")
+    target_column: str = option("target", "The texts to generate.")
+    source_language: str | None = option(None, "Of a column `translation`, which holds a text per language.")
+    target_language: str | None = option(None, "The language to generate.")
+    source_prefix: str = option("", "Put before every source.")
+    max_source_length: int = option(4096, "Longer sources are truncated to this many tokens.")
+    max_target_length: int = option(256, "Longer targets are truncated; nothing longer is generated.")
+    metric: str = option("bleu", "bleu and chrf, or rouge.", choices=("bleu", "chrf", "rouge", "none"))
+    predict_file: str | None = option(None, "A text file to generate the target of at the end.", aliases=["--write"])
 
 
 def load_pairs(args: DataArguments, seed: int) -> DatasetDict:
-    """Splits with the columns `source` and `target`; one of them is `validation`."""
+    """Splits with the columns `source` and `target`; one of them is `validation` if there is training data."""
     if args.dataset_name is not None:
         splits = read_hub_dataset(args.dataset_name, args.dataset_config)
     else:
-        files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-        columns = args.source_column, args.target_column
-        splits = {split: read_examples(file, texts=columns) for split, file in files.items() if file is not None}
+        splits = args.read_files(texts=(args.source_column, args.target_column))
     pairs = DatasetDict({split: select_columns(dataset, args, split) for split, dataset in splits.items()})
-    if "validation" not in pairs and "train" in pairs:
-        held_out = pairs["train"].train_test_split(test_size=args.validation_fraction, seed=seed)
-        pairs = DatasetDict({**pairs, "train": held_out["train"], "validation": held_out["test"]})
-    limit_samples(pairs, args.max_train_samples, args.max_eval_samples, seed)
-    return pairs
+    return args.complete(pairs, seed)
 
 
 def select_columns(dataset: Dataset, args: DataArguments, split: str) -> Dataset:
@@ -96,10 +81,8 @@ def select_columns(dataset: Dataset, args: DataArguments, split: str) -> Dataset
     translations = "translation" in dataset.column_names and all(names)
     if not translations:
         names = args.source_column, args.target_column
-        check_columns(
-            dataset, split, names,
-            " Name them with --source_column and --target_column, or give --source_language and --target_language.",
-        )  # fmt: skip
+        advice = "Name them with --source_column and --target_column, or give --source_language and --target_language."
+        check_columns(dataset, split, names, advice)
 
     def select(row: dict, index: int) -> dict[str, str]:
         cells = [((row["translation"] or {}) if translations else row).get(name) for name in names]
@@ -141,7 +124,7 @@ def score(metric: str, predictions: list[str], targets: list[str]) -> dict[str, 
     return scores
 
 
-def decode(ids: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def decode(ids: Any, tokenizer: Any) -> list[str]:
     """The texts of padded ids."""
     ids = np.where(np.asarray(ids) == IGNORE, tokenizer.pad_token_id, ids)
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -149,16 +132,12 @@ def decode(ids: Any, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def make_trainer(
     pairs: DatasetDict, data: DataArguments, model_args: ModelArguments, args: Seq2SeqTrainingArguments
-) -> Seq2SeqTrainer:
-    """Tokenizer, model and data in a trainer that evaluates generated texts."""
-
-    def texts() -> Iterator[str]:
-        for row in pairs["train"]:
-            yield from (row["source"], row["target"])
-
+) -> tuple[Seq2SeqTrainer, dict[str, Dataset]]:
+    """A trainer that evaluates generated texts, and the tokens of all splits."""
     max_length = max(data.max_source_length, data.max_target_length + 1)
     with args.main_process_first(desc="preparing the data"):
-        tokenizer = make_tokenizer(model_args, texts() if "train" in pairs else [], max_length)
+        texts = (text for row in pairs.get("train", []) for text in (row["source"], row["target"]))
+        tokenizer = make_tokenizer(model_args, texts, max_length)
         encoded = {split: tokenize(dataset, tokenizer, data) for split, dataset in pairs.items()}
     model = make_model(AutoModelForSeq2SeqLM, model_args, tokenizer, max_length)
     args.generation_max_length = args.generation_max_length or data.max_target_length + 1  # and the start token
@@ -166,33 +145,30 @@ def make_trainer(
     def compute_metrics(output: EvalPrediction) -> dict[str, float]:
         return score(data.metric, decode(output.predictions, tokenizer), decode(output.label_ids, tokenizer))
 
-    return SequentialSeq2SeqTrainer(
-        model=model,
-        args=args,
-        train_dataset=encoded.get("train"),
-        eval_dataset=encoded.get("validation", encoded.get("test")),
-        processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, model=model),
-        compute_metrics=compute_metrics if args.predict_with_generate else None,
-    )
+    options: dict[str, Any] = {"data_collator": DataCollatorForSeq2Seq(tokenizer, model=model)}
+    options |= {"compute_metrics": compute_metrics if args.predict_with_generate else None}
+    return build_trainer(SequentialSeq2SeqTrainer, model, args, tokenizer, encoded, **options), encoded
 
 
-def evaluate_splits(trainer: Seq2SeqTrainer, pairs: DatasetDict, data: DataArguments) -> dict[str, dict[str, float]]:
-    """Write the generated texts of all splits but the training data into `predictions_SPLIT.jsonl`; return scores."""
-    tokenizer: Any = trainer.processing_class
+def run(data: DataArguments, model_args: ModelArguments, args: Seq2SeqTrainingArguments) -> bool:
+    """Read the data, train, evaluate and report. Returns whether a model was trained."""
+    set_seed(args.seed)
+    pairs = load_pairs(data, args.seed)
+    if "train" not in pairs:
+        check_trained(model_args.model_name_or_path)
+    trainer, encoded = make_trainer(pairs, data, model_args, args)
+    train_and_save(trainer, "Pairs: " + ", ".join(f"{split} {len(part)}" for split, part in pairs.items()))
     scores = {}
-    for split, dataset in pairs.items():
-        if split == "train":
-            continue
-        output = trainer.predict(tokenize(dataset, tokenizer, data), metric_key_prefix=split)
-        trainer.save_metrics(split, output.metrics)
-        predictions = decode(output.predictions, tokenizer)
-        scores[split] = score(data.metric, predictions, list(dataset["target"]))
-        if trainer.is_world_process_zero():
-            rows = [{**row, "prediction": text} for row, text in zip(dataset, predictions, strict=True)]
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            Path(trainer.args.output_dir, f"predictions_{split}.jsonl").write_text(lines, encoding="utf-8")
-    return scores
+    for split, ids in predict_splits(trainer, encoded) if args.predict_with_generate else ():
+        predictions = decode(ids, trainer.processing_class)
+        scores[split] = score(data.metric, predictions, list(pairs[split]["target"]))
+        rows = [{**row, "prediction": text} for row, text in zip(pairs[split], predictions, strict=True)]
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        Path(args.output_dir, f"predictions_{split}.jsonl").write_text(lines, encoding="utf-8")
+    if trainer.is_world_process_zero():
+        summary = [f"{split}: " + ", ".join(f"{k} {v:.2f}" for k, v in row.items()) for split, row in scores.items()]
+        write_report(trainer, scores, "\n\n".join(summary), data.dataset_name or Path(str(data.train_file)).stem)
+    return "train" in pairs
 
 
 def predict_file(file: Path, folder: str, data: DataArguments, beams: int | None) -> None:
@@ -204,30 +180,6 @@ def predict_file(file: Path, folder: str, data: DataArguments, beams: int | None
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     ids = model.generate(**inputs, max_new_tokens=data.max_target_length, num_beams=beams or 1)
     print(tokenizer.decode(ids[0], skip_special_tokens=True))
-
-
-def check_arguments(data: DataArguments, args: Seq2SeqTrainingArguments) -> None:
-    """Raise ValueError for what would otherwise fail only after training."""
-    smallest = {
-        "max_source_length": 1, "max_target_length": 2, "max_train_samples": 1, "max_eval_samples": 1,
-        "generation_num_beams": 1, "generation_max_length": 2,
-    }  # fmt: skip
-    values = vars(args) | vars(data)
-    for name, least in smallest.items():
-        if values[name] is not None and values[name] < least:
-            raise ValueError(f"--{name} {values[name]} must be at least {least}.")
-    if not 0 < data.validation_fraction < 1:
-        raise ValueError(f"--validation_fraction {data.validation_fraction} must be between 0 and 1.")
-    if args.predict_with_generate and data.metric != "none":
-        require("rouge_score" if data.metric == "rouge" else "sacrebleu")
-
-
-def check_file(file: Path) -> None:
-    """Raise ValueError unless the file has a text."""
-    if not file.is_file():
-        raise ValueError(f"--predict_file: there is no file `{file}`.")
-    if not file.read_text(encoding="utf-8").strip():
-        raise ValueError(f"--predict_file: `{file}` is empty.")
 
 
 def check_trained(name: str | None) -> None:
@@ -242,37 +194,14 @@ def check_trained(name: str | None) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
-    data, model_args, args = parse_arguments(
-        (DataArguments, ModelArguments, Seq2SeqTrainingArguments),
-        arguments,
-        DEFAULTS,
-        {},
-        prog="hf-reformer train seq2seq",
-        description=__doc__,
-    )
-    has_data = data.dataset_name is not None or any((data.train_file, data.validation_file, data.test_file))
-    if not has_data and (data.predict_file is None or model_args.model_name_or_path is None):
-        raise SystemExit("Give --train_file, --dataset_name, or --model_name_or_path with --predict_file. See --help.")
-    trains = False
-    if has_data:
-        check_arguments(data, args)
-        set_seed(args.seed)
-        pairs = load_pairs(data, args.seed)
-        trains = "train" in pairs
-    if data.predict_file is not None:
-        check_file(Path(data.predict_file))
-    if not trains:
+    classes = (DataArguments, ModelArguments, Seq2SeqTrainingArguments)
+    data, model_args, args = parse_arguments("seq2seq", __doc__, classes, arguments, DEFAULTS)
+    has_data = data.check(model_args, args)
+    if not has_data:
         check_trained(model_args.model_name_or_path)
-    if has_data:
-        trainer = make_trainer(pairs, data, model_args, args)
-        if trains:
-            train_and_save(trainer, args.resume_from_checkpoint)
-        scores = evaluate_splits(trainer, pairs, data) if args.predict_with_generate else {}
-        if trainer.is_world_process_zero():
-            lines = [
-                f"{split}: " + ", ".join(f"{k} {v:.2f}" for k, v in values.items()) for split, values in scores.items()
-            ]
-            write_report(trainer, scores, "\n\n".join(lines), data.dataset_name or Path(str(data.train_file)).stem)
+    elif args.predict_with_generate and data.metric != "none":
+        require("rouge_score" if data.metric == "rouge" else "sacrebleu")
+    trained = has_data and run(data, model_args, args)
     if data.predict_file is not None and args.process_index == 0:
-        folder = args.output_dir if trains else model_args.model_name_or_path
+        folder = args.output_dir if trained else model_args.model_name_or_path
         predict_file(Path(data.predict_file), str(folder), data, args.generation_num_beams)

@@ -9,10 +9,11 @@ import numpy as np
 import pandas as pd
 from datasets import Dataset
 from matplotlib.figure import Figure
+from scipy.special import expit, softmax
 from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import ConfusionMatrixDisplay
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from transformers import EvalPrediction
@@ -38,7 +39,6 @@ class Task:
     columns: Columns
     problem_type: str
     label_names: list[str] = field(default_factory=list)
-    glue: str | None = None
 
     def texts(self, examples: Any) -> list[list[str]]:
         """The texts of all examples, and their second texts if they are pairs; "" where one is missing."""
@@ -66,10 +66,8 @@ class Task:
         if self.problem_type == REGRESSION:
             return logits.reshape(len(logits)), None
         if self.problem_type == MULTI:
-            probabilities = 1 / (1 + np.exp(-logits))
-            return (probabilities > 0.5).astype(int), probabilities
-        exponentials = np.exp(logits - logits.max(axis=-1, keepdims=True))
-        return logits.argmax(axis=-1), exponentials / exponentials.sum(axis=-1, keepdims=True)
+            return (expit(logits) > 0.5).astype(int), expit(logits)
+        return logits.argmax(axis=-1), softmax(logits, axis=-1)
 
     def format_label(self, label: Any) -> str | float:
         """A label as a person would write it."""
@@ -106,12 +104,7 @@ def read_label_names(dataset: Dataset, columns: Columns, split: str) -> list[lis
 
 
 def define_task(
-    dataset: Dataset,
-    columns: Columns,
-    split: str,
-    problem_type: str | None = None,
-    model_labels: list[str] | None = None,
-    glue: str | None = None,
+    dataset: Dataset, columns: Columns, split: str, problem_type: str | None, model_labels: list[str] | None
 ) -> Task:
     """Derive the kind of task from the labels: floats mean regression, lists mean several labels per text.
 
@@ -123,7 +116,7 @@ def define_task(
         is_float = str(getattr(feature, "dtype", "")).startswith(("float", "double"))
         problem_type = MULTI if hasattr(feature, "feature") else REGRESSION if is_float else SINGLE
     if problem_type == REGRESSION:
-        return Task(columns, problem_type, glue=glue)
+        return Task(columns, problem_type)
 
     def numbers_first(name: str) -> tuple[bool, int, str]:
         return (not name.isdigit(), int(name) if name.isdigit() else 0, name)
@@ -134,15 +127,15 @@ def define_task(
         names = model_labels
     if len(names) < 2:
         raise ValueError(f"All {len(labels)} rows of the {split} data have the same label, {names}: nothing to learn.")
-    return Task(columns, problem_type, list(names), glue)
+    return Task(columns, problem_type, list(names))
 
 
 class Metrics:
-    """`compute_metrics` for the Trainer, with the metrics of the task."""
+    """`compute_metrics` for the Trainer, with the metrics of a GLUE task, or of the kind of task."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, glue: str | None) -> None:
         self.task = task
-        self.options = METRICS.get(task.glue, METRICS[task.problem_type])
+        self.options = METRICS.get(glue, METRICS[task.problem_type])
         self.modules = {name: evaluate.load(METRIC_MODULE, name, keep_in_memory=True) for name in self.options}
 
     def score(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
@@ -200,15 +193,8 @@ def draw_confusion_matrix(file: Path, task: Task, labels: np.ndarray, prediction
     side = max(4.0, 1.5 + 0.55 * len(task.label_names))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    ConfusionMatrixDisplay.from_predictions(
-        labels,
-        predictions,
-        labels=range(len(task.label_names)),
-        display_labels=task.label_names,
-        xticks_rotation=45,
-        cmap="Blues",
-        colorbar=False,
-        ax=axes,
-    )
+    matrix = confusion_matrix(labels, predictions, labels=range(len(task.label_names)))
+    display = ConfusionMatrixDisplay(matrix, display_labels=task.label_names)
+    display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=45)
     axes.set_title(title)
     figure.savefig(file, dpi=120)

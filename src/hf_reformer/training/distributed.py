@@ -1,6 +1,7 @@
 """Training on several devices with accelerate and the Trainer: precision under FSDP2, sequence parallelism."""
 
 from collections.abc import Iterator, Sized
+from itertools import chain, cycle, islice
 from typing import Any
 
 import torch
@@ -40,11 +41,8 @@ class RepeatedBatches(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         indices = list(self.sampler)
         for start in range(0, len(indices), self.batch_size):
-            batch = indices[start : start + self.batch_size]
-            while len(batch) < self.batch_size:
-                batch += indices[: self.batch_size - len(batch)]
-            for _ in range(self.times):
-                yield from batch
+            batch = list(islice(chain(indices[start:], cycle(indices)), self.batch_size))
+            yield from batch * self.times
 
 
 class SequenceParallelTrainer(Trainer):
@@ -62,6 +60,8 @@ class SequenceParallelTrainer(Trainer):
     """
 
     sequence_group: Any = None
+    # In evaluation every process has all results: nothing is gathered, whatever the Trainer sets.
+    gather_function = property(lambda self: lambda results: results, lambda self, value: None)
 
     def __init__(self, *args: Any, sequence_parallel_size: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -99,15 +99,6 @@ class SequenceParallelTrainer(Trainer):
             return super()._get_dataloader(dataset, description, batch_size, repeated, is_training, dataloader_key)
         collate = self._get_collator_with_removed_columns(self.data_collator, description=description)
         return DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
-
-    @property
-    def gather_function(self) -> Any:
-        """In evaluation every process has all results."""
-        return lambda results: results
-
-    @gather_function.setter
-    def gather_function(self, value: Any) -> None:
-        pass
 
 
 __all__ = ["RepeatedBatches", "SequenceParallelTrainer", "fsdp_policy"]

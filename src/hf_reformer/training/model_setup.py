@@ -19,46 +19,41 @@ from .trainers import force_cpu_backend
 
 # Where a small Reformer that is trained from scratch needs other settings than `TrainingArguments` has.
 DEFAULTS: dict[str, Any] = {
-    "num_train_epochs": 5,
-    "learning_rate": 1e-3,
-    "warmup_steps": 0.1,
-    "weight_decay": 0.01,
-    "per_device_train_batch_size": 16,
-    "per_device_eval_batch_size": 16,
-    "logging_steps": 10,
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-}
+    "num_train_epochs": 5, "learning_rate": 1e-3, "warmup_steps": 0.1, "weight_decay": 0.01,
+    "per_device_train_batch_size": 16, "per_device_eval_batch_size": 16,
+    "logging_steps": 10, "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 2,
+}  # fmt: skip
 SIZES = (
     "hidden_size", "attn_layers", "num_attention_heads", "attention_head_size", "feed_forward_size", "num_hashes",
     "position_embedding_type",
 )  # fmt: skip
 
 
+def option(default: Any, help: str, choices: Sequence[str] | None = None, aliases: Sequence[str] = ()) -> Any:
+    """A field of a recipe's options; a list is copied for every instance."""
+    value = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return HfArg(help=help, aliases=list(aliases), metadata={"choices": choices} if choices else None, **value)
+
+
 @dataclass
 class ModelArguments:
     """A saved model to start from, or the sizes of a new one."""
 
-    model_name_or_path: str | None = HfArg(default=None, help="A saved model to start from.")
-    tokenizer: str | None = HfArg(
-        default=None,
-        help="bytes; train (a byte-level BPE on the training texts); or a name or path. "
+    model_name_or_path: str | None = option(None, "A saved model to start from.")
+    tokenizer: str | None = option(
+        None,
+        "bytes; train (a byte-level BPE on the training texts); or a name or path. "
         "Default: the saved model's own, or train.",
     )
-    tokenizer_vocab_size: int = HfArg(default=8192, help="For --tokenizer train.")
-    hidden_size: int = HfArg(default=128, help="Width of the model.")
-    attn_layers: list[str] = HfArg(
-        default_factory=lambda: ["local", "lsh", "local", "lsh"], help="Attention type of every layer."
-    )
-    num_attention_heads: int = HfArg(default=2, help="Attention heads of every layer.")
-    attention_head_size: int = HfArg(default=64, help="Width of every head.")
-    feed_forward_size: int = HfArg(default=256, help="Width inside the feed-forward layers.")
-    num_hashes: int = HfArg(default=2, help="Hash rounds of the lsh layers.")
-    position_embedding_type: str = HfArg(default="rotary", help="axial, learned or rotary.")
-    config_overrides: str | None = HfArg(
-        default=None, help='Any other field of ReformerConfig: "lsh_window=64,reversible=False".'
-    )
+    tokenizer_vocab_size: int = option(8192, "For --tokenizer train.")
+    hidden_size: int = option(128, "Width of the model.")
+    attn_layers: list[str] = option(["local", "lsh", "local", "lsh"], "Attention type of every layer.")
+    num_attention_heads: int = option(2, "Attention heads of every layer.")
+    attention_head_size: int = option(64, "Width of every head.")
+    feed_forward_size: int = option(256, "Width inside the feed-forward layers.")
+    num_hashes: int = option(2, "Hash rounds of the lsh layers.")
+    position_embedding_type: str = option("rotary", "axial, learned or rotary.")
+    config_overrides: str | None = option(None, 'Any other field of ReformerConfig: "lsh_window=64,reversible=False".')
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -66,11 +61,12 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 def parse_arguments(
+    recipe: str,
+    description: str | None,
     classes: Sequence[Any],
     arguments: Sequence[str] | None,
     defaults: Mapping[str, Any],
-    presets: Mapping[str, Mapping[str, Any]],
-    **parser_options: Any,
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Any, ...]:
     """Read a recipe's command line into instances of `classes`.
 
@@ -82,10 +78,11 @@ def parse_arguments(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     require("accelerate")  # without it, `TrainingArguments` would name another package to install
     force_cpu_backend()
-    parser = HfArgumentParser(classes, usage="%(prog)s [OPTIONS]", formatter_class=_Formatter, **parser_options)
+    options = {"prog": f"hf-reformer train {recipe}", "usage": "%(prog)s [OPTIONS]", "description": description}
+    parser = HfArgumentParser(classes, formatter_class=_Formatter, **options)
     parser.set_defaults(**{**DEFAULTS, **defaults})
     flags = {argument.split("=")[0] for argument in arguments}
-    for flag, preset in presets.items():
+    for flag, preset in (presets or {}).items():
         if flag in flags:
             parser.set_defaults(**preset)
     return parser.parse_args_into_dataclasses(arguments)

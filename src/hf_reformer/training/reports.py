@@ -30,33 +30,20 @@ def write_report(trainer: Trainer, scores: dict[str, Any], summary: str, dataset
         metadata: of the model card.
     """
     folder = Path(trainer.args.output_dir)
+    tokenizer: Any = trainer.processing_class
     (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
     if dataset is not None:
-        write_model_card(trainer, summary, dataset, **metadata)
+        trained = trainer.state.global_step > 0
+        if trained:
+            trainer.save_state()  # again, with the last evaluation
+        metadata |= {"training": extract_hyperparameters_from_trainer(trainer) if trained else None}
+        metadata |= {"dataset_name": dataset, "notes": f"## Scores\n\n{summary}", "with_code": False}
+        model: Any = trainer.accelerator.unwrap_model(trainer.model)
+        model_card(model, str(folder), tokenizer, trainer.state, **metadata).save(folder / "README.md")
     print(f"\n{summary}\n\nThe results are in {folder}/")
     for pattern, content in CONTENTS.items():
         if names := ", ".join(sorted(file.name for file in folder.glob(pattern))):
             print(f"  {names:36} {content}")
-
-
-def write_model_card(trainer: Trainer, scores: str, dataset: str, **metadata: Any) -> None:
-    """Write a model card that ends with the scores. After training, also save the state that it reports."""
-    tokenizer: Any = trainer.processing_class
-    trained = trainer.state.global_step > 0
-    if trained:
-        trainer.save_state()  # again, with the last evaluation
-    card = model_card(
-        trainer.accelerator.unwrap_model(trainer.model),
-        str(trainer.args.output_dir),
-        tokenizer,
-        trainer.state,
-        with_code=False,
-        dataset_name=dataset,
-        training=extract_hyperparameters_from_trainer(trainer) if trained else None,
-        notes=f"## Scores\n\n{scores}",
-        **metadata,
-    )
-    card.save(Path(trainer.args.output_dir) / "README.md")
 
 
 def format_table(scores: dict[str, dict[str, float]]) -> str:

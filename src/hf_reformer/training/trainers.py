@@ -1,6 +1,7 @@
 """The Trainers of the recipes."""
 
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,13 +22,44 @@ def force_cpu_backend() -> None:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
 
 
-def train_and_save(trainer: Trainer, resume: str | None) -> None:
-    """Train, then save the model, its tokenizer and the metrics of training. `resume`: a checkpoint, or "last"."""
+def build_trainer(
+    trainer_class: Any, model: Any, args: Any, tokenizer: Any, splits: Mapping[str, Any], **options: Any
+) -> Any:
+    """A Trainer of the split `train` that evaluates the validation splits, or all others if there are none."""
+    evaluated = {split: part for split, part in splits.items() if split.startswith("validation")}
+    evaluated = evaluated or {split: part for split, part in splits.items() if split != "train"}
+    options["train_dataset"] = splits.get("train")
+    options["eval_dataset"] = evaluated if len(evaluated) > 1 else next(iter(evaluated.values()), None)
+    return trainer_class(model=model, args=args, processing_class=tokenizer, **options)
+
+
+def train_and_save(trainer: Trainer, data_summary: str) -> None:
+    """Print what is trained. With training data, train, then save the model, its tokenizer and the metrics."""
+    model: Any = trainer.model
+    if trainer.is_world_process_zero():
+        layers = ", ".join(getattr(model.config, "attn_layers", [model.config.model_type]))
+        print(f"{data_summary}\nParameters: {model.num_parameters():,}; layers: {layers}")
+    if trainer.train_dataset is None:
+        return
+    resume = trainer.args.resume_from_checkpoint
     result = trainer.train(resume_from_checkpoint=True if resume in ("last", "true", "True") else resume)
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+
+
+def predict_splits(trainer: Trainer, encoded: Mapping[str, Dataset]) -> Iterator[tuple[str, Any]]:
+    """Predict all splits but the training data and save their metrics; the main process gets the predictions.
+
+    Every process must run through the iterator.
+    """
+    for split, dataset in encoded.items():
+        if split != "train":
+            output = trainer.predict(dataset, metric_key_prefix=split)
+            trainer.save_metrics(split, output.metrics)
+            if trainer.is_world_process_zero():
+                yield split, output.predictions
 
 
 class SequentialEvalMixin:
@@ -97,11 +129,5 @@ class LanguageModelTrainer(Trainer):
 class SequentialSeq2SeqTrainer(SequentialEvalMixin, Seq2SeqTrainer):
     """A Seq2SeqTrainer whose predictions are in the order of the data, each once."""
 
-    @property
-    def gather_function(self) -> Any:
-        """Drops the duplicates that fill the last batch of several processes; Seq2SeqTrainer would keep them."""
-        return self.accelerator.gather_for_metrics
-
-    @gather_function.setter
-    def gather_function(self, value: Any) -> None:
-        pass
+    # Drops the duplicates that fill the last batch of several processes; Seq2SeqTrainer would set one that keeps them.
+    gather_function = property(lambda self: self.accelerator.gather_for_metrics, lambda self, value: None)

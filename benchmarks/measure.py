@@ -25,7 +25,7 @@ class TimingBudget(NamedTuple):
 
     Attributes:
         budget: seconds for the repetitions of a group; at least `min_repeats` are done, whatever they take.
-        once_over: a impl whose first call takes longer is not called again.
+        once_over: an implementation whose first call takes longer is not called again.
     """
 
     budget: float
@@ -74,7 +74,7 @@ def timed(call: Callable[[], Any], in_a_row: int = 1) -> tuple[float, float]:
 def alternate(calls: Mapping[Key, Callable[[], Any]], budget: TimingBudget, in_a_row: int = 1) -> dict[Key, Timing]:
     """Call all implementations in turn, back and forth, again and again; the first round warms up.
 
-    A impl that fails is out, and the others go on.
+    One that fails is out, and the others go on.
     """
     timings = {key: Timing() for key in calls}
     gc.collect()

@@ -79,10 +79,16 @@ def append(path: Path, rows: Iterable[Row]) -> None:
             writer.writerow({name: tidy(value) for name, value in asdict(row).items()})
 
 
+def current_name(impl: str) -> str:
+    """An implementation's name, also where it is that of older results."""
+    return impl.replace("ours", "hf-reformer").replace("built-in", "transformers")
+
+
 def check(path: Path) -> None:
     """Raise ValueError unless the file holds whole rows of these results."""
     text = path.read_text()
-    if text.partition("\n")[0].split(",") != COLUMNS:
+    header = text.partition("\n")[0].replace("rival", "impl")  # the column's name in older files
+    if header.split(",") != COLUMNS:
         raise ValueError(f"{path} has other columns than these results. Choose another --output_dir.")
     if not text.endswith("\n"):
         raise ValueError(f"{path} ends in the middle of a row. Remove its last line.")
@@ -107,5 +113,7 @@ def load(path: Path) -> list[Row]:
 def read(path: Path) -> Iterator[Row]:
     check(path)
     with path.open(newline="") as file:
-        for line in csv.DictReader(file):
+        next(file)  # the header
+        for line in csv.DictReader(file, COLUMNS):
+            line |= {name: current_name(line[name]) for name in ("impl", "base")}
             yield Row(**{field.name: PARSERS[field.type](line[field.name]) for field in fields(Row)})  # type: ignore

@@ -31,7 +31,7 @@ from .measure import Forecasts, Timing, TimingBudget, alternate, describe, peak_
 from .memory import bound_memory
 from .plan import SECTIONS, make, plan
 from .report import cell, write_report
-from .results import Row, append, check
+from .results import Row, append, check, current_name
 
 BUDGET, SHORT_BUDGET = 20.0, 3.0  # seconds for the repetitions of a group of single ops
 LONGEST, SHORT_LONGEST = 120.0, 10.0  # seconds for one call of a single op
@@ -46,7 +46,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, nargs="+", help="hash rounds of the cores (1 2 4; short: 2)")
     parser.add_argument("--threads", type=int, nargs="+", help="thread counts (1 2; short: 2)")
     parser.add_argument("--quantities", nargs="+", choices=["time", "memory"], default=["time", "memory"])
-    parser.add_argument("--impls", nargs="+", help="only these, by their names in results.csv")
+    parser.add_argument(
+        "--impls", "--rivals", nargs="+", type=current_name, help="only these, by their names in results.csv"
+    )
     parser.add_argument("--budget", type=float, help=f"seconds to repeat each group in ({BUDGET:.0f})")
     parser.add_argument("--longest_run", type=float, help=f"seconds a call may take ({LONGEST:.0f}); models get more")
     parser.add_argument("--minutes", type=float, help="what has not begun by then is written as skipped")

@@ -113,6 +113,16 @@ def test_a_measured_row_outlives_a_later_one_without_a_number(tmp_path):
         results.append(path, [old])
 
 
+def test_older_names_of_options_and_results_still_work(tmp_path):
+    path = tmp_path / "results.csv"
+    results.append(path, [row("ours chunk", 1.0, base="ours chunk 1024"), row("built-in", 2.0)])
+    path.write_text(path.read_text().replace("impl", "rival"))
+    current = [row("hf-reformer chunk", 1.0, base="hf-reformer chunk 1024"), row("transformers", 2.0)]
+    results.append(path, [row("sdpa", 3.0)])
+    assert results.load(path) == [*current, row("sdpa", 3.0)]
+    assert run.parse(["--rivals", "ours", "full"]).impls == ["hf-reformer", "full"]
+
+
 # --- what is made of it
 
 

@@ -10,7 +10,7 @@ from conftest import make_ids, make_model
 import hf_reformer
 from hf_reformer import ReformerForCausalLM
 from hf_reformer.ops.dispatch import unsupported_reason
-from reformer_kernels.cpu import torch_ops
+from reformer_kernels.cpu import bindings
 
 SOURCES = Path(hf_reformer.__file__).parents[1]
 MAX_FRAMES, MAX_FILES = 11, 8
@@ -39,8 +39,9 @@ class Spy:
 @pytest.mark.skipif(unsupported_reason("cpu") is not None, reason="there is no compiled kernel")
 @pytest.mark.parametrize("kind", ["local", "lsh"])
 def test_frames_from_the_model_to_the_kernel_in_training(kind, monkeypatch):
-    spy = Spy(torch_ops.current_library())
-    monkeypatch.setattr(torch_ops, "current_library", lambda: spy)
+    assert unsupported_reason("cpu") is None  # the library is checked before it is watched
+    spy = Spy(bindings.current_library())
+    monkeypatch.setattr(bindings, "current_library", lambda: spy)
     model = make_model(ReformerForCausalLM, dtype=torch.float32, attn_layers=[kind], attention_backend="cpu").train()
     ids = make_ids(2, 40)
     loss = model(ids, labels=ids).loss

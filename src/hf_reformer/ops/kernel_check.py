@@ -1,6 +1,5 @@
 """Whether a compiled library computes on this machine what the definitions say; asked once a process."""
 
-import ctypes
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,7 +13,7 @@ from .prng import make_key, normal_rows
 from .reference import attention_mass, attention_with_weights, shared_key
 
 
-def agrees(kernels: Any, library: ctypes.CDLL) -> bool:
+def agrees(kernels: Any) -> bool:
     """Compare every function of the library with its definition, on small inputs that use every mask.
 
     kernels: `reformer_kernels.cpu`.
@@ -24,19 +23,19 @@ def agrees(kernels: Any, library: ctypes.CDLL) -> bool:
     mask = torch.rand(2, 192, generator=generator, device="cpu", dtype=torch.float32) > 0.1
     rotations, factors = _normal(generator, 2, 24, 2, 6), (2, 10)
     buckets = lsh_buckets(query, rotations, factors)
-    sorted_windows = bindings.sort_by_bucket(buckets, mask, 20, *window_extent(31, False), 3, library)
+    sorted_windows = bindings.sort_by_bucket(buckets, mask, 20, *window_extent(31, False), 3)
     keys = buckets[0, 0, 0]
     return (
-        _same_buckets(bindings.lsh_buckets(query, rotations, list(factors), library), buckets)
+        _same_buckets(bindings.lsh_buckets(query, rotations, list(factors)), buckets)
         and all(map(torch.equal, sorted_windows, bucket_windows(buckets, 20, 31, False, mask)))
-        and _close([bindings.normal_rows(keys, 50, library)], [normal_rows(keys, 50)])
-        and _attention_agrees(kernels, query, value, grad, buckets, mask, library)
-        and _decode_attention_agrees(kernels, query[:, :, :40], value[:, :, :40], library)
-        and _decode_layers_agree(kernels, library)
+        and _close([bindings.normal_rows(keys, 50)], [normal_rows(keys, 50)])
+        and _attention_agrees(kernels, query, value, grad, buckets, mask)
+        and _decode_attention_agrees(kernels, query[:, :, :40], value[:, :, :40])
+        and _decode_layers_agree(kernels)
     )
 
 
-def _attention_agrees(kernels, query, value, grad, buckets, mask, library: ctypes.CDLL) -> bool:
+def _attention_agrees(kernels, query, value, grad, buckets, mask) -> bool:
     windows = window_layout([(buckets * 0, 1, 20), (buckets, 20, 90)], True, mask)
     dropout_key = make_key(0, "cpu")
     query_weights, grad_mass = _normal(torch.Generator("cpu").manual_seed(1), 2, 2, 192)  # (B, T) each
@@ -46,8 +45,8 @@ def _attention_agrees(kernels, query, value, grad, buckets, mask, library: ctype
             args = kernels.AttentionArgs(
                 query, key, value, *layout[:3], mask, dropout_key, query_weights, *layout[3:], True, 0.3, scale
             )
-            out, row_max, row_sum, mass = kernels.bindings.forward(args, library)
-            grads = kernels.bindings.backward(out, row_max, row_sum, grad, grad_mass, args, library)
+            out, row_max, row_sum, mass = kernels.bindings.forward(*args)
+            grads = kernels.bindings.backward(out, row_max, row_sum, grad, grad_mass, *args)
             inputs = [x.detach().requires_grad_() for x in (query, value, key) if x is not None]
             options = {"causal": True, "mask": mask, "dropout": 0.3, "dropout_key": dropout_key}
             scaled = None if key is None else scale * inputs[2]
@@ -59,7 +58,7 @@ def _attention_agrees(kernels, query, value, grad, buckets, mask, library: ctype
     return True
 
 
-def _decode_attention_agrees(kernels, query, value, library: ctypes.CDLL) -> bool:
+def _decode_attention_agrees(kernels, query, value) -> bool:
     """Each of several new tokens attends to what the definition shows it."""
     batch, heads, length, size = query.shape
     num_buckets, window, local_window = 6, 5, 7
@@ -71,13 +70,13 @@ def _decode_attention_agrees(kernels, query, value, library: ctypes.CDLL) -> boo
         keys, values, buckets, chains.newest, chains.previous, rotations, (num_buckets,), window
     )
     indices = torch.arange(length).expand(batch, -1)
-    out = kernels.decode_attention(query, query, value, query, indices, cache, local_window, size**-0.5, library)
+    out = kernels.decode_attention(query, query, value, query, indices, cache, local_window, size**-0.5)
     groups = [(buckets[:, :, :1] * 0, 1, local_window), (buckets, num_buckets, window)]
     expected, _ = attention_with_weights(query, None, value, window_layout(groups, True, None), causal=True)
     return _same_buckets(buckets, lsh_buckets(query, rotations, num_buckets)) and _close([out], [expected])
 
 
-def _decode_layers_agree(kernels, library: ctypes.CDLL) -> bool:
+def _decode_layers_agree(kernels) -> bool:
     """A token through a layer, where it attends to itself alone, comes to what dense layers give."""
     generator = torch.Generator("cpu").manual_seed(2)
     batch, hidden, heads, size, wide = 2, 20, 2, 8, 12
@@ -98,7 +97,7 @@ def _decode_layers_agree(kernels, library: ctypes.CDLL) -> bool:
     y1 = x1 + F.linear(F.linear(norm(x2, "attention_norm"), w["value_proj"]), w["out_proj"])
     activations = F.gelu(F.linear(norm(y1, "feed_forward_norm"), w["up_proj"], w["up_bias"]))
     y2 = x2 + F.linear(activations, w["down_proj"], w["down_bias"])
-    return _close(kernels.decode_layers(x1, x2, [layer], None, library), (y1, y2))
+    return _close(kernels.decode_layers(x1, x2, [layer], None), (y1, y2))
 
 
 def _same_buckets(buckets: torch.Tensor, expected: torch.Tensor) -> bool:

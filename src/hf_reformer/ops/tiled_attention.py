@@ -23,18 +23,21 @@ FLOOR = -1e8  # running maxima start here: above every masked pair, below every 
 LOG2_E = 1.4426950408889634  # queries are scaled by it: exp2 costs half of exp, and a tenth where it underflows
 
 
-class _MaskRule(NamedTuple):
+class _Rule(NamedTuple):
     """What a block needs to know beside tensors."""
 
     shared: bool
     causal: bool
     dropout: float
-    left_reach: int
 
 
-class _RowIndex(NamedTuple):
-    """The layout in terms of rows of the flattened (B, T, H) tensors: row = (b * T + token) * H + h; N rows in all."""
+class _Rows(NamedTuple):
+    """Everything in terms of rows of the flattened (B, T, H) tensors: row = (b * T + token) * H + h; N rows in all."""
 
+    query: torch.Tensor  # (N, D), scaled by LOG2_E
+    key: torch.Tensor  # (N, D)
+    layout: AttentionLayout
+    rule: _Rule
     row: torch.Tensor  # (B·H, R, T) int32, row at every sorted position
     window_start: torch.Tensor  # (B·H, R, T) int32
     window_end: torch.Tensor
@@ -46,145 +49,32 @@ class _RowIndex(NamedTuple):
     key_key: torch.Tensor | None  # (N) int32
 
 
-def _by_row(x: torch.Tensor) -> torch.Tensor:
-    """(B, H, R, T) → (R, N) float32"""
-    return x.permute(2, 0, 3, 1).reshape(x.shape[2], -1).to(torch.float32)
-
-
-def _make_row_index(
-    layout: AttentionLayout, heads: int, mask: torch.Tensor | None, dropout_key: torch.Tensor | None
-) -> _RowIndex:
+def _make_rows(query, key, layout: AttentionLayout, mask, dropout_key, rule: _Rule) -> _Rows:
+    heads = query.shape[1]
     perm, start, end = (x.expand(-1, heads, -1, -1) for x in layout[:3])
     batch, _, rounds, length = perm.shape
     row_of_batch = torch.arange(batch, dtype=torch.int32, device=perm.device)[:, None, None, None] * (length * heads)
     head = torch.arange(heads, dtype=torch.int32, device=perm.device)[:, None, None]
     row = perm * heads + row_of_batch + head
-    sorted_pos = centre = width = row_mask = query_key = key_key = None
+    sorted_pos = centre = width = query_key = key_key = None
     if layout.dedup_pairs and rounds > 1:
         inverse = inverse_permutation(perm)
         first, last = start.gather(-1, inverse), end.gather(-1, inverse)
         twice_begin = torch.arange(rounds, dtype=torch.int32, device=perm.device)[:, None] * (2 * length)
-        sorted_pos = _by_row(inverse * 2)
-        centre = _by_row(first + last - twice_begin)
-        width = _by_row(last - first + 1)
-    if mask is not None and not layout.dedup_pairs:
-        row_mask = mask[:, :, None].expand(-1, -1, heads).reshape(-1)
+        by_row = (inverse * 2, first + last - twice_begin, last - first + 1)  # (B, H, R, T) each
+        sorted_pos, centre, width = (x.permute(2, 0, 3, 1).reshape(rounds, -1).to(torch.float32) for x in by_row)
     if dropout_key is not None:
         by_query, by_key = pair_keys(dropout_key, batch, heads, length)
         query_key = by_query.transpose(1, 2).reshape(-1)
-        key_key = by_key[None, :, None].expand(batch, length, heads).reshape(-1)
+        key_key = _repeat_heads(by_key.expand(batch, -1), heads)
+    mask = None if mask is None or layout.dedup_pairs else _repeat_heads(mask, heads)
     row, start, end = (x.reshape(batch * heads, rounds, length) for x in (row, start, end))
-    return _RowIndex(row, start, end, sorted_pos, centre, width, row_mask, query_key, key_key)
-
-
-class _TileBlock(NamedTuple):
-    """A rectangle of tiles of one round: n tiles of C queries, each with its K keys."""
-
-    round: int
-    query: torch.Tensor  # (n·C) int32 rows
-    key: torch.Tensor  # (n·K) int32 rows
-    target: torch.Tensor  # (n·C) int32 rows to write to; N for the filling of a last, partial tile
-    masked: torch.Tensor | None  # (n, C, K): above 0 where the pair is not visible in this round (window rule)
-    shape: tuple[int, int, int]  # n, C, K
-
-
-def _blocks(layout: AttentionLayout, index: _RowIndex) -> Iterator[_TileBlock]:
-    """Cut every round in blocks of about BLOCK_SCORES scores."""
-    heads, rounds, length = index.row.shape
-    tile, left, right = layout.block_size, layout.left_reach, layout.right_reach
-    tiles, keys = -(-length // tile), tile + left + right
-    per_head = max(1, min(tiles, BLOCK_SCORES // (tile * keys)))
-    per_block = max(1, BLOCK_SCORES // (tile * keys * tiles))
-    device = index.row.device
-    query_pos = torch.arange(tiles * tile, device=device)
-    key_pos = torch.arange(-left, tiles * tile + right, device=device)
-    offset = torch.arange(tiles, dtype=torch.int32, device=device)[:, None] * tile - left
-    for round_index in range(rounds):
-        begin = round_index * length
-        inside = query_pos.clamp(max=length - 1)
-        query = index.row[:, round_index, inside]  # (heads, tiles·C)
-        target = torch.where(query_pos < length, query, index.row.numel() // rounds)
-        if layout.dedup_pairs:
-            key = index.row[:, round_index, key_pos.clamp(0, length - 1)]  # what is added at the ends is not visible
-            first, last = index.window_start[:, round_index, inside], index.window_end[:, round_index, inside]
-            last = torch.where(query_pos < length, last, first - 1)  # the filling of a last tile has empty windows
-            first, last = (x.unflatten(-1, (tiles, tile)) - (offset + begin) for x in (first, last))
-        else:
-            key = index.row.flatten(1)[:, (key_pos + begin) % (rounds * length)]
-        key = key.unfold(-1, keys, tile)  # (heads, tiles, K), a view
-        query, target = query.unflatten(-1, (tiles, tile)), target.unflatten(-1, (tiles, tile))
-        for head in range(0, heads, per_block):
-            for at in range(0, tiles, per_head):
-                part = (slice(head, head + per_block), slice(at, at + per_head))
-                masked = _outside(first[part], last[part], keys) if layout.dedup_pairs else None
-                shape = (query[part].shape[0] * query[part].shape[1], tile, keys)
-                query_rows, key_rows, target_rows = (x[part].reshape(-1) for x in (query, key, target))
-                yield _TileBlock(round_index, query_rows, key_rows, target_rows, masked, shape)
-
-
-def _outside(first: torch.Tensor, last: torch.Tensor, keys: int) -> torch.Tensor:
-    """|2k - (first + last)| - (last - first): above 0 where key k of a tile lies outside first … last."""
-    first, last = first.reshape(-1, first.shape[-1], 1).float(), last.reshape(-1, last.shape[-1], 1).float()
-    twice = torch.arange(0, 2 * keys, 2, dtype=torch.float32, device=first.device)
-    return (twice - (first + last)).abs_().sub_(last - first)
-
-
-def _block_scores(
-    block: _TileBlock, index: _RowIndex, rule: _MaskRule, query: torch.Tensor, key: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scores (n, C, K) of the softmax in units of log 2; and where they are fixed numbers, or None."""
-    n, tile, keys = block.shape
-    scores = torch.bmm(query.view(n, tile, -1), key.view(n, keys, -1).transpose(1, 2))
-    if block.masked is None:
-        return _chunk_scores(scores, block, index, rule)
-    masked = block.masked
-    if index.sorted_pos is not None and index.centre is not None and index.width is not None:
-        for earlier in range(block.round):  # a pair counts in the first round in which it is visible
-            pos = index.sorted_pos[earlier].index_select(0, block.key).view(n, 1, keys)
-            centre = index.centre[earlier].index_select(0, block.query).view(n, tile, 1)
-            width = index.width[earlier].index_select(0, block.query).view(n, tile, 1)
-            distance = pos - centre
-            masked = torch.maximum(masked, torch.sub(width, distance.abs_(), out=distance), out=masked)
-    if rule.shared:
-        scores.diagonal(rule.left_reach, 1, 2).fill_(SELF_SCORE * LOG2_E)
-    return scores.add_(masked.clamp_(min=0), alpha=-MASK_PENALTY), None
-
-
-def _chunk_scores(
-    scores: torch.Tensor, block: _TileBlock, index: _RowIndex, rule: _MaskRule
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The legacy chunked rule's order of fills: padding and future first, a token itself last."""
-    n, tile, keys = block.shape
-    query, key = block.query.view(n, tile, 1), block.key.view(n, 1, keys)  # rows of one head grow with the position
-    masked = query < key if rule.causal else None
-    if index.mask is not None:
-        padding = ~index.mask.index_select(0, block.key).view(n, 1, keys)
-        masked = padding.expand(n, tile, keys) if masked is None else masked | padding
-    if masked is not None:
-        scores = scores.masked_fill_(masked, MASKED_SCORE * LOG2_E)
-    if rule.shared:
-        is_self = query == key
-        scores = scores.masked_fill_(is_self, SELF_SCORE * LOG2_E)
-        masked = is_self if masked is None else masked | is_self
-    return scores, masked
-
-
-def _dropout_scale(block: _TileBlock, index: _RowIndex, rule: _MaskRule, dtype: torch.dtype) -> torch.Tensor | None:
-    """Dropout factors (n, C, K) of a block, or None."""
-    if index.query_key is None or index.key_key is None:
-        return None
-    n, tile, keys = block.shape
-    drawn = pair_scramble(
-        index.query_key.index_select(0, block.query).view(n, tile, 1),
-        index.key_key.index_select(0, block.key).view(n, 1, keys),
-    )
-    if rule.dropout >= 1:
-        return torch.zeros(n, tile, keys, dtype=dtype, device=drawn.device)
-    return (drawn >= min(keep_threshold(rule.dropout), 2**31 - 1)).to(dtype).mul_(1 / (1 - rule.dropout))
+    q, k = _flat_rows(query) * LOG2_E, _flat_rows(key)
+    return _Rows(q, k, layout, rule, row, start, end, sorted_pos, centre, width, mask, query_key, key_key)
 
 
 def _flat_rows(x: torch.Tensor) -> torch.Tensor:
-    """(B, H, T, D) → (N, D) in at least float32, row = (b * T + token) * H + h; free for a projection's own layout."""
+    """(B, H, T, D) → (N, D) in at least float32; free for a projection's own layout."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.transpose(1, 2).reshape(-1, x.shape[-1]).to(dtype)
 
@@ -195,10 +85,123 @@ def _unflatten_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return rows.view(batch, length, heads, -1).transpose(1, 2).to(like.dtype)
 
 
-def _repeat_heads(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """(B, T) → (N) in at least float32."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    return x.to(dtype)[:, :, None].expand(-1, -1, query.shape[1]).reshape(-1)
+def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """(B, T) → (N)"""
+    return x[:, :, None].expand(-1, -1, heads).reshape(-1)
+
+
+class _Block(NamedTuple):
+    """A rectangle of tiles of one round: n tiles of C queries, each with its K keys."""
+
+    round: int
+    query: torch.Tensor  # (n·C) int32 rows
+    key: torch.Tensor  # (n·K) int32 rows
+    target: torch.Tensor  # (n·C) int32 rows to write to; N for the filling of a last, partial tile
+    masked: torch.Tensor | None  # (n, C, K): above 0 where the pair is not visible in this round (window rule)
+    shape: tuple[int, int, int]  # n, C, K
+    q: torch.Tensor  # (n, C, D)
+    k: torch.Tensor  # (n, K, D)
+
+    def of_queries(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, D) or (N) → (n, C, D or 1)"""
+        return x.index_select(0, self.query).view(*self.shape[:2], -1)
+
+    def of_keys(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, D) → (n, K, D), or (N) → (n, 1, K)"""
+        rows = x.index_select(0, self.key)
+        return rows.view(self.shape[0], 1, -1) if x.dim() == 1 else rows.view(self.shape[0], self.shape[2], -1)
+
+
+def _blocks(rows: _Rows) -> Iterator[_Block]:
+    """Cut every round in blocks of about BLOCK_SCORES scores."""
+    layout, (heads, rounds, length) = rows.layout, rows.row.shape
+    tile, left, right = layout.block_size, layout.left_reach, layout.right_reach
+    tiles, keys = -(-length // tile), tile + left + right
+    per_head = max(1, min(tiles, BLOCK_SCORES // (tile * keys)))
+    per_block = max(1, BLOCK_SCORES // (tile * keys * tiles))
+    device = rows.row.device
+    query_pos = torch.arange(tiles * tile, device=device)
+    key_pos = torch.arange(-left, tiles * tile + right, device=device)
+    offset = torch.arange(tiles, dtype=torch.int32, device=device)[:, None] * tile - left
+    for round_index in range(rounds):
+        begin = round_index * length
+        inside = query_pos.clamp(max=length - 1)
+        query = rows.row[:, round_index, inside]  # (heads, tiles·C)
+        target = torch.where(query_pos < length, query, rows.row.numel() // rounds)
+        if layout.dedup_pairs:
+            key = rows.row[:, round_index, key_pos.clamp(0, length - 1)]  # what is added at the ends is not visible
+            first, last = rows.window_start[:, round_index, inside], rows.window_end[:, round_index, inside]
+            last = torch.where(query_pos < length, last, first - 1)  # the filling of a last tile has empty windows
+            first, last = (x.unflatten(-1, (tiles, tile)) - (offset + begin) for x in (first, last))
+        else:
+            key = rows.row.flatten(1)[:, (key_pos + begin) % (rounds * length)]
+        key = key.unfold(-1, keys, tile)  # (heads, tiles, K), a view
+        query, target = query.unflatten(-1, (tiles, tile)), target.unflatten(-1, (tiles, tile))
+        for head in range(0, heads, per_block):
+            for at in range(0, tiles, per_head):
+                part = (slice(head, head + per_block), slice(at, at + per_head))
+                masked = _outside(first[part], last[part], keys) if layout.dedup_pairs else None
+                n = query[part].shape[:2].numel()
+                query_rows, key_rows, target_rows = (x[part].reshape(-1) for x in (query, key, target))
+                q = rows.query.index_select(0, query_rows).view(n, tile, -1)
+                k = rows.key.index_select(0, key_rows).view(n, keys, -1)
+                yield _Block(round_index, query_rows, key_rows, target_rows, masked, (n, tile, keys), q, k)
+
+
+def _outside(first: torch.Tensor, last: torch.Tensor, keys: int) -> torch.Tensor:
+    """|2k - (first + last)| - (last - first): above 0 where key k of a tile lies outside first … last."""
+    first, last = (x.reshape(-1, x.shape[-1], 1).float() for x in (first, last))
+    twice = torch.arange(0, 2 * keys, 2, dtype=torch.float32, device=first.device)
+    return (twice - (first + last)).abs_().sub_(last - first)
+
+
+def _block_scores(block: _Block, rows: _Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scores (n, C, K) of the softmax in units of log 2; and where they are fixed numbers, or None."""
+    scores = torch.bmm(block.q, block.k.transpose(1, 2))
+    if block.masked is None:
+        return _chunk_scores(scores, block, rows)
+    masked = block.masked
+    if rows.sorted_pos is not None and rows.centre is not None and rows.width is not None:
+        for earlier in range(block.round):  # a pair counts in the first round in which it is visible
+            distance = block.of_keys(rows.sorted_pos[earlier]) - block.of_queries(rows.centre[earlier])
+            width = block.of_queries(rows.width[earlier])
+            masked = torch.maximum(masked, torch.sub(width, distance.abs_(), out=distance), out=masked)
+    if rows.rule.shared:
+        scores.diagonal(rows.layout.left_reach, 1, 2).fill_(SELF_SCORE * LOG2_E)
+    return scores.add_(masked.clamp_(min=0), alpha=-MASK_PENALTY), None
+
+
+def _chunk_scores(scores: torch.Tensor, block: _Block, rows: _Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The legacy chunked rule's order of fills: padding and future first, a token itself last."""
+    n, tile, keys = block.shape
+    query, key = block.query.view(n, tile, 1), block.key.view(n, 1, keys)  # rows of one head grow with the position
+    masked = query < key if rows.rule.causal else None
+    if rows.mask is not None:
+        padding = ~block.of_keys(rows.mask)
+        masked = padding.expand(n, tile, keys) if masked is None else masked | padding
+    if masked is not None:
+        scores = scores.masked_fill_(masked, MASKED_SCORE * LOG2_E)
+    if rows.rule.shared:
+        is_self = query == key
+        scores = scores.masked_fill_(is_self, SELF_SCORE * LOG2_E)
+        masked = is_self if masked is None else masked | is_self
+    return scores, masked
+
+
+def _block_weights(block: _Block, rows: _Rows, row_max, row_sum) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weights (n, C, K) before dropout, from every row's maximum and sum; and where scores are fixed, or None."""
+    scores, fixed = _block_scores(block, rows)
+    return scores.sub_(block.of_queries(row_max)).exp2_().mul_(block.of_queries(row_sum).reciprocal_()), fixed
+
+
+def _dropout_scale(block: _Block, rows: _Rows, dtype: torch.dtype) -> torch.Tensor | None:
+    """Dropout factors (n, C, K) of a block, or None."""
+    if rows.query_key is None or rows.key_key is None:
+        return None
+    drawn, dropout = pair_scramble(block.of_queries(rows.query_key), block.of_keys(rows.key_key)), rows.rule.dropout
+    if dropout >= 1:
+        return torch.zeros_like(drawn, dtype=dtype)
+    return (drawn >= min(keep_threshold(dropout), 2**31 - 1)).to(dtype).mul_(1 / (1 - dropout))
 
 
 class TiledAttention(torch.autograd.Function):
@@ -209,22 +212,20 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(query, key, value, layout, mask, dropout_key, rule, query_weights):
+        batch, heads, length, _ = query.shape
         with torch.autocast(query.device.type, enabled=False):
-            q, k, v = (_flat_rows(x) for x in (query, key, value))
-            q = q * LOG2_E
-            index = _make_row_index(layout, query.shape[1], mask, dropout_key)
-            total = q.shape[0] + 1  # one more row takes the filling of partial tiles
+            rows, v = _make_rows(query, key, layout, mask, dropout_key, rule), _flat_rows(value)
+            total = v.shape[0] + 1  # one more row takes the filling of partial tiles
             out = v.new_zeros(total, v.shape[-1])
-            row_max = q.new_full((total,), FLOOR if layout.dedup_pairs else 10 * MASKED_SCORE)
-            row_sum = q.new_zeros(total)
-            for block in _blocks(layout, index):
-                _forward_block(block, index, rule, q, k, v, out, row_max, row_sum)
+            row_max = rows.query.new_full((total,), FLOOR if layout.dedup_pairs else 10 * MASKED_SCORE)
+            row_sum = rows.query.new_zeros(total)
+            for block in _blocks(rows):
+                _forward_block(block, rows, v, out, row_max, row_sum)
             row_sum = torch.where(row_sum > 0, row_sum, 1)
             mass = None
             if query_weights is not None:
-                weights = _repeat_heads(query_weights, query)
-                mass = _weight_sums(layout, index, rule, q, k, row_max, row_sum, query_weights=weights)
-                mass = mass.view(query.shape[0], query.shape[2], -1).sum(-1)
+                mass = _weight_sums(rows, row_max, row_sum, query_weights=_repeat_heads(query_weights, heads))
+                mass = mass.view(batch, length, heads).sum(-1)
             return _unflatten_rows(out.div_(row_sum[:, None])[:-1], value), row_max, row_sum, mass
 
     @staticmethod
@@ -242,96 +243,82 @@ class TiledAttention(torch.autograd.Function):
         query, key, value, mask, dropout_key, query_weights, *tensors, out, row_max, row_sum = ctx.saved_tensors
         if grad_out is None and grad_mass is None:
             return (None,) * 8
-        layout, rule = AttentionLayout(*tensors, *ctx.numbers), ctx.rule
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         with torch.autocast(query.device.type, enabled=False):
-            q, k, v, flat_out, grad = (_flat_rows(x) for x in (query, key, value, out, grad_out))
-            q = q * LOG2_E
-            index = _make_row_index(layout, query.shape[1], mask, dropout_key)
+            layout = AttentionLayout(*tensors, *ctx.numbers)
+            rows = _make_rows(query, key, layout, mask, dropout_key, ctx.rule)
+            v, flat_out, grad = (_flat_rows(x) for x in (value, out, grad_out))
             delta = (flat_out * grad).sum(-1)  # sum over keys of weight times its gradient
             of_mass = None
             if grad_mass is not None:
-                of_mass = _repeat_heads(query_weights, query), _repeat_heads(grad_mass, query)
-                sums = _weight_sums(layout, index, rule, q, k, row_max, row_sum, grad_mass=of_mass[1])
-                delta += of_mass[0] * sums
-            dq, dk, dv = q.new_zeros(q.shape[0] + 1, q.shape[1]), torch.zeros_like(k), torch.zeros_like(v)
-            for block in _blocks(layout, index):
-                _backward_block(block, index, rule, q, k, v, grad, delta, row_max, row_sum, (dq, dk, dv), of_mass)
+                of_mass = [_repeat_heads(x, query.shape[1]) for x in (query_weights, grad_mass)]
+                delta += of_mass[0] * _weight_sums(rows, row_max, row_sum, grad_mass=of_mass[1])
+            dq = rows.query.new_zeros(row_max.shape[0], rows.query.shape[1])
+            dk, dv = torch.zeros_like(rows.key), torch.zeros_like(v)
+            for block in _blocks(rows):
+                _backward_block(block, rows, v, grad, delta, row_max, row_sum, (dq, dk, dv), of_mass)
             dk.div_(LOG2_E)
         grads = (_unflatten_rows(x, like) for x, like in ((dq[:-1], query), (dk, key), (dv, value)))
         return *grads, *(None,) * 5
 
 
-def _weight_sums(layout, index, rule, q, k, row_max, row_sum, query_weights=None, grad_mass=None) -> torch.Tensor:
+def _weight_sums(rows: _Rows, row_max, row_sum, query_weights=None, grad_mass=None) -> torch.Tensor:
     """Sums of weights before dropout, (N): of query_weights * weight over queries, or weight * grad_mass over keys."""
-    sums = q.new_zeros(q.shape[0] + 1)
-    for block in _blocks(layout, index):
-        n, tile, keys = block.shape
-        query, key = q.index_select(0, block.query), k.index_select(0, block.key)
-        weights, _ = _block_weights(block, index, rule, query, key, row_max, row_sum)
+    sums = torch.zeros_like(row_sum)
+    for block in _blocks(rows):
+        weights, _ = _block_weights(block, rows, row_max, row_sum)
         if query_weights is not None:
-            by_query = query_weights.index_select(0, block.query).view(n, 1, tile)
+            by_query = block.of_queries(query_weights).view(block.shape[0], 1, -1)
             sums.index_add_(0, block.key, torch.bmm(by_query, weights).view(-1))
         else:
-            by_key = grad_mass.index_select(0, block.key).view(n, keys, 1)
+            by_key = block.of_keys(grad_mass).view(block.shape[0], -1, 1)
             sums.index_add_(0, block.target, torch.bmm(weights, by_key).view(-1))
     return sums[:-1]
 
 
-def _block_weights(block, index, rule, query, key, row_max, row_sum) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights (n, C, K) before dropout, from every row's maximum and sum; and where scores are fixed, or None."""
-    scores, fixed = _block_scores(block, index, rule, query, key)
-    share = row_sum.index_select(0, block.query).reciprocal_().view(*block.shape[:2], 1)
-    return scores.sub_(row_max.index_select(0, block.query).view(share.shape)).exp2_().mul_(share), fixed
-
-
-def _forward_block(block, index, rule, q, k, v, out, row_max, row_sum) -> None:
+def _forward_block(block: _Block, rows: _Rows, v, out, row_max, row_sum) -> None:
     """Add a block's share to the running sums `out`, `row_sum` (relative to the running maximum `row_max`)."""
-    n, tile, keys = block.shape
-    scores, _ = _block_scores(block, index, rule, q.index_select(0, block.query), k.index_select(0, block.key))
+    n, tile, _ = block.shape
+    scores, _ = _block_scores(block, rows)
     old = row_max.index_select(0, block.target)
     new = torch.maximum(old, scores.amax(-1).view(-1))
     weights = scores.sub_(new.view(n, tile, 1)).exp2_()
     decay = (old - new).exp2_()
     total = row_sum.index_select(0, block.target).mul_(decay).add_(weights.sum(-1).view(-1))
-    dropout_scale = _dropout_scale(block, index, rule, weights.dtype)
+    dropout_scale = _dropout_scale(block, rows, weights.dtype)
     if dropout_scale is not None:
         weights.mul_(dropout_scale)
-    weighted = torch.bmm(weights, v.index_select(0, block.key).view(n, keys, -1)).view(n * tile, -1)
+    weighted = torch.bmm(weights, block.of_keys(v)).view(n * tile, -1)
     target = block.target.long()
     out.index_copy_(0, target, out.index_select(0, target).mul_(decay[:, None]).add_(weighted))
     row_max.index_copy_(0, target, new)
     row_sum.index_copy_(0, target, total)
 
 
-def _backward_block(block, index, rule, q, k, v, grad, delta, row_max, row_sum, grads, of_mass) -> None:
+def _backward_block(block: _Block, rows: _Rows, v, grad, delta, row_max, row_sum, grads, of_mass) -> None:
     """Add a block's share to the gradients of q, k, v (Dao et al. 2022, section 3.1: D = rowsum(dO * O)).
 
     of_mass: the queries' weights in the attention mass, and the gradient of every key's mass, (N) each; or None.
     """
-    n, tile, keys = block.shape
     dq, dk, dv = grads
-    query, key = q.index_select(0, block.query), k.index_select(0, block.key)
-    weights, fixed = _block_weights(block, index, rule, query, key, row_max, row_sum)
-    grad_out = grad.index_select(0, block.query).view(n, tile, -1)
-    values = v.index_select(0, block.key).view(n, keys, -1)
-    grad_scores = torch.bmm(grad_out, values.transpose(1, 2))  # of the weights, at first
-    dropout_scale = _dropout_scale(block, index, rule, weights.dtype)
+    weights, fixed = _block_weights(block, rows, row_max, row_sum)
+    grad_out = block.of_queries(grad)
+    grad_scores = torch.bmm(grad_out, block.of_keys(v).transpose(1, 2))  # of the weights, at first
+    dropout_scale = _dropout_scale(block, rows, weights.dtype)
     used = weights
     if dropout_scale is not None:
         used = weights * dropout_scale
         grad_scores.mul_(dropout_scale)
     if of_mass is not None:
-        by_query, by_key = of_mass[0].index_select(0, block.query), of_mass[1].index_select(0, block.key)
-        grad_scores.addcmul_(by_query.view(n, tile, 1), by_key.view(n, 1, keys))
-    dv.index_add_(0, block.key, torch.bmm(used.transpose(1, 2), grad_out).view(n * keys, -1))
-    grad_scores.sub_(delta.index_select(0, block.query).view(n, tile, 1)).mul_(weights)
+        grad_scores.addcmul_(block.of_queries(of_mass[0]), block.of_keys(of_mass[1]))
+    dv.index_add_(0, block.key, torch.bmm(used.transpose(1, 2), grad_out).flatten(0, 1))
+    grad_scores.sub_(block.of_queries(delta)).mul_(weights)
     if fixed is not None:
         grad_scores.masked_fill_(fixed, 0)
-    elif rule.shared:
-        grad_scores.diagonal(rule.left_reach, 1, 2).zero_()
-    dq.index_add_(0, block.target, torch.bmm(grad_scores, key.view(n, keys, -1)).view(n * tile, -1))
-    dk.index_add_(0, block.key, torch.bmm(grad_scores.transpose(1, 2), query.view(n, tile, -1)).view(n * keys, -1))
+    elif rows.rule.shared:
+        grad_scores.diagonal(rows.layout.left_reach, 1, 2).zero_()
+    dq.index_add_(0, block.target, torch.bmm(grad_scores, block.k).flatten(0, 1))
+    dk.index_add_(0, block.key, torch.bmm(grad_scores.transpose(1, 2), block.q).flatten(0, 1))
 
 
 def tiled_attention(
@@ -357,10 +344,9 @@ def tiled_attention(
             f"query of shape {tuple(query.shape)}: positions are counted in float32 and rows in int32, which holds up "
             f"to {MAX_LENGTH} tokens a sequence and 2^31 rows x heads x tokens. Split the batch or the sequence."
         )
-    rule = _MaskRule(key is None, causal, dropout, layout.left_reach)
     if key is None:
-        key = shared_key(query.to(torch.promote_types(query.dtype, torch.float32)))
-    elif scale != 1:
-        key = key * scale
+        rule, key = _Rule(True, causal, dropout), shared_key(query.to(torch.promote_types(query.dtype, torch.float32)))
+    else:
+        rule, key = _Rule(False, causal, dropout), key if scale == 1 else key * scale
     out, _, _, mass = TiledAttention.apply(query, key, value, layout, mask, dropout_key, rule, query_weights)
     return out, mass

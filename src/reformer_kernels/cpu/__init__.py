@@ -4,9 +4,9 @@ import torch
 
 from ..attention_op import AttentionArgs
 from . import bindings
+from .bindings import attention, lsh_buckets, normal_rows, sort_by_bucket
 from .decode import CacheTensors, DecodeLayer, decode_attention, decode_layers
 from .library import choose_library, current_variant
-from .torch_ops import attention, lsh_buckets, normal_rows, sort_by_bucket
 
 __all__ = [
     "AttentionArgs", "CacheTensors", "DecodeLayer", "attention", "bindings", "choose_library", "current_variant",

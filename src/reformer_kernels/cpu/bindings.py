@@ -1,4 +1,4 @@
-"""Calls into the compiled library through its C interface: tensors become structures of pointers and strides.
+"""The C++ kernels as torch ops on a CPU: tensors become structures of pointers and strides for the compiled library.
 
 Inputs are read where they lie, in any layout whose last dimension is contiguous. Outputs and gradients are
 (B, T, H, D) in memory, as projections want them.
@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from ..attention_op import AttentionArgs, empty_rows
+from ..attention_op import AttentionArgs, empty_rows, register_attention
 from ..contract import check_positions, keep_threshold
-from .library import AttentionParams, HashParams, NormalParams, SortParams, Strided
+from .library import AttentionParams, HashParams, NormalParams, SortParams, Strided, current_library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-def strided(x: torch.Tensor | None) -> Strided:
+def strided(x: torch.Tensor | None) -> ctypes.Structure:
     if x is None:
         return Strided(None, 0, 0, 0)
     batch, head, token = (0 if size == 1 else step for size, step in zip(x.shape[:3], x.stride()[:3], strict=True))
@@ -37,32 +37,33 @@ def readable(*tensors: torch.Tensor | None, dtype: torch.dtype | None = None) ->
     return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in converted]
 
 
-def _end_to_end(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """(B, 1 or H, R, T) → (B, H, R * T), a view where the rounds lie end to end."""
+def _end_to_end(x: torch.Tensor) -> torch.Tensor:
+    """(B, 1 or H, R, T) → (B, 1 or H, R * T), a view where the rounds lie end to end."""
     is_view = x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]
-    return (x if is_view else x.contiguous()).flatten(2).expand(-1, heads, -1)
+    return (x if is_view else x.contiguous()).flatten(2)
 
 
 def _numbers(x: torch.Tensor) -> torch.Tensor:
     return x.detach().float().contiguous()
 
 
-def _params(args: AttentionArgs, pointers: dict[str, torch.Tensor | None]) -> ctypes.Structure:
-    """The structure that the kernel reads. It holds on to the tensors that it points at."""
+def _call(
+    function: str, args: AttentionArgs, grad_out: torch.Tensor | None = None, **pointers: torch.Tensor | None
+) -> None:
+    """Run a function of the library on the op's inputs, and on what `pointers` and `grad_out` add to its structure."""
+    if not args.query.numel():
+        return
     query, key, value = readable(args.query, args.key, args.value)
     (batch, heads, length, size), rounds = query.shape, args.perm.shape[2]
-    sorted_positions = [_end_to_end(x, heads) for x in (args.perm, args.window_start, args.window_end)]
+    sorted_positions = [_end_to_end(x) for x in (args.perm, args.window_start, args.window_end)]
     inverse = mask = None
     if not args.dedup_pairs:
         mask = None if args.mask is None else args.mask.contiguous()
     elif rounds > 1:
         inverse = torch.empty(batch, args.perm.shape[1], (rounds - 1) * length, dtype=torch.int32)
-        inverse = inverse.expand(-1, heads, -1)
     dropout_key, *first_head = (0,) if args.dropout_key is None else args.dropout_key.reshape(-1).tolist()
-    tensors = query, key, value, *sorted_positions, inverse
-    grad_out = pointers.pop("grad_out", None)
     params = AttentionParams(
-        *map(strided, tensors), mask=pointer(mask), grad_out=strided(grad_out),
+        *map(strided, (query, key, value, *sorted_positions, inverse)), mask=pointer(mask), grad_out=strided(grad_out),
         batch=batch, heads=heads, length=length, rounds=rounds, size=size, value_size=value.shape[-1],
         block_size=args.block_size, left_reach=args.left_reach, right_reach=args.right_reach,
         bfloat16=DTYPES[query.dtype], dedup_pairs=args.dedup_pairs, causal=args.causal,
@@ -71,60 +72,51 @@ def _params(args: AttentionArgs, pointers: dict[str, torch.Tensor | None]) -> ct
         dropout_scale=0.0 if args.dropout >= 1 else 1 / (1 - args.dropout), key_scale=args.scale,
         **{name: pointer(x) for name, x in pointers.items()},
     )  # fmt: skip
-    params.tensors = *tensors, mask, grad_out, *pointers.values()
-    return params
+    getattr(current_library(), function)(byref(params))
 
 
-def forward(
-    args: AttentionArgs, library: ctypes.CDLL
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Output (B, H, T, D) float32, maximum and sum (B, H, T) of every row's softmax, and the attention mass.
 
     Raises:
         ValueError: more sorted positions than `contract.MAX_POSITIONS`.
     """
+    args = AttentionArgs(*inputs)
     check_positions(args.perm)
     query = args.query
     out = empty_rows(args.value, torch.float32)
     row_max, row_sum = (query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
-    if query.numel():
-        library.hf_forward(byref(_params(args, {"out": out, "row_max": row_max, "row_sum": row_sum})))
+    _call("hf_forward", args, out=out, row_max=row_max, row_sum=row_sum)
     if args.query_weights is None:
         return out, row_max, row_sum, row_max.new_empty(0)
-    mass = torch.zeros_like(row_max)
-    _sweep(args, row_max, row_sum, {"query_weights": _numbers(args.query_weights), "mass": mass}, library)
+    mass, weights = torch.zeros_like(row_max), _numbers(args.query_weights)
+    _call("hf_sweep", args, row_max=row_max, row_sum=row_sum, query_weights=weights, mass=mass)
     return out, row_max, row_sum, mass.sum(1)
-
-
-def _sweep(args: AttentionArgs, row_max, row_sum, pointers: dict, library: ctypes.CDLL) -> None:
-    if args.query.numel():
-        args = args._replace(value=args.query[..., :8])  # values are not read
-        library.hf_sweep(byref(_params(args, {"row_max": row_max, "row_sum": row_sum, **pointers})))
 
 
 def backward(
     out: torch.Tensor, row_max: torch.Tensor, row_sum: torch.Tensor, grad_out: torch.Tensor,
-    grad_mass: torch.Tensor | None, args: AttentionArgs, library: ctypes.CDLL,
+    grad_mass: torch.Tensor | None, *inputs: Any,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Gradients of query, value and, unless it is shared, key, float32, from those of the output and the mass."""
-    (grad_out,) = readable(grad_out.float())
-    if not out.transpose(1, 2).is_contiguous():
-        out = out.transpose(1, 2).contiguous().transpose(1, 2)
+    args, (grad_out,) = AttentionArgs(*inputs), readable(grad_out.float())
     grads = [empty_rows(x, torch.float32) for x in (args.query, args.value, args.key) if x is not None]
-    pointers = dict(zip(("grad_query", "grad_value", "grad_key"), grads, strict=False))
+    pointers = {"row_max": row_max, "row_sum": row_sum}
     if grad_mass is not None and args.query_weights is not None:
-        weights = {"query_weights": _numbers(args.query_weights), "grad_mass": _numbers(grad_mass)}
-        pointers |= {**weights, "mass_dot": torch.zeros_like(row_max)}
-        _sweep(args, row_max, row_sum, {name: pointers[name] for name in (*weights, "mass_dot")}, library)
-    pointers |= {"out": out, "row_max": row_max, "row_sum": row_sum, "delta": torch.empty_like(row_max)}
-    if args.query.numel():
-        library.hf_backward(byref(_params(args, {**pointers, "grad_out": grad_out})))
+        pointers |= {"query_weights": _numbers(args.query_weights), "grad_mass": _numbers(grad_mass)}
+        pointers["mass_dot"] = torch.zeros_like(row_max)
+        _call("hf_sweep", args, **pointers)
+    pointers |= dict(zip(("grad_query", "grad_value", "grad_key"), grads, strict=False))
+    pointers |= {"out": out.transpose(1, 2).contiguous(), "delta": torch.empty_like(row_max)}
+    _call("hf_backward", args, grad_out, **pointers)
     return grads
 
 
-def lsh_buckets(
-    vectors: torch.Tensor, rotations: torch.Tensor, factors: list[int], library: ctypes.CDLL
-) -> torch.Tensor:
+attention = register_attention("cpu", forward, backward, lambda *_: torch.float32, device_types="cpu")
+
+
+@torch.library.custom_op("reformer_kernels::cpu_lsh_buckets", mutates_args=(), device_types="cpu")
+def lsh_buckets(vectors: torch.Tensor, rotations: torch.Tensor, factors: list[int]) -> torch.Tensor:
     """Buckets (B, H, R, T) int32, as `lsh.lsh_buckets`; near-ties may fall differently."""
     if rotations.shape[-1] != sum(factors) // 2:
         raise ValueError(f"Rotations of {rotations.shape[-1]} columns don't fit bucket factors {factors}.")
@@ -138,23 +130,36 @@ def lsh_buckets(
         len(factors), DTYPES[vectors.dtype], torch.get_num_threads(), buckets.data_ptr(),
     )  # fmt: skip
     if buckets.numel():
-        library.hf_hash(byref(params))
+        current_library().hf_hash(byref(params))
     return buckets
 
 
-def normal_rows(keys: torch.Tensor, count: int, library: ctypes.CDLL) -> torch.Tensor:
+@lsh_buckets.register_fake
+def _(vectors, rotations, factors):
+    batch, heads, length = vectors.shape[:3]
+    return vectors.new_empty(batch, heads, rotations.shape[2], length, dtype=torch.int32)
+
+
+@torch.library.custom_op("reformer_kernels::cpu_normal_rows", mutates_args=(), device_types="cpu")
+def normal_rows(keys: torch.Tensor, count: int) -> torch.Tensor:
     """(R, count) float32, as `prng.normal_rows`, equal but for the last bits."""
     keys = keys.contiguous()
     values = keys.new_empty(keys.shape[0], count, dtype=torch.float32)
     if values.numel():
         params = NormalParams(keys.data_ptr(), keys.shape[0], count, torch.get_num_threads(), values.data_ptr())
-        library.hf_normals(byref(params))
+        current_library().hf_normals(byref(params))
     return values
 
 
+@normal_rows.register_fake
+def _(keys, count):
+    return keys.new_empty(keys.shape[0], count, dtype=torch.float32)
+
+
+@torch.library.custom_op("reformer_kernels::cpu_sort_by_bucket", mutates_args=(), device_types="cpu")
 def sort_by_bucket(
     buckets: torch.Tensor, mask: torch.Tensor | None, num_buckets: int | None, left_reach: int, right_reach: int,
-    outputs: int, library: ctypes.CDLL,
+    outputs: int,
 ) -> list[torch.Tensor]:  # fmt: skip
     """The first `outputs` of perm, window_start and window_end, as `layout.bucket_windows` gives them."""
     batch, heads, rounds, length = buckets.shape
@@ -162,10 +167,15 @@ def sort_by_bucket(
     if not buckets.numel():
         return results
     num_buckets = int(buckets.max()) + 1 if num_buckets is None else num_buckets
-    buckets, mask = _end_to_end(buckets, heads), None if mask is None else mask.contiguous()
+    buckets, mask = _end_to_end(buckets), None if mask is None else mask.contiguous()
     params = SortParams(
         strided(buckets), pointer(mask), batch, heads, length, rounds, num_buckets, torch.get_num_threads(),
         left_reach, right_reach, *(x.data_ptr() for x in results),
     )  # fmt: skip
-    library.hf_sort(byref(params))
+    current_library().hf_sort(byref(params))
     return results
+
+
+@sort_by_bucket.register_fake
+def _(buckets, mask, num_buckets, left_reach, right_reach, outputs):
+    return [buckets.new_empty(buckets.shape, dtype=torch.int32) for _ in range(outputs)]

@@ -75,7 +75,7 @@ def _decode_params(cache: CacheTensors, indices: torch.Tensor, local_window: int
 @torch.compiler.disable  # a trace cannot hold addresses
 def decode_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vectors: torch.Tensor | None, indices: torch.Tensor,
-    cache: CacheTensors, local_window: int, scale: float, library: ctypes.CDLL | None = None,
+    cache: CacheTensors, local_window: int, scale: float,
 ) -> torch.Tensor:  # fmt: skip
     """Write new tokens to the cache and attend from each, as `cache_layers` and `gather_attention` do.
 
@@ -97,14 +97,13 @@ def decode_attention(
     params = _decode_params(cache, indices, local_window, scale)
     params.query, params.key, params.value, params.vectors = map(strided, rows)
     params.out = out.data_ptr()
-    (library or current_library()).hf_decode_attention(byref(params))
+    current_library().hf_decode_attention(byref(params))
     return out.to(value.dtype)
 
 
 def decode_layers(
-    x1: torch.Tensor, x2: torch.Tensor, layers: list[DecodeLayer], rotary: tuple[torch.Tensor, torch.Tensor] | None,
-    library: ctypes.CDLL | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    x1: torch.Tensor, x2: torch.Tensor, layers: list[DecodeLayer], rotary: tuple[torch.Tensor, torch.Tensor] | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One new token of every sequence through whole layers, on top of their caches.
 
     Args:
@@ -128,5 +127,5 @@ def decode_layers(
         params.attention, params.x1, params.x2 = ctypes.addressof(attention), x1.data_ptr(), x2.data_ptr()
         params.hidden, params.feed_forward = x1.shape[-1], layer.weights["up_bias"].numel()
         params.gelu, params.float64, params.epsilon = layer.gelu, x1.dtype == torch.float64, layer.epsilon
-    (library or current_library()).hf_decode_layers(byref(StackParams(ctypes.addressof(stack), len(layers))))
+    current_library().hf_decode_layers(byref(StackParams(ctypes.addressof(stack), len(layers))))
     return x1, x2

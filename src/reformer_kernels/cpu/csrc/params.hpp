@@ -1,4 +1,5 @@
-// The parameters of every call. reformer_kernels/cpu/library.py mirrors these structures field by field.
+// The parameters of every call. reformer_kernels/cpu/library.py reads the structures from this file: their fields are
+// structures declared before, int64_t, double and pointers (a star at every name).
 #pragma once
 
 #include <cstdint>

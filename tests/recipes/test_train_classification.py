@@ -157,6 +157,27 @@ def test_saved_model_is_fine_tuned_with_its_own_labels_and_then_only_evaluated(f
         assert {"cat", "dog"} <= set(capsys.readouterr().out.split())
 
 
+def test_saved_model_predicts_a_test_file_and_a_letter_without_training(files, capsys):
+    (files / "letter.txt").write_text("the bark of a bone")
+    recipe.main(arguments(files, "--max_steps", "1"))
+    saved = ["--model_name_or_path", str(files / "out"), "--use_cpu", "--output_dir", str(files / "evaluated")]
+    saved += ["--max_length", "64", "--predict_file", str(files / "letter.txt")]
+    recipe.main([*saved, "--test_file", str(files / "validation.csv")])
+    assert len(pd.read_csv(files / "evaluated" / "predictions_test.csv")) == 12
+    assert {"cat", "dog"} <= set(capsys.readouterr().out.split("letter.txt")[-1].split())
+
+
+def test_errors_come_before_training_not_after(files):
+    for more, words in (
+        (["--predict_file", str(files / "absent.txt")], "no file"),
+        (["--max_train_samples", "0"], "max_train_samples 0 must be at least 1"),
+        (["--validation_fraction", "1"], "must be between 0 and 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            recipe.main(arguments(files, *more))
+    assert not (files / "out").exists()
+
+
 def test_numbers_are_regression(tmp_path):
     table = animals(32)
     table["score"] = [0.25 * text.split().count("meow") for text in table["text"]]

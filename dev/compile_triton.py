@@ -157,11 +157,14 @@ def main() -> int:
         for case in cases:
             for name, arguments, needs in launches_of(case, options.kernels):
                 failures += needs.too_much
-                tiles = "{QUERIES}x{KEYS} {num_warps}w {num_stages}s" if "QUERIES" in arguments else ""
+                kind, tiles = arguments.get("kind"), ""
+                if kind is not None:
+                    tiles = f"{kind.queries.value}x{kind.keys.value} {arguments['num_warps']}w "
+                    tiles += f"{arguments['num_stages']}s"
                 print(
                     f"{name:19} {case.arch}  {str(case.dtype)[6:]:9} {case.size:4}  "
                     f"{'shared' if case.shared else 'own':7} {case.rule:7} {'yes' if case.dropout else 'no':7} "
-                    f"{'first' if arguments.get('FIRST') else 'later':7} {tiles.format(**arguments):15} "
+                    f"{'first' if kind is not None and kind.first.value else 'later':7} {tiles:15} "
                     f"{needs.registers:4}  {needs.stack:5}  {needs.shared:6}{'  <-- too much' * needs.too_much}",
                     flush=True,
                 )

@@ -22,6 +22,7 @@ from .pairs import (
     load_rows,
     locate,
     matmul,
+    pair_products,
     queries_at,
     softmax_weights,
     store_rows,
@@ -44,24 +45,15 @@ class Saved(NamedTuple):
 
 @triton.jit
 def weights_and_grad_scores(
-    products,  # tiles of float32: query @ key
-    grad_weights,  # and grad_out @ value
-    delta,  # (queries) float32
-    inputs,
-    saved,
-    at,
-    queries,
-    keys,
-    numbers,
-    round,
-    QUERY_AXIS: tl.constexpr,
-    FIRST: tl.constexpr,
-    kind,
+    grads, values, delta, inputs, saved, at, queries, keys, numbers, QUERY_AXIS: tl.constexpr, kind
 ):
-    """Weights after dropout, and the gradients of the scores (in natural units): two tiles of float32."""
-    weights = softmax_weights(
-        products, inputs, saved.row_max, saved.row_sum, at, queries, keys, round, QUERY_AXIS, FIRST, kind
-    )
+    """Weights after dropout, and the gradients of the scores (in natural units): two tiles of float32.
+
+    From rows of the output's gradient and delta (float32) of the queries, and the keys' values.
+    """
+    products = pair_products(queries.rows, keys.rows, QUERY_AXIS)
+    grad_weights = pair_products(grads, values, QUERY_AXIS)
+    weights = softmax_weights(products, inputs, saved.row_max, saved.row_sum, at, queries, keys, QUERY_AXIS, kind)
     used = weights
     if kind.dropout:
         used = drop(weights, queries, keys, numbers, QUERY_AXIS)
@@ -75,110 +67,97 @@ def weights_and_grad_scores(
 
 
 @triton.jit(do_not_specialize=["length", "round"])
-def backward_queries_round(
-    inputs,  # `pairs.Inputs`
-    saved,  # `Saved`
-    sums,  # (B, T, H, size) float32: gradient so far
-    target,  # (B, T, H, size): the same, new
-    numbers,  # `pairs.Numbers`
-    length,
-    round,
-    kind,  # `pairs.Kind`
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    FIRST: tl.constexpr,
-):
-    """Gradient of a tile of queries; of shared query/key attention only the queries' part of it."""
-    at, pos, inside = locate(QUERIES, numbers, length, round)
+def backward_queries_round(inputs, saved, sums, target, numbers, length, round, kind):
+    """Gradient of a tile of queries; of shared query/key attention only the queries' part of it.
+
+    sums, target: (B, T, H, size), the gradient so far in float32, and the new one.
+    """
+    at, pos, inside = locate(kind.queries, numbers, length, round)
     queries = queries_at(inputs, at, pos, kind)
-    query_rows = load_rows(inputs.query, at, queries.token, kind.size, kind.block)
     grads = load_rows(saved.grad_out, at, queries.token, kind.value_size, kind.value_block)
-    if FIRST:
+    if kind.first:
         outs = load_rows(saved.out, at, queries.token, kind.value_size, kind.value_block)
         delta = tl.sum(outs.to(tl.float32) * grads.to(tl.float32), axis=1)
         if kind.has_grad_mass:
             query_weights = load_numbers(saved.query_weights, at, queries.token)
             delta += query_weights * tl.load(saved.mass_dot + at.first_number + queries.token)
         tl.store(saved.delta + at.first_number + queries.token, delta, mask=inside)
-        grad_queries = tl.zeros([QUERIES, kind.block], tl.float32)
+        grad_queries = tl.zeros([kind.queries, kind.block], tl.float32)
     else:
         delta = tl.load(saved.delta + at.first_number + queries.token)
         grad_queries = load_rows(sums, at, queries.token, kind.size, kind.block)
     first, last = visible_range(queries, inside)
-    for start in range(first, last + 1, KEYS):
-        keys = keys_at(inputs, at, start + tl.arange(0, KEYS), kind)
-        key_rows = load_rows(inputs.key, at, keys.token, kind.size, kind.block)
+    for start in range(first, last + 1, kind.keys):
+        keys = keys_at(inputs, at, start + tl.arange(0, kind.keys), kind)
         values = load_rows(inputs.value, at, keys.token, kind.value_size, kind.value_block)
         _, grad_scores = weights_and_grad_scores(
-            matmul(query_rows, tl.trans(key_rows)), matmul(grads, tl.trans(values)), delta,
-            inputs, saved, at, queries, keys, numbers, round, 0, FIRST, kind,
-        )  # fmt: skip
+            grads, values, delta, inputs, saved, at, queries, keys, numbers, 0, kind
+        )
         if kind.shared:
             grad_scores = grad_scores * keys.factor[None, :]
-        grad_queries += matmul(grad_scores.to(key_rows.dtype), key_rows)
+        grad_queries += matmul(grad_scores.to(keys.rows.dtype), keys.rows)
     store_rows(target, grad_queries, inside, at, queries.token, kind.size, kind.block)
 
 
 @triton.jit
-def positions_that_see(pos, inside, round, length, block_size, left_reach, right_reach, kind):
+def positions_that_see(at, pos, inside, block_size, left_reach, right_reach, kind):
     """First and last sorted position to which any of the positions `inside` (n) may be visible."""
     first = tl.min(pos, axis=0) - right_reach
     last = tl.max(tl.where(inside, pos, -FARTHEST), axis=0) + left_reach
     first, last = first - wrap(first, block_size), last - wrap(last, block_size) + block_size - 1
     if kind.dedup_pairs:
-        first, last = tl.maximum(first, round * length), tl.minimum(last, (round + 1) * length - 1)
+        first, last = tl.maximum(first, at.round * at.length), tl.minimum(last, (at.round + 1) * at.length - 1)
     return first, last
 
 
 @triton.jit(do_not_specialize=["length", "round", "block_size", "left_reach", "right_reach"])
 def backward_keys_round(
-    inputs,  # `pairs.Inputs`
-    saved,  # `Saved`
-    sums,  # (B, T, H, size) float32: gradient so far of the keys, or of the queries if they are the keys
-    target,  # (B, T, H, size): the same, new
-    value_sums,  # (B, T, H, value_size) float32: and of the values
+    inputs,
+    saved,
+    sums,
+    target,
+    value_sums,
     value_target,
-    numbers,  # `pairs.Numbers`
+    numbers,
     length,
     round,
-    block_size,  # reach counts from the ends of blocks of so many positions
+    block_size,
     left_reach,
     right_reach,
-    kind,  # `pairs.Kind`
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    FIRST: tl.constexpr,
+    kind,
 ):
     """Gradients of a tile of keys and values, over the queries to which the tile is visible: those of this round
     (window rule), or of any round (chunk rule, whose windows wrap around).
+
+    sums, target: (B, T, H, size), the gradient so far in float32 of the keys, or of the queries if they are the keys,
+        and the new one.
+    value_sums, value_target: (B, T, H, value_size), the same of the values.
+    block_size: reach counts from the ends of blocks of so many positions.
     """
-    at, pos, inside = locate(KEYS, numbers, length, round)
+    at, pos, inside = locate(kind.keys, numbers, length, round)
     keys = keys_at(inputs, at, pos, kind)
-    key_rows = load_rows(inputs.key, at, keys.token, kind.size, kind.block)
     values = load_rows(inputs.value, at, keys.token, kind.value_size, kind.value_block)
-    grad_keys = tl.zeros([KEYS, kind.block], tl.float32)
-    grad_values = tl.zeros([KEYS, kind.value_block], tl.float32)
-    first, last = positions_that_see(pos, inside, round, length, block_size, left_reach, right_reach, kind)
-    for start in range(first, last + 1, QUERIES):
-        queries = queries_at(inputs, at, start + tl.arange(0, QUERIES), kind)
-        query_rows = load_rows(inputs.query, at, queries.token, kind.size, kind.block)
+    grad_keys = tl.zeros([kind.keys, kind.block], tl.float32)
+    grad_values = tl.zeros([kind.keys, kind.value_block], tl.float32)
+    first, last = positions_that_see(at, pos, inside, block_size, left_reach, right_reach, kind)
+    for start in range(first, last + 1, kind.queries):
+        queries = queries_at(inputs, at, start + tl.arange(0, kind.queries), kind)
         grads = load_rows(saved.grad_out, at, queries.token, kind.value_size, kind.value_block)
+        delta = tl.load(saved.delta + at.first_number + queries.token)
         used, grad_scores = weights_and_grad_scores(
-            matmul(key_rows, tl.trans(query_rows)), matmul(values, tl.trans(grads)),
-            tl.load(saved.delta + at.first_number + queries.token),
-            inputs, saved, at, queries, keys, numbers, round, 1, FIRST, kind,
-        )  # fmt: skip
+            grads, values, delta, inputs, saved, at, queries, keys, numbers, 1, kind
+        )
         grad_values += matmul(used.to(grads.dtype), grads)
-        grad_keys += matmul(grad_scores.to(query_rows.dtype), query_rows)
+        grad_keys += matmul(grad_scores.to(queries.rows.dtype), queries.rows)
     if kind.shared:  # key = query * factor: take out the part along the key, which a unit length does not pass on
         grad_keys = grad_keys * keys.factor[:, None]
         key_rows = load_rows(inputs.key, at, keys.token, kind.size, kind.block)  # again: registers are dear
         single = key_rows.to(tl.float32)
         along_key = keys.factor * keys.factor * tl.sum(single * grad_keys, axis=1)
         grad_keys -= single * along_key[:, None]
-    if kind.shared or not FIRST:
+    if kind.shared or not kind.first:
         grad_keys += load_rows(sums, at, keys.token, kind.size, kind.block)
-    if not FIRST:
+    if not kind.first:
         grad_values += load_rows(value_sums, at, keys.token, kind.value_size, kind.value_block)
     store_rows(target, grad_keys, inside, at, keys.token, kind.size, kind.block)
     store_rows(value_target, grad_values, inside, at, keys.token, kind.value_size, kind.value_block)

@@ -7,7 +7,19 @@ and the running sums of a token pass from launch to launch without atomics: resu
 import triton
 import triton.language as tl
 
-from .pairs import FARTHEST, FLOOR, drop, keys_at, load_rows, locate, matmul, pair_scores, queries_at, store_rows
+from .pairs import (
+    FARTHEST,
+    FLOOR,
+    drop,
+    keys_at,
+    load_rows,
+    locate,
+    matmul,
+    pair_products,
+    pair_scores,
+    queries_at,
+    store_rows,
+)
 
 
 @triton.jit(do_not_specialize=["positions", "length", "total"])
@@ -36,40 +48,29 @@ def visible_range(queries, inside):
 
 
 @triton.jit(do_not_specialize=["length", "round"])
-def forward_round(
-    inputs,  # `pairs.Inputs`
-    sums,  # (B, T, H, value_size) float32: weighted values so far, relative to the running maximum
-    out,  # (B, T, H, value_size): the new sums, or after the LAST round the output
-    row_max,  # (B, H, T) float32: running maximum of the scores
-    row_sum,  # (B, H, T) float32: running sum of the weights
-    numbers,  # `pairs.Numbers`
-    length,
-    round,
-    kind,  # `pairs.Kind`
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
-):
-    """Online softmax of a tile of queries over all that is visible in this round (Dao et al. 2022, section 3.1)."""
-    at, pos, inside = locate(QUERIES, numbers, length, round)
+def forward_round(inputs, sums, out, row_max, row_sum, numbers, length, round, kind):
+    """Online softmax of a tile of queries over all that is visible in this round (Dao et al. 2022, section 3.1).
+
+    sums: (B, T, H, value_size) float32, weighted values so far, relative to the running maximum.
+    out: the same, new, or after the last round the output.
+    row_max, row_sum: (B, H, T) float32, running maximum of the scores and running sum of the weights.
+    """
+    at, pos, inside = locate(kind.queries, numbers, length, round)
     queries = queries_at(inputs, at, pos, kind)
     number = at.first_number + queries.token
-    query_rows = load_rows(inputs.query, at, queries.token, kind.size, kind.block)
-    if FIRST:
-        maximum = tl.full([QUERIES], FLOOR, tl.float32)
-        total = tl.zeros([QUERIES], tl.float32)
-        weighted = tl.zeros([QUERIES, kind.value_block], tl.float32)
+    if kind.first:
+        maximum = tl.full([kind.queries], FLOOR, tl.float32)
+        total = tl.zeros([kind.queries], tl.float32)
+        weighted = tl.zeros([kind.queries, kind.value_block], tl.float32)
     else:
         maximum = tl.load(row_max + number)
         total = tl.load(row_sum + number)
         weighted = load_rows(sums, at, queries.token, kind.value_size, kind.value_block)
     first, last = visible_range(queries, inside)
-    for start in range(first, last + 1, KEYS):
-        keys = keys_at(inputs, at, start + tl.arange(0, KEYS), kind)
-        key_rows = load_rows(inputs.key, at, keys.token, kind.size, kind.block)
-        products = matmul(query_rows, tl.trans(key_rows))
-        scores = pair_scores(products, inputs, at, queries, keys, round, 0, FIRST, kind)
+    for start in range(first, last + 1, kind.keys):
+        keys = keys_at(inputs, at, start + tl.arange(0, kind.keys), kind)
+        products = pair_products(queries.rows, keys.rows, 0)
+        scores = pair_scores(products, inputs, at, queries, keys, 0, kind)
         larger = tl.maximum(maximum, tl.max(scores, axis=1))
         decay = tl.exp2(maximum - larger)
         weights = tl.exp2(scores - larger[:, None])
@@ -79,7 +80,7 @@ def forward_round(
         values = load_rows(inputs.value, at, keys.token, kind.value_size, kind.value_block)
         weighted = weighted * decay[:, None] + matmul(weights.to(values.dtype), values)
         maximum = larger
-    if LAST:
+    if kind.last:
         total = tl.where(total == 0, 1.0, total)  # a token with an empty window gives 0
         weighted = weighted / total[:, None]
     tl.store(row_max + number, maximum, mask=inside)

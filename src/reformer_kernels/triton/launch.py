@@ -54,9 +54,10 @@ def by_token(perm: torch.Tensor, window_start: torch.Tensor, window_end: torch.T
     rounds, length = perm.shape[2:]
     inverse = [torch.empty_like(perm) for _ in range(3)]
     positions, block = perm.numel(), 1024
-    sizes = {"positions": positions, "length": length, "total": rounds * length}
     grid = (triton.cdiv(positions, block),)
-    invert_permutations[grid](perm, window_start, window_end, *inverse, **sizes, BLOCK=block)
+    invert_permutations[grid](
+        perm, window_start, window_end, *inverse, positions, length, rounds * length, BLOCK=block
+    )
     return inverse
 
 
@@ -82,16 +83,9 @@ def prepare(args: AttentionArgs) -> LaunchArgs:
     inputs = [query, key, value, factor, *layout, *inverse, real, dropout_key]
     keep_scale = 1 / (1 - args.dropout) if args.dropout < 1 else 0.0
     kind = Kind(
-        size,
-        value.shape[-1],
-        block_of(size),
-        block_of(value.shape[-1]),
-        shared=shared,
-        dedup_pairs=args.dedup_pairs,
-        causal=args.causal and not args.dedup_pairs,
-        padded=mask is not None,
-        dropout=dropout_key is not None,
-    )
+        size, value.shape[-1], block_of(size), block_of(value.shape[-1]), shared, args.dedup_pairs,
+        causal=args.causal and not args.dedup_pairs, padded=mask is not None, dropout=dropout_key is not None,
+    )  # fmt: skip
     windows = {"left_reach": args.left_reach, "right_reach": args.right_reach}
     windows["block_size"] = 1 if args.dedup_pairs else args.block_size
     numbers = Numbers(heads, layout_heads, rounds, keep_threshold(args.dropout), keep_scale)
@@ -104,12 +98,11 @@ def launch(kernel: Any, name: str, args: LaunchArgs, index: int, **options: Any)
     queries, keys, warps, stages = choose_tiles(
         name, args.inputs.query.dtype, max(args.kind.block, args.kind.value_block)
     )
-    tiles = triton.cdiv(length, keys if name.endswith("_keys") else queries)
-    kernel[(batch * heads * tiles,)](
-        inputs=args.inputs, numbers=args.numbers, length=length, round=index, **options,
-        kind=Kind(*map(tl.constexpr, args.kind)), QUERIES=queries, KEYS=keys, FIRST=index == 0,
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    last = name == "forward" and index == args.rounds - 1  # others do nothing else in the last round
+    kind = args.kind._replace(queries=queries, keys=keys, first=index == 0, last=last)
+    grid = (batch * heads * triton.cdiv(length, keys if name.endswith("_keys") else queries),)
+    options |= {"inputs": args.inputs, "numbers": args.numbers, "length": length, "round": index}
+    kernel[grid](**options, kind=Kind(*map(tl.constexpr, kind)), num_warps=warps, num_stages=stages)
 
 
 def run_forward(args: LaunchArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -121,7 +114,7 @@ def run_forward(args: LaunchArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     rows = {"row_max": row_max, "row_sum": row_sum}
     for index in range(args.rounds):
         last = index == args.rounds - 1
-        launch(forward_round, "forward", args, index, sums=sums, out=out if last else sums, **rows, LAST=last)
+        launch(forward_round, "forward", args, index, sums=sums, out=out if last else sums, **rows)
     if args.query_weights is None:
         return out, row_max, row_sum, row_max.new_empty(0)
     mass, weights = torch.empty_like(row_max), args.query_weights.float().contiguous()
@@ -131,13 +124,9 @@ def run_forward(args: LaunchArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 
 def run_backward(
-    args: LaunchArgs,
-    out: torch.Tensor,
-    row_max: torch.Tensor,
-    row_sum: torch.Tensor,
-    grad_out: torch.Tensor,
-    grad_mass: torch.Tensor | None = None,
-) -> list[torch.Tensor]:
+    args: LaunchArgs, out: torch.Tensor, row_max: torch.Tensor, row_sum: torch.Tensor, grad_out: torch.Tensor,
+    grad_mass: torch.Tensor | None,
+) -> list[torch.Tensor]:  # fmt: skip
     """Gradients of query, value and, unless it is shared, key, from those of output and attention mass."""
     several, shared = args.rounds > 1, args.kind.shared
     grad_query, grad_key, grad_value = (empty_rows(x, x.dtype) for x in args.inputs[:3])
@@ -155,18 +144,13 @@ def run_backward(
     saved = Saved(as_rows(out), as_rows(grad_out), row_max, row_sum, torch.empty_like(row_max), *of_mass)
     for index in range(args.rounds):
         last = index == args.rounds - 1 and not shared  # the keys' part of a shared query is added below
-        options = {"saved": saved, "sums": query_sums, "target": grad_query if last else query_sums}
-        launch(backward_queries_round, "backward_queries", args, index, **options)
+        target = grad_query if last else query_sums
+        launch(backward_queries_round, "backward_queries", args, index, saved=saved, sums=query_sums, target=target)
     for index in range(args.rounds):
         last = index == args.rounds - 1
-        options = {
-            "saved": saved,
-            "sums": key_sums,
-            "target": (grad_query if shared else grad_key) if last else key_sums,
-            "value_sums": value_sums,
-            "value_target": grad_value if last else value_sums,
-        }
-        launch(backward_keys_round, "backward_keys", args, index, **options, **args.windows)
+        options = {"saved": saved, "sums": key_sums, "value_sums": value_sums, **args.windows}
+        target, value_target = (grad_query if shared else grad_key, grad_value) if last else (key_sums, value_sums)
+        launch(backward_keys_round, "backward_keys", args, index, target=target, value_target=value_target, **options)
     return [grad_query, grad_value] if shared else [grad_query, grad_value, grad_key * args.scale]
 
 

@@ -52,7 +52,7 @@ class Numbers(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a kernel is compiled for, beside dtypes and tiles."""
+    """What a kernel is compiled for, beside dtypes; the last four fields differ from launch to launch."""
 
     size: int
     value_size: int
@@ -64,6 +64,10 @@ class Kind(NamedTuple):
     padded: bool  # padding is filled (chunk rule)
     dropout: bool
     has_grad_mass: bool = False
+    queries: int = 0  # rows of a tile
+    keys: int = 0
+    first: bool = False  # this round is the first, or the last
+    last: bool = False
 
 
 class Head(NamedTuple):
@@ -73,6 +77,7 @@ class Head(NamedTuple):
     head: Any
     heads: Any
     length: Any
+    round: Any  # which this launch works on
     positions: Any  # R * T
     first_row: Any
     first_number: Any
@@ -83,6 +88,7 @@ class Queries(NamedTuple):
     """Vectors of n queries, each at one sorted position."""
 
     token: Any
+    rows: Any  # (n, block)
     window_start: Any
     window_end: Any
     draw: Any  # random number, or None
@@ -92,6 +98,7 @@ class Keys(NamedTuple):
     """Vectors of n keys, each at one sorted position."""
 
     token: Any
+    rows: Any  # (n, block)
     pos: Any
     factor: Any  # shared keys are queries times this, or None
     draw: Any
@@ -111,7 +118,7 @@ def locate(TILE: tl.constexpr, numbers, length, round):
     first_row = batch.to(tl.int64) * length * numbers.heads + head
     first_number = index.to(tl.int64) * length
     first_pos = (batch * numbers.layout_heads + head % numbers.layout_heads).to(tl.int64) * positions
-    at = Head(batch, head, numbers.heads, length, positions, first_row, first_number, first_pos)
+    at = Head(batch, head, numbers.heads, length, round, positions, first_row, first_number, first_pos)
     offset = program % tiles * TILE + tl.arange(0, TILE)
     return at, round * length + offset, offset < length
 
@@ -149,7 +156,8 @@ def queries_at(inputs, at, pos, kind):
     token = tl.load(inputs.perm + at.first_pos + wrapped)
     window_start = tl.load(inputs.window_start + at.first_pos + wrapped) + (pos - wrapped)
     window_end = tl.load(inputs.window_end + at.first_pos + wrapped) + (pos - wrapped)
-    return Queries(token, window_start, window_end, query_draw(inputs, at, token) if kind.dropout else None)
+    rows = load_rows(inputs.query, at, token, kind.size, kind.block)
+    return Queries(token, rows, window_start, window_end, query_draw(inputs, at, token) if kind.dropout else None)
 
 
 @triton.jit
@@ -157,7 +165,8 @@ def keys_at(inputs, at, pos, kind):
     """The keys at n sorted positions, which may lie laps before the first or behind the last."""
     token = tl.load(inputs.perm + at.first_pos + wrap(pos, at.positions))
     factor = tl.load(inputs.factor + at.first_number + token) if kind.shared else None
-    return Keys(token, pos, factor, key_draw(inputs, token) if kind.dropout else None)
+    rows = load_rows(inputs.key, at, token, kind.size, kind.block)
+    return Keys(token, rows, pos, factor, key_draw(inputs, token) if kind.dropout else None)
 
 
 @triton.jit
@@ -175,6 +184,16 @@ def matmul(a, b):
 
 
 @triton.jit
+def pair_products(query_rows, key_rows, QUERY_AXIS: tl.constexpr):
+    """A tile of float32: the dot product of every query's row with every key's."""
+    if QUERY_AXIS == 0:
+        products = matmul(query_rows, tl.trans(key_rows))
+    else:
+        products = matmul(key_rows, tl.trans(query_rows))
+    return products
+
+
+@triton.jit
 def load_numbers(x, at, token):
     """Numbers (B, T) of n tokens."""
     return tl.load(x + at.batch.to(tl.int64) * at.length + token)
@@ -185,17 +204,9 @@ def load_numbers(x, at, token):
 
 @triton.jit
 def fill_fixed(
-    x,  # a tile of float32
-    masked: tl.constexpr,
-    itself: tl.constexpr,
-    inputs,
-    at,
-    queries,
-    keys,
-    QUERY_AXIS: tl.constexpr,
-    kind,
+    x, masked: tl.constexpr, itself: tl.constexpr, inputs, at, queries, keys, QUERY_AXIS: tl.constexpr, kind
 ):
-    """The tile with all pairs filled whose score is a fixed number.
+    """A tile of float32 with all pairs filled whose score is a fixed number.
 
     In the legacy rule's order: `masked` for the future and padding first, `itself` for a token itself last.
     """
@@ -211,19 +222,10 @@ def fill_fixed(
 
 
 @triton.jit
-def pair_scores(
-    products,  # a tile of float32: query @ key
-    inputs,
-    at,
-    queries,
-    keys,
-    round,
-    QUERY_AXIS: tl.constexpr,
-    FIRST: tl.constexpr,
-    kind,
-):
-    """Scores of the softmax in units of log 2; -inf where the pair is not visible in this round, or (window rule) was
-    visible in an earlier one.
+def pair_scores(products, inputs, at, queries, keys, QUERY_AXIS: tl.constexpr, kind):
+    """Scores of the softmax in units of log 2, from `pair_products` of query and key.
+
+    -inf where the pair is not visible in this round, or (window rule) was visible in an earlier one.
     """
     scores = products * LOG2_E
     if kind.shared:
@@ -232,9 +234,9 @@ def pair_scores(
     pos = along(keys.pos, 1 - QUERY_AXIS)
     visible = (pos >= along(queries.window_start, QUERY_AXIS)) & (pos <= along(queries.window_end, QUERY_AXIS))
     scores = tl.where(visible, scores, float("-inf"))
-    if kind.dedup_pairs and not FIRST:
+    if kind.dedup_pairs and not kind.first:
         by_token = at.first_pos
-        for _ in range(round):  # not unrolled: one kernel serves any number of rounds, with as many registers
+        for _ in range(at.round):  # not unrolled: one kernel serves any number of rounds, with as many registers
             pos = along(tl.load(inputs.pos_of + by_token + keys.token), 1 - QUERY_AXIS)
             first = along(tl.load(inputs.start_of + by_token + queries.token), QUERY_AXIS)
             last = along(tl.load(inputs.end_of + by_token + queries.token), QUERY_AXIS)
@@ -244,11 +246,9 @@ def pair_scores(
 
 
 @triton.jit
-def softmax_weights(
-    products, inputs, row_max, row_sum, at, queries, keys, round, QUERY_AXIS: tl.constexpr, FIRST: tl.constexpr, kind
-):
+def softmax_weights(products, inputs, row_max, row_sum, at, queries, keys, QUERY_AXIS: tl.constexpr, kind):
     """A tile of weights before dropout, float32, from the saved maximum and sum of every query's scores."""
-    scores = pair_scores(products, inputs, at, queries, keys, round, QUERY_AXIS, FIRST, kind)
+    scores = pair_scores(products, inputs, at, queries, keys, QUERY_AXIS, kind)
     number = at.first_number + queries.token
     share = 1 / tl.load(row_sum + number)
     return tl.exp2(scores - along(tl.load(row_max + number), QUERY_AXIS)) * along(share, QUERY_AXIS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
 
-from hf_reformer import ReformerForCausalLM, ReformerModel
+from hf_reformer import ReformerForCausalLM, ReformerForMultipleChoice, ReformerModel
 from hf_reformer.analysis import plots as visualize
 from hf_reformer.analysis.lsh_stats import (
     attention_mass,
@@ -283,3 +283,14 @@ def test_what_does_not_exist_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"hf-reformer\[train\]"):
         visualize.plot_pairs(hashed)
+
+
+def test_models_with_several_choices_and_models_that_return_tuples():
+    choices = make_model(ReformerForMultipleChoice, **MODES["window"])
+    ids, mask = make_ids(2, 3, 9), torch.ones(2, 3, 9, dtype=torch.long)
+    mask[0, 1, 5:] = 0
+    view = view_layer(choices, ids, 1, attention_mask=mask)
+    assert torch.equal(view.mask, mask.view(6, 9).bool())
+    assert bucket_sizes(view).sum() == mask.sum() * view.heads * view.buckets.shape[2]
+    tuples = make(return_dict=False)
+    assert torch.equal(view_layer(tuples, IDS, 1).buckets, view_layer(make(), IDS, 1).buckets)

@@ -127,7 +127,7 @@ def test_what_is_not_as_it_was_made_takes_the_modules(name, steps):
     model, ids = make_model(), tokens()
     foreign(name, model)
     found = one_by_one(model, ids)
-    assert steps.count == 0
+    assert steps.count == (TOKENS - PROMPT) * (len(model.base_model.layers) - 1)
     with torch.no_grad():
         assert (found - model(ids).logits).abs().max() < 1e-5
 

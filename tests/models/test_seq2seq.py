@@ -605,7 +605,7 @@ def test_what_a_forward_refuses(model):
         ({"input_ids": SOURCE, "labels": TARGET + 40}, "classes"),
         ({"input_ids": SOURCE, "labels": TARGET, "decoder_input_ids": TARGET[:, :4]}, "target for each"),
         ({"input_ids": SOURCE, "labels": TARGET, "position_ids": torch.arange(30)[None]}, "position ids"),
-        ({"input_ids": SOURCE, "labels": TARGET[:2]}, "2 rows"),
+        ({"input_ids": SOURCE, "labels": TARGET[:2]}, "2 targets"),
         ({"input_ids": SOURCE, "labels": TARGET[0]}, "length of the target"),
         ({"input_ids": SOURCE, "labels": TARGET[:, :0]}, "length of the target"),
         ({"encoder_outputs": encoded, "attention_mask": (MASK - 1) * 1e9, "labels": TARGET}, "other than 0 and 1"),

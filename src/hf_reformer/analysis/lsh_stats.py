@@ -16,10 +16,8 @@ class LayerView(NamedTuple):
     Attributes:
         kind: "local", "lsh" or "full".
         causal: whether tokens see only what is before them.
-        heads: H. Sort orders that are the same for all heads are kept once.
         names: of the sort orders: "position", "hash 1", …, "exploration 1", …
-        mask: (B, T) bool, True for real tokens.
-        layout, vectors, buckets, num_buckets: as in `forward_context.Sorting`.
+        heads, layout, mask, vectors, buckets, num_buckets: as in `forward_context.Sorting`.
     """
 
     kind: str
@@ -62,15 +60,12 @@ def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **in
     output = stack_output(model, stack, input_ids=input_ids, output_sorting=True, **inputs)
     attention: Any = stack.layers[index].attention
     sorting: Any = output.sorting[index]
-    own_mask = inputs.get("attention_mask" if stack is stacks[0] else "decoder_attention_mask")
-    mask = torch.ones(output.last_hidden_state.shape[:2], dtype=torch.bool, device=input_ids.device)
-    mask = mask if own_mask is None else own_mask.bool()
     rounds = 0 if sorting.buckets is None else sorting.buckets.shape[2]
     position = sorting.buckets is None or (attention.mode == "window" and attention.config.lsh_include_local)
     names = ["position"] * position + [f"hash {i + 1}" for i in range(rounds)]
     names += [f"exploration {i + 1}" for i in range(sorting.layout.perm.shape[2] - len(names))]
-    layout, *hashed = sorting
-    return LayerView(attention.kind, attention.causal, attention.heads, layout, tuple(names), mask, *hashed)
+    layout, heads, *rest = sorting
+    return LayerView(attention.kind, attention.causal, heads, layout, tuple(names), *rest)
 
 
 def stack_output(model: torch.nn.Module, stack: ReformerModel, **inputs: Any) -> ReformerModelOutput:
@@ -78,7 +73,7 @@ def stack_output(model: torch.nn.Module, stack: ReformerModel, **inputs: Any) ->
     outputs: list[ReformerModelOutput] = []
     hook = stack.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
-        model(**inputs)
+        model(**{**inputs, "return_dict": True})
     finally:
         hook.remove()
     return outputs[-1]

@@ -208,7 +208,7 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         """Keep every token from now on, so that any number can be cropped."""
-        if self.kind == "local" and self.is_initialized and not self.record_past:
+        if self.kind == "local" and self.seen_tokens and not self.record_past:
             self.oldest = (torch.maximum(self.longest, self.lengths) - self.capacity).clamp(min=0)
             keys, values, numbers = self.last_tokens(min(self.capacity, self.seen_tokens))
             capacity = max(self.seen_tokens, 1)  # from here on slots by number, those of evicted tokens unused

@@ -14,7 +14,7 @@ from ..ops.prng import make_key
 from ..ops.sequence_parallel import all_reduce
 from ..reversible.chunking import Handoff
 from .cached_attention import decode, prefers_decode, prefill
-from .forward_context import AttentionReport, ForwardContext, Sorting
+from .forward_context import AttentionReport, ForwardContext, Sorting, real_tokens
 from .full_attention import AttentionProjections, attention_dropout_key, merge_heads, split_heads
 from .position_embeddings import rotate
 
@@ -60,7 +60,8 @@ class ReformerAttention(AttentionProjections):
         if cache_layer is not None:
             cache_layer.append(query if key is None else key, value, buckets, ctx.mask)
         length, mask, query_weights = value.shape[2], ctx.mask, ctx.query_weights
-        sorted_by = vectors, buckets, 0 if buckets is None else num_buckets_total(self._num_buckets(ctx))
+        num_buckets = 0 if buckets is None else num_buckets_total(self._num_buckets(ctx))
+        sorted_by = value.shape[1], real_tokens(ctx, value), vectors, buckets, num_buckets
         if ctx.padded_length > length:  # chunk mode works on whole chunks
             more = ctx.padded_length - length
             mask = value.new_ones(value.shape[0], length, dtype=torch.bool) if mask is None else mask

@@ -53,15 +53,24 @@ class Sorting(NamedTuple):
 
     Attributes:
         layout: sort orders and windows, as the attention op gets them; in chunk mode of the padded input.
+        heads: H, of which this process computes attention.
+        mask: (B, T) bool, True for real tokens.
         vectors: (B, H, T, D), what was hashed; None where nothing was.
         buckets: (B, H, R, T) int32, the bucket of every token in every hash round; None as above.
         num_buckets: how many buckets a round has; 0 as above.
     """
 
     layout: AttentionLayout
+    heads: int
+    mask: torch.Tensor
     vectors: torch.Tensor | None = None
     buckets: torch.Tensor | None = None
     num_buckets: int = 0
+
+
+def real_tokens(ctx: ForwardContext, value: torch.Tensor) -> torch.Tensor:
+    """(B, T) bool, True for real tokens, for values (B, H, T, D)."""
+    return torch.ones_like(value[:, 0, :, 0], dtype=torch.bool) if ctx.mask is None else ctx.mask
 
 
 class AttentionReport(NamedTuple):

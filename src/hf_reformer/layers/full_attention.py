@@ -17,7 +17,7 @@ from ..ops.prng import ATTENTION_DROPOUT, CROSS_DROPOUT, OUTPUT_DROPOUT, dropout
 from ..ops.reference import dropout_factors
 from ..ops.sequence_parallel import SequenceShard, all_reduce, all_to_all_heads, all_to_all_tokens
 from ..reversible.chunking import Handoff
-from .forward_context import AttentionReport, EncoderContext, ForwardContext, Sorting
+from .forward_context import AttentionReport, EncoderContext, ForwardContext, Sorting, real_tokens
 from .position_embeddings import rotate
 
 MAX_SCORES = 2**24  # scores computed at once for the attention mass
@@ -111,10 +111,13 @@ class FullAttention(AttentionProjections):
                 visible = _visible(allowed, causal, weights.shape, key.device)
                 tokens = tokens if visible is None else torch.where(visible, tokens, -1)
                 weights = SparseAttention(tokens.expand_as(weights), weights)
+            sorting = None
+            if ctx.want_sorting:
+                sorting = Sorting(dense_layout(value, self.causal, ctx), value.shape[1], real_tokens(ctx, value))
             report = AttentionReport(
                 mass=None if mass is None else all_reduce(mass, shard),
                 weights=weights,
-                sorting=Sorting(dense_layout(value, self.causal, ctx)) if ctx.want_sorting else None,
+                sorting=sorting,
             )
         return merge_heads(out.transpose(1, 2).to(dtype), shard), report
 

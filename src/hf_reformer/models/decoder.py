@@ -33,8 +33,9 @@ class ReformerDecoderLayer(ReformerLayer):
     def attend(self, projected: Handoff, ctx: ForwardContext, *states: torch.Tensor) -> tuple[Any, ...]:
         cross_query, *own = projected.take()
         cross, cross_report = self.cross_attention(Handoff([cross_query]), ctx, *states)
-        del cross_query
-        mixed, report = self.attention(Handoff(own), ctx)
+        handoff = Handoff(own)
+        del cross_query, own
+        mixed, report = self.attention(handoff, ctx)
         report = report._replace(encoder_mass=cross_report.encoder_mass, encoder_weights=cross_report.encoder_weights)
         return torch.cat([mixed, cross], dim=-1), *report
 
@@ -92,7 +93,8 @@ class ReformerDecoder(ReformerModel):
             encoder_context=EncoderContext(mask, None if both is None else both.cross_attention_cache),
             **{**kwargs, "return_dict": True},
         )
-        outputs[CACHE_NAME] = both
+        if both is not None:
+            outputs[CACHE_NAME] = both
         return outputs
 
     def _coverage(

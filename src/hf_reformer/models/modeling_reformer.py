@@ -229,9 +229,9 @@ class ReformerModel(ReformerPreTrainedModel):
     def _choose_stack(self, ctx: ForwardContext, grid: Grid, embeds: torch.Tensor, record_states: bool) -> Callable:
         """The way through the layers: (stream, ctx, grid, *encoder states) → (x1, x2, reports, states or None).
 
-        The values are the same on every way: a decode step in one call of the kernel; the whole stack as one call of a
-        compiled graph; layer by layer, in a graph recomputed in backward; reversibly; or plainly, as whoever looks at
-        more than values needs it.
+        The values are the same on every way: a decode step in one call of the kernel, or in one for each layer that it
+        knows; the whole stack as one call of a compiled graph; layer by layer, in a graph recomputed in backward;
+        reversibly; or plainly, as whoever looks at more than values needs it.
         """
         observed = record_states or ctx.want_weights or ctx.want_sorting
         step = None if observed else plan_fused_decode(self.layers, ctx, embeds, grid.dtype)
@@ -246,8 +246,9 @@ class ReformerModel(ReformerPreTrainedModel):
         plain = observed or ctx.cache is not None or (self.gradient_checkpointing and self.training)
         if self.config.reversible and can_reverse() and not plain and not any(map(needs_plain_path, self.layers)):
             handoff = StreamHandoff(grid, len(self.layers))
-        state_dtype = self.norm.weight.dtype if record_states else None
-        return partial(_run_layers, self.layers, handoff=handoff, recompute=traced, state_dtype=state_dtype)
+        fuse = ctx.cache is not None and not (ctx.want_weights or ctx.want_sorting)
+        run = partial(_run_layers, self.layers, handoff=handoff, recompute=traced, fuse=fuse)
+        return partial(run, state_dtype=self.norm.weight.dtype if record_states else None)
 
     def _make_context(
         self, embeds: torch.Tensor, length: int, shard: SequenceShard | None, attention_mask: torch.Tensor | None,
@@ -318,12 +319,14 @@ def _run_layers(
     *states: torch.Tensor,
     handoff: StreamHandoff | None,
     recompute: bool,
+    fuse: bool,
     state_dtype: torch.dtype | None,
 ) -> tuple[Any, ...]:
     """Layer by layer.
 
     Args:
         handoff: reversibly.
+        fuse: in a decode step, each layer that the kernel knows in one call.
         recompute: each layer again in the backward of a traced graph.
         state_dtype: record the feed-forward stream around the layers, in this dtype.
     """
@@ -339,7 +342,10 @@ def _run_layers(
 
     for index, layer in enumerate(layers):
         x2 = x2 if state_dtype is None else record(x2)
-        if recompute:
+        fused = plan_fused_decode([layer], ctx, x2, x2.dtype) if fuse else None
+        if fused is not None:
+            x1, x2, report = fused(x1, x2)
+        elif recompute:
             x2, x1, *report = checkpoint(layer, x2, x1, ctx, grid, None, index, *states, use_reentrant=False)
         else:
             x2, x1, *report = layer(x2, x1, ctx, grid, handoff, index, *states)

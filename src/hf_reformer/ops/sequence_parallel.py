@@ -89,7 +89,8 @@ def check_same_inputs(group: Any, device: torch.device, inputs: dict[str, Any]) 
     if different:
         raise ValueError(
             f"Processes that share sequences were given different inputs: {', '.join(different)}. All of a group need "
-            "the same: use `hf_reformer.distributed.SequenceParallelTrainer`, or a sampler that knows of the groups."
+            "the same: use `hf_reformer.training.distributed.SequenceParallelTrainer`, or a sampler that knows the "
+            "groups."
         )
 
 

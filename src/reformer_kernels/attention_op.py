@@ -5,12 +5,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-_INPUTS = (
-    "Tensor query, Tensor? key, Tensor value, Tensor perm, Tensor window_start, Tensor window_end, Tensor? mask, "
-    "Tensor? dropout_key, Tensor? query_weights, SymInt block_size, SymInt left_reach, SymInt right_reach, "
-    "bool dedup_pairs, bool causal, float dropout, float scale"
-)
-
 
 class AttentionArgs(NamedTuple):
     """The op's inputs, as `hf_reformer.ops.dispatch.windowed_attention` and `layout.AttentionLayout` describe them.
@@ -37,6 +31,8 @@ class AttentionArgs(NamedTuple):
     scale: float
 
 
+_TYPES = {torch.Tensor: "Tensor", torch.Tensor | None: "Tensor?", int: "SymInt", bool: "bool", float: "float"}
+_INPUTS = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in AttentionArgs.__annotations__.items())
 _NUM_TENSORS = AttentionArgs._fields.index("block_size")
 
 

@@ -15,7 +15,7 @@ import torch
 
 from ..compat import in_functorch_transform
 from .kernel_check import agrees
-from .layout import AttentionLayout, window_extent
+from .layout import AttentionLayout, Sort
 from .layout import chunk_layout as chunk_layout_in_torch
 from .layout import window_layout as window_layout_in_torch
 from .lsh import bucket_factors
@@ -199,13 +199,7 @@ def window_layout(
     backend: str = "auto",
 ) -> AttentionLayout:
     """`layout.window_layout`, the same in all backends."""
-    by_kernel = select_backend(backend, groups[0][0]) == "cpu"
-    return window_layout_in_torch(groups, causal, mask, block_size, _bucket_windows if by_kernel else None)
-
-
-def _bucket_windows(buckets, num_buckets, window: int, causal: bool, mask) -> list[torch.Tensor]:
-    outputs = 2 if causal else 3
-    return KERNELS["cpu"].sort_by_bucket(buckets, mask, num_buckets, *window_extent(window, causal), outputs)
+    return window_layout_in_torch(groups, causal, mask, block_size, _sorter(backend, groups[0][0]))
 
 
 def chunk_layout(
@@ -218,9 +212,9 @@ def chunk_layout(
     backend: str = "auto",
 ) -> AttentionLayout:
     """`layout.chunk_layout`, the same in all backends."""
-    sort = _sort_by_bucket if select_backend(backend, buckets) == "cpu" else None
+    sort = _sorter(backend, buckets)
     return chunk_layout_in_torch(buckets, num_buckets, chunk, chunks_before, chunks_after, mask, sort)
 
 
-def _sort_by_bucket(buckets, num_buckets: int, mask) -> torch.Tensor:
-    return KERNELS["cpu"].sort_by_bucket(buckets, mask, num_buckets, 0, 0, 1)[0]
+def _sorter(backend: str, buckets: torch.Tensor) -> Sort | None:
+    return KERNELS["cpu"].sort_by_bucket if select_backend(backend, buckets) == "cpu" else None

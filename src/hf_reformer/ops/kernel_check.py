@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from .bucket_tables import BucketChains
-from .layout import bucket_windows, chunk_layout, window_extent, window_layout
+from .layout import chunk_layout, sort_by_bucket, window_layout
 from .lsh import lsh_buckets
 from .prng import make_key, normal_rows
 from .reference import attention_mass, attention_with_weights, shared_key
@@ -23,11 +23,11 @@ def agrees(kernels: Any) -> bool:
     mask = torch.rand(2, 192, generator=generator, device="cpu", dtype=torch.float32) > 0.1
     rotations, factors = _normal(generator, 2, 24, 2, 6), (2, 10)
     buckets = lsh_buckets(query, rotations, factors)
-    sorted_windows = bindings.sort_by_bucket(buckets, mask, 20, *window_extent(31, False), 3)
+    sort_inputs = buckets, mask, 20, 15, 15, 3
     keys = buckets[0, 0, 0]
     return (
         _same_buckets(bindings.lsh_buckets(query, rotations, list(factors)), buckets)
-        and all(map(torch.equal, sorted_windows, bucket_windows(buckets, 20, 31, False, mask)))
+        and all(map(torch.equal, bindings.sort_by_bucket(*sort_inputs), sort_by_bucket(*sort_inputs)))
         and _close([bindings.normal_rows(keys, 50)], [normal_rows(keys, 50)])
         and _attention_agrees(kernels, query, value, grad, buckets, mask)
         and _decode_attention_agrees(kernels, query[:, :, :40], value[:, :, :40])

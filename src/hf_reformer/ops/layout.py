@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+Sort = Callable[[torch.Tensor, torch.Tensor | None, int | None, int, int, int], list[torch.Tensor]]
+
 
 class AttentionLayout(NamedTuple):
     """Sorted position p holds token `perm[p]`, whose window is the sorted positions `window_start[p] … window_end[p]`.
@@ -41,7 +43,7 @@ def window_layout(
     causal: bool,
     mask: torch.Tensor | None,
     block_size: int = 32,
-    sort: Callable[..., list[torch.Tensor]] | None = None,
+    sort: Sort | None = None,
 ) -> AttentionLayout:
     """Sort tokens by (bucket, position) and give every token its window inside its bucket.
 
@@ -51,13 +53,16 @@ def window_layout(
         causal: a window is the token itself and the `window - 1` positions before it; otherwise `window // 2` on
             either side.
         mask: (B, T) bool, True for real tokens, or None. Padding is sorted last and has empty windows.
-        sort: does the work of `bucket_windows`, faster; its tensors may be written to.
+        sort: does the work of `sort_by_bucket`, faster; its tensors may be written to.
 
     Returns:
         AttentionLayout with `dedup_pairs=True`; windows never leave their round.
     """
-    sort = sort or bucket_windows
-    sorted_groups = [sort(group, num_buckets, window, causal, mask) for group, num_buckets, window in groups]
+    sort, outputs = sort or sort_by_bucket, 2 if causal else 3  # causal windows end at their own positions
+    sorted_groups = [
+        sort(group, mask, num_buckets, *window_extent(window, causal), outputs)
+        for group, num_buckets, window in groups
+    ]
     parts = zip(*sorted_groups, strict=True)
     perm, start, *end = (part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts)
     rounds, length = perm.shape[2:]
@@ -65,9 +70,7 @@ def window_layout(
     start = start.add_(sorted_pos[:, :1])
     last = end[0].add_(sorted_pos[:, :1]) if end else sorted_pos.expand_as(perm)
     widest = max(window for *_, window in groups)
-    left, right = (
-        torch.sym_min(reach, length - 1) for reach in window_extent(widest, causal)
-    )  # of traced lengths too
+    left, right = (torch.sym_min(reach, length - 1) for reach in window_extent(widest, causal))  # also if traced
     return AttentionLayout(perm, start, last, torch.sym_min(block_size, length), left, right, dedup_pairs=True)
 
 
@@ -76,12 +79,18 @@ def window_extent(window: int, causal: bool) -> tuple[int, int]:
     return (window - 1, 0) if causal else (window // 2, window // 2)
 
 
-def bucket_windows(
-    buckets: torch.Tensor, num_buckets: int | None, window: int, causal: bool, mask: torch.Tensor | None
+def sort_by_bucket(
+    buckets: torch.Tensor,
+    mask: torch.Tensor | None,
+    num_buckets: int | None,
+    left_reach: int,
+    right_reach: int,
+    outputs: int,
 ) -> list[torch.Tensor]:
-    """perm, window_start and window_end of a group of rounds, (B, H, R, T) int32, counted within each round.
+    """The first `outputs` of perm, window_start and window_end of a group of rounds, (B, H, R, T) int32 each.
 
-    Without window_end if causal: a window then ends at its own position.
+    Tokens are sorted by (bucket, position), padding last. A window reaches so many positions to either side inside its
+    bucket; sorted positions count within each round.
     """
     length = buckets.shape[-1]
     sorted_pos = torch.arange(length, dtype=torch.int32, device=buckets.device)
@@ -92,18 +101,19 @@ def bucket_windows(
         last = torch.full_like(buckets, length - 1)
     else:
         values, perm = torch.sort(buckets, dim=-1, stable=True)  # (B, H, R, T)
+        if outputs == 1:
+            return [perm.to(torch.int32)]
         border = values[..., 1:] != values[..., :-1]
         first = torch.nn.functional.pad(border * sorted_pos[1:], (1, 0)).cummax(-1).values
         last = torch.where(border, sorted_pos[:-1], length - 1)
         last = torch.nn.functional.pad(last, (0, 1), value=length - 1)
-        last = last if causal else last.flip(-1).cummin(-1).values.flip(-1)
-    left, right = window_extent(window, causal)
-    start = torch.maximum(first, sorted_pos - left)
+        last = last.flip(-1).cummin(-1).values.flip(-1) if outputs == 3 else last
+    start = torch.maximum(first, sorted_pos - left_reach)
     real = None if mask is None else sorted_pos < mask.sum(-1, dtype=torch.int32)[:, None, None, None]
     start = start if real is None else torch.where(real, start, sorted_pos + 1)
-    if causal:
-        return [perm.to(torch.int32), start]
-    end = torch.minimum(last, sorted_pos + right)
+    if outputs < 3:
+        return [perm.to(torch.int32), start][:outputs]
+    end = torch.minimum(last, sorted_pos + right_reach)
     return [perm.to(torch.int32), start, end if real is None else torch.where(real, end, sorted_pos)]
 
 
@@ -115,7 +125,7 @@ def chunk_layout(
     chunks_before: int,
     chunks_after: int,
     mask: torch.Tensor | None,
-    sort: Callable[..., torch.Tensor] | None = None,
+    sort: Sort | None = None,
 ) -> AttentionLayout:
     """The legacy chunked rule: all rounds end to end, cut in chunks that see neighbouring chunks, wrapping around.
 
@@ -132,14 +142,7 @@ def chunk_layout(
         return AttentionLayout(
             perm, torch.zeros_like(perm), torch.full_like(perm, length - 1), length, 0, 0, dedup_pairs=False
         )
-    perm = (sort or sort_by_bucket)(buckets, num_buckets, mask)
+    (perm,) = (sort or sort_by_bucket)(buckets, mask, num_buckets, 0, 0, 1)
     start = ((sorted_pos // chunk - chunks_before) * chunk).expand_as(perm)
     end = ((sorted_pos // chunk + chunks_after + 1) * chunk - 1).expand_as(perm)
     return AttentionLayout(perm, start, end, chunk, chunks_before * chunk, chunks_after * chunk, dedup_pairs=False)
-
-
-def sort_by_bucket(buckets: torch.Tensor, num_buckets: int, mask: torch.Tensor | None) -> torch.Tensor:
-    """Tokens sorted by (bucket, position), padding last: (B, H, R, T) int32."""
-    if mask is not None:
-        buckets = torch.where(mask[:, None, None, :], buckets, num_buckets)
-    return torch.sort(buckets, dim=-1, stable=True).indices.to(torch.int32)

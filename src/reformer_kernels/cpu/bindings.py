@@ -161,7 +161,7 @@ def sort_by_bucket(
     buckets: torch.Tensor, mask: torch.Tensor | None, num_buckets: int | None, left_reach: int, right_reach: int,
     outputs: int,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """The first `outputs` of perm, window_start and window_end, as `layout.bucket_windows` gives them."""
+    """The first `outputs` of perm, window_start and window_end, as `layout.sort_by_bucket` gives them."""
     batch, heads, rounds, length = buckets.shape
     results = [torch.empty_like(buckets, memory_format=torch.contiguous_format) for _ in range(outputs)]
     if not buckets.numel():

@@ -45,14 +45,12 @@ class Saved(NamedTuple):
 
 @triton.jit
 def weights_and_grad_scores(
-    grads, values, delta, inputs, saved, at, queries, keys, numbers, QUERY_AXIS: tl.constexpr, kind
+    products, grad_weights, delta, inputs, saved, at, queries, keys, numbers, QUERY_AXIS: tl.constexpr, kind
 ):
     """Weights after dropout, and the gradients of the scores (in natural units): two tiles of float32.
 
-    From rows of the output's gradient and delta (float32) of the queries, and the keys' values.
+    From `pair_products` of query and key, those of grad_out and value, and the queries' delta (float32).
     """
-    products = pair_products(queries.rows, keys.rows, QUERY_AXIS)
-    grad_weights = pair_products(grads, values, QUERY_AXIS)
     weights = softmax_weights(products, inputs, saved.row_max, saved.row_sum, at, queries, keys, QUERY_AXIS, kind)
     used = weights
     if kind.dropout:
@@ -90,8 +88,10 @@ def backward_queries_round(inputs, saved, sums, target, numbers, length, round, 
     for start in range(first, last + 1, kind.keys):
         keys = keys_at(inputs, at, start + tl.arange(0, kind.keys), kind)
         values = load_rows(inputs.value, at, keys.token, kind.value_size, kind.value_block)
+        products = pair_products(queries.rows, keys.rows, 0)
+        grad_weights = pair_products(grads, values, 0)
         _, grad_scores = weights_and_grad_scores(
-            grads, values, delta, inputs, saved, at, queries, keys, numbers, 0, kind
+            products, grad_weights, delta, inputs, saved, at, queries, keys, numbers, 0, kind
         )
         if kind.shared:
             grad_scores = grad_scores * keys.factor[None, :]
@@ -143,9 +143,11 @@ def backward_keys_round(
     for start in range(first, last + 1, kind.queries):
         queries = queries_at(inputs, at, start + tl.arange(0, kind.queries), kind)
         grads = load_rows(saved.grad_out, at, queries.token, kind.value_size, kind.value_block)
+        products = pair_products(queries.rows, keys.rows, 1)
+        grad_weights = pair_products(grads, values, 1)
         delta = tl.load(saved.delta + at.first_number + queries.token)
         used, grad_scores = weights_and_grad_scores(
-            grads, values, delta, inputs, saved, at, queries, keys, numbers, 1, kind
+            products, grad_weights, delta, inputs, saved, at, queries, keys, numbers, 1, kind
         )
         grad_values += matmul(used.to(grads.dtype), grads)
         grad_keys += matmul(grad_scores.to(queries.rows.dtype), queries.rows)

@@ -1,4 +1,4 @@
-// Backward pass (Dao et al. 2022, section 3.1): weights are computed agrad_weight from the saved maximum and sum of every row,
+// Backward pass (Dao et al. 2022, section 3.1): weights are computed again from the saved maximum and sum of every row,
 // dS = P * (dO V^T - rowsum(dO * O)). A key tile gathers its gradients while it is in reach and adds them to its
 // tokens' rows when it is evicted.
 #pragma once

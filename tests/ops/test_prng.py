@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from hf_reformer import ReformerConfig, ReformerModel
-from hf_reformer.layers import attention, feed_forward
+from hf_reformer.layers import attention, feed_forward, full_attention
 from hf_reformer.ops import dispatch
 from hf_reformer.ops.lsh import exploration_buckets, window_rotations
 from hf_reformer.ops.prng import draw_key, dropout, fold, keep_threshold, make_key, mix, normal, pair_scramble
@@ -298,7 +298,7 @@ def test_backends_drop_the_same(changes):
 @pytest.mark.parametrize("path", ["reversible", "chunked feed-forward", "checkpointed"])
 def test_recomputation_drops_the_same(path, spy):
     model = make_for(path)
-    results = [spy(feed_forward, "dropout"), spy(attention, "dropout")]
+    results = [spy(feed_forward, "dropout"), spy(full_attention, "dropout")]
     hidden = hidden_of(model, 1)
     hidden_of(model, 2)
     forward = [{x.detach().numpy().tobytes() for x in found[: len(found) // 2]} for found in results]

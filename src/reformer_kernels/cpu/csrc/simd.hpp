@@ -1,4 +1,4 @@
-// Vectors of floats and of 32-bit integers in the width that the compiler was told to use: AVX-512, AVX2, or the
+// Vectors of floats and of 32-bit integers in the width that the compiler uses: AVX-512, AVX2, or the
 // compiler's own vectors of four (SSE2, NEON). Everything above this file is written once, in terms of these names.
 #pragma once
 

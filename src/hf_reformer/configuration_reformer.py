@@ -33,9 +33,12 @@ _BUILTIN_DEFAULTS = {
 
 
 def from_builtin(config: dict[str, Any]) -> dict[str, Any]:
-    """Translate a config dictionary of transformers' own Reformer (`model_type: reformer`); others pass unchanged."""
+    """Translate a config dictionary of transformers' own Reformer (`model_type: reformer`).
+
+    Others pass unchanged, but for what version 0.1 saved: it knew no centering.
+    """
     if config.get("model_type") != "reformer":
-        return config
+        return {"lsh_centering": False, **config} if "transformers_version" in config else config
     renamed = {"ReformerModelWithLMHead": "ReformerForCausalLM"}
     translated = {**_BUILTIN_DEFAULTS, **config, "model_type": "hf_reformer"}
     translated.update(attention_mode="chunk", classifier_pooling="first", tie_word_embeddings=False)  # never tied
@@ -59,6 +62,10 @@ class ReformerConfig(PreTrainedConfig):
             Window mode: positions that a token sees in a sort order or in the sequence. Causal: itself and the
             `window - 1` before it; bidirectional: itself and `window // 2` on either side.
         lsh_include_local (`bool`, defaults to `True`): Window mode: lsh layers also see their `local_window`.
+        lsh_centering (`bool`, defaults to `True`):
+            Window mode: hash vectors as they are scored (turned by rotary positions, at unit length) less their mean
+            over the sample, in causal models up to the token. Without it nearly all tokens share a few buckets.
+            Models that were saved without this field hash them as projected.
         lsh_exploration_orders (`int`, defaults to 1):
             Window mode, training only: sort orders with random buckets, so that every pair can learn to attend.
         resample_rotations (`bool`, defaults to `True`): New hash rotations in every training forward, or evaluation's.
@@ -130,6 +137,7 @@ class ReformerConfig(PreTrainedConfig):
     lsh_window: int = 128
     local_window: int = 128
     lsh_include_local: bool = True
+    lsh_centering: bool = True
     lsh_exploration_orders: int = 1
     resample_rotations: bool = True
     num_hashes: int = 2

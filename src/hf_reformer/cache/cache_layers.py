@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..configuration_reformer import ReformerConfig, padded_length
 from ..ops.bucket_tables import BucketChains
-from ..ops.lsh import num_buckets_total
+from ..ops.lsh import num_buckets_total, unit_sums
 
 GROWTH = 1.125  # of the capacity, when it is full
 
@@ -27,6 +27,7 @@ class ReformerCacheLayer(CacheLayerMixin):
     keys: Any  # (B, H, capacity, D), turned by position; lsh layers: query/key vectors as projected, not normalised
     values: Any  # (B, H, capacity, D)
     buckets: Any  # (B, H, R, capacity) int32, lsh layers
+    sums: Any  # (B, H, D) float64, `lsh.unit_rows` of all keys added up; lsh layers that center what they hash
     lengths: Any  # (B) int64, real tokens of every sequence
     longest: Any  # (B) int64, the same before tokens were cropped
     oldest: Any  # (B) int64, number of the first token that is still kept, once the past is recorded
@@ -35,12 +36,13 @@ class ReformerCacheLayer(CacheLayerMixin):
     hasher: Any  # `layers.attention.Hasher` of all tokens; lsh layers
     seen_tokens: int  # how many tokens of each sequence were given so far, padding included
     makes_chains = True
-    per_sequence: tuple[str, ...] = ("keys", "values", "buckets", "lengths", "longest", "oldest", "attention_mask")
+    per_sequence: tuple[str, ...] = ("keys", "values", "buckets", "sums", "lengths", "longest", "oldest", "attention_mask")
 
     def __init__(self, config: ReformerConfig, layer: int, capacity: int = 0):
         super().__init__()
         self.signature = signatures(config)[layer]
         self.kind = self.signature[0]
+        self.centered = self.kind == "lsh" and config.attention_mode == "window" and config.lsh_centering
         self.local_window, self.lsh_window = config.local_window, config.lsh_window
         # How many of the last tokens a new one sees by position.
         self.local_reach = config.local_window if self.kind == "local" or config.lsh_include_local else 0
@@ -77,6 +79,8 @@ class ReformerCacheLayer(CacheLayerMixin):
         capacity = min(capacity, 2 * self.local_window) if self.is_ring_buffer else capacity
         self.keys = key_states.new_zeros(batch, heads, capacity, size)
         self.values = self.keys.clone()
+        if self.centered:
+            self.sums = torch.zeros(batch, heads, size, dtype=torch.float64, device=self.device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.longest = self.oldest = self.lengths
         self.is_initialized = True
@@ -92,6 +96,8 @@ class ReformerCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
         keys, values = (x.detach().to(self.keys.dtype) for x in (keys, values))
+        if self.sums is not None:
+            self.sums = self.sums + unit_sums(keys, mask)
         numbers = self.reserve(keys.shape[2], mask)
         if self.attention_mask is None and not self.is_ring_buffer:  # the same slots in every sequence
             own = slice(self.seen_tokens, self.seen_tokens + keys.shape[2])
@@ -261,6 +267,9 @@ class ReformerCacheLayer(CacheLayerMixin):
         numbers = old[:, None] - 1 - torch.arange(count, device=self.device)
         numbers = torch.where(numbers >= self.lengths[:, None], numbers, -1)
         index = numbers.clamp(min=0)[:, None, None].expand(-1, *self.buckets.shape[1:3], -1)
+        if self.sums is not None:
+            keys = self.keys.gather(2, index[:, :, 0, :, None].expand(-1, -1, -1, self.keys.shape[3]))
+            self.sums = self.sums - unit_sums(keys, numbers >= 0)
         self.chains.remove(self.buckets.gather(-1, index), numbers)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -344,7 +353,7 @@ def _extend(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
 def signatures(config: ReformerConfig) -> list[tuple]:
     """The settings that a cache layer depends on, layer by layer."""
     fields = ["attention_mode", "num_attention_heads", "attention_head_size", "local_window", "lsh_window",
-              "lsh_include_local", "local_attn_chunk_length", "local_num_chunks_before", "lsh_attn_chunk_length",
+              "lsh_include_local", "lsh_centering", "local_attn_chunk_length", "local_num_chunks_before", "lsh_attn_chunk_length",
               "lsh_num_chunks_before"]  # fmt: skip
     values = vars(config)  # attributes take their time, and every decode step asks
     return [(kind, *[values[name] for name in fields]) for kind in values["attn_layers"]]

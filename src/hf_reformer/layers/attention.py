@@ -9,7 +9,7 @@ from ..configuration_reformer import ReformerConfig
 from ..ops.dispatch import chunk_layout, lsh_buckets, window_layout, window_rotations, windowed_attention
 from ..ops.gather_attention import attention_with_dense_weights, attention_with_sparse_weights, crop, mass_of_weights
 from ..ops.layout import AttentionLayout
-from ..ops.lsh import exploration_buckets, legacy_num_buckets, num_buckets_total, seeded_rotations
+from ..ops.lsh import Centering, exploration_buckets, legacy_num_buckets, num_buckets_total, seeded_rotations
 from ..ops.prng import make_key
 from ..ops.sequence_parallel import all_reduce
 from ..reversible.chunking import Handoff
@@ -26,9 +26,9 @@ class Hasher(NamedTuple):
     num_buckets: int | tuple[int, ...]  # of every round, or their factors
     backend: str  # the config's choice
 
-    def buckets(self, vectors: torch.Tensor) -> torch.Tensor:
+    def buckets(self, vectors: torch.Tensor, centering: Centering | None) -> torch.Tensor:
         """(B, H, T, D) → (B, H, R, T) int32"""
-        return lsh_buckets(vectors, self.rotations, self.num_buckets, self.backend)
+        return lsh_buckets(vectors, self.rotations, self.num_buckets, centering, self.backend)
 
 
 class ReformerAttention(AttentionProjections):
@@ -38,6 +38,7 @@ class ReformerAttention(AttentionProjections):
         kinds: Any = config.attn_layers
         super().__init__(config, layer, kinds[layer])
         self.backend, self.mode = config.attention_backend, config.attention_mode
+        self.centered = self.mode == "window" and config.lsh_centering
         self.dropout = getattr(config, f"{self.kind}_attention_probs_dropout_prob") or 0.0
         self.chunk = getattr(config, f"{self.kind}_attn_chunk_length")
         self.before = getattr(config, f"{self.kind}_num_chunks_before") or 0
@@ -47,8 +48,9 @@ class ReformerAttention(AttentionProjections):
         """What `qkv` gave → (B, T, H * head_size), every head's attention side by side; and what `ctx` asks for."""
         split: list[Any] = [None if x is None else split_heads(x, self.heads, ctx.shard) for x in projected.take()]
         query, key, value = split
-        vectors = query if self.kind == "lsh" else None
+        projected_query = query
         query, key = rotate(query, ctx.rotary), None if key is None else rotate(key, ctx.rotary)
+        vectors = None if self.kind != "lsh" else query if self.centered else projected_query
         cache_layer = None if ctx.cache is None else ctx.cache.layers[self.layer]
         if cache_layer is not None and cache_layer.seen_tokens:
             attend = decode if prefers_decode(self, value.shape[2], ctx) else prefill
@@ -56,7 +58,7 @@ class ReformerAttention(AttentionProjections):
             return merge_heads(out.to(value.dtype)), AttentionReport(weights=sparse)
         if cache_layer is None and self.mode == "chunk" and ctx.padded_length <= self.chunk:
             vectors = None  # in one chunk every token sees all
-        buckets = None if vectors is None else self.hasher(vectors, ctx).buckets(vectors)
+        buckets = None if vectors is None else self.buckets(vectors, ctx)
         if cache_layer is not None:
             cache_layer.append(query if key is None else key, value, buckets, ctx.mask)
         length, mask, query_weights = value.shape[2], ctx.mask, ctx.query_weights
@@ -117,6 +119,15 @@ class ReformerAttention(AttentionProjections):
             sample = ctx.samples[:, None, None, :]
             groups = [(sample * (count or 1) + group, None, window) for group, count, window in groups]
         return window_layout(groups, self.causal, mask, backend=self.backend)
+
+    def buckets(self, vectors: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """(B, H, R, T) int32 of vectors (B, H, T, D), which follow those of the cache."""
+        hasher, centering = self.hasher(vectors, ctx), None
+        if self.centered:
+            cache_layer = None if ctx.cache is None else ctx.cache.layers[self.layer]
+            before = (None, None) if cache_layer is None else (cache_layer.sums, cache_layer.lengths)
+            centering = Centering(self.causal, ctx.mask, ctx.samples, *before)
+        return hasher.buckets(vectors, centering)
 
     def hasher(self, vectors: torch.Tensor, ctx: ForwardContext) -> Hasher:
         """What hashes vectors (B, H, T, D) in this call: the cache's, once it holds tokens."""

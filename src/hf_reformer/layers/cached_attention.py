@@ -49,7 +49,7 @@ def prefill(
         queries, keys, values = (torch.cat(x, dim=2) for x in ((keys, query), (keys, key), (values, value)))
         buckets, tokens = None, torch.arange(old, old + new, device=value.device).expand(value.shape[0], -1)
     else:
-        buckets = attention.hasher(vectors, ctx).buckets(vectors)
+        buckets = attention.buckets(vectors, ctx)
         tokens = cache_layer.append(key, value, buckets, ctx.mask)
         keys, values, buckets, mask = cache_layer.all_tokens()
         queries = keys
@@ -77,7 +77,7 @@ def cache_tensors(kernel: Any, cache_layer: Any) -> Any:
         return kernel.CacheTensors(cache_layer.keys, cache_layer.values)
     return kernel.CacheTensors(
         cache_layer.keys, cache_layer.values, cache_layer.buckets, chains.newest, chains.previous, hasher.rotations,
-        bucket_factors(hasher.num_buckets), cache_layer.lsh_window,
+        bucket_factors(hasher.num_buckets), cache_layer.lsh_window, cache_layer.sums,
     )  # fmt: skip
 
 
@@ -92,7 +92,6 @@ def decode(
         (B, H, N, D); and the weights, where `ctx` asks for them.
     """
     cache_layer = ctx.cache.layers[attention.layer]
-    hasher = None if vectors is None else attention.hasher(vectors, ctx)
     windows = attention.mode == "window"
     kernel = decode_kernel(attention.backend, cache_layer.keys) if windows and not ctx.want_weights else None
     if kernel is not None:
@@ -105,10 +104,10 @@ def decode(
     for column in range(value.shape[2]):
         own = slice(column, column + 1)
         mask = None if ctx.mask is None else ctx.mask[:, own]
-        buckets = None if hasher is None else hasher.buckets(vectors[:, :, own])
+        buckets = None if vectors is None else attention.buckets(vectors[:, :, own], ctx._replace(mask=mask))
         number = cache_layer.append(key[:, :, own], value[:, :, own], buckets, mask)[:, 0]
         visible = cache_layer.visible_tokens(number, buckets)[:, :, None]
-        scale = attention.scale if hasher is None else None
+        scale = attention.scale if vectors is None else None
         inputs = query[:, :, own], cache_layer.keys, cache_layer.values, visible, number[:, None], scale
         outputs.append(gather_attention(*inputs, dedup_pairs=windows))
     if not ctx.want_weights:

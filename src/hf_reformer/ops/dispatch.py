@@ -18,7 +18,7 @@ from .kernel_check import agrees
 from .layout import AttentionLayout, Sort
 from .layout import chunk_layout as chunk_layout_in_torch
 from .layout import window_layout as window_layout_in_torch
-from .lsh import bucket_factors
+from .lsh import Centering, bucket_factors
 from .lsh import lsh_buckets as lsh_buckets_in_torch
 from .lsh import window_rotations as window_rotations_in_torch
 from .prng import normal_rows
@@ -30,7 +30,7 @@ try:
     from reformer_kernels.contract import CONTRACT
 
     # A copy of this file that came with a model may meet kernels of another version.
-    KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton} if CONTRACT == 4 else {}
+    KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton} if CONTRACT == 5 else {}
 except ImportError:  # a model loaded with trust_remote_code, without the package
     KERNELS = {}
 
@@ -168,12 +168,17 @@ def windowed_attention(
 
 
 def lsh_buckets(
-    vectors: torch.Tensor, rotations: torch.Tensor, num_buckets: int | tuple[int, ...], backend: str = "auto"
+    vectors: torch.Tensor,
+    rotations: torch.Tensor,
+    num_buckets: int | tuple[int, ...],
+    centering: Centering | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """`lsh.lsh_buckets`. Near-ties may fall differently in different backends."""
     if select_backend(backend, vectors) != "cpu":
-        return lsh_buckets_in_torch(vectors, rotations, num_buckets)
-    return KERNELS["cpu"].lsh_buckets(vectors.detach(), rotations, list(bucket_factors(num_buckets)))
+        return lsh_buckets_in_torch(vectors, rotations, num_buckets, centering)
+    factors, center = list(bucket_factors(num_buckets)), centering or Centering(causal=False)
+    return KERNELS["cpu"].lsh_buckets(vectors.detach(), rotations, factors, centering is not None, *center)
 
 
 def window_rotations(

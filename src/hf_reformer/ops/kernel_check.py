@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from .bucket_tables import BucketChains
 from .layout import chunk_layout, sort_by_bucket, window_layout
-from .lsh import lsh_buckets
+from .lsh import Centering, lsh_buckets
 from .prng import make_key, normal_rows
 from .reference import attention_mass, attention_with_weights, shared_key
 
@@ -22,11 +22,14 @@ def agrees(kernels: Any) -> bool:
     query, value, grad = (_normal(generator, 2, 2, 192, 24) for _ in range(3))
     mask = torch.rand(2, 192, generator=generator, device="cpu", dtype=torch.float32) > 0.1
     rotations, factors = _normal(generator, 2, 24, 2, 6), (2, 10)
+    centering = Centering(True, mask, (torch.arange(192, device="cpu") // 100).int().expand(2, -1))
     buckets = lsh_buckets(query, rotations, factors)
+    centered_buckets = lsh_buckets(query, rotations, factors, centering)
     sort_inputs = buckets, mask, 20, 15, 15, 3
     keys = buckets[0, 0, 0]
     return (
-        _same_buckets(bindings.lsh_buckets(query, rotations, list(factors)), buckets)
+        _same_buckets(bindings.lsh_buckets(query, rotations, list(factors), False, *Centering(True)), buckets)
+        and _same_buckets(bindings.lsh_buckets(query, rotations, list(factors), True, *centering), centered_buckets)
         and all(map(torch.equal, bindings.sort_by_bucket(*sort_inputs), sort_by_bucket(*sort_inputs)))
         and _close([bindings.normal_rows(keys, 50)], [normal_rows(keys, 50)])
         and _attention_agrees(kernels, query, value, grad, buckets, mask)
@@ -66,14 +69,16 @@ def _decode_attention_agrees(kernels, query, value) -> bool:
     rotations = _normal(torch.Generator("cpu").manual_seed(1), heads, size, 2, num_buckets // 2)
     keys, values = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, value))
     buckets = torch.zeros(batch, heads, 2, length, dtype=torch.int32)
+    sums = torch.zeros(batch, heads, size, dtype=torch.float64)
     cache = kernels.CacheTensors(
-        keys, values, buckets, chains.newest, chains.previous, rotations, (num_buckets,), window
+        keys, values, buckets, chains.newest, chains.previous, rotations, (num_buckets,), window, sums
     )
     indices = torch.arange(length).expand(batch, -1)
     out = kernels.decode_attention(query, query, value, query, indices, cache, local_window, size**-0.5)
     groups = [(buckets[:, :, :1] * 0, 1, local_window), (buckets, num_buckets, window)]
     expected, _ = attention_with_weights(query, None, value, window_layout(groups, True, None), causal=True)
-    return _same_buckets(buckets, lsh_buckets(query, rotations, num_buckets)) and _close([out], [expected])
+    expected_buckets = lsh_buckets(query, rotations, num_buckets, Centering(causal=True))
+    return _same_buckets(buckets, expected_buckets) and _close([out], [expected])
 
 
 def _decode_layers_agree(kernels) -> bool:

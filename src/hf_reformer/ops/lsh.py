@@ -2,10 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
 from .prng import EXPLORATION, ROTATIONS, fold, normal_rows
+
+SMALLEST_NORM = 1e-12  # that a vector is divided by
 
 
 def bucket_factors(num_buckets: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
@@ -50,18 +53,93 @@ def seeded_rotations(
     return torch.randn(shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
+class Centering(NamedTuple):
+    """Which mean is taken off the vectors before they are hashed: that of the tokens of their own sample.
+
+    Attributes:
+        causal: of the real tokens so far; otherwise of all.
+        mask: (B, T) bool, True for real tokens; None: all are.
+        samples: (B, T) int32, which sample of a packed sequence a token belongs to, 0, 1, … in turn; None: one each.
+        sums: (B, H, D) float64, causal: `unit_sums` of the tokens before these; None: there are none.
+        counts: (B) int64, how many real tokens those are.
+    """
+
+    causal: bool
+    mask: torch.Tensor | None = None
+    samples: torch.Tensor | None = None
+    sums: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+
+
+def unit_rows(vectors: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Vectors (B, H, T, D) at unit length, in at least float32; 0 for padding and for what is not finite."""
+    vectors = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
+    norm = vectors.norm(dim=-1, keepdim=True)
+    used = norm.isfinite() if mask is None else norm.isfinite() & mask[:, None, :, None]
+    return torch.where(used, vectors / norm.clamp(min=SMALLEST_NORM), 0.0)
+
+
+def unit_sums(vectors: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """`unit_rows` of (B, H, T, D) added up, (B, H, D) float64; head by head, to save memory."""
+    return torch.cat([unit_rows(head, mask).sum(2, dtype=torch.float64) for head in vectors.split(1, dim=1)], dim=1)
+
+
 @torch.no_grad()
-def lsh_buckets(vectors: torch.Tensor, rotations: torch.Tensor, num_buckets: int | tuple[int, ...]) -> torch.Tensor:
+def centered(vectors: torch.Tensor, centering: Centering) -> torch.Tensor:
+    """Unit vectors less their mean: what all of them share tells none of them apart.
+
+    Hashed as they are, vectors with a large common direction crowd into a few buckets (MagicPIG, Chen et al. 2025,
+    takes the mean off its keys before hashing for this reason). Attention weights are not touched.
+
+    Args:
+        vectors: (B, H, T, D), as `lsh_buckets` takes them.
+
+    Returns:
+        (B, H, T, D) in at least float32, 0 for padding and for the first token of a causal sample.
+    """
+    rows, mask, samples = unit_rows(vectors, centering.mask), centering.mask, centering.samples
+    counts = torch.ones_like(rows[:, :1, :, :1]) if mask is None else mask[:, None, :, None]
+    if samples is None and not centering.causal:
+        sums, counts = (x.sum(2, keepdim=True, dtype=torch.float64) for x in (rows, counts))
+    else:
+        sums, counts = (x.cumsum(2, dtype=torch.float64) for x in (rows, counts))
+    if centering.sums is not None:
+        sums, counts = sums + centering.sums[:, :, None], counts + centering.counts[:, None, None, None]
+    if samples is not None:
+        sums, counts = (_within_samples(x, samples.contiguous(), centering.causal) for x in (sums, counts))
+    rows = ((rows - sums / counts.clamp(min=1)) * 2**40).round_() / 2**40  # 0 where rounding alone tells them apart
+    rows = rows if mask is None else torch.where(mask[:, None, :, None], rows, 0.0)
+    return rows.to(torch.promote_types(vectors.dtype, torch.float32))
+
+
+def _within_samples(sums: torch.Tensor, samples: torch.Tensor, causal: bool) -> torch.Tensor:
+    """From running sums (B, H, T, D) those over each token's own sample (B, T), causal: up to the token."""
+    sums = torch.nn.functional.pad(sums, (0, 0, 1, 0))
+    first, behind = torch.searchsorted(samples, samples), torch.searchsorted(samples, samples, right=True)
+    behind = torch.arange(1, 1 + samples.shape[1], device=samples.device).expand_as(first) if causal else behind
+    first, behind = (x[:, None, :, None].expand(-1, sums.shape[1], -1, sums.shape[3]) for x in (first, behind))
+    return sums.gather(2, behind) - sums.gather(2, first)
+
+
+@torch.no_grad()
+def lsh_buckets(
+    vectors: torch.Tensor,
+    rotations: torch.Tensor,
+    num_buckets: int | tuple[int, ...],
+    centering: Centering | None = None,
+) -> torch.Tensor:
     """Angular LSH (paper, section 2): h(x) = argmax([xR; -xR]) for every round, factors combined.
 
     Args:
-        vectors: (B, H, T, D) shared query/key vectors, not normalised, not rotated by position.
+        vectors: (B, H, T, D) shared query/key vectors, not normalised.
         rotations: (H, D, R, sum(factors) / 2).
+        centering: hash them as `centered` returns them; None: as they are.
 
     Returns:
         (B, H, R, T) int32 buckets, 0 … product of the factors - 1; the first factor varies fastest.
     """
     heads, head_size, num_hashes, columns = rotations.shape
+    vectors = vectors if centering is None else centered(vectors, centering)
     dtype = torch.promote_types(vectors.dtype, rotations.dtype)
     vectors, flat = vectors.to(dtype), rotations.to(dtype).reshape(heads, head_size, num_hashes * columns)
     with torch.autocast(vectors.device.type, enabled=False):

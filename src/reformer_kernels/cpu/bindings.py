@@ -116,18 +116,26 @@ attention = register_attention("cpu", forward, backward, lambda *_: torch.float3
 
 
 @torch.library.custom_op("reformer_kernels::cpu_lsh_buckets", mutates_args=(), device_types="cpu")
-def lsh_buckets(vectors: torch.Tensor, rotations: torch.Tensor, factors: list[int]) -> torch.Tensor:
-    """Buckets (B, H, R, T) int32, as `lsh.lsh_buckets`; near-ties may fall differently."""
+def lsh_buckets(
+    vectors: torch.Tensor, rotations: torch.Tensor, factors: list[int], centered: bool, causal: bool,
+    mask: torch.Tensor | None, samples: torch.Tensor | None, sums: torch.Tensor | None, counts: torch.Tensor | None,
+) -> torch.Tensor:  # fmt: skip
+    """Buckets (B, H, R, T) int32, as `lsh.lsh_buckets`; near-ties may fall differently.
+
+    What follows `centered` are the fields of `lsh.Centering`.
+    """
     if rotations.shape[-1] != sum(factors) // 2:
         raise ValueError(f"Rotations of {rotations.shape[-1]} columns don't fit bucket factors {factors}.")
     (vectors,), rotations = readable(vectors), rotations.float().contiguous()
     batch, heads, length, size = vectors.shape
     rounds, columns = rotations.shape[2:]
     buckets = vectors.new_empty(batch, heads, rounds, length, dtype=torch.int32)
-    counts = (ctypes.c_int64 * len(factors))(*factors)
+    factor_array = (ctypes.c_int64 * len(factors))(*factors)
+    center = [None if x is None else x.contiguous() for x in (mask, samples, sums, counts)]
     params = HashParams(
-        strided(vectors), rotations.data_ptr(), ctypes.addressof(counts), batch, heads, length, rounds, size, columns,
-        len(factors), DTYPES[vectors.dtype], torch.get_num_threads(), buckets.data_ptr(),
+        strided(vectors), rotations.data_ptr(), ctypes.addressof(factor_array), batch, heads, length, rounds, size,
+        columns, len(factors), DTYPES[vectors.dtype], torch.get_num_threads(), centered, causal, *map(pointer, center),
+        buckets.data_ptr(),
     )  # fmt: skip
     if buckets.numel():
         current_library().hf_hash(byref(params))
@@ -135,7 +143,7 @@ def lsh_buckets(vectors: torch.Tensor, rotations: torch.Tensor, factors: list[in
 
 
 @lsh_buckets.register_fake
-def _(vectors, rotations, factors):
+def _(vectors, rotations, factors, centered, causal, mask, samples, sums, counts):
     batch, heads, length = vectors.shape[:3]
     return vectors.new_empty(batch, heads, rotations.shape[2], length, dtype=torch.int32)
 

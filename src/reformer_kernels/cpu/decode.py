@@ -20,6 +20,7 @@ class CacheTensors(NamedTuple):
         rotations: (H, D, R, sum(factors) / 2) float32.
         factors: bucket factors.
         window: newest members of every bucket that a token attends to.
+        sums: (B, H, D) float64, the unit vectors so far, added up; None: vectors are hashed without a mean taken off.
     """
 
     keys: torch.Tensor
@@ -30,6 +31,7 @@ class CacheTensors(NamedTuple):
     rotations: torch.Tensor | None = None
     factors: tuple[int, ...] = ()
     window: int = 0
+    sums: torch.Tensor | None = None
 
 
 class DecodeLayer(NamedTuple):
@@ -61,7 +63,7 @@ def _decode_params(cache: CacheTensors, indices: torch.Tensor, local_window: int
     params = DecodeParams(
         rotations=pointer(cache.rotations), factors=ctypes.addressof(factor_array), indices=indices.data_ptr(),
         keys=cache.keys.data_ptr(), values=cache.values.data_ptr(), buckets=pointer(cache.buckets),
-        newest=pointer(cache.newest), previous=pointer(cache.previous),
+        sums=pointer(cache.sums), newest=pointer(cache.newest), previous=pointer(cache.previous),
         batch=batch, heads=heads, length=indices.shape[1], size=size, columns=sum(factors) // 2,
         rounds=0 if cache.rotations is None else cache.rotations.shape[2], num_factors=len(factors),
         num_buckets=0 if cache.newest is None else cache.newest.shape[-1], window=cache.window,

@@ -7,6 +7,7 @@
 #include <memory>
 #include <vector>
 
+#include "centering.hpp"
 #include "parallel.hpp"
 #include "params.hpp"
 #include "rows.hpp"
@@ -15,11 +16,11 @@
 namespace hf {
 
 struct DecodeScratch {
-    std::vector<float> query, row, projected, scores;
+    std::vector<float> query, row, projected, scores, unit;
     std::vector<int32_t> tokens, merged, chains;
     std::vector<int64_t> buckets;
     DecodeScratch(const DecodeParams& s)
-        : query(s.size + kWidth), row(s.size + kWidth), projected(s.rounds * s.columns + kWidth), chains(s.rounds * s.window), buckets(s.rounds) {}
+        : query(s.size + kWidth), row(s.size + kWidth), projected(s.rounds * s.columns + kWidth), unit(s.size), chains(s.rounds * s.window), buckets(s.rounds) {}
 };
 
 // A row as floats with zeros up to a whole vector behind it; not copied if it is stored like that.
@@ -29,6 +30,16 @@ inline const float* floats_of(const Source& source, int64_t slot, float* buffer)
     for (int i = 0; i < source.size; i++) buffer[i] = source.element(row, i);
     std::fill(buffer + source.size, buffer + source.size + kWidth, 0.0f);
     return buffer;
+}
+
+// What is hashed of a token: its vector, or that at unit length less the mean of those so far, itself included.
+inline const float* hashed_row(const DecodeParams& s, int64_t row, const Source& vectors, int token, int64_t index, DecodeScratch& w) {
+    if (!s.sums) return floats_of(vectors, token, w.row.data());
+    double* sums = s.sums + row * s.size;
+    unit_row(vectors, token, w.unit.data());
+    add_row(w.unit.data(), s.size, sums);
+    less_mean(w.unit.data(), sums, index + 1, s.size, w.row.data());
+    return w.row.data();
 }
 
 // A token's bucket in every round. Sums run in the order of `project`, so that near-ties fall the same way.
@@ -172,7 +183,7 @@ inline void run_decode_attention(const DecodeParams& s) {
                 continue;
             }
             const int token = static_cast<int>(t);
-            if (s.rounds) hash_token(s, head, floats_of(vectors, token, w.row.data()), w);
+            if (s.rounds) hash_token(s, head, hashed_row(s, row, vectors, token, index, w), w);
             store_token(s, row, keys.row(token), values.row(token), index, w);
             const float* query = floats_of(queries, token, w.row.data());
             std::copy(query, query + s.size, w.query.begin());

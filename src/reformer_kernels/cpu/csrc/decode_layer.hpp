@@ -101,7 +101,7 @@ template <typename T> void run_decode_layer(const LayerParams& p) {
     s.query = heads_of(rotated_query);
     s.key = heads_of(rotated_key);
     s.value = heads_of(value.data());
-    s.vectors = heads_of(query.data());
+    s.vectors = heads_of(s.sums ? rotated_query : query.data());
     s.out = mixed.data();
     run_decode_attention(s);
 

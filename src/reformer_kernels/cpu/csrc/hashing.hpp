@@ -3,15 +3,17 @@
 
 #include <stdexcept>
 
+#include "centering.hpp"
 #include "parallel.hpp"
 #include "tiles.hpp"
 
 namespace hf {
 
 struct HashScratch {
-    std::vector<float> rows, columns, projected;
+    std::vector<float> rows, columns, projected, centered;
     HashScratch(const HashParams& h, int64_t padded)
-        : rows(panels_of(h.size) * kPanel * kTile), columns(rows.size()), projected(padded * kTile) {}
+        : rows(panels_of(h.size) * kPanel * kTile), columns(rows.size()), projected(padded * kTile),
+          centered(h.centered ? h.size * kTile : 0) {}
 };
 
 // Projections of one tile, transposed: projected[column][token].
@@ -65,10 +67,17 @@ inline void pack_rotations(const HashParams& h, int64_t head, int64_t padded, fl
                 c < columns ? h.rotations[(head * h.size + k) * columns + c] : 0.0f;
 }
 
-inline void hash_tile(const HashParams& h, int64_t head_index, int64_t first, const float* rotations, int64_t padded, HashScratch& w) {
+// center: of this head, or null.
+inline void hash_tile(const HashParams& h, int64_t head_index, int64_t first, const Centering* center, const float* rotations,
+                      int64_t padded, HashScratch& w) {
     Source vectors(h.vectors, head_index / h.heads, head_index % h.heads, h.bfloat16, h.size);
-    int count = static_cast<int>(std::min<int64_t>(kTile, h.length - first));
-    for (int i = 0; i < count; i++) gather(vectors, static_cast<int>(first + i), w.rows.data(), i);
+    int count = static_cast<int>(std::min<int64_t>(kTile, h.length - first)), skipped = static_cast<int>(first);
+    if (center) {
+        center->write(first, count, w.centered.data());
+        vectors = Source(Strided{w.centered.data(), 0, 0, h.size}, 0, 0, false, h.size);
+        skipped = 0;
+    }
+    for (int i = 0; i < count; i++) gather(vectors, skipped + i, w.rows.data(), i);
     transpose_panels(w.rows.data(), static_cast<int>(h.size), w.columns.data());
     project(rotations, padded, w.columns.data(), static_cast<int>(h.size), w.projected.data());
     for (int64_t round = 0; round < h.rounds; round++) {
@@ -86,12 +95,17 @@ inline void run_hashing(const HashParams& h) {
     int64_t tiles = (h.length + kTile - 1) / kTile, padded = (h.rounds * h.columns + kRows - 1) / kRows * kRows;
     std::vector<float> rotations(h.heads * h.size * padded);
     for (int64_t head = 0; head < h.heads; head++) pack_rotations(h, head, padded, rotations.data() + head * h.size * padded);
+    std::vector<std::unique_ptr<Centering>> centers(h.centered ? h.batch * h.heads : 0);
+    parallel_for(centers.size(), h.threads,
+                 [&](int64_t head_index, int) { centers[head_index] = std::make_unique<Centering>(h, head_index, kTile); });
     std::vector<std::unique_ptr<HashScratch>> scratch(std::max<int64_t>(1, h.threads));
     parallel_for(h.batch * tiles, h.threads, [&](int64_t task, int worker) {
         if (!scratch[worker]) scratch[worker] = std::make_unique<HashScratch>(h, padded);
-        for (int64_t head = 0; head < h.heads; head++)
-            hash_tile(h, task / tiles * h.heads + head, task % tiles * kTile, rotations.data() + head * h.size * padded, padded,
-                      *scratch[worker]);
+        for (int64_t head = 0; head < h.heads; head++) {
+            int64_t head_index = task / tiles * h.heads + head;
+            hash_tile(h, head_index, task % tiles * kTile, h.centered ? centers[head_index].get() : nullptr,
+                      rotations.data() + head * h.size * padded, padded, *scratch[worker]);
+        }
     });
 }
 

@@ -39,6 +39,11 @@ struct HashParams {
     const float* rotations;             // (H, D, R * columns) contiguous
     const int64_t* factors;             // bucket factors; columns = sum of their halves
     int64_t batch, heads, length, rounds, size, columns, num_factors, bfloat16, threads;
+    int64_t centered, causal;           // hash unit vectors less their mean: of the tokens so far, or of all
+    const uint8_t* mask;                // (B, T) or null, like the following: padding is in no mean
+    const int32_t* samples;             // (B, T) 0, 1, …: each packed sample has its own mean
+    const double* sums;                 // (B, H, D) unit vectors of earlier tokens, added up
+    const int64_t* counts;              // (B) how many they are
     int32_t* buckets;                   // (B, H, R, T) contiguous
 };
 
@@ -64,6 +69,7 @@ struct DecodeParams {                   // new tokens on top of a cache
     const int64_t* indices;             // (B, T) the tokens' indices in their sequences, rising; or -1: padding
     void *keys, *values;                // (B, H, capacity, D) contiguous, by index modulo capacity
     int32_t* buckets;                   // (B, H, R, capacity)
+    double* sums;                       // (B, H, D) unit vectors so far, added up; null: vectors are hashed as they are
     int32_t *newest, *previous;         // (B, H, R, num_buckets) and (B, H, R, 1 + capacity): bucket_tables.BucketChains
     int64_t batch, heads, length, size, rounds, columns, num_factors, num_buckets, window, local_window, capacity, bfloat16, threads;
     double scale;                       // of scores; rounds > 0: shared query/key attention

@@ -64,12 +64,10 @@ def attention_found(
 def format_found(layers: Sequence[AttentionFound]) -> str:
     """A table of what `attention_found` returned, a line per head."""
     names = AttentionFound._fields[1:]
-    lines = ["layer  head  " + "  ".join(names).replace("_", " ")]
+    lines = ["layer  head  " + "  ".join(f"{name.replace('_', ' '):>5}" for name in names)]
     for layer in layers:
-        for head, numbers in enumerate(zip(*layer[1:], strict=True)):
-            cells = (
-                f"{float(x):{len(name)}.{1 if name == 'keys' else 3}f}" for name, x in zip(names, numbers, strict=True)
-            )
+        for head, numbers in enumerate(torch.stack(layer[1:], dim=-1).tolist()):
+            cells = (f"{x:{max(len(name), 5)}.3f}" for name, x in zip(names, numbers, strict=True))
             lines.append(f"{layer.layer:5}  {head:4}  " + "  ".join(cells))
     return "\n".join(lines)
 

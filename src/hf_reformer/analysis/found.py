@@ -74,7 +74,7 @@ def format_found(layers: Sequence[AttentionFound]) -> str:
 
 def _layer_found(view: LayerView, layer: int, queries: int) -> AttentionFound:
     rows = [_row_sums(view, row, queries) for row in range(len(view.mask))]
-    count, found, beyond, *shares, keys = torch.stack(rows).sum(0).cpu()
+    count, found, beyond, *shares, keys = torch.stack(rows).sum(0)
     hashed, more_local, random, best = (torch.where(beyond > 0, share / beyond, 1) for share in shares)
     balance = bucket_balance_by_head(view)
     means = found / count, beyond / count, hashed, more_local, random, best, keys / count
@@ -95,17 +95,17 @@ def _row_sums(view: LayerView, row: int, queries: int) -> torch.Tensor:
 
     query: Any = view.query
     query = query[row].to(torch.promote_types(query.dtype, torch.float32))  # (H, T, D)
-    scores = query[:, chosen] @ shared_key(query).transpose(-1, -2)  # (H, Q, T)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query[:, chosen] @ shared_key(query).transpose(-1, -2)  # (H, Q, T)
     mass = scores.masked_fill(own, SELF_SCORE).masked_fill(~allowed, -torch.inf).softmax(-1)
 
-    shown = {kind: _shown(view, row, chosen, kind) & allowed for kind in ("position", "hash", "")}  # (H, Q, T) each
-    far = allowed & ~own & ~shown["position"]
-    hashed = shown["hash"] & far
+    by_order = _shown_by_order(view, row, chosen)
+    local, hashed = (by_order[[name.startswith(kind) for name in view.names]].any(0) for kind in ("position", "hash"))
+    far = allowed & ~own & ~local  # (H, Q, T)
+    hashed = hashed & far
     number, far_mass = hashed.sum(-1), mass * far
     step = rank - rank[chosen, None]  # (Q, T): real tokens between
-    step = torch.where(
-        far[0], 2 * step.abs() + (step > 0), 2 * len(real) + 1
-    )  # the position order is that of all heads
+    step = torch.where(far[0], 2 * step.abs() + (step > 0), 2 * len(real) + 1)  # heads share the position order
     most = int(number.max()) if number.numel() else 0
     nearest = step.topk(most, largest=False).indices.expand(len(mass), -1, -1)
 
@@ -115,7 +115,7 @@ def _row_sums(view: LayerView, row: int, queries: int) -> torch.Tensor:
 
     sums = [
         torch.ones_like(far_mass[..., 0]),
-        (mass * shown[""]).sum(-1),
+        (mass * by_order.any(0)).sum(-1),
         far_mass.sum(-1),
         (mass * hashed).sum(-1),
         sum_of_first(far_mass.gather(-1, nearest)),
@@ -123,16 +123,15 @@ def _row_sums(view: LayerView, row: int, queries: int) -> torch.Tensor:
         sum_of_first(far_mass.topk(most).values),
         number,
     ]
-    return torch.stack([x.double().sum(-1) for x in sums])
+    return torch.stack([x.to(mass.dtype) for x in sums]).cpu().double().sum(-1)  # not every device has float64
 
 
-def _shown(view: LayerView, row: int, queries: torch.Tensor, kind: str) -> torch.Tensor:
-    """Which tokens the windows of some tokens hold, in all orders whose name begins so: (H, Q, T) bool."""
+def _shown_by_order(view: LayerView, row: int, queries: torch.Tensor) -> torch.Tensor:
+    """Which tokens the windows of some tokens hold, order by order: (R, H, Q, T) bool."""
     perm, start, end = (x.expand(len(view.mask), view.heads, -1, -1)[row][None] for x in view.layout[:3])
     listed = visible_tokens(view.layout._replace(perm=perm, window_start=start, window_end=end), queries)[0]
-    listed = listed.unflatten(-1, (len(view.names), -1))  # (H, Q, R, width)
-    listed = listed[:, :, [name.startswith(kind) for name in view.names]].flatten(2)
+    listed = listed.unflatten(-1, (len(view.names), -1)).movedim(-2, 0)  # (R, H, Q, width)
     length = perm.shape[-1]  # in chunk mode the input was padded
-    shown = torch.zeros(*listed.shape[:2], length + 1, dtype=torch.bool, device=listed.device)
+    shown = torch.zeros(*listed.shape[:3], length + 1, dtype=torch.bool, device=listed.device)
     shown.scatter_(-1, torch.where(listed < 0, length, listed), True)
     return shown[..., : view.mask.shape[1]]

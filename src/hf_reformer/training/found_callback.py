@@ -64,6 +64,8 @@ class AttentionFoundCallback(EvaluationCallback):
         return {x.layer: torch.stack([x.found, x.bucket_entropy, x.fullest_bucket]).mean(-1) for x in found}
 
     def judge(self, layers: dict[int, list[float]], step: int) -> None:
+        if not self.trainer.is_world_process_zero():
+            return
         for layer, (_, entropy, fullest) in layers.items():
             if entropy >= LOW_ENTROPY:
                 self.low.pop(layer, None)

@@ -280,6 +280,12 @@ def make_trained(folder, **arguments):
     return trainer
 
 
+def test_numbers_of_layers_are_no_scores_on_a_card():
+    numbers = {"eval_attention_found": 0.5, "eval_bucket_entropy_layer_1": 0.25, "step": 4, "epoch": 2.0}
+    cards = [model_card(make(), "x", dataset_name="rows", state=make_state(log)) for log in (LOG, [*LOG, numbers])]
+    assert str(cards[0]) == str(cards[1])
+
+
 def test_a_checkpoint_of_the_trainer_becomes_a_folder(tmp_path):
     trainer = make_trained(tmp_path / "run")
     for step in (2, 4):

@@ -1,18 +1,22 @@
 """What LSH attention does, in numbers and in plots."""
 
 from ..ops.coverage import covered_fraction, mass_entropy
+from .found import AttentionFound, attention_found, format_found
 from .lsh_stats import (
     LayerView,
     attention_mass,
     bucket_balance,
+    bucket_balance_by_head,
     bucket_sizes,
     round_agreement,
     view_layer,
+    view_layers,
     visible_pairs,
 )
 from .plots import (
     attention_image,
     plot_attention,
+    plot_attention_found,
     plot_attention_mass,
     plot_bucket_sizes,
     plot_buckets,
@@ -21,14 +25,19 @@ from .plots import (
 )
 
 __all__ = [
+    "AttentionFound",
     "LayerView",
+    "attention_found",
     "attention_image",
     "attention_mass",
     "bucket_balance",
+    "bucket_balance_by_head",
     "bucket_sizes",
     "covered_fraction",
+    "format_found",
     "mass_entropy",
     "plot_attention",
+    "plot_attention_found",
     "plot_attention_mass",
     "plot_bucket_sizes",
     "plot_buckets",
@@ -36,5 +45,6 @@ __all__ = [
     "plot_round_agreement",
     "round_agreement",
     "view_layer",
+    "view_layers",
     "visible_pairs",
 ]

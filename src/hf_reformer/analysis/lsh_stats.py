@@ -1,5 +1,6 @@
 """What LSH attention does, in numbers: buckets, visible pairs, attention mass."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ class LayerView(NamedTuple):
         kind: "local", "lsh" or "full".
         causal: whether tokens see only what is before them.
         names: of the sort orders: "position", "hash 1", …, "exploration 1", …
-        heads, layout, mask, vectors, buckets, num_buckets: as in `forward_context.Sorting`.
+        heads, layout, mask, vectors, buckets, num_buckets, samples, query: as in `forward_context.Sorting`.
     """
 
     kind: str
@@ -29,6 +30,8 @@ class LayerView(NamedTuple):
     vectors: torch.Tensor | None
     buckets: torch.Tensor | None
     num_buckets: int
+    samples: torch.Tensor | None = None
+    query: torch.Tensor | None = None
 
     @property
     def orders(self) -> AttentionLayout:
@@ -36,7 +39,6 @@ class LayerView(NamedTuple):
         return self.layout
 
 
-@torch.no_grad()
 def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **inputs: Any) -> LayerView:
     """Run the model and keep how one of its layers arranged the tokens.
 
@@ -50,16 +52,28 @@ def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **in
     Raises:
         ValueError: there is no such layer; or a cache is given, by which a forward sorts its tokens only in part.
     """
+    views = view_layers(model, input_ids=input_ids, **inputs)
+    check_index(layer=(layer, len(views)))
+    return views[layer]
+
+
+@torch.no_grad()
+def view_layers(model: torch.nn.Module, **inputs: Any) -> list[LayerView]:
+    """Run the model once and keep how each of its layers arranged the tokens; as `view_layer` does for one."""
     stacks = [module for module in model.modules() if isinstance(module, ReformerModel)]
-    layers = [(stack, index) for stack in stacks for index in range(len(stack.layers))]
-    check_index(layer=(layer, len(layers)))
+    check_index(layer=(0, sum(len(stack.layers) for stack in stacks)))
     for name in ("cache", "past_key_values"):
         if inputs.get(name) is not None:
             raise ValueError(f"`{name}` holds tokens that this forward does not sort. Give all tokens at once.")
-    stack, index = layers[layer]
-    output = stack_output(model, stack, input_ids=input_ids, output_sorting=True, **inputs)
-    attention: Any = stack.layers[index].attention
-    sorting: Any = output.sorting[index]
+    outputs = stack_outputs(model, stacks, output_sorting=True, **inputs)
+    return [
+        _view(layer.attention, sorting)
+        for stack, output in zip(stacks, outputs, strict=True)
+        for layer, sorting in zip(stack.layers, output.sorting or (), strict=True)
+    ]
+
+
+def _view(attention: Any, sorting: Any) -> LayerView:
     rounds = 0 if sorting.buckets is None else sorting.buckets.shape[2]
     position = sorting.buckets is None or (attention.mode == "window" and attention.config.lsh_include_local)
     names = ["position"] * position + [f"hash {i + 1}" for i in range(rounds)]
@@ -68,15 +82,16 @@ def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **in
     return LayerView(attention.kind, attention.causal, heads, layout, tuple(names), *rest)
 
 
-def stack_output(model: torch.nn.Module, stack: ReformerModel, **inputs: Any) -> ReformerModelOutput:
-    """What one of the model's stacks returns in a forward of the model, whatever its head returns of it."""
-    outputs: list[ReformerModelOutput] = []
-    hook = stack.register_forward_hook(lambda module, args, output: outputs.append(output))
+def stack_outputs(model: torch.nn.Module, stacks: Sequence[ReformerModel], **inputs: Any) -> list[ReformerModelOutput]:
+    """What some of the model's stacks return in a forward of the model, whatever its head returns of it."""
+    outputs: dict[torch.nn.Module, ReformerModelOutput] = {}
+    hooks = [stack.register_forward_hook(lambda stack, _, output: outputs.update({stack: output})) for stack in stacks]
     try:
         model(**{**inputs, "return_dict": True})
     finally:
-        hook.remove()
-    return outputs[-1]
+        for hook in hooks:
+            hook.remove()
+    return [outputs[stack] for stack in stacks]
 
 
 def bucket_sizes(view: LayerView) -> torch.Tensor:
@@ -93,11 +108,16 @@ def bucket_balance(view: LayerView) -> dict[str, float]:
         "largest": tokens in the largest bucket, as a multiple of an even share; "used": share of buckets that hold any
         token; "entropy": that of the bucket of a token, 1 if all are equally full and 0 if all tokens share one.
     """
-    sizes = bucket_sizes(view).double()
+    return {name: heads.mean().item() for name, heads in bucket_balance_by_head(view).items()}
+
+
+def bucket_balance_by_head(view: LayerView) -> dict[str, torch.Tensor]:
+    """The numbers of `bucket_balance` for every head, (H) float64 each; sequences of padding alone do not count."""
+    sizes = bucket_sizes(view)[view.mask.any(-1)].cpu().double()
     share = sizes / sizes.sum(-1, keepdim=True).clamp(min=1)
     entropy = torch.special.entr(share).sum(-1) / torch.log(torch.tensor(view.num_buckets).double())
-    numbers = {"largest": share.amax(-1) * view.num_buckets, "used": (sizes > 0).double(), "entropy": entropy}
-    return {name: value.mean().item() for name, value in numbers.items()}
+    numbers = {"largest": share.amax(-1) * view.num_buckets, "used": (sizes > 0).double().mean(-1), "entropy": entropy}
+    return {name: value.mean((0, 2)) for name, value in numbers.items()}
 
 
 def round_agreement(view: LayerView, neighbours: int = 8, queries: int = 256) -> torch.Tensor:

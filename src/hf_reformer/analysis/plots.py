@@ -11,6 +11,7 @@ import torch
 
 from ..ops.coverage import coverage_target
 from ..ops.gather_attention import AttentionWeights
+from .found import AttentionFound
 from .lsh_stats import (
     LayerView,
     as_lists,
@@ -167,6 +168,35 @@ def plot_round_agreement(view: LayerView, neighbours: int = 8, ax: Any = None) -
     ax.set(xlabel="hash rounds", ylabel="share a bucket in some round", title="agreement of rounds", ylim=(0, 1.02))
     ax.locator_params("x", integer=True)
     ax.legend(loc="lower right", frameon=False)
+    return ax
+
+
+def plot_attention_found(layers: Sequence[AttentionFound], ax: Any = None) -> Any:
+    """Of the exact attention beyond the local window, the share that hash orders show, beside as many other keys.
+
+    A group of bars per head, of what `attention_found` returned. Below each is the share of all its attention that
+    lies beyond the window: what is at stake.
+    """
+    if not layers:
+        raise ValueError("There is nothing to plot: no layer hashed this input.")
+    groups = [(layer, head) for layer in layers for head in range(len(layer.found))]
+    bars = {
+        "hash orders": "hashed",
+        "more local tokens": "more_local",
+        "random keys": "random",
+        "best possible": "best",
+    }
+    colours = _colour("hash 1"), _colour("position"), "0.9", "white"
+    ax = _axes(ax)
+    for i, ((label, name), colour) in enumerate(zip(bars.items(), colours, strict=True)):
+        heights = [float(getattr(layer, name)[head]) for layer, head in groups]
+        places = [group + (i - 1.5) * 0.2 for group in range(len(groups))]
+        ax.bar(places, heights, 0.2, label=label, color=colour, edgecolor="black", linewidth=0.5)
+    names = [f"layer {layer.layer}\nhead {head}\n({layer.beyond[head]:.0%})" for layer, head in groups]
+    ax.set_xticks(range(len(groups)), names)
+    ax.set(xlabel="(share of attention beyond the window)", ylabel="share of it that is shown", ylim=(0, 1.02))
+    ax.set_title("what hashing finds beyond the local window")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return ax
 
 

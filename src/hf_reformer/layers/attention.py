@@ -63,7 +63,7 @@ class ReformerAttention(AttentionProjections):
             cache_layer.append(query if key is None else key, value, buckets, ctx.mask)
         length, mask, query_weights = value.shape[2], ctx.mask, ctx.query_weights
         num_buckets = 0 if buckets is None else num_buckets_total(self._num_buckets(ctx))
-        sorted_by = value.shape[1], real_tokens(ctx, value), vectors, buckets, num_buckets
+        sorted_by = value.shape[1], real_tokens(ctx, value), vectors, buckets, num_buckets, ctx.samples, query
         if ctx.padded_length > length:  # chunk mode works on whole chunks
             more = ctx.padded_length - length
             mask = value.new_ones(value.shape[0], length, dtype=torch.bool) if mask is None else mask

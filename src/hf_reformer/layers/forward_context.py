@@ -58,6 +58,8 @@ class Sorting(NamedTuple):
         vectors: (B, H, T, D), what was hashed; None where nothing was.
         buckets: (B, H, R, T) int32, the bucket of every token in every hash round; None as above.
         num_buckets: how many buckets a round has; 0 as above.
+        samples: (B, T) int32, which sample of a packed sequence a token belongs to; None: one each.
+        query: (B, H, T, D), the queries as scores use them, turned by rotary positions; None in full layers.
     """
 
     layout: AttentionLayout
@@ -66,6 +68,8 @@ class Sorting(NamedTuple):
     vectors: torch.Tensor | None = None
     buckets: torch.Tensor | None = None
     num_buckets: int = 0
+    samples: torch.Tensor | None = None
+    query: torch.Tensor | None = None
 
 
 def real_tokens(ctx: ForwardContext, value: torch.Tensor) -> torch.Tensor:

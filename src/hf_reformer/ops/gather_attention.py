@@ -120,10 +120,14 @@ def crop(attention: AttentionWeights, length: int) -> AttentionWeights:
     return SparseAttention(torch.where(inside, tokens, -1), weights * inside)
 
 
-def visible_tokens(layout: AttentionLayout) -> torch.Tensor:
-    """The tokens in every token's windows, round after round, (B, H, T, K) int64; -1: none."""
+def visible_tokens(layout: AttentionLayout, queries: torch.Tensor | None = None) -> torch.Tensor:
+    """The tokens in every token's windows, round after round, (B, H, T, K) int64; -1: none.
+
+    queries: (Q), of which tokens alone; then (B, H, Q, K).
+    """
     rounds, length = layout.perm.shape[2:]
     sorted_pos = inverse_permutation(layout.perm)
+    sorted_pos = sorted_pos if queries is None else sorted_pos[..., queries]
     bounds = (layout.window_start, layout.window_end)
     first, last = (x.long().gather(-1, sorted_pos)[..., None] for x in bounds)  # (B, H, R, T, 1)
     width = layout.left_reach + layout.right_reach + (1 if layout.dedup_pairs else layout.block_size)

@@ -1,15 +1,15 @@
 """How far attention reaches, in numbers for logs: a callback of the Trainer, and the function behind it."""
 
-from itertools import islice
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 
-from ..analysis.lsh_stats import stack_output
+from ..analysis.lsh_stats import stack_outputs
 from ..models.input_checks import packed_samples
 from ..models.modeling_reformer import ReformerModel
 from ..ops.coverage import covered_fraction, mass_entropy
+from .evaluation_callback import INPUTS, EvaluationCallback
 
 
 @torch.no_grad()
@@ -29,11 +29,11 @@ def attention_mass_by_layer(model: torch.nn.Module, input_ids: torch.Tensor, **i
     stack = next((module for module in model.modules() if isinstance(module, ReformerModel)), None)
     if stack is None:
         raise ValueError(f"{type(model).__name__} holds no ReformerModel, so no layer reports its attention mass.")
-    output = stack_output(model, stack, input_ids=input_ids, output_attention_mass=True, **inputs)
+    (output,) = stack_outputs(model, [stack], input_ids=input_ids, output_attention_mass=True, **inputs)
     return torch.stack(output.attention_mass)
 
 
-class CoverageCallback(TrainerCallback):
+class CoverageCallback(EvaluationCallback):
     """Logs after every evaluation how far attention reaches, as a mean over layers and of every layer.
 
     `eval_received_entropy`: of the attention mass, 1 where all tokens receive the same; `eval_reached_share`: the
@@ -44,6 +44,8 @@ class CoverageCallback(TrainerCallback):
     ```
     """
 
+    names = ("eval_received_entropy", "eval_reached_share")
+
     def __init__(self, trainer: Trainer, batches: int = 1, least: float = 0.1):
         """
         Args:
@@ -51,37 +53,17 @@ class CoverageCallback(TrainerCallback):
             batches: how many of the evaluation's batches are looked at.
             least: which share of even mass counts as reached.
         """
-        if batches < 1:
-            raise ValueError(f"`batches={batches}` leaves nothing to look at. Give at least 1.")
+        super().__init__(trainer, batches)
         if getattr(getattr(trainer.model, "config", None), "is_encoder_decoder", False):
             raise ValueError(
                 "CoverageCallback looks at models of one stack, and this is an encoder-decoder. Its `coverage_loss` "
                 "covers every layer of both."
             )
-        self.trainer, self.batches, self.least = trainer, batches, least
+        self.least = least
 
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, model: Any = None, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
-        if model is None or eval_dataloader is None:
-            return
-        training = model.training
-        model.eval()
-        try:
-            batches = list(islice(eval_dataloader, self.batches))
-            numbers = torch.stack([self._numbers(model, batch, args.device) for batch in batches])
-        finally:
-            model.train(training)
-        logs = {}
-        for name, layers in zip(("eval_received_entropy", "eval_reached_share"), numbers.mean(0), strict=True):
-            logs[name] = layers.mean().item()
-            logs |= {f"{name}_layer_{layer}": value for layer, value in enumerate(layers.tolist())}
-        self.trainer.log(logs)
-
-    def _numbers(self, model: torch.nn.Module, batch: Any, device: torch.device) -> torch.Tensor:
-        """(2, layers): entropy and covered fraction, means over samples that hold a real token."""
-        names = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
-        inputs = {name: batch[name].to(device) for name in names if batch.get(name) is not None}
+    def layer_numbers(self, model: torch.nn.Module, batch: dict[str, Any]) -> dict[int, torch.Tensor]:
+        """Entropy and covered fraction, means over samples that hold a real token."""
+        inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
         mass = attention_mass_by_layer(model, **inputs).float()
         real = inputs.get("attention_mask", torch.ones_like(mass[0])) != 0
         samples = None
@@ -93,4 +75,4 @@ class CoverageCallback(TrainerCallback):
         some = real.any(-1)
         mass, real = mass[:, some], real[some]
         numbers = mass_entropy(mass, real), covered_fraction(mass, real, self.least)
-        return torch.stack([x.mean(-1) for x in numbers])
+        return dict(enumerate(torch.stack([x.mean(-1) for x in numbers], dim=-1)))

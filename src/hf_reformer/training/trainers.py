@@ -11,6 +11,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from ..models.losses import IGNORE
+from .found_callback import AttentionFoundCallback, has_hashing_layers
 
 
 def force_cpu_backend() -> None:
@@ -25,12 +26,18 @@ def force_cpu_backend() -> None:
 def build_trainer(
     trainer_class: Any, model: Any, args: Any, tokenizer: Any, splits: Mapping[str, Any], **options: Any
 ) -> Any:
-    """A Trainer of the split `train` that evaluates the validation splits, or all others if there are none."""
+    """A Trainer of the split `train` that evaluates the validation splits, or all others if there are none.
+
+    Where the model hashes, evaluations log what hashing finds (`AttentionFoundCallback`).
+    """
     evaluated = {split: part for split, part in splits.items() if split.startswith("validation")}
     evaluated = evaluated or {split: part for split, part in splits.items() if split != "train"}
     options["train_dataset"] = splits.get("train")
     options["eval_dataset"] = evaluated if len(evaluated) > 1 else next(iter(evaluated.values()), None)
-    return trainer_class(model=model, args=args, processing_class=tokenizer, **options)
+    trainer = trainer_class(model=model, args=args, processing_class=tokenizer, **options)
+    if has_hashing_layers(model):
+        trainer.add_callback(AttentionFoundCallback(trainer))
+    return trainer
 
 
 def train_and_save(trainer: Trainer, data_summary: str) -> None:

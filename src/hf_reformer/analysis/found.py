@@ -1,0 +1,137 @@
+"""What hashing finds of exact attention, as a number."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from ..ops.gather_attention import visible_tokens
+from ..ops.reference import SELF_SCORE, shared_key
+from .lsh_stats import LayerView, bucket_balance_by_head, view_layers
+
+
+class AttentionFound(NamedTuple):
+    """What an lsh layer shows of exact attention, for every head: (H) float64 each, over the queries looked at.
+
+    The mass is that of the exact softmax: the layer's own scores over all keys that a query may see. The local window
+    is the position order's; without a position order it is the token itself.
+
+    Attributes:
+        layer: its number, a decoder's behind those of its encoder.
+        found: share of all mass that falls on pairs that the layer shows, by whatever order.
+        beyond: share of all mass that lies beyond the local window.
+        hashed: share of the mass beyond that the hash orders show; 1 where there is none, like the next three.
+        more_local, random, best: the same if each query were shown as many other keys beyond its window: the next
+            ones, random ones (the expectation), those of the largest weights.
+        keys: how many keys beyond its window the hash orders show a query, on average.
+        bucket_entropy, fullest_bucket: "entropy" and "largest" of `bucket_balance`.
+    """
+
+    layer: int
+    found: torch.Tensor
+    beyond: torch.Tensor
+    hashed: torch.Tensor
+    more_local: torch.Tensor
+    random: torch.Tensor
+    best: torch.Tensor
+    keys: torch.Tensor
+    bucket_entropy: torch.Tensor
+    fullest_bucket: torch.Tensor
+
+
+@torch.no_grad()
+def attention_found(
+    model: torch.nn.Module, inputs: Mapping[str, Any], queries: int = 256, **more: Any
+) -> list[AttentionFound]:
+    """How much of exact attention each lsh layer shows, beside simpler choices of as many keys.
+
+    Args:
+        model: any model of this package, in window or chunk mode. In training mode `found` counts exploration orders.
+        inputs: as the model takes them: `input_ids`, `attention_mask`, …
+        queries: for how many real tokens of a sequence, evenly spaced, exact attention is computed. Memory grows with
+            this number times the length.
+        more: what else the model takes, `num_hashes` for example.
+
+    Returns:
+        One `AttentionFound` per layer that hashes; none for one that sees its whole input (chunk mode, short inputs).
+    """
+    if queries < 1:
+        raise ValueError(f"`queries={queries}` leaves nothing to look at. Give at least 1.")
+    views = view_layers(model, **{**inputs, **more})
+    return [_layer_found(view, layer, queries) for layer, view in enumerate(views) if view.buckets is not None]
+
+
+def format_found(layers: Sequence[AttentionFound]) -> str:
+    """A table of what `attention_found` returned, a line per head."""
+    names = AttentionFound._fields[1:]
+    lines = ["layer  head  " + "  ".join(f"{name.replace('_', ' '):>5}" for name in names)]
+    for layer in layers:
+        for head, numbers in enumerate(torch.stack(layer[1:], dim=-1).tolist()):
+            cells = (f"{x:{max(len(name), 5)}.3f}" for name, x in zip(names, numbers, strict=True))
+            lines.append(f"{layer.layer:5}  {head:4}  " + "  ".join(cells))
+    return "\n".join(lines)
+
+
+def _layer_found(view: LayerView, layer: int, queries: int) -> AttentionFound:
+    rows = [_row_sums(view, row, queries) for row in range(len(view.mask))]
+    count, found, beyond, *shares, keys = torch.stack(rows).sum(0)
+    hashed, more_local, random, best = (torch.where(beyond > 0, share / beyond, 1) for share in shares)
+    balance = bucket_balance_by_head(view)
+    means = found / count, beyond / count, hashed, more_local, random, best, keys / count
+    return AttentionFound(layer, *means, balance["entropy"], balance["largest"])
+
+
+def _row_sums(view: LayerView, row: int, queries: int) -> torch.Tensor:
+    """Sums over the chosen queries of a sequence, (8, H) float64: how many there are, then as in `AttentionFound`."""
+    real = view.mask[row]
+    tokens, rank = real.nonzero().squeeze(-1), real.cumsum(-1)
+    count = min(queries, len(tokens))
+    chosen = tokens[torch.arange(1, count + 1, device=tokens.device) * len(tokens) // max(count, 1) - 1]  # (Q)
+    token = torch.arange(len(real), device=real.device)
+    own = chosen[:, None] == token  # (Q, T)
+    allowed = real & (token <= chosen[:, None]) if view.causal else real.expand_as(own)
+    if view.samples is not None:
+        allowed = allowed & (view.samples[row] == view.samples[row, chosen, None])
+
+    query: Any = view.query
+    query = query[row].to(torch.promote_types(query.dtype, torch.float32))  # (H, T, D)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = query[:, chosen] @ shared_key(query).transpose(-1, -2)  # (H, Q, T)
+    mass = scores.masked_fill(own, SELF_SCORE).masked_fill(~allowed, -torch.inf).softmax(-1)
+
+    by_order = _shown_by_order(view, row, chosen)
+    local, hashed = (by_order[[name.startswith(kind) for name in view.names]].any(0) for kind in ("position", "hash"))
+    far = allowed & ~own & ~local  # (H, Q, T)
+    hashed = hashed & far
+    number, far_mass = hashed.sum(-1), mass * far
+    step = rank - rank[chosen, None]  # (Q, T): real tokens between
+    step = torch.where(far[0], 2 * step.abs() + (step > 0), 2 * len(real) + 1)  # heads share the position order
+    most = int(number.max()) if number.numel() else 0
+    nearest = step.topk(most, largest=False).indices.expand(len(mass), -1, -1)
+
+    def sum_of_first(weights: torch.Tensor) -> torch.Tensor:
+        """Of so many weights (H, Q, most) as hash orders show keys: (H, Q)"""
+        return torch.nn.functional.pad(weights.cumsum(-1), (1, 0)).gather(-1, number[..., None]).squeeze(-1)
+
+    sums = [
+        torch.ones_like(far_mass[..., 0]),
+        (mass * by_order.any(0)).sum(-1),
+        far_mass.sum(-1),
+        (mass * hashed).sum(-1),
+        sum_of_first(far_mass.gather(-1, nearest)),
+        far_mass.sum(-1) * number / far.sum(-1).clamp(min=1),
+        sum_of_first(far_mass.topk(most).values),
+        number,
+    ]
+    return torch.stack([x.to(mass.dtype) for x in sums]).cpu().double().sum(-1)  # not every device has float64
+
+
+def _shown_by_order(view: LayerView, row: int, queries: torch.Tensor) -> torch.Tensor:
+    """Which tokens the windows of some tokens hold, order by order: (R, H, Q, T) bool."""
+    perm, start, end = (x.expand(len(view.mask), view.heads, -1, -1)[row][None] for x in view.layout[:3])
+    listed = visible_tokens(view.layout._replace(perm=perm, window_start=start, window_end=end), queries)[0]
+    listed = listed.unflatten(-1, (len(view.names), -1)).movedim(-2, 0)  # (R, H, Q, width)
+    length = perm.shape[-1]  # in chunk mode the input was padded
+    shown = torch.zeros(*listed.shape[:3], length + 1, dtype=torch.bool, device=listed.device)
+    shown.scatter_(-1, torch.where(listed < 0, length, listed), True)
+    return shown[..., : view.mask.shape[1]]

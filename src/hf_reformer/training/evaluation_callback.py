@@ -1,0 +1,60 @@
+"""What callbacks share that log a few numbers of every layer after every evaluation."""
+
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+
+
+class EvaluationCallback(TrainerCallback):
+    """Runs the first batches of an evaluation once more, in evaluation mode, and logs numbers of its layers.
+
+    Each as a mean over layers, by its name in `names`, and of every layer, with `_layer_0`, … behind.
+    """
+
+    names: tuple[str, ...]
+
+    def __init__(self, trainer: Trainer, batches: int = 1):
+        if batches < 1:
+            raise ValueError(f"`batches={batches}` leaves nothing to look at. Give at least 1.")
+        self.trainer, self.batches = trainer, batches
+
+    def layer_numbers(self, model: torch.nn.Module, batch: dict[str, Any]) -> dict[int, torch.Tensor]:
+        """What `names` names, (len(names)) for each layer by its number; of a batch on the model's device."""
+        raise NotImplementedError
+
+    def judge(self, layers: dict[int, list[float]], step: int) -> None:
+        """For subclasses that also do something about what was logged of each layer."""
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, model: Any = None, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if model is None or eval_dataloader is None:
+            return
+        training = model.training
+        model.eval()
+        try:
+            with torch.random.fork_rng(devices=[]):  # a loader draws a seed; training goes on as if it did not
+                batches = list(islice(eval_dataloader, self.batches))
+            found = [self.layer_numbers(model, _on_device(batch, args.device)) for batch in batches]
+        finally:
+            model.train(training)
+        layers = {
+            layer: torch.stack([numbers[layer] for numbers in found if layer in numbers]).mean(0).tolist()
+            for layer in sorted(set().union(*found))
+        }
+        if not layers:
+            return
+        logs = {}
+        for i, name in enumerate(self.names):
+            logs[name] = sum(numbers[i] for numbers in layers.values()) / len(layers)
+            logs |= {f"{name}_layer_{layer}": numbers[i] for layer, numbers in layers.items()}
+        self.trainer.log(logs)
+        self.judge(layers, state.global_step)
+
+
+def _on_device(batch: Any, device: torch.device) -> dict[str, Any]:
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}

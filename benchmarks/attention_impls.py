@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from hf_reformer.configuration_reformer import default_num_buckets
 from hf_reformer.ops.dispatch import chunk_layout, lsh_buckets, window_layout, window_rotations, windowed_attention
 from hf_reformer.ops.layout import AttentionLayout
-from hf_reformer.ops.lsh import exploration_buckets, legacy_num_buckets, num_buckets_total
+from hf_reformer.ops.lsh import Centering, exploration_buckets, legacy_num_buckets, num_buckets_total
 from hf_reformer.ops.prng import make_key
 
 from .cases import BACKWARD, FORWARD, Case
@@ -74,7 +74,8 @@ def make_layout(
     batch, heads, length, size = q.shape
     factors = num_buckets_for(mode, length, window)
     rotations = window_rotations(make_key(0), 0, heads, size, rounds, factors, q, backend)
-    buckets = lsh_buckets(q, rotations, factors, backend)  # (B, H, R, T)
+    centering = Centering(causal) if mode == "window" else None
+    buckets = lsh_buckets(q, rotations, factors, centering, backend)  # (B, H, R, T)
     count = num_buckets_total(factors)
     if mode == "chunk":
         return chunk_layout(buckets, count, CHUNK, 1, 0, None, backend)

@@ -13,7 +13,7 @@ from hf_reformer import ReformerForCausalLM
 from hf_reformer.ops import dispatch, kernel_check
 from hf_reformer.ops.dispatch import select_backend
 from hf_reformer.ops.layout import sort_by_bucket, window_extent
-from hf_reformer.ops.lsh import lsh_buckets, window_rotations
+from hf_reformer.ops.lsh import Centering, lsh_buckets, unit_sums, window_rotations
 from hf_reformer.ops.prng import fold, make_key, normal_rows
 from reformer_kernels import cpu
 from reformer_kernels.cpu import build, library
@@ -240,7 +240,8 @@ def test_the_ops_keep_their_promises_to_torch():
         inputs = (query, None, value, *layout[:3], case.mask, None, query_weights, *layout[3:], True, 0.0, 1.0)
         torch.library.opcheck(ops.cpu_attention.default, inputs)
     rotations = window_rotations(make_key(0), 0, 2, 8, 2, 6)
-    torch.library.opcheck(ops.cpu_lsh_buckets.default, (query.detach(), rotations, [6]))
+    for center in ((False, *Centering(True)), (True, *Centering(False, case.mask))):
+        torch.library.opcheck(ops.cpu_lsh_buckets.default, (query.detach(), rotations, [6], *center))
     torch.library.opcheck(ops.cpu_normal_rows.default, (torch.arange(2, dtype=torch.int32), 5))
     for outputs in (1, 2, 3):
         torch.library.opcheck(ops.cpu_sort_by_bucket.default, (case.buckets, case.mask, 3, 4, 0, outputs))
@@ -269,6 +270,25 @@ def test_buckets_are_those_of_the_torch_backend(seed, length, size, rounds, fact
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
     assert (found != expected).sum() <= 1  # a near-tie
+
+
+@given(
+    seed=st.integers(0, 10**6), length=st.integers(1, 300), causal=st.booleans(), padding=st.booleans(),
+    packed=st.booleans(), before=st.integers(0, 40), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_centered_buckets_are_those_of_the_torch_backend(seed, length, causal, padding, packed, before, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    vectors = (torch.randn(2, 3, length + before, 16, generator=generator) + 1).to(dtype)
+    mask = torch.rand(2, length, generator=generator) > 0.3 if padding else None
+    samples = (torch.rand(2, length, generator=generator) < 0.03).cumsum(-1, dtype=torch.int32) if packed else None
+    samples = None if samples is None else samples - samples[:, :1]
+    sums = counts = None
+    if causal and not packed and before:
+        sums, counts = unit_sums(vectors[:, :, :before]), torch.full((2,), before)
+    centering = Centering(causal, mask, samples, sums, counts)
+    rotations = window_rotations(make_key(seed), 0, 3, 16, 2, 6)
+    inputs = vectors[:, :, before:], rotations, 6, centering
+    assert (dispatch.lsh_buckets(*inputs) != lsh_buckets(*inputs)).sum() <= 1  # a near-tie
 
 
 @given(
@@ -322,7 +342,8 @@ def test_numbers_out_of_range_are_refused():
     with pytest.raises(ValueError, match="outside of the number of buckets"):
         cpu.sort_by_bucket(buckets, None, 7, 0, 0, 1)
     with pytest.raises(ValueError, match="3 columns don't fit bucket factors \\[8\\]"):
-        cpu.lsh_buckets(torch.zeros(1, 2, 4, 8), window_rotations(make_key(0), 0, 2, 8, 1, 6), [8])
+        rotations = window_rotations(make_key(0), 0, 2, 8, 1, 6)
+        cpu.lsh_buckets(torch.zeros(1, 2, 4, 8), rotations, [8], False, *Centering(True))
 
 
 def test_a_key_of_another_dtype_is_not_narrowed():

@@ -15,11 +15,14 @@ from hf_reformer.configuration_reformer import default_num_buckets
 from hf_reformer.layers.attention import legacy_num_buckets
 from hf_reformer.ops.layout import chunk_layout, window_layout
 from hf_reformer.ops.lsh import (
+    Centering,
     bucket_factors,
+    centered,
     exploration_buckets,
     lsh_buckets,
     num_buckets_total,
     seeded_rotations,
+    unit_sums,
     window_rotations,
 )
 from hf_reformer.ops.prng import make_key
@@ -125,6 +128,79 @@ def test_half_precision_hashes_in_float32():
 def test_hashing_has_no_gradient():
     vectors = draw(1, 1, 10, 4).requires_grad_()
     assert not hashed(vectors, 4).requires_grad
+
+
+# --- the mean that is taken off before hashing
+
+
+both_directions = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+
+
+@both_directions
+@given(seed=st.integers(0, 1000), length=st.integers(1, 60), padding=st.booleans(), packed=st.booleans())
+def test_each_token_is_less_the_mean_of_what_it_may_see(causal, seed, length, padding, packed):
+    generator = torch.Generator().manual_seed(seed)
+    vectors = draw(2, 3, length, 8, seed=seed) + 1
+    mask = torch.rand(2, length, generator=generator) > 0.3 if padding else torch.ones(2, length, dtype=torch.bool)
+    samples = (torch.rand(2, length, generator=generator) < 0.1 * packed).cumsum(-1, dtype=torch.int32)
+    samples = samples - samples[:, :1]
+    found = centered(vectors, Centering(causal, mask if padding else None, samples if packed else None))
+    unit = vectors / vectors.norm(dim=-1, keepdim=True)
+    for row in range(2):
+        for t in range(length):
+            seen = mask[row] & (samples[row] == samples[row, t])
+            seen = seen & (torch.arange(length) <= t) if causal else seen
+            expected = unit[row, :, t] - unit[row][:, seen].mean(1) if mask[row, t] else torch.zeros(3, 8)
+            assert (found[row, :, t] - expected).abs().max() <= 1e-11
+
+
+@given(cut=st.integers(1, 59), padding=st.booleans())
+def test_the_mean_goes_on_from_the_sums_of_earlier_tokens(cut, padding):
+    vectors, mask = draw(2, 3, 60, 8) + 1, torch.rand(2, 60, generator=torch.Generator().manual_seed(0)) > 0.3
+    mask = mask if padding else torch.ones_like(mask)
+    whole = centered(vectors, Centering(True, mask))
+    sums, counts = unit_sums(vectors[:, :, :cut], mask[:, :cut]), mask[:, :cut].sum(-1)
+    rest = centered(vectors[:, :, cut:], Centering(True, mask[:, cut:], None, sums, counts))
+    assert (rest - whole[:, :, cut:]).abs().max() <= 1e-11
+
+
+def test_the_running_mean_of_a_million_tokens_does_not_drift():
+    vectors = draw(1, 1, 2**20, 8, dtype=torch.float32) + 10
+    last = centered(vectors, Centering(causal=True))[0, 0, -1]
+    unit = vectors.double() / vectors.double().norm(dim=-1, keepdim=True)
+    assert (last - (unit[0, 0, -1] - unit[0, 0].mean(0))).abs().max() <= 1e-7
+
+
+@both_directions
+def test_a_common_direction_no_longer_fills_a_few_buckets(causal):
+    vectors = draw(1, 2, 4096, 32) + 4 * draw(2, 1, 32, seed=1)
+    rotations = window_rotations(make_key(0), 0, 2, 32, 4, 32)
+    for centering, least, most in ((None, 0.0, 0.6), (Centering(causal), 0.9, 1.0)):
+        buckets = lsh_buckets(vectors, rotations, 32, centering)
+        share = torch.nn.functional.one_hot(buckets.long(), 32).double().mean(-2)
+        entropy = torch.special.entr(share).sum(-1) / math.log(32)
+        assert entropy.min() >= least
+        assert entropy.max() <= most
+
+
+@both_directions
+@pytest.mark.parametrize("packed", [False, True])
+def test_equal_tokens_share_their_buckets(causal, packed):
+    """What is left of them is 0, not the noise of rounding."""
+    vectors = draw(1, 2, 1, 32, dtype=torch.float32).expand(-1, -1, 500, -1)
+    samples = (torch.arange(500) // 200).int()[None] if packed else None
+    rotations = window_rotations(make_key(0), 0, 2, 32, 4, 32)
+    assert (lsh_buckets(vectors, rotations, 32, Centering(causal, None, samples)) == 0).all()
+
+
+def test_what_is_not_a_number_moves_no_other_token():
+    vectors = draw(1, 1, 50, 8)
+    bad = vectors.clone()
+    bad[:, :, 20, 3] = torch.nan
+    zero = vectors.clone()
+    zero[:, :, 20] = 0
+    found, expected = (centered(x, Centering(causal=True)) for x in (bad, zero))
+    assert torch.equal(found, expected)
 
 
 # --- rotations

@@ -106,7 +106,7 @@ class Results:
             if not lines.tell():
                 writer.writeheader()
             writer.writerow(row)
-        print(", ".join(f"{name} {value}" for name, value in row.items() if value != ""), flush=True)
+        print(", ".join(f"{name} {row[name]}" for name in self.columns if row[name] != ""), flush=True)
 
 
 def _rounded(value: Any) -> Any:
@@ -124,7 +124,7 @@ class Experiment:
         default = folder / f"{name}.png" if args.short else ROOT / "docs" / "images" / f"evidence_{name}.png"
         self.picture = args.picture or default
         file = folder / f"{name}.csv"
-        if args.short:
+        if args.short and args.output_dir is None:
             file.unlink(missing_ok=True)
         self.results = Results(file, keys, values)
 

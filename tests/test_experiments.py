@@ -17,6 +17,7 @@ listops = load_experiment("listops")
 recall = load_experiment("recall")
 duplication = load_experiment("duplication")
 variants = load_experiment("attention_variants")
+windows = load_experiment("exact_then_windows")
 
 NAMES = sorted(path.stem for path in EXPERIMENTS.glob("*.py") if "\nSHORT = {" in path.read_text(encoding="utf-8"))
 
@@ -155,6 +156,22 @@ def test_variants_are_causal_and_have_the_layers_they_say(variant):
     other[:, 40:] = 7
     with contexts:
         assert max_abs_diff(logits(model.eval(), ids)[:, :40], logits(model, other)[:, :40]) < 1e-5
+
+
+@pytest.mark.parametrize("by", ["exact", "none", "lsh", "lsh-uncentred", "random", "local"])
+def test_ways_to_choose_keys_end_where_they_began_and_see_what_they_say(by):
+    if by == "lsh-uncentred" and not common.has_field("lsh_centering"):
+        pytest.skip("this version hashes without a centre")
+    args, model, ids = windows.Arguments(local_window=4, lsh_window=4), lm(num_buckets=2), make_ids(2, 64)
+    before = logits(model, ids)
+    with windows.keys_chosen(model, by, 2, args) as inputs:
+        found = logits(model, ids, **inputs)
+    assert torch.equal(before, logits(model, ids))
+    with common.see_all(model):
+        exact = logits(model, ids)
+    assert (max_abs_diff(found, exact) < 1e-4) == (by == "exact")
+    scores = windows.mass_found(model, ids, by, 2, args)
+    assert scores["found"] != scores["found"] or 0 <= scores["found"] <= 1
 
 
 # --- recall and duplication

@@ -177,7 +177,7 @@ def draw(experiment: Experiment, rows: list[dict[str, str]], args: Arguments) ->
                 ax.axhline(means[0], color="grey", linestyle=":" if by == "none" else "-", label=by)
             else:
                 ax.plot(args.rounds, means, "o-", label=by)
-        ax.set_xscale("log")
+        ax.set_xscale("log", base=2)
         ax.set_xticks(args.rounds, [str(number) for number in args.rounds])
         title = f"{text} text, {'all bytes' if value == 'loss' else 'far answers'}"
         ax.set(title=title, xlabel="hash rounds", ylabel="bits per byte above exact")

@@ -166,7 +166,8 @@ def plot(experiment: Experiment, rows: list[dict[str, str]], curves: dict[str, l
             scores = [float(row["accuracy"]) for row in some if int(row["rounds"]) == number]
             means.append(sum(scores) / len(scores))
         right.plot(rounds, means, "o-" if "lsh" in layers else "o--", label=f"{layers}, {length} tokens")
-    right.set(xscale="log", xlabel="hash rounds", ylabel="accuracy", ylim=(-0.02, 1.02), xticks=rounds)
+    right.set_xscale("log", base=2)
+    right.set(xlabel="hash rounds", ylabel="accuracy", ylim=(-0.02, 1.02))
     right.set_xticks(rounds, [str(number) for number in rounds])
     right.legend(frameon=False, fontsize=7)
     experiment.save(figure)

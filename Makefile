@@ -19,7 +19,7 @@ MEET_FILES = $(foreach name,$(MEET_TRANSFORMERS),$(or $(wildcard tests/test_$(na
     $(error MEET_TRANSFORMERS names $(name), and there is no tests/*/test_$(name).py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-notebooks test-newest lint format bench clean
+.PHONY: help demo test test-slow test-notebooks test-newest lint format bench evidence-short clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,11 @@ format: $(READY) ## put style right, where a tool can
 
 bench: $(READY) ## measure against other implementations, in seven minutes
 	$(BIN)/python -m benchmarks.run --short --append $(BENCH_ARGS)
+
+EVIDENCE := attention_variants exact_then_windows bucket_balance recall duplication listops reversible_and_shared \
+    step_time defaults
+evidence-short: $(READY) ## run every experiment of docs/evidence.md in a tiny version, in some minutes
+	set -e; for name in $(EVIDENCE); do $(BIN)/python experiments/$$name.py --short; done
 
 clean: ## remove build products and caches; the virtual environment and runs/ stay
 	rm -rf build dist src/*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

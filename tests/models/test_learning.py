@@ -1,19 +1,12 @@
 """LSH attention can learn: the duplication task of the paper, section 5.1."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "experiments" / "duplication.py"
+from experiment_scripts import load_experiment
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("learn_duplication", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_experiment("duplication")
 
 
 def test_sequences_are_a_word_twice_and_only_the_second_is_a_target(script):

@@ -1,0 +1,152 @@
+"""Does choosing keys by content pay? Byte language models trained with lsh layers against others of the same size.
+
+    python experiments/attention_variants.py --train_file book.txt --seeds 0 1 2
+    python experiments/attention_variants.py --train_file book.txt --validation_file end.txt \\
+        --validate_on validation_file --seeds 0 1 2
+
+Layers of kind local stay as they are, with small windows. In the place of the lsh layers a model has:
+
+    exact          lsh layers that see every token before: exact attention with shared queries and keys
+    full           exact attention with separate queries and keys (kind "full")
+    local          local layers that see as many keys as an lsh layer: local window + rounds × lsh window
+    local-shared   the same with shared queries and keys
+    lsh            lsh layers, as the config has them
+    lsh-uncentred  lsh layers that hash as they did before the mean was taken off (`lsh_centering=False`)
+    random         lsh layers that hash random vectors: the control
+
+The text is plain, or far tokens matter in it: passages are repeated and records asked again, at least a quarter of the
+sequence later (`common.mix_far`). Bits per byte are means over all bytes and over those whose answer lies far.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from common import (
+    Experiment,
+    Options,
+    TextOptions,
+    bits_per_byte,
+    has_field,
+    make_model,
+    only_local,
+    parse,
+    product,
+    random_hashing,
+    read_texts,
+    see_all,
+    table,
+    text_batches,
+    text_rows,
+    train,
+)
+from transformers import set_seed
+from transformers.hf_argparser import HfArg
+
+VARIANTS = ("exact", "full", "local", "local-shared", "lsh", "lsh-uncentred", "random")
+KEYS = (
+    "source", "text", "variant", "seed", "length", "steps", "rows", "hidden_size", "layers", "local_window",
+    "lsh_window", "num_hashes", "learning_rate", "overrides", "validated_on",
+    "eval_rows",
+)  # fmt: skip
+SHORT = {
+    "length": 512, "steps": 20, "rows": 2, "hidden_size": 64, "local_window": 16, "lsh_window": 16, "eval_rows": 2,
+    "variants": ["exact", "local", "lsh", "random"], "texts": ["far"],
+}  # fmt: skip
+
+
+@dataclass
+class Arguments(TextOptions, Options):
+    variants: list[str] = field(default_factory=lambda: [v for v in VARIANTS if v not in ("full", "local-shared")])
+    texts: list[str] = HfArg(default_factory=lambda: ["plain", "far"], help="plain, far or both")
+    length: int = 4096
+    steps: int = 600
+    rows: int = HfArg(default=2, help="sequences of a batch")
+    hidden_size: int = 128
+    layers: list[str] = field(default_factory=lambda: ["local", "lsh", "local", "lsh"])
+    local_window: int = 32
+    lsh_window: int = 32
+    num_hashes: int = 2
+    learning_rate: float = 2e-3
+
+
+def build(variant: str, args: Arguments) -> tuple[Any, contextlib.ExitStack]:
+    """A new model, and the context that it has to run in."""
+    layers, fields, contexts = list(args.layers), {}, contextlib.ExitStack()
+    swap = {"full": "full", "local": "local"}.get(variant, "lsh")
+    lsh_layers = [i for i, kind in enumerate(layers) if kind == "lsh"]
+    layers = [swap if i in lsh_layers else kind for i, kind in enumerate(layers)]
+    if variant == "lsh-uncentred":
+        fields["lsh_centering"] = False
+    model = make_model(
+        args.length, args.hidden_size, layers, args.overrides, local_window=args.local_window,
+        lsh_window=args.lsh_window, num_hashes=args.num_hashes, **fields,
+    )  # fmt: skip
+    keys = args.local_window + args.num_hashes * args.lsh_window
+    if variant == "exact":
+        contexts.enter_context(see_all(model))
+    elif variant == "local-shared":
+        contexts.enter_context(only_local(model, keys))
+    elif variant == "random":
+        contexts.enter_context(random_hashing())
+    elif variant == "local":
+        for i in lsh_layers:
+            attention = model.model.layers[i].attention
+            attention.config = type(model.config)(**{**model.config.to_dict(), "local_window": keys})
+    return model, contexts
+
+
+def run(
+    key: dict[str, Any], args: Arguments, experiment: Experiment, texts: Sequence[torch.Tensor]
+) -> dict[str, float]:
+    """Train and evaluate one model."""
+    set_seed(key["seed"])
+    model, contexts = build(key["variant"], args)
+    trained = {name: value for name, value in key.items() if name not in ("validated_on", "eval_rows")}
+    with contexts:
+        losses = train(
+            model, text_batches(texts[0], key["text"], args.rows, args.length), args.steps, seed=key["seed"],
+            learning_rate=args.learning_rate, checkpoint=experiment.checkpoint(trained),
+            name=f"{key['text']}, {key['variant']}, seed {key['seed']}",
+        )  # fmt: skip
+        judged = text_rows(
+            texts[1], key["text"], args.eval_rows, args.length, torch.Generator().manual_seed(12345), even=True
+        )
+        return {**bits_per_byte(model, *judged), "train_loss": sum(losses[-50:]) / len(losses[-50:])}
+
+
+def draw(experiment: Experiment, rows: list[dict[str, str]], args: Arguments) -> None:
+    panels = [(text, "bits") for text in args.texts] + [("far", "far_bits")] * ("far" in args.texts)
+    figure, axes = experiment.figure(len(panels), width=4)
+    for ax, (text, value) in zip(axes, panels, strict=True):
+        for place, variant in enumerate(args.variants):
+            numbers = [float(row[value]) for row in rows if row["text"] == text and row["variant"] == variant]
+            ax.plot([place] * len(numbers), numbers, "o", color="#0b5d7a" if "lsh" in variant else "#d1495b")
+        ax.set_xticks(range(len(args.variants)), args.variants, rotation=30, ha="right")
+        ax.set(title=f"{text} text, {'all bytes' if value == 'bits' else 'far answers'}", ylabel="bits per byte")
+        ax.grid(axis="y", alpha=0.3)
+    experiment.save(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(Arguments, SHORT, argv)
+    experiment = Experiment("attention_variants", args, KEYS, ("bits", "far_bits", "train_loss"))
+    texts, rows = read_texts(args), []
+    fixed = {name: getattr(args, name) for name in KEYS if hasattr(args, name)}
+    fixed |= {"layers": " ".join(args.layers), "source": "demo" if args.train_file is None else args.train_file.stem}
+    for choice in product(seed=args.seeds, text=args.texts, variant=args.variants):
+        if choice["variant"] == "lsh-uncentred" and not has_field("lsh_centering"):
+            continue
+        key = {**fixed, **choice, "validated_on": args.validate_on}
+        if not experiment.results.find(key):
+            experiment.results.add(key, run(key, args, experiment, texts))
+        rows += experiment.results.find(key)
+    for value in ("bits", "far_bits"):
+        print(f"\n{value}\n{table(rows, ['text', 'variant'], 'length', value)}")
+    draw(experiment, rows, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Do tokens spread over the buckets of a default model, before and after training?
+
+    python experiments/bucket_balance.py --train_file book.txt --validation_file end.txt --validate_on validation_file
+
+Models are `ReformerConfig()` of a width and a kind of position embeddings, causal, on bytes; nothing else is changed.
+For every lsh layer: the entropy of a token's bucket (1: all equally full, 0: one holds all), and how full the fullest
+bucket is, as a multiple of an even share; means of heads, rounds and sequences.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from common import (
+    Experiment,
+    Options,
+    TextOptions,
+    even_rows,
+    parse,
+    product,
+    read_texts,
+    table,
+    text_batches,
+    train,
+)
+from transformers import set_seed
+from transformers.hf_argparser import HfArg
+
+from hf_reformer import ReformerConfig, ReformerForCausalLM
+from hf_reformer.analysis import bucket_balance, view_layer
+from hf_reformer.training.model_setup import parse_overrides
+
+KEYS = (
+    "source", "hidden_size", "positions", "seed", "length", "rows", "learning_rate", "overrides", "validated_on",
+    "eval_rows", "steps", "layer",
+)  # fmt: skip
+SHORT = {"widths": [128], "positions": ["rotary", "axial"], "steps": 3, "length": 512, "rows": 1, "eval_rows": 2}
+
+
+@dataclass
+class Arguments(TextOptions, Options):
+    widths: list[int] = field(default_factory=lambda: [128, 256])
+    positions: list[str] = field(default_factory=lambda: ["axial", "learned", "rotary"])
+    steps: int = HfArg(default=600, help="of training; layers are judged before and after")
+    length: int = HfArg(default=4096, help="of the sequences, and max_position_embeddings")
+    rows: int = HfArg(default=1, help="sequences of a batch")
+    learning_rate: float = 1e-3
+
+
+def build(hidden_size: int, positions: str, args: Arguments) -> ReformerForCausalLM:
+    fields = {"hidden_size": hidden_size, "position_embedding_type": positions, "is_decoder": True, "vocab_size": 256}
+    fields |= {"max_position_embeddings": args.length, **parse_overrides(args.overrides)}
+    return ReformerForCausalLM(ReformerConfig(**fields, pad_token_id=None, eos_token_id=None))
+
+
+def balance(model: ReformerForCausalLM, ids: torch.Tensor) -> dict[int, dict[str, float]]:
+    """Entropy and fullest bucket of every lsh layer, by its number."""
+    kinds, numbers = model.config.attn_layers, {}
+    for layer in (number for number, kind in enumerate(kinds) if kind == "lsh"):
+        found = bucket_balance(view_layer(model.eval(), ids, layer))
+        numbers[layer] = {"entropy": found["entropy"], "fullest": found["largest"]}
+    return numbers
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(Arguments, SHORT, argv)
+    experiment = Experiment("bucket_balance", args, KEYS, ("entropy", "fullest"))
+    (text, held_out), rows = read_texts(args), []
+    ids = even_rows(held_out, args.eval_rows, args.length)
+    fixed = {name: getattr(args, name) for name in KEYS if hasattr(args, name) and name not in ("steps", "positions")}
+    fixed |= {"source": "demo" if args.train_file is None else args.train_file.stem, "validated_on": args.validate_on}
+    for choice in product(seed=args.seeds, hidden_size=args.widths, positions=args.positions):
+        key = {**fixed, **choice}
+        set_seed(key["seed"])
+        model = build(key["hidden_size"], key["positions"], args)
+        for steps in (0, args.steps):
+            if not experiment.results.find({**key, "steps": steps}):
+                if steps:
+                    name = f"{key['positions']}, width {key['hidden_size']}"
+                    checkpoint = experiment.checkpoint({**key, "steps": steps})
+                    train(
+                        model, text_batches(text, "plain", args.rows, args.length), steps, seed=key["seed"],
+                        learning_rate=args.learning_rate, checkpoint=checkpoint, name=name,
+                    )  # fmt: skip
+                for layer, numbers in balance(model, ids).items():
+                    experiment.results.add({**key, "steps": steps, "layer": layer}, numbers)
+            rows += experiment.results.find({**key, "steps": steps})
+    for value in ("entropy", "fullest"):
+        print(f"\n{value}\n{table(rows, ['hidden_size', 'positions', 'steps'], 'layer', value)}")
+    draw(experiment, rows)
+
+
+def draw(experiment: Experiment, rows: list[dict[str, str]]) -> None:
+    figure, axes = experiment.figure(2)
+    for ax, value, goal in zip(axes, ("entropy", "fullest"), (0.85, 4), strict=True):
+        for name in dict.fromkeys((row["hidden_size"], row["positions"], row["steps"]) for row in rows):
+            some = [row for row in rows if (row["hidden_size"], row["positions"], row["steps"]) == name]
+            line = "o--" if name[2] == "0" else "o-"
+            label = f"width {name[0]}, {name[1]}, {name[2]} steps"
+            layers = sorted({int(row["layer"]) for row in some})
+            means = []
+            for layer in layers:
+                numbers = [float(row[value]) for row in some if row["layer"] == str(layer)]
+                means.append(sum(numbers) / len(numbers))
+            ax.plot(layers, means, line, label=label)
+        ax.axhline(goal, color="grey", linewidth=1)
+        ax.set(xlabel="lsh layer", ylabel="entropy" if value == "entropy" else "fullest bucket / even share")
+    axes[0].legend(frameon=False, fontsize=6)
+    experiment.save(figure)
+
+
+if __name__ == "__main__":
+    main()

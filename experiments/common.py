@@ -1,0 +1,468 @@
+"""What the experiments share: models by width, a training loop that resumes, results as rows of a CSV, texts as bytes.
+
+A sweep that was interrupted goes on: rows that are in its CSV are not computed again, and a run that had begun goes on
+from its checkpoint in `runs/experiments`. With `--short` everything starts afresh and goes to `runs/evidence-short`.
+"""
+
+import copy
+import csv
+import hashlib
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+from hf_reformer import ReformerConfig, ReformerForCausalLM
+from hf_reformer.data.demo_corpus import clean_source, package_folder
+from hf_reformer.layers.attention import Hasher
+from hf_reformer.training.model_setup import parse_overrides
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT_DIR = ROOT / "runs" / "evidence-short"
+Inputs = dict[str, torch.Tensor]
+
+
+# --- arguments
+
+
+@dataclass
+class Options:
+    short: bool = HfArg(default=False, help="a tiny version, without files; afresh, to runs/evidence-short")
+    seeds: list[int] = field(default_factory=lambda: [0])
+    overrides: str = HfArg(default="", help="fields of ReformerConfig: a=1,b=word")
+    output_dir: Path | None = HfArg(default=None, help="of the CSV; default: experiments/results")
+    picture: Path | None = HfArg(default=None, help="default: docs/images/evidence_NAME.png")
+    threads: int = HfArg(default=0, help="of torch; 0: its default")
+
+
+@dataclass
+class TextOptions:
+    train_file: Path | None = HfArg(default=None, help="text, read as bytes; default: source code that is installed")
+    validation_file: Path | None = None
+    validate_on: str = HfArg(default="train_tail", help="train_tail, to choose by; or validation_file, to report")
+    tail: int = HfArg(default=60_000, help="bytes at the end of the training text that are never trained on")
+    eval_rows: int = HfArg(default=16, help="sequences of an evaluation")
+
+
+def parse(arguments_class: Any, short: Mapping[str, Any], argv: Sequence[str] | None = None) -> Any:
+    """Arguments of a script; `short` holds the defaults that `--short` changes."""
+    doc = sys.modules[arguments_class.__module__].__doc__
+    parser = HfArgumentParser(arguments_class, description=doc, formatter_class=RawDescriptionHelpFormatter)
+    argv = sys.argv[1:] if argv is None else argv
+    if "--short" in argv:
+        parser.set_defaults(**short)
+    (args,) = parser.parse_args_into_dataclasses(args=list(argv))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return args
+
+
+# --- results
+
+
+class Results:
+    """A CSV file, to which every finished run adds a row; `keys` are the columns that tell runs apart.
+
+    Several processes may share a sweep: a row is one write at the end of the file.
+    """
+
+    def __init__(self, file: Path, keys: Sequence[str], values: Sequence[str]):
+        self.file, self.keys, self.columns = file, tuple(keys), [*keys, *values]
+        if file.exists() and (found := next(csv.reader(file.open()), [])) != self.columns:
+            raise SystemExit(f"{file} has the columns {found}, not {self.columns}. Move it away.")
+
+    def rows(self) -> list[dict[str, str]]:
+        if not self.file.exists():
+            return []
+        with self.file.open() as lines:
+            return list(csv.DictReader(lines))
+
+    def find(self, key: Mapping[str, Any]) -> list[dict[str, str]]:
+        """The rows that agree with `key`, which may name some columns only."""
+        return [row for row in self.rows() if all(row[name] == str(value) for name, value in key.items())]
+
+    def add(self, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        row = {**key, **{name: _rounded(value) for name, value in values.items()}}
+        if set(row) != set(self.columns):
+            raise ValueError(f"A row has the columns {sorted(row)}, the file {sorted(self.columns)}.")
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", newline="") as lines:
+            writer = csv.DictWriter(lines, self.columns, lineterminator="\n")
+            if not lines.tell():
+                writer.writeheader()
+            writer.writerow(row)
+        print(", ".join(f"{name} {row[name]}" for name in self.columns if row[name] != ""), flush=True)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.5g}"
+    return value
+
+
+class Experiment:
+    """Where an experiment's results, checkpoints and picture are."""
+
+    def __init__(self, name: str, args: Options, keys: Sequence[str], values: Sequence[str]):
+        self.name, self.short = name, args.short
+        folder = args.output_dir or (SHORT_DIR if args.short else ROOT / "experiments" / "results")
+        default = folder / f"{name}.png" if args.short else ROOT / "docs" / "images" / f"evidence_{name}.png"
+        self.picture = args.picture or default
+        file = folder / f"{name}.csv"
+        if args.short and args.output_dir is None:
+            file.unlink(missing_ok=True)
+        self.results = Results(file, keys, values)
+
+    def checkpoint(self, key: Mapping[str, Any]) -> Path | None:
+        """The file of a run, whose name depends on all of `key`."""
+        if self.short:
+            return None
+        text = json.dumps({name: str(value) for name, value in key.items()}, sort_keys=True)
+        return ROOT / "runs" / "experiments" / self.name / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
+
+    def figure(self, panels: int = 1, width: float = 5.0, height: float = 3.6) -> tuple[Any, list[Any]]:
+        """A figure, and its axes side by side."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(width * panels, height), layout="constrained")
+        return figure, list(figure.subplots(1, panels, squeeze=False)[0])
+
+    def save(self, figure: Any) -> None:
+        self.picture.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.picture, dpi=90)
+        print(f"{self.results.file}\n{self.picture}")
+
+
+def table(rows: Sequence[Mapping[str, Any]], down: Sequence[str], across: str, value: str) -> str:
+    """A Markdown table of the means of `value`, with their spread where there are several: mean ± half the range."""
+    groups: dict[tuple[str, ...], dict[str, list[float]]] = {}
+    for row in rows:
+        if row[value] != "":
+            cells = groups.setdefault(tuple(str(row[name]) for name in down), {})
+            cells.setdefault(str(row[across]), []).append(float(row[value]))
+    columns = list(dict.fromkeys(column for cells in groups.values() for column in cells))
+    lines = [[*down, *(f"{across} {column}" for column in columns)], ["---"] * (len(down) + len(columns))]
+    for name, cells in groups.items():
+        lines.append([*name, *(_mean_and_spread(cells.get(column, [])) for column in columns)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _mean_and_spread(numbers: list[float]) -> str:
+    if not numbers:
+        return ""
+    mean, spread = sum(numbers) / len(numbers), (max(numbers) - min(numbers)) / 2
+    return f"{mean:.4g} ± {spread:.2g}" if len(numbers) > 1 else f"{mean:.4g}"
+
+
+# --- models
+
+
+def make_config(length: int, hidden_size: int = 128, layers: Sequence[str] = (), **fields: Any) -> ReformerConfig:
+    """A causal model of bytes, without dropout; `fields` may change anything."""
+    heads = max(1, hidden_size // 64)
+    base = {
+        "vocab_size": 256, "hidden_size": hidden_size, "num_attention_heads": heads,
+        "attention_head_size": hidden_size // heads, "feed_forward_size": 4 * hidden_size,
+        "attn_layers": list(layers) or ["local", "lsh", "local", "lsh"], "max_position_embeddings": length,
+        "position_embedding_type": "rotary", "initializer_range": 0.6 * hidden_size**-0.5,
+        "hidden_dropout_prob": 0.0, "is_decoder": True, "pad_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    return ReformerConfig(**{**base, **fields})
+
+
+def make_model(
+    length: int,
+    hidden_size: int = 128,
+    layers: Sequence[str] = (),
+    overrides: str = "",
+    head: Any = None,
+    **fields: Any,
+) -> Any:
+    """A new model of `head` (default: a causal language model); see `make_config`."""
+    fields = {**fields, **parse_overrides(overrides)}
+    return (head or ReformerForCausalLM)(make_config(length, hidden_size, layers, **fields))
+
+
+@contextmanager
+def layer_config(model: Any, kind: str, **fields: Any) -> Iterator[None]:
+    """Give the layers of a kind a config of their own, since `local_window` is one number for all layers."""
+    attentions = [layer.attention for layer in model.model.layers if layer.attention.kind == kind]
+    before = [attention.config for attention in attentions]
+    try:
+        for attention in attentions:
+            attention.config = copy.deepcopy(attention.config)
+            for name, value in fields.items():
+                setattr(attention.config, name, value)
+        yield
+    finally:
+        for attention, config in zip(attentions, before, strict=True):
+            attention.config = config
+
+
+def see_all(model: Any) -> Any:
+    """A context in which lsh layers see every token before: exact attention with shared queries and keys."""
+    return only_local(model, model.config.max_position_embeddings)
+
+
+def only_local(model: Any, window: int) -> Any:
+    """A context in which lsh layers see the `window` tokens before, and hashing shows them nothing."""
+    fields = {"lsh_include_local": True, "local_window": window, "lsh_window": 1, "lsh_exploration_orders": 0}
+    return layer_config(model, "lsh", **fields)
+
+
+@contextmanager
+def random_hashing() -> Iterator[None]:
+    """A context in which lsh layers hash random vectors in the place of their own.
+
+    They depend on the rotations alone: new ones in every training step, the same when a reversible layer runs again.
+    """
+    original = Hasher.buckets
+
+    def buckets(self: Any, vectors: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        seed = int(self.rotations.double().sum().view(torch.int64)) % 2**63
+        generator = torch.Generator(vectors.device).manual_seed(seed)
+        batch, heads, length, size = vectors.shape
+        noise = torch.randn(length, batch, heads, size, generator=generator, device=vectors.device)  # prefixes agree
+        return original(self, noise.permute(1, 2, 0, 3).to(vectors.dtype).contiguous(), *args, **kwargs)
+
+    with patch.object(Hasher, "buckets", buckets):
+        yield
+
+
+def has_field(name: str) -> bool:
+    """Whether this version's config has a field."""
+    return name in ReformerConfig.__annotations__
+
+
+# --- training
+
+
+def train(
+    model: Any,
+    batch: Callable[[torch.Generator], Inputs],
+    steps: int,
+    *,
+    seed: int,
+    learning_rate: float = 2e-3,
+    warmup: int = 50,
+    decay: bool = True,
+    clip: float = 1.0,
+    weight_decay: float = 0.01,
+    checkpoint: Path | None = None,
+    save_every: int = 100,
+    watch: Callable[[int, dict[str, Any]], bool] | None = None,
+    watch_every: int = 100,
+    state: dict[str, Any] | None = None,
+    name: str = "",
+) -> list[float]:
+    """Train with AdamW: warm-up, then linear decay to a twentieth. Returns the loss of every step.
+
+    Args:
+        batch: draws the next inputs, labels among them, with a generator whose state is part of the checkpoint.
+        checkpoint: file that is written every `save_every` steps and at the end; if it exists, training goes on there.
+        watch: called every `watch_every` steps with their number and `state`; True ends training.
+        state: what `watch` and `batch` keep; part of the checkpoint.
+    """
+    state = {} if state is None else state
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+    generator, losses, seconds, done = torch.Generator().manual_seed(seed), [], 0.0, False
+    if checkpoint is not None and checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=False)
+        model.load_state_dict(saved["model"])
+        losses, seconds, done = saved["losses"], saved["seconds"], saved["done"]
+        state.update(saved["state"])
+        if not done:
+            optimizer.load_state_dict(saved["optimizer"])
+            generator.set_state(saved["generator"])
+            torch.set_rng_state(saved["rng"])
+    begin = time.perf_counter() - seconds
+    bar = tqdm(initial=len(losses), total=steps, desc=name, mininterval=2, disable=done)
+    model.train()
+    while not done:
+        step = len(losses)
+        rate = min(1.0, (step + 1) / max(1, warmup)) * (max(0.05, 1 - step / steps) if decay else 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * rate
+        loss = model(**batch(generator)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        losses.append(loss.item())
+        step += 1
+        bar.update()
+        bar.set_postfix(loss=f"{sum(losses[-20:]) / len(losses[-20:]):.4f}", refresh=False)
+        done = step >= steps
+        if watch is not None and (done or step % watch_every == 0):
+            done = watch(step, state) or done
+            model.train()
+        if step % max(20, steps // 20) == 0 and not sys.stderr.isatty():
+            mean, pace = sum(losses[-20:]) / len(losses[-20:]), (time.perf_counter() - begin) / step
+            print(f"{name}: step {step}, loss {mean:.4f}, {pace:.3f} s a step", flush=True)
+        if checkpoint is not None and (done or step % save_every == 0):
+            checkpoint.parent.mkdir(parents=True, exist_ok=True)
+            saved = {"model": model.state_dict(), "losses": losses, "state": state, "done": done}
+            saved |= {"seconds": time.perf_counter() - begin}
+            if not done:
+                saved |= {"optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+                saved |= {"rng": torch.get_rng_state()}
+            torch.save(saved, part := checkpoint.with_suffix(".part"))
+            os.replace(part, checkpoint)
+    bar.close()
+    model.eval()
+    return losses
+
+
+# --- texts
+
+
+def demo_text(size: int = 2**20) -> bytes:
+    """Source code of an installed package: a text without a download."""
+    folder, text = package_folder("transformers"), bytearray()
+    for path in sorted(folder.glob("models/*/modeling_*.py")):
+        if len(text) >= size:
+            break
+        text += clean_source(path.read_text(encoding="utf-8"), max_bytes=2**15).encode()
+    return bytes(text[:size])
+
+
+def read_texts(args: TextOptions) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bytes to train on and bytes to judge by, 1-d uint8. The tail of the training text is never trained on."""
+    text = demo_text() if args.train_file is None else args.train_file.read_bytes()
+    data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    train, tail = data[: -args.tail], data[-args.tail :]
+    if args.validate_on == "train_tail":
+        return train, tail
+    if args.validate_on != "validation_file" or args.validation_file is None:
+        raise SystemExit("--validate_on train_tail, or validation_file with a --validation_file.")
+    return train, torch.frombuffer(bytearray(args.validation_file.read_bytes()), dtype=torch.uint8)
+
+
+def random_rows(data: torch.Tensor, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Stretches of a text, (rows, length) int64."""
+    begin = torch.randint(0, len(data) - length + 1, (rows, 1), generator=generator)
+    return data[begin + torch.arange(length)].long()
+
+
+def even_rows(data: torch.Tensor, rows: int, length: int) -> torch.Tensor:
+    """Evenly spaced stretches of a text, as many as fit without overlap but at most `rows`, (rows, length) int64."""
+    rows = max(1, min(rows, len(data) // length))
+    begin = torch.linspace(0, len(data) - length, rows).long()[:, None]
+    return data[begin + torch.arange(length)].long()
+
+
+CELL = 8  # bytes of a record: a line "ab=37;" between two line breaks
+UNKNOWN = 8  # bytes of a repeated passage that are needed to know which it is
+
+
+def mix_far(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make far tokens matter in rows of text: repeat passages, and state records that are asked again later.
+
+    What is in the first or second quarter of a row comes again two quarters later, at another place there, so at least
+    a quarter of the row lies between. In each of the two pairs of quarters a passage (64 to 256 bytes; in short rows
+    an eighth of the row at most) is repeated, in long rows one per KiB; and records (`ab=37;` in a line of its own, a
+    key occurs once) are stated, one per 128 bytes of the row.
+
+    Args:
+        ids: (rows, T) int64 bytes, T a multiple of 256.
+
+    Returns:
+        The new rows; and where answers lie far, (rows, T) bool: the values of the records that are asked, and repeated
+        passages after their first 8 bytes.
+    """
+    rows, length = ids.shape
+    if length % 256:
+        raise ValueError(f"Rows of {length} bytes: their length must be a multiple of 256.")
+    ids, far = ids.clone(), torch.zeros_like(ids, dtype=torch.bool)
+    quarter, slot = length // 4, min(256, length // 8)
+    slots, cells = quarter // slot, slot // CELL  # slots of a quarter, cells of a slot
+    passages, records = max(1, slots // 2), length // 128
+    keys = torch.rand(rows, 26 * 26, generator=generator).argsort(-1)  # another for every record of a row
+    row = torch.arange(rows)[:, None, None]
+    for first in (0, 1):
+        stated, asked = (
+            torch.rand(rows, slots, generator=generator).argsort(-1) * slot + quarter * (first + part)
+            for part in (0, 2)
+        )  # (rows, slots): in a random order
+        # Passages lie in the first of these slots, each at its begin.
+        shortest = min(64, slot // 2)
+        size = torch.randint(shortest, slot + 1, (rows, passages, 1), generator=generator)
+        offset = torch.arange(slot).expand(rows, passages, slot)
+        source, target = (x[:, :passages, None] + offset for x in (stated, asked))
+        ids[row, target] = torch.where(offset < size, ids[row, source], ids[row, target])
+        far[row, target] = (offset >= UNKNOWN) & (offset < size)
+        # Records lie in random cells of the others.
+        key = keys[:, first * records :][:, :records]
+        value = torch.randint(0, 100, (rows, records), generator=generator)
+        line = torch.stack(
+            [
+                torch.full_like(key, 10), key // 26 + 97, key % 26 + 97, torch.full_like(key, ord("=")),
+                value // 10 + 48, value % 10 + 48, torch.full_like(key, ord(";")), torch.full_like(key, 10),
+            ],
+            dim=-1,
+        )  # (rows, records, 8)  # fmt: skip
+        for begins, is_answer in ((stated, False), (asked, True)):
+            free = (begins[:, passages:, None] + CELL * torch.arange(cells)).flatten(1)  # (rows, free cells)
+            chosen = torch.rand(free.shape, generator=generator).argsort(-1)[:, :records]
+            place = free.gather(1, chosen)[:, :, None] + torch.arange(CELL)  # (rows, records, 8)
+            ids[row, place] = line
+            far[row, place[..., 4:6]] = is_answer
+    return ids, far
+
+
+def text_rows(
+    data: torch.Tensor, kind: str, rows: int, length: int, generator: torch.Generator, even: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of a text, "plain" or "far" (`mix_far`), and where answers lie far."""
+    ids = even_rows(data, rows, length) if even else random_rows(data, rows, length, generator)
+    if kind == "far":
+        return mix_far(ids, generator)
+    if kind != "plain":
+        raise SystemExit(f"{kind}: texts are plain or far.")
+    return ids, torch.zeros_like(ids, dtype=torch.bool)
+
+
+def text_batches(data: torch.Tensor, kind: str, rows: int, length: int) -> Callable[[torch.Generator], Inputs]:
+    """What `train` takes, for a causal language model."""
+
+    def batch(generator: torch.Generator) -> Inputs:
+        ids, _ = text_rows(data, kind, rows, length, generator)
+        return {"input_ids": ids, "labels": ids}
+
+    return batch
+
+
+@torch.no_grad()
+def bits_per_byte(model: Any, ids: torch.Tensor, far: torch.Tensor, rows: int = 2, **inputs: Any) -> dict[str, float]:
+    """Mean bits of a byte given those before it: of all ("bits") and of those whose answer lies far ("far_bits")."""
+    model.eval()
+    sums = torch.zeros(4, dtype=torch.float64)
+    for some, marked in zip(ids.split(rows), far.split(rows), strict=True):
+        logits = model(some, **inputs).logits[:, :-1].float()
+        nats = cross_entropy(logits.flatten(0, 1), some[:, 1:].flatten(), reduction="none").double()
+        mask = marked[:, 1:].flatten().double()
+        sums += torch.stack([nats.sum(), torch.tensor(float(len(nats))), nats @ mask, mask.sum()])
+    nats, count, far_nats, far_count = sums.tolist()
+    far_bits = far_nats / far_count / math.log(2) if far_count else math.nan
+    return {"bits": nats / count / math.log(2), "far_bits": far_bits}
+
+
+def product(**axes: Iterable[Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of the values, as dictionaries."""
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))

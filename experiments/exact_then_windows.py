@@ -1,0 +1,189 @@
+"""How much does a model lose that was trained with exact attention, when hashing chooses the keys instead?
+
+    python experiments/exact_then_windows.py --train_file book.txt
+    python experiments/exact_then_windows.py --train_file book.txt --validation_file end.txt \\
+        --validate_on validation_file --seeds 0 1 2
+
+A byte language model is trained while its lsh layers see every token before (shared queries and keys). Then they are
+evaluated with their windows, in `rounds` hash rounds. A row of the CSV is a way to choose keys and a number of rounds:
+
+    exact      every token before
+    lsh, lsh-uncentred   hashing as the config has it, and without the mean taken off (`lsh_centering=False`)
+    random     hashing of random vectors
+    local      no hashing, and as many more keys in the local window: rounds × lsh window
+    none       the local window alone
+
+`loss` is what is lost against exact attention, in bits per byte. `found` is the share of the exact softmax's mass
+beyond the local window that falls on the keys chosen, `best` what the best choice of as many keys would find: means of
+layers and heads (`hf_reformer.analysis.attention_found`; empty where the version does not have it).
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from common import (
+    Experiment,
+    Options,
+    TextOptions,
+    bits_per_byte,
+    has_field,
+    make_model,
+    only_local,
+    parse,
+    product,
+    random_hashing,
+    read_texts,
+    see_all,
+    table,
+    text_batches,
+    text_rows,
+    train,
+)
+from transformers import set_seed
+from transformers.hf_argparser import HfArg
+
+import hf_reformer.analysis
+
+KEYS = (
+    "source", "text", "seed", "length", "steps", "rows", "hidden_size", "layers", "local_window", "lsh_window",
+    "num_buckets", "learning_rate", "overrides", "validated_on", "eval_rows", "keys_by", "rounds",
+)  # fmt: skip
+VALUES = ("bits", "far_bits", "loss", "far_loss", "found", "best")
+ONCE = ("exact", "none")  # rounds change nothing
+SHORT = {
+    "length": 512, "steps": 20, "rows": 2, "hidden_size": 64, "local_window": 16, "lsh_window": 16, "eval_rows": 2,
+    "texts": ["far"], "num_buckets": 16, "rounds": [1, 4],
+}  # fmt: skip
+
+
+@dataclass
+class Arguments(TextOptions, Options):
+    texts: list[str] = HfArg(default_factory=lambda: ["plain", "far"], help="plain, far or both")
+    keys_by: list[str] = field(default_factory=lambda: ["lsh", "lsh-uncentred", "random", "local"])
+    rounds: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    length: int = 1024
+    steps: int = 1000
+    rows: int = HfArg(default=8, help="sequences of a batch")
+    hidden_size: int = 128
+    layers: list[str] = field(default_factory=lambda: ["local", "lsh", "local", "lsh"])
+    local_window: int = HfArg(default=32, help="in training that of local layers alone")
+    lsh_window: int = HfArg(default=16, help="in evaluation; in training lsh layers see all")
+    num_buckets: int = 32
+    learning_rate: float = 2e-3
+
+
+@contextmanager
+def keys_chosen(model: Any, by: str, rounds: int, args: Arguments) -> Iterator[dict[str, int]]:
+    """A context in which lsh layers see such keys; gives the inputs that a forward takes for it."""
+    with contextlib.ExitStack() as contexts:
+        if by == "exact":
+            contexts.enter_context(see_all(model))
+        elif by in ("local", "none"):
+            more = 0 if by == "none" else rounds * args.lsh_window
+            contexts.enter_context(only_local(model, args.local_window + more))
+        elif by == "random":
+            contexts.enter_context(random_hashing())
+        elif by == "lsh-uncentred":
+            for layer in model.model.layers:
+                if layer.attention.kind == "lsh":
+                    contexts.enter_context(patch.object(layer.attention, "centered", False))
+        yield {"num_hashes": 1 if by in ("exact", "local", "none") else rounds}
+
+
+def mass_found(model: Any, ids: torch.Tensor, by: str, rounds: int, args: Arguments) -> dict[str, float]:
+    """Shares of the exact attention's mass beyond the local window, means of layers and heads (see above)."""
+    if by in ONCE:
+        return {"found": float(by == "exact"), "best": math.nan}
+    if not hasattr(hf_reformer.analysis, "attention_found"):
+        return {"found": math.nan, "best": math.nan}
+    with keys_chosen(model, "lsh" if by == "local" else by, rounds, args):  # "local": as many keys as hashing shows
+        layers = hf_reformer.analysis.attention_found(model.eval(), {"input_ids": ids}, num_hashes=rounds)
+    shares = {"found": "more_local" if by == "local" else "hashed", "best": "best"}
+    return {name: torch.stack([getattr(x, share) for x in layers]).mean().item() for name, share in shares.items()}
+
+
+def evaluate(model: Any, judged: Any, by: str, rounds: int, args: Arguments) -> dict[str, float]:
+    with keys_chosen(model, by, rounds, args) as inputs:
+        return bits_per_byte(model, *judged, **inputs)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(Arguments, SHORT, argv)
+    experiment = Experiment("exact_then_windows", args, KEYS, VALUES)
+    texts, rows = read_texts(args), []
+    fixed = {name: getattr(args, name) for name in KEYS if hasattr(args, name) and name not in ("keys_by", "rounds")}
+    fixed |= {"layers": " ".join(args.layers), "source": "demo" if args.train_file is None else args.train_file.stem}
+    ways = [by for by in args.keys_by if by != "lsh-uncentred" or has_field("lsh_centering")]
+    choices = [(by, 0) for by in ONCE] + [(by, rounds) for rounds in args.rounds for by in ways]
+    for choice in product(seed=args.seeds, text=args.texts):
+        key = {**fixed, **choice, "validated_on": args.validate_on}
+        wanted = [{**key, "keys_by": by, "rounds": rounds} for by, rounds in choices]
+        if not all(map(experiment.results.find, wanted)):
+            measure(key, wanted, args, experiment, texts)
+        rows += [row for one in wanted for row in experiment.results.find(one)]
+    for value in ("loss", "far_loss", "found", "best"):
+        print(f"\n{value}\n{table(rows, ['text', 'keys_by'], 'rounds', value)}")
+    draw(experiment, rows, args)
+
+
+def measure(
+    key: dict[str, Any],
+    wanted: list[dict[str, Any]],
+    args: Arguments,
+    experiment: Experiment,
+    texts: Sequence[torch.Tensor],
+) -> None:
+    """Train a model, and evaluate it in all ways that are wanted."""
+    set_seed(key["seed"])
+    model = make_model(
+        args.length, args.hidden_size, args.layers, args.overrides, local_window=args.local_window,
+        lsh_window=args.lsh_window, num_buckets=args.num_buckets, num_hashes=1, lsh_exploration_orders=0,
+    )  # fmt: skip
+    trained = {name: value for name, value in key.items() if name not in ("validated_on", "eval_rows", "lsh_window")}
+    with see_all(model):
+        train(
+            model, text_batches(texts[0], key["text"], args.rows, args.length), args.steps, seed=key["seed"],
+            learning_rate=args.learning_rate, checkpoint=experiment.checkpoint(trained),
+            name=f"{key['text']}, seed {key['seed']}",
+        )  # fmt: skip
+    generator = torch.Generator().manual_seed(12345)
+    judged = text_rows(texts[1], key["text"], args.eval_rows, args.length, generator, even=True)
+    exact = evaluate(model, judged, "exact", 0, args)
+    for row in wanted:
+        if not experiment.results.find(row):
+            bits = evaluate(model, judged, row["keys_by"], row["rounds"], args)
+            losses = {"loss": bits["bits"] - exact["bits"], "far_loss": bits["far_bits"] - exact["far_bits"]}
+            found = mass_found(model, judged[0][:4], row["keys_by"], row["rounds"], args)
+            experiment.results.add(row, {**bits, **losses, **found})
+
+
+def draw(experiment: Experiment, rows: list[dict[str, str]], args: Arguments) -> None:
+    panels = [(text, "loss") for text in args.texts] + [("far", "far_loss")] * ("far" in args.texts)
+    figure, axes = experiment.figure(len(panels), width=4)
+    for ax, (text, value) in zip(axes, panels, strict=True):
+        for by in dict.fromkeys(row["keys_by"] for row in rows):
+            means = []
+            for rounds in [0] if by in ONCE else args.rounds:
+                some = [row for row in rows if (row["text"], row["keys_by"]) == (text, by)]
+                losses = [float(row[value]) for row in some if row["rounds"] == str(rounds)]
+                means.append(sum(losses) / len(losses))
+            if by in ONCE:
+                ax.axhline(means[0], color="grey", linestyle=":" if by == "none" else "-", label=by)
+            else:
+                ax.plot(args.rounds, means, "o-", label=by)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(args.rounds, [str(number) for number in args.rounds])
+        title = f"{text} text, {'all bytes' if value == 'loss' else 'far answers'}"
+        ax.set(title=title, xlabel="hash rounds", ylabel="bits per byte above exact")
+        ax.legend(frameon=False, fontsize=7)
+    experiment.save(figure)
+
+
+if __name__ == "__main__":
+    main()

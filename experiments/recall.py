@@ -1,0 +1,177 @@
+"""Can lsh layers recall what lies far beyond every local window? Many key–value pairs, each asked again.
+
+    python experiments/recall.py --seeds 0 1 2                             # lsh layers, and local ones instead
+    python experiments/recall.py --start_length 128 --lengths 2048 4096    # a curriculum that doubles the length
+
+A row of random tokens holds `pairs` keys, each followed by its value, at random places in its first half. In its last
+quarter every key comes again, in another order, and the model has to say the value. So at least a quarter of the row
+lies between, and local layers can only guess: 1 / `values`. Shorter rows hold fewer pairs, one per 16 tokens.
+
+Training begins at `start_length`. When a row of that length is recalled (`target`, or after `stage_steps`), the length
+doubles, up to the longest of `lengths`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from common import Experiment, Inputs, Options, make_model, parse, product, table, train
+from transformers import set_seed
+from transformers.hf_argparser import HfArg
+
+KEYS = (
+    "layers", "seed", "steps", "start_length", "max_length", "tokens", "pairs", "values", "hidden_size",
+    "local_window", "lsh_window", "num_hashes", "num_buckets", "exploration_orders", "learning_rate", "overrides",
+    "length", "rounds",
+)  # fmt: skip
+SHORT = {
+    "lengths": [128, 256], "start_length": 64, "steps": 30, "stage_steps": 10, "watch_every": 5, "tokens": 512,
+    "pairs": 8, "hidden_size": 64, "local_window": 8, "lsh_window": 16, "eval_rows": 4,
+}  # fmt: skip
+
+
+@dataclass
+class Arguments(Options):
+    layers: list[str] = HfArg(default_factory=lambda: ["local,lsh", "local,local"], help="models, a layer list each")
+    lengths: list[int] = HfArg(default_factory=lambda: [2048, 4096], help="of the rows that are judged")
+    start_length: int = HfArg(default=128, help="of the first rows; the longest of --lengths: no curriculum")
+    steps: int = HfArg(default=6000, help="at most")
+    stage_steps: int = HfArg(default=3000, help="at most, before the length doubles")
+    target: float = HfArg(default=0.98, help="accuracy at which the length doubles, and at which training ends")
+    watch_every: int = 100
+    tokens: int = HfArg(default=8192, help="of a batch")
+    eval_rows: int = HfArg(default=16, help="of an evaluation")
+    pairs: int = 64
+    keys: int = HfArg(default=128, help="different keys")
+    values: int = HfArg(default=64, help="different values")
+    fillers: int = HfArg(default=32, help="different tokens without meaning")
+    rounds: list[int] = HfArg(default_factory=lambda: [1, 2, 4, 8], help="hash rounds of the last evaluation")
+    hidden_size: int = 128
+    local_window: int = 32
+    lsh_window: int = 32
+    num_hashes: int = HfArg(default=4, help="hash rounds in training")
+    num_buckets: int = HfArg(default=32, help="of a hash round")
+    exploration_orders: int = 1
+    learning_rate: float = 2e-3
+    learn_all: bool = HfArg(default=False, help="predict every token, not the answers alone")
+
+
+def draw(args: Arguments, rows: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows, and labels: the answers, -100 elsewhere; (rows, length) each."""
+    pairs, vocabulary = min(args.pairs, length // 16), args.keys + args.values
+    ids = torch.randint(vocabulary, vocabulary + args.fillers, (rows, length), generator=generator)
+    labels = torch.full_like(ids, -100)
+    keys = torch.rand(rows, args.keys, generator=generator).argsort(-1)[:, :pairs]
+    values = torch.randint(args.keys, vocabulary, (rows, pairs), generator=generator)
+    order = torch.rand(rows, pairs, generator=generator).argsort(-1)
+    asked = (keys.gather(1, order), values.gather(1, order))
+    begin = 3 * length // 4
+    for first, end, (key, value) in ((0, length // 2, (keys, values)), (begin, length, asked)):
+        slots = torch.rand(rows, (end - first) // 2, generator=generator).argsort(-1)[:, :pairs]
+        place = first + 2 * slots
+        ids.scatter_(1, place, key).scatter_(1, place + 1, value)
+        if first:
+            labels.scatter_(1, place + 1, value)
+    return ids, labels
+
+
+@torch.no_grad()
+def accuracy(model: Any, args: Arguments, length: int, rounds: int | None = None) -> float:
+    """Share of the values recalled in rows of this length."""
+    generator, hits, count = torch.Generator().manual_seed(10**6), 0, 0
+    model.eval()
+    for _ in range(args.eval_rows):
+        ids, labels = draw(args, 1, length, generator)
+        guess, target = model(ids, num_hashes=rounds).logits[:, :-1].argmax(-1), labels[:, 1:]
+        hits += (guess == target)[target != -100].sum().item()
+        count += (target != -100).sum().item()
+    return hits / count
+
+
+def build(layers: str, args: Arguments) -> Any:
+    return make_model(
+        max(args.lengths), args.hidden_size, layers.split(","), args.overrides, local_window=args.local_window,
+        vocab_size=args.keys + args.values + args.fillers, lsh_window=args.lsh_window, num_hashes=args.num_hashes,
+        num_buckets=args.num_buckets, lsh_exploration_orders=args.exploration_orders,
+    )  # fmt: skip
+
+
+def learn(model: Any, args: Arguments, seed: int, checkpoint: Any = None, name: str = "") -> list[dict[str, float]]:
+    """Train by the curriculum; every evaluation: step, length, accuracy."""
+    state: dict[str, Any] = {"length": args.start_length, "stage_begin": 0, "history": []}
+
+    def batch(generator: torch.Generator) -> Inputs:
+        length = state["length"]
+        ids, labels = draw(args, max(1, args.tokens // length), length, generator)
+        return {"input_ids": ids, "labels": ids if args.learn_all else labels}
+
+    def watch(step: int, state: dict[str, Any]) -> bool:
+        length = state["length"]
+        score = accuracy(model, args, length)
+        state["history"].append({"step": step, "length": length, "accuracy": score})
+        print(f"{name}: step {step}, length {length}, accuracy {score:.3f}", flush=True)
+        if score < args.target and step - state["stage_begin"] < args.stage_steps:
+            return False
+        if length >= max(args.lengths):
+            return score >= args.target
+        state.update(length=min(2 * length, max(args.lengths)), stage_begin=step)
+        return False
+
+    train(
+        model, batch, args.steps, seed=seed, learning_rate=args.learning_rate, decay=False, checkpoint=checkpoint,
+        watch=watch, watch_every=args.watch_every, state=state, name=name,
+    )  # fmt: skip
+    return state["history"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(Arguments, SHORT, argv)
+    reach, distance = max(x.count(",") + 1 for x in args.layers) * (args.local_window - 1), min(args.lengths) // 4
+    if reach >= distance:
+        raise SystemExit(f"Answers may lie {distance} tokens back, where local windows reach ({reach} in all).")
+    experiment = Experiment("recall", args, KEYS, ("accuracy", "steps_used"))
+    fixed = {name: getattr(args, name) for name in KEYS if hasattr(args, name) and name != "rounds"}
+    fixed |= {"max_length": max(args.lengths)}
+    curves: dict[str, list[dict[str, float]]] = {}
+    rows = []
+    for choice in product(seed=args.seeds, layers=args.layers):
+        key = {**fixed, **choice}
+        set_seed(choice["seed"])
+        model, name = build(choice["layers"], args), f"{choice['layers']}, seed {choice['seed']}"
+        wanted = [{**key, **more} for more in product(length=args.lengths, rounds=args.rounds)]
+        history = learn(model, args, choice["seed"], experiment.checkpoint(key), name)
+        curves[name] = history
+        for row in wanted:
+            if not experiment.results.find(row):
+                score = accuracy(model, args, row["length"], row["rounds"])
+                experiment.results.add(row, {"accuracy": score, "steps_used": history[-1]["step"]})
+            rows += experiment.results.find(row)
+    print("\n" + table(rows, ["layers", "length"], "rounds", "accuracy"))
+    plot(experiment, rows, curves)
+
+
+def plot(experiment: Experiment, rows: list[dict[str, str]], curves: dict[str, list[dict[str, float]]]) -> None:
+    figure, (left, right) = experiment.figure(2)
+    for name, history in curves.items():
+        style = "-" if "lsh" in name else "--"
+        left.plot([x["step"] for x in history], [x["accuracy"] for x in history], style, label=name)
+    left.set(xlabel="training step (every dip: the length doubles)", ylabel="accuracy", ylim=(-0.02, 1.02))
+    left.legend(frameon=False, fontsize=7)
+    for layers, length in dict.fromkeys((row["layers"], row["length"]) for row in rows):
+        some = [row for row in rows if (row["layers"], row["length"]) == (layers, length)]
+        rounds = sorted({int(row["rounds"]) for row in some})
+        means = []
+        for number in rounds:
+            scores = [float(row["accuracy"]) for row in some if int(row["rounds"]) == number]
+            means.append(sum(scores) / len(scores))
+        right.plot(rounds, means, "o-" if "lsh" in layers else "o--", label=f"{layers}, {length} tokens")
+    right.set_xscale("log", base=2)
+    right.set(xlabel="hash rounds", ylabel="accuracy", ylim=(-0.02, 1.02))
+    right.set_xticks(rounds, [str(number) for number in rounds])
+    right.legend(frameon=False, fontsize=7)
+    experiment.save(figure)
+
+
+if __name__ == "__main__":
+    main()

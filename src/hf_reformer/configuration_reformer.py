@@ -66,6 +66,9 @@ class ReformerConfig(PreTrainedConfig):
             Window mode: hash vectors as they are scored (turned by rotary positions, at unit length) less their mean
             over the sample, in causal models up to the token. Without it nearly all tokens share a few buckets.
             Models that were saved without this field hash them as projected.
+        lsh_rotary (`bool`, defaults to `True`):
+            Whether rotary positions turn the vectors of lsh layers, too. Otherwise these compare content alone, at any
+            distance, and the local layers tell them of positions.
         lsh_exploration_orders (`int`, defaults to 1):
             Window mode, training only: sort orders with random buckets, so that every pair can learn to attend.
         resample_rotations (`bool`, defaults to `True`): New hash rotations in every training forward, or evaluation's.
@@ -138,6 +141,7 @@ class ReformerConfig(PreTrainedConfig):
     local_window: int = 128
     lsh_include_local: bool = True
     lsh_centering: bool = True
+    lsh_rotary: bool = True
     lsh_exploration_orders: int = 1
     resample_rotations: bool = True
     num_hashes: int = 2

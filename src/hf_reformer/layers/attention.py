@@ -38,6 +38,7 @@ class ReformerAttention(AttentionProjections):
         kinds: Any = config.attn_layers
         super().__init__(config, layer, kinds[layer])
         self.backend, self.mode = config.attention_backend, config.attention_mode
+        self.rotates = self.kind != "lsh" or config.lsh_rotary
         self.centered = self.mode == "window" and config.lsh_centering
         self.dropout = getattr(config, f"{self.kind}_attention_probs_dropout_prob") or 0.0
         self.chunk = getattr(config, f"{self.kind}_attn_chunk_length")
@@ -48,8 +49,8 @@ class ReformerAttention(AttentionProjections):
         """What `qkv` gave → (B, T, H * head_size), every head's attention side by side; and what `ctx` asks for."""
         split: list[Any] = [None if x is None else split_heads(x, self.heads, ctx.shard) for x in projected.take()]
         query, key, value = split
-        projected_query = query
-        query, key = rotate(query, ctx.rotary), None if key is None else rotate(key, ctx.rotary)
+        projected_query, tables = query, ctx.rotary if self.rotates else None
+        query, key = rotate(query, tables), None if key is None else rotate(key, tables)
         vectors = None if self.kind != "lsh" else query if self.centered else projected_query
         cache_layer = None if ctx.cache is None else ctx.cache.layers[self.layer]
         if cache_layer is not None and cache_layer.seen_tokens:

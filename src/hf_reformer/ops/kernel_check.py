@@ -94,7 +94,7 @@ def _decode_layers_agree(kernels) -> bool:
     w = {name: _normal(generator, *shape) for name, shape in shapes.items()}
     x1, x2 = (_normal(generator, batch, 1, hidden).double() for _ in range(2))
     cache = kernels.CacheTensors(*(_normal(generator, batch, heads, 4, size) for _ in range(2)))
-    layer = kernels.DecodeLayer(w, cache, torch.zeros(batch, 1, dtype=torch.int64), True, 1e-5, 4, 1.0)
+    layer = kernels.DecodeLayer(w, cache, torch.zeros(batch, 1, dtype=torch.int64), None, True, 1e-5, 4, 1.0)
 
     def norm(x, name):
         return F.layer_norm(x.float(), (hidden,), w[name], w[name + "_bias"], 1e-5)
@@ -102,7 +102,7 @@ def _decode_layers_agree(kernels) -> bool:
     y1 = x1 + F.linear(F.linear(norm(x2, "attention_norm"), w["value_proj"]), w["out_proj"])
     activations = F.gelu(F.linear(norm(y1, "feed_forward_norm"), w["up_proj"], w["up_bias"]))
     y2 = x2 + F.linear(activations, w["down_proj"], w["down_bias"])
-    return _close(kernels.decode_layers(x1, x2, [layer], None), (y1, y2))
+    return _close(kernels.decode_layers(x1, x2, [layer]), (y1, y2))
 
 
 def _same_buckets(buckets: torch.Tensor, expected: torch.Tensor) -> bool:

@@ -41,6 +41,7 @@ class DecodeLayer(NamedTuple):
         weights: float32 and contiguous, by their names in `library.LayerParams`; `key_proj` None: shared query/key.
         cache: its cache.
         indices: (B, 1) int64, the new tokens' indices in their sequences, or -1: padding.
+        rotary: cos and sin, (B or 1, 1, 1, head size) float32; None: no rotary positions.
         gelu: the activation is GELU, otherwise ReLU.
         epsilon: of both norms.
         local_window, scale: as for `decode_attention`.
@@ -49,6 +50,7 @@ class DecodeLayer(NamedTuple):
     weights: dict[str, Any]
     cache: CacheTensors
     indices: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor] | None
     gelu: bool
     epsilon: float
     local_window: int
@@ -104,24 +106,22 @@ def decode_attention(
 
 
 def decode_layers(
-    x1: torch.Tensor, x2: torch.Tensor, layers: list[DecodeLayer], rotary: tuple[torch.Tensor, torch.Tensor] | None
+    x1: torch.Tensor, x2: torch.Tensor, layers: list[DecodeLayer]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One new token of every sequence through whole layers, on top of their caches.
 
     Args:
         x1, x2: residual streams (B, 1, D), float64 or float32.
-        rotary: cos and sin, (B or 1, 1, 1, head size) float32; None: no rotary positions.
 
     Returns:
         The streams behind the layers.
     """
     x1, x2 = (x.clone(memory_format=torch.contiguous_format) for x in (x1, x2))  # the kernel adds to them in place
-    tables = [x.contiguous() for x in rotary or ()]
-    cosines, sines = tables or (None, None)
-    stack, attentions = (LayerParams * len(layers))(), []
+    stack, kept = (LayerParams * len(layers))(), []
     for params, layer in zip(stack, layers, strict=True):
         attention = _decode_params(layer.cache, layer.indices, layer.local_window, layer.scale)
-        attentions.append(attention)
+        cosines, sines = [x.contiguous() for x in layer.rotary] if layer.rotary else (None, None)
+        kept += [attention, cosines, sines]
         for name, weight in layer.weights.items():
             setattr(params, name, pointer(weight))
         params.cosines, params.sines = pointer(cosines), pointer(sines)

@@ -60,7 +60,7 @@ SHORT = {
 @dataclass
 class Arguments(TextOptions, Options):
     variants: list[str] = field(default_factory=lambda: [v for v in VARIANTS if v not in ("full", "local-shared")])
-    texts: list[str] = HfArg(default_factory=lambda: ["plain", "far"], help="plain, far or both")
+    texts: list[str] = HfArg(default_factory=lambda: ["plain", "far"], help="plain, far, recall")
     length: int = 4096
     steps: int = 600
     rows: int = HfArg(default=2, help="sequences of a batch")

@@ -425,23 +425,57 @@ def mix_far(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor
     return ids, far
 
 
+KEY_BYTES, VALUE_BYTES = (128, 64), (192, 64)  # the first, and how many: bytes that the text then does not have
+
+
+def mix_recall(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mix recall into rows of text: a key byte with its value behind it, asked again at least a quarter later.
+
+    In the first half of a row of T bytes T / 32 keys are stated, 64 at most, at random even places. In its last quarter
+    each is asked three times.
+
+    Args:
+        ids: (rows, T) int64 bytes; those of 128 and above become others.
+
+    Returns:
+        The new rows; and where the answers lie, (rows, T) bool.
+    """
+    rows, length = ids.shape
+    ids, far, pairs = ids % 128, torch.zeros_like(ids, dtype=torch.bool), min(KEY_BYTES[1], length // 32)
+    keys = KEY_BYTES[0] + torch.rand(rows, KEY_BYTES[1], generator=generator).argsort(-1)[:, :pairs]
+    values = VALUE_BYTES[0] + torch.randint(0, VALUE_BYTES[1], (rows, pairs), generator=generator)
+    for first, end, times in ((0, length // 2, 1), (3 * length // 4, length, 3)):
+        order = torch.rand(rows, times * pairs, generator=generator).argsort(-1) % pairs
+        slots = torch.rand(rows, (end - first) // 2, generator=generator).argsort(-1)[:, : times * pairs]
+        place = first + 2 * slots
+        ids.scatter_(1, place, keys.gather(1, order)).scatter_(1, place + 1, values.gather(1, order))
+        if first:
+            far.scatter_(1, place + 1, True)
+    return ids, far
+
+
 def text_rows(
     data: torch.Tensor, kind: str, rows: int, length: int, generator: torch.Generator, even: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of a text, "plain" or "far" (`mix_far`), and where answers lie far."""
+    """Rows of a text, "plain", "far" (`mix_far`) or "recall" (`mix_recall`), and where answers lie far."""
     ids = even_rows(data, rows, length) if even else random_rows(data, rows, length, generator)
-    if kind == "far":
-        return mix_far(ids, generator)
+    if kind in ("far", "recall"):
+        return (mix_far if kind == "far" else mix_recall)(ids, generator)
     if kind != "plain":
-        raise SystemExit(f"{kind}: texts are plain or far.")
+        raise SystemExit(f"{kind}: texts are plain, far or recall.")
     return ids, torch.zeros_like(ids, dtype=torch.bool)
 
 
 def text_batches(data: torch.Tensor, kind: str, rows: int, length: int) -> Callable[[torch.Generator], Inputs]:
-    """What `train` takes, for a causal language model."""
+    """What `train` takes, for a causal language model.
+
+    Of "recall", batches are of as many tokens in rows of `length` or of its half, quarter, … to an eighth: what is near
+    is learnt first.
+    """
 
     def batch(generator: torch.Generator) -> Inputs:
-        ids, _ = text_rows(data, kind, rows, length, generator)
+        share = 2 ** int(torch.randint(0, 4, (), generator=generator)) if kind == "recall" else 1
+        ids, _ = text_rows(data, kind, rows * share, length // share, generator)
         return {"input_ids": ids, "labels": ids}
 
     return batch

@@ -64,7 +64,7 @@ SHORT = {
 
 @dataclass
 class Arguments(TextOptions, Options):
-    texts: list[str] = HfArg(default_factory=lambda: ["plain", "far"], help="plain, far or both")
+    texts: list[str] = HfArg(default_factory=lambda: ["plain", "far"], help="plain, far, recall")
     keys_by: list[str] = field(default_factory=lambda: ["lsh", "lsh-uncentred", "random", "local"])
     rounds: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     length: int = 1024

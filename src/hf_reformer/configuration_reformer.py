@@ -18,6 +18,8 @@ CHOICES = {
     "problem_type": ("regression", "single_label_classification", "multi_label_classification", None),
 }
 
+# What version 0.1 did; a config.json of its time leaves these fields out.
+_FIRST_DEFAULTS = {"lsh_centering": False, "lsh_rotary": True}
 # Defaults of transformers' own Reformer that differ from ours; its config.json leaves them out.
 _BUILTIN_DEFAULTS = {
     "axial_norm_std": 1.0,
@@ -26,6 +28,7 @@ _BUILTIN_DEFAULTS = {
     "axial_pos_shape": (64, 64),
     "attn_layers": ("local", "lsh", "local", "lsh", "local", "lsh"),
     "eos_token_id": 2,
+    "initializer_range": 0.02,
     "local_attention_probs_dropout_prob": 0.05,
     "num_attention_heads": 12,
     "num_hashes": 1,
@@ -35,10 +38,10 @@ _BUILTIN_DEFAULTS = {
 def from_builtin(config: dict[str, Any]) -> dict[str, Any]:
     """Translate a config dictionary of transformers' own Reformer (`model_type: reformer`).
 
-    Others pass unchanged, but for what version 0.1 saved: it knew no centering.
+    Others pass unchanged, except that fields which version 0.1 did not know are filled in as it computed.
     """
     if config.get("model_type") != "reformer":
-        return {"lsh_centering": False, **config} if "transformers_version" in config else config
+        return {**_FIRST_DEFAULTS, **config} if "transformers_version" in config else config
     renamed = {"ReformerModelWithLMHead": "ReformerForCausalLM"}
     translated = {**_BUILTIN_DEFAULTS, **config, "model_type": "hf_reformer"}
     translated.update(attention_mode="chunk", classifier_pooling="first", tie_word_embeddings=False)  # never tied
@@ -66,9 +69,9 @@ class ReformerConfig(PreTrainedConfig):
             Window mode: hash vectors as they are scored (turned by rotary positions, at unit length) less their mean
             over the sample, in causal models up to the token. Without it nearly all tokens share a few buckets.
             Models that were saved without this field hash them as projected.
-        lsh_rotary (`bool`, defaults to `True`):
+        lsh_rotary (`bool`, *optional*):
             Whether rotary positions turn the vectors of lsh layers, too. Otherwise these compare content alone, at any
-            distance, and the local layers tell them of positions.
+            distance, and other layers tell them of positions. Default: only where all layers are lsh.
         lsh_exploration_orders (`int`, defaults to 1):
             Window mode, training only: sort orders with random buckets, so that every pair can learn to attend.
         resample_rotations (`bool`, defaults to `True`): New hash rotations in every training forward, or evaluation's.
@@ -77,8 +80,11 @@ class ReformerConfig(PreTrainedConfig):
         num_buckets (`int` or `list[int]`, *optional*):
             Number of hash buckets, even, or a list of even factors. Default: the power of two nearest to
             `max_position_embeddings / lsh_window`, two factors above 128; in chunk mode by the length of the input.
+        initializer_range (`float`, *optional*):
+            Standard deviation of new weights. Default: 0.6 / sqrt(hidden_size), 0.053 for a width of 128.
         position_embedding_type (`str`, *optional*):
-            `"axial"` (default), `"learned"` or `"rotary"`. The older flag `axial_pos_embds=False` means `"learned"`.
+            `"rotary"` (default), `"axial"` (default if `axial_pos_shape` is given) or `"learned"`. The older flag
+            `axial_pos_embds` means `"axial"` if it is true and `"learned"` if it is false.
         axial_pos_shape, axial_pos_embds_dim (`list[int]`, *optional*):
             Sizes and widths of any number of axes. Default: two powers of two that cover `max_position_embeddings`,
             the first with a quarter of the hidden size.
@@ -141,7 +147,7 @@ class ReformerConfig(PreTrainedConfig):
     local_window: int = 128
     lsh_include_local: bool = True
     lsh_centering: bool = True
-    lsh_rotary: bool = True
+    lsh_rotary: bool | None = None
     lsh_exploration_orders: int = 1
     resample_rotations: bool = True
     num_hashes: int = 2
@@ -174,7 +180,7 @@ class ReformerConfig(PreTrainedConfig):
     chunk_size_lm_head: int = 0
     coverage_loss_weight: float | int = 0.0
 
-    initializer_range: float | int = 0.02
+    initializer_range: float | int | None = None
     layer_norm_eps: float | int = 1e-12
     is_decoder: bool = False
     decoder_attn_layers: list[str] | tuple[str, ...] | None = None
@@ -195,8 +201,13 @@ class ReformerConfig(PreTrainedConfig):
             self.attn_layers = tuple(("local", "lsh")[i % 2] for i in range(count))
         if self.num_hidden_layers is None:
             self.num_hidden_layers = len(self.attn_layers)
+        if self.initializer_range is None:
+            self.initializer_range = round(0.6 / math.sqrt(max(1, self.hidden_size)), 4)
         self._resolve_positions()
         self._resolve_decoder()
+        if self.lsh_rotary is None:
+            stacks = (self.attn_layers, self.decoder_attn_layers or self.attn_layers)
+            self.lsh_rotary = any(set(kinds) == {"lsh"} for kinds in stacks)
         if self.num_buckets is None and self.attention_mode == "window":
             self.num_buckets = default_num_buckets(self.max_position_embeddings, self.lsh_window)
         super().__post_init__(**kwargs)
@@ -204,7 +215,8 @@ class ReformerConfig(PreTrainedConfig):
     def _resolve_positions(self) -> None:
         """Fill in position fields that were left open; `validate_positions` checks the result."""
         if self.position_embedding_type is None:
-            self.position_embedding_type = "learned" if self.axial_pos_embds is False else "axial"
+            flag = self.axial_pos_shape and True if self.axial_pos_embds is None else self.axial_pos_embds
+            self.position_embedding_type = "rotary" if flag is None else "axial" if flag else "learned"
         if self.axial_pos_embds is None:
             self.axial_pos_embds = self.position_embedding_type == "axial"
         if self.axial_pos_shape is None:

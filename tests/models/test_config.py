@@ -42,8 +42,11 @@ def test_defaults():
     assert config.attn_layers == ("local", "lsh") * 3
     assert config.num_hidden_layers == 6
     assert config.num_buckets == 32
-    assert config.position_embedding_type == "axial"
-    assert config.axial_pos_embds is True
+    assert config.position_embedding_type == "rotary"
+    assert config.axial_pos_embds is False
+    assert config.lsh_centering
+    assert not config.lsh_rotary
+    assert config.initializer_range == 0.0375
     assert config.axial_pos_shape == (64, 64)
     assert config.axial_pos_embds_dim == (64, 192)
     assert (config.lsh_window, config.local_window, config.lsh_exploration_orders) == (128, 128, 1)
@@ -63,6 +66,41 @@ def test_the_number_of_layers_alternates_kinds():
 )
 def test_pooling_follows_the_direction_unless_given(is_decoder, given, pooling):
     assert tiny_config(is_decoder=is_decoder, classifier_pooling=given).pooling == pooling
+
+
+# --- what follows from other fields
+
+
+@pytest.mark.parametrize("width", [64, 128, 256, 512])
+def test_initial_weights_follow_the_width(width):
+    """Products with vectors of variance 1 have a variance of 0.36 at every width."""
+    config = ReformerConfig(hidden_size=width)
+    assert config.initializer_range**2 * width == pytest.approx(0.36, rel=0.01)
+    assert ReformerConfig(hidden_size=width, initializer_range=0.02).initializer_range == 0.02
+
+
+@pytest.mark.parametrize(
+    ("kinds", "decoder_kinds", "expected"),
+    [(["local", "lsh"], None, False), (["lsh"], None, True), (["full", "lsh"], ["lsh"], True), (["local"], None, False)],
+)
+def test_lsh_layers_have_rotary_positions_only_where_no_other_layer_has(kinds, decoder_kinds, expected):
+    more = {"is_encoder_decoder": True, "decoder_attn_layers": decoder_kinds} if decoder_kinds else {}
+    assert tiny_config(attn_layers=kinds, **more).lsh_rotary is expected
+    assert tiny_config(attn_layers=kinds, lsh_rotary=not expected, **more).lsh_rotary is not expected
+
+
+def test_a_model_of_version_0_1_computes_as_it_did(tmp_path):
+    """Its config.json knows nothing of centering, and rotary positions turned every layer's vectors."""
+    tiny_config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = json.loads(file.read_text())
+    assert saved["lsh_centering"] is True
+    del saved["lsh_centering"], saved["lsh_rotary"]
+    file.write_text(json.dumps(saved))
+    for config in (ReformerConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert config.lsh_centering is False
+        assert config.lsh_rotary is True
+    assert ReformerConfig.from_pretrained(tmp_path, lsh_centering=True).lsh_centering is True
 
 
 # --- positions

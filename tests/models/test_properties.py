@@ -373,3 +373,15 @@ def test_padding_changes_nothing_in_float32_where_buckets_agree(case, causal, mo
     found = run(model, padded, mask)[:, mask[0].bool()]
     assert replay.disagreements <= 2 + 2e-6 * replay.decisions
     assert max_abs_diff(found, alone) <= 1e-5
+
+
+# --- positions of lsh layers
+
+
+@both_directions
+def test_without_rotary_positions_an_lsh_layer_sees_content_alone(causal):
+    ids, shifted = make_ids(1, 60), torch.arange(60)[None] * 3 + 7
+    for lsh_rotary in (False, True):
+        model = model_of("lsh", "small", 2, causal, lsh_rotary=lsh_rotary, position_embedding_type="rotary")
+        difference = max_abs_diff(run(model, ids), model(ids, position_ids=shifted).last_hidden_state.detach())
+        assert (difference == 0) is not lsh_rotary

@@ -67,17 +67,9 @@ inline void pack_rotations(const HashParams& h, int64_t head, int64_t padded, fl
                 c < columns ? h.rotations[(head * h.size + k) * columns + c] : 0.0f;
 }
 
-// center: of this head, or null.
-inline void hash_tile(const HashParams& h, int64_t head_index, int64_t first, const Centering* center, const float* rotations,
-                      int64_t padded, HashScratch& w) {
-    Source vectors(h.vectors, head_index / h.heads, head_index % h.heads, h.bfloat16, h.size);
-    int count = static_cast<int>(std::min<int64_t>(kTile, h.length - first)), skipped = static_cast<int>(first);
-    if (center) {
-        center->write(first, count, w.centered.data());
-        vectors = Source(Strided{w.centered.data(), 0, 0, h.size}, 0, 0, false, h.size);
-        skipped = 0;
-    }
-    for (int i = 0; i < count; i++) gather(vectors, skipped + i, w.rows.data(), i);
+// The rows of a tile in `w.rows` → their buckets.
+inline void hash_rows(const HashParams& h, int64_t head_index, int64_t first, int count, const float* rotations, int64_t padded,
+                      HashScratch& w) {
     transpose_panels(w.rows.data(), static_cast<int>(h.size), w.columns.data());
     project(rotations, padded, w.columns.data(), static_cast<int>(h.size), w.projected.data());
     for (int64_t round = 0; round < h.rounds; round++) {
@@ -90,22 +82,52 @@ inline void hash_tile(const HashParams& h, int64_t head_index, int64_t first, co
     }
 }
 
-// Heads of a tile one after the other: in a projection's own layout they lie side by side.
 inline void run_hashing(const HashParams& h) {
-    int64_t tiles = (h.length + kTile - 1) / kTile, padded = (h.rounds * h.columns + kRows - 1) / kRows * kRows;
+    const int64_t padded = (h.rounds * h.columns + kRows - 1) / kRows * kRows, all_heads = h.batch * h.heads;
     std::vector<float> rotations(h.heads * h.size * padded);
     for (int64_t head = 0; head < h.heads; head++) pack_rotations(h, head, padded, rotations.data() + head * h.size * padded);
-    std::vector<std::unique_ptr<Centering>> centers(h.centered ? h.batch * h.heads : 0);
-    parallel_for(centers.size(), h.threads,
-                 [&](int64_t head_index, int) { centers[head_index] = std::make_unique<Centering>(h, head_index, kTile); });
     std::vector<std::unique_ptr<HashScratch>> scratch(std::max<int64_t>(1, h.threads));
-    parallel_for(h.batch * tiles, h.threads, [&](int64_t task, int worker) {
+    // Tokens first … end - 1 of a head, the first one a tile's.
+    auto hash_tokens = [&](int64_t head_index, int64_t first, int64_t end, int worker, auto&& read) {
         if (!scratch[worker]) scratch[worker] = std::make_unique<HashScratch>(h, padded);
-        for (int64_t head = 0; head < h.heads; head++) {
-            int64_t head_index = task / tiles * h.heads + head;
-            hash_tile(h, head_index, task % tiles * kTile, h.centered ? centers[head_index].get() : nullptr,
-                      rotations.data() + head * h.size * padded, padded, *scratch[worker]);
+        HashScratch& w = *scratch[worker];
+        for (; first < end; first += kTile) {
+            const int count = static_cast<int>(std::min<int64_t>(kTile, end - first));
+            const Source rows = read(first, count, w);
+            for (int i = 0; i < count; i++) gather(rows, i, w.rows.data(), i);
+            hash_rows(h, head_index, first, count, rotations.data() + head_index % h.heads * h.size * padded, padded, w);
         }
+    };
+    const int64_t tiles = (h.length + kTile - 1) / kTile;
+    if (!h.centered) {  // heads of a tile one after the other: in a projection's own layout they lie side by side
+        parallel_for(h.batch * tiles, h.threads, [&](int64_t task, int worker) {
+            for (int64_t head = 0; head < h.heads; head++) {
+                const int64_t batch = task / tiles, begin = task % tiles * kTile;
+                auto read = [&](int64_t first, int, HashScratch&) {
+                    Source rows(h.vectors, batch, head, h.bfloat16, h.size);
+                    rows.base = rows.row(static_cast<int>(first));
+                    return rows;
+                };
+                hash_tokens(batch * h.heads + head, begin, std::min(h.length, begin + kTile), worker, read);
+            }
+        });
+        return;
+    }
+    // As few segments as keep all threads busy: what comes before a segment has to be added up first.
+    const int64_t wanted = std::min(tiles, (h.threads + all_heads - 1) / all_heads);
+    const int64_t segment = (tiles + wanted - 1) / wanted * kTile, segments = (h.length + segment - 1) / segment;
+    std::vector<std::unique_ptr<Centering>> centers(all_heads);
+    parallel_for(all_heads, h.threads,
+                 [&](int64_t head_index, int) { centers[head_index] = std::make_unique<Centering>(h, head_index, segment); });
+    parallel_for(all_heads * segments, h.threads, [&](int64_t task, int worker) {
+        const int64_t head_index = task / segments, begin = task % segments * segment;
+        const Centering& center = *centers[head_index];
+        Centering::State state = center.before(task % segments);
+        auto read = [&](int64_t first, int count, HashScratch& w) {
+            center.write(state, first, count, w.centered.data());
+            return Source(Strided{w.centered.data(), 0, 0, h.size}, 0, 0, false, h.size);
+        };
+        hash_tokens(head_index, begin, std::min(h.length, begin + segment), worker, read);
     });
 }
 

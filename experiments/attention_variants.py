@@ -11,11 +11,13 @@ Layers of kind local stay as they are, with small windows. In the place of the l
     local          local layers that see as many keys as an lsh layer: local window + rounds × lsh window
     local-shared   the same with shared queries and keys
     lsh            lsh layers, as the config has them
-    lsh-uncentred  lsh layers that hash as they did before the mean was taken off (`lsh_centering=False`)
+    version-0.1    lsh layers as they were: rotary positions, vectors hashed with their mean
+    sinks          lsh layers, and every layer sees the first four tokens of the sequence, too
     random         lsh layers that hash random vectors: the control
 
 The text is plain, or far tokens matter in it: passages are repeated and records asked again, at least a quarter of the
-sequence later (`common.mix_far`). Bits per byte are means over all bytes and over those whose answer lies far.
+sequence later (`common.mix_far`), or recall is mixed in (`common.mix_recall`). Bits per byte are means over all bytes
+and over those whose answer lies far.
 """
 
 import contextlib
@@ -29,7 +31,6 @@ from common import (
     Options,
     TextOptions,
     bits_per_byte,
-    has_field,
     make_model,
     only_local,
     parse,
@@ -37,6 +38,7 @@ from common import (
     random_hashing,
     read_texts,
     see_all,
+    sink_tokens,
     table,
     text_batches,
     text_rows,
@@ -45,7 +47,7 @@ from common import (
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
-VARIANTS = ("exact", "full", "local", "local-shared", "lsh", "lsh-uncentred", "random")
+VARIANTS = ("exact", "full", "local", "local-shared", "lsh", "version-0.1", "random", "sinks")
 KEYS = (
     "source", "text", "variant", "seed", "length", "steps", "rows", "hidden_size", "layers", "local_window",
     "lsh_window", "num_hashes", "learning_rate", "overrides", "validated_on",
@@ -59,7 +61,7 @@ SHORT = {
 
 @dataclass
 class Arguments(TextOptions, Options):
-    variants: list[str] = field(default_factory=lambda: [v for v in VARIANTS if v not in ("full", "local-shared")])
+    variants: list[str] = field(default_factory=lambda: ["exact", "local", "lsh", "version-0.1", "random"])
     texts: list[str] = HfArg(default_factory=lambda: ["plain", "far"], help="plain, far, recall")
     length: int = 4096
     steps: int = 600
@@ -78,8 +80,8 @@ def build(variant: str, args: Arguments) -> tuple[Any, contextlib.ExitStack]:
     swap = {"full": "full", "local": "local"}.get(variant, "lsh")
     lsh_layers = [i for i, kind in enumerate(layers) if kind == "lsh"]
     layers = [swap if i in lsh_layers else kind for i, kind in enumerate(layers)]
-    if variant == "lsh-uncentred":
-        fields["lsh_centering"] = False
+    if variant == "version-0.1":
+        fields |= {"lsh_centering": False, "lsh_rotary": True}
     model = make_model(
         args.length, args.hidden_size, layers, args.overrides, local_window=args.local_window,
         lsh_window=args.lsh_window, num_hashes=args.num_hashes, **fields,
@@ -91,6 +93,8 @@ def build(variant: str, args: Arguments) -> tuple[Any, contextlib.ExitStack]:
         contexts.enter_context(only_local(model, keys))
     elif variant == "random":
         contexts.enter_context(random_hashing())
+    elif variant == "sinks":
+        contexts.enter_context(sink_tokens(4))
     elif variant == "local":
         for i in lsh_layers:
             attention = model.model.layers[i].attention
@@ -118,12 +122,12 @@ def run(
 
 
 def draw(experiment: Experiment, rows: list[dict[str, str]], args: Arguments) -> None:
-    panels = [(text, "bits") for text in args.texts] + [("far", "far_bits")] * ("far" in args.texts)
+    panels = [(text, "bits") for text in args.texts] + [(text, "far_bits") for text in args.texts if text != "plain"]
     figure, axes = experiment.figure(len(panels), width=4)
     for ax, (text, value) in zip(axes, panels, strict=True):
         for place, variant in enumerate(args.variants):
             numbers = [float(row[value]) for row in rows if row["text"] == text and row["variant"] == variant]
-            ax.plot([place] * len(numbers), numbers, "o", color="#0b5d7a" if "lsh" in variant else "#d1495b")
+            ax.plot([place] * len(numbers), numbers, "o", color="#0b5d7a" if variant == "lsh" else "#d1495b")
         ax.set_xticks(range(len(args.variants)), args.variants, rotation=30, ha="right")
         ax.set(title=f"{text} text, {'all bytes' if value == 'bits' else 'far answers'}", ylabel="bits per byte")
         ax.grid(axis="y", alpha=0.3)
@@ -137,8 +141,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     fixed = {name: getattr(args, name) for name in KEYS if hasattr(args, name)}
     fixed |= {"layers": " ".join(args.layers), "source": "demo" if args.train_file is None else args.train_file.stem}
     for choice in product(seed=args.seeds, text=args.texts, variant=args.variants):
-        if choice["variant"] == "lsh-uncentred" and not has_field("lsh_centering"):
-            continue
         key = {**fixed, **choice, "validated_on": args.validate_on}
         if not experiment.results.find(key):
             experiment.results.add(key, run(key, args, experiment, texts))

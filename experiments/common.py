@@ -29,7 +29,9 @@ from transformers.hf_argparser import HfArg
 
 from hf_reformer import ReformerConfig, ReformerForCausalLM
 from hf_reformer.data.demo_corpus import clean_source, package_folder
+from hf_reformer.layers import attention as attention_module
 from hf_reformer.layers.attention import Hasher
+from hf_reformer.ops.layout import AttentionLayout
 from hf_reformer.training.model_setup import parse_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -244,9 +246,22 @@ def random_hashing() -> Iterator[None]:
         yield
 
 
-def has_field(name: str) -> bool:
-    """Whether this version's config has a field."""
-    return name in ReformerConfig.__annotations__
+@contextmanager
+def sink_tokens(count: int) -> Iterator[None]:
+    """A context in which every token of local and lsh layers also sees the first `count` tokens of its row."""
+    original = attention_module.window_layout
+
+    def with_sinks(*args: Any, **kwargs: Any) -> AttentionLayout:
+        layout = original(*args, **kwargs)
+        rounds, length = layout.perm.shape[2:]
+        token = torch.arange(length, dtype=torch.int32).expand(*layout.perm.shape[:2], 1, length)
+        more = token, torch.full_like(token, rounds * length), rounds * length + token.clamp(max=count - 1)
+        perm, start, end = (torch.cat(pair, dim=2) for pair in zip(layout[:3], more, strict=True))
+        reach = {"left_reach": length - 1, "right_reach": layout.right_reach}
+        return layout._replace(perm=perm, window_start=start, window_end=end, **reach)
+
+    with patch.object(attention_module, "window_layout", with_sinks):
+        yield
 
 
 # --- training
@@ -431,8 +446,8 @@ KEY_BYTES, VALUE_BYTES = (128, 64), (192, 16)  # the first, and how many: bytes 
 def mix_recall(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix recall into rows of text: a key byte with its value behind it, asked again at least a quarter later.
 
-    In the first half of a row of T bytes T / 32 keys are stated, 64 at most, at random even places. In its last quarter
-    each is asked three times.
+    In the first half of a row of T bytes T / 32 keys are stated, 64 at most, at random even places. In its last
+    quarter each is asked three times.
 
     Args:
         ids: (rows, T) int64 bytes; those of 128 and above become others.

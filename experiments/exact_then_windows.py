@@ -15,7 +15,7 @@ evaluated with their windows, in `rounds` hash rounds. A row of the CSV is a way
 
 `loss` is what is lost against exact attention, in bits per byte. `found` is the share of the exact softmax's mass
 beyond the local window that falls on the keys chosen, `best` what the best choice of as many keys would find: means of
-layers and heads (`hf_reformer.analysis.attention_found`; empty where the version does not have it).
+layers and heads (`hf_reformer.analysis.attention_found`).
 """
 
 import contextlib
@@ -32,7 +32,6 @@ from common import (
     Options,
     TextOptions,
     bits_per_byte,
-    has_field,
     make_model,
     only_local,
     parse,
@@ -48,7 +47,7 @@ from common import (
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
-import hf_reformer.analysis
+from hf_reformer.analysis import attention_found
 
 KEYS = (
     "source", "text", "seed", "length", "steps", "rows", "hidden_size", "layers", "local_window", "lsh_window",
@@ -100,10 +99,8 @@ def mass_found(model: Any, ids: torch.Tensor, by: str, rounds: int, args: Argume
     """Shares of the exact attention's mass beyond the local window, means of layers and heads (see above)."""
     if by in ONCE:
         return {"found": float(by == "exact"), "best": math.nan}
-    if not hasattr(hf_reformer.analysis, "attention_found"):
-        return {"found": math.nan, "best": math.nan}
     with keys_chosen(model, "lsh" if by == "local" else by, rounds, args):  # "local": as many keys as hashing shows
-        layers = hf_reformer.analysis.attention_found(model.eval(), {"input_ids": ids}, num_hashes=rounds)
+        layers = attention_found(model.eval(), {"input_ids": ids}, num_hashes=rounds)
     shares = {"found": "more_local" if by == "local" else "hashed", "best": "best"}
     return {name: torch.stack([getattr(x, share) for x in layers]).mean().item() for name, share in shares.items()}
 
@@ -119,8 +116,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts, rows = read_texts(args), []
     fixed = {name: getattr(args, name) for name in KEYS if hasattr(args, name) and name not in ("keys_by", "rounds")}
     fixed |= {"layers": " ".join(args.layers), "source": "demo" if args.train_file is None else args.train_file.stem}
-    ways = [by for by in args.keys_by if by != "lsh-uncentred" or has_field("lsh_centering")]
-    choices = [(by, 0) for by in ONCE] + [(by, rounds) for rounds in args.rounds for by in ways]
+    choices = [(by, 0) for by in ONCE] + [(by, rounds) for rounds in args.rounds for by in args.keys_by]
     for choice in product(seed=args.seeds, text=args.texts):
         key = {**fixed, **choice, "validated_on": args.validate_on}
         wanted = [{**key, "keys_by": by, "rounds": rounds} for by, rounds in choices]

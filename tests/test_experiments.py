@@ -145,8 +145,6 @@ def test_random_hashing_gives_reversible_layers_the_gradients_of_plain_ones():
 
 @pytest.mark.parametrize("variant", variants.VARIANTS)
 def test_variants_are_causal_and_have_the_layers_they_say(variant):
-    if variant == "lsh-uncentred" and not common.has_field("lsh_centering"):
-        pytest.skip("this version hashes without a centre")
     args = variants.Arguments(length=64, hidden_size=32, local_window=4, lsh_window=4)
     model, contexts = variants.build(variant, args)
     kind = {"full": "full", "local": "local"}.get(variant, "lsh")
@@ -160,8 +158,6 @@ def test_variants_are_causal_and_have_the_layers_they_say(variant):
 
 @pytest.mark.parametrize("by", ["exact", "none", "lsh", "lsh-uncentred", "random", "local"])
 def test_ways_to_choose_keys_end_where_they_began_and_see_what_they_say(by):
-    if by == "lsh-uncentred" and not common.has_field("lsh_centering"):
-        pytest.skip("this version hashes without a centre")
     args, model, ids = windows.Arguments(local_window=4, lsh_window=4), lm(num_buckets=2), make_ids(2, 64)
     before = logits(model, ids)
     with windows.keys_chosen(model, by, 2, args) as inputs:

@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ..configuration_reformer import ReformerConfig, padded_length
 from ..ops.bucket_tables import BucketChains
-from ..ops.lsh import num_buckets_total, unit_sums
+from ..ops.lsh import num_buckets_total, sum_dtype, unit_sums
 
 GROWTH = 1.125  # of the capacity, when it is full
 
@@ -82,7 +82,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         self.keys = key_states.new_zeros(batch, heads, capacity, size)
         self.values = self.keys.clone()
         if self.centered:
-            self.sums = torch.zeros(batch, heads, size, dtype=torch.float64, device=self.device)
+            self.sums = torch.zeros(batch, heads, size, dtype=sum_dtype(self.device), device=self.device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.longest = self.oldest = self.lengths
         self.is_initialized = True
@@ -271,7 +271,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         index = numbers.clamp(min=0)[:, None, None].expand(-1, *self.buckets.shape[1:3], -1)
         if self.sums is not None:
             keys = self.keys.gather(2, index[:, :, 0, :, None].expand(-1, -1, -1, self.keys.shape[3]))
-            self.sums = self.sums - unit_sums(keys, numbers >= 0)
+            self.sums = self.sums - unit_sums(keys, numbers >= 0)  # they were hashed as they are kept
         self.chains.remove(self.buckets.gather(-1, index), numbers)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -60,7 +60,7 @@ class Centering(NamedTuple):
         causal: of the real tokens so far; otherwise of all.
         mask: (B, T) bool, True for real tokens; None: all are.
         samples: (B, T) int32, which sample of a packed sequence a token belongs to, 0, 1, … in turn; None: one each.
-        sums: (B, H, D) float64, causal: `unit_sums` of the tokens before these; None: there are none.
+        sums: (B, H, D) float64 (`sum_dtype`), causal: `unit_sums` of the tokens before these; None: there are none.
         counts: (B) int64, how many real tokens those are.
     """
 
@@ -79,9 +79,15 @@ def unit_rows(vectors: torch.Tensor, mask: torch.Tensor | None = None) -> torch.
     return torch.where(used, vectors / norm.clamp(min=SMALLEST_NORM), 0.0)
 
 
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Of sums over a sequence, so that a million tokens do not drift: float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def unit_sums(vectors: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """`unit_rows` of (B, H, T, D) added up, (B, H, D) float64; head by head, to save memory."""
-    return torch.cat([unit_rows(head, mask).sum(2, dtype=torch.float64) for head in vectors.split(1, dim=1)], dim=1)
+    dtype = sum_dtype(vectors.device)
+    return torch.cat([unit_rows(head, mask).sum(2, dtype=dtype) for head in vectors.split(1, dim=1)], dim=1)
 
 
 @torch.no_grad()
@@ -99,11 +105,12 @@ def centered(vectors: torch.Tensor, centering: Centering) -> torch.Tensor:
     """
     rows, mask, samples = unit_rows(vectors, centering.mask), centering.mask, centering.samples
     counts = torch.ones_like(rows[:, :1, :, :1]) if mask is None else mask[:, None, :, None]
+    dtype = sum_dtype(rows.device)
     if samples is None and not centering.causal:
-        sums, counts = (x.sum(2, keepdim=True, dtype=torch.float64) for x in (rows, counts))
+        sums, counts = (x.sum(2, keepdim=True, dtype=dtype) for x in (rows, counts))
     else:
-        sums, counts = (x.cumsum(2, dtype=torch.float64) for x in (rows, counts))
-    if centering.sums is not None:
+        sums, counts = (x.cumsum(2, dtype=dtype) for x in (rows, counts))
+    if centering.sums is not None and centering.counts is not None:
         sums, counts = sums + centering.sums[:, :, None], counts + centering.counts[:, None, None, None]
     if samples is not None:
         sums, counts = (_within_samples(x, samples.contiguous(), centering.causal) for x in (sums, counts))

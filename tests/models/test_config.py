@@ -81,7 +81,12 @@ def test_initial_weights_follow_the_width(width):
 
 @pytest.mark.parametrize(
     ("kinds", "decoder_kinds", "expected"),
-    [(["local", "lsh"], None, False), (["lsh"], None, True), (["full", "lsh"], ["lsh"], True), (["local"], None, False)],
+    [
+        (["local", "lsh"], None, False),
+        (["lsh"], None, True),
+        (["full", "lsh"], ["lsh"], True),
+        (["local"], None, False),
+    ],
 )
 def test_lsh_layers_have_rotary_positions_only_where_no_other_layer_has(kinds, decoder_kinds, expected):
     more = {"is_encoder_decoder": True, "decoder_attn_layers": decoder_kinds} if decoder_kinds else {}

@@ -124,5 +124,5 @@ def test_an_adapter_merges_into_eight_bits(tmp_path):
     config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
     model = peft.get_peft_model(base, config).eval()
     expected = model(input_ids=IDS).logits
-    assert relative_gap(expected, before) > 2 * TOLERANCE
-    assert relative_gap(model.merge_and_unload()(input_ids=IDS).logits, expected) <= TOLERANCE
+    assert relative_gap(expected, before) > 2 * TOLERANCE[torch.float32]
+    assert relative_gap(model.merge_and_unload()(input_ids=IDS).logits, expected) <= TOLERANCE[torch.float32]

@@ -431,8 +431,8 @@ KEY_BYTES, VALUE_BYTES = (128, 64), (192, 64)  # the first, and how many: bytes 
 def mix_recall(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Mix recall into rows of text: a key byte with its value behind it, asked again at least a quarter later.
 
-    In the first half of a row of T bytes T / 32 keys are stated, 64 at most, at random even places. In its last quarter
-    each is asked three times.
+    In the first half of a row of T bytes T / 32 keys are stated, 64 at most, at random even places. In its last
+    quarter each is asked three times.
 
     Args:
         ids: (rows, T) int64 bytes; those of 128 and above become others.
@@ -469,8 +469,8 @@ def text_rows(
 def text_batches(data: torch.Tensor, kind: str, rows: int, length: int) -> Callable[[torch.Generator], Inputs]:
     """What `train` takes, for a causal language model.
 
-    Of "recall", batches are of as many tokens in rows of `length` or of its half, quarter, … to an eighth: what is near
-    is learnt first.
+    Of "recall", batches are of as many tokens in rows of `length` or of its half, quarter, … to an eighth: what is
+    near is learnt first.
     """
 
     def batch(generator: torch.Generator) -> Inputs:

@@ -341,8 +341,8 @@ def test_numbers_out_of_range_are_refused():
     buckets = torch.tensor([[[[0, 1, 9]]]], dtype=torch.int32)
     with pytest.raises(ValueError, match="outside of the number of buckets"):
         cpu.sort_by_bucket(buckets, None, 7, 0, 0, 1)
+    rotations = window_rotations(make_key(0), 0, 2, 8, 1, 6)
     with pytest.raises(ValueError, match="3 columns don't fit bucket factors \\[8\\]"):
-        rotations = window_rotations(make_key(0), 0, 2, 8, 1, 6)
         cpu.lsh_buckets(torch.zeros(1, 2, 4, 8), rotations, [8], False, *Centering(True))
 
 

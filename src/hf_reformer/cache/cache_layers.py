@@ -36,7 +36,8 @@ class ReformerCacheLayer(CacheLayerMixin):
     hasher: Any  # `layers.attention.Hasher` of all tokens; lsh layers
     seen_tokens: int  # how many tokens of each sequence were given so far, padding included
     makes_chains = True
-    per_sequence: tuple[str, ...] = ("keys", "values", "buckets", "sums", "lengths", "longest", "oldest", "attention_mask")
+    per_sequence: tuple[str, ...] = ("keys", "values", "buckets", "sums", "lengths", "longest", "oldest")
+    per_sequence += ("attention_mask",)
 
     def __init__(self, config: ReformerConfig, layer: int, capacity: int = 0):
         super().__init__()
@@ -353,7 +354,7 @@ def _extend(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
 def signatures(config: ReformerConfig) -> list[tuple]:
     """The settings that a cache layer depends on, layer by layer."""
     fields = ["attention_mode", "num_attention_heads", "attention_head_size", "local_window", "lsh_window",
-              "lsh_include_local", "lsh_centering", "lsh_rotary", "local_attn_chunk_length", "local_num_chunks_before", "lsh_attn_chunk_length",
-              "lsh_num_chunks_before"]  # fmt: skip
+              "lsh_include_local", "lsh_centering", "lsh_rotary", "local_attn_chunk_length", "local_num_chunks_before",
+              "lsh_attn_chunk_length", "lsh_num_chunks_before"]  # fmt: skip
     values = vars(config)  # attributes take their time, and every decode step asks
     return [(kind, *[values[name] for name in fields]) for kind in values["attn_layers"]]

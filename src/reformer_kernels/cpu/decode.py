@@ -105,9 +105,7 @@ def decode_attention(
     return out.to(value.dtype)
 
 
-def decode_layers(
-    x1: torch.Tensor, x2: torch.Tensor, layers: list[DecodeLayer]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def decode_layers(x1: torch.Tensor, x2: torch.Tensor, layers: list[DecodeLayer]) -> tuple[torch.Tensor, torch.Tensor]:
     """One new token of every sequence through whole layers, on top of their caches.
 
     Args:

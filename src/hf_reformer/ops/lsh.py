@@ -103,7 +103,7 @@ def centered(vectors: torch.Tensor, centering: Centering) -> torch.Tensor:
         sums, counts = (x.sum(2, keepdim=True, dtype=torch.float64) for x in (rows, counts))
     else:
         sums, counts = (x.cumsum(2, dtype=torch.float64) for x in (rows, counts))
-    if centering.sums is not None:
+    if centering.sums is not None and centering.counts is not None:
         sums, counts = sums + centering.sums[:, :, None], counts + centering.counts[:, None, None, None]
     if samples is not None:
         sums, counts = (_within_samples(x, samples.contiguous(), centering.causal) for x in (sums, counts))

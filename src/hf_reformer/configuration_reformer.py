@@ -83,8 +83,9 @@ class ReformerConfig(PreTrainedConfig):
         initializer_range (`float`, *optional*):
             Standard deviation of new weights. Default: 0.6 / sqrt(hidden_size), 0.053 for a width of 128.
         position_embedding_type (`str`, *optional*):
-            `"rotary"` (default), `"axial"` (default if `axial_pos_shape` is given) or `"learned"`. The older flag
-            `axial_pos_embds` means `"axial"` if it is true and `"learned"` if it is false.
+            `"rotary"` (default), `"axial"` (default in chunk mode, whose old checkpoints have no rotary positions, and
+            where `axial_pos_shape` or `axial_pos_embds_dim` is given) or `"learned"`. The older flag `axial_pos_embds`
+            means `"axial"` if it is true and `"learned"` if it is false.
         axial_pos_shape, axial_pos_embds_dim (`list[int]`, *optional*):
             Sizes and widths of any number of axes. Default: two powers of two that cover `max_position_embeddings`,
             the first with a quarter of the hidden size.
@@ -215,8 +216,10 @@ class ReformerConfig(PreTrainedConfig):
     def _resolve_positions(self) -> None:
         """Fill in position fields that were left open; `validate_positions` checks the result."""
         if self.position_embedding_type is None:
-            flag = self.axial_pos_shape and True if self.axial_pos_embds is None else self.axial_pos_embds
-            self.position_embedding_type = "rotary" if flag is None else "axial" if flag else "learned"
+            named = self.axial_pos_shape is not None or self.axial_pos_embds_dim is not None
+            default = "axial" if named or self.attention_mode == "chunk" else "rotary"
+            flag = self.axial_pos_embds
+            self.position_embedding_type = default if flag is None else "axial" if flag else "learned"
         if self.axial_pos_embds is None:
             self.axial_pos_embds = self.position_embedding_type == "axial"
         if self.axial_pos_shape is None:

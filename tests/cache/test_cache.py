@@ -65,7 +65,9 @@ def test_pieces_equal_the_whole(kinds, pieces, masked):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"position_embedding_type": "rotary"},
+        {"position_embedding_type": "axial"},
+        {"position_embedding_type": "rotary", "lsh_rotary": False},
+        {"position_embedding_type": "rotary", "lsh_rotary": True},
         {"lsh_include_local": False},
         {"num_hashes": 3, "num_buckets": [2, 4]},
         {"dtype": torch.float32},

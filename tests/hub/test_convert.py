@@ -168,6 +168,11 @@ def test_ours_there_and_back(name, tmp_path):
     assert_equal_outputs(builtin, ours, make_ids(2, 50))
 
 
+def test_a_model_of_chunk_mode_can_be_converted_whatever_else_is_left_to_the_defaults():
+    _, notes = to_builtin(ReformerForMaskedLM(hf_reformer.ReformerConfig(attention_mode="chunk")))
+    assert [note for note in notes if "no field" in note] == []
+
+
 def test_generation_settings_travel_along(tmp_path):
     builtin = make_builtin("ReformerModelWithLMHead", num_buckets=8)
     builtin.generation_config.num_beams = 3

@@ -28,10 +28,11 @@ KINDS = [
         pytest.param(cls, changes, marks=pytest.mark.slow)
         for cls, changes in (
             (ReformerForSequenceClassification, {}),
-            (ReformerForCausalLM, {"attention_backend": "torch", "position_embedding_type": "rotary"}),
+            (ReformerForCausalLM, {"attention_backend": "torch", "position_embedding_type": "axial"}),
             (ReformerForCausalLM, CHUNKS),
             (ReformerForCausalLM, {"reversible": False, "attn_layers": ["full", "lsh"]}),
             (ReformerForQuestionAnswering, {}),
+            (ReformerForCausalLM, {"attention_backend": "torch", "lsh_rotary": True}),
         )
     ),
 ]

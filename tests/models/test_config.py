@@ -137,6 +137,24 @@ def test_the_older_flag_chooses_learned_positions():
     assert isinstance(ReformerModel(config).position_embeddings, torch.nn.Embedding)
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, "rotary"),
+        ({"axial_pos_shape": [16, 16]}, "axial"),
+        ({"axial_pos_embds_dim": [4, 12]}, "axial"),
+        ({"axial_pos_embds": True}, "axial"),
+        ({"axial_pos_embds": False}, "learned"),
+        ({"axial_pos_embds": False, "axial_pos_shape": [16, 16]}, "learned"),
+        ({"attention_mode": "chunk"}, "axial"),
+        ({"attention_mode": "chunk", "axial_pos_embds": False}, "learned"),
+        ({"attention_mode": "chunk", "position_embedding_type": "rotary"}, "rotary"),
+    ],
+)
+def test_the_kind_of_positions_follows_the_fields_of_axial_ones_and_the_mode(fields, expected):
+    assert tiny_config(**fields).position_embedding_type == expected
+
+
 @pytest.mark.parametrize("kind", ["axial", "learned", "rotary"])
 def test_the_flag_follows_the_kind_of_positions(kind, tmp_path):
     config = tiny_config(position_embedding_type=kind)
@@ -269,7 +287,9 @@ def test_saving_and_loading_gives_an_equal_config(fields, tmp_path):
     [
         ({}, {"attn_layers": ["lsh"]}, {"attn_layers": ("lsh",), "num_hidden_layers": 1}),
         ({}, {"num_hidden_layers": 4}, {"attn_layers": ("local", "lsh") * 2, "num_hidden_layers": 4}),
-        ({}, {"position_embedding_type": "rotary"}, {"axial_pos_embds": False}),
+        ({"axial_pos_embds": True}, {"position_embedding_type": "rotary"}, {"axial_pos_embds": False}),
+        ({}, {"position_embedding_type": "axial"}, {"axial_pos_embds": True}),
+        ({}, {"axial_pos_embds": True}, {"position_embedding_type": "axial"}),
         ({}, {"axial_pos_embds": False}, {"position_embedding_type": "learned"}),
         ({}, {"num_buckets": [2, 8]}, {"num_buckets": (2, 8)}),
         ({}, {"num_labels": 7, "num_hashes": 5}, {"num_labels": 7, "num_hashes": 5}),
@@ -285,7 +305,7 @@ def test_fields_given_to_from_pretrained_take_part(fields, overrides, expected, 
 @pytest.mark.parametrize("overrides", [{"num_buckets": 3}, {"max_position_embeddings": 10**6}, {"attn_layers": ["x"]}])
 def test_fields_given_to_from_pretrained_are_checked(overrides, tmp_path):
     with pytest.raises(Exception, match=next(iter(overrides))):
-        reload(tiny_config(), tmp_path, **overrides)
+        reload(tiny_config(position_embedding_type="axial"), tmp_path, **overrides)
 
 
 def test_unused_arguments_are_handed_back(tmp_path):
@@ -384,7 +404,7 @@ def test_translation_leaves_the_dictionary_alone():
 
 
 def test_fresh_axial_positions_do_not_drown_the_tokens():
-    model = ReformerModel(ReformerConfig(hidden_size=64))
+    model = ReformerModel(ReformerConfig(hidden_size=64, position_embedding_type="axial"))
     spread = [weight.std().item() for weight in model.position_embeddings.weights]
     assert max(spread) <= 2 * model.embed_tokens.weight.std().item()
     assert ReformerConfig.from_dict({"model_type": "reformer"}).axial_norm_std == 1.0

@@ -86,12 +86,12 @@ BAD = [
 @pytest.mark.parametrize(("inputs", "message"), BAD)
 def test_bad_input_is_named_with_its_remedy(inputs, message, mode):
     with pytest.raises(ValueError, match=f"(?s){message}"):
-        make_model(ReformerModel, **MODES[mode])(**inputs)
+        make_model(ReformerModel, position_embedding_type="axial", **MODES[mode])(**inputs)
 
 
 @heads
 def test_heads_refuse_bad_input_in_the_same_words(cls, labels):
-    model = make_model(cls)
+    model = make_model(cls, position_embedding_type="axial")
     for inputs in ({"input_ids": IDS[:, :0]}, {"input_ids": IDS + VOCAB}, {"input_ids": make_ids(2, 300)}):
         with pytest.raises(ValueError, match=r"empty|vocab_size=40|covers 256"):
             model(input_ids=shaped_for(cls, inputs["input_ids"]))
@@ -110,9 +110,10 @@ def test_only_rotary_positions_have_no_end(kind):
             model(make_ids(1, 17))
 
 
-def test_padding_needs_no_positions():
+@pytest.mark.parametrize("kind", ["axial", "learned"])
+def test_padding_needs_no_positions(kind):
     """A row padded beyond what the positions cover still equals the row alone."""
-    model = make_model(ReformerModel, max_position_embeddings=16)
+    model = make_model(ReformerModel, position_embedding_type=kind, max_position_embeddings=16)
     ids = make_ids(1, 16)
     padded, mask = torch.nn.functional.pad(ids, (9, 5)), torch.nn.functional.pad(torch.ones_like(ids), (9, 5))
     found = model(padded, attention_mask=mask).last_hidden_state[:, 9:25]

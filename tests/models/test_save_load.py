@@ -166,10 +166,15 @@ EXPECTED_NAMES = {
 
 @pytest.mark.parametrize("cls", [ReformerForCausalLM, ReformerForMaskedLM])
 def test_names_of_weights_are_those_that_others_rely_on(cls, tmp_path):
-    model = make_model(cls)
+    model = make_model(cls, position_embedding_type="axial")
     assert model.state_dict().keys() == EXPECTED_NAMES
     model.save_pretrained(tmp_path)
     assert weights_of(tmp_path).keys() == EXPECTED_NAMES
+
+
+def test_rotary_positions_have_no_weights():
+    names = make_model(ReformerForCausalLM, position_embedding_type="rotary").state_dict().keys()
+    assert names == {name for name in EXPECTED_NAMES if "position_embeddings" not in name}
 
 
 def test_learned_positions_are_one_table(tmp_path):
@@ -228,7 +233,7 @@ def assert_initialised(model) -> None:
 
 
 @every_class
-@pytest.mark.parametrize("positions", ["axial", "learned"])
+@pytest.mark.parametrize("positions", ["axial", "learned", "rotary"])
 def test_every_weight_is_initialised(cls, positions):
     config = tiny_config(
         position_embedding_type=positions,
@@ -244,7 +249,7 @@ def test_every_weight_is_initialised(cls, positions):
 @every_class
 def test_a_model_made_without_memory_is_initialised_alike(cls):
     """Meta device, then real memory, then `init_weights`: how large models are made."""
-    config = tiny_config(hidden_size=64, initializer_range=0.5, axial_norm_std=2.0)
+    config = tiny_config(position_embedding_type="axial", hidden_size=64, initializer_range=0.5, axial_norm_std=2.0)
     with torch.device("meta"):
         model = cls(config)
     assert all(p.device.type == "meta" for p in model.parameters())

@@ -36,9 +36,8 @@ class ReformerCacheLayer(CacheLayerMixin):
     hasher: Any  # `layers.attention.Hasher` of all tokens; lsh layers
     seen_tokens: int  # how many tokens of each sequence were given so far, padding included
     makes_chains = True
-    per_sequence: tuple[str, ...] = (
-        "keys", "values", "buckets", "sums", "lengths", "longest", "oldest", "attention_mask",
-    )  # fmt: skip
+    per_sequence: tuple[str, ...] = ("keys", "values", "buckets", "sums", "lengths", "longest", "oldest")
+    per_sequence += ("attention_mask",)
 
     def __init__(self, config: ReformerConfig, layer: int, capacity: int = 0):
         super().__init__()

@@ -25,6 +25,7 @@ BUILTIN_HEADS["ReformerForCausalLM"] = transformers.ReformerModelWithLMHead
 TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "spiece.model", "vocab*"]
 TOKENIZER_FILES += ["merges.txt", "chat_template*", "additional_chat_templates", "tokenization_*.py"]
 DERIVED_FIELDS = {"attention_mode", "position_embedding_type", "classifier_pooling", "num_hidden_layers"}  # no loss
+DERIVED_FIELDS |= {"lsh_centering", "lsh_rotary"}  # nor these: chunks are hashed as they are, without rotary positions
 READ_ERRORS = (OSError, StrictDataclassError, *LOAD_ERRORS)
 
 

@@ -7,23 +7,25 @@ A row of random tokens holds `pairs` keys, each followed by its value, at random
 quarter every key comes again, in another order, and the model has to say the value. So at least a quarter of the row
 lies between, and local layers can only guess: 1 / `values`. Shorter rows hold fewer pairs, one per 16 tokens.
 
-Training begins at `start_length`. When a row of that length is recalled (`target`, or after `stage_steps`), the length
-doubles, up to the longest of `lengths`.
+Lsh layers hash as they do; or random vectors, the control; or they see every token before (`variants`). Training
+begins at `start_length`. When a row of that length is recalled (`target`, or after `stage_steps`), the length doubles,
+up to the longest of `lengths`.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import Experiment, Inputs, Options, make_model, parse, product, table, train
+from common import Experiment, Inputs, Options, make_model, parse, product, random_hashing, see_all, table, train
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 KEYS = (
     "layers", "seed", "steps", "start_length", "max_length", "tokens", "pairs", "values", "hidden_size",
     "local_window", "lsh_window", "num_hashes", "num_buckets", "exploration_orders", "learning_rate", "overrides",
-    "length", "rounds",
+    "variant", "length", "rounds",
 )  # fmt: skip
 SHORT = {
     "lengths": [128, 256], "start_length": 64, "steps": 30, "stage_steps": 10, "watch_every": 5, "tokens": 512,
@@ -34,6 +36,7 @@ SHORT = {
 @dataclass
 class Arguments(Options):
     layers: list[str] = HfArg(default_factory=lambda: ["local,lsh", "local,local"], help="models, a layer list each")
+    variants: list[str] = HfArg(default_factory=lambda: ["lsh"], help="what lsh layers see: lsh, random or exact")
     lengths: list[int] = HfArg(default_factory=lambda: [2048, 4096], help="of the rows that are judged")
     start_length: int = HfArg(default=128, help="of the first rows; the longest of --lengths: no curriculum")
     steps: int = HfArg(default=6000, help="at most")
@@ -97,6 +100,11 @@ def build(layers: str, args: Arguments) -> Any:
     )  # fmt: skip
 
 
+def sees(model: Any, variant: str) -> AbstractContextManager:
+    """A context in which lsh layers see what the variant says."""
+    return {"lsh": nullcontext, "random": random_hashing, "exact": lambda: see_all(model)}[variant]()
+
+
 def learn(model: Any, args: Arguments, seed: int, checkpoint: Any = None, name: str = "") -> list[dict[str, float]]:
     """Train by the curriculum; every evaluation: step, length, accuracy."""
     state: dict[str, Any] = {"length": args.start_length, "stage_begin": 0, "history": []}
@@ -135,37 +143,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     fixed |= {"max_length": max(args.lengths)}
     curves: dict[str, list[dict[str, float]]] = {}
     rows = []
-    for choice in product(seed=args.seeds, layers=args.layers):
+    for choice in product(seed=args.seeds, layers=args.layers, variant=args.variants):
         key = {**fixed, **choice}
         set_seed(choice["seed"])
-        model, name = build(choice["layers"], args), f"{choice['layers']}, seed {choice['seed']}"
+        model, name = build(choice["layers"], args), ", ".join(map(str, choice.values()))
         wanted = [{**key, **more} for more in product(length=args.lengths, rounds=args.rounds)]
-        history = learn(model, args, choice["seed"], experiment.checkpoint(key), name)
-        curves[name] = history
-        for row in wanted:
-            if not experiment.results.find(row):
-                score = accuracy(model, args, row["length"], row["rounds"])
-                experiment.results.add(row, {"accuracy": score, "steps_used": history[-1]["step"]})
-            rows += experiment.results.find(row)
-    print("\n" + table(rows, ["layers", "length"], "rounds", "accuracy"))
+        with sees(model, choice["variant"]):
+            history = learn(model, args, choice["seed"], experiment.checkpoint(key), name)
+            curves[name] = history
+            for row in wanted:
+                if not experiment.results.find(row):
+                    score = accuracy(model, args, row["length"], row["rounds"])
+                    experiment.results.add(row, {"accuracy": score, "steps_used": history[-1]["step"]})
+                rows += experiment.results.find(row)
+    print("\n" + table(rows, ["layers", "variant", "length"], "rounds", "accuracy"))
     plot(experiment, rows, curves)
 
 
 def plot(experiment: Experiment, rows: list[dict[str, str]], curves: dict[str, list[dict[str, float]]]) -> None:
     figure, (left, right) = experiment.figure(2)
     for name, history in curves.items():
-        style = "-" if "lsh" in name else "--"
+        style = "-" if name.endswith("lsh") else "--"
         left.plot([x["step"] for x in history], [x["accuracy"] for x in history], style, label=name)
     left.set(xlabel="training step (every dip: the length doubles)", ylabel="accuracy", ylim=(-0.02, 1.02))
     left.legend(frameon=False, fontsize=7)
-    for layers, length in dict.fromkeys((row["layers"], row["length"]) for row in rows):
-        some = [row for row in rows if (row["layers"], row["length"]) == (layers, length)]
+    for name in dict.fromkeys((row["layers"], row["variant"], row["length"]) for row in rows):
+        some = [row for row in rows if (row["layers"], row["variant"], row["length"]) == name]
         rounds = sorted({int(row["rounds"]) for row in some})
         means = []
         for number in rounds:
             scores = [float(row["accuracy"]) for row in some if int(row["rounds"]) == number]
             means.append(sum(scores) / len(scores))
-        right.plot(rounds, means, "o-" if "lsh" in layers else "o--", label=f"{layers}, {length} tokens")
+        right.plot(rounds, means, "o-" if name[1] == "lsh" else "o--", label=", ".join(name))
     right.set_xscale("log", base=2)
     right.set(xlabel="hash rounds", ylabel="accuracy", ylim=(-0.02, 1.02))
     right.set_xticks(rounds, [str(number) for number in rounds])

@@ -169,7 +169,7 @@ def to_window(model: Any, fields: dict[str, Any] | None = None) -> tuple[Any, li
     if windows:
         windows.setdefault("local_window", windows.get("lsh_window"))  # lsh layers look there, too
         windows.setdefault("lsh_window", windows["local_window"])
-    chosen = {"num_buckets": None, **windows, **(fields or {}), "attention_mode": "window"}
+    chosen = {"num_buckets": None, "lsh_centering": True, **windows, **(fields or {}), "attention_mode": "window"}
     if unknown := sorted(set(chosen) - set(ReformerConfig.__dataclass_fields__)):
         raise ValueError(f"{unknown} are no fields of ReformerConfig.")
     old = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
@@ -186,8 +186,8 @@ def to_window(model: Any, fields: dict[str, Any] | None = None) -> tuple[Any, li
         f"{config.lsh_attn_chunk_length} and {config.local_attn_chunk_length}), num_buckets={new.num_buckets} (were "
         f"{config.num_buckets}).",
         "Outputs differ from chunk mode: every pair counts once, buckets are never left, lsh layers also see the "
-        f"local window (lsh_include_local={new.lsh_include_local}), rotations of hash_seed={new.hash_seed} differ by "
-        "layer.",
+        f"local window (lsh_include_local={new.lsh_include_local}) and hash vectors less their mean "
+        f"(lsh_centering={new.lsh_centering}), rotations of hash_seed={new.hash_seed} differ by layer.",
         "Positions count real tokens, so padding changes nothing; training draws exploration orders "
         f"(lsh_exploration_orders={new.lsh_exploration_orders}).",
     ]

@@ -60,7 +60,7 @@ DEFAULTS = {"output_dir": "runs/classification", "train_sampling_strategy": "gro
 DEMO = {  # trained on chunks of the documents, evaluated on whole ones
     "output_dir": "runs/demo", "baselines": True, "max_length": 6144, "train_length": 512,
     "attn_layers": ["lsh"], "attention_head_size": 32, "feed_forward_size": 128, "num_hashes": 1,
-    "config_overrides": "lsh_window=64,local_window=32,initializer_range=0.05",
+    "config_overrides": "lsh_window=64,local_window=32",
     "num_train_epochs": 1, "per_device_train_batch_size": 4, "logging_steps": 50, "eval_strategy": "no",
 }  # fmt: skip
 PRESETS: dict[str, dict] = {

@@ -18,8 +18,6 @@ CHOICES = {
     "problem_type": ("regression", "single_label_classification", "multi_label_classification", None),
 }
 
-# What version 0.1 did; a config.json of its time leaves these fields out.
-_FIRST_DEFAULTS = {"lsh_centering": False, "lsh_rotary": True}
 # Defaults of transformers' own Reformer that differ from ours; its config.json leaves them out.
 _BUILTIN_DEFAULTS = {
     "axial_norm_std": 1.0,
@@ -36,12 +34,9 @@ _BUILTIN_DEFAULTS = {
 
 
 def from_builtin(config: dict[str, Any]) -> dict[str, Any]:
-    """Translate a config dictionary of transformers' own Reformer (`model_type: reformer`).
-
-    Others pass unchanged, except that fields which version 0.1 did not know are filled in as it computed.
-    """
+    """Translate a config dictionary of transformers' own Reformer (`model_type: reformer`); others pass unchanged."""
     if config.get("model_type") != "reformer":
-        return {**_FIRST_DEFAULTS, **config} if "transformers_version" in config else config
+        return config
     renamed = {"ReformerModelWithLMHead": "ReformerForCausalLM"}
     translated = {**_BUILTIN_DEFAULTS, **config, "model_type": "hf_reformer"}
     translated.update(attention_mode="chunk", classifier_pooling="first", tie_word_embeddings=False)  # never tied
@@ -65,13 +60,14 @@ class ReformerConfig(PreTrainedConfig):
             Window mode: positions that a token sees in a sort order or in the sequence. Causal: itself and the
             `window - 1` before it; bidirectional: itself and `window // 2` on either side.
         lsh_include_local (`bool`, defaults to `True`): Window mode: lsh layers also see their `local_window`.
-        lsh_centering (`bool`, defaults to `True`):
+        lsh_centering (`bool`, *optional*):
             Window mode: hash vectors as they are scored (turned by rotary positions, at unit length) less their mean
-            over the sample, in causal models up to the token. Without it nearly all tokens share a few buckets.
-            Models that were saved without this field hash them as projected.
+            over the sample, in causal models up to the token. Otherwise they are hashed as projected, and nearly all
+            tokens share a few buckets. Default: True, except in models that version 0.1 saved.
         lsh_rotary (`bool`, *optional*):
             Whether rotary positions turn the vectors of lsh layers, too. Otherwise these compare content alone, at any
-            distance, and other layers tell them of positions. Default: only where all layers are lsh.
+            distance, and other layers tell them of positions. Default: only where all layers, or all of the decoder's,
+            are lsh, and in models that version 0.1 saved.
         lsh_exploration_orders (`int`, defaults to 1):
             Window mode, training only: sort orders with random buckets, so that every pair can learn to attend.
         resample_rotations (`bool`, defaults to `True`): New hash rotations in every training forward, or evaluation's.
@@ -83,9 +79,9 @@ class ReformerConfig(PreTrainedConfig):
         initializer_range (`float`, *optional*):
             Standard deviation of new weights. Default: 0.6 / sqrt(hidden_size), 0.053 for a width of 128.
         position_embedding_type (`str`, *optional*):
-            `"rotary"` (default), `"axial"` (default in chunk mode, whose old checkpoints have no rotary positions, and
-            where `axial_pos_shape` or `axial_pos_embds_dim` is given) or `"learned"`. The older flag `axial_pos_embds`
-            means `"axial"` if it is true and `"learned"` if it is false.
+            `"rotary"` (default), `"axial"` (default in chunk mode, whose old checkpoints have no rotary positions, for
+            odd head sizes, and where `axial_pos_shape` or `axial_pos_embds_dim` is given) or `"learned"`. The older
+            flag `axial_pos_embds` means `"axial"` if it is true and `"learned"` if it is false.
         axial_pos_shape, axial_pos_embds_dim (`list[int]`, *optional*):
             Sizes and widths of any number of axes. Default: two powers of two that cover `max_position_embeddings`,
             the first with a quarter of the hidden size.
@@ -147,7 +143,7 @@ class ReformerConfig(PreTrainedConfig):
     lsh_window: int = 128
     local_window: int = 128
     lsh_include_local: bool = True
-    lsh_centering: bool = True
+    lsh_centering: bool | None = None
     lsh_rotary: bool | None = None
     lsh_exploration_orders: int = 1
     resample_rotations: bool = True
@@ -206,9 +202,12 @@ class ReformerConfig(PreTrainedConfig):
             self.initializer_range = round(0.6 / math.sqrt(max(1, self.hidden_size)), 4)
         self._resolve_positions()
         self._resolve_decoder()
+        saved = self.transformers_version is not None  # by version 0.1 if it says nothing of these two
+        if self.lsh_centering is None:
+            self.lsh_centering = not saved
         if self.lsh_rotary is None:
             stacks = (self.attn_layers, self.decoder_attn_layers or self.attn_layers)
-            self.lsh_rotary = any(set(kinds) == {"lsh"} for kinds in stacks)
+            self.lsh_rotary = saved or any(set(kinds) == {"lsh"} for kinds in stacks)
         if self.num_buckets is None and self.attention_mode == "window":
             self.num_buckets = default_num_buckets(self.max_position_embeddings, self.lsh_window)
         super().__post_init__(**kwargs)
@@ -217,7 +216,8 @@ class ReformerConfig(PreTrainedConfig):
         """Fill in position fields that were left open; `validate_positions` checks the result."""
         if self.position_embedding_type is None:
             named = self.axial_pos_shape is not None or self.axial_pos_embds_dim is not None
-            default = "axial" if named or self.attention_mode == "chunk" else "rotary"
+            cannot_rotate = self.attention_mode == "chunk" or self.attention_head_size % 2 == 1
+            default = "axial" if named or cannot_rotate else "rotary"
             flag = self.axial_pos_embds
             self.position_embedding_type = default if flag is None else "axial" if flag else "learned"
         if self.axial_pos_embds is None:
@@ -284,6 +284,8 @@ class ReformerConfig(PreTrainedConfig):
         derived |= {"position_embedding_type": "axial_pos_embds", "axial_pos_embds": "position_embedding_type"}
         outdated = {derived[name] for name in overrides if name in derived}
         saved = {name: value for name, value in from_builtin(config_dict).items() if name not in outdated}
+        if set(overrides.get("attn_layers") or ()) == {"lsh"}:  # no other layer is left to tell them of positions
+            saved["lsh_rotary"] = True
         return super().from_dict({**saved, **overrides}, **kwargs)
 
     def validate_choices(self) -> None:

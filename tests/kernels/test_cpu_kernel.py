@@ -275,18 +275,21 @@ def test_buckets_are_those_of_the_torch_backend(seed, length, size, rounds, fact
 @given(
     seed=st.integers(0, 10**6), length=st.integers(1, 300), causal=st.booleans(), padding=st.booleans(),
     packed=st.booleans(), before=st.integers(0, 40), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    size=st.sampled_from([8, 24, 40, 64]), heads=st.sampled_from([1, 3]),
 )  # fmt: skip
-def test_centered_buckets_are_those_of_the_torch_backend(seed, length, causal, padding, packed, before, dtype):
+def test_centered_buckets_are_those_of_the_torch_backend(
+    seed, length, causal, padding, packed, before, dtype, size, heads, two_threads
+):
     generator = torch.Generator().manual_seed(seed)
-    vectors = (torch.randn(2, 3, length + before, 16, generator=generator) + 1).to(dtype)
-    mask = torch.rand(2, length, generator=generator) > 0.3 if padding else None
-    samples = (torch.rand(2, length, generator=generator) < 0.03).cumsum(-1, dtype=torch.int32) if packed else None
+    vectors = (torch.randn(1, length + before, heads, size, generator=generator) + 1).to(dtype).transpose(1, 2)
+    mask = torch.rand(1, length, generator=generator) > 0.3 if padding else None
+    samples = (torch.rand(1, length, generator=generator) < 0.03).cumsum(-1, dtype=torch.int32) if packed else None
     samples = None if samples is None else samples - samples[:, :1]
     sums = counts = None
     if causal and not packed and before:
-        sums, counts = unit_sums(vectors[:, :, :before]), torch.full((2,), before)
+        sums, counts = unit_sums(vectors[:, :, :before]), torch.full((1,), before)
     centering = Centering(causal, mask, samples, sums, counts)
-    rotations = window_rotations(make_key(seed), 0, 3, 16, 2, 6)
+    rotations = window_rotations(make_key(seed), 0, heads, size, 2, 6)
     inputs = vectors[:, :, before:], rotations, 6, centering
     assert (dispatch.lsh_buckets(*inputs) != lsh_buckets(*inputs)).sum() <= 1  # a near-tie
 
@@ -341,7 +344,10 @@ def test_numbers_out_of_range_are_refused():
     buckets = torch.tensor([[[[0, 1, 9]]]], dtype=torch.int32)
     with pytest.raises(ValueError, match="outside of the number of buckets"):
         cpu.sort_by_bucket(buckets, None, 7, 0, 0, 1)
-    rotations = window_rotations(make_key(0), 0, 2, 8, 1, 6)
+    vectors, rotations = torch.zeros(1, 2, 4, 8), window_rotations(make_key(0), 0, 2, 8, 1, 6)
+    for samples in ([1, 1, 2, 2], [0, 0, 2, 2], [0, 1, 0, 1]):
+        with pytest.raises(ValueError, match="numbered 0, 1"):
+            cpu.lsh_buckets(vectors, rotations, [6], True, *Centering(False, None, torch.tensor([samples])))
     with pytest.raises(ValueError, match="3 columns don't fit bucket factors \\[8\\]"):
         cpu.lsh_buckets(torch.zeros(1, 2, 4, 8), rotations, [8], False, *Centering(True))
 

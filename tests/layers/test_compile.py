@@ -113,6 +113,16 @@ def test_packed_samples_in_one_graph():
     assert max_abs_diff(found, model(IDS, position_ids=positions).logits) <= 1e-6
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_few_tokens_with_positions_on_top_of_a_cache(backend):
+    model = make(attention_backend=backend).eval()
+    compiled, positions = torch.compile(model, backend="eager"), torch.arange(50)[None]
+    with torch.no_grad():
+        cache = model(IDS[:, :40], use_cache=True).past_key_values
+        found = compiled(IDS[:, 40:43], past_key_values=cache, position_ids=positions[:, 40:43]).logits
+        assert max_abs_diff(found, model(IDS[:, :43], position_ids=positions[:, :43]).logits[:, 40:]) <= 1e-5
+
+
 def kept_by(model, backend: str = "aot_eager", length: int = 1024) -> int:
     """Bytes that one compiled forward keeps for backward, weights aside."""
     torch._dynamo.reset()

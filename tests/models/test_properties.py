@@ -413,3 +413,27 @@ def test_without_rotary_positions_an_lsh_layer_sees_content_alone(causal):
             found = model(ids, position_ids=shifted).last_hidden_state
         difference = max_abs_diff(run(model, ids), found)
         assert difference > 1e-3 if lsh_rotary else difference == 0
+
+
+# --- repeated tokens
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("repeats", [1, 2, 50])
+def test_repeated_tokens_at_the_start_are_hashed_alike_however_they_are_computed(backend, repeats):
+    """Less their mean, nothing but rounding is left of them, in float32, and that must choose no bucket."""
+    model = model_of("mixed", "small", 4, True, initializer_range=0.2, attention_backend=backend).float()
+    repeated = torch.full((1, repeats), 5)
+    ids = torch.cat([repeated, make_ids(1, 40), repeated, make_ids(1, 20, seed=1)], dim=1)
+    whole, cut = run(model, ids), repeats + 17
+    assert max_abs_diff(run(model, ids[:, :cut]), whole[:, :cut]) <= 1e-4
+    padded, mask = torch.cat([make_ids(1, 7), ids], dim=1), torch.ones(1, 7 + ids.shape[1], dtype=torch.long)
+    mask[:, :7] = 0
+    assert max_abs_diff(run(model, padded, mask)[:, 7:], whole) <= 1e-4
+    cache, outputs = None, []
+    with torch.no_grad():
+        for piece in ids.split([1] * repeats + [3] * 7 + [ids.shape[1] - repeats - 21], dim=1):
+            out = model(piece, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            outputs.append(out.last_hidden_state)
+    assert max_abs_diff(torch.cat(outputs, dim=1), whole) <= 1e-4

@@ -56,6 +56,14 @@ def test_logs_are_what_the_analysis_finds(tmp_path):
         assert logs[f"eval_{name}"] == pytest.approx(sum(expected) / 2, rel=1e-4)
 
 
+def test_several_evaluation_sets_are_told_apart(tmp_path):
+    trainer = make_trainer(make(), tmp_path)
+    trainer.evaluate({"near": Rows(), "far": Rows()})
+    logged = {name for logs in trainer.state.log_history for name in logs if "bucket_entropy" in name}
+    layers = ("", "_layer_1", "_layer_2")
+    assert logged == {f"eval_{data}_bucket_entropy{layer}" for data in ("near", "far") for layer in layers}
+
+
 def test_training_is_the_same_with_and_without_it(tmp_path):
     arguments = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
     weights = []

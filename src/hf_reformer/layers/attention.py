@@ -51,7 +51,8 @@ class ReformerAttention(AttentionProjections):
         query, key, value = split
         projected_query, tables = query, ctx.rotary if self.rotates else None
         query, key = rotate(query, tables), None if key is None else rotate(key, tables)
-        vectors = None if self.kind != "lsh" else query if self.centered else projected_query
+        hashed = query if self.centered else projected_query
+        vectors = hashed if self.kind == "lsh" else None
         cache_layer = None if ctx.cache is None else ctx.cache.layers[self.layer]
         if cache_layer is not None and cache_layer.seen_tokens:
             attend = decode if prefers_decode(self, value.shape[2], ctx) else prefill

@@ -269,6 +269,7 @@ class ReformerModel(ReformerPreTrainedModel):
         samples = None if position_ids is None else packed_samples(position_ids.to(device), ranks, mask)
         if samples is not None and cache is not None:
             reject_packed_samples(samples, "A cache holds one sample per sequence: pad instead, or leave it out.")
+            samples = None
         if samples is not None and config.attention_mode == "chunk":
             reject_packed_samples(samples, "Chunks would mix them: pad instead, or use `attention_mode='window'`.")
         elif samples is not None:

@@ -22,14 +22,19 @@ def agrees(kernels: Any) -> bool:
     query, value, grad = (_normal(generator, 2, 2, 192, 24) for _ in range(3))
     mask = torch.rand(2, 192, generator=generator, device="cpu", dtype=torch.float32) > 0.1
     rotations, factors = _normal(generator, 2, 24, 2, 6), (2, 10)
-    centering = Centering(True, mask, (torch.arange(192, device="cpu") // 100).int().expand(2, -1))
+    samples = (torch.arange(192, device="cpu") // 100).int().expand(2, -1)
     buckets = lsh_buckets(query, rotations, factors)
-    centered_buckets = lsh_buckets(query, rotations, factors, centering)
     sort_inputs = buckets, mask, 20, 15, 15, 3
     keys = buckets[0, 0, 0]
     return (
         _same_buckets(bindings.lsh_buckets(query, rotations, list(factors), False, *Centering(True)), buckets)
-        and _same_buckets(bindings.lsh_buckets(query, rotations, list(factors), True, *centering), centered_buckets)
+        and all(
+            _same_buckets(
+                bindings.lsh_buckets(query, rotations, list(factors), True, *centering),
+                lsh_buckets(query, rotations, factors, centering),
+            )
+            for centering in (Centering(True, mask, samples), Centering(False, mask, samples))
+        )
         and all(map(torch.equal, bindings.sort_by_bucket(*sort_inputs), sort_by_bucket(*sort_inputs)))
         and _close([bindings.normal_rows(keys, 50)], [normal_rows(keys, 50)])
         and _attention_agrees(kernels, query, value, grad, buckets, mask)

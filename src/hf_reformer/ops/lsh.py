@@ -9,6 +9,7 @@ import torch
 from .prng import EXPLORATION, ROTATIONS, fold, normal_rows
 
 SMALLEST_NORM = 1e-12  # that a vector is divided by
+SMALLEST_DIFFERENCE = 2.0**-16  # of an entry of a unit vector from the mean's: less is rounding
 
 
 def bucket_factors(num_buckets: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
@@ -101,22 +102,28 @@ def centered(vectors: torch.Tensor, centering: Centering) -> torch.Tensor:
         vectors: (B, H, T, D), as `lsh_buckets` takes them.
 
     Returns:
-        (B, H, T, D) in at least float32, 0 for padding and for the first token of a causal sample.
+        (B, H, T, D) in at least float32. Exactly 0 where a vector is the mean but for rounding, such as the first
+        token of a causal sample and its repetitions, and for padding.
     """
+    heads = range(vectors.shape[1])  # one after the other, to save memory
+    return torch.cat([_centered_head(vectors[:, head : head + 1], centering, head) for head in heads], dim=1)
+
+
+def _centered_head(vectors: torch.Tensor, centering: Centering, head: int) -> torch.Tensor:
     rows, mask, samples = unit_rows(vectors, centering.mask), centering.mask, centering.samples
-    counts = torch.ones_like(rows[:, :1, :, :1]) if mask is None else mask[:, None, :, None]
+    counts = torch.ones_like(rows[..., :1]) if mask is None else mask[:, None, :, None]
     dtype = sum_dtype(rows.device)
     if samples is None and not centering.causal:
         sums, counts = (x.sum(2, keepdim=True, dtype=dtype) for x in (rows, counts))
     else:
         sums, counts = (x.cumsum(2, dtype=dtype) for x in (rows, counts))
     if centering.sums is not None and centering.counts is not None:
-        sums, counts = sums + centering.sums[:, :, None], counts + centering.counts[:, None, None, None]
+        sums, counts = sums + centering.sums[:, head, None, None], counts + centering.counts[:, None, None, None]
     if samples is not None:
         sums, counts = (_within_samples(x, samples.contiguous(), centering.causal) for x in (sums, counts))
-    rows = ((rows - sums / counts.clamp(min=1)) * 2**40).round_() / 2**40  # 0 where rounding alone tells them apart
-    rows = rows if mask is None else torch.where(mask[:, None, :, None], rows, 0.0)
-    return rows.to(torch.promote_types(vectors.dtype, torch.float32))
+    rows = (rows - sums * (1 / counts.clamp(min=1))).to(rows.dtype)
+    used = rows.abs().amax(-1, keepdim=True) >= SMALLEST_DIFFERENCE
+    return torch.where(used if mask is None else used & mask[:, None, :, None], rows, 0.0)
 
 
 def _within_samples(sums: torch.Tensor, samples: torch.Tensor, causal: bool) -> torch.Tensor:

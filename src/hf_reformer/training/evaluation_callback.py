@@ -12,7 +12,8 @@ INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 class EvaluationCallback(TrainerCallback):
     """Runs the first batches of an evaluation once more, in evaluation mode, and logs numbers of its layers.
 
-    Each as a mean over layers, by its name in `names`, and of every layer, with `_layer_0`, … behind.
+    Each as a mean over layers, by its name in `names`, and of every layer, with `_layer_0`, … behind. Where there are
+    several evaluation sets, their names stand in it as in the Trainer's own: `eval_dev_…`.
     """
 
     names: tuple[str, ...]
@@ -30,8 +31,9 @@ class EvaluationCallback(TrainerCallback):
         """For subclasses that also do something about what was logged of each layer."""
 
     def on_evaluate(
-        self, args: Any, state: Any, control: Any, model: Any = None, eval_dataloader: Any = None, **kwargs: Any
-    ) -> None:
+        self, args: Any, state: Any, control: Any, model: Any = None, eval_dataloader: Any = None, metrics: Any = None,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         if model is None or eval_dataloader is None:
             return
         training = model.training
@@ -48,8 +50,10 @@ class EvaluationCallback(TrainerCallback):
         }
         if not layers:
             return
-        logs = {}
+        logs, losses = {}, (name for name in metrics or () if name.startswith("eval_") and name.endswith("_loss"))
+        prefix = next(losses, "eval_loss").removesuffix("loss")
         for i, name in enumerate(self.names):
+            name = prefix + name.removeprefix("eval_")
             logs[name] = sum(numbers[i] for numbers in layers.values()) / len(layers)
             logs |= {f"{name}_layer_{layer}": numbers[i] for layer, numbers in layers.items()}
         self.trainer.log(logs)

@@ -74,8 +74,8 @@ class AttentionFoundCallback(EvaluationCallback):
                 logger.warning(
                     f"Layer {layer} hashes its tokens unevenly: the entropy of its buckets stays below {LOW_ENTROPY} "
                     f"({entropy:.2f}), and the fullest holds {fullest:.1f} times an even share. So its hash orders "
-                    "show little that its local window does not. Are inputs too short for `num_buckets`? Otherwise "
-                    "see docs/visualize.md for what hashing finds."
+                    "show little that its local window does not. Are inputs too short for `num_buckets`? "
+                    "`hf_reformer.analysis.attention_found` tells what hashing finds."
                 )
 
 

@@ -123,6 +123,9 @@ def lsh_buckets(
     """Buckets (B, H, R, T) int32, as `lsh.lsh_buckets`; near-ties may fall differently.
 
     What follows `centered` are the fields of `lsh.Centering`.
+
+    Raises:
+        ValueError: rotations and factors contradict each other, or samples are not numbered 0, 1, … in turn.
     """
     if rotations.shape[-1] != sum(factors) // 2:
         raise ValueError(f"Rotations of {rotations.shape[-1]} columns don't fit bucket factors {factors}.")
@@ -131,7 +134,13 @@ def lsh_buckets(
     rounds, columns = rotations.shape[2:]
     buckets = vectors.new_empty(batch, heads, rounds, length, dtype=torch.int32)
     factor_array = (ctypes.c_int64 * len(factors))(*factors)
-    center = [None if x is None else x.contiguous() for x in (mask, samples, sums, counts)]
+    dtypes = torch.bool, torch.int32, torch.float64, torch.int64
+    given = zip((mask, samples, sums, counts), dtypes, strict=True)
+    center = [None if x is None else x.to(dtype).contiguous() for x, dtype in given]
+    if samples is not None and samples.numel():
+        step = samples.diff(dim=-1, prepend=samples.new_zeros(batch, 1))
+        if samples[:, 0].any() or (step < 0).any() or (step > 1).any():
+            raise ValueError("The samples of a packed sequence must be numbered 0, 1, … in turn.")
     params = HashParams(
         strided(vectors), rotations.data_ptr(), ctypes.addressof(factor_array), batch, heads, length, rounds, size,
         columns, len(factors), DTYPES[vectors.dtype], torch.get_num_threads(), centered, causal, *map(pointer, center),

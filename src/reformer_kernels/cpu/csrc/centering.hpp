@@ -10,8 +10,8 @@
 
 namespace hf {
 
-constexpr float kSmallestNorm = 1e-12f;  // that a vector is divided by
-constexpr double kGrid = 1.5 * 4096;       // x + kGrid - kGrid is x rounded to a multiple of 2^-40
+constexpr float kSmallestNorm = 1e-12f;              // that a vector is divided by
+constexpr float kSmallestDifference = 1.0f / 65536;  // of an entry of a unit vector from the mean's: less is rounding
 
 // A vector at unit length; 0 if it is not finite.
 inline void unit_row(const Source& rows, int token, float* unit) {
@@ -30,22 +30,32 @@ inline void unit_row(const Source& rows, int token, float* unit) {
         std::fill(unit, unit + rows.size, 0.0f);
         return;
     }
-    const float factor = 1 / std::max(std::sqrt(squares), kSmallestNorm);
-    for (k = 0; k + kWidth <= rows.size; k += kWidth) store(unit + k, load(from + k) * splat(factor));
-    for (; k < rows.size; k++) unit[k] = from[k] * factor;
+    const float norm = std::max(std::sqrt(squares), kSmallestNorm);
+    for (k = 0; k + kWidth <= rows.size; k += kWidth) store(unit + k, load(from + k) / splat(norm));
+    for (; k < rows.size; k++) unit[k] = from[k] / norm;
 }
 
 inline void add_row(const float* __restrict unit, int64_t size, double* __restrict sums) {
     for (int64_t k = 0; k < size; k++) sums[k] += unit[k];
 }
 
-// Where they are equal, the difference is 0 and not what rounding leaves of it.
-inline void less_mean(const float* __restrict unit, const double* __restrict sums, int64_t count, int64_t size, float* __restrict out) {
-    const double share = 1.0 / std::max<int64_t>(count, 1);
-    for (int64_t k = 0; k < size; k++) out[k] = static_cast<float>(unit[k] - sums[k] * share + kGrid - kGrid);
+// A row that holds nothing but rounding becomes 0.
+inline void without_rounding(float* row, int64_t size) {
+    Float most = zero();
+    int64_t k = 0;
+    for (; k + kWidth <= size; k += kWidth) most = max(most, abs(load(row + k)));
+    float largest_entry = largest(most);
+    for (; k < size; k++) largest_entry = std::max(largest_entry, std::fabs(row[k]));
+    if (largest_entry < kSmallestDifference) std::fill(row, row + size, 0.0f);
 }
 
-// The vectors of one head less their means. A walk over tokens in turn begins at any multiple of `segment`.
+inline void less_mean(const float* __restrict unit, const double* __restrict sums, int64_t count, int64_t size, float* __restrict out) {
+    const double share = 1.0 / std::max<int64_t>(count, 1);
+    for (int64_t k = 0; k < size; k++) out[k] = static_cast<float>(unit[k] - sums[k] * share);
+    without_rounding(out, size);
+}
+
+// The vectors of one head less their means, token after token, from any multiple of `segment` on.
 class Centering {
   public:
     struct State {
@@ -60,7 +70,6 @@ class Centering {
           mask_(h.mask ? h.mask + head_index / h.heads * h.length : nullptr),
           samples_(h.samples ? h.samples + head_index / h.heads * h.length : nullptr) {
         State state(h.size);
-        const std::vector<float> zeros(h.size);
         if (h.sums) {
             std::copy_n(h.sums + head_index * h.size, h.size, state.sums.begin());
             state.count = h.counts[head_index / h.heads];
@@ -70,16 +79,14 @@ class Centering {
             if (h.causal && t % segment == 0) kept_.push_back(state);
             if (t == end) break;
             advance(state, t);
-            if (!h.causal && (t + 1 == h.length || begins(t + 1))) {
-                kept_.push_back(state);
-                less_mean(zeros.data(), state.sums.data(), state.count, h.size, kept_.back().unit.data());
-            }
+            if (!h.causal && (t + 1 == h.length || begins(t + 1)))
+                for (double sum : state.sums) means_.push_back(static_cast<float>(sum / std::max<int64_t>(state.count, 1)));
         }
     }
 
     State before(int64_t segment) const { return h_.causal ? kept_[segment] : State(h_.size); }
 
-    // The next tokens of a walk, first … first + count - 1, as rows of floats; padding is 0.
+    // Tokens first … first + count - 1 as rows of floats, padding 0. `state` is that before the first of them.
     void write(State& state, int64_t first, int count, float* out) const {
         for (int64_t t = first; t < first + count; t++, out += h_.size) {
             if (h_.causal) advance(state, t);
@@ -92,14 +99,13 @@ class Centering {
                 continue;
             }
             unit_row(rows_, static_cast<int>(t), out);
-            add(kept_[samples_ ? samples_[t] : 0].unit.data(), out);
+            const float* mean = means_.data() + (samples_ ? samples_[t] : 0) * h_.size;
+            for (int64_t k = 0; k < h_.size; k++) out[k] -= mean[k];
+            without_rounding(out, h_.size);
         }
     }
 
   private:
-    void add(const float* __restrict row, float* __restrict out) const {
-        for (int64_t k = 0; k < h_.size; k++) out[k] += row[k];
-    }
     bool begins(int64_t t) const { return samples_ && t && samples_[t] != samples_[t - 1]; }
     void advance(State& state, int64_t t) const {
         if (begins(t)) {
@@ -116,7 +122,8 @@ class Centering {
     Source rows_;
     const uint8_t* mask_;
     const int32_t* samples_;
-    std::vector<State> kept_;  // causal: before every segment; otherwise of every sample, its mean's opposite in `unit`
+    std::vector<State> kept_;   // causal: before every segment
+    std::vector<float> means_;  // otherwise: of every sample, (samples, D)
 };
 
 }  // namespace hf

@@ -281,7 +281,8 @@ def make_trained(folder, **arguments):
 
 
 def test_numbers_of_layers_are_no_scores_on_a_card():
-    numbers = {"eval_attention_found": 0.5, "eval_bucket_entropy_layer_1": 0.25, "step": 4, "epoch": 2.0}
+    numbers = {"eval_attention_found": 0.5, "eval_bucket_entropy_layer_1": 0.25, "eval_dev_fullest_bucket": 2.0}
+    numbers |= {"step": 4, "epoch": 2.0}
     cards = [model_card(make(), "x", dataset_name="rows", state=make_state(log)) for log in (LOG, [*LOG, numbers])]
     assert str(cards[0]) == str(cards[1])
 

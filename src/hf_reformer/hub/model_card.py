@@ -26,7 +26,7 @@ PIPELINE_TAGS = {
     "AutoModelForTokenClassification": "token-classification",
 }
 LAYER_NUMBERS = "attention_found|bucket_entropy|fullest_bucket|received_entropy|reached_share"  # of the callbacks
-NON_METRICS = re.compile(rf"runtime|.*_per_second|.*_time|({LAYER_NUMBERS})(_layer_\d+)?")
+NON_METRICS = re.compile(rf"(.*_)?(runtime|({LAYER_NUMBERS})(_layer_\d+)?)|.*_per_second|.*_time")
 RESERVED_FIELDS = {"library_name", "pipeline_tag", "model_name", "eval_results", "ignore_metadata_errors"}
 FIELDS = {
     name for name, field in inspect.signature(ModelCardData).parameters.items() if field.kind == field.KEYWORD_ONLY

@@ -81,7 +81,7 @@ def build(variant: str, args: Arguments) -> tuple[Any, contextlib.ExitStack]:
     lsh_layers = [i for i, kind in enumerate(layers) if kind == "lsh"]
     layers = [swap if i in lsh_layers else kind for i, kind in enumerate(layers)]
     if variant == "version-0.1":
-        fields |= {"lsh_centering": False, "lsh_rotary": True}
+        fields |= {"lsh_centering": False, "lsh_rotary": 1.0}
     model = make_model(
         args.length, args.hidden_size, layers, args.overrides, local_window=args.local_window,
         lsh_window=args.lsh_window, num_hashes=args.num_hashes, **fields,

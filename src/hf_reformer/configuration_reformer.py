@@ -64,10 +64,10 @@ class ReformerConfig(PreTrainedConfig):
             Window mode: hash vectors as they are scored (turned by rotary positions, at unit length) less their mean
             over the sample, in causal models up to the token. Otherwise they are hashed as projected, and nearly all
             tokens share a few buckets. Default: True, except in models that version 0.1 saved.
-        lsh_rotary (`bool`, *optional*):
-            Whether rotary positions turn the vectors of lsh layers, too. Otherwise these compare content alone, at any
-            distance, and other layers tell them of positions. Default: only where all layers, or all of the decoder's,
-            are lsh, and in models that version 0.1 saved.
+        lsh_rotary (`float`, defaults to 1.0):
+            Share of a head's pairs of dimensions that rotary positions turn in lsh layers, those of high frequencies.
+            The others compare content alone, at any distance: with 0, a task of far recall is learnt sooner, and plain
+            text later (docs/evidence.md).
         lsh_exploration_orders (`int`, defaults to 1):
             Window mode, training only: sort orders with random buckets, so that every pair can learn to attend.
         resample_rotations (`bool`, defaults to `True`): New hash rotations in every training forward, or evaluation's.
@@ -144,7 +144,7 @@ class ReformerConfig(PreTrainedConfig):
     local_window: int = 128
     lsh_include_local: bool = True
     lsh_centering: bool | None = None
-    lsh_rotary: bool | None = None
+    lsh_rotary: float | int = 1.0
     lsh_exploration_orders: int = 1
     resample_rotations: bool = True
     num_hashes: int = 2
@@ -202,12 +202,8 @@ class ReformerConfig(PreTrainedConfig):
             self.initializer_range = round(0.6 / math.sqrt(max(1, self.hidden_size)), 4)
         self._resolve_positions()
         self._resolve_decoder()
-        saved = self.transformers_version is not None  # by version 0.1 if it says nothing of these two
-        if self.lsh_centering is None:
-            self.lsh_centering = not saved
-        if self.lsh_rotary is None:
-            stacks = (self.attn_layers, self.decoder_attn_layers or self.attn_layers)
-            self.lsh_rotary = saved or any(set(kinds) == {"lsh"} for kinds in stacks)
+        if self.lsh_centering is None:  # a saved config that says nothing of it is version 0.1's
+            self.lsh_centering = self.transformers_version is None
         if self.num_buckets is None and self.attention_mode == "window":
             self.num_buckets = default_num_buckets(self.max_position_embeddings, self.lsh_window)
         super().__post_init__(**kwargs)
@@ -284,8 +280,6 @@ class ReformerConfig(PreTrainedConfig):
         derived |= {"position_embedding_type": "axial_pos_embds", "axial_pos_embds": "position_embedding_type"}
         outdated = {derived[name] for name in overrides if name in derived}
         saved = {name: value for name, value in from_builtin(config_dict).items() if name not in outdated}
-        if set(overrides.get("attn_layers") or ()) == {"lsh"}:  # no other layer is left to tell them of positions
-            saved["lsh_rotary"] = True
         return super().from_dict({**saved, **overrides}, **kwargs)
 
     def validate_choices(self) -> None:
@@ -338,6 +332,7 @@ class ReformerConfig(PreTrainedConfig):
         shares = [
             "hidden_dropout_prob",
             "classifier_dropout",
+            "lsh_rotary",
             *(f"{kind}_attention_probs_dropout_prob" for kind in kinds),
         ]
         for names, low, high, rule in (

@@ -32,7 +32,7 @@ KINDS = [
             (ReformerForCausalLM, CHUNKS),
             (ReformerForCausalLM, {"reversible": False, "attn_layers": ["full", "lsh"]}),
             (ReformerForQuestionAnswering, {}),
-            (ReformerForCausalLM, {"attention_backend": "torch", "lsh_rotary": True}),
+            (ReformerForCausalLM, {"attention_backend": "torch", "lsh_rotary": 1.0}),
         )
     ),
 ]

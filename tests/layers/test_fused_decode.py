@@ -68,8 +68,8 @@ def one_by_one(model, ids, mask=None) -> torch.Tensor:
     "changes",
     [
         {"position_embedding_type": "axial"},
-        {"position_embedding_type": "rotary", "lsh_rotary": False},
-        {"position_embedding_type": "rotary", "lsh_rotary": True},
+        {"position_embedding_type": "rotary", "lsh_rotary": 0.0},
+        {"position_embedding_type": "rotary", "lsh_rotary": 1.0},
         {"position_embedding_type": "rotary", "attn_layers": ["lsh"]},
         {"position_embedding_type": "rotary", "hidden_act": "gelu", "residual_precision": "float32"},
         {"position_embedding_type": "learned", "lsh_include_local": False, "num_buckets": [2, 4], "num_hashes": 3},

@@ -45,7 +45,7 @@ def test_defaults():
     assert config.position_embedding_type == "rotary"
     assert config.axial_pos_embds is False
     assert config.lsh_centering
-    assert not config.lsh_rotary
+    assert config.lsh_rotary == 1
     assert config.initializer_range == 0.0375
     assert config.axial_pos_shape == (64, 64)
     assert config.axial_pos_embds_dim == (64, 192)
@@ -79,32 +79,20 @@ def test_initial_weights_follow_the_width(width):
     assert ReformerConfig(hidden_size=width, initializer_range=0.02).initializer_range == 0.02
 
 
-@pytest.mark.parametrize(
-    ("kinds", "decoder_kinds", "expected"),
-    [
-        (["local", "lsh"], None, False),
-        (["lsh"], None, True),
-        (["full", "lsh"], ["lsh"], True),
-        (["local"], None, False),
-    ],
-)
-def test_lsh_layers_have_rotary_positions_only_where_no_other_layer_has(kinds, decoder_kinds, expected):
-    more = {"is_encoder_decoder": True, "decoder_attn_layers": decoder_kinds} if decoder_kinds else {}
-    assert tiny_config(attn_layers=kinds, **more).lsh_rotary is expected
-    assert tiny_config(attn_layers=kinds, lsh_rotary=not expected, **more).lsh_rotary is not expected
-
-
 def test_a_model_of_version_0_1_computes_as_it_did(tmp_path):
-    """Its config.json knows nothing of centering, and rotary positions turned every layer's vectors."""
+    """Its config.json knows nothing of centering."""
     tiny_config().save_pretrained(tmp_path)
     file = tmp_path / "config.json"
     saved = json.loads(file.read_text())
     assert saved["lsh_centering"] is True
-    del saved["lsh_centering"], saved["lsh_rotary"]
+    del saved["lsh_centering"]
     file.write_text(json.dumps(saved))
-    for config in (ReformerConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+    for config in (
+        ReformerConfig.from_pretrained(tmp_path),
+        AutoConfig.from_pretrained(tmp_path),
+        ReformerConfig(**saved),
+    ):
         assert config.lsh_centering is False
-        assert config.lsh_rotary is True
     assert ReformerConfig.from_pretrained(tmp_path, lsh_centering=True).lsh_centering is True
 
 

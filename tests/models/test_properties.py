@@ -5,6 +5,8 @@ All of it in float64 to 1e-10, in evaluation and in training (without dropout, w
 windows and at small ones that bite in short inputs.
 """
 
+import math
+
 import pytest
 import torch
 from conftest import REPEATABLE, SMALL_WINDOWS, make_ids, make_model, max_abs_diff
@@ -222,8 +224,9 @@ def test_a_row_does_not_depend_on_the_others(case, training, causal):
 
 POSITIONS = {
     "axial": {"position_embedding_type": "axial"},
-    "rotary but in lsh": {"position_embedding_type": "rotary", "lsh_rotary": False},
-    "rotary": {"position_embedding_type": "rotary", "lsh_rotary": True},
+    "half of lsh layers rotary": {"position_embedding_type": "rotary", "lsh_rotary": 0.5},
+    "rotary but in lsh": {"position_embedding_type": "rotary", "lsh_rotary": 0.0},
+    "rotary": {"position_embedding_type": "rotary", "lsh_rotary": 1.0},
 }
 all_positions = pytest.mark.parametrize("positions", POSITIONS.values(), ids=POSITIONS)
 
@@ -250,12 +253,12 @@ def linear(module, x):
     return F.linear(x, module.weight, module.bias)
 
 
-def turned(x: torch.Tensor, theta: float) -> torch.Tensor:
-    """Pairs half a head apart as complex numbers, turned by the token's place times theta^(-2i / D)."""
+def turned(x: torch.Tensor, theta: float, share: float) -> torch.Tensor:
+    """Pairs half a head apart as complex numbers, the first ones turned by the token's place times theta^(-2i / D)."""
     half = x.shape[-1] // 2
-    angles = torch.arange(x.shape[-2]).float()[:, None] * theta ** -(
-        torch.arange(half) / half
-    )  # float32, as in models
+    frequencies = theta ** -(torch.arange(half) / half)  # float32, as in models
+    frequencies[math.ceil(share * half) :] = 0
+    angles = torch.arange(x.shape[-2]).float()[:, None] * frequencies
     pairs = torch.complex(x[..., :half], x[..., half:])
     pairs = pairs * torch.complex(angles.cos(), angles.sin())
     return torch.cat([pairs.real, pairs.imag], dim=-1)
@@ -267,8 +270,9 @@ def exact_attention(kind: str, module, x: torch.Tensor, config) -> torch.Tensor:
 
     value, length, size = heads(module.v_proj), x.shape[1], module.head_size
     query, key = (heads(module.qk_proj),) * 2 if kind == "lsh" else (heads(module.q_proj), heads(module.k_proj))
-    if config.position_embedding_type == "rotary" and (kind != "lsh" or config.lsh_rotary):
-        query, key = turned(query, config.rope_theta), turned(key, config.rope_theta)
+    if config.position_embedding_type == "rotary":
+        share = config.lsh_rotary if kind == "lsh" else 1.0
+        query, key = (turned(x, config.rope_theta, share) for x in (query, key))
     if kind == "lsh":
         key = key / (key.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     scores = query @ key.transpose(-1, -2) / size**0.5
@@ -407,7 +411,7 @@ def test_padding_changes_nothing_in_float32_where_buckets_agree(case, causal, mo
 @both_directions
 def test_without_rotary_positions_an_lsh_layer_sees_content_alone(causal):
     ids, shifted = make_ids(1, 60), torch.arange(60)[None] * 3 + 7
-    for lsh_rotary in (False, True):
+    for lsh_rotary in (0.0, 0.5):
         model = model_of("lsh", "small", 2, causal, lsh_rotary=lsh_rotary, position_embedding_type="rotary")
         with torch.no_grad():
             found = model(ids, position_ids=shifted).last_hidden_state

@@ -44,7 +44,7 @@ CASES = {
     "padded on the left": (ReformerForCausalLM, DROPOUT, {"labels": IDS.where(LEFT, -100), **BEFORE}),
     "packed samples": (ReformerForCausalLM, DROPOUT, {"labels": IDS, "position_ids": PACKED}),
     "axial positions": (ReformerForCausalLM, {"position_embedding_type": "axial"}, {"labels": IDS}),
-    "rotary in lsh layers": (ReformerForCausalLM, {"lsh_rotary": True}, {"labels": IDS}),
+    "rotary in lsh layers": (ReformerForCausalLM, {"lsh_rotary": 1.0}, {"labels": IDS}),
     "chunks": (ReformerForCausalLM, {**CHUNKS, **DROPOUT}, {"labels": IDS}),
     "a full layer": (ReformerForCausalLM, {"attn_layers": ["full", "lsh"], **DROPOUT}, {"labels": IDS}),
     "plain path": (ReformerForCausalLM, {"reversible": False, **DROPOUT}, {"labels": IDS}),

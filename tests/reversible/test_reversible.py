@@ -145,7 +145,7 @@ CHANGES = {
     "bidirectional": {"is_decoder": False},
     "chunk rule": {"attention_mode": "chunk", "lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8},
     "rotary": {"position_embedding_type": "rotary"},
-    "rotary in lsh layers, too": {"position_embedding_type": "rotary", "lsh_rotary": True},
+    "rotary in lsh layers, too": {"position_embedding_type": "rotary", "lsh_rotary": 1.0},
     "axial": {"position_embedding_type": "axial"},
     "float32 streams": {"residual_precision": "float32"},
     "reference backend": {"attention_backend": "reference"},

@@ -38,7 +38,6 @@ class ReformerAttention(AttentionProjections):
         kinds: Any = config.attn_layers
         super().__init__(config, layer, kinds[layer])
         self.backend, self.mode = config.attention_backend, config.attention_mode
-        self.rotates = self.kind != "lsh" or config.lsh_rotary
         self.centered = self.mode == "window" and config.lsh_centering
         self.dropout = getattr(config, f"{self.kind}_attention_probs_dropout_prob") or 0.0
         self.chunk = getattr(config, f"{self.kind}_attn_chunk_length")
@@ -49,7 +48,7 @@ class ReformerAttention(AttentionProjections):
         """What `qkv` gave → (B, T, H * head_size), every head's attention side by side; and what `ctx` asks for."""
         split: list[Any] = [None if x is None else split_heads(x, self.heads, ctx.shard) for x in projected.take()]
         query, key, value = split
-        projected_query, tables = query, ctx.rotary if self.rotates else None
+        projected_query, tables = query, ctx.lsh_rotary if self.kind == "lsh" else ctx.rotary
         query, key = rotate(query, tables), None if key is None else rotate(key, tables)
         hashed = query if self.centered else projected_query
         vectors = hashed if self.kind == "lsh" else None

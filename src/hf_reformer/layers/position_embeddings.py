@@ -43,10 +43,16 @@ class AxialPositionEmbeddings(nn.Module):
         return torch.cat(parts, dim=-1)
 
 
-def rotary_tables(position_ids: torch.Tensor, head_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, each (B or 1, 1, T, D) float32: angles p * theta^(-2i / D) (Su et al. 2021, 3.2.2)."""
+def rotary_tables(
+    position_ids: torch.Tensor, head_size: int, theta: float, share: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, each (B or 1, 1, T, D) float32: angles p * theta^(-2i / D) (Su et al. 2021, 3.2.2).
+
+    share: of the pairs of dimensions that are turned, those of the highest frequencies (Barbero et al. 2024, p-RoPE).
+    """
     exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_ids.device) / head_size
-    angles = position_ids[:, None, :, None].float() * theta**-exponent  # (B, 1, T, D / 2)
+    frequencies = torch.where(exponent < share, theta**-exponent, 0.0)
+    angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, D / 2)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 

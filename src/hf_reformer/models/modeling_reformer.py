@@ -279,9 +279,12 @@ class ReformerModel(ReformerPreTrainedModel):
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = ranks if config.attention_mode == "window" else positions + past
-        rotary = None
+        rotary = lsh_rotary = None
         if config.position_embedding_type == "rotary":
-            rotary = rotary_tables(position_ids, config.attention_head_size, config.rope_theta)
+            settings = position_ids, config.attention_head_size, config.rope_theta
+            rotary = lsh_rotary = rotary_tables(*settings)
+            if config.lsh_rotary < 1:
+                lsh_rotary = rotary_tables(*settings, config.lsh_rotary) if config.lsh_rotary else None
         key = draw_key(device) if self.training and cache is None else None
         if key is not None and shard is not None:
             key = broadcast(key, shard.group)
@@ -297,6 +300,7 @@ class ReformerModel(ReformerPreTrainedModel):
             samples=samples if config.attention_mode == "window" else None,
             ranks=ranks.to(torch.int32),
             rotary=rotary,
+            lsh_rotary=lsh_rotary,
             key=key,
             num_hashes=num_hashes,
             num_buckets=num_buckets,

@@ -134,7 +134,6 @@ def make_config(given: dict[str, Any]) -> ReformerConfig:
         hidden_act=given["ff_activation"],
         max_position_embeddings=length,
         position_embedding_type="rotary" if rotary else "learned",
-        lsh_rotary=1.0,
         lsh_attn_chunk_length=length if given["use_full_attn"] else bucket,
         num_hashes=given["n_hashes"],
         num_buckets=max(2, length // (2 * bucket) * 2),

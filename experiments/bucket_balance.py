@@ -104,6 +104,7 @@ def draw(experiment: Experiment, rows: list[dict[str, str]]) -> None:
                 means.append(sum(numbers) / len(numbers))
             ax.plot(layers, means, line, label=label)
         ax.axhline(goal, color="grey", linewidth=1)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set(xlabel="lsh layer", ylabel="entropy" if value == "entropy" else "fullest bucket / even share")
     axes[0].legend(frameon=False, fontsize=6)
     experiment.save(figure)

@@ -98,7 +98,8 @@ def assert_equal_gradients(found: dict, expected: dict, tolerance: float = 1e-10
     assert found.keys() == expected.keys()
     scale = max(grad.abs().max().item() for grad in expected.values())
     for name in expected:
-        assert expected[name].any(), f"{name} gets no gradient"
+        no_gradient = "qa_outputs" in name and name.endswith("bias")  # a softmax over positions does not see it
+        assert no_gradient or expected[name].any(), f"{name} gets no gradient"
         assert max_abs_diff(found[name], expected[name]) <= tolerance * scale, name
 
 

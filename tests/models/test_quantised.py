@@ -11,9 +11,9 @@ pytest.importorskip("torchao")
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 IDS = make_ids(2, 70)
-WIDE = {"hidden_size": 64, "attention_head_size": 32, "feed_forward_size": 128, "initializer_range": 0.02}
-# Of the logits' norm: eight bits keep a weight to half a percent of its row's largest; bfloat16 rounds as coarsely.
-TOLERANCE = {torch.float32: 0.02, torch.bfloat16: 0.04}
+WIDE = {"hidden_size": 64, "attention_head_size": 32, "feed_forward_size": 128, "initializer_range": 0.02,
+        "position_embedding_type": "axial"}  # fmt: skip
+TOLERANCE = 0.02  # of the logits' norm: eight bits keep a weight to half a percent of its row's largest
 
 classes = pytest.mark.parametrize("cls", [ReformerForCausalLM, ReformerForSequenceClassification])
 ways = pytest.mark.parametrize("way", ["in place", "while loading"])
@@ -64,7 +64,7 @@ def test_eight_bits_are_enough(cls, way, dtype, tmp_path):
     assert all(is_quantised(module.weight) for module in projections)
     assert size_of(model) < (0.5 if dtype == torch.float32 else 0.7) * size_of(expected)
     logits = model(input_ids=IDS).logits
-    assert 0 < relative_gap(logits, expected(input_ids=IDS).logits) <= TOLERANCE[dtype]
+    assert 0 < relative_gap(logits, expected(input_ids=IDS).logits) <= TOLERANCE
     assert torch.equal(logits, model(input_ids=IDS).logits)
 
 
@@ -124,5 +124,5 @@ def test_an_adapter_merges_into_eight_bits(tmp_path):
     config = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
     model = peft.get_peft_model(base, config).eval()
     expected = model(input_ids=IDS).logits
-    assert relative_gap(expected, before) > 2 * TOLERANCE[torch.float32]
-    assert relative_gap(model.merge_and_unload()(input_ids=IDS).logits, expected) <= TOLERANCE[torch.float32]
+    assert relative_gap(expected, before) > 2 * TOLERANCE
+    assert relative_gap(model.merge_and_unload()(input_ids=IDS).logits, expected) <= TOLERANCE

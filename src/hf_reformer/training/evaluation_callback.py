@@ -1,5 +1,6 @@
 """What callbacks share that log a few numbers of every layer after every evaluation."""
 
+from abc import ABC, abstractmethod
 from itertools import islice
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import Trainer, TrainerCallback
 INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
 
 
-class EvaluationCallback(TrainerCallback):
+class EvaluationCallback(TrainerCallback, ABC):
     """Runs the first batches of an evaluation once more, in evaluation mode, and logs numbers of its layers.
 
     Each as a mean over layers, by its name in `names`, and of every layer, with `_layer_0`, … behind. Where there are
@@ -23,9 +24,9 @@ class EvaluationCallback(TrainerCallback):
             raise ValueError(f"`batches={batches}` leaves nothing to look at. Give at least 1.")
         self.trainer, self.batches = trainer, batches
 
+    @abstractmethod
     def layer_numbers(self, model: torch.nn.Module, batch: dict[str, Any]) -> dict[int, torch.Tensor]:
         """What `names` names, (len(names)) for each layer by its number; of a batch on the model's device."""
-        raise NotImplementedError
 
     def judge(self, layers: dict[int, list[float]], step: int) -> None:
         """For subclasses that also do something about what was logged of each layer."""

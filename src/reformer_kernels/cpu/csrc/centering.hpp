@@ -5,125 +5,165 @@
 #include <cmath>
 #include <vector>
 
-#include "rows.hpp"
-#include "simd.hpp"
+#include "tiles.hpp"
 
 namespace hf {
 
 constexpr float kSmallestNorm = 1e-12f;              // that a vector is divided by
 constexpr float kSmallestDifference = 1.0f / 65536;  // of an entry of a unit vector from the mean's: less is rounding
 
-// A vector at unit length; 0 if it is not finite.
-inline void unit_row(const Source& rows, int token, float* unit) {
-    const char* row = rows.row(token);
-    const float* from = reinterpret_cast<const float*>(row);
-    if (rows.bfloat16) {
-        for (int k = 0; k < rows.size; k++) unit[k] = rows.element(row, k);
-        from = unit;
-    }
-    Float total = zero();
-    int k = 0;
-    for (; k + kWidth <= rows.size; k += kWidth) total = fma(load(from + k), load(from + k), total);
-    float squares = sum(total);
-    for (; k < rows.size; k++) squares += from[k] * from[k];
-    if (!std::isfinite(squares)) {
-        std::fill(unit, unit + rows.size, 0.0f);
-        return;
-    }
-    const float norm = std::max(std::sqrt(squares), kSmallestNorm);
-    for (k = 0; k + kWidth <= rows.size; k += kWidth) store(unit + k, load(from + k) / splat(norm));
-    for (; k < rows.size; k++) unit[k] = from[k] / norm;
+// What makes a row a unit vector; 0 if it is not finite. `at(k)`: its entries from k on, zeros behind the last.
+template <typename F> HF_INLINE float unit_scale(int size, F&& at) {
+    Float squares = zero();
+    for (int k = 0; k < size; k += kWidth) squares = fma(at(k), at(k), squares);
+    const float total = sum(squares);
+    return std::isfinite(total) ? 1.0f / std::max(std::sqrt(total), kSmallestNorm) : 0.0f;
 }
 
-inline void add_row(const float* __restrict unit, int64_t size, double* __restrict sums) {
-    for (int64_t k = 0; k < size; k++) sums[k] += unit[k];
-}
+HF_INLINE Float less_mean(Float unit, const Doubles& sums, Float share) { return fma(narrow(sums), zero() - share, unit); }
+inline float share_of(int64_t count) { return 1.0f / std::max<int64_t>(count, 1); }
 
-// A row that holds nothing but rounding becomes 0.
-inline void without_rounding(float* row, int64_t size) {
+// A vector of floats, zeros behind it, becomes a unit vector less the mean of `count` with itself; `sums` counts it in.
+inline void center_row(const float* row, int size, double* sums, int64_t count, float* out) {
+    const float scale = unit_scale(size, [&](int k) { return load(row + k); });
     Float most = zero();
-    int64_t k = 0;
-    for (; k + kWidth <= size; k += kWidth) most = max(most, abs(load(row + k)));
-    float largest_entry = largest(most);
-    for (; k < size; k++) largest_entry = std::max(largest_entry, std::fabs(row[k]));
-    if (largest_entry < kSmallestDifference) std::fill(row, row + size, 0.0f);
+    for (int k = 0; k < size; k += kWidth) {
+        const size_t bytes = std::min(kWidth, size - k) * sizeof(double);
+        Doubles total = {};
+        std::memcpy(&total, sums + k, bytes);
+        const Float unit = scale > 0 ? load(row + k) * splat(scale) : zero();
+        add(unit, total);
+        std::memcpy(sums + k, &total, bytes);
+        const Float rest = less_mean(unit, total, splat(share_of(count)));
+        most = max(most, abs(rest));
+        store(out + k, rest);
+    }
+    if (largest(most) < kSmallestDifference) std::fill(out, out + size, 0.0f);
 }
 
-inline void less_mean(const float* __restrict unit, const double* __restrict sums, int64_t count, int64_t size, float* __restrict out) {
-    const double share = 1.0 / std::max<int64_t>(count, 1);
-    for (int64_t k = 0; k < size; k++) out[k] = static_cast<float>(unit[k] - sums[k] * share);
-    without_rounding(out, size);
-}
-
-// The vectors of one head less their means, token after token, from any multiple of `segment` on.
+// The vectors of one head less their means, tile after tile, from any multiple of `segment` on.
 class Centering {
   public:
     struct State {
-        std::vector<double> sums;
-        std::vector<float> unit;
+        std::vector<Doubles> sums;
         int64_t count = 0;
-        explicit State(int64_t size) : sums(size), unit(size) {}
+        explicit State(int64_t size) : sums((size + kWidth - 1) / kWidth) {}
     };
 
     Centering(const HashParams& h, int64_t head_index, int64_t segment)
-        : h_(h), rows_(h.vectors, head_index / h.heads, head_index % h.heads, h.bfloat16, h.size),
+        : h_(h), size_(static_cast<int>(h.size)), rows_(h.vectors, head_index / h.heads, head_index % h.heads, h.bfloat16, h.size),
           mask_(h.mask ? h.mask + head_index / h.heads * h.length : nullptr),
           samples_(h.samples ? h.samples + head_index / h.heads * h.length : nullptr) {
         State state(h.size);
         if (h.sums) {
-            std::copy_n(h.sums + head_index * h.size, h.size, state.sums.begin());
+            std::memcpy(state.sums.data(), h.sums + head_index * h.size, h.size * sizeof(double));
             state.count = h.counts[head_index / h.heads];
         }
         const int64_t end = h.causal ? (h.length - 1) / segment * segment : h.length;  // causal: the last segment's begin
-        for (int64_t t = 0; t <= end && t < h.length; t++) {
-            if (h.causal && t % segment == 0) kept_.push_back(state);
-            if (t == end) break;
-            advance(state, t);
-            if (!h.causal && (t + 1 == h.length || begins(t + 1)))
-                for (double sum : state.sums) means_.push_back(static_cast<float>(sum / std::max<int64_t>(state.count, 1)));
+        std::vector<float> panels(panels_of(h.size) * kPanel * kTile);
+        auto end_sample = [&] {
+            if (!h.causal) add_mean(state);
+        };
+        for (int64_t first = 0; first <= end && first < h.length; first += kTile) {
+            if (h.causal && first % segment == 0) kept_.push_back(state);
+            if (first == end) break;
+            const int count = static_cast<int>(std::min<int64_t>(kTile, end - first));
+            read(first, count, panels.data());
+            advance<false>(state, first, count, panels.data(), end_sample);
         }
+        end_sample();
     }
 
     State before(int64_t segment) const { return h_.causal ? kept_[segment] : State(h_.size); }
 
-    // Tokens first … first + count - 1 as rows of floats, padding 0. `state` is that before the first of them.
-    void write(State& state, int64_t first, int count, float* out) const {
-        for (int64_t t = first; t < first + count; t++, out += h_.size) {
-            if (h_.causal) advance(state, t);
-            if (mask_ && !mask_[t]) {
-                std::fill(out, out + h_.size, 0.0f);
-                continue;
+    // Tokens first … first + count - 1 as panels, padding 0. `state` is that before the first of them.
+    void write(State& state, int64_t first, int count, float* panels) const {
+        read(first, count, panels);
+        if (h_.causal) {
+            advance<true>(state, first, count, panels, [] {});
+            return;
+        }
+        float scale[kTile];
+        scales(first, count, panels, scale);
+        for (int i = 0; i < count; i++) {
+            const float* mean = means_.data() + (samples_ ? samples_[first + i] : 0) * state.sums.size() * kWidth;
+            Float most = zero();
+            for (int k = 0; k < size_; k += kWidth) {
+                const Float rest = fma(load(in_panels(panels, i, k)), splat(scale[i]), zero() - load(mean + k));
+                most = max(most, abs(rest));
+                store(in_panels(panels, i, k), rest);
             }
-            if (h_.causal) {
-                less_mean(state.unit.data(), state.sums.data(), state.count, h_.size, out);
-                continue;
-            }
-            unit_row(rows_, static_cast<int>(t), out);
-            const float* mean = means_.data() + (samples_ ? samples_[t] : 0) * h_.size;
-            for (int64_t k = 0; k < h_.size; k++) out[k] -= mean[k];
-            without_rounding(out, h_.size);
+            without_rounding(first, i, largest(most), panels);
         }
     }
 
   private:
+    bool real(int64_t token) const { return !mask_ || mask_[token]; }
     bool begins(int64_t t) const { return samples_ && t && samples_[t] != samples_[t - 1]; }
-    void advance(State& state, int64_t t) const {
-        if (begins(t)) {
-            std::fill(state.sums.begin(), state.sums.end(), 0.0);
-            state.count = 0;
+
+    void read(int64_t first, int count, float* panels) const {
+        for (int i = 0; i < count; i++) gather(rows_, static_cast<int>(first) + i, panels, i);
+    }
+    void clear(float* panels, int i) const {
+        for (int k = 0; k < size_; k += kWidth) store(in_panels(panels, i, k), zero());
+    }
+    // A row that is padding, or holds nothing but rounding, becomes 0.
+    void without_rounding(int64_t first, int i, float most, float* panels) const {
+        if (!real(first + i) || most < kSmallestDifference) clear(panels, i);
+    }
+    void scales(int64_t first, int count, float* panels, float* scale) const {
+        for (int i = 0; i < count; i++) {
+            scale[i] = real(first + i) ? unit_scale(size_, [&](int k) { return load(in_panels(panels, i, k)); }) : 0.0f;
+            if (scale[i] == 0) clear(panels, i);
         }
-        if (mask_ && !mask_[t]) return;
-        unit_row(rows_, static_cast<int>(t), state.unit.data());
-        add_row(state.unit.data(), h_.size, state.sums.data());
-        state.count++;
+    }
+    void add_mean(const State& state) {
+        for (const Doubles& sums : state.sums) {
+            means_.resize(means_.size() + kWidth);
+            store(&*means_.end() - kWidth, narrow(sums) * splat(share_of(state.count)));
+        }
+    }
+
+    // Counts the tokens of a tile in; `kSubtract`: and takes the mean off each. `end_sample` is called before a sample begins.
+    template <bool kSubtract, typename F> void advance(State& state, int64_t first, int count, float* panels, F&& end_sample) const {
+        float scale[kTile], share[kTile];
+        Float most[kTile];
+        scales(first, count, panels, scale);
+        for (int begin = 0, end = 1; begin < count; begin = end++) {  // the tokens of one sample
+            while (end < count && !begins(first + end)) end++;
+            if (begins(first + begin)) {
+                end_sample();
+                state = State(h_.size);
+            }
+            for (int i = begin; i < end; i++) {
+                share[i] = share_of(state.count += real(first + i));
+                most[i] = zero();
+            }
+            for (int k = 0; k < size_; k += kWidth) {
+                Doubles sums = state.sums[k / kWidth];
+                for (int i = begin; i < end; i++) {
+                    float* at = in_panels(panels, i, k);
+                    const Float unit = load(at) * splat(scale[i]);
+                    add(unit, sums);
+                    if (!kSubtract) continue;
+                    const Float rest = less_mean(unit, sums, splat(share[i]));
+                    most[i] = max(most[i], abs(rest));
+                    store(at, rest);
+                }
+                state.sums[k / kWidth] = sums;
+            }
+            if (kSubtract)
+                for (int i = begin; i < end; i++) without_rounding(first, i, largest(most[i]), panels);
+        }
     }
 
     const HashParams& h_;
+    int size_;
     Source rows_;
     const uint8_t* mask_;
     const int32_t* samples_;
     std::vector<State> kept_;   // causal: before every segment
-    std::vector<float> means_;  // otherwise: of every sample, (samples, D)
+    std::vector<float> means_;  // otherwise: of every sample, (samples, D up to a whole vector)
 };
 
 }  // namespace hf

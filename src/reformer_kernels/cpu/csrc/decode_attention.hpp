@@ -16,11 +16,11 @@
 namespace hf {
 
 struct DecodeScratch {
-    std::vector<float> query, row, projected, scores, unit;
+    std::vector<float> query, row, projected, scores, centered;
     std::vector<int32_t> tokens, merged, chains;
     std::vector<int64_t> buckets;
     DecodeScratch(const DecodeParams& s)
-        : query(s.size + kWidth), row(s.size + kWidth), projected(s.rounds * s.columns + kWidth), unit(s.size), chains(s.rounds * s.window), buckets(s.rounds) {}
+        : query(s.size + kWidth), row(s.size + kWidth), projected(s.rounds * s.columns + kWidth), centered(s.size + kWidth), chains(s.rounds * s.window), buckets(s.rounds) {}
 };
 
 // A row as floats with zeros up to a whole vector behind it; not copied if it is stored like that.
@@ -35,11 +35,8 @@ inline const float* floats_of(const Source& source, int64_t slot, float* buffer)
 // What is hashed of a token: its vector, or that at unit length less the mean of those so far, itself included.
 inline const float* hashed_row(const DecodeParams& s, int64_t row, const Source& vectors, int token, int64_t index, DecodeScratch& w) {
     if (!s.sums) return floats_of(vectors, token, w.row.data());
-    double* sums = s.sums + row * s.size;
-    unit_row(vectors, token, w.unit.data());
-    add_row(w.unit.data(), s.size, sums);
-    less_mean(w.unit.data(), sums, index + 1, s.size, w.row.data());
-    return w.row.data();
+    center_row(floats_of(vectors, token, w.row.data()), static_cast<int>(s.size), s.sums + row * s.size, index + 1, w.centered.data());
+    return w.centered.data();
 }
 
 // A token's bucket in every round. Sums run in the order of `project`, so that near-ties fall the same way.

@@ -10,10 +10,9 @@
 namespace hf {
 
 struct HashScratch {
-    std::vector<float> rows, columns, projected, centered;
+    std::vector<float> rows, columns, projected;
     HashScratch(const HashParams& h, int64_t padded)
-        : rows(panels_of(h.size) * kPanel * kTile), columns(rows.size()), projected(padded * kTile),
-          centered(h.centered ? h.size * kTile : 0) {}
+        : rows(panels_of(h.size) * kPanel * kTile), columns(rows.size()), projected(padded * kTile) {}
 };
 
 // Projections of one tile, transposed: projected[column][token].
@@ -93,8 +92,7 @@ inline void run_hashing(const HashParams& h) {
         HashScratch& w = *scratch[worker];
         for (; first < end; first += kTile) {
             const int count = static_cast<int>(std::min<int64_t>(kTile, end - first));
-            const Source rows = read(first, count, w);
-            for (int i = 0; i < count; i++) gather(rows, i, w.rows.data(), i);
+            read(first, count, w.rows.data());
             hash_rows(h, head_index, first, count, rotations.data() + head_index % h.heads * h.size * padded, padded, w);
         }
     };
@@ -103,10 +101,9 @@ inline void run_hashing(const HashParams& h) {
         parallel_for(h.batch * tiles, h.threads, [&](int64_t task, int worker) {
             for (int64_t head = 0; head < h.heads; head++) {
                 const int64_t batch = task / tiles, begin = task % tiles * kTile;
-                auto read = [&](int64_t first, int, HashScratch&) {
-                    Source rows(h.vectors, batch, head, h.bfloat16, h.size);
-                    rows.base = rows.row(static_cast<int>(first));
-                    return rows;
+                const Source rows(h.vectors, batch, head, h.bfloat16, h.size);
+                auto read = [&](int64_t first, int count, float* panels) {
+                    for (int i = 0; i < count; i++) gather(rows, static_cast<int>(first) + i, panels, i);
                 };
                 hash_tokens(batch * h.heads + head, begin, std::min(h.length, begin + kTile), worker, read);
             }
@@ -123,10 +120,7 @@ inline void run_hashing(const HashParams& h) {
         const int64_t head_index = task / segments, begin = task % segments * segment;
         const Centering& center = *centers[head_index];
         Centering::State state = center.before(task % segments);
-        auto read = [&](int64_t first, int count, HashScratch& w) {
-            center.write(state, first, count, w.centered.data());
-            return Source(Strided{w.centered.data(), 0, 0, h.size}, 0, 0, false, h.size);
-        };
+        auto read = [&](int64_t first, int count, float* panels) { center.write(state, first, count, panels); };
         hash_tokens(head_index, begin, std::min(h.length, begin + segment), worker, read);
     });
 }

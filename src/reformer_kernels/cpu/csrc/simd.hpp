@@ -51,6 +51,17 @@ HF_INLINE Mask first_only(Mask a, Mask b) { return a & static_cast<Mask>(~b); }
 HF_INLINE Float keep(Mask m, Float a) { return _mm512_maskz_mov_ps(m, a); }
 HF_INLINE Float select(Mask m, Float a, Float b) { return _mm512_mask_blend_ps(m, b, a); }
 HF_INLINE Int select(Mask m, Int a, Int b) { return _mm512_mask_blend_epi32(m, b, a); }
+struct Doubles {
+    __m512d low, high;
+};
+HF_INLINE void add(Float a, Doubles& sums) {
+    sums.low += _mm512_cvtps_pd(_mm512_castps512_ps256(a));
+    sums.high += _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)));
+}
+HF_INLINE Float narrow(const Doubles& x) {
+    const __m512d low = _mm512_castpd256_pd512(_mm256_castps_pd(_mm512_cvtpd_ps(x.low)));
+    return _mm512_castpd_ps(_mm512_insertf64x4(low, _mm256_castps_pd(_mm512_cvtpd_ps(x.high)), 1));
+}
 HF_INLINE Float exp2(Float x) {  // any x <= 127; 0 where it underflows
     Float whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = x - whole;
     Float p = splat(kExp2[5]);
@@ -124,6 +135,16 @@ HF_INLINE Mask first_only(Mask a, Mask b) { return _mm256_andnot_si256(b, a); }
 HF_INLINE Float keep(Mask m, Float a) { return _mm256_and_ps(_mm256_castsi256_ps(m), a); }
 HF_INLINE Float select(Mask m, Float a, Float b) { return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(m)); }
 HF_INLINE Int select(Mask m, Int a, Int b) { return _mm256_blendv_epi8(b, a, m); }
+struct Doubles {
+    __m256d low, high;
+};
+HF_INLINE void add(Float a, Doubles& sums) {
+    sums.low += _mm256_cvtps_pd(_mm256_castps256_ps128(a));
+    sums.high += _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1));
+}
+HF_INLINE Float narrow(const Doubles& x) {
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(x.low)), _mm256_cvtpd_ps(x.high), 1);
+}
 HF_INLINE Float exp2(Float x) {  // any x <= 127; at least 2^-126
     x = max(splat(-126.0f), x);  // in this order NaN stays NaN
     Float whole = _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), part = x - whole;
@@ -203,6 +224,17 @@ HF_INLINE Mask at_most_unsigned(Int a, Int b) { return as<Unsigned>(a) <= as<Uns
 HF_INLINE Mask both(Mask a, Mask b) { return a & b; }
 HF_INLINE Mask first_only(Mask a, Mask b) { return a & ~b; }
 HF_INLINE Float keep(Mask m, Float a) { return as<Float>(m & as<Int>(a)); }
+struct Doubles {
+    double at[kWidth];
+};
+HF_INLINE void add(Float a, Doubles& sums) {
+    for (int i = 0; i < kWidth; i++) sums.at[i] += a[i];
+}
+HF_INLINE Float narrow(const Doubles& x) {
+    Float a;
+    for (int i = 0; i < kWidth; i++) a[i] = static_cast<float>(x.at[i]);
+    return a;
+}
 HF_INLINE Float exp2(Float x) {  // any x <= 127; at least 2^-126
     x = max(splat(-126.0f), x);  // in this order NaN stays NaN
     const Float shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number

@@ -61,8 +61,8 @@ format: $(READY) ## put style right, where a tool can
 bench: $(READY) ## measure against other implementations, in seven minutes
 	$(BIN)/python -m benchmarks.run --short --append $(BENCH_ARGS)
 
-EVIDENCE := attention_variants exact_then_windows bucket_balance recall duplication listops classification reversible_and_shared \
-    step_time defaults
+EVIDENCE := attention_variants exact_then_windows bucket_balance recall duplication listops classification \
+    reversible_and_shared step_time defaults
 evidence-short: $(READY) ## run every experiment of docs/evidence.md in a tiny version, in some minutes
 	set -e; for name in $(EVIDENCE); do $(BIN)/python experiments/$$name.py --short; done
 

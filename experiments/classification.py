@@ -1,7 +1,7 @@
 """What does the classification recipe reach with its defaults, and what do first tokens that all see add to it?
 
-    python experiments/classification.py --train_file authors.train.parquet --validation_file authors.validation.parquet
-    python experiments/classification.py --train_file reviews.train.jsonl --variants defaults sinks random --seeds 0 1 2
+    python experiments/classification.py --train_file train.parquet --validation_file validation.parquet
+    python experiments/classification.py --train_file train.jsonl --variants defaults sinks random --seeds 0 1 2
 
     defaults    `hf-reformer train classification` with no other option
     sinks       the same, and every layer sees the first four tokens of the text, too
@@ -30,7 +30,8 @@ VARIANTS: dict[str, Any] = {
 }
 KEYS = ("data", "variant", "seed", "options", "judged_on")
 SHORT = {
-    "options": "--hidden_size 64 --num_train_epochs 1 --max_length 256 --tokenizer bytes", "variants": ["defaults", "sinks"],
+    "options": "--hidden_size 64 --num_train_epochs 1 --max_length 256 --tokenizer bytes",
+    "variants": ["defaults", "sinks"],
 }  # fmt: skip
 
 

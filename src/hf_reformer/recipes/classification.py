@@ -56,7 +56,10 @@ from ..training.model_setup import ModelArguments, make_model, make_tokenizer, o
 from ..training.reports import format_table, write_report
 from ..training.trainers import GroupedTrainer, build_trainer, predict_splits, train_and_save
 
-DEFAULTS = {"output_dir": "runs/classification", "train_sampling_strategy": "group_by_length"}
+DEFAULTS = {  # one layer and few epochs: from scratch, on hundreds or thousands of texts, more of either only memorise
+    "output_dir": "runs/classification", "train_sampling_strategy": "group_by_length",
+    "attn_layers": ["lsh"], "num_train_epochs": 3, "per_device_train_batch_size": 4,
+}  # fmt: skip
 DEMO = {  # trained on chunks of the documents, evaluated on whole ones
     "output_dir": "runs/demo", "baselines": True, "max_length": 6144, "train_length": 512,
     "attn_layers": ["lsh"], "attention_head_size": 32, "feed_forward_size": 128, "num_hashes": 1,

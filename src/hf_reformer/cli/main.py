@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import json
+import os
 import re
 import sys
 import traceback
@@ -16,6 +17,10 @@ from .streams import Lasting, discard, finish_output, prepare_streams
 
 LONGEST = 2**26  # characters of a prompt
 COLD = 1e-5  # a lower temperature leaves the most likely token alone, and logits divided by it may overflow
+LOST_PEER = (
+    "Another process of this run has ended or cannot be reached, so this one ends, too. What the other one wrote last "
+    "says why; the run goes on from its newest checkpoint with --resume_from_checkpoint last. (Found: {})"
+)
 SAMPLING = ("temperature", "top_p", "top_k")
 CARD = ("language", "license", "datasets", "base_model", "tags", "dataset_name")
 
@@ -25,12 +30,18 @@ def run_train(args: argparse.Namespace) -> None:
     if args.recipe is None:
         make_parser().parse_args(["train", "--help"])
     with redirect_stdout(Lasting(sys.stdout or sys.stderr)), redirect_stderr(Lasting(sys.stderr)):
-        load_recipe(args.recipe).main(args.arguments)
+        recipe = load_recipe(args.recipe)
+        try:
+            recipe.main(args.arguments)
+        except RuntimeError as error:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1 and re.search("gloo|nccl|connection", str(error), re.I):
+                raise ConnectionError(LOST_PEER.format(error)) from error
+            raise
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """The model, its tokenizer, and the options for `text_generation.generate`."""
-    from transformers import set_seed
+    import torch
 
     from .text_generation import load
 
@@ -44,7 +55,7 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     if unused := [name for name in sampling if args.greedy or (name != "temperature" and greedy)]:
         raise ValueError(f"--greedy always takes the most likely token. Leave out --{', --'.join(unused)}.")
     if args.seed is not None:
-        set_seed(args.seed)
+        torch.manual_seed(args.seed)
     model, tokenizer = load(args.model, args.device, args.dtype, args.trust_remote_code)
     saved = model.generation_config.temperature
     greedy = greedy or (args.temperature is None and saved is not None and 0 <= saved < COLD)

@@ -157,6 +157,9 @@ MEMBERS: dict[str, dict[str, str]] = {
             "processes that share sequences must get the same batches"
         ),
         "_get_collator_with_removed_columns(self, data_collator, description)": "as `_get_dataloader`",
+        "_save_checkpoint(self, model, trial)": "a checkpoint that could not be saved whole is removed",
+        "_get_output_dir(self, trial)": "as `_save_checkpoint`",
+        "_save_rng_state(self, output_dir)": "the state, written after it, is to be the last file of all processes",
         "_get_train_sampler(self, train_dataset)": "grouping by length must be the same after resuming",
         "_get_eval_sampler(self, eval_dataset)": "predictions must come in the order of the dataset",
     },

@@ -1,16 +1,26 @@
 """The command line: `hf-reformer train`, `generate`, `chat`, `export`, `convert` and `env`."""
 
 import argparse
+import inspect
 import json
 import os
 import re
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from ..recipes import RECIPES, load_recipe
+from .streams import Lasting, discard, finish_output, prepare_streams
 
+LONGEST = 2**26  # characters of a prompt
+COLD = 1e-5  # a lower temperature leaves the most likely token alone, and logits divided by it may overflow
+LOST_PEER = (
+    "Another process of this run has ended or cannot be reached, so this one ends, too. What the other one wrote last "
+    "says why; the run goes on from its newest checkpoint with --resume_from_checkpoint last. (Found: {})"
+)
 SAMPLING = ("temperature", "top_p", "top_k")
 CARD = ("language", "license", "datasets", "base_model", "tags", "dataset_name")
 
@@ -19,25 +29,40 @@ def run_train(args: argparse.Namespace) -> None:
     """Train a model. `hf-reformer train RECIPE --help` lists the options of a recipe."""
     if args.recipe is None:
         make_parser().parse_args(["train", "--help"])
-    load_recipe(args.recipe).main(args.arguments)
+    with redirect_stdout(Lasting(sys.stdout or sys.stderr)), redirect_stderr(Lasting(sys.stderr)):
+        recipe = load_recipe(args.recipe)
+        try:
+            recipe.main(args.arguments)
+        except RuntimeError as error:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1 and re.search("gloo|nccl|connection", str(error), re.I):
+                raise ConnectionError(LOST_PEER.format(error)) from error
+            raise
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """The model, its tokenizer, and the options for `text_generation.generate`."""
-    from transformers import set_seed
+    import torch
 
     from .text_generation import load
 
-    greedy = args.greedy or args.temperature == 0
+    check_stdout()
+    for name, most in {"temperature": sys.float_info.max, "top_p": 1, "top_k": sys.maxsize}.items():
+        value = getattr(args, name)
+        if value is not None and not 0 <= value <= most:  # nor is NaN
+            raise ValueError(f"--{name} {value} is not between 0 and {most}.")
+    greedy = args.greedy or (args.temperature is not None and args.temperature < COLD)
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     if unused := [name for name in sampling if args.greedy or (name != "temperature" and greedy)]:
         raise ValueError(f"--greedy always takes the most likely token. Leave out --{', --'.join(unused)}.")
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    model, tokenizer = load(args.model, args.device, args.dtype, args.trust_remote_code)
+    saved = model.generation_config.temperature
+    greedy = greedy or (args.temperature is None and saved is not None and 0 <= saved < COLD)
     options = {"max_new_tokens": args.max_new_tokens, "stream": not args.no_stream, "do_sample": not greedy}
     options |= {} if greedy else sampling
     options |= {"prefill_chunk_size": args.prefill_chunk_size} if args.prefill_chunk_size else {}
-    if args.seed is not None:
-        set_seed(args.seed)
-    return *load(args.model, args.device, args.dtype, args.trust_remote_code), options
+    return model, tokenizer, options
 
 
 def run_generate(args: argparse.Namespace) -> None:
@@ -48,13 +73,8 @@ def run_generate(args: argparse.Namespace) -> None:
     """
     from .text_generation import generate, prompt_ids, special_ids
 
+    text = read_prompt(args)
     model, tokenizer, options = load(args)
-    text = args.prompt
-    if args.prompt_file:
-        text = Path(args.prompt_file).read_bytes().decode(errors="surrogateescape").removesuffix("\n")
-    elif text is None:
-        text = sys.stdin.read().removesuffix("\n")
-    check_utf8(text, args.prompt_file or "The prompt")
     ids = prompt_ids(model, tokenizer, text, bos=not args.no_bos)
     options |= special_ids(model, tokenizer, None if args.no_bos else tokenizer.bos_token_id)
     options |= {"use_cache": False} if args.no_cache else {}
@@ -70,9 +90,11 @@ def run_chat(args: argparse.Namespace) -> None:
     """
     from .text_generation import Conversation, special_ids
 
+    if sys.stdin is None:
+        raise ValueError("stdin is closed, and a chat reads its turns from there.")
+    system = None if args.system is None else checked(args.system, "--system")
     model, tokenizer, options = load(args)
-    check_utf8(args.system or "", "--system")
-    conversation = Conversation(model, tokenizer, args.system, **special_ids(model, tokenizer), **options)
+    conversation = Conversation(model, tokenizer, system, **special_ids(model, tokenizer), **options)
     terminal = sys.stdin.isatty()
     while True:
         try:
@@ -90,9 +112,10 @@ def run_chat(args: argparse.Namespace) -> None:
             elif re.fullmatch("/[a-z]+", line):
                 raise ValueError(f"{command} is no command. There are /reset, /save FILE and /quit.")
             elif line:
-                check_utf8(line, "The line")
-                conversation.answer(line)
-        except (OSError, ValueError) as error:
+                conversation.answer(checked(line, "The line"))
+        except BrokenPipeError:
+            raise
+        except Exception as error:
             if not terminal:
                 raise
             print(one_line(error), file=sys.stderr)
@@ -141,8 +164,8 @@ def json_fields(text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        fields = json.loads(text if text.lstrip()[:1] in ("{", "[") else Path(text).read_text(encoding="utf-8"))
-    except ValueError as error:
+        fields = json.loads(text if text.lstrip()[:1] in ("{", "[") else Path(text).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"--fields is no JSON: {error}.") from error
     except OSError as error:
         raise ValueError(f"--fields {text} is neither a JSON object nor a file that can be read.") from error
@@ -155,6 +178,7 @@ def run_env(args: argparse.Namespace) -> None:
     """Print versions and devices, for bug reports."""
     import platform
 
+    check_stdout()
     import torch
     import transformers
 
@@ -176,13 +200,42 @@ def run_env(args: argparse.Namespace) -> None:
         print(f"{name}: {value}")
 
 
-def check_utf8(text: str, name: str) -> None:
-    """Raise ValueError for text read from bytes that are not UTF-8 (Python puts surrogates in their place)."""
+def read_prompt(args: argparse.Namespace) -> str:
+    """The text to continue, with \\n for every end of a line; without a byte order mark, and a newline at its end."""
+    name = args.prompt_file or "The prompt"
+    if args.prompt is not None:
+        return checked(args.prompt, name)
+    if args.prompt_file is not None:
+        with open(args.prompt_file, encoding="utf-8", errors="surrogateescape") as file:
+            text = file.read(LONGEST + 2)
+    elif sys.stdin is None:
+        raise ValueError("stdin is closed. Give the text by --prompt or --prompt_file.")
+    else:
+        text = sys.stdin.read(LONGEST + 2)
+    return checked(text.removeprefix("\ufeff").removesuffix("\n"), name)
+
+
+def checked(text: str, name: str) -> str:
+    """A text from outside. Bytes that Python could not read in the locale's encoding are read as UTF-8.
+
+    Raises:
+        ValueError: they are no UTF-8, or the text is too long to be a prompt.
+    """
+    if len(text) > LONGEST:
+        raise ValueError(f"{name} has more than {LONGEST:,} characters, which is more than a prompt can have.")
     try:
-        text.encode()
+        return text.encode(errors="surrogateescape").decode()
     except UnicodeEncodeError as error:
-        byte = text[error.start].encode(errors="surrogateescape")
-        raise ValueError(f"{name} is not UTF-8: byte {byte!r}.") from error
+        raise ValueError(f"{name} is not UTF-8: it has the lone surrogate {text[error.start]!a}.") from error
+    except UnicodeDecodeError as error:
+        found = error.object[error.start : error.start + 1]
+        raise ValueError(f"{name} is not UTF-8: byte {found!r} at position {error.start}.") from error
+
+
+def check_stdout() -> None:
+    """Raise ValueError if there is no stdout, for commands whose result is a text."""
+    if sys.stdout is None:
+        raise ValueError("stdout is closed, and the text would be lost. Redirect it to a file, or to /dev/null.")
 
 
 def positive(text: str) -> int:
@@ -214,7 +267,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, **options: Any) -> argparse.ArgumentParser:
-        subparser = commands.add_parser(name, help=run.__doc__.split("\n")[0], description=run.__doc__, **options)
+        description = inspect.getdoc(run) or ""  # none under `python -OO`
+        subparser = commands.add_parser(name, help=description.split("\n")[0], description=description, **options)
         subparser.set_defaults(run=run)
         return subparser
 
@@ -256,25 +310,37 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def one_line(error: Exception) -> str:
-    """The message of an error in one line."""
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line; for one that is not foreseen, with its type and where it was raised."""
     text = " ".join(str(error).split())
+    if not isinstance(error, ImportError | OSError | ValueError | SystemExit):
+        frames = traceback.extract_tb(error.__traceback__)
+        text = f"{type(error).__name__}: {text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
     return "hf-reformer: " + text.split(" Model type should be one of")[0]  # hundreds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. The exit status is 2 for an error that the user can mend.
+    """Run a command. The exit status is 2 for an error, 130 for ctrl-C.
 
-    TRANSFORMERS_VERBOSITY=debug shows where such an error was raised.
+    TRANSFORMERS_VERBOSITY=debug shows where an error was raised.
     """
-    args = make_parser().parse_args(argv)
+    prepare_streams()
     try:
-        args.run(args)
+        try:
+            args = make_parser().parse_args(argv)
+            args.run(args)
+        finally:
+            finish_output()
     except BrokenPipeError:  # the reader has closed the pipe, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
     except KeyboardInterrupt:
         return 130
-    except (ImportError, OSError, ValueError) as error:
+    except SystemExit as end:
+        if not isinstance(end.code, str):
+            raise
+        print(one_line(end), file=sys.stderr)
+        return 2
+    except Exception as error:
         from transformers.utils import logging
 
         logging.get_logger("transformers.hf_reformer").debug("", exc_info=True)

@@ -4,16 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TextStreamer
+from transformers import AutoConfig, AutoModelForCausalLM, TextStreamer
 from transformers.utils import logging
 
 from ..cache.cache import CACHE_NAME
-from ..hub.model_folder import load_model, quiet, readable, saved_config
+from ..hub.model_folder import load_model, load_tokenizer, quiet, readable, saved_config
 from ..models.language_models import ReformerForCausalLM
 
 logger = logging.get_logger(__name__)
+
+PIECE = 2**20  # characters that are tokenised at once: a tokenizer takes up to 300 bytes of memory for each
 
 
 def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
@@ -28,9 +29,9 @@ def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code
         with readable(name):
             config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             model_class: Any = ReformerForCausalLM if config.model_type == "reformer" else AutoModelForCausalLM
-            tokenizer: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
             with quiet():
                 model, report = load_model(model_class, name, dtype, trust_remote_code=trust_remote_code)
+        tokenizer: Any = load_tokenizer(name, trust_remote_code=trust_remote_code)
     except OSError as error:
         if Path(name).is_dir():
             raise
@@ -46,6 +47,8 @@ def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code
     if device == "auto":
         device = str(torch.accelerator.current_accelerator() or "cpu") if torch.accelerator.is_available() else "cpu"
     try:
+        if torch.device(device).type == "meta":
+            raise ValueError("The device 'meta' holds no numbers, so nothing can be computed there.")
         return model.to(device).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"The device {device!r} cannot be used: {error}") from error
@@ -60,9 +63,20 @@ def special_ids(model: Any, tokenizer: Any, *more_eos: int | None) -> dict[str, 
     return {"eos_token_id": eos or None, "pad_token_id": pad}
 
 
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text, without special tokens around it. More than `PIECE` characters are cut at ends of lines."""
+    ids: list[int] = []
+    start = 0
+    while start < len(text):
+        end = text.find("\n", start + PIECE, start + 2 * PIECE) + 1 or start + 2 * PIECE
+        ids += tokenizer(text[start:end], add_special_tokens=False, verbose=False)["input_ids"]
+        start = end
+    return ids
+
+
 def prompt_ids(model: Any, tokenizer: Any, text: str, bos: bool = True) -> list[int]:
     """The ids of a text, with the bos token in front (if the model has one), as the recipe language-model trains."""
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = token_ids(tokenizer, text)
     bos_id = tokenizer.bos_token_id
     if bos and bos_id is not None and bos_id < model.get_input_embeddings().num_embeddings and ids[:1] != [bos_id]:
         ids = [bos_id, *ids]
@@ -91,7 +105,12 @@ def generate(
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
     options |= {"max_new_tokens": min(capacity, max_new_tokens), "streamer": streamer, "return_dict_in_generate": True}
     input_ids = torch.tensor([ids], device=model.device)
-    out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
+    try:
+        out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
+    except BaseException:
+        if streamer is not None and streamer.token_cache:  # a word that was not complete
+            streamer.end()
+        raise
     new = out.sequences[:, len(ids) :]
     if not stream:
         print("\n---\n".join(tokenizer.batch_decode(new, skip_special_tokens=True)), flush=True)
@@ -130,9 +149,10 @@ class Conversation:
         """The model's answer to the user's next turn. Both join the conversation, unless there is an error."""
         messages = [*self.messages, {"role": "user", "content": text}]
         try:
-            ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"The chat template raises an error: {error}") from error
+            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        except Exception as error:  # a template is a program of someone else
+            raise ValueError(f"The chat template raises an error: {type(error).__name__}: {error}") from error
+        ids = token_ids(self.tokenizer, text)
         cache = self._cache_for(ids)
         self.cache, self.cached_ids = None, []  # until it holds this turn, too
         out = generate(self.model, self.tokenizer, ids, **{CACHE_NAME: cache}, **self.options)

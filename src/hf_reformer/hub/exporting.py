@@ -15,13 +15,13 @@ import torch
 from huggingface_hub import CommitInfo, create_branch, create_repo, snapshot_download, upload_folder
 from huggingface_hub.utils import validate_repo_id
 from torch.distributed.tensor import DTensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from ..configuration_reformer import ReformerConfig
 from ..ops.dispatch import BACKENDS
 from .flatten import flatten, short_name
 from .model_card import model_card
-from .model_folder import load_model, readable, saved_config
+from .model_folder import load_model, load_tokenizer, readable, saved_config
 from .registration import AUTO_CLASSES, MODEL_CLASSES
 
 # Files of an earlier model in the same place, which the new model may not overwrite.
@@ -161,7 +161,7 @@ def read(source: str | PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
     for kind in ("missing", "unexpected"):
         if keys := report[f"{kind}_keys"]:
             raise ValueError(f"The weights in {source} do not fit {name}: {min(keys)} is {kind}.")
-    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").exists() else None
+    tokenizer = load_tokenizer(folder) if (folder / "tokenizer_config.json").exists() else None
     record = folder / "trainer_state.json"
     return model, tokenizer, TrainerState.load_from_json(str(record)) if record.exists() else None
 

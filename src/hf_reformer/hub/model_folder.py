@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 # Raised while reading weights that are damaged or do not match the config.
@@ -38,7 +39,7 @@ def saved_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder} holds no model: there is no config.json.")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is no JSON: {error}.") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds a {type(found).__name__}, but must hold an object with the model's settings.")
@@ -52,6 +53,19 @@ def load_model(model_class: Any, source: Any, dtype: str = "auto", **options: An
     for key, saved, expected in sorted(report["mismatched_keys"]):
         raise RuntimeError(f"{key} has the shape {tuple(saved)}, where the config asks for {tuple(expected)}.")
     return model, report
+
+
+def load_tokenizer(source: Any, **options: Any) -> Any:
+    """A checkpoint's tokenizer; ValueError if its files are damaged."""
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (ImportError, OSError, ValueError):
+        raise
+    except Exception as error:  # whatever was raised on the way
+        raise ValueError(
+            f"The tokenizer in {source} cannot be read: {type(error).__name__}: {error}. Its files are damaged: save "
+            "it again by `tokenizer.save_pretrained`."
+        ) from error
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ..configuration_reformer import ReformerConfig
 from ..data.bpe_tokenizer import train_bpe_tokenizer
 from ..data.tables import require
 from ..tokenization_reformer import ReformerByteTokenizer
-from .trainers import force_cpu_backend
+from .trainers import checkpoint_to_resume, force_cpu_backend
 
 # Where a small Reformer that is trained from scratch needs other settings than `TrainingArguments` has.
 DEFAULTS: dict[str, Any] = {
@@ -71,6 +71,7 @@ def parse_arguments(
     """Read a recipe's command line into instances of `classes`.
 
     Args:
+        classes: the last one is `TrainingArguments` or a subclass of it.
         arguments: default: those of the process.
         defaults: besides `DEFAULTS`; they replace the defaults of `classes`.
         presets: further defaults, for the case that a flag is given.
@@ -85,7 +86,9 @@ def parse_arguments(
     for flag, preset in (presets or {}).items():
         if flag in flags:
             parser.set_defaults(**preset)
-    return parser.parse_args_into_dataclasses(arguments)
+    *parsed, args = parser.parse_args_into_dataclasses(arguments)
+    args.resume_from_checkpoint = checkpoint_to_resume(args)
+    return *parsed, args
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:

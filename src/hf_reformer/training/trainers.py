@@ -1,17 +1,28 @@
 """The Trainers of the recipes."""
 
+import json
 import os
+import re
+import shutil
+import zipfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from safetensors import safe_open
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Trainer
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.utils import logging
 
 from ..models.losses import IGNORE
 from .found_callback import AttentionFoundCallback, has_hashing_layers
+
+logger = logging.get_logger(__name__)
+
+STATE = "trainer_state.json"  # the Trainer's record of the run, the last file of a checkpoint
 
 
 def force_cpu_backend() -> None:
@@ -48,12 +59,68 @@ def train_and_save(trainer: Trainer, data_summary: str) -> None:
         print(f"{data_summary}\nParameters: {model.num_parameters():,}; layers: {layers}")
     if trainer.train_dataset is None:
         return
-    resume = trainer.args.resume_from_checkpoint
-    result = trainer.train(resume_from_checkpoint=True if resume in ("last", "true", "True") else resume)
+    result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """The checkpoint that `--resume_from_checkpoint` names; `last` is the newest whole one of the run.
+
+    Raises:
+        ValueError: it is not whole, or there is none.
+    """
+    name = args.resume_from_checkpoint
+    if not name or name not in ("last", "true", "True", True):
+        if name and (damage := checkpoint_damage(Path(name))):
+            raise ValueError(
+                f"--resume_from_checkpoint {name}: {damage}. Name another checkpoint, or `last`: the newest whole one."
+            )
+        return name or None
+    steps = {_step(path): path for path in Path(args.output_dir).glob("checkpoint-*") if _step(path) is not None}
+    for step in sorted(steps, reverse=True):
+        if (damage := checkpoint_damage(steps[step])) is None:
+            return str(steps[step])
+        if args.process_index == 0:
+            logger.warning(f"{steps[step]} is passed over: {damage}.")
+    raise ValueError(
+        f"--resume_from_checkpoint {name}: {args.output_dir} holds no {'whole ' if steps else ''}checkpoint. Leave "
+        "the option out to begin from the start."
+    )
+
+
+def checkpoint_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint that was not saved to its end, or damaged later; None if it is whole."""
+    if not folder.is_dir():
+        return "there is no such directory"
+    if not (folder / STATE).is_file():
+        return f"it was not saved to its end: {STATE}, its last file, is missing"
+    missing = [name for name in ("optimizer*", "scheduler.pt", "rng_state*.pth") if not any(folder.glob(name))]
+    missing = [] if len(missing) == 3 else missing  # --save_only_model
+    missing += [] if any(folder.glob("*model*")) else ["file of weights"]
+    if missing and not (folder / "latest").is_file():  # which DeepSpeed writes; its files have other names
+        return f"there is no {', '.join(missing)}"
+    for file in sorted(folder.rglob("*")):
+        try:
+            if file == folder / STATE:
+                step = TrainerState.load_from_json(str(file)).global_step
+            elif file.suffix == ".json":
+                json.loads(file.read_text(encoding="utf-8"))
+            elif file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass  # compares the sizes that its header names with the file
+            elif file.suffix in (".bin", ".pt", ".pth") and (part := zipfile.ZipFile(file).testzip()):
+                return f"{file.name} is damaged: the checksum of {part} is another"
+        except Exception as error:  # whatever the readers raise for damaged bytes
+            return f"{file.name} is damaged: {error}"
+    return f"{STATE} is of step {step}" if _step(folder) not in (step, None) else None
+
+
+def _step(checkpoint: Path) -> int | None:
+    found = re.fullmatch(r"checkpoint-(\d+)", checkpoint.name)
+    return None if found is None else int(found[1])
 
 
 def predict_splits(trainer: Trainer, encoded: Mapping[str, Dataset]) -> Iterator[tuple[str, Any]]:
@@ -67,6 +134,34 @@ def predict_splits(trainer: Trainer, encoded: Mapping[str, Dataset]) -> Iterator
             trainer.save_metrics(split, output.metrics)
             if trainer.is_world_process_zero():
                 yield split, output.predictions
+
+
+class WholeCheckpointsMixin:
+    """Makes a Trainer write a checkpoint's `trainer_state.json` last, and remove one that cannot be saved whole."""
+
+    args: Any
+    accelerator: Any
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        trainer: Any = self
+        folder = Path(trainer._get_output_dir(trial), f"checkpoint-{trainer.state.global_step}")
+        if self.args.should_save:  # in a folder of an earlier run
+            (folder / STATE).unlink(missing_ok=True)
+        try:
+            super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        except Exception as error:
+            if checkpoint_damage(folder) is None:
+                raise
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"{folder} could not be saved, and is left out: {error}. Make room, then go on from the checkpoint "
+                "before it with --resume_from_checkpoint last."
+            ) from error
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)  # type: ignore[misc]
+        self.accelerator.wait_for_everyone()  # every process saves its own
 
 
 class SequentialEvalMixin:
@@ -94,7 +189,7 @@ class EpochLengthSampler(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
-class GroupedTrainer(SequentialEvalMixin, Trainer):
+class GroupedTrainer(WholeCheckpointsMixin, SequentialEvalMixin, Trainer):
     """A Trainer that groups batches by `EpochLengthSampler`."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -105,7 +200,7 @@ class GroupedTrainer(SequentialEvalMixin, Trainer):
         return EpochLengthSampler(batch, list(self.train_dataset["length"]), seed)
 
 
-class LanguageModelTrainer(Trainer):
+class LanguageModelTrainer(WholeCheckpointsMixin, Trainer):
     """A Trainer that evaluates sequence by sequence and gives `compute_metrics` the nats and targets of each."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -133,7 +228,7 @@ class LanguageModelTrainer(Trainer):
         return nats.sum() / counts.sum().clamp(min=1), nats, counts
 
 
-class SequentialSeq2SeqTrainer(SequentialEvalMixin, Seq2SeqTrainer):
+class SequentialSeq2SeqTrainer(WholeCheckpointsMixin, SequentialEvalMixin, Seq2SeqTrainer):
     """A Seq2SeqTrainer whose predictions are in the order of the data, each once."""
 
     # Drops the duplicates that fill the last batch of several processes; Seq2SeqTrainer would set one that keeps them.

@@ -1,15 +1,26 @@
 """Files that somebody else wrote: whatever stands in them, they are read or refused in words, and do nothing else."""
 
 import gzip
+import io
+import json
+import os
 import pickle
 import struct
 import time
+import zipfile
 
 import numpy as np
 import pytest
-from test_convert import TRAX_FIELDS
+import torch
+from builtin_cases import make_builtin
+from conftest import make_model
+from test_convert import SIZES, TRAX_FIELDS, make_original
 
+from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM
+from hf_reformer.cli.text_generation import load as load_to_generate
+from hf_reformer.hub import export
 from hf_reformer.hub.convert import convert
+from hf_reformer.hub.convert.reformer_pytorch import from_reformer_pytorch
 from hf_reformer.hub.convert.trax import MOST_INSTRUCTIONS, from_trax, read_pickle
 
 # ---- pickles, written instruction by instruction
@@ -201,3 +212,178 @@ def test_trax_weights_of_sizes_that_contradict_each_other_take_no_memory():
     tree = [wide, tables, norm, attention, norm, [wide, *dense[1:]], dense, [narrow] * 2, [wide.T, narrow]]
     with pytest.raises(ValueError, match="contradict each other"):
         from_trax(tree, TRAX_FIELDS)
+
+
+# ---- files of torch
+
+
+def test_a_file_of_torch_is_not_larger_than_it_looks(tmp_path):
+    plain = io.BytesIO()
+    torch.save({"token_emb.weight": torch.zeros(2**20)}, plain)
+    with (
+        zipfile.ZipFile(plain) as source,
+        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for entry in source.namelist():
+            packed.writestr(entry, source.read(entry))
+    torch.save({"token_emb.weight": torch.zeros(1).expand(10**12)}, tmp_path / "repeated.pt")
+    torch.save({"token_emb.weight": torch.zeros(3, device="meta")}, tmp_path / "empty.pt")
+    torch.save({"token_emb.weight": torch.eye(3).to_sparse()}, tmp_path / "sparse.pt")
+    for name, message in (
+        ("packed", "unpacks to"),
+        ("repeated", "repeats"),
+        ("empty", "values"),
+        ("sparse", "sparse"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path / f"{name}.pt", tmp_path / "out", fields=SIZES)
+
+
+def test_a_checkpoint_that_names_a_block_far_away_takes_the_time_of_its_size():
+    state = make_original().state_dict()
+    for number in (10**9, 10**30, 3):
+        moved = {key.replace(".blocks.1.", f".blocks.{number}."): x for key, x in state.items()}
+        begin = time.monotonic()
+        with pytest.raises(ValueError, match=r"Layer 1 is missing|contradict"):
+            from_reformer_pytorch(moved, {**SIZES, "depth": 2})
+        assert time.monotonic() - begin < 5
+
+
+def test_matrices_whose_product_would_fill_the_memory_are_refused():
+    state = make_original(emb_dim=8).state_dict()
+    state["token_emb.weight"] = torch.zeros(10**5, 8)
+    for layer in range(2):
+        state[f"reformer.layers.blocks.{layer}.f.net.fn.toqk.weight"] = torch.zeros(16, 10**5)
+    with pytest.raises(ValueError, match="far more than they hold"):
+        from_reformer_pytorch(state, SIZES)
+
+
+# ---- folders
+
+READERS = {
+    "convert": lambda folder: convert(folder, folder.parent / "out"),
+    "export": lambda folder: export(folder, folder.parent / "out"),
+    "generate": lambda folder: load_to_generate(str(folder), device="cpu"),
+}
+readers = pytest.mark.parametrize("reader", READERS)
+
+
+def saved(folder, builtin=False, **options):
+    model = make_model(ReformerForCausalLM, vocab_size=260, dtype=torch.float32)
+    if builtin:
+        model = make_builtin("ReformerModelWithLMHead", num_buckets=8, vocab_size=260)
+    model.save_pretrained(folder, **options)
+    ReformerByteTokenizer().save_pretrained(folder)
+    return folder
+
+
+def of_the_reader(reader, folder, **options):
+    """A folder that the reader serves."""
+    return saved(folder, builtin=reader == "convert", **options)
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    (tmp_path / "elsewhere" / "more").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "secret").write_text("{}")
+    (tmp_path / "elsewhere" / "more" / "key.jinja").write_text("a private key")
+    return tmp_path / "elsewhere"
+
+
+LINKS = ["vocab.txt", "config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "merges.txt"]
+
+
+@readers
+@pytest.mark.parametrize("name", [*LINKS, "chat_template.jinja", "additional_chat_templates"])
+def test_a_link_to_a_file_elsewhere_is_refused(name, reader, tmp_path, elsewhere):
+    folder = of_the_reader(reader, tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(elsewhere / ("more" if name.endswith("templates") else "secret"))
+    with pytest.raises(ValueError, match=f"{name} is .*outside of the directory"):
+        READERS[reader](folder)
+    assert not (tmp_path / "out").exists()
+
+
+@readers
+def test_links_within_templates_loops_and_pipes_are_refused(reader, tmp_path, elsewhere):
+    folder = of_the_reader(reader, tmp_path / "model")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "a.jinja").symlink_to(elsewhere / "more" / "key.jinja")
+    with pytest.raises(ValueError, match=r"a\.jinja is .*outside of the directory"):
+        READERS[reader](folder)
+    (folder / "additional_chat_templates" / "a.jinja").unlink()
+    (folder / "vocab.txt").symlink_to("vocab.txt")
+    with pytest.raises(ValueError, match=r"vocab\.txt is a link to itself"):
+        READERS[reader](folder)
+    (folder / "vocab.txt").unlink()
+    os.mkfifo(folder / "merges.txt")
+    with pytest.raises(ValueError, match=r"merges\.txt is no file, but a pipe"):
+        READERS[reader](folder)
+
+
+@readers
+@pytest.mark.parametrize("way", ["up", "absolute", "link"])
+def test_an_index_of_weights_names_files_of_its_folder_only(way, reader, tmp_path):
+    folder = of_the_reader(reader, tmp_path / "model", max_shard_size="20KB")
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    (tmp_path / "other").mkdir()
+    moved = next(iter(index["weight_map"].values()))
+    (folder / moved).rename(tmp_path / "other" / moved)
+    named = {"up": f"../other/{moved}", "absolute": str(tmp_path / "other" / moved), "link": moved}[way]
+    if way == "link":
+        (folder / moved).symlink_to(tmp_path / "other" / moved)
+    index["weight_map"] = {key: named if name == moved else name for key, name in index["weight_map"].items()}
+    file.write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="outside of the directory"):
+        READERS[reader](folder)
+    if way != "link":
+        with pytest.raises(ValueError, match="lies elsewhere"):
+            ReformerForCausalLM.from_pretrained(folder)
+
+
+@readers
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        ("config.json", {"transformers_weights": "../elsewhere/weights.safetensors"}),
+        ("tokenizer_config.json", {"fast_tokenizer_files": ["../elsewhere/tokenizer.1.0.json"]}),
+    ],
+)
+def test_configs_name_files_of_their_folder_only(file, fields, reader, tmp_path, elsewhere):
+    folder = of_the_reader(reader, tmp_path / "model")
+    (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **fields}))
+    with pytest.raises(ValueError, match="outside of the directory"):
+        READERS[reader](folder)
+
+
+@readers
+def test_a_folder_of_the_hubs_cache_is_read(reader, tmp_path):
+    snapshot = tmp_path / "models--ada--one" / "snapshots" / ("0" * 40)
+    of_the_reader(reader, snapshot)
+    (tmp_path / "models--ada--one" / "blobs").mkdir()
+    for number, file in enumerate(list(snapshot.iterdir())):
+        file.rename(tmp_path / "models--ada--one" / "blobs" / str(number))
+        file.symlink_to(f"../../blobs/{number}")
+    READERS[reader](snapshot)
+    (tmp_path / "latest").symlink_to(snapshot)
+    assert load_to_generate(str(tmp_path / "latest"), device="cpu")
+
+
+@readers
+def test_an_adapter_beside_a_model_is_not_taken_for_it(reader, tmp_path):
+    folder = of_the_reader(reader, tmp_path / "model")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/"}')
+    with pytest.raises(ValueError, match="an adapter beside a model"):
+        READERS[reader](folder)
+
+
+@readers
+@pytest.mark.parametrize(
+    "text", ["[" * 10**6, '{"model_type": ["reformer"]}', '{"a": 1' + "0" * 5000 + "}", "\0", "1"]
+)
+def test_a_config_that_is_no_config_is_refused_in_words(text, reader, tmp_path):
+    folder = of_the_reader(reader, tmp_path / "model")
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json|model of type|Unrecognized model"):
+        READERS[reader](folder)

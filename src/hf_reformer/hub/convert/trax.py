@@ -22,7 +22,7 @@ from ...models.language_models import ReformerForCausalLM
 NOT_IN_WEIGHTS = {"lsh": ("num_hashes", "num_buckets", "lsh_attn_chunk_length"), "local": ("local_attn_chunk_length",)}
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError)  # raised where data has another form than expected
 MOST_PARTS = 100_000  # of a tree of weights; a model of 100 layers has about 2,000
-MOST_INSTRUCTIONS = 2_000_000  # seconds; a checkpoint has some thousands
+MOST_INSTRUCTIONS = 1_000_000  # seconds; a checkpoint has some thousands
 MOST_UNPACKED = 20  # times the size of a compressed file: weights hardly shrink, zeros of an optimizer's slots do
 NUMBERS = {f"{kind}{size}" for kind in "iuf" for size in (1, 2, 4, 8)} - {"f1"} | {"b1"}
 VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}

@@ -12,21 +12,24 @@ from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 LAYER_KINDS = ("local", "lsh", "full")
-MAX_BUCKETS = 2**24
+MAX_BUCKETS = 2**20
 MAX_FACTOR = 2**14  # of the number of buckets: a hash round scores so many at once
 MAX_COLUMNS = 2**16  # of rotations, all hash rounds together: numbers that are computed for every token and head
 MAX_WINDOW = 2**30  # no sequence is longer, so larger windows mean the same
 MAX_PARAMETERS = 2**40
 # A config.json may come from anybody. What nothing could compute is refused before anything of its size is made.
-LIMITS = {
-    "attn_layers": 10_000, "decoder_attn_layers": 10_000, "num_hidden_layers": 10_000,
-    "num_attention_heads": 2**12, "attention_head_size": 2**14, "hidden_size": 2**20, "feed_forward_size": 2**24,
-    "vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1, "id2label": 2**18, "num_labels": 2**18,
-    "num_hashes": 2**10, "lsh_exploration_orders": 2**10, "num_buckets": 24, "axial_pos_shape": 16,
-    "axial_pos_embds_dim": 16, "lsh_attn_chunk_length": 2**30, "local_attn_chunk_length": 2**30,
+MAX_NUMBERS = {
+    "num_hidden_layers": 2**11, "num_attention_heads": 2**12, "attention_head_size": 2**14, "hidden_size": 2**20,
+    "feed_forward_size": 2**24, "vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1, "num_labels": 2**18,
+    "num_hashes": 2**10, "lsh_exploration_orders": 2**10, "num_buckets": MAX_BUCKETS,
+    "lsh_attn_chunk_length": 2**30, "local_attn_chunk_length": 2**30,
     "lsh_num_chunks_before": 2**10, "local_num_chunks_before": 2**10, "lsh_num_chunks_after": 2**10,
     "local_num_chunks_after": 2**10, "chunk_size_feed_forward": 2**62, "chunk_size_lm_head": 2**62,
     "pad_token_id": 2**31, "bos_token_id": 2**31, "eos_token_id": 2**31, "decoder_start_token_id": 2**31,
+}  # fmt: skip
+MAX_ENTRIES = {
+    "attn_layers": 2**11, "decoder_attn_layers": 2**11, "num_buckets": 20, "axial_pos_shape": 16,
+    "axial_pos_embds_dim": 16, "id2label": 2**18, "label2id": 2**18, "eos_token_id": 2**10,
 }  # fmt: skip
 CHOICES = {
     "attention_mode": ("window", "chunk"),
@@ -234,19 +237,24 @@ class ReformerConfig(PreTrainedConfig):
 
     def _check_limits(self, num_labels: Any = None, torch_dtype: Any = None, **kwargs: Any) -> None:
         """Raise ValueError for what would take too long, or fail, before the fields can be checked together."""
-        for name, limit in LIMITS.items():
+        for name, limit in MAX_ENTRIES.items():
+            value = getattr(self, name)
+            kinds = dict if name in ("id2label", "label2id") else (list, tuple, int)
+            if value is not None and not isinstance(value, kinds):
+                raise ValueError(f"`{name}` is {type(value).__name__}; it must be a dict.")
+            if not isinstance(value, (int, type(None))) and len(value) > limit:
+                raise ValueError(f"`{name}` has {len(value):,} entries; nothing could compute more than {limit:,}.")
+        if wrong := [key for key in self.id2label or () if not str(key).isdecimal()]:
+            raise ValueError(f"`id2label` has the key {wrong[0]!r}; its keys are the numbers of the labels.")
+        for name, limit in MAX_NUMBERS.items():
             value = num_labels if name == "num_labels" else getattr(self, name)
-            several = isinstance(value, (list, tuple, dict))
-            if value is not None and not several and type(value) is not int:
+            if isinstance(value, (list, tuple, type(None))):
+                continue
+            if type(value) is not int:
                 raise ValueError(f"`{name}={value!r}` must be a whole number.")
-            size = len(value) if several else value
-            if size is not None and abs(size) > limit:
-                shown = f"{size:,}" if abs(size) < 10**30 else f"a number of {size.bit_length():,} bits"
-                held = "has as many entries as" if several else "is"
-                raise ValueError(f"`{name}` {held} {shown}, more than {limit:,}: nothing could compute it. Lower it.")
-        for name in ("id2label", "label2id"):
-            if not isinstance(getattr(self, name), (dict, type(None))):
-                raise ValueError(f"`{name}` is {type(getattr(self, name)).__name__}; it must be a dict.")
+            if abs(value) > limit:
+                shown = f"{name}={value}" if abs(value) < 10**30 else f"{name}, a number of {value.bit_length()} bits,"
+                raise ValueError(f"`{shown}` is more than {limit}, which nothing could compute. Lower it.")
         for dtype in (self.dtype, torch_dtype):
             if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
                 raise ValueError(f"`dtype={dtype!r}` is no dtype of torch, such as 'float32'.")
@@ -468,8 +476,8 @@ class ReformerConfig(PreTrainedConfig):
 
 
 def default_num_buckets(max_positions: int, window: int) -> int | tuple[int, int]:
-    """Power of two nearest to `max_positions / window`, at least 2; two factors above 128 (paper, section 2)."""
-    bits = max(1, round(math.log2(max(2, max_positions / max(1, window)))))
+    """Power of two nearest to `max_positions / window`, from 2 to 2^20; two factors above 128 (paper, section 2)."""
+    bits = max(1, min(20, round(math.log2(max(2, max_positions / max(1, window))))))
     return 2**bits if bits <= 7 else (2 ** (bits // 2), 2 ** (bits - bits // 2))
 
 
@@ -478,10 +486,8 @@ def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int] | None, num
     if num_buckets is None:
         return
     factors = tuple(num_buckets) if isinstance(num_buckets, (list, tuple)) else (num_buckets,)
-    if len(factors) > LIMITS["num_buckets"]:
-        raise ValueError(
-            f"`num_buckets` has {len(factors)} factors, more than {LIMITS['num_buckets']}. Give one or two."
-        )
+    if len(factors) > MAX_ENTRIES["num_buckets"]:
+        raise ValueError(f"`num_buckets` has {len(factors)} factors, more than are possible. Give one or two.")
     if not factors or any(not isinstance(factor, int) or factor < 2 or factor % 2 for factor in factors):
         raise ValueError(
             f"`num_buckets={num_buckets}` must be an even number or a list of even numbers: a rotation's columns and "

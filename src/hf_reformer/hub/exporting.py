@@ -163,9 +163,15 @@ def saved_state(folder: Path) -> TrainerState | None:
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{file} is no record of the Trainer: {error}. Mend or remove it.") from error
     entries = state.log_history if isinstance(state.log_history, list) else [None]
-    if not all(isinstance(entry, dict) and isinstance(entry.get("step"), int) for entry in entries):
-        raise ValueError(f"{file} is no record of the Trainer: `log_history` must list dicts with a `step` each.")
+    numbers = [state.global_step, state.epoch or 0, state.train_batch_size or 0, state.best_global_step or 0]
+    listed = all(isinstance(entry, dict) and _is_count(entry.get("step")) for entry in entries)
+    if not listed or not all(map(_is_count, numbers)):
+        raise ValueError(f"{file} is no record of the Trainer: its steps, or those of `log_history`, are no numbers.")
     return state
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < 10**15
 
 
 def check_model(model: Any) -> None:

@@ -5,11 +5,32 @@ import math
 import sys
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 LAYER_KINDS = ("local", "lsh", "full")
-MAX_BUCKETS = 2**24
+MAX_BUCKETS = 2**20
+MAX_FACTOR = 2**14  # of the number of buckets: a hash round scores so many at once
+MAX_COLUMNS = 2**16  # of rotations, all hash rounds together: numbers that are computed for every token and head
+MAX_WINDOW = 2**30  # no sequence is longer, so larger windows mean the same
+MAX_PARAMETERS = 2**40
+# A config.json may come from anybody. What nothing could compute is refused before anything of its size is made.
+MAX_NUMBERS = {
+    "num_hidden_layers": 2**11, "num_attention_heads": 2**12, "attention_head_size": 2**14, "hidden_size": 2**20,
+    "feed_forward_size": 2**24, "vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1, "num_labels": 2**18,
+    "num_hashes": 2**10, "lsh_exploration_orders": 2**10, "num_buckets": MAX_BUCKETS,
+    "lsh_attn_chunk_length": 2**30, "local_attn_chunk_length": 2**30,
+    "lsh_num_chunks_before": 2**10, "local_num_chunks_before": 2**10, "lsh_num_chunks_after": 2**10,
+    "local_num_chunks_after": 2**10, "chunk_size_feed_forward": 2**62, "chunk_size_lm_head": 2**62,
+    "pad_token_id": 2**31, "bos_token_id": 2**31, "eos_token_id": 2**31, "decoder_start_token_id": 2**31,
+}  # fmt: skip
+MAX_ENTRIES = {
+    "attn_layers": 2**11, "decoder_attn_layers": 2**11, "num_buckets": 20, "axial_pos_shape": 16,
+    "axial_pos_embds_dim": 16, "id2label": 2**18, "label2id": 2**18, "eos_token_id": 2**10,
+}  # fmt: skip
 CHOICES = {
     "attention_mode": ("window", "chunk"),
     "position_embedding_type": ("axial", "learned", "rotary"),
@@ -58,7 +79,8 @@ class ReformerConfig(PreTrainedConfig):
             once. `"chunk"`: the legacy chunked rule of Trax and transformers, for old checkpoints.
         lsh_window, local_window (`int`, defaults to 128):
             Window mode: positions that a token sees in a sort order or in the sequence. Causal: itself and the
-            `window - 1` before it; bidirectional: itself and `window // 2` on either side.
+            `window - 1` before it; bidirectional: itself and `window // 2` on either side. At most 2^30, which every
+            larger number becomes.
         lsh_include_local (`bool`, defaults to `True`): Window mode: lsh layers also see their `local_window`.
         lsh_centering (`bool`, *optional*):
             Window mode: hash vectors as they are scored (turned by rotary positions, at unit length) less their mean
@@ -190,6 +212,11 @@ class ReformerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
+        try:
+            self._check_limits(**kwargs)
+        except ValueError as error:
+            raise StrictDataclassClassValidationError("limits", error) from error
+        self.lsh_window, self.local_window = (min(x, MAX_WINDOW) for x in (self.lsh_window, self.local_window))
         for name in ("attn_layers", "decoder_attn_layers", "num_buckets", "axial_pos_shape", "axial_pos_embds_dim"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, tuple(getattr(self, name)))
@@ -207,6 +234,32 @@ class ReformerConfig(PreTrainedConfig):
         if self.num_buckets is None and self.attention_mode == "window":
             self.num_buckets = default_num_buckets(self.max_position_embeddings, self.lsh_window)
         super().__post_init__(**kwargs)
+
+    def _check_limits(self, num_labels: Any = None, torch_dtype: Any = None, **kwargs: Any) -> None:
+        """Raise ValueError for what would take too long, or fail, before the fields can be checked together."""
+        for name, limit in MAX_ENTRIES.items():
+            value = getattr(self, name)
+            kinds = dict if name in ("id2label", "label2id") else (list, tuple, int)
+            if value is not None and not isinstance(value, kinds):
+                raise ValueError(f"`{name}` is {type(value).__name__}; it must be a dict.")
+            if not isinstance(value, (int, type(None))) and len(value) > limit:
+                raise ValueError(f"`{name}` has {len(value):,} entries; nothing could compute more than {limit:,}.")
+        if wrong := [key for key in self.id2label or () if not str(key).isdecimal()]:
+            raise ValueError(f"`id2label` has the key {wrong[0]!r}; its keys are the numbers of the labels.")
+        for name, limit in MAX_NUMBERS.items():
+            value = num_labels if name == "num_labels" else getattr(self, name)
+            if isinstance(value, (list, tuple, type(None))):
+                continue
+            if type(value) is not int:
+                raise ValueError(f"`{name}={value!r}` must be a whole number.")
+            if abs(value) > limit:
+                shown = f"{name}={value}" if abs(value) < 10**30 else f"{name}, a number of {value.bit_length()} bits,"
+                raise ValueError(f"`{shown}` is more than {limit}, which nothing could compute. Lower it.")
+        for dtype in (self.dtype, torch_dtype):
+            if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+                raise ValueError(f"`dtype={dtype!r}` is no dtype of torch, such as 'float32'.")
+        if num_labels is not None and num_labels < 0:
+            raise ValueError(f"`num_labels={num_labels}` must not be negative.")
 
     def _resolve_positions(self) -> None:
         """Fill in position fields that were left open; `validate_positions` checks the result."""
@@ -286,6 +339,8 @@ class ReformerConfig(PreTrainedConfig):
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {allowed}.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act={self.hidden_act!r}` is none of transformers' activations, such as 'relu'.")
 
     def validate_layers(self) -> None:
         for name in ("attn_layers", "decoder_attn_layers"):
@@ -321,7 +376,7 @@ class ReformerConfig(PreTrainedConfig):
             )
 
     def validate_numbers(self) -> None:
-        check_num_buckets(self.num_buckets)
+        check_num_buckets(self.num_buckets, self.num_hashes)
         kinds = ("lsh", "local")
         positive = ["vocab_size", "hidden_size", "num_attention_heads", "attention_head_size", "feed_forward_size"]
         positive += ["max_position_embeddings", "num_hashes", "lsh_window", "local_window"]
@@ -339,11 +394,31 @@ class ReformerConfig(PreTrainedConfig):
             (positive, 1, math.inf, "be at least 1"),
             (not_negative, 0, math.inf, "not be negative"),
             (shares, 0, 1, "lie between 0 and 1"),
-            (["coverage_loss_weight"], 0, sys.float_info.max, "be a finite number of at least 0"),
+            (["coverage_loss_weight", "layer_norm_eps"], 0, sys.float_info.max, "be a finite number of at least 0"),
+            (["initializer_range", "axial_norm_std"], 0, 1e6, "lie between 0 and a million"),
         ):
             for name in names:
                 if not low <= (getattr(self, name) or 0) <= high:
                     raise ValueError(f"`{name}={getattr(self, name)}` must {rule}.")
+        if not 1 <= self.rope_theta <= sys.float_info.max:
+            raise ValueError(f"`rope_theta={self.rope_theta}` must be a finite number of at least 1.")
+
+    def validate_size(self) -> None:
+        inner = self.num_attention_heads * self.attention_head_size
+        layer = self.hidden_size * (4 * inner + 2 * self.feed_forward_size)
+        tables = self.hidden_size * self.vocab_size
+        if self.position_embedding_type == "learned":
+            tables += self.hidden_size * self.max_position_embeddings
+        elif self.position_embedding_type == "axial":
+            tables += sum(
+                size * dim for size, dim in zip(self.axial_pos_shape, self.axial_pos_embds_dim, strict=False)
+            )
+        parameters = tables + layer * (len(self.attn_layers) + len(self.decoder_attn_layers or ()))
+        if parameters > MAX_PARAMETERS:
+            raise ValueError(
+                f"The sizes make about {parameters:,} parameters, more than {MAX_PARAMETERS:,}. Lower `hidden_size="
+                f"{self.hidden_size}`, `vocab_size={self.vocab_size}` or another size."
+            )
 
     def validate_positions(self) -> None:
         kind = self.position_embedding_type
@@ -381,6 +456,16 @@ class ReformerConfig(PreTrainedConfig):
             )
 
     def validate_chunks(self) -> None:
+        lengths = [
+            getattr(self, f"{kind}_attn_chunk_length") or 1 for kind in {"lsh", "local"} & set(self.attn_layers)
+        ]
+        most = max(2**16, 2 * self.max_position_embeddings)
+        if self.attention_mode == "chunk" and len(lengths) > 1 and math.lcm(*lengths) > most:
+            raise ValueError(
+                f"`lsh_attn_chunk_length={self.lsh_attn_chunk_length}` and `local_attn_chunk_length="
+                f"{self.local_attn_chunk_length}` have no common multiple up to {most}, and inputs are padded to one. "
+                "Choose lengths of which one divides the other."
+            )
         for kind in ("lsh", "local"):
             after = getattr(self, f"{kind}_num_chunks_after")
             if after and kind in self.attn_layers and self.attention_mode == "chunk" and self.is_decoder:
@@ -391,16 +476,18 @@ class ReformerConfig(PreTrainedConfig):
 
 
 def default_num_buckets(max_positions: int, window: int) -> int | tuple[int, int]:
-    """Power of two nearest to `max_positions / window`, at least 2; two factors above 128 (paper, section 2)."""
-    bits = max(1, round(math.log2(max(2, max_positions / max(1, window)))))
+    """Power of two nearest to `max_positions / window`, from 2 to 2^20; two factors above 128 (paper, section 2)."""
+    bits = max(1, min(20, round(math.log2(max(2, max_positions / max(1, window))))))
     return 2**bits if bits <= 7 else (2 ** (bits // 2), 2 ** (bits - bits // 2))
 
 
-def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int] | None) -> None:
-    """Raise ValueError unless every factor is an even number of at least 2; None is accepted."""
+def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int] | None, num_hashes: int) -> None:
+    """Raise ValueError unless every factor is an even number of at least 2, and not too many; None is accepted."""
     if num_buckets is None:
         return
     factors = tuple(num_buckets) if isinstance(num_buckets, (list, tuple)) else (num_buckets,)
+    if len(factors) > MAX_ENTRIES["num_buckets"]:
+        raise ValueError(f"`num_buckets` has {len(factors)} factors, more than are possible. Give one or two.")
     if not factors or any(not isinstance(factor, int) or factor < 2 or factor % 2 for factor in factors):
         raise ValueError(
             f"`num_buckets={num_buckets}` must be an even number or a list of even numbers: a rotation's columns and "
@@ -410,6 +497,12 @@ def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int] | None) -> 
         raise ValueError(
             f"`num_buckets={num_buckets}` makes {math.prod(factors)} buckets, more than {MAX_BUCKETS}. About as many "
             "as the longest input has windows are useful: `max_position_embeddings / lsh_window`."
+        )
+    if max(factors) > MAX_FACTOR or num_hashes * sum(factors) > 2 * MAX_COLUMNS:
+        raise ValueError(
+            f"`num_buckets={num_buckets}` with `num_hashes={num_hashes}` scores {num_hashes * sum(factors)} buckets "
+            f"for every token; at most {2 * MAX_COLUMNS} can be, {MAX_FACTOR} at once. Give several factors, for "
+            "example [16, 32] for 512 buckets, or fewer hashes."
         )
 
 

@@ -1,11 +1,15 @@
 """Sharing: an exported directory that works the same without the package, and a truthful model card."""
 
 import copy
+import functools
 import importlib.util
+import itertools
 import json
 import math
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +20,7 @@ import torch
 import yaml
 from conftest import SMALL_WINDOWS, make_ids, make_model, tiny_config
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -40,7 +45,7 @@ from hf_reformer import (
     ReformerForTokenClassification,
     ReformerModel,
 )
-from hf_reformer.hub import export, push_to_hub
+from hf_reformer.hub import export, model_folder, push_to_hub
 from hf_reformer.hub import exporting as hub
 from hf_reformer.hub.flatten import PACKAGE
 from hf_reformer.hub.model_card import PIPELINE_TAGS, evaluations, model_card
@@ -267,6 +272,99 @@ def test_overwriting_leaves_nothing_of_another_model(tmp_path):
     export(make(ReformerModel), folder, overwrite=True)
     assert names(folder) - set(hub.code_files()) == {"config.json", "model.safetensors", "README.md", "notes.txt"}
     assert names(tmp_path) == {"model"}
+
+
+def test_other_files_stay_whatever_their_names_begin_with(tmp_path):
+    folder, mine = tmp_path / "model", ["tokenizer_corpus.txt", "tokenizers.md", "model_of_last_year.safetensors"]
+    export(make(), folder, ReformerByteTokenizer())
+    for name in [*mine, "chat_templates.md", "vocabulary.txt", "sub/tokenizer.json", "sub/deeper/model.safetensors"]:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
+    (folder / "link").symlink_to("sub")
+    before = {path.relative_to(folder) for path in folder.rglob("*") if path.suffix not in (".py", ".json")}
+    mode = 0o750
+    folder.chmod(mode)
+    export(make(hidden_size=32), folder, overwrite=True)
+    assert {path.relative_to(folder) for path in folder.rglob("*") if path.suffix not in (".py", ".json")} == before
+    assert (folder / "sub" / "tokenizer.json").read_text() == "mine"
+    assert not (folder / "tokenizer.json").exists()
+    assert (folder / "link").is_symlink()
+    assert folder.stat().st_mode & 0o777 == mode
+    assert names(tmp_path) == {"model"}
+
+
+def killed_at(count, write):
+    """Whether a process that does `write` is dead by its step number `count` on files; the others end well."""
+    child = os.fork()
+    if child == 0:
+        left = [count]
+
+        def hook(event, arguments):
+            if event in ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "ctypes.call_function"):
+                left[0] -= 1
+                if left[0] == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(hook)
+        write()
+        os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="directories are exchanged in one step on Linux alone")
+def test_a_model_that_is_overwritten_is_the_old_or_the_new_one_at_any_moment(tmp_path):
+    old, new, found = make(), make(hidden_size=32), None
+    export(old, tmp_path / "old", ReformerByteTokenizer())
+    (tmp_path / "old" / "notes.txt").write_text("mine")
+    for count in itertools.count(1):
+        folder = shutil.copytree(tmp_path / "old", tmp_path / str(count) / "model")
+        dead = killed_at(count, functools.partial(export, new, folder, overwrite=True))
+        found = ReformerForCausalLM.from_pretrained(folder)
+        expected = {16: old, 32: new}[found.config.hidden_size]
+        assert all(torch.equal(x, expected.state_dict()[name]) for name, x in found.state_dict().items())
+        assert (folder / "tokenizer.json").exists() is (found.config.hidden_size == 16)
+        assert (folder / "notes.txt").read_text() == "mine"
+        if not dead:
+            break
+    assert count > 5
+    assert found.config.hidden_size == 32
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that share what is imported")
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_new_folder_appears_whole_or_not_at_all(exists, tmp_path):
+    model = make()
+    for count in itertools.count(1):
+        folder = tmp_path / str(count) / "model"
+        (folder if exists else folder.parent).mkdir(parents=True)
+        dead = killed_at(count, functools.partial(export, model, folder, ReformerByteTokenizer()))
+        assert not folder.exists() or names(folder) == set() or ReformerForCausalLM.from_pretrained(folder)
+        if not dead:
+            break
+    assert count > 2
+
+
+def test_directories_are_replaced_where_they_cannot_be_exchanged(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_folder.ctypes, "CDLL", lambda *args, **options: None)
+    export(make(), tmp_path / "model")
+    export(make(hidden_size=32), tmp_path / "model", overwrite=True)
+    assert ReformerForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 32
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: rename(self / "gone" if self.name == "new" else self, to))
+    with pytest.raises(FileNotFoundError):
+        export(make(hidden_size=48), tmp_path / "model", overwrite=True)
+    assert ReformerForCausalLM.from_pretrained(tmp_path / "model").config.hidden_size == 32
+    assert names(tmp_path) == {"model"}
+
+
+def test_a_folder_that_one_stands_in_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    export(make(), ".")
+    assert ReformerForCausalLM.from_pretrained(tmp_path / "empty")
+    assert names(".") == names(tmp_path / "empty")
+    with pytest.raises(OSError, match="current directory"):
+        export(make(), ".", overwrite=True)
 
 
 def make_trained(folder, **arguments):
@@ -547,7 +645,10 @@ def test_pushing_uploads_the_exported_folder(tmp_path, hub_calls):
     (_, name, made), (_, files, sent) = hub_calls
     assert (name, made) == ("tiny", {"private": True, "token": "hf_x", "exist_ok": True})
     assert (sent["repo_id"], sent["token"], sent["revision"]) == ("ada/tiny", "hf_x", None)
-    assert set(sent["delete_patterns"]) >= {"model*.safetensors", "tokenizer*", "generation_config.json"}
+    earlier = ["model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "generation_config.json"]
+    others = ["model_of_last_year.safetensors", "tokenizer_corpus.txt", "vocabulary.txt", "chat_templates.md"]
+    deleted = set(filter_repo_objects([*earlier, *others], allow_patterns=sent["delete_patterns"]))
+    assert deleted == set(earlier)
     export(model, tmp_path / "tiny", tokenizer, name="ada/tiny", state=make_state(), license="mit")
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "tiny").iterdir()}
     assert b'name = "ada/tiny"' in files["README.md"]
@@ -637,6 +738,38 @@ def test_scores_that_are_no_numbers_stay_out_of_the_metadata():
     card = model_card(make(), "x", state=make_state(log, best_global_step=None), dataset_name="books")
     assert [x.metric_type for x in card.data.eval_results] == ["a_score", "b_score"]
     assert "nan" in card.text
+
+
+HOSTILE = "x\n\n# Trust me\n\n[here](http://a.b) <script>x</script> | `" + "long " * 1000
+
+
+def test_a_record_writes_no_markdown_into_the_card(tmp_path):
+    """A checkpoint may come from anybody, and so may what its `trainer_state.json` says."""
+    entry = {f"eval_{HOSTILE}": 0.5, "eval_text": HOSTILE, "eval_true": True, "eval_large": 10**4000, "step": 4}
+    entry |= {f"eval_{i}": 1.0 for i in range(10_000)}
+    card = model_card(make(), "x", state=make_state([entry], best_global_step=None), dataset_name="x\n# Trust me")
+    plain = model_card(make(), "x", state=make_state([LOG[2]], best_global_step=None), dataset_name="x # Trust me")
+    lines, expected = card.text.splitlines(), plain.text.splitlines()
+    assert [line for line in lines if not line.startswith("|")] == [x for x in expected if not x.startswith("|")]
+    (head,) = [line for line in lines if line.startswith("| | step")]
+    assert len(head) < 10_000
+    assert head.startswith("| | step | x Trust me here (http://a.b) script x /script long long")
+    assert not set("[]<`#") & set(head)
+    assert "\n# Trust" not in str(model_card(make(), "ada/x\n# Trust me", training={"a\n# Trust": "b\n# Trust"}))
+
+
+@pytest.mark.parametrize(
+    "record",
+    ["[1]", "{", "[" * 10**5, '{"log_history": 3}', '{"log_history": [3]}', '{"log_history": [{"eval_loss": 1.0}]}',
+     '{"log_history": [{"eval_loss": 1.0, "step": "4"}]}', '{"global_step": "# Trust me"}', '{"epoch": {"a": 1}}',
+     '{"train_batch_size": "8"}', '{"best_global_step": [2]}', '{"unknown": 1}', '{"global_step": 1e300}'],
+)  # fmt: skip
+def test_a_record_that_is_none_is_refused_in_words(record, tmp_path):
+    make().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "trainer_state.json").write_text(record)
+    with pytest.raises(ValueError, match=r"trainer_state\.json is no record of the Trainer"):
+        export(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_several_evaluation_sets_are_one_evaluation():

@@ -84,6 +84,18 @@ def test_trainer_and_model_card_find_our_names():
         assert name in TASK_MAPPING[task].values()
 
 
+def test_who_asks_by_the_model_type_takes_our_folders_for_causal_ones(tmp_path):
+    """As lm-eval does, which looks among sequence-to-sequence models first."""
+    model_type = ReformerConfig.model_type
+    assert model_type not in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    assert modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type] == "ReformerForCausalLM"
+    ours = AUTO_CLASSES[transformers.AutoModelForSeq2SeqLM]
+    ours(tiny(transformers.AutoModelForSeq2SeqLM)).save_pretrained(tmp_path)
+    assert type(transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path)) is ours
+    assert AutoConfig.from_pretrained(tmp_path).architectures == [ours.__name__]
+    assert ours in transformers.AutoModelForSeq2SeqLM._model_mapping.values()  # a name without a config harms no table
+
+
 # --- configs and tokenizers
 
 

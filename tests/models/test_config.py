@@ -2,17 +2,20 @@
 
 import copy
 import json
+import time
 
 import pytest
 import torch
 import transformers
-from conftest import REPEATABLE, SMALL_WINDOWS, TINY, make_ids, make_model, tiny_config
+from conftest import REPEATABLE, SMALL_WINDOWS, TINY, make_ids, make_model, max_abs_diff, tiny_config
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
 import hf_reformer
 from hf_reformer import ReformerConfig, ReformerForCausalLM, ReformerModel
+from hf_reformer.cache.cache import CACHE_NAME
 from hf_reformer.configuration_reformer import from_builtin
 
 
@@ -206,6 +209,89 @@ BAD = [
         "Set it to 0",
     ),
 ]
+
+
+NAN, INF = float("nan"), float("inf")
+TOO_MANY_LABELS = {str(i): "a" for i in range(2**18 + 1)}
+ABSURD = [
+    {"num_hashes": 10**6},
+    {"num_hashes": 1000, "num_buckets": 1024},
+    {"num_buckets": 2**24},
+    {"num_buckets": 2**20},
+    {"num_buckets": [2**15, 4]},
+    {"num_buckets": [2] * 100_000},
+    {"lsh_exploration_orders": 10**6},
+    {"num_hidden_layers": 10**9},
+    {"num_hidden_layers": -(10**9)},
+    {"attn_layers": ["lsh"] * 10**5},
+    {"decoder_attn_layers": ["lsh"] * 10**5},
+    {"num_labels": 10**6},
+    {"num_labels": -1},
+    {"num_labels": "7"},
+    {"num_labels": 2.5},
+    {"num_labels": True},
+    {"id2label": TOO_MANY_LABELS},
+    {"id2label": [1, 2]},
+    {"id2label": {"x": "a"}},
+    {"label2id": 5},
+    {"vocab_size": 10**12},
+    {"vocab_size": 10**400},
+    {"hidden_size": 10**9},
+    {"hidden_size": 10**6, "feed_forward_size": 10**7},
+    {"num_attention_heads": 10**9},
+    {"attention_head_size": 10**9},
+    {"feed_forward_size": 10**12},
+    {"max_position_embeddings": 10**18},
+    {"max_position_embeddings": 10**5000},
+    {"axial_pos_shape": [2] * 10**5, "axial_pos_embds_dim": [1] * 10**5},
+    {"axial_pos_shape": [10**400, 1], "axial_pos_embds_dim": [8, 8]},
+    {"eos_token_id": [1] * 10**5},
+    {"pad_token_id": 10**30},
+    {"chunk_size_feed_forward": True},
+    {"chunk_size_feed_forward": 10**30},
+    {"attention_mode": "chunk", "lsh_num_chunks_before": 10**9},
+    {"attention_mode": "chunk", "lsh_attn_chunk_length": 10**9},
+    {"attention_mode": "chunk", "lsh_attn_chunk_length": 10_007, "local_attn_chunk_length": 10_009},
+    *({"layer_norm_eps": value} for value in (NAN, INF, -1.0, True, "1e-5")),
+    *({"rope_theta": value} for value in (NAN, INF, -1.0, 0, 1e-300, True)),
+    *({name: value} for name in ("initializer_range", "axial_norm_std") for value in (NAN, INF, -1.0, 1e300)),
+    *({"hidden_dropout_prob": value} for value in (NAN, INF, True, "0.1")),
+    {"hidden_act": "nonsense"},
+    {"dtype": "nonsense"},
+    {"dtype": "load"},
+    {"torch_dtype": "load"},
+]
+
+
+@pytest.mark.parametrize("fields", ABSURD, ids=["-".join(fields) for fields in ABSURD])
+def test_an_absurd_config_is_refused_before_anything_of_its_size_is_made(fields):
+    begin = time.monotonic()
+    with pytest.raises(StrictDataclassError, match="|".join([*fields, "dtype", "parameters"])):
+        tiny_config(**fields)
+    assert time.monotonic() - begin < 5
+
+
+@pytest.mark.parametrize("window", [10**9, 2**31, 2**32 + 1, 2**40, 10**30])
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_windows_without_limit_see_everything(backend, window):
+    """In one forward and step by step."""
+    ids, windows = make_ids(1, 40), ("lsh_window", "local_window")
+    few = {"attention_backend": backend, "num_buckets": 4, "dtype": torch.float32}
+    expected, model = (make_model(ReformerForCausalLM, **few, **dict.fromkeys(windows, w)) for w in (100, window))
+    with torch.no_grad():
+        whole = expected(ids).logits
+        assert max_abs_diff(model(ids).logits, whole) < 1e-5
+        cache = model(ids[:, :38], use_cache=True)[CACHE_NAME]
+        for i in (38, 39):
+            step = model(ids[:, i : i + 1], use_cache=True, **{CACHE_NAME: cache}).logits
+            assert max_abs_diff(step[:, 0], whole[:, i]) < 1e-4
+    assert model.config.lsh_window == model.config.local_window == min(window, 2**30)
+
+
+@pytest.mark.parametrize("call", [{"num_hashes": 10**6}, {"num_buckets": 2**18}, {"num_buckets": [2] * 10**5}])
+def test_a_call_cannot_ask_for_more_than_a_config(call):
+    with pytest.raises(ValueError, match=next(iter(call))):
+        make_model(ReformerModel, num_buckets=4)(make_ids(1, 5), **call)
 
 
 @pytest.mark.parametrize(("fields", "found", "remedy"), BAD, ids=[str(fields) for fields, *_ in BAD])

@@ -5,7 +5,6 @@ model in that code. `save_pretrained` and the Trainer write no code.
 """
 
 import copy
-import fnmatch
 import tempfile
 from os import PathLike
 from pathlib import Path
@@ -21,12 +20,19 @@ from ..configuration_reformer import ReformerConfig
 from ..ops.dispatch import BACKENDS
 from .flatten import flatten, short_name
 from .model_card import model_card
-from .model_folder import load_model, load_tokenizer, readable, saved_config
+from .model_folder import (
+    MODEL_FILES,
+    TOKENIZER_FILES,
+    load_model,
+    load_tokenizer,
+    readable,
+    saved_config,
+    written_whole,
+)
 from .registration import AUTO_CLASSES, MODEL_CLASSES
 
 # Files of an earlier model in the same place, which the new model may not overwrite.
-MODEL_FILE_PATTERNS = ["model*.safetensors", "model.safetensors.index.json", "generation_config.json", "tokenizer*"]
-MODEL_FILE_PATTERNS += ["special_tokens_map.json", "added_tokens.json", "chat_template*"]
+MODEL_FILE_PATTERNS = [*MODEL_FILES, *TOKENIZER_FILES, "additional_chat_templates/*"]
 READ_FROM_HUB = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 Source = PreTrainedModel | str | PathLike
@@ -54,7 +60,7 @@ def export(
         tokenizer: is saved with the model.
         state: `trainer.state`, for the scores on the model card.
         name: the name people will load it by, for the model card. Default: the name of the directory.
-        overwrite: write into a directory that is not empty. A model in it is removed, other files stay.
+        overwrite: replace the model in a directory that is not empty, in one step; other files in it stay.
         card: further fields of the model card, see `model_card`: `language`, `license`, `datasets`, `base_model`,
             `tags`, `dataset_name`, `notes`.
 
@@ -75,19 +81,9 @@ def export(
         raise FileExistsError(f"{folder} is not empty. Name another one, or pass `overwrite=True` (--overwrite).")
     loaded, tokenizer, state = _loaded(model, tokenizer, state)
     readme = model_card(loaded, name or folder.name, tokenizer, state, **card)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
-        scratch = Path(temporary)
-        _write(loaded, tokenizer, scratch)
-        readme.save(scratch / "README.md")
-        folder.mkdir(exist_ok=True)
-        for file in folder.iterdir():  # an earlier model is removed only now that the new one is complete
-            if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in MODEL_FILE_PATTERNS):
-                file.unlink()
-        for file in filter(Path.is_file, scratch.rglob("*")):
-            target = folder / file.relative_to(scratch)
-            target.parent.mkdir(exist_ok=True)
-            file.replace(target)
+    with written_whole(folder, MODEL_FILE_PATTERNS) as new:
+        _write(loaded, tokenizer, new)
+        readme.save(new / "README.md")
     return folder
 
 
@@ -162,8 +158,28 @@ def read(source: str | PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         if keys := report[f"{kind}_keys"]:
             raise ValueError(f"The weights in {source} do not fit {name}: {min(keys)} is {kind}.")
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer_config.json").exists() else None
-    record = folder / "trainer_state.json"
-    return model, tokenizer, TrainerState.load_from_json(str(record)) if record.exists() else None
+    return model, tokenizer, saved_state(folder)
+
+
+def saved_state(folder: Path) -> TrainerState | None:
+    """The Trainer's record in a checkpoint directory, if there is one; ValueError if it is none."""
+    file = folder / "trainer_state.json"
+    if not file.exists():
+        return None
+    try:
+        state = TrainerState.load_from_json(str(file))
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} is no record of the Trainer: {error}. Mend or remove it.") from error
+    entries = state.log_history if isinstance(state.log_history, list) else [None]
+    numbers = [state.global_step, state.epoch or 0, state.train_batch_size or 0, state.best_global_step or 0]
+    listed = all(isinstance(entry, dict) and _is_count(entry.get("step")) for entry in entries)
+    if not listed or not all(map(_is_count, numbers)):
+        raise ValueError(f"{file} is no record of the Trainer: its steps, or those of `log_history`, are no numbers.")
+    return state
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < 10**15
 
 
 def check_model(model: Any) -> None:

@@ -28,6 +28,7 @@ PIPELINE_TAGS = {
 LAYER_NUMBERS = "attention_found|bucket_entropy|fullest_bucket|received_entropy|reached_share"  # of the callbacks
 NON_METRICS = re.compile(rf"(.*_)?(runtime|({LAYER_NUMBERS})(_layer_\d+)?)|.*_per_second|.*_time")
 RESERVED_FIELDS = {"library_name", "pipeline_tag", "model_name", "eval_results", "ignore_metadata_errors"}
+MOST_SCORES = 100  # of an evaluation
 FIELDS = {
     name for name, field in inspect.signature(ModelCardData).parameters.items() if field.kind == field.KEYWORD_ONLY
 } - RESERVED_FIELDS
@@ -49,12 +50,23 @@ def evaluations(history: list[dict[str, Any]]) -> list[Evaluation]:
         final = final or "train_runtime" in entry
         scores = {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}
         scores = {name: value for name, value in scores.items() if not NON_METRICS.fullmatch(name)}
+        scores = {_in_a_cell(name): value for name, value in scores.items() if _is_score(value)}
         if not scores:
             continue
         if found and (found[-1].step, found[-1].final) == (entry["step"], final):
             scores = found.pop().scores | scores
-        found.append(Evaluation(entry["step"], scores, final))
+        found.append(Evaluation(int(entry["step"]), dict(list(scores.items())[:MOST_SCORES]), final))
     return found
+
+
+def _in_a_cell(name: str) -> str:
+    """A metric's name in one line of plain text: a record may come from anybody, and a card is a page."""
+    return " ".join(re.sub(r"[^\w@%.,:;/()=+-]+", " ", name).split())[:80]
+
+
+def _is_score(value: Any) -> bool:
+    """Whether a record's value is a number that a card can show."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) >= 10**300
 
 
 def evaluation_of_weights(state: TrainerState, found: list[Evaluation]) -> Evaluation | None:
@@ -85,6 +97,10 @@ def table(found: list[Evaluation], weights: Evaluation | None, best_step: int | 
         cells = [f"{score:.4g}" if isinstance(score, float) else str(score) for score in scores]
         lines.append(f"| {', '.join(what)} | {found[number].step} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _in_a_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _listed(value: Any) -> list[str]:
@@ -147,11 +163,11 @@ def model_card(
     auto_class = next((auto.__name__ for auto, ours in AUTO_CLASSES.items() if isinstance(model, ours)), None)
     if auto_class is None:
         raise ValueError(f"{type(model).__name__} is not one of hf_reformer's models.")
-    task, title = PIPELINE_TAGS[auto_class], name.split("/")[-1]
+    task, title = PIPELINE_TAGS[auto_class], _in_a_line(name.split("/")[-1])
     found = evaluations(state.log_history) if state is not None else []
     weights = evaluation_of_weights(state, found) if state is not None else None
     datasets = _listed(metadata.get("datasets"))
-    dataset_name = dataset_name or ", ".join(datasets)
+    dataset_name = _in_a_line(dataset_name or ", ".join(datasets))
     identifier = datasets[0] if len(datasets) == 1 else re.sub(r"\W+", "-", dataset_name).strip("-").lower()
     results = [
         EvalResult(task, identifier, dataset_name, metric_type=metric, metric_value=value)
@@ -164,6 +180,7 @@ def model_card(
     if training is None and state is not None and state.global_step:
         training = {"steps": state.global_step, "epochs": round(state.epoch or 0, 2)}
         training |= {"rows at a time, on each device": state.train_batch_size} if state.train_batch_size else {}
+        training = {key: value for key, value in training.items() if _is_score(value)}
     config = model.config
     return ModelCard.from_template(
         ModelCardData(library_name="transformers", pipeline_tag=task, **metadata),
@@ -179,7 +196,7 @@ def model_card(
         has_mask=getattr(tokenizer, "mask_token", None) is not None,
         has_chat_template=getattr(tokenizer, "chat_template", None) is not None,
         with_code=with_code,
-        training=[f"{key}: {value}" for key, value in (training or {}).items()],
+        training=[_in_a_line(f"{key}: {value}") for key, value in (training or {}).items()],
         evaluations=table(found, weights, state.best_global_step) if state is not None and found else None,
         knows_weights=weights is not None,
         dataset_name=dataset_name,

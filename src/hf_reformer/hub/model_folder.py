@@ -1,7 +1,12 @@
-"""Reading a checkpoint directory: its config, and clear errors if it is damaged or inconsistent."""
+"""Checkpoint directories: reading one, with clear errors if it is damaged or inconsistent, and replacing one whole."""
 
+import ctypes
+import fnmatch
 import json
+import os
 import pickle
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +17,14 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
+from ..models.pretrained import named_files
+
+# Files of a model and its tokenizer, besides code, config.json and README.md; exactly, as others may begin like them.
+MODEL_FILES = ["model.safetensors", f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors", "generation_config.json"]
+MODEL_FILES += ["model.safetensors.index.json"]
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json"]
+TOKENIZER_FILES += ["vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
+TOKENIZER_FILES += ["chat_template.jinja", "chat_template.json", "additional_chat_templates"]
 # Raised while reading weights that are damaged or do not match the config.
 LOAD_ERRORS = (SafetensorError, pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError)
 
@@ -27,12 +40,42 @@ def readable(source: Any) -> Iterator[None]:
         raise ValueError(f"The weights in {source} are not those of its config.json, or damaged: {error}") from error
 
 
+def check_own_files(folder: Path) -> None:
+    """Raise ValueError if a file of a directory is a link to elsewhere, or its config or index names one elsewhere.
+
+    In the Hub's cache, files are links to the repository's own blobs. Pipes and devices are refused, too.
+    """
+    own = [folder.resolve()]
+    if own[0].parent.name == "snapshots":
+        own.append(own[0].parents[1] / "blobs")
+    templates = folder / "additional_chat_templates"
+    files = [path for path in folder.iterdir() if not path.is_dir() or path == templates]
+    for path in (*files, *(templates.iterdir() if templates.is_dir() else ()), *named_files(folder)):
+        try:
+            target = path.resolve()
+        except RuntimeError as error:
+            raise ValueError(f"{path} is a link to itself.") from error
+        if not any(target.is_relative_to(place) for place in own):
+            raise ValueError(
+                f"{path} is {target}, outside of the directory, and is not read. Copy it there if it belongs there."
+            )
+        if target.exists() and not target.is_file() and target != templates.resolve():
+            raise ValueError(f"{path} is no file, but a pipe, a device or a directory. Remove it.")
+
+
 def saved_config(folder: Path) -> dict[str, Any]:
-    """The contents of a checkpoint directory's config.json; ValueError if it is missing or holds no JSON object."""
+    """The contents of a checkpoint directory's config.json.
+
+    Raises:
+        ValueError: it is missing or holds no JSON object, the directory holds an adapter, or files from elsewhere.
+    """
     file = folder / "config.json"
-    if not file.exists() and (folder / "adapter_config.json").exists():
+    if folder.is_dir():
+        check_own_files(folder)
+    if (folder / "adapter_config.json").exists():
+        what = "an adapter beside a model" if file.exists() else "only an adapter"
         raise ValueError(
-            f"{folder} holds only an adapter. Load it onto its model, merge, and save the result: "
+            f"{folder} holds {what}. Load it onto its model, merge, and save the result: "
             "`PeftModel.from_pretrained(model, folder).merge_and_unload()`."
         )
     if not file.exists():
@@ -66,6 +109,78 @@ def load_tokenizer(source: Any, **options: Any) -> Any:
             f"The tokenizer in {source} cannot be read: {type(error).__name__}: {error}. Its files are damaged: save "
             "it again by `tokenizer.save_pretrained`."
         ) from error
+
+
+@contextmanager
+def written_whole(folder: Path, replaced: list[str] | None = None) -> Iterator[Path]:
+    """A directory to write into that appears as `folder` in one step when the block ends, or not at all.
+
+    Where `folder` exists, other files in it stay: all but those that are written, and that match a pattern of
+    `replaced`. They are linked into the new directory, which is then exchanged for the old one.
+
+    Raises:
+        OSError: the directory cannot be replaced, because it is the current one, or a file system of its own.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    others = list(folder.iterdir()) if folder.exists() else []
+    current = folder.exists() and Path.cwd().is_relative_to(folder)
+    if others and current:
+        raise OSError(f"{folder} is replaced as a whole, and cannot be while it is the current directory. Leave it.")
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
+        new = Path(temporary, "new")
+        new.mkdir()
+        yield new
+        for path in [path for path in new.rglob("*") if path.is_file()]:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())  # the contents are on the disk before the name is
+        if folder.exists():
+            shutil.copymode(folder, new)
+        if not others and not current and not folder.is_mount():
+            new.rename(folder)
+        elif not others:
+            for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):  # which makes it a model
+                shutil.move(path, folder / path.name)
+        else:
+            for path in others:
+                if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in replaced or []):
+                    _link(path, new / path.name)
+            _exchange(new, folder)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file, or directory of files, by a further name, unless that is taken.
+
+    A copy, where the file system has no such names.
+    """
+
+    def link(source: Any, target: Any) -> None:
+        try:
+            os.link(source, target, follow_symlinks=False)
+        except OSError:
+            shutil.copy2(source, target, follow_symlinks=False)
+
+    if target.exists():
+        if source.is_dir() != target.is_dir():
+            raise OSError(f"{source} is in the way of a file of the model. Move it.")
+    elif source.is_dir() and not source.is_symlink():
+        shutil.copytree(source, target, symlinks=True, copy_function=link)
+    else:
+        link(source, target)
+
+
+def _exchange(new: Path, folder: Path) -> None:
+    """Swap two directories: in one step on Linux, else in two, of which the first is undone if the second fails."""
+    libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    here, both_ways = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if hasattr(libc, "renameat2") and not libc.renameat2(here, os.fsencode(new), here, os.fsencode(folder), both_ways):
+        return
+    old = new.with_name("old")
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
 
 
 @contextmanager

@@ -53,7 +53,11 @@ def register(replace_builtin: bool = False) -> None:
     transformers.AutoTokenizer.register(ReformerConfig, tokenizer_class=ReformerByteTokenizer, exist_ok=True)
     for auto_class, model_class in AUTO_CLASSES.items():
         auto_class.register(ReformerConfig, model_class, exist_ok=True)
-        register_model_name(auto_class, ReformerConfig.model_type, model_class.__name__)
+        # Whoever asks the tables whether a model type is a sequence-to-sequence one, as lm-eval does, means all its
+        # models. Ours are causal; encoder-decoders say in `architectures` what they are.
+        seq2seq = auto_class is transformers.AutoModelForSeq2SeqLM
+        name = f"{ReformerConfig.model_type}_encoder_decoder" if seq2seq else ReformerConfig.model_type
+        register_model_name(auto_class, name, model_class.__name__)
     register_adapters()
     register_pipelines()
     if replace_builtin:

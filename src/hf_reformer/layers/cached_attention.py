@@ -75,9 +75,10 @@ def cache_tensors(kernel: Any, cache_layer: Any) -> Any:
     hasher, chains = cache_layer.hasher, cache_layer.chains
     if hasher is None:
         return kernel.CacheTensors(cache_layer.keys, cache_layer.values)
+    window = min(cache_layer.lsh_window, chains.previous.shape[-1] - 1)  # as in `last`: the kernel allocates for it
     return kernel.CacheTensors(
         cache_layer.keys, cache_layer.values, cache_layer.buckets, chains.newest, chains.previous, hasher.rotations,
-        bucket_factors(hasher.num_buckets), cache_layer.lsh_window, cache_layer.sums,
+        bucket_factors(hasher.num_buckets), window, cache_layer.sums,
     )  # fmt: skip
 
 

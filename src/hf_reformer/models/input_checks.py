@@ -32,7 +32,10 @@ def check_inputs(
             raise ValueError(f"`{label}` has dtype {value.dtype}; it must be torch.int64 or torch.int32.")
     if num_hashes is not None and (not isinstance(num_hashes, int) or num_hashes < 1):
         raise ValueError(f"`num_hashes={num_hashes}` must be a whole number of at least 1.")
-    check_num_buckets(num_buckets)
+    check_num_buckets(
+        config.num_buckets if num_buckets is None else num_buckets,
+        config.num_hashes if num_hashes is None else num_hashes,
+    )
     resolve_backend(config.attention_backend)
     batch, length = shape[:2]
     for value, label, rows, columns in (

@@ -1,7 +1,10 @@
 """The base class of all models: weights, their initialisation, and loading, also from other Reformers' checkpoints."""
 
 import inspect
+import json
+import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +40,8 @@ BUILTIN_NAMES = {
 # Files of transformers 4, and since 5.24, hold the head's bias by this name too. Where they differ, this one counts.
 LEGACY_LM_HEAD_BIAS = "lm_head.decoder.bias"
 
+MOST_PARAMETERS = 2**28  # more of them are loaded only from files that hold a good share of them
+
 # What a folder of an encoder-decoder holds besides the encoder, which is all that other models read of it.
 DECODER_KEY_PATTERN = r"^(decoder|lm_head|merge_streams)\."
 
@@ -56,7 +61,17 @@ class ReformerPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As for every model of the library. A folder of transformers' own Reformer is read by its names."""
+        """As for every model of the library. A folder of transformers' own Reformer is read by its names.
+
+        Raises:
+            ValueError: an index in the folder names files outside of it, or its config asks for a model far larger
+                than the files.
+        """
+        name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        folder = Path(name, kwargs.get("subfolder") or "") if isinstance(name, (str, Path)) else None
+        for file in named_files(folder) if folder is not None and folder.is_dir() else ():
+            if not os.path.abspath(file).startswith(os.path.join(os.path.abspath(name), "")):
+                raise ValueError(f"{folder} names the file {file}, which lies elsewhere. It is not read.")
         kwargs.setdefault("key_mapping", BUILTIN_NAMES)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -67,6 +82,12 @@ class ReformerPreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
         if model.config.is_encoder_decoder and not hasattr(model, "decoder"):
             model._keys_to_ignore_on_load_unexpected |= {DECODER_KEY_PATTERN}
+        size = sum(os.path.getsize(file) for file in checkpoint_files or () if state_dict is None)
+        if state_dict is None and checkpoint_files and model.num_parameters() > MOST_PARAMETERS + 64 * size:
+            raise ValueError(
+                f"config.json asks for {model.num_parameters():,} parameters, and the files of the weights have "
+                f"{size:,} bytes. They cannot belong together: look at the sizes in config.json."
+            )
         loaded = load_pretrained_weights(model, state_dict, checkpoint_files, *args, **kwargs)
         if LEGACY_LM_HEAD_BIAS in loaded[0].unexpected_keys and hasattr(model, "lm_head"):
             for state in [state_dict] if state_dict is not None else map(load_state_dict, checkpoint_files):
@@ -142,6 +163,23 @@ class ReformerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.ParameterList):  # of axial positions; the owner, without parameters of its own,
             for weight in module:  # never gets here: the library passes it over in classes that it does not ship
                 init.normal_(weight, std=self.config.axial_norm_std)
+
+
+def named_files(folder: Path) -> list[Path]:
+    """Files that the JSON files of a checkpoint directory name: shards of the weights, and versions of a tokenizer."""
+    found: list[Any] = []
+    for pattern, field in (
+        ("*.index.json", "weight_map"),
+        ("config.json", "transformers_weights"),
+        ("tokenizer_config.json", "fast_tokenizer_files"),
+    ):
+        for file in folder.glob(pattern):
+            try:
+                named = json.loads(file.read_text(encoding="utf-8")).get(field)
+            except (OSError, ValueError, AttributeError, RecursionError):
+                continue  # whoever needs it says so
+            found += named.values() if isinstance(named, dict) else named if isinstance(named, list) else [named]
+    return [folder / name for name in dict.fromkeys(name for name in found if isinstance(name, str) and name)]
 
 
 def check_inputs_match_across_ranks(model: Any, args: tuple, kwargs: dict) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from ...configuration_reformer import ReformerConfig, from_builtin
 from ...models.pretrained import BUILTIN_NAMES, LEGACY_LM_HEAD_BIAS
-from ..model_folder import LOAD_ERRORS, load_model, saved_config
+from ..model_folder import LOAD_ERRORS, TOKENIZER_FILES, load_model, saved_config, written_whole
 from ..registration import MODEL_CLASSES
 from .reformer_pytorch import from_reformer_pytorch
 from .trax import from_trax, read_pickle
@@ -22,11 +22,10 @@ KINDS = (*FOLDERS, "reformer-pytorch", "trax")
 HEADS = {name: cls for name, cls in MODEL_CLASSES.items() if name != "ReformerForConditionalGeneration"}
 BUILTIN_HEADS = {name: getattr(transformers, name) for name in HEADS if hasattr(transformers, name)}
 BUILTIN_HEADS["ReformerForCausalLM"] = transformers.ReformerModelWithLMHead
-TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "spiece.model", "vocab*"]
-TOKENIZER_FILES += ["merges.txt", "chat_template*", "additional_chat_templates", "tokenization_*.py"]
+COPIED = [*TOKENIZER_FILES, "tokenizer.*.json", "tokenization_*.py"]
 DERIVED_FIELDS = {"attention_mode", "position_embedding_type", "classifier_pooling", "num_hidden_layers"}  # no loss
 DERIVED_FIELDS |= {"lsh_centering", "lsh_rotary"}  # nor these: chunks are hashed as they are, without rotary positions
-READ_ERRORS = (OSError, StrictDataclassError, *LOAD_ERRORS)
+READ_ERRORS = (OSError, MemoryError, StrictDataclassError, zipfile.BadZipFile, *LOAD_ERRORS)
 
 
 def convert(
@@ -78,10 +77,11 @@ def convert(
     if to == "builtin":
         model, more = to_builtin(model)
         notes += more
-    model.save_pretrained(output)
-    for file in (file for pattern in TOKENIZER_FILES for file in source.glob(pattern)):
-        copy = shutil.copytree if file.is_dir() else shutil.copy2
-        copy(file, output / file.name)
+    with written_whole(output.resolve()) as new:
+        model.save_pretrained(new)
+        for file in (file for pattern in COPIED for file in source.glob(pattern)):
+            copy = shutil.copytree if file.is_dir() else shutil.copy2
+            copy(file, new / file.name)
     return notes
 
 
@@ -95,7 +95,7 @@ def detect(source: Path) -> str:
         return "trax"
     found = saved_config(source).get("model_type")
     kinds = {"reformer": "builtin", "hf_reformer": "hf_reformer"}
-    if found not in kinds:
+    if not isinstance(found, str) or found not in kinds:
         raise ValueError(f"{source} holds a model of type {found!r}; 'reformer' and 'hf_reformer' can be converted.")
     return kinds[found]
 
@@ -106,6 +106,8 @@ def read(source: Path, kind: str, head: str | None, fields: dict[str, Any]) -> t
         raise ValueError(f"`kind={kind!r}` is unknown. Choose one of {KINDS}.")
     if head is not None and kind not in FOLDERS:
         raise ValueError(f"`head={head!r}` is for folders; weights of {kind} are those of a language model.")
+    if kind not in FOLDERS and source.exists() and not source.is_file():
+        raise ValueError(f"{source} is no file, and weights of {kind} are one.")
     if fields and kind in FOLDERS:
         raise ValueError("A folder says all about itself: fields are for window mode, or weights without a config.")
     try:
@@ -138,11 +140,22 @@ def read_state_dict(source: Path) -> dict[str, torch.Tensor]:
     """Tensors by name from a file of safetensors or `torch.save`, also where they lie in a training's checkpoint."""
     if source.suffix == ".safetensors":
         return load_file(source)
+    if zipfile.is_zipfile(source):
+        unpacked = sum(entry.file_size for entry in zipfile.ZipFile(source).infolist())
+        if unpacked > source.stat().st_size:  # torch.save does not compress
+            raise ValueError(f"{source} unpacks to {unpacked:,} bytes, more than it has. Save it by `torch.save`.")
     found = torch.load(source, map_location="cpu", weights_only=True)
     held = found if isinstance(found, dict) else {}
     for state in (held, *(held.get(name) for name in ("state_dict", "model_state_dict", "model"))):
         items = state.items() if isinstance(state, dict) else ()
         if tensors := {name: x for name, x in items if isinstance(name, str) and isinstance(x, torch.Tensor)}:
+            for name, x in tensors.items():
+                if x.layout is not torch.strided or x.is_quantized or x.is_meta:
+                    raise ValueError(
+                        f"`{name}` in {source} is sparse, quantized or without values. Save plain tensors."
+                    )
+                if x.numel() * x.element_size() > x.untyped_storage().nbytes():
+                    raise ValueError(f"`{name}` in {source}, {tuple(x.shape)}, repeats values. Save `x.contiguous()`.")
             return tensors
     raise ValueError(f"{source} holds no state dict. Write one: `torch.save(model.state_dict(), path)`.")
 

@@ -10,6 +10,7 @@ from ...configuration_reformer import ReformerConfig
 from ...models.language_models import ReformerForCausalLM, ReformerForMaskedLM
 
 State = dict[str, torch.Tensor]
+MOST_PARAMETERS = 2**28  # beside 20 times what a file holds: tables of positions and products of matrices
 LAYER = "reformer.layers.blocks.{}."
 NEEDED = ("causal", "bucket_size", "n_hashes")  # and what `sizes` cannot find
 WITHOUT_EFFECT = ["ff_chunks", "attn_chunks", "reverse_thres", "pkm_num_keys", "axial_position_shape", "ff_mult"]
@@ -58,7 +59,13 @@ def from_reformer_pytorch(state: State, arguments: dict[str, Any]) -> tuple[Any,
     check_arguments(state, arguments)
     given = {**OPTIONAL, **arguments, **sizes(state, arguments)}
     config = make_config(given)
-    model: Any = (ReformerForCausalLM if given["causal"] else ReformerForMaskedLM)(config)
+    with torch.device("meta"):
+        model: Any = (ReformerForCausalLM if given["causal"] else ReformerForMaskedLM)(config)
+    if model.num_parameters() > MOST_PARAMETERS + 20 * sum(x.numel() for x in state.values()):
+        raise ValueError(
+            f"These weights ask for a model of {model.num_parameters():,} parameters, far more than they hold. Check "
+            "`max_seq_len` and the shapes."
+        )
     dtype = state["token_emb.weight"].dtype
     weights = {key: value.double() for key, value in state.items()}
     converted, left = convert_weights(weights, given, config)
@@ -96,7 +103,7 @@ def sizes(state: State, arguments: dict[str, Any]) -> dict[str, Any]:
     kinds = {"pos_emb.emb.weight": "absolute", "pos_emb.weights.0": "axial", "pos_emb.inv_freq": "fixed"}
     found: dict[str, Any] = {
         "dim": query.shape[1],
-        "depth": 1 + max(int(key.split(".")[3]) for key in state if key.startswith("reformer.layers.blocks.")),
+        "depth": depth(state),
         "ff_size": state[first + "g.net.fn.fn.w1.weight"].shape[0],
         "weight_tie_embedding": "out.1.tensor" in state,
         "positions": next((kind for key, kind in kinds.items() if key in state), "rotary"),
@@ -118,6 +125,14 @@ def sizes(state: State, arguments: dict[str, Any]) -> dict[str, Any]:
     if found["heads"] * found["dim_head"] != query.shape[0]:
         raise ValueError(f"`dim_head={found['dim_head']}` does not divide the width {query.shape[0]} of the queries.")
     return found
+
+
+def depth(state: State) -> int:
+    """The number of layers; ValueError unless they are numbered without gaps."""
+    blocks = {found[1] for key in state if (found := re.match(r"reformer\.layers\.blocks\.(\d{1,9})\.", key))}
+    if absent := {str(i) for i in range(len(blocks))} - blocks:
+        raise ValueError(f"Layer {min(absent, key=int)} is missing, while others have higher numbers.")
+    return len(blocks)
 
 
 def make_config(given: dict[str, Any]) -> ReformerConfig:

@@ -1,10 +1,16 @@
-"""Weights of Trax (its `ReformerLM`) as ours, in chunk mode, and a reader of its pickles that runs no code."""
+"""Weights of Trax (its `ReformerLM`) as ours, in chunk mode, and a reader of its pickles that calls nothing.
+
+The reader interprets a pickle's instructions itself. Numbers, strings and plain containers are what they are. Arrays
+are built from numbers alone: a shape, the name of a number's type, and bytes that fill the shape exactly. Every other
+object is a placeholder that keeps nothing.
+"""
 
 import gzip
-import io
-import pickle
+import math
+import pickletools
 import zlib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -15,58 +21,34 @@ from ...models.language_models import ReformerForCausalLM
 
 NOT_IN_WEIGHTS = {"lsh": ("num_hashes", "num_buckets", "lsh_attn_chunk_length"), "local": ("local_attn_chunk_length",)}
 MALFORMED = (LookupError, TypeError, ValueError, AttributeError)  # raised where data has another form than expected
-
-
-def _from_latin1(text: str, encoding: str) -> bytes:
-    """How old pickles write bytes."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes written as {encoding}")
-    return text.encode("latin1")
-
-
-ALLOWED: dict[tuple[str, str], Any] = {
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _from_latin1,
-    ("collections", "OrderedDict"): dict,
-}
-for _core in ("core", "_core"):  # numpy 1 and 2
-    ALLOWED[f"numpy.{_core}.multiarray", "_reconstruct"] = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
-    ALLOWED[f"numpy.{_core}.multiarray", "scalar"] = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    ALLOWED[f"numpy.{_core}.numeric", "_frombuffer"] = np._core.numeric._frombuffer  # type: ignore[attr-defined]
-
-
-class _ArraysOnly(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in ALLOWED:
-            raise pickle.UnpicklingError(
-                f"it holds a `{module}.{name}`, and only numpy arrays in lists, tuples and dictionaries are read. In "
-                "Trax, write the weights anew as numpy arrays"
-            )
-        return ALLOWED[module, name]
-
-
-def read_pickle(path: str | Path) -> Any:
-    """What a pickle holds, compressed by gzip or not; ValueError if not numpy arrays in plain containers alone."""
-    data = Path(path).read_bytes()
-    try:
-        return _ArraysOnly(io.BytesIO(gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data)).load()
-    except (pickle.UnpicklingError, zlib.error, EOFError, OSError, *MALFORMED) as error:
-        raise ValueError(f"{path} is no pickle of Trax weights that can be read: {error}.") from error
+MOST_PARTS = 100_000  # of a tree of weights; a model of 100 layers has about 2,000
+MOST_INSTRUCTIONS = 1_000_000  # seconds; a checkpoint has some thousands
+MOST_UNPACKED = 20  # times the size of a compressed file: weights hardly shrink, zeros of an optimizer's slots do
+NUMBERS = {f"{kind}{size}" for kind in "iuf" for size in (1, 2, 4, 8)} - {"f1"} | {"b1"}
+VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
+VALUES |= {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
+VALUES |= {"BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
 def from_trax(tree: Any, fields: dict[str, Any]) -> tuple[Any, list[str]]:
     """Our causal language model with the weights of Trax's ReformerLM, and what is not the same.
 
     Args:
-        tree: what Trax pickles, a dictionary with "weights", or those weights.
+        tree: what Trax pickles, a dictionary with "weights" or (since June 2020) "flat_weights", or those weights.
         fields: what the weights don't say, by the names of `ReformerConfig`: `num_hashes`, `num_buckets` (may be
             None), `lsh_attn_chunk_length`, `local_attn_chunk_length`; others if they are not Trax's usual ones.
 
     Raises:
         ValueError: the tree has another form, or a field is missing or contradicts the shapes.
     """
-    weights = tree["weights"] if isinstance(tree, dict) and "weights" in tree else tree
+    held = tree if isinstance(tree, dict) else {}
+    weights = next((held[name] for name in ("weights", "flat_weights") if name in held), tree)
+    if isinstance(held.get("flat_weights"), int):
+        raise ValueError(
+            "The pickle holds no weights: Trax of 2021 wrote them into a file beside it, `.weights.npy.gz`, which is "
+            "not read. In Trax, load the model and pickle `{'weights': model.weights}`."
+        )
     try:
         state, shapes = read_tree(weights)
     except (RuntimeError, *MALFORMED) as error:
@@ -84,7 +66,8 @@ def from_trax(tree: Any, fields: dict[str, Any]) -> tuple[Any, list[str]]:
         **{"layer_norm_eps": 1e-6, "eos_token_id": None, **shapes, **fields, "attention_mode": "chunk"}
         | {"is_decoder": True, "tie_word_embeddings": False}
     )
-    model: Any = ReformerForCausalLM(config)
+    with torch.device("meta"):  # weights that contradict each other may ask for any size
+        model: Any = ReformerForCausalLM(config)
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -97,24 +80,42 @@ def from_trax(tree: Any, fields: dict[str, Any]) -> tuple[Any, list[str]]:
 
 
 def read_tree(weights: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Our state dict, and the config's fields that its shapes tell."""
-    state = {"model.embed_tokens.weight": _tensor(weights[1])}
-    vocab, hidden = state["model.embed_tokens.weight"].shape
-    if not isinstance(weights[3], (tuple, list)):
+    """Our state dict, and the config's fields that its shapes tell.
+
+    Arrays alone are read, in their order, which is the same in a tree and in the flat list of later years: embeddings,
+    axial positions, layers (each a norm, attention, a norm, two dense layers), a norm, the head.
+    """
+    waiting = _tensors(weights)[::-1]
+
+    def take(*dims: int) -> list[torch.Tensor]:
+        found = [waiting.pop() for _ in dims]
+        if [x.dim() for x in found] != list(dims):
+            raise TypeError(f"found arrays of {[x.dim() for x in found]} dimensions instead of {list(dims)}")
+        return found
+
+    (embeddings,) = take(2)
+    state, (vocab, hidden) = {"model.embed_tokens.weight": embeddings}, embeddings.shape
+    tables, layers = [], []
+    while waiting and waiting[-1].dim() >= 3:
+        tables.append(waiting.pop()[0])  # Trax has an axis for the batch in front
+    if len(tables) < 2:
         raise TypeError("its positions are not axial")
-    tables = [_tensor(table)[0] for table in weights[3]]  # Trax has an axis for the batch in front
     state |= {f"model.position_embeddings.weights.{axis}": table for axis, table in enumerate(tables)}
-    if len(weights[5]) % 4:
-        raise TypeError(f"{len(weights[5])} parts of layers are no multiple of 4")
-    layers = [_layer(weights[5][start : start + 4]) for start in range(0, len(weights[5]), 4)]
-    for layer, (part, _) in enumerate(layers):
-        state |= {f"model.layers.{layer}.{key}": value for key, value in part.items()}
-    state["model.norm.weight"], state["model.norm.bias"] = map(_tensor, weights[7])
-    state["lm_head.weight"], state["lm_head.bias"] = _tensor(weights[9][0]).T.contiguous(), _tensor(weights[9][1])
-    heads, _, size = np.shape(weights[5][0][1][0])
+    while len(waiting) > 4:
+        norm = take(1, 1)
+        attention = []
+        while waiting[-1].dim() == 3:
+            attention += take(3)
+        part, kind = _layer(norm, attention, take(1, 1), take(2, 1), take(2, 1))
+        state |= {f"model.layers.{len(layers)}.{key}": value for key, value in part.items()}
+        layers.append((kind, attention[0].shape))
+    state["model.norm.weight"], state["model.norm.bias"] = take(1, 1)
+    head, state["lm_head.bias"] = take(2, 1)
+    state["lm_head.weight"] = head.T.contiguous()
+    heads, _, size = layers[0][1]
     shape = [table.shape[axis] for axis, table in enumerate(tables)]
     return state, {
-        "attn_layers": [kind for _, kind in layers],
+        "attn_layers": [kind for kind, _ in layers],
         "vocab_size": vocab,
         "hidden_size": hidden,
         "num_attention_heads": heads,
@@ -122,32 +123,304 @@ def read_tree(weights: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         "feed_forward_size": state["model.layers.0.feed_forward.up_proj.weight"].shape[0],
         "axial_pos_shape": shape,
         "axial_pos_embds_dim": [table.shape[-1] for table in tables],
-        "max_position_embeddings": int(np.prod(shape)),
+        "max_position_embeddings": math.prod(shape),
     }
 
 
-def _layer(block: Any) -> tuple[dict[str, torch.Tensor], str]:
+def _layer(norm: list, attention: list, second_norm: list, up: list, down: list) -> tuple[dict, str]:
     """One layer by our names, and its kind: hashed attention has one projection for query and key."""
-    norm, attention = block[0][0][0], block[0][1]
-    feed_forward = block[2][0][1][2]
-    if len(feed_forward) == 4:  # computed in chunks
-        feed_forward = feed_forward[2]
-    kind = "lsh" if len(attention) < 4 else "local"
+    if len(attention) not in (3, 4):
+        raise TypeError(f"attention has {len(attention)} arrays, where lsh has 3 and local attention 4")
+    kind = "lsh" if len(attention) == 3 else "local"
     names = ["qk_proj", "v_proj"] if kind == "lsh" else ["q_proj", "k_proj", "v_proj"]
     made = {  # (H, D, head_size) → (H * head_size, D)
-        f"attention.{name}.weight": _tensor(part).transpose(1, 2).flatten(0, 1).contiguous()
+        f"attention.{name}.weight": part.transpose(1, 2).flatten(0, 1).contiguous()
         for name, part in zip(names, attention, strict=False)
     }
-    made["attention.o_proj.weight"] = _tensor(attention[len(names)]).flatten(0, 1).T.contiguous()
-    made["attention_norm.weight"], made["attention_norm.bias"] = map(_tensor, norm)
-    made["feed_forward_norm.weight"], made["feed_forward_norm.bias"] = map(_tensor, feed_forward[0])
-    for name, (weight, bias) in (("up_proj", feed_forward[1]), ("down_proj", feed_forward[4])):
-        made[f"feed_forward.{name}.weight"] = _tensor(weight).T.contiguous()
-        made[f"feed_forward.{name}.bias"] = _tensor(bias)
+    made["attention.o_proj.weight"] = attention[-1].flatten(0, 1).T.contiguous()
+    made["attention_norm.weight"], made["attention_norm.bias"] = norm
+    made["feed_forward_norm.weight"], made["feed_forward_norm.bias"] = second_norm
+    for name, (weight, bias) in (("up_proj", up), ("down_proj", down)):
+        made[f"feed_forward.{name}.weight"] = weight.T.contiguous()
+        made[f"feed_forward.{name}.bias"] = bias
     return made, kind
 
 
-def _tensor(array: Any) -> torch.Tensor:
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"an array was expected, found {type(array).__name__}")
-    return torch.from_numpy(np.array(array))  # a copy, which may be written to
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    """The arrays of a tree of lists and tuples, in their order, copied."""
+    arrays: list[np.ndarray] = []
+    waiting, seen = [tree], 0
+    while waiting:
+        node = waiting.pop()
+        seen += 1
+        if isinstance(node, (list, tuple)):
+            if seen + len(waiting) + len(node) > MOST_PARTS:
+                raise TypeError(f"it has more than {MOST_PARTS:,} parts")
+            waiting += reversed(node)
+            continue
+        array = node.array if isinstance(node, PickledArray) else node
+        if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+            kind = f"{array.dtype} array" if isinstance(array, np.ndarray) else type(array).__name__
+            raise TypeError(f"an array of floats was expected, found {node if type(node) is Foreign else kind}")
+        arrays.append(array)
+    alone = {id(array): array.nbytes for array in arrays}
+    if sum(array.nbytes for array in arrays) > 2**28 + 20 * sum(alone.values()):
+        raise TypeError("it repeats the same arrays, and copies would fill the memory")
+    return [torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="))) for array in arrays]
+
+
+# --- reading a pickle
+
+
+class Foreign:
+    """In the place of an object, or of a function, that is not read; `str` gives its name."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"a `{ascii(self.name)[1:-1][:80]}`"
+
+
+class PickledType(Foreign):
+    """A numpy dtype of numbers: its code and byte order."""
+
+    def __init__(self, code: Any):
+        super().__init__("numpy.dtype")
+        self.code, self.order = code, "="
+
+    def build(self, state: Any) -> None:
+        """Of what numpy pickles, the byte order is taken; anything that makes it more than a number is refused."""
+        plain = isinstance(state, tuple) and len(state) == 8 and state[2:7] == (None, None, None, -1, -1)
+        if not plain or state[1] not in ("<", ">", "=", "|") or state[7] != 0:
+            raise UnpicklingError("it holds an array with fields, objects or alignment, and only numbers are read")
+        self.order = state[1]
+
+    def dtype(self) -> np.dtype:
+        if not isinstance(self.code, str) or self.code not in NUMBERS:
+            code = ascii(self.code)[:20] if isinstance(self.code, str) else type(self.code).__name__
+            raise UnpicklingError(f"it holds an array of the type {code}, and only numbers are read")
+        return np.dtype(self.code).newbyteorder(self.order)
+
+
+class PickledArray(Foreign):
+    """An array of numbers: `array`, once its values were read."""
+
+    def __init__(self) -> None:
+        super().__init__("numpy.ndarray")
+        self.array: np.ndarray | None = None
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.array, dtype=dtype)
+
+    def build(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) not in (4, 5):
+            raise UnpicklingError("an array in it has no shape, type and values")
+        shape, kind, fortran, values = state[-4:]
+        self.fill(shape, kind, values, "F" if fortran else "C")
+
+    def fill(self, shape: Any, kind: Any, values: Any, order: Any) -> "PickledArray":
+        """Take the values, after everything that describes them was checked."""
+        if not isinstance(kind, PickledType):
+            raise UnpicklingError("an array in it has no type of numbers")
+        dtype = kind.dtype()
+        if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(n) is int for n in shape):
+            raise UnpicklingError("the shape of an array in it is no tuple of up to 8 whole numbers")
+        if isinstance(values, str):
+            values = values.encode("latin1")  # how Python 2 wrote bytes
+        if not isinstance(values, (bytes, bytearray)) or order not in ("C", "F"):
+            raise UnpicklingError(f"the values of an array in it are {type(values).__name__}, and not plain bytes")
+        if not all(0 <= n < 2**31 for n in shape) or math.prod(shape) * dtype.itemsize != len(values):
+            raise UnpicklingError(
+                f"an array in it has {len(values)} bytes of values, and its shape and type ask for another number"
+            )
+        self.array = np.ndarray(shape, dtype, bytes(values), order=order)
+        return self
+
+    def transpose(self, axes: Any) -> "PickledArray":
+        if not isinstance(axes, tuple) or not all(type(axis) is int for axis in axes):
+            raise UnpicklingError("the axes of an array in it are no whole numbers")
+        self.array = self.array.transpose(axes)
+        return self
+
+
+class _Bounded:
+    """A stream of at most so many bytes, for `pickletools.genops`."""
+
+    def __init__(self, stream: Any, limit: int):
+        self.stream, self.limit, self.left = stream, limit, limit
+
+    def read(self, size: int) -> bytes:
+        return self._count(b"" if size > self.left else self.stream.read(size), size)
+
+    def readline(self) -> bytes:
+        line = self.stream.readline(self.left + 1)
+        return self._count(line, len(line))
+
+    def _count(self, data: bytes, size: int) -> bytes:
+        self.left -= size
+        if self.left < 0:
+            raise UnpicklingError(f"it unpacks to more than {self.limit:,} bytes, which is far more than weights do")
+        return data
+
+
+def read_pickle(path: str | Path) -> Any:
+    """What a pickle holds, compressed by gzip or not, with a `PickledArray` for every array; nothing in it is called.
+
+    Raises:
+        ValueError: it is no pickle, is cut or too large, or holds arrays of anything but numbers.
+    """
+    size = Path(path).stat().st_size
+    with open(path, "rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        limit = max(2**26, MOST_UNPACKED * size) if compressed else size
+        try:
+            return _interpret(_Bounded(gzip.open(file) if compressed else file, limit))
+        except (UnpicklingError, zlib.error, EOFError, OSError, MemoryError, OverflowError, *MALFORMED) as error:
+            reason = "there is not enough memory" if isinstance(error, MemoryError) else error
+            raise ValueError(f"{path} is no pickle of Trax weights that can be read: {reason}.") from error
+
+
+def _interpret(stream: Any) -> Any:
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def pop_mark() -> list[Any]:
+        start = marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    for count, (instruction, argument, _) in enumerate(pickletools.genops(stream)):
+        if count > MOST_INSTRUCTIONS:
+            raise UnpicklingError(f"it has more than {MOST_INSTRUCTIONS:,} instructions, and weights need thousands")
+        name = instruction.name
+        if name in VALUES:
+            stack.append(argument)
+        elif name in CONSTANTS:
+            stack.append(CONSTANTS[name])
+        else:
+            match name:
+                case "PROTO" | "FRAME":
+                    pass
+                case "MARK":
+                    marks.append(len(stack))
+                case "POP":
+                    stack.pop()
+                case "POP_MARK":
+                    pop_mark()
+                case "DUP":
+                    stack.append(stack[-1])
+                case "PUT" | "BINPUT" | "LONG_BINPUT":
+                    memo[argument] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "GET" | "BINGET" | "LONG_BINGET":
+                    stack.append(memo[argument])
+                case "EMPTY_LIST":
+                    stack.append([])
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "EMPTY_SET":
+                    stack.append(Foreign("set"))
+                case "LIST":
+                    stack.append(pop_mark())
+                case "TUPLE":
+                    stack.append(tuple(pop_mark()))
+                case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                    size = int(name[-1])
+                    stack[-size:] = [tuple(stack[-size:])]
+                case "DICT":
+                    stack.append(_put({}, pop_mark()))
+                case "FROZENSET":
+                    pop_mark()
+                    stack.append(Foreign("frozenset"))
+                case "APPEND":
+                    item = stack.pop()
+                    _extend(stack[-1], [item])
+                case "APPENDS" | "ADDITEMS":
+                    items = pop_mark()
+                    _extend(stack[-1], items)
+                case "SETITEM":
+                    value, key = stack.pop(), stack.pop()
+                    _put(stack[-1], [key, value])
+                case "SETITEMS":
+                    items = pop_mark()
+                    _put(stack[-1], items)
+                case "GLOBAL":
+                    stack.append(Foreign(argument.replace(" ", ".")))
+                case "STACK_GLOBAL":
+                    own, module = stack.pop(), stack.pop()
+                    if not isinstance(own, str) or not isinstance(module, str):
+                        raise UnpicklingError("an object in it has no name")
+                    stack.append(Foreign(f"{module}.{own}"))
+                case "INST":
+                    pop_mark()
+                    stack.append(Foreign(argument.replace(" ", ".")))
+                case "OBJ":
+                    made_of, *_ = pop_mark()
+                    stack.append(_made(made_of, None))
+                case "REDUCE" | "NEWOBJ":
+                    arguments, made_of = stack.pop(), stack.pop()
+                    stack.append(_made(made_of, arguments))
+                case "NEWOBJ_EX":
+                    _, _, made_of = stack.pop(), stack.pop(), stack.pop()
+                    stack.append(_made(made_of, None))
+                case "BUILD":
+                    state = stack.pop()
+                    if isinstance(stack[-1], (PickledArray, PickledType)):
+                        stack[-1].build(state)
+                case "STOP":
+                    return stack.pop()
+                case _:
+                    raise UnpicklingError(f"it has the instruction {name}, which refers to something outside of it")
+    raise EOFError("it ends before it is complete")
+
+
+def _extend(target: Any, items: list[Any]) -> None:
+    if isinstance(target, list):
+        target += items
+    elif not isinstance(target, Foreign):
+        raise UnpicklingError(f"it appends to a {type(target).__name__}")
+
+
+def _put(target: Any, items: list[Any]) -> Any:
+    """Keys and values in turn into a dictionary; only strings are kept as keys, since others can be slow to hash."""
+    if isinstance(target, dict):
+        target.update((key, value) for key, value in zip(items[::2], items[1::2], strict=True) if type(key) is str)
+    elif not isinstance(target, Foreign):
+        raise UnpicklingError(f"it sets items of a {type(target).__name__}")
+    return target
+
+
+def _made(function: Any, arguments: Any) -> Any:
+    """What a function, or a class, makes of arguments: those that arrays are pickled by, else a placeholder."""
+    if type(function) is not Foreign:
+        raise UnpicklingError(f"it calls a {type(function).__name__}")
+    given = arguments if isinstance(arguments, tuple) else ()
+    name = function.name.replace("numpy.core.", "numpy._core.")  # numpy 1 and 2
+    match name, len(given):
+        case "numpy._core.multiarray._reconstruct", 3 if str(given[0]) == str(Foreign("numpy.ndarray")):
+            return PickledArray()
+        case "numpy.dtype", 1 | 2 | 3:
+            return PickledType(given[0])
+        case "numpy._core.multiarray.scalar", 2:
+            return PickledArray().fill((), *given, "C")
+        case "numpy._core.numeric._frombuffer", 4:
+            return PickledArray().fill(given[2], given[1], given[0], given[3])
+        case "numpy._core.numeric._frombuffer", 5:  # axes in another order than in memory
+            return PickledArray().fill(given[2], given[1], given[0], "C").transpose(given[4])
+        case "_codecs.encode", 2 if given[1] == "latin1" and isinstance(given[0], str):
+            return given[0].encode("latin1")  # bytes, before protocol 3
+        case "__builtin__.bytes" | "builtins.bytes", 0:
+            return b""
+        case "collections.OrderedDict", 0:
+            return {}
+        case "collections.OrderedDict", 1 if isinstance(given[0], list):  # protocols 0 and 1
+            pairs = [pair for pair in given[0] if isinstance(pair, (list, tuple)) and len(pair) == 2]
+            return _put({}, [part for pair in pairs for part in pair])
+        case "copyreg._reconstructor" | "copy_reg._reconstructor", 3:
+            return Foreign(given[0].name if type(given[0]) is Foreign else name)
+    return Foreign(function.name)

@@ -17,6 +17,7 @@ from hf_reformer import ReformerConfig, ReformerForCausalLM, ReformerModel
 from hf_reformer.cache import cache
 from hf_reformer.cache.cache import ReformerCache
 from hf_reformer.layers import cached_attention
+from hf_reformer.ops import dispatch
 from hf_reformer.ops.bucket_tables import BucketChains
 
 LENGTH = 70
@@ -385,6 +386,28 @@ def test_the_cache_of_another_model_is_refused(other):
     _, kept = run(make(**other).float(), [20])
     with pytest.raises(ValueError, match="did not fill"):
         make().float()(IDS[:, 20:21], past_key_values=kept)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("window", [10**9, 2**31, 2**32 + 1, 2**40])
+def test_windows_so_wide_that_they_have_no_limit(window, backend):
+    """No window but those that the config refuses is too wide to be right, in one forward and in pieces."""
+    options = {"attention_backend": backend, "position_embedding_type": "rotary"}
+    expected, _ = run(make(["local", "lsh"], **options, local_window=200, lsh_window=200).float(), [40])
+    wide = {"local_window": window, "lsh_window": window}
+    try:
+        config = make(["local", "lsh"], **options, **wide).config
+    except ValueError:
+        pytest.skip("the config refuses it")
+    for is_decoder in (True, False):
+        groups = [(torch.zeros(1, 1, 1, 40, dtype=torch.int32), 1, size) for size in (200, window)]
+        layouts = [dispatch.window_layout([group], is_decoder, None, backend=backend) for group in groups]
+        for a, b in zip(*layouts, strict=True):
+            assert torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    for pieces in ([40], [20] + [1] * 20, [7] * 5 + [5]):
+        found, _ = run(make(["local", "lsh"], **options, **wide).float(), pieces)
+        assert max_abs_diff(found, expected) < 1e-5
+    assert config.local_window == window
 
 
 def test_a_call_that_broke_off_is_told_afterwards(monkeypatch):

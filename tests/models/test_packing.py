@@ -1,5 +1,7 @@
 """Samples packed into a row, told apart by positions that restart at 0, don't see each other."""
 
+import time
+
 import pytest
 import torch
 from conftest import REPEATABLE, SMALL_WINDOWS, make_ids, make_model, max_abs_diff
@@ -34,6 +36,25 @@ def test_a_packed_sample_equals_the_sample_alone(lengths, kind, backend, causal,
     packed = model(ids, mask, positions).last_hidden_state[:, :end].split(lengths, dim=1)
     for sample, found in zip(ids[:, :end].split(lengths, dim=1), packed, strict=True):
         assert max_abs_diff(found, model(sample).last_hidden_state) <= 1e-10
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@torch.no_grad()
+def test_many_samples_with_many_buckets(backend):
+    """More buckets than int32 counts, of all samples together, and nearly all of them empty."""
+    options = {**SMALL_WINDOWS, "num_buckets": (512, 1024), "attn_layers": ["lsh"], "attention_backend": backend}
+    model = make_model(ReformerModel, dtype=torch.float32, position_embedding_type="rotary", **options)
+    assert 512 * 1024 * 5000 > 2**31
+    ids, positions = make_ids(1, 15000), torch.arange(3).repeat(5000)[None]
+    begin = time.process_time()
+    packed = model(ids, position_ids=positions).last_hidden_state
+    took = time.process_time() - begin
+    begin = time.process_time()
+    model(ids)
+    assert took < 5 * (time.process_time() - begin) + 1  # and not the minutes that it takes to count empty buckets
+    for at in (0, 7500, 14997):
+        alone = model(ids[:, at : at + 3]).last_hidden_state
+        assert max_abs_diff(packed[:, at : at + 3], alone) < 1e-5
 
 
 def test_rows_are_packed_each_in_its_own_way():

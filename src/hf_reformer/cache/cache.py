@@ -1,7 +1,9 @@
 """The cache of a causal Reformer: its layers, and what a model checks before it uses one."""
 
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -36,10 +38,11 @@ def to_reformer_cache(cache: Any, config: ReformerConfig) -> Cache:
     """A cache that a Reformer filled, or an empty one of the library's (dynamic or static) with its layers replaced.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is neither, or was left half changed.
     """
     if isinstance(getattr(cache, "layers", None), list):
         if [layer.signature for layer in cache.layers if isinstance(layer, ReformerCacheLayer)] == signatures(config):
+            _check_whole(cache.layers)
             return cache
         if not any(getattr(layer, "is_initialized", True) and layer.get_seq_length() for layer in cache.layers):
             capacity = max([getattr(layer, "max_cache_len", 0) for layer in cache.layers], default=0)
@@ -53,19 +56,27 @@ def to_reformer_cache(cache: Any, config: ReformerConfig) -> Cache:
     )
 
 
-def check_call(cache: Cache, batch: int, num_hashes: int, num_buckets: Any) -> None:
-    """Before any layer writes to the cache.
-
-    Raises:
-        ValueError: its layers differ in their tokens, it holds other sequences, or its tokens were hashed otherwise.
-    """
-    layers: list[Any] = cache.layers
+def _check_whole(layers: list[Any]) -> None:
     seen = sorted({layer.seen_tokens for layer in layers})
     if len(seen) > 1:
         raise ValueError(
             f"The layers of the cache hold {seen} tokens: an earlier call was interrupted between them. Begin with a "
             "new cache."
         )
+    if any(layer.half_done for layer in layers) or len({layer.selections for layer in layers}) > 1:
+        raise ValueError(
+            "The cache was left half changed: an earlier call with it, or a change of its sequences, was interrupted. "
+            "Begin with a new cache, or call `cache.reset()`."
+        )
+
+
+def check_call(cache: Cache, batch: int, num_hashes: int, num_buckets: Any) -> None:
+    """Before any layer writes to the cache.
+
+    Raises:
+        ValueError: it holds other sequences, or its tokens were hashed otherwise.
+    """
+    layers: list[Any] = cache.layers
     if layers[0].seen_tokens and layers[0].batch_size != batch:
         raise ValueError(
             f"The input has {batch} sequences, but the cache has {layers[0].batch_size}. Give new tokens of each, or "
@@ -80,6 +91,38 @@ def check_call(cache: Cache, batch: int, num_hashes: int, num_buckets: Any) -> N
                 f"num_hashes={num_hashes}, num_buckets={num_buckets} were given, but the tokens in the cache were "
                 f"hashed with {hashed_with[0]} and {hashed_with[1]}. Keep them, or begin with a new cache."
             )
+
+
+def whole_step(cache: Any) -> Any:
+    """Around all that a call does from its first layer to its end: if it breaks off, the cache is refused afterwards.
+
+    The outermost of several counts: tokens are kept, yet of no use to whoever has no output.
+    """
+    return nullcontext() if cache is None or torch.compiler.is_compiling() else WholeStep(cache)
+
+
+def begin_writing(cache: Any) -> None:
+    """From here on a `whole_step` that breaks off leaves a cache that is refused."""
+    if not torch.compiler.is_compiling():  # a graph changes the cache at its end
+        cache.layers[0].half_done = True
+
+
+class WholeStep:
+    """The context of `whole_step`."""
+
+    def __init__(self, cache: Any):
+        self.cache = getattr(cache, "self_attention_cache", cache)  # of an encoder-decoder's two
+        self.is_outermost = False
+
+    def __enter__(self) -> None:
+        if not getattr(self.cache, "in_step", False):
+            self.is_outermost = self.cache.in_step = True
+
+    def __exit__(self, error: Any, *_: Any) -> None:
+        if self.is_outermost:
+            self.cache.in_step = False
+            if error is None and self.cache.layers:
+                self.cache.layers[0].half_done = False
 
 
 __all__ = ["ReformerCache"]

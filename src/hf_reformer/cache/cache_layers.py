@@ -6,7 +6,8 @@ buckets and the last `local_window` tokens, whatever the length. In chunk mode a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ class ReformerCacheLayer(CacheLayerMixin):
     chains: Any  # `BucketChains`, the members of every bucket; lsh layers in window mode
     hasher: Any  # `layers.attention.Hasher` of all tokens; lsh layers
     seen_tokens: int  # how many tokens of each sequence were given so far, padding included
+    selections: int  # how often sequences were selected or repeated
+    half_done: bool  # whether a change was begun and not ended: `cache.to_reformer_cache` refuses it
     makes_chains = True
     per_sequence: tuple[str, ...] = ("keys", "values", "buckets", "sums", "lengths", "longest", "oldest")
     per_sequence += ("attention_mask",)
@@ -55,10 +58,19 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget all tokens."""
+        self.half_done = True
         for name in (*self.per_sequence, "chains", "hasher"):
             setattr(self, name, None)
         self.is_initialized = False
-        self.seen_tokens = 0
+        self.seen_tokens = self.selections = 0
+        self.half_done = False
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around a change of several tensors: unless it comes to its end, the layer is not used again."""
+        before, self.half_done = self.half_done, True
+        yield
+        self.half_done = before
 
     @property
     def batch_size(self) -> int:
@@ -216,11 +228,16 @@ class ReformerCacheLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         """Keep every token from now on, so that any number can be cropped."""
         if self.kind == "local" and self.seen_tokens and not self.record_past:
-            self.oldest = (torch.maximum(self.longest, self.lengths) - self.capacity).clamp(min=0)
-            keys, values, numbers = self.last_tokens(min(self.capacity, self.seen_tokens))
-            capacity = max(self.seen_tokens, 1)  # from here on slots by number, those of evicted tokens unused
-            self.keys, self.values = (x.new_zeros(*x.shape[:2], capacity, x.shape[3]) for x in (keys, values))
-            self._write(numbers, keys, values)
+            with self._changing():
+                self._keep_by_number()
+        self.record_past = True
+
+    def _keep_by_number(self) -> None:
+        self.oldest = (torch.maximum(self.longest, self.lengths) - self.capacity).clamp(min=0)
+        keys, values, numbers = self.last_tokens(min(self.capacity, self.seen_tokens))
+        capacity = max(self.seen_tokens, 1)  # from here on slots by number, those of evicted tokens unused
+        self.keys, self.values = (x.new_zeros(*x.shape[:2], capacity, x.shape[3]) for x in (keys, values))
+        self._write(numbers, keys, values)
         self.record_past = True
 
     def lengths_without(self, count: int) -> torch.Tensor:
@@ -259,6 +276,10 @@ class ReformerCacheLayer(CacheLayerMixin):
         if count == self.seen_tokens:
             self.reset()
             return
+        with self._changing():
+            self._remove_last(count)
+
+    def _remove_last(self, count: int) -> None:
         self.longest = torch.maximum(self.longest, self.lengths)
         old, self.lengths = self.lengths, self.lengths_without(count)
         self.seen_tokens -= count
@@ -275,20 +296,23 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply a function to every tensor with an entry per sequence."""
-        for holder, names in ((self, self.per_sequence), (self.chains, ("newest", "previous"))):
-            for name in names:
-                x = getattr(holder, name, None)
-                if x is not None:
-                    setattr(holder, name, change(x))
+        with self._changing():
+            for holder, names in ((self, self.per_sequence), (self.chains, ("newest", "previous"))):
+                for name in names:
+                    x = getattr(holder, name, None)
+                    if x is not None:
+                        setattr(holder, name, change(x))
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._each(lambda x: x[indices.to(x.device)])
+        self.selections += 1
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+        self.selections += 1
 
     def offload(self) -> None:
         self._each(lambda x: x.to("cpu", non_blocking=True))

@@ -117,7 +117,7 @@ class ReformerAttention(AttentionProjections):
                 explored = explored if ctx.shard is None else explored[:, ctx.shard.own_heads(self.heads)]
                 groups.append((explored.expand(batch, -1, -1, -1), count, config.lsh_window))
         if ctx.samples is not None:  # the samples of a sequence lie one after the other in every order
-            sample = ctx.samples[:, None, None, :]
+            sample = ctx.samples[:, None, None, :].long()  # a number for every bucket of every sample
             groups = [(sample * (count or 1) + group, None, window) for group, count, window in groups]
         return window_layout(groups, self.causal, mask, backend=self.backend)
 

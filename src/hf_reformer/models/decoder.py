@@ -6,7 +6,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.utils import can_return_tuple
 
-from ..cache.cache import CACHE_NAME
+from ..cache.cache import CACHE_NAME, whole_step
 from ..configuration_reformer import ReformerConfig
 from ..layers.feed_forward import LayerNorm
 from ..layers.forward_context import AttentionReport, EncoderContext, ForwardContext
@@ -84,18 +84,19 @@ class ReformerDecoder(ReformerModel):
         mask = None if encoder_attention_mask is None else encoder_attention_mask.to(states.device) != 0
         if mask is not None and not torch.compiler.is_compiling() and bool(mask.all()):
             mask = None
-        outputs = super().forward(
-            input_ids,
-            attention_mask,
-            inputs_embeds=inputs_embeds,
-            past_key_values=None if both is None else both.self_attention_cache,
-            encoder_hidden_states=states,
-            encoder_context=EncoderContext(mask, None if both is None else both.cross_attention_cache),
-            **{**kwargs, "return_dict": True},
-        )
-        if both is not None:
-            outputs[CACHE_NAME] = both
-        return outputs
+        with whole_step(both):
+            outputs = super().forward(
+                input_ids,
+                attention_mask,
+                inputs_embeds=inputs_embeds,
+                past_key_values=None if both is None else both.self_attention_cache,
+                encoder_hidden_states=states,
+                encoder_context=EncoderContext(mask, None if both is None else both.cross_attention_cache),
+                **{**kwargs, "return_dict": True},
+            )
+            if both is not None:
+                outputs[CACHE_NAME] = both
+            return outputs
 
     def _coverage(
         self, reports: list[AttentionReport], target: CoverageTarget, encoder: EncoderContext | None

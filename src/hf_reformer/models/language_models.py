@@ -10,7 +10,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
-from ..cache.cache import CACHE_NAME, to_reformer_cache
+from ..cache.cache import CACHE_NAME, to_reformer_cache, whole_step
 from ..configuration_reformer import ReformerConfig
 from ..ops.sequence_parallel import SequenceShard, all_reduce, gather_sequence, local_tokens, tokens_at
 from .input_checks import given_shape
@@ -146,16 +146,18 @@ class ReformerForCausalLM(ReformerGenerativeLM):
         """
         shift_labels = kwargs.pop("shift_labels", None)  # in the signature, Trainer would want it in evaluation
         kwargs.update(num_hashes=num_hashes, num_buckets=num_buckets, return_dict=True)
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
-        hidden, shape = outputs.last_hidden_state, given_shape(input_ids, inputs_embeds)
-        check_label_shape(shift_labels if shift_labels is not None else labels, shape)
-        targets: torch.Tensor | None = shift_labels
-        if targets is None and labels is not None:
-            targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        shard = self.model.shard(shape[1])
-        loss, logits = self._loss_and_logits(hidden, targets, shard, num_items_in_batch, logits_to_keep)
-        fields = {"logits": logits, CACHE_NAME: getattr(outputs, CACHE_NAME)}
-        return self._head_output(ReformerCausalLMOutput, outputs, loss, targets, num_items_in_batch, **fields)
+        given = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs["cache"]
+        with whole_step(given):
+            outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
+            hidden, shape = outputs.last_hidden_state, given_shape(input_ids, inputs_embeds)
+            check_label_shape(shift_labels if shift_labels is not None else labels, shape)
+            targets: torch.Tensor | None = shift_labels
+            if targets is None and labels is not None:
+                targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+            shard = self.model.shard(shape[1])
+            loss, logits = self._loss_and_logits(hidden, targets, shard, num_items_in_batch, logits_to_keep)
+            fields = {"logits": logits, CACHE_NAME: getattr(outputs, CACHE_NAME)}
+            return self._head_output(ReformerCausalLMOutput, outputs, loss, targets, num_items_in_batch, **fields)
 
 
 class ReformerForMaskedLM(ReformerLMBase):

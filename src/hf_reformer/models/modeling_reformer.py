@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple, logging
 
-from ..cache.cache import CACHE_NAME, ReformerCache, check_call, to_reformer_cache
+from ..cache.cache import CACHE_NAME, ReformerCache, begin_writing, check_call, to_reformer_cache, whole_step
 from ..configuration_reformer import ReformerConfig, padded_length
 from ..layers.compiled_stack import compiled_stack, supports_compiled_stack
 from ..layers.feed_forward import LayerNorm
@@ -169,22 +169,25 @@ class ReformerModel(ReformerPreTrainedModel):
         stream = Handoff(to_stream(embeds, grid))
         del embeds, inputs_here  # so that the layers can free what they have used up
         states = () if encoder_hidden_states is None else (encoder_hidden_states,)
-        x1, x2, reports, hidden_states = run_stack(stream, ctx, grid, *states)
-        hidden = self.norm(torch.cat([x1, x2], dim=-1))
-        hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(ctx.key, FINAL_DROPOUT), ctx.offset)
-        weights, cross = ([getattr(r, name) for r in reports] for name in ("weights", "encoder_weights"))
-        if output_attentions and output_attentions != "sparse":
-            weights = [x if isinstance(x, torch.Tensor) else x.dense(past + inputs.shape[1]) for x in weights]
-        return ReformerModelOutput(
-            last_hidden_state=hidden,
-            **{CACHE_NAME: cache},
-            hidden_states=hidden_states,
-            attentions=tuple(weights) if output_attentions else None,
-            cross_attentions=tuple(cross) if output_attentions and states else None,
-            coverage_loss=self._coverage(reports, target, encoder_context) if cover else None,
-            attention_mass=tuple(r.mass for r in reports) if output_attention_mass else None,
-            sorting=tuple(r.sorting for r in reports) if output_sorting else None,
-        )
+        with whole_step(cache):
+            if cache is not None:
+                begin_writing(cache)
+            x1, x2, reports, hidden_states = run_stack(stream, ctx, grid, *states)
+            hidden = self.norm(torch.cat([x1, x2], dim=-1))
+            hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(ctx.key, FINAL_DROPOUT), ctx.offset)
+            weights, cross = ([getattr(r, name) for r in reports] for name in ("weights", "encoder_weights"))
+            if output_attentions and output_attentions != "sparse":
+                weights = [x if isinstance(x, torch.Tensor) else x.dense(past + inputs.shape[1]) for x in weights]
+            return ReformerModelOutput(
+                last_hidden_state=hidden,
+                **{CACHE_NAME: cache},
+                hidden_states=hidden_states,
+                attentions=tuple(weights) if output_attentions else None,
+                cross_attentions=tuple(cross) if output_attentions and states else None,
+                coverage_loss=self._coverage(reports, target, encoder_context) if cover else None,
+                attention_mass=tuple(r.mass for r in reports) if output_attention_mass else None,
+                sorting=tuple(r.sorting for r in reports) if output_sorting else None,
+            )
 
     def _covers(self, output_coverage: bool | None) -> bool:
         """Whether a call without a cache computes the coverage loss."""

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput, can_return_tuple
 
-from ..cache.cache import CACHE_NAME
+from ..cache.cache import CACHE_NAME, whole_step
 from ..configuration_reformer import ReformerConfig
 from .decoder import ReformerDecoder
 from .input_checks import given_shape
@@ -168,35 +168,36 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
         kwargs.update(num_hashes=num_hashes, num_buckets=num_buckets, return_dict=True)
         if encoder_outputs is None:
             encoder_outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        outputs = self.decoder(
-            decoder_input_ids,
-            decoder_attention_mask,
-            encoder_hidden_states=encoder_outputs[0],
-            encoder_attention_mask=attention_mask,
-            inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
-            past_key_values=past_key_values,
-            cache=cache,
-            **kwargs,
-        )
-        hidden = outputs.last_hidden_state
-        loss, logits = self._loss_and_logits(hidden, labels, None, num_items_in_batch, logits_to_keep)
-        coverage = getattr(encoder_outputs, "coverage_loss", None), outputs.coverage_loss
-        layers = [x for x in coverage if x is not None]  # of the encoder's layers, then the decoder's
-        both = None if outputs.coverage_loss is None else torch.cat(layers)
-        weight = self.config.coverage_loss_weight
-        return ReformerSeq2SeqLMOutput(
-            loss=add_coverage_loss(loss, both, weight, labels, num_items_in_batch, training=self.training),
-            logits=logits,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-            decoder_hidden_states=outputs.hidden_states,
-            decoder_attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs[0],
-            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
-            encoder_attentions=getattr(encoder_outputs, "attentions", None),
-            coverage_loss=both,
-        )
+        with whole_step(past_key_values if cache is None else cache):
+            outputs = self.decoder(
+                decoder_input_ids,
+                decoder_attention_mask,
+                encoder_hidden_states=encoder_outputs[0],
+                encoder_attention_mask=attention_mask,
+                inputs_embeds=decoder_inputs_embeds,
+                use_cache=use_cache,
+                past_key_values=past_key_values,
+                cache=cache,
+                **kwargs,
+            )
+            hidden = outputs.last_hidden_state
+            loss, logits = self._loss_and_logits(hidden, labels, None, num_items_in_batch, logits_to_keep)
+            coverage = getattr(encoder_outputs, "coverage_loss", None), outputs.coverage_loss
+            layers = [x for x in coverage if x is not None]  # of the encoder's layers, then the decoder's
+            both = None if outputs.coverage_loss is None else torch.cat(layers)
+            weight = self.config.coverage_loss_weight
+            return ReformerSeq2SeqLMOutput(
+                loss=add_coverage_loss(loss, both, weight, labels, num_items_in_batch, training=self.training),
+                logits=logits,
+                **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
+                decoder_hidden_states=outputs.hidden_states,
+                decoder_attentions=outputs.attentions,
+                cross_attentions=outputs.cross_attentions,
+                encoder_last_hidden_state=encoder_outputs[0],
+                encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
+                encoder_attentions=getattr(encoder_outputs, "attentions", None),
+                coverage_loss=both,
+            )
 
 
 __all__ = ["ReformerForConditionalGeneration"]

@@ -15,7 +15,7 @@ import torch
 
 from ..compat import in_functorch_transform
 from .kernel_check import agrees
-from .layout import AttentionLayout, Sort
+from .layout import AttentionLayout, Sort, sort_by_bucket
 from .layout import chunk_layout as chunk_layout_in_torch
 from .layout import window_layout as window_layout_in_torch
 from .lsh import Centering, bucket_factors
@@ -35,6 +35,8 @@ except ImportError:  # a model loaded with trust_remote_code, without the packag
     KERNELS = {}
 
 logger = logging.getLogger(__name__)
+
+MAX_EMPTY = 2**14  # buckets that counting tokens may find empty
 
 BACKENDS: dict[str, Callable[..., Any]] = {"torch": tiled_attention, "reference": reference_attention}
 
@@ -222,4 +224,12 @@ def chunk_layout(
 
 
 def _sorter(backend: str, buckets: torch.Tensor) -> Sort | None:
-    return KERNELS["cpu"].sort_by_bucket if select_backend(backend, buckets) == "cpu" else None
+    return _sort_by_kernel if select_backend(backend, buckets) == "cpu" else None
+
+
+def _sort_by_kernel(
+    buckets: torch.Tensor, mask: torch.Tensor | None, num_buckets: int | None, *rest: int
+) -> list[torch.Tensor]:
+    """It counts the members of every bucket: not where most are empty, as those of many samples are."""
+    few = buckets.dtype == torch.int32 and (num_buckets is None or num_buckets <= MAX_EMPTY + 4 * buckets.shape[-1])
+    return (KERNELS["cpu"].sort_by_bucket if few else sort_by_bucket)(buckets, mask, num_buckets, *rest)

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+NO_LIMIT = 2**30  # a window so wide shows everything: no head has half as many sorted positions, which are int32
+
 Sort = Callable[[torch.Tensor, torch.Tensor | None, int | None, int, int, int], list[torch.Tensor]]
 
 
@@ -49,7 +51,7 @@ def window_layout(
 
     Args:
         groups: of rounds: (buckets (B, H, R, T) int32, number of buckets if known, window). The order of positions is
-            a group with one bucket. All share B, H and T (H may be 1 throughout).
+            a group with one bucket. All share B, H and T (H may be 1 throughout). int64: buckets of many samples.
         causal: a window is the token itself and the `window - 1` positions before it; otherwise `window // 2` on
             either side.
         mask: (B, T) bool, True for real tokens, or None. Padding is sorted last and has empty windows.
@@ -76,6 +78,7 @@ def window_layout(
 
 def window_extent(window: int, causal: bool) -> tuple[int, int]:
     """How many sorted positions a window reaches to the left and to the right of its token."""
+    window = min(window, NO_LIMIT)
     return (window - 1, 0) if causal else (window // 2, window // 2)
 
 
@@ -95,7 +98,7 @@ def sort_by_bucket(
     length = buckets.shape[-1]
     sorted_pos = torch.arange(length, dtype=torch.int32, device=buckets.device)
     if mask is not None:
-        buckets = torch.where(mask[:, None, None, :], buckets, torch.iinfo(torch.int32).max)
+        buckets = torch.where(mask[:, None, None, :], buckets, torch.iinfo(buckets.dtype).max)
     if num_buckets == 1 and mask is None:
         perm, first = sorted_pos.expand_as(buckets), torch.zeros_like(buckets)
         last = torch.full_like(buckets, length - 1)

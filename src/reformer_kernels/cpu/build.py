@@ -1,16 +1,27 @@
-"""Compiling the C++ kernels on first use: one shared library per vector width, kept in the user's cache."""
+"""Compiling the C++ kernels on first use: one shared library per vector width, kept in the user's cache.
 
+A stored library ends with a digest of its name and bytes. What is loaded is what was read and compared with it, from
+memory: so neither a file that was cut short nor one that changes later can end the process.
+"""
+
+import contextlib
 import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import platform
 import shlex
 import shutil
+import signal
+import stat
+import struct
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -27,10 +38,17 @@ VARIANTS = {
     "portable": [],
 }
 COMPILE_SECONDS = 120  # longer than that, something is wrong
+ANSWER_SECONDS = 10  # the same of a compiler's version, and of loading what it wrote
+MAX_BYTES = 2**26  # of a library
+LOAD = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).hf_sizeof"
 
 
 class KernelBuildError(Exception):
     """Why there is no compiled kernel, worded for users."""
+
+
+class KernelDisagreementError(KernelBuildError):
+    """It computes something else than its definition."""
 
 
 def supported_variants() -> list[str]:
@@ -55,72 +73,294 @@ def compiler() -> list[str]:
     """
     if sys.platform == "win32":
         raise KernelBuildError("the compiled kernels are not built on Windows")
-    chosen = shlex.split(os.environ.get("CXX", ""))
+    given = os.environ.get("CXX", "")
+    try:
+        chosen = shlex.split(given)
+    except ValueError as error:
+        raise KernelBuildError(f"CXX={given!r} is no command ({error}); correct it, or unset it") from error
     for command in [chosen] if chosen else [["c++"], ["g++"], ["clang++"]]:
         if found := shutil.which(command[0]):
             return [found, *command[1:]]
     if chosen:
-        raise KernelBuildError(f"CXX={os.environ['CXX']!r} cannot be found; correct it, or unset it")
+        raise KernelBuildError(f"CXX={given!r} cannot be found; correct it, or unset it")
     raise KernelBuildError("there is no C++ compiler (c++, g++ or clang++; or set CXX)")
 
 
-def cache_folder() -> Path:
-    """$HF_REFORMER_CACHE, or hf_reformer in the user's cache directory."""
-    if chosen := os.environ.get("HF_REFORMER_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_reformer"
-
-
-def _command(variant: str) -> list[str]:
-    return [*compiler(), *FLAGS, *VARIANTS[variant], str(SOURCES / "api.cpp")]
-
-
-def library_path(variant: str) -> Path:
-    """Path of the compiled variant; its name is a hash of sources, compiler and flags."""
-    digest = hashlib.sha256()
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    version = subprocess.run([*compiler(), "--version"], capture_output=True, check=False).stdout
-    digest.update(version + " ".join([*_command(variant), platform.machine()]).encode())
-    return cache_folder() / f"kernels-{variant}-{digest.hexdigest()[:16]}.so"
+def _run(command: list[str], seconds: float) -> tuple[int | None, str]:
+    """The exit status, or None after so many seconds, when all its processes are stopped; and what it wrote."""
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(seconds)
+        finally:
+            if process.returncode is None:  # out of time, or interrupted
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                process.returncode = None
+        output.seek(max(0, output.seek(0, os.SEEK_END) - 2000))
+        return process.returncode, output.read().decode(errors="replace")
 
 
 @functools.cache
-def load_library(variant: str) -> ctypes.CDLL:
-    """The compiled variant, from the cache or compiled now.
+def _version(command: tuple[str, ...]) -> tuple[str, str]:
+    """What a compiler says of itself, and why it cannot be used, or ""."""
+    try:
+        status, version = _run([*command, "--version"], ANSWER_SECONDS)
+    except OSError as error:
+        return "", f"{shlex.join(command)} cannot be run ({error}); set CXX to a C++ compiler"
+    if status is None:
+        return (
+            "",
+            f"{shlex.join(command)} does not answer within {ANSWER_SECONDS} seconds; set CXX to another compiler",
+        )
+    return version, ""
+
+
+# --- where libraries are kept
+
+
+def cache_folders() -> list[Path]:
+    """$HF_REFORMER_CACHE; or hf_reformer in the user's cache directory and, without a home, one of temporary files."""
+    if chosen := os.environ.get("HF_REFORMER_CACHE"):
+        return [Path(chosen)]
+    places = [Path(tempfile.gettempdir(), f"hf_reformer-{os.getuid()}")]
+    with contextlib.suppress(RuntimeError):  # the user has no home
+        places.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_reformer")
+    return places
+
+
+def library_path(variant: str) -> Path:
+    """Path of the compiled variant: where it lies, or else will. Its name is a hash of sources, compiler and flags.
 
     Raises:
-        KernelBuildError: no compiler, or it fails.
+        KernelBuildError: no compiler, nor a library of these sources that one compiled before.
+    """
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    digest.update(" ".join([*FLAGS, *VARIANTS[variant], platform.machine()]).encode())
+    prefix, folders = f"kernels-{variant}-{digest.hexdigest()[:16]}-", cache_folders()
+    try:
+        command = compiler()
+    except KernelBuildError:
+        stored = [path for folder in folders for path in sorted(folder.glob(prefix + "*.so"))]
+        if stored and not os.environ.get("CXX"):  # compiled where there was one, perhaps when an image was made
+            return stored[0]
+        raise
+    version, fault = _version(tuple(command))
+    if fault:
+        raise KernelBuildError(fault)
+    name = prefix + hashlib.sha256(os.fsencode(version + shlex.join(command))).hexdigest()[:8] + ".so"
+    found = [folder / name for folder in folders if os.path.lexists(folder / name)]
+    return (found or [folder / name for folder in folders if _can_be_written(folder)] or [folders[0] / name])[0]
+
+
+def _can_be_written(folder: Path) -> bool:
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+def _make_folder(folder: Path) -> None:
+    for path in reversed([folder, *folder.parents]):
+        if not path.is_dir():
+            path.mkdir(0o755, exist_ok=True)  # whatever the umask, nobody else writes to it
+
+
+def _stranger(path: Path, status: os.stat_result) -> str | None:
+    """Who else could have written a file or folder, or None: whoever it belongs to, a group, or all."""
+    if status.st_uid not in (0, os.geteuid()):
+        return f"{path} belongs to user {status.st_uid}"
+    if (
+        stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
+    ):  # everybody may add to it, and change what is theirs
+        return None
+    if status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid)):
+        return f"others may write to {path}"
+    return None
+
+
+def _is_private(gid: int) -> bool:
+    """Whether a group holds the user alone: many systems make one for each, and let it write."""
+    import grp
+    import pwd
+
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return group.gr_name == user.pw_name and user.pw_gid == gid and set(group.gr_mem) <= {user.pw_name}
+
+
+def _check_folder(folder: Path) -> None:
+    """
+    Raises:
+        KernelBuildError: somebody else could put a library there.
+    """
+    for path in (folder, *folder.parents):
+        if stranger := _stranger(path, path.stat()):
+            raise KernelBuildError(
+                f"compiled kernels are not kept in {folder}, as {stranger}. Take the right to write from others "
+                "(chmod go-w), or set HF_REFORMER_CACHE to a folder that is yours alone"
+            )
+
+
+def _read_file(path: Path) -> bytes:
+    """The bytes of a regular file that nobody else could have written.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        KernelBuildError: it is something else, or of somebody else.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)  # a pipe would make it wait
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+            raise KernelBuildError(f"{path} is no library")
+        if stranger := _stranger(path, status):
+            raise KernelBuildError(stranger)
+        return file.read()
+
+
+def _digest(path: Path, library: bytes) -> bytes:
+    return hashlib.sha256(path.name.encode() + b"\0" + library).digest()
+
+
+def _read_stored(path: Path) -> bytes | None:
+    """The library stored there, None if there is none; only its own name fits its digest.
+
+    Raises:
+        KernelBuildError: it is damaged, or another, or somebody else could have put it there.
+    """
+    try:
+        stored = _read_file(path)
+    except OSError as error:
+        if os.path.isfile(path):
+            raise KernelBuildError(f"{path} cannot be read ({error})") from error
+        return None
+    library, digest = stored[:-32], stored[-32:]
+    if _digest(path, library) != digest:
+        raise KernelBuildError(f"{path} is damaged, or another library")
+    return library
+
+
+def _store(path: Path, library: bytes, folder: Path) -> None:
+    """By way of a file in `folder`, beside it, so that it appears whole."""
+    written = folder / "stored"
+    with open(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
+        file.write(library + _digest(path, library))
+        file.flush()
+        os.fsync(file.fileno())
+    if _read_file(written) != library + _digest(path, library):
+        raise OSError("it is not what was written")
+    written.replace(path)
+
+
+# --- loading and compiling
+
+
+def load_library(
+    variant: str, check: Callable[[ctypes.CDLL], None] = lambda library: None, compile_missing: bool = True
+) -> ctypes.CDLL:
+    """The compiled variant, from the cache or compiled now.
+
+    Args:
+        check: raises KernelBuildError for a library that cannot be used: a stored one is then compiled anew, and a new
+            one is not stored.
+        compile_missing: whether it may be compiled.
+
+    Raises:
+        KernelBuildError: no compiler, or it fails, or its library cannot be used.
     """
     path = library_path(variant)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if compile_missing:
+            _make_folder(path.parent)
+        path = path.parent.resolve() / path.name
+        _check_folder(path.parent)
+        if library := _load_stored(path, check, told=True):
+            return library
+        if not compile_missing:
+            raise KernelBuildError(f"{path} cannot be used")
         with FileLock(path.with_suffix(".lock"), timeout=COMPILE_SECONDS):
-            if not path.exists():
-                _compile(variant, path)
-        return ctypes.CDLL(str(path))
+            return _load_stored(path, check, told=False) or _compile(variant, path, check)
     except OSError as error:  # an unwritable cache, a lock that is never released, a library that does not load
         raise KernelBuildError(
             f"the compiled kernels cannot be stored in or loaded from {path.parent}: {error}"
         ) from error
 
 
-def _compile(variant: str, path: Path) -> None:
+def _load_stored(path: Path, check: Callable[[ctypes.CDLL], None], *, told: bool) -> ctypes.CDLL | None:
+    """None: there is none, or it cannot be used, which is told."""
+    try:
+        stored = _read_stored(path)
+        if stored is None:
+            return None
+        library = _load(stored)
+        check(library)
+        return library
+    except KernelDisagreementError:
+        raise
+    except (KernelBuildError, OSError) as error:
+        if told:
+            logger.warning("a stored attention kernel cannot be used: %s", error)
+        return None
+
+
+def _load(library: bytes) -> ctypes.CDLL:
+    """From memory, or where that cannot be from a file of this process alone."""
+    if hasattr(os, "memfd_create"):
+        handle = os.memfd_create("reformer_kernels")
+        with contextlib.suppress(OSError), open(handle, "wb", closefd=False) as file:
+            file.write(library)
+            file.flush()
+            return ctypes.CDLL(f"/proc/self/fd/{handle}")  # stays open: the library is known by this name
+        os.close(handle)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "kernels.so").write_bytes(library)
+        return ctypes.CDLL(str(Path(folder) / "kernels.so"))
+
+
+def _check_length(library: bytes) -> None:
+    """An ELF file ends with its table of sections: what is cut short would load, and end the process later."""
+    if library[:5] == b"\x7fELF\x02":
+        (table,) = struct.unpack_from("=Q", library.ljust(64), 40)
+        if table + math.prod(struct.unpack_from("=HH", library.ljust(64), 58)) > len(library):
+            raise KernelBuildError("it is cut short")
+
+
+def _compile(variant: str, path: Path, check: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL:
+    """Compile, check and store the variant."""
     logger.warning("compiling the %s attention kernel, once (about ten seconds)", variant)
+    end = time.monotonic() + COMPILE_SECONDS
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
-        command = [*_command(variant), "-o", str(built)]
+        first, last = [*compiler(), *FLAGS, *VARIANTS[variant]], [str(SOURCES / "api.cpp"), "-o", str(built)]
         for threads in (["-fopenmp"], []):  # without OpenMP (Apple, clang without libomp) it starts its own threads
-            try:
-                done = subprocess.run(
-                    command + threads, capture_output=True, text=True, timeout=COMPILE_SECONDS, check=False
-                )
-            except subprocess.TimeoutExpired as error:
-                raise KernelBuildError(
-                    f"compiling took more than {COMPILE_SECONDS} seconds: {' '.join(command)}"
-                ) from error
-            if done.returncode == 0:
+            command = [*first, *threads, *last]
+            status, output = _run(command, end - time.monotonic())
+            if status is None:
+                raise KernelBuildError(f"compiling took more than {COMPILE_SECONDS} seconds: {shlex.join(command)}")
+            if status == 0:
                 break
         else:
-            raise KernelBuildError(f"compiling failed: {' '.join(command)}\n{done.stderr[-2000:]}")
-        built.replace(path)
+            raise KernelBuildError(f"compiling failed: {shlex.join(command)}\n{output}")
+        try:
+            compiled = _read_file(built)
+            _check_length(compiled)
+            if sys.executable and not getattr(sys, "frozen", False):  # another process crashes in this one's place
+                status, _ = _run([sys.executable, "-I", "-S", "-c", LOAD, str(built)], ANSWER_SECONDS)
+                if status is None or status < 0:
+                    raise KernelBuildError("loading it ends a process")
+            library = _load(compiled)
+            check(library)
+        except KernelDisagreementError:
+            raise
+        except (KernelBuildError, OSError) as error:
+            raise KernelBuildError(
+                f"the compiler wrote no library that can be used ({error}): {shlex.join(command)}"
+            ) from error
+        _store(path, compiled, Path(folder))
+    return library

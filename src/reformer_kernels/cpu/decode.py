@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..contract import MAX_POSITIONS
 from .bindings import DTYPES, pointer, readable, strided
 from .library import DecodeParams, LayerParams, StackParams, current_library
 
@@ -68,8 +69,8 @@ def _decode_params(cache: CacheTensors, indices: torch.Tensor, local_window: int
         sums=pointer(cache.sums), newest=pointer(cache.newest), previous=pointer(cache.previous),
         batch=batch, heads=heads, length=indices.shape[1], size=size, columns=sum(factors) // 2,
         rounds=0 if cache.rotations is None else cache.rotations.shape[2], num_factors=len(factors),
-        num_buckets=0 if cache.newest is None else cache.newest.shape[-1], window=cache.window,
-        local_window=local_window, capacity=capacity, bfloat16=DTYPES[cache.keys.dtype],
+        num_buckets=0 if cache.newest is None else cache.newest.shape[-1], window=min(cache.window, capacity),
+        local_window=min(local_window, MAX_POSITIONS), capacity=capacity, bfloat16=DTYPES[cache.keys.dtype],
         threads=torch.get_num_threads(), scale=scale,
     )  # fmt: skip
     params.tensors = indices, factor_array

@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 from . import build
@@ -44,14 +45,17 @@ def _raise_error(code: int, function: Any, arguments: Any) -> None:
         raise MemoryError(f"{function.__name__}: no memory left for what the kernel works with.")
 
 
-def load_library(variant: str) -> ctypes.CDLL:
-    """The compiled variant, ready to be called.
+def bind_functions(library: ctypes.CDLL) -> None:
+    """Make a compiled library ready to be called.
 
     Raises:
-        build.KernelBuildError: it cannot be compiled or loaded, or its structures are not those of this file.
+        build.KernelBuildError: its functions or structures are not those of this file.
     """
-    library = build.load_library(variant)
-    library.hf_sizeof.restype = ctypes.c_int64
+    try:
+        library.hf_sizeof.restype = ctypes.c_int64
+        functions = {name: getattr(library, name) for name in (*FUNCTIONS, "hf_variant")}
+    except AttributeError as error:
+        raise build.KernelBuildError(f"the compiled kernels lack a function: {error}") from error
     for structure in (*STRUCTURES.values(), *FUNCTIONS.values()):
         compiled, expected = library.hf_sizeof(structure.__name__.encode()), ctypes.sizeof(structure)
         if compiled != expected:
@@ -60,10 +64,9 @@ def load_library(variant: str) -> ctypes.CDLL:
                 f"not {expected}"
             )
     for name, structure in FUNCTIONS.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = [ctypes.POINTER(structure)], ctypes.c_int
-        function.errcheck = _raise_error
-    return library
+        functions[name].argtypes, functions[name].restype = [ctypes.POINTER(structure)], ctypes.c_int
+        functions[name].errcheck = _raise_error
+    library.hf_variant.restype = ctypes.c_char_p
 
 
 _library: ctypes.CDLL | None = None
@@ -71,21 +74,34 @@ _library: ctypes.CDLL | None = None
 
 def choose_library(agrees: Callable[[], bool]) -> str | None:
     """Use the best variant that compiles and `agrees` with the definitions. Returns why there is none, or None."""
-    global _library
+    reason = None
     for variant in build.supported_variants():
         try:
-            _library = load_library(variant)
-        except build.KernelBuildError as error:
-            return str(error)
+            build.load_library(variant, partial(_try, agrees), compile_missing=reason is None)
+            return None
+        except build.KernelDisagreementError:
+            logger.warning(
+                "The %s attention kernel disagrees with its definition here and is not used. Please report this, with "
+                "the processor's name.", variant
+            )  # fmt: skip
+        except build.KernelBuildError as error:  # a lesser variant may have been compiled before
+            reason = reason or str(error)
+    return reason or "no compiled kernel agrees with its definition here"
+
+
+def _try(agrees: Callable[[], bool], library: ctypes.CDLL) -> None:
+    """Use a library, if it is one and `agrees`."""
+    global _library
+    bind_functions(library)
+    used = False
+    _library = library
+    try:
         with ThreadPoolExecutor(1) as fresh:  # a thread of its own: the caller's grad mode and autocast don't matter
-            if fresh.submit(agrees).result():
-                return None
-        _library = None
-        logger.warning(
-            "The %s attention kernel disagrees with its definition here and is not used. Please report this, with the "
-            "processor's name.", variant
-        )  # fmt: skip
-    return "no compiled kernel agrees with its definition here"
+            used = fresh.submit(agrees).result()
+    finally:
+        _library = library if used else None
+    if not used:
+        raise build.KernelDisagreementError
 
 
 def current_library() -> ctypes.CDLL:
@@ -102,6 +118,4 @@ def current_library() -> ctypes.CDLL:
 
 def current_variant() -> str:
     """The name of the variant in use."""
-    library = current_library()
-    library.hf_variant.restype = ctypes.c_char_p
-    return library.hf_variant().decode()
+    return current_library().hf_variant().decode()

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from ..data.tables import read_column
 from ..models.losses import IGNORE
 from .found_callback import AttentionFoundCallback, has_hashing_layers
 
@@ -102,7 +103,7 @@ class GroupedTrainer(SequentialEvalMixin, Trainer):
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochLengthSampler(batch, list(self.train_dataset["length"]), seed)
+        return EpochLengthSampler(batch, read_column(self.train_dataset, "length"), seed)
 
 
 class LanguageModelTrainer(Trainer):

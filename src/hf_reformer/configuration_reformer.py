@@ -333,6 +333,8 @@ class ReformerConfig(PreTrainedConfig):
         derived |= {"position_embedding_type": "axial_pos_embds", "axial_pos_embds": "position_embedding_type"}
         outdated = {derived[name] for name in overrides if name in derived}
         saved = {name: value for name, value in from_builtin(config_dict).items() if name not in outdated}
+        if {"max_position_embeddings", "lsh_window"} & overrides.keys() and has_default_num_buckets(saved):
+            saved.pop("num_buckets")
         return super().from_dict({**saved, **overrides}, **kwargs)
 
     def validate_choices(self) -> None:
@@ -479,6 +481,15 @@ def default_num_buckets(max_positions: int, window: int) -> int | tuple[int, int
     """Power of two nearest to `max_positions / window`, from 2 to 2^20; two factors above 128 (paper, section 2)."""
     bits = max(1, min(20, round(math.log2(max(2, max_positions / max(1, window))))))
     return 2**bits if bits <= 7 else (2 ** (bits // 2), 2 ** (bits - bits // 2))
+
+
+def has_default_num_buckets(saved: dict[str, Any]) -> bool:
+    """Whether a saved config has the number of buckets that followed from its positions and window."""
+    size, window = saved.get("max_position_embeddings"), saved.get("lsh_window")
+    if saved.get("attention_mode") == "chunk" or not (isinstance(size, int) and isinstance(window, int)):
+        return False
+    found, default = saved.get("num_buckets"), default_num_buckets(size, window)
+    return (tuple(found) if isinstance(found, list) else found) == default
 
 
 def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int] | None, num_hashes: int) -> None:

@@ -2,15 +2,17 @@
 
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
-from transformers import TokenizersBackend
+from transformers import BatchEncoding, TokenizersBackend
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
 BYTE_OFFSET = 2  # what google/reformer-enwik8 was trained with: id = byte + 2
+WHITE_SPACE = [byte + BYTE_OFFSET for byte in b" \t\n\r\f\v"]
 PAD, EOS, MASK, BOS = "<|pad|>", "<|eos|>", "<|mask|>", "<|bos|>"
 
 # The `tokenizers` library writes bytes as visible characters, one each ("Ġ" is the space).
@@ -106,6 +108,32 @@ class ReformerByteTokenizer(TokenizersBackend):
             logger.warning(f"'{name}' has no tokenizer files; its text is read as bytes.")
         return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> BatchEncoding:
+        """As for every tokenizer of the library; an empty text alone gives integers, too."""
+        return _typed(super().__call__(*args, **kwargs))
+
+    def pad(self, encoded_inputs: Any, *args: Any, **kwargs: Any) -> BatchEncoding:
+        """As for every tokenizer of the library; offsets are padded, too, and show words.
+
+        For whole-word masking: transformers takes for a word what has no gap in its offsets. So white space before a
+        word, and every further byte of one character, become empty spans at the end of what they stand for.
+        """
+        several = isinstance(encoded_inputs, (list, tuple))
+        rows = encoded_inputs if several else [encoded_inputs]
+        if not all("offset_mapping" in row for row in rows) or not several:
+            return _typed(super().pad(encoded_inputs, *args, **kwargs))
+        without = [{name: x for name, x in row.items() if name != "offset_mapping"} for row in rows]
+        padded = super().pad(without, *args, **kwargs)
+        length = len(padded["input_ids"][0])
+        offsets = []
+        for row in rows:
+            spans = _word_offsets(row["input_ids"], row["offset_mapping"])
+            fill = [(0, 0)] * (length - len(spans))
+            offsets.append([*fill, *spans] if self.padding_side == "left" else [*spans, *fill])
+        tensors = kwargs.get("return_tensors")
+        padded["offset_mapping"] = BatchEncoding({"x": offsets}, tensor_type=tensors)["x"]
+        return _typed(padded)
+
     def update_post_processor(self) -> None:
         """Write the formats `[bos] A [eos]` and `[bos] A sep B [eos]` for the present special tokens."""
         bos = [self.bos_token] if self.add_bos_token and self.bos_token else []
@@ -137,6 +165,25 @@ class ReformerByteTokenizer(TokenizersBackend):
             return super()._decode(ids, *args, **kwargs)
         except OverflowError:  # the Rust side takes 0 ≤ id < 2³²
             return super()._decode([i for i in ids if 0 <= i < len(self)], *args, **kwargs)
+
+
+def _typed(encoded: BatchEncoding) -> BatchEncoding:
+    """Tensors without a number, which torch makes floats of one axis less than they would have."""
+    for name, x in encoded.items():
+        if isinstance(x, torch.Tensor) and x.numel() == 0:
+            shape = (*x.shape, 2) if name == "offset_mapping" and x.dim() < 3 else x.shape
+            encoded[name] = torch.zeros(shape, dtype=torch.int64)
+    return encoded
+
+
+def _word_offsets(ids: Any, offsets: Any) -> list[tuple[int, int]]:
+    """The offsets of one text's bytes with a gap before every word and none inside."""
+    found, before = [], None
+    for token, span in zip(ids, offsets, strict=True):
+        start, end = map(int, span)
+        found.append((end if (start, end) == before or int(token) in WHITE_SPACE else start, end))
+        before = start, end
+    return found
 
 
 def _foreign(name: str) -> str:

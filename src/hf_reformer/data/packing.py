@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from ..models.losses import IGNORE
-from .tables import TABLE_FORMATS, find_columns, read_examples, read_hub_dataset
+from .tables import TABLE_FORMATS, cell_text, find_columns, open_text, read_examples, read_hub_dataset
 
 READ_SIZE = 2**16  # characters that are read and tokenised at a time, up to the next end of line
 
@@ -22,23 +22,31 @@ def read_documents(files: list[str], column: str | None = None) -> Iterator[Iter
     """The documents of files: a text file is one, and so is every row of a table (csv, tsv, json, jsonl, parquet)."""
     for file in files:
         if Path(file).suffix.lower() in TABLE_FORMATS:
-            table = read_examples(file)
-            yield from ([text or ""] for text in table[find_columns(table, column).text])
+            yield from _rows(read_examples(file), column)
         else:
             yield _read_chunks(file)
 
 
 def _read_chunks(file: str) -> Iterator[str]:
-    with open(file, encoding="utf-8", errors="replace", newline="") as text:
+    with open_text(file, newline="") as text:
         while chunk := text.read(READ_SIZE):
             yield chunk + text.readline(READ_SIZE)
 
 
-def hub_documents(name: str, config: str | None, split: str, column: str | None, streaming: bool) -> Documents:
-    """The rows of a data set on the Hub; ConnectionError if it cannot be read."""
-    table = read_hub_dataset(name, config, split=split, streaming=streaming)
-    column = find_columns(table, column).text
-    return ([row[column] or ""] for row in table)
+def hub_documents(name: str, config: str | None, split: str, column: str | None, streaming: bool) -> Documents | None:
+    """The rows of a split of a data set on the Hub, None if it has no such split, as "train" or "validation_matched".
+
+    Raises:
+        ConnectionError: it cannot be read.
+    """
+    tables = read_hub_dataset(name, config, streaming=streaming)
+    found = next((table for other, table in tables.items() if other.split("_")[0] == split), None)
+    return None if found is None else _rows(found, column)
+
+
+def _rows(table: Dataset | IterableDataset, column: str | None) -> Documents:
+    name = find_columns(table, column).text
+    return ([cell_text(cell) or ""] for batch in table.iter(1000) for cell in batch[name])
 
 
 def first_texts(documents: Documents, characters: int = 10_000_000) -> Iterator[str]:
@@ -60,9 +68,9 @@ def hold_out_end(documents: list[str], fraction: float) -> tuple[list[str], list
             cut = document.rfind("\n", 0, len(document) - missing) + 1 or len(document) - missing
             train.append(document[:cut])
             document = document[cut:]
-        held_out.insert(0, document)
+        held_out.append(document)
         missing -= len(document)
-    return train, held_out
+    return train, held_out[::-1]
 
 
 def separator(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -95,11 +103,11 @@ def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int) 
     empty = True
     for ids in token_ids(documents, tokenizer):
         rest += ids
-        full = len(rest) // length * length
-        for start in range(0, full, length):
-            yield {"input_ids": rest[start : start + length]}
-            empty = False
-        rest = rest[full:]
+        if full := len(rest) // length * length:
+            for start in range(0, full, length):
+                yield {"input_ids": rest[start : start + length]}
+                empty = False
+            rest = rest[full:]
     if empty:
         raise ValueError(
             f"The training texts are too short for a single sequence of {length} tokens. Lower --sequence_length or "

@@ -3,15 +3,20 @@
 `datasets` is imported only inside the functions that need it, so importing this module costs nothing.
 """
 
+import codecs
+import csv
 import importlib
+import json
 import random
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
+    from datasets import Dataset, DatasetDict, IterableDataset
 
 
 def require(module: str) -> ModuleType:
@@ -26,26 +31,83 @@ def require(module: str) -> ModuleType:
         raise ImportError(f"This needs `{missing}`. Install it with `pip install 'hf_reformer[train]'`.") from error
 
 
-TABLE_FORMATS: dict[str, tuple[str, dict]] = {
-    ".csv": ("csv", {"keep_default_na": False, "na_values": [""]}),  # "None" and "NA" are words like any other
-    ".tsv": ("csv", {"keep_default_na": False, "na_values": [""], "sep": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
+TABLE_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+_BATCH = 10_000  # rows of a table that are converted at a time
+_BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_COMPRESSED = {
+    rb"\x1f\x8b": "gzip",
+    rb"PK\x03\x04": "zip",
+    rb"BZh[1-9]1AY&SY": "bzip2",
+    rb"\xfd7zXZ\x00": "xz",
+    rb"\x28\xb5\x2f\xfd": "zstd",
+    rb"7z\xbc\xaf\x27\x1c": "7z",
 }
 
 
-def read_examples(path: str | Path, texts: Sequence[str] = ()) -> "Dataset":
+def text_encoding(path: str | Path) -> str:
+    """The encoding of a text file: that of its byte order mark, else UTF-8. Reads the whole file.
+
+    Raises:
+        ValueError: it is no text in that encoding, or compressed; the message says where.
+    """
+    with open(path, "rb") as file:
+        block = file.read(2**20)
+        for pattern, name in _COMPRESSED.items():
+            if re.match(pattern, block):
+                raise ValueError(f"`{path}` is compressed ({name}), so its bytes are not text. Unpack it first.")
+        encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if block.startswith(mark)), "utf-8")
+        decoder, done, characters = codecs.getincrementaldecoder(encoding)(), 0, 0
+        while True:
+            before = done - len(decoder.getstate()[0])  # what it keeps of a character comes again
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                wrong = f"byte 0x{error.object[error.start]:02x} at position {before + error.start}"
+                name = encoding.upper().removesuffix("-SIG")
+                raise ValueError(f"`{path}` is no text in {name}: {wrong}. Save it as UTF-8.") from None
+            if "\0" in text:
+                position = characters + text.index("\0")
+                raise ValueError(
+                    f"`{path}` is no text: its character at position {position} is NUL. Save it as UTF-8."
+                )
+            if not block:
+                return encoding
+            done, characters = done + len(block), characters + len(text)
+            block = file.read(2**20)
+
+
+def open_text(path: str | Path, newline: str | None = None) -> TextIO:
+    """A text file, opened in its own encoding and without its byte order mark; errors as of `text_encoding`."""
+    return open(path, encoding=text_encoding(path), newline=newline)
+
+
+def read_text(path: str | Path) -> str:
+    """The whole text of a file; errors as of `text_encoding`."""
+    with open_text(path) as file:
+        return file.read()
+
+
+def read_examples(path: str | Path) -> "Dataset":
     """Read one split: a csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label.
 
-    Args:
-        texts: columns of strings. Otherwise "007" in a csv or tsv file becomes 7. An empty cell is None.
+    Cells are what is written there: all cells of a csv or tsv file are strings, "007" and "NA" too. No type is guessed
+    from a file's first rows: where the cells of a json column are of several kinds, all are strings.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing, empty, damaged, no text or of another format.
     """
     datasets = require("datasets")
     path = Path(path)
     if path.is_dir():
         return _read_text_folder(path)
-    if path.suffix.lower() not in TABLE_FORMATS:
+    suffix = path.suffix.lower()
+    if suffix not in TABLE_FORMATS:
         raise ValueError(
             f"`{path}` has an unknown extension. Give a file ending in {', '.join(TABLE_FORMATS)}, or "
             "a folder that holds one sub-folder of text files per label."
@@ -54,15 +116,158 @@ def read_examples(path: str | Path, texts: Sequence[str] = ()) -> "Dataset":
         raise FileNotFoundError(f"There is no file `{path}`.")
     if not path.stat().st_size:
         raise ValueError(f"`{path}` is empty: not even the names of its columns can be read. Leave it out.")
-    reader, options = TABLE_FORMATS[path.suffix.lower()]
-    if reader == "csv":
-        options = {**options, "converters": dict.fromkeys(texts, str)}
+    if suffix == ".parquet":
+        dataset = _read_parquet(path)
+    else:
+        rows = _json_rows(path) if suffix.startswith(".json") else _csv_rows(path, "\t" if suffix == ".tsv" else ",")
+        dataset = datasets.Dataset(_to_arrow(rows, path))
+    if not len(dataset):
+        raise ValueError(f"`{path}` holds no row.")
+    return dataset
+
+
+def _read_parquet(path: Path) -> "Dataset":
+    datasets = require("datasets")
     try:
-        return datasets.load_dataset(reader, data_files={"train": str(path)}, split="train", **options)
+        return datasets.load_dataset("parquet", data_files={"train": str(path)}, split="train")
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"`{path}` holds no row.") from error
+        raise ValueError(f"`{path}` cannot be read as parquet: {error.__cause__ or error}") from error
+
+
+def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
+    """Every cell as it is written, "" for an empty one."""
+    limit = csv.field_size_limit(2**31 - 1)
+    reader = None
+    try:
+        with open_text(path, newline="") as file:
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            header = [name or f"Unnamed: {i}" for i, name in enumerate(next(reader, []))]
+            if twice := sorted({name for name in header if header.count(name) > 1}):
+                raise ValueError(f"`{path}` has several columns called {twice}. Rename all but one.")
+            for cells in reader:
+                if len(cells) not in (0, len(header)):
+                    raise ValueError(
+                        f"`{path}`, line {reader.line_num}: there are {len(cells)} cells, but the first line names "
+                        f"{len(header)} columns. A cell that holds {delimiter!r} needs double quotes around it."
+                    )
+                if cells:  # an empty line is no row
+                    yield dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        line = reader.line_num if reader is not None else 1
+        raise ValueError(f"`{path}`, line {line}: {error}. Look at the double quotes there.") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file: one a line, or a list of objects or texts, or an object of columns."""
+    with open_text(path, newline="\n") as file:
+        number, line = 1, file.readline()
+        while line and not line.strip():
+            number, line = number + 1, file.readline()
+        try:
+            first = json.loads(line or "[]")
+        except ValueError:  # it goes on in the next line
+            first = None
+        if not isinstance(first, dict):
+            file.seek(0)
+            yield from _json_objects(_json(file.read(), path), path)
+            return
+        rest = ((number, line) for number, line in enumerate(file, start=number + 1) if line.strip())
+        second = next(rest, None)
+        if second is None:
+            yield from _json_objects(first, path)
+            return
+        yield first
+        for number, line in chain([second], rest):
+            row = _json(line, path, number)
+            if not isinstance(row, dict):
+                raise ValueError(f"`{path}`, line {number}: a {type(row).__name__}, where a row is an object.")
+            yield row
+
+
+def _json(text: str, path: Path, line: int = 1) -> Any:
+    try:
+        return json.loads(text)
     except ValueError as error:
-        if "corresponds to no data" not in str(error):
-            raise
-        raise ValueError(f"`{path}` holds no row.") from error
+        line += getattr(error, "lineno", 1) - 1
+        raise ValueError(f"`{path}`, line {line}, is no JSON: {error}. Write an object a line.") from error
+
+
+def _json_objects(value: Any, path: Path) -> list[dict[str, Any]]:
+    """The rows of a whole JSON value."""
+    columns = list(value.values()) if isinstance(value, dict) else []
+    if columns and all(isinstance(x, dict) and [*x] == [str(i) for i in range(len(x))] for x in columns):
+        columns = [list(x.values()) for x in columns]  # as pandas writes a table by default
+    elif not all(isinstance(x, list) for x in columns):
+        columns = []
+    if columns and len({len(x) for x in columns}) == 1:
+        return [dict(zip(value, cells, strict=True)) for cells in zip(*columns, strict=True)]
+    rows = [{"text": x} if isinstance(x, str) else x for x in (value if isinstance(value, list) else [value])]
+    if wrong := next((x for x in rows if not isinstance(x, dict)), None):
+        raise ValueError(f"`{path}` holds {str(wrong)[:40]!r}, where a row is an object.")
+    return rows
+
+
+def _to_arrow(rows: Iterator[dict[str, Any]], path: Path) -> Any:
+    """A table of rows. Cells of several kinds in one column become strings, or lists of strings."""
+    pa = require("pyarrow")
+    parts: list[dict[str, Any]] = []
+    while batch := list(islice(rows, _BATCH)):
+        names = dict.fromkeys(chain.from_iterable(batch))
+        parts.append({name: _array([row.get(name) for row in batch], path, name) for name in names})
+    for name in dict.fromkeys(chain.from_iterable(parts)):
+        holding = [part for part in parts if name in part]
+        try:
+            pa.unify_schemas([pa.schema([(name, part[name].type)]) for part in holding], promote_options="permissive")
+        except pa.ArrowException:
+            cells = [part[name].to_pylist() for part in holding]
+            written = _as_written(list(chain.from_iterable(cells)))
+            for part, some in zip(holding, cells, strict=True):
+                part[name], written = pa.array(written[: len(some)]), written[len(some) :]
+    return pa.concat_tables(map(pa.table, parts), promote_options="permissive") if parts else pa.table({})
+
+
+def _array(cells: list[Any], path: Path, name: str) -> Any:
+    pa = require("pyarrow")
+    try:
+        return pa.array(cells)
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`{path}`, column `{name}`: {error.object[error.start]!r} is half a character.") from error
+    except (pa.ArrowException, OverflowError):
+        return pa.array(_as_written(cells))
+
+
+def _as_written(cells: list[Any]) -> list[Any]:
+    """Cells of several kinds as strings; where there are lists among them, all as lists of strings."""
+
+    def text(cell: Any) -> str | None:
+        return json.dumps(cell, ensure_ascii=False) if isinstance(cell, (dict, list)) else cell_text(cell)
+
+    if any(isinstance(cell, dict) for cell in cells) or not any(isinstance(cell, list) for cell in cells):
+        return list(map(text, cells))
+    lists = (cell if cell is None or isinstance(cell, list) else [cell] for cell in cells)
+    return [None if one is None else list(map(text, one)) for one in lists]
+
+
+def cell_text(cell: Any) -> str | None:
+    """A cell as a text: strings as they are, numbers as they are written; None for an empty one.
+
+    Raises:
+        ValueError: it is a list, an object or bytes.
+    """
+    if cell is None or isinstance(cell, str):
+        return cell
+    if isinstance(cell, (dict, list, bytes)):
+        raise ValueError(f"A cell holds no text, but {str(cell)[:60]!r} ({type(cell).__name__}).")
+    return None if cell != cell else str(cell)
+
+
+def read_column(dataset: "Dataset", name: str) -> list[Any]:
+    """All cells of a column; reading them one by one takes a hundred times as long."""
+    return dataset[name][:]
 
 
 def read_hub_dataset(name: str, config: str | None = None, alternative: str = "--train_file", **options: Any) -> Any:
@@ -78,7 +283,7 @@ def read_hub_dataset(name: str, config: str | None = None, alternative: str = "-
 def _read_text_folder(folder: Path) -> "Dataset":
     rows = [
         {
-            "text": file.read_text(encoding="utf-8", errors="replace"),
+            "text": read_text(file),
             "label": file.relative_to(folder).parts[0],
             "path": file.relative_to(folder).as_posix(),
         }
@@ -107,27 +312,55 @@ _LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "score")
 
 
 def find_columns(
-    dataset: "Dataset", text: str | None = None, pair: str | None = None, label: str | None = None
+    dataset: "Dataset | IterableDataset", text: str | None = None, pair: str | None = None, label: str | None = None
 ) -> Columns:
     """Use the columns that are named, and find the others by their usual names.
 
-    A table without a label column gives `label=None`; one whose text column is unclear raises ValueError.
+    A table without a label column gives `label=None`; one whose text column is unclear raises ValueError, and so does
+    one column for two things.
     """
-    names = dataset.column_names
+    names = dataset.column_names or list(next(iter(dataset), {}))
     listed = ", ".join(f"`{name}`" for name in names)
     for name in (text, pair, label):
         if name is not None and name not in names:
             raise ValueError(f"There is no column `{name}`. The columns are {listed}.")
+    check_distinct({"--text_column": text, "--text_pair_column": pair, "--label_column": label})
     label = label or next((name for name in _LABEL_COLUMNS if name in names and name not in (text, pair)), None)
     if text is None and pair is None and "text" not in names:
-        text, pair = next((both for both in _PAIR_COLUMNS if {*both} <= {*names}), (None, None))
+        text, pair = next((both for both in _PAIR_COLUMNS if {*both} <= {*names} - {label}), (None, None))
     if text is None:
-        kinds = {name: getattr(dataset.features[name], "dtype", None) for name in names if name not in (pair, label)}
+        known = dataset.features or dict.fromkeys(names, require("datasets").Value("string"))
+        kinds = {name: getattr(known[name], "dtype", None) for name in names if name not in (pair, label)}
+        text = next((name for name in _TEXT_COLUMNS if kinds.get(name) is not None), None)
         strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
-        text = next((name for name in _TEXT_COLUMNS if name in strings), strings[0] if len(strings) == 1 else None)
+        if text is None and len(strings) > 1:  # of a csv file all columns are strings
+            strings = [name for name in strings if not _holds_numbers(dataset, name)]
+        text = text or (strings[0] if len(strings) == 1 else None)
     if text is None:
         raise ValueError(f"Which column holds the text? The columns are {listed}. Name it with `--text_column`.")
     return Columns(text, pair, label)
+
+
+def _holds_numbers(dataset: Any, name: str) -> bool:
+    cells = read_column(dataset, name) if hasattr(dataset, "__len__") else [row[name] for row in dataset.take(100)]
+    return all(not cell or is_number(cell) for cell in cells)
+
+
+_NUMBER = re.compile(r"\s*[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)\s*", re.IGNORECASE | re.ASCII)
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a number as people and programs write it: "-1.5e3", also "nan" and "inf"."""
+    return _NUMBER.fullmatch(text) is not None
+
+
+def check_distinct(names: Mapping[str, str | None]) -> None:
+    """Raise ValueError where two options name one column."""
+    given = [name for name in names.values() if name is not None]
+    for name in given:
+        if given.count(name) > 1:
+            options = " and ".join(option for option, value in names.items() if value == name)
+            raise ValueError(f"{options} both name the column `{name}`. Name two columns, or leave one option out.")
 
 
 def check_columns(dataset: "Dataset", split: str, names: Iterable[str | None], advice: str = "") -> None:
@@ -137,16 +370,22 @@ def check_columns(dataset: "Dataset", split: str, names: Iterable[str | None], a
 
 
 def hold_out(dataset: "Dataset", label_column: str | None, fraction: float, seed: int) -> "DatasetDict":
-    """Split off random validation data; with labels, stratified: shuffle, sort by label, take every n-th row."""
-    if label_column is None:
-        parts = dataset.train_test_split(test_size=fraction, seed=seed)
-        return require("datasets").DatasetDict(train=parts["train"], validation=parts["test"])
-    labels = dataset[label_column]
+    """Split off random validation data; with labels, stratified: shuffle, sort by label, take rows evenly.
+
+    Raises:
+        ValueError: one of the two parts would be empty.
+    """
     order = list(range(len(dataset)))
     random.Random(seed).shuffle(order)
-    order.sort(key=lambda row: labels[row])
-    step = max(2, round(1 / fraction))
-    chosen = set(order[step // 2 :: step])
+    if label_column is not None:
+        labels = read_column(dataset, label_column)
+        order.sort(key=lambda row: labels[row])
+    chosen = {row for i, row in enumerate(order) if round((i + 1) * fraction) > round(i * fraction)}
+    if not 0 < len(chosen) < len(order):
+        raise ValueError(
+            f"--validation_fraction {fraction} of {len(order)} rows are {len(chosen)} rows, so there is nothing to "
+            f"{'train' if chosen else 'evaluate'} on. Change it, or give a --validation_file."
+        )
     return require("datasets").DatasetDict(
         train=dataset.select([row for row in range(len(dataset)) if row not in chosen]),
         validation=dataset.select(sorted(chosen)),

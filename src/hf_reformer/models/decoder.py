@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.utils import can_return_tuple
 
@@ -14,7 +15,7 @@ from ..layers.full_attention import FullAttention
 from ..layers.reformer_layer import ReformerLayer
 from ..ops.coverage import CoverageTarget, coverage_loss, coverage_target
 from ..reversible.chunking import Handoff
-from .input_checks import check_mask_values, given_shape
+from .input_checks import check_mask_values, given_shape, has_no_token
 from .modeling_reformer import ReformerModel
 from .outputs import ReformerModelOutput
 
@@ -77,6 +78,9 @@ class ReformerDecoder(ReformerModel):
         if cache is not None and past_key_values is not None:
             raise ValueError("`cache` and `past_key_values` are two names for one argument. Give one of them.")
         states, batch = encoder_hidden_states, given_shape(input_ids, inputs_embeds)[0]
+        if has_no_token(states):  # a source without a token is one of padding
+            states = nn.functional.pad(states, (0, 0, 0, 1))
+            encoder_attention_mask = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
         self._check_source(states, encoder_attention_mask, batch)
         both = self._both_caches(past_key_values if cache is None else cache, use_cache, states)
         if both is None or both.get_seq_length() == 0:  # and not for every token that is generated

@@ -178,7 +178,7 @@ def pool(
 ) -> torch.Tensor:
     """(B, T, D) → (B, D): mean over the real tokens, or the last or first real one; over all processes' tokens.
 
-    A sequence without a real token gives 0 (mean), or its last or first token.
+    A sequence without a real token gives 0, whatever lies beside it.
     """
     batch, length = hidden.shape[0], hidden.shape[1] if shard is None else shard.length
     mask = hidden.new_ones(batch, length) if attention_mask is None else (attention_mask != 0).to(hidden.device)
@@ -186,8 +186,11 @@ def pool(
     if pooling == "mean":
         weights = local_tokens(mask / mask.sum(-1, keepdim=True).clamp(min=1), shard)
         return all_reduce((hidden * weights[..., None]).sum(1), shard).to(hidden.dtype)
+    if length == 0:
+        return hidden.sum(1)
     position = mask.argmax(-1) if pooling == "first" else length - 1 - mask.flip(-1).argmax(-1)  # (B)
-    return tokens_at(hidden, position[:, None], shard)[:, 0]
+    pooled = tokens_at(hidden, position[:, None], shard)[:, 0]
+    return pooled if attention_mask is None else torch.where(mask.any(-1, keepdim=True), pooled, 0)
 
 
 def _classifier_dropout(config: ReformerConfig) -> float:
@@ -211,6 +214,8 @@ def _inside(positions: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """(B) targets of a span head, -100 where they lie outside the input or on padding; `real`: (B, T) bool."""
     positions = positions.reshape(-1).to(real.device)
     check_label_shape(positions, real.shape[:1])
-    inside = (positions >= 0) & (positions < real.shape[1])
-    nearest = positions.long().clamp(0, real.shape[1] - 1)
-    return torch.where(inside & real.gather(1, nearest[:, None])[:, 0], positions, IGNORE)
+    length = real.shape[1]
+    nearest = torch.where(positions >= 0, positions.long(), length).clamp(max=length)
+    real = torch.cat([real, torch.zeros_like(positions, dtype=torch.bool)[:, None]], dim=1)  # nothing behind the end
+    inside = real.gather(1, nearest[:, None])[:, 0]
+    return torch.where(inside, positions, IGNORE)

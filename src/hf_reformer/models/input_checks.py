@@ -24,7 +24,10 @@ def check_inputs(
     if len(shape) != len(axes.split()):
         raise ValueError(f"`{name}` has shape {shape}; it must be {axes}.")
     if 0 in shape[:2]:
-        raise ValueError(f"`{name}` has shape {shape}: an empty batch or sequence. Give at least one row and token.")
+        raise ValueError(
+            f"`{name}` has shape {shape}: an empty batch, or no token where caches, attentions, sorting or mass need "
+            "one. Give at least one row and token."
+        )
     if inputs_embeds is not None and shape[2] != config.hidden_size:
         raise ValueError(f"`inputs_embeds` is {shape[2]} wide, but `hidden_size={config.hidden_size}`.")
     for value, label in ((input_ids, "input_ids"), (position_ids, "position_ids")):
@@ -136,6 +139,11 @@ def reject_packed_samples(samples: torch.Tensor, advice: str) -> None:
     if not torch.compiler.is_compiling():
         raise ValueError(message)
     assert_async((samples == 0).all(), message)
+
+
+def has_no_token(inputs: torch.Tensor | None) -> bool:
+    """Whether the input is a batch of texts without a token, (B, 0) or (B, 0, D)."""
+    return inputs is not None and inputs.dim() > 1 and inputs.shape[0] > 0 and inputs.shape[1] == 0
 
 
 def given_shape(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Size:

@@ -153,7 +153,7 @@ class ReformerForCausalLM(ReformerGenerativeLM):
             check_label_shape(shift_labels if shift_labels is not None else labels, shape)
             targets: torch.Tensor | None = shift_labels
             if targets is None and labels is not None:
-                targets = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
+                targets = nn.functional.pad(labels[:, 1:], (0, min(1, labels.shape[1])), value=IGNORE)
             shard = self.model.shard(shape[1])
             loss, logits = self._loss_and_logits(hidden, targets, shard, num_items_in_batch, logits_to_keep)
             fields = {"logits": logits, CACHE_NAME: getattr(outputs, CACHE_NAME)}

@@ -26,7 +26,13 @@ from ..reversible.chunking import Handoff
 from ..reversible.grid import Grid, choose_grid, to_stream
 from ..reversible.recompute import can_reverse
 from ..reversible.reversible import StreamHandoff, needs_plain_path
-from .input_checks import check_inputs, packed_samples, reject_ignored_packing_args, reject_packed_samples
+from .input_checks import (
+    check_inputs,
+    has_no_token,
+    packed_samples,
+    reject_ignored_packing_args,
+    reject_packed_samples,
+)
 from .outputs import ReformerModelOutput
 from .pretrained import ReformerPreTrainedModel
 
@@ -137,13 +143,16 @@ class ReformerModel(ReformerPreTrainedModel):
                 f"`output_{name}=True` needs all tokens of a sequence at once, and some are in the cache. Leave out "
                 "`past_key_values` and `use_cache`."
             )
+        inputs = input_ids if inputs_embeds is None else inputs_embeds
+        looked_at = output_attentions or output_sorting or output_attention_mass or self.sequence_group is not None
+        if has_no_token(inputs) and cache is None and not looked_at:
+            return self._without_tokens(inputs, inputs_embeds is not None, bool(output_hidden_states), **kwargs)
         cover = self._covers(output_coverage) and cache is None
         past = 0 if cache is None else cache.get_seq_length()
         check_inputs(
             self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets, past
         )
         reject_ignored_packing_args(position_ids, **kwargs)
-        inputs = input_ids if inputs_embeds is None else inputs_embeds
         shard = self.shard(inputs.shape[1])
         inputs_here = local_tokens(inputs, shard)
         embeds = self.embed_tokens(inputs_here) if inputs_embeds is None else inputs_here
@@ -188,6 +197,24 @@ class ReformerModel(ReformerPreTrainedModel):
                 attention_mass=tuple(r.mass for r in reports) if output_attention_mass else None,
                 sorting=tuple(r.sorting for r in reports) if output_sorting else None,
             )
+
+    def _without_tokens(self, inputs: torch.Tensor, embeds: bool, states: bool, **kwargs: Any) -> ReformerModelOutput:
+        """What the model says of texts without a token: that of one padding token, which is then cut off.
+
+        So every parameter has a gradient, of zeros, as processes that train together need.
+        """
+        mask = torch.zeros(inputs.shape[0], 1, dtype=torch.int64, device=inputs.device)
+        one = (
+            {"inputs_embeds": inputs.new_zeros(inputs.shape[0], 1, *inputs.shape[2:])}
+            if embeds
+            else {"input_ids": mask}
+        )
+        more = {"output_hidden_states": states, "output_coverage": False, "use_cache": False, "return_dict": True}
+        out = self(attention_mask=mask, **one, **{**kwargs, **more})
+        out["last_hidden_state"] = out.last_hidden_state[:, :0]
+        if states:
+            out["hidden_states"] = tuple(x[:, :0] for x in out.hidden_states)
+        return out
 
     def _covers(self, output_coverage: bool | None) -> bool:
         """Whether a call without a cache computes the coverage loss."""

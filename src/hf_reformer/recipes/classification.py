@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from ..data.demo_corpus import clean_source, corpus_file, installed_packages_corpus
-from ..data.tables import check_columns, find_columns, read_hub_dataset
+from ..data.tables import check_columns, check_distinct, find_columns, read_column, read_hub_dataset, read_text
 from ..training.classification import (
     MULTI,
     REGRESSION,
@@ -49,6 +49,7 @@ from ..training.classification import (
     baselines,
     define_task,
     draw_confusion_matrix,
+    shortened,
     write_predictions,
 )
 from ..training.data_setup import FileArguments
@@ -78,7 +79,6 @@ class DataArguments(FileArguments):
     """Where the texts come from."""
 
     sources = ("demo", "task_name")
-    smallest = {"max_length": 1}
 
     demo: bool = option(
         False, "Complete run without a download: which installed package does a source file come from?"
@@ -99,8 +99,19 @@ class DataArguments(FileArguments):
         None, "Stop after this many evaluations without progress and keep the best model."
     )
 
+    def check(self, model: ModelArguments) -> bool:
+        columns = {"text": self.text_column, "text_pair": self.text_pair_column, "label": self.label_column}
+        check_distinct({f"--{name}_column": column for name, column in columns.items()})
+        return super().check(model)
 
-def prepare_data(args: DataArguments, model_labels: list[str] | None, seed: int) -> tuple[DatasetDict, Task]:
+
+MATRIX_LABELS = 100  # a confusion matrix of more can be neither read nor drawn
+NO_LABELS = "To predict texts without labels, give them as --test_file."
+
+
+def prepare_data(
+    args: DataArguments, model_labels: list[str] | None, seed: int, model_problem_type: str | None = None
+) -> tuple[DatasetDict, Task]:
     """Read the data, define the task, number the labels, and hold out validation data if there is none."""
     splits = installed_packages_corpus() if args.demo else args.read_files()
     if args.task_name is not None and not args.demo:
@@ -108,9 +119,9 @@ def prepare_data(args: DataArguments, model_labels: list[str] | None, seed: int)
         splits = DatasetDict({name: part for name, part in glue.items() if not name.startswith("test")})
     first = next(iter(splits))
     columns = find_columns(splits[first], args.text_column, args.text_pair_column, args.label_column)
-    task = define_task(splits[first], columns, first, args.problem_type, model_labels)
+    task = define_task(splits[first], columns, first, args.problem_type, model_labels, model_problem_type)
     for split, part in splits.items():
-        check_columns(part, split, columns if split != "test" else columns[:2])
+        check_columns(part, split, columns if split != "test" else columns[:2], NO_LABELS)
         splits[split] = task.add_labels(part, split)
     return args.complete(splits, seed, "labels"), task
 
@@ -134,7 +145,7 @@ def tokenize(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, c
 
 def longest_first(dataset: Dataset) -> Dataset:
     """Sorted by length, so that batches need little padding; the column `row` holds the old order."""
-    order = np.argsort(-np.asarray(dataset["length"]), kind="stable")
+    order = np.argsort(-np.asarray(read_column(dataset, "length")), kind="stable")
     return dataset.select(order).add_column("row", order)
 
 
@@ -146,14 +157,14 @@ def evaluate_splits(
     tables = {}
     for split, output in predict_splits(trainer, encoded):
         part, logits = splits[split], np.empty_like(output)
-        logits[encoded[split]["row"]] = output
+        logits[read_column(encoded[split], "row")] = output
         write_predictions(folder / f"predictions_{split}.csv", task, part, logits)
         if "labels" in part.column_names:
-            labels, (predictions, _) = np.asarray(part["labels"]), task.predict(logits)
+            labels, (predictions, _) = np.asarray(read_column(part, "labels")), task.predict(logits)
             tables[split] = {"Reformer": metrics.score(predictions, labels)}
             if args.baselines and trained:
                 tables[split] |= baselines(metrics, splits["train"], part)
-            if task.problem_type == SINGLE:
+            if task.problem_type == SINGLE and len(task.label_names) <= MATRIX_LABELS:
                 file = folder / f"confusion_matrix_{split}.png"
                 draw_confusion_matrix(file, task, labels, predictions, f"{split}: {len(labels)} texts")
     if trainer.is_world_process_zero():
@@ -183,7 +194,7 @@ def check_saved(model: PreTrainedModel, folder: str, texts: list[str]) -> None:
 
 def predict_file(file: Path, folder: str, clean: bool) -> None:
     """Print the most probable labels of one file. `clean`: clean it like the documents of the demo."""
-    text = file.read_text(encoding="utf-8", errors="replace")
+    text = read_text(file)
     if clean:
         text = clean_source(text, max_bytes=16384)
     print(f"\n{file}" + (" (cleaned like the training texts)" if clean else ""))
@@ -194,11 +205,13 @@ def predict_file(file: Path, folder: str, clean: bool) -> None:
 def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments) -> bool:
     """Read the data, train, evaluate and report. Returns whether a model was trained."""
     set_seed(args.seed)
-    model_labels = None
+    model_labels = model_problem_type = None
     if model_args.model_name_or_path is not None:
-        model_labels = list(AutoConfig.from_pretrained(model_args.model_name_or_path).id2label.values())
+        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
+        model_labels = list(config.id2label.values())
+        model_problem_type = config.problem_type or (REGRESSION if len(model_labels) == 1 else None)
     with args.main_process_first(desc="preparing the data"):
-        splits, task = prepare_data(data, model_labels, args.seed)
+        splits, task = prepare_data(data, model_labels, args.seed, model_problem_type)
         train_texts = task.texts(splits["train"])[0] if "train" in splits else []
         tokenizer = make_tokenizer(model_args, train_texts, data.max_length)
         encoded = {
@@ -210,27 +223,28 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     metrics = Metrics(task, data.task_name)
     names = dict(enumerate(task.label_names or ["score"]))
     fields = {"problem_type": task.problem_type, "id2label": names, "label2id": {n: i for i, n in names.items()}}
-    model = make_model(AutoModelForSequenceClassification, model_args, tokenizer, data.max_length, **fields)
+    trains = "train" in splits
+    model = make_model(AutoModelForSequenceClassification, model_args, tokenizer, data.max_length, trains, **fields)
     patience = data.early_stopping_patience
     options = {"data_collator": DataCollatorWithPadding(tokenizer), "compute_metrics": metrics}
     options |= {"callbacks": [EarlyStoppingCallback(patience)] if patience else None}
     trainer = build_trainer(GroupedTrainer, model, args, tokenizer, encoded, **options)
     counts = ", ".join(f"{split} {len(part)}" for split, part in splits.items())
-    mean = np.mean(next(iter(encoded.values()))["length"])
-    labels = task.label_names or task.problem_type
+    mean = np.mean(read_column(next(iter(encoded.values())), "length"))
+    labels = shortened(task.label_names) if task.label_names else task.problem_type
     train_and_save(trainer, f"Texts: {counts}; {mean:.0f} tokens on average. Labels: {labels}")
     evaluate_splits(trainer, metrics, splits, encoded, data)
     if data.demo and trainer.is_world_process_zero():
         check_saved(model, str(args.output_dir), splits["validation"]["text"][:4])
         data.predict_file = data.predict_file or str(corpus_file(splits["validation"]["path"][0]))
-    return "train" in splits
+    return trains
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, TrainingArguments)
     data, model_args, args = parse_arguments("classification", __doc__, classes, arguments, DEFAULTS, PRESETS)
-    has_data = data.check(model_args, args)
+    has_data = data.check(model_args)
     trained = has_data and run(data, model_args, args)
     if data.predict_file is not None and args.process_index == 0:
         folder = args.output_dir if trained else model_args.model_name_or_path

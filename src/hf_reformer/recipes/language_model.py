@@ -47,8 +47,8 @@ from ..data.packing import (
     packed_stream,
     read_documents,
     scoring_windows,
-    separator,
 )
+from ..data.tables import TABLE_FORMATS, text_encoding
 from ..training.bits_per_byte import BitsPerByte, compressor_baselines
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
 from ..training.reports import draw_learning_curve, format_table, write_report
@@ -91,9 +91,9 @@ class TextArguments:
 
 
 def check_arguments(texts: TextArguments, model: ModelArguments, args: TrainingArguments) -> None:
-    """Fill in defaults; raise SystemExit for options that cannot work together."""
+    """Fill in defaults; raise ValueError for options that cannot work, SystemExit for none."""
     if texts.train_file is not None and texts.dataset_name is not None:
-        raise SystemExit("Give --train_file or --dataset_name, not both.")
+        raise ValueError("Give --train_file or --dataset_name, not both.")
     has_train = texts.train_file is not None or texts.dataset_name is not None
     if not has_train and (model.model_name_or_path is None or texts.validation_file is None):
         raise SystemExit(
@@ -102,49 +102,54 @@ def check_arguments(texts: TextArguments, model: ModelArguments, args: TrainingA
         )
     files = [*(texts.train_file or []), *(texts.validation_file or [])]
     if missing := [file for file in files if not Path(file).is_file()]:
-        raise SystemExit(f"There is no file {', '.join(missing)}.")
+        raise ValueError(f"There is no file {', '.join(missing)}.")
     if texts.streaming and args.max_steps <= 0:
-        raise SystemExit("With --streaming the number of steps in an epoch is unknown: give --max_steps.")
+        raise ValueError("With --streaming the number of steps in an epoch is unknown: give --max_steps.")
     if texts.streaming and texts.train_file is not None and texts.validation_file is None:
-        raise SystemExit("With --streaming no part of the training texts is held out: give --validation_file.")
+        raise ValueError("With --streaming no part of the training texts is held out: give --validation_file.")
     if texts.sequence_length < 2:
-        raise SystemExit(
+        raise ValueError(
             f"--sequence_length {texts.sequence_length} is too short: a sequence needs at least 2 tokens, one to "
             "predict the other."
-        )
-    if not 0 < texts.mlm_probability <= 1:
-        raise SystemExit(f"--mlm_probability {texts.mlm_probability} must be above 0 and at most 1.")
-    if not 0 < texts.validation_fraction < 1:
-        raise SystemExit(
-            f"--validation_fraction {texts.validation_fraction} must be between 0 and 1: a part of the texts to train "
-            "on, the rest to evaluate on."
         )
     texts.eval_length = texts.eval_length or texts.sequence_length
     texts.eval_context = texts.eval_length // 2 if texts.eval_context is None else texts.eval_context
     if not 1 <= texts.eval_context < texts.eval_length:
-        raise SystemExit(
+        raise ValueError(
             f"--eval_context {texts.eval_context} must be between 1 and --eval_length - 1 = {texts.eval_length - 1}."
         )
 
 
-def open_documents(args: TextArguments, split: str, streaming: bool = False) -> Documents:
-    """The documents of a split, from its files, or from the Hub if there are none."""
+def open_documents(args: TextArguments, split: str, streaming: bool = False) -> Documents | None:
+    """The documents of a split, from its files, or from the Hub if there are none; None if there is no such split."""
     files = args.train_file if split == "train" else args.validation_file
-    if files is None:
-        return hub_documents(args.dataset_name, args.dataset_config_name, split, args.text_column, streaming)
-    return read_documents(files, args.text_column)
+    if files is not None:
+        return read_documents(files, args.text_column)
+    if args.dataset_name is None:
+        return None
+    documents = hub_documents(args.dataset_name, args.dataset_config_name, split, args.text_column, streaming)
+    if documents is None and split == "train":
+        raise ValueError(f"The data set `{args.dataset_name}` has no split `train`. Name another one.")
+    return documents
 
 
 def load_texts(args: TextArguments) -> tuple[list[str], list[str]]:
     """All training texts (none if they are streamed) and all validation texts."""
-
-    def read(split: str) -> list[str]:
-        return ["".join(document) for document in open_documents(args, split)]
-
-    has_train = args.train_file is not None or args.dataset_name is not None
-    train = read("train") if has_train and not args.streaming else []
-    if args.validation_file is not None or args.dataset_name is not None:
-        return train, read("validation")
+    validation = open_documents(args, "validation")
+    held_out = None if validation is None else ["".join(document) for document in validation]
+    if args.streaming:
+        for file in args.train_file or []:  # before training, and not when the stream gets there
+            if Path(file).suffix.lower() not in TABLE_FORMATS:
+                text_encoding(file)
+        if held_out is None:
+            raise ValueError(
+                f"The data set `{args.dataset_name}` has no split `validation`, and with --streaming no part of the "
+                "training texts is held out: give --validation_file."
+            )
+        return [], held_out
+    train = ["".join(document) for document in open_documents(args, "train") or ()]
+    if held_out is not None:
+        return train, held_out
     train, held_out = hold_out_end(train, args.validation_fraction)
     logger.warning(
         f"There is no validation data: the last {sum(map(len, held_out))} characters of the training texts are held "
@@ -162,8 +167,6 @@ def run(texts: TextArguments, model_args: ModelArguments, args: TrainingArgument
     with args.main_process_first(desc="reading the texts"):
         train, held_out = load_texts(texts)
         tokenizer = make_tokenizer(model_args, first_texts(stream()) if texts.streaming else train, max_length)
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token_id = separator(tokenizer)
         splits, amount = {}, "none"
         if texts.streaming:
             splits["train"], amount = packed_stream(stream, tokenizer, length, args.seed), "streamed"
@@ -179,7 +182,8 @@ def run(texts: TextArguments, model_args: ModelArguments, args: TrainingArgument
             collator = causal_lm_collator
     metric = BitsPerByte(held_out, tokenizer, texts.masked)
     auto_class: Any = AutoModelForMaskedLM if texts.masked else AutoModelForCausalLM
-    model = make_model(auto_class, model_args, tokenizer, max_length, is_decoder=not texts.masked)
+    trains = "train" in splits
+    model = make_model(auto_class, model_args, tokenizer, max_length, trains, is_decoder=not texts.masked)
     options = {"data_collator": collator, "compute_metrics": metric}
     trainer = build_trainer(LanguageModelTrainer, model, args, tokenizer, splits, **options)
     size = f"{metric.num_bytes:,} bytes in {metric.num_tokens:,} tokens"

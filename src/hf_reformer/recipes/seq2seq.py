@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Value
 from transformers import (
     AutoConfig,
     AutoModelForSeq2SeqLM,
@@ -35,7 +35,7 @@ from transformers import (
     set_seed,
 )
 
-from ..data.tables import check_columns, read_hub_dataset, require
+from ..data.tables import cell_text, check_columns, check_distinct, read_column, read_hub_dataset, read_text, require
 from ..models.losses import IGNORE
 from ..training.data_setup import FileArguments
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
@@ -50,9 +50,9 @@ class DataArguments(FileArguments):
     """Where the pairs of texts come from."""
 
     sources = ("dataset_name",)
-    smallest = {"max_source_length": 1, "max_target_length": 2, "generation_num_beams": 1, "generation_max_length": 2}
 
     dataset_name: str | None = option(None, "A data set on the Hub.")
+    test_file: str | None = option(None, "Predicted at the end; needs no targets.")
     dataset_config: str | None = option(None, "Its configuration.")
     source_column: str = option("source", "The input texts.")
     target_column: str = option("target", "The texts to generate.")
@@ -64,46 +64,60 @@ class DataArguments(FileArguments):
     metric: str = option("bleu", "bleu and chrf, or rouge.", choices=("bleu", "chrf", "rouge", "none"))
     predict_file: str | None = option(None, "A text file to generate the target of at the end.", aliases=["--write"])
 
+    def check(self, model: ModelArguments) -> bool:
+        check_distinct({"--source_column": self.source_column, "--target_column": self.target_column})
+        check_distinct({"--source_language": self.source_language, "--target_language": self.target_language})
+        if (self.source_language is None) != (self.target_language is None):
+            raise ValueError("Give both --source_language and --target_language, or neither.")
+        return super().check(model)
+
 
 def load_pairs(args: DataArguments, seed: int) -> DatasetDict:
     """Splits with the columns `source` and `target`; one of them is `validation` if there is training data."""
     if args.dataset_name is not None:
         splits = read_hub_dataset(args.dataset_name, args.dataset_config)
     else:
-        splits = args.read_files(texts=(args.source_column, args.target_column))
+        splits = args.read_files()
     pairs = DatasetDict({split: select_columns(dataset, args, split) for split, dataset in splits.items()})
     return args.complete(pairs, seed)
 
 
 def select_columns(dataset: Dataset, args: DataArguments, split: str) -> Dataset:
-    """Only `source` and `target`, as texts."""
-    names = args.source_language, args.target_language
+    """Only `source` and `target`, as texts; of a test split without targets, only `source`."""
+    names: tuple[str | None, ...] = (args.source_language, args.target_language)
     translations = "translation" in dataset.column_names and all(names)
     if not translations:
         names = args.source_column, args.target_column
+        if split.startswith("test") and args.target_column not in dataset.column_names:
+            names = names[:1]
         advice = "Name them with --source_column and --target_column, or give --source_language and --target_language."
         check_columns(dataset, split, names, advice)
 
     def select(row: dict, index: int) -> dict[str, str]:
         cells = [((row["translation"] or {}) if translations else row).get(name) for name in names]
         for name, cell in zip(names, cells, strict=True):
-            if not isinstance(cell, str | int | float):
+            if cell is None or isinstance(cell, list | dict | bytes):
                 raise ValueError(
                     f"Row {index} of the {split} data has no text as `{name}`, but {cell!r}. Leave it out."
                 )
-        return {"source": args.source_prefix + str(cells[0]), "target": str(cells[1])}
+        texts = [cell_text(cell) or "" for cell in cells]
+        return dict(zip(features, [args.source_prefix + texts[0], *texts[1:]], strict=True))
 
-    return dataset.map(select, with_indices=True, remove_columns=dataset.column_names)
+    columns = ("source", "target")[: len(names)]
+    features = Features({name: Value("string") for name in columns})  # whatever was in columns of these names
+    return dataset.map(select, with_indices=True, remove_columns=dataset.column_names, features=features)
 
 
 def tokenize(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Dataset:
-    """Columns `input_ids`, `attention_mask` and `labels`, which end with the eos token."""
+    """Columns `input_ids`, `attention_mask` and, if targets are known, `labels`, which end with the eos token."""
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         encoded = tokenizer(batch["source"], truncation=True, max_length=args.max_source_length)
-        targets = tokenizer(batch["target"], add_special_tokens=False)["input_ids"]
-        labels = [[*ids[: args.max_target_length - 1], tokenizer.eos_token_id] for ids in targets]
-        return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"], "labels": labels}
+        found = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+        if "target" in batch:
+            targets = tokenizer(batch["target"], add_special_tokens=False)["input_ids"]
+            found["labels"] = [[*ids[: args.max_target_length - 1], tokenizer.eos_token_id] for ids in targets]
+        return found
 
     return pairs.map(encode, batched=True, batch_size=64, remove_columns=pairs.column_names, desc="Tokenizing")
 
@@ -138,8 +152,15 @@ def make_trainer(
     with args.main_process_first(desc="preparing the data"):
         texts = (text for row in pairs.get("train", []) for text in (row["source"], row["target"]))
         tokenizer = make_tokenizer(model_args, texts, max_length)
+        if tokenizer.eos_token is None:
+            if tokenizer.sep_token is None:
+                raise ValueError(
+                    "The tokenizer has no token that ends a target. Give it one: "
+                    '`tokenizer.add_special_tokens({"eos_token": "</s>"})`, then save it.'
+                )
+            tokenizer.eos_token = tokenizer.sep_token
         encoded = {split: tokenize(dataset, tokenizer, data) for split, dataset in pairs.items()}
-    model = make_model(AutoModelForSeq2SeqLM, model_args, tokenizer, max_length)
+    model = make_model(AutoModelForSeq2SeqLM, model_args, tokenizer, max_length, trains="train" in pairs)
     args.generation_max_length = args.generation_max_length or data.max_target_length + 1  # and the start token
 
     def compute_metrics(output: EvalPrediction) -> dict[str, float]:
@@ -161,7 +182,8 @@ def run(data: DataArguments, model_args: ModelArguments, args: Seq2SeqTrainingAr
     scores = {}
     for split, ids in predict_splits(trainer, encoded) if args.predict_with_generate else ():
         predictions = decode(ids, trainer.processing_class)
-        scores[split] = score(data.metric, predictions, list(pairs[split]["target"]))
+        if "target" in pairs[split].column_names:
+            scores[split] = score(data.metric, predictions, read_column(pairs[split], "target"))
         rows = [{**row, "prediction": text} for row, text in zip(pairs[split], predictions, strict=True)]
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         Path(args.output_dir, f"predictions_{split}.jsonl").write_text(lines, encoding="utf-8")
@@ -175,7 +197,7 @@ def predict_file(file: Path, folder: str, data: DataArguments, beams: int | None
     """Print what the saved model generates for one file."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
-    text = data.source_prefix + file.read_text(encoding="utf-8")
+    text = data.source_prefix + read_text(file)
     inputs = tokenizer(text, truncation=True, max_length=data.max_source_length, return_tensors="pt")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     ids = model.generate(**inputs, max_new_tokens=data.max_target_length, num_beams=beams or 1)
@@ -196,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, Seq2SeqTrainingArguments)
     data, model_args, args = parse_arguments("seq2seq", __doc__, classes, arguments, DEFAULTS)
-    has_data = data.check(model_args, args)
+    has_data = data.check(model_args)
     if not has_data:
         check_trained(model_args.model_name_or_path)
     elif args.predict_with_generate and data.metric != "none":

@@ -18,7 +18,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from transformers import EvalPrediction
 
-from ..data.tables import Columns
+from ..data.tables import Columns, cell_text, is_number, read_column
 
 METRIC_MODULE = str(Path(__file__).with_name("metrics.py"))
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -34,32 +34,51 @@ METRICS: dict[str | None, dict[str, dict[str, Any]]] = {  # by GLUE task, else b
 
 @dataclass
 class Task:
-    """Which columns to read, what to predict, and what the labels are called."""
+    """Which columns to read, what to predict, and what the labels are called.
+
+    `multi_hot`: labels are rows of zeros and ones, one for each class, and not lists of names.
+    """
 
     columns: Columns
     problem_type: str
     label_names: list[str] = field(default_factory=list)
+    multi_hot: bool = False
 
     def texts(self, examples: Any) -> list[list[str]]:
         """The texts of all examples, and their second texts if they are pairs; "" where one is missing."""
         names = [name for name in (self.columns.text, self.columns.pair) if name is not None]
-        return [[text or "" for text in examples[name]] for name in names]
+        return [[cell_text(cell) or "" for cell in examples[name][:]] for name in names]
 
     def add_labels(self, dataset: Dataset, split: str) -> Dataset:
-        """Add the column `labels` in the form that the model's loss expects."""
-        if self.columns.label not in dataset.column_names:
-            return dataset
+        """Add the column `labels` in the form that the model's loss expects, in place of one of that name.
+
+        A test split without a single label gets none: it is predicted.
+        """
+        labels, name = None, self.columns.label
+        if name in dataset.column_names:
+            cells = labels_as_written(dataset, name, self.multi_hot)
+            if not split.startswith("test") or not all(map(is_missing, cells)):
+                labels = self._numbered(check_labels(cells, split), split)
+        if "labels" in dataset.column_names:
+            dataset = dataset.remove_columns("labels")
+        return dataset if labels is None else dataset.add_column("labels", labels)
+
+    def _numbered(self, labels: list, split: str) -> list:
         if self.problem_type == REGRESSION:
-            return dataset.add_column("labels", [float(label) for label in read_labels(dataset, self.columns, split)])
-        labels = read_label_names(dataset, self.columns, split)
+            return [_number(label, row, split) for row, label in enumerate(labels)]
+        names = label_names(labels, split)
         number = {name: i for i, name in enumerate(self.label_names)}
-        if unknown := sorted({name for names in labels for name in names} - set(number)):
+        if unknown := sorted({one for some in names for one in some} - set(number)):
             raise ValueError(
-                f"Labels of the {split} data are not among those of training: {unknown} not in {self.label_names}."
+                f"Labels of the {split} data are not among those of training: {shortened(unknown)} not in "
+                f"{shortened(self.label_names)}."
             )
         if self.problem_type == SINGLE:
-            return dataset.add_column("labels", [number[names[0]] for names in labels])
-        return dataset.add_column("labels", [[float(name in names) for name in self.label_names] for names in labels])
+            return [number[_only(some, row, split)] for row, some in enumerate(names)]
+        rows = np.zeros((len(names), len(number)))
+        for row, some in zip(rows, names, strict=True):
+            row[[number[one] for one in some]] = 1
+        return rows.tolist()
 
     def predict(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Predictions in the form of `labels`, and the probabilities of all labels."""
@@ -78,56 +97,146 @@ class Task:
         return self.label_names[int(label)]
 
 
-def read_labels(dataset: Dataset, columns: Columns, split: str) -> list:
-    """The labels of all examples as they are; an example without one raises ValueError."""
-    if columns.label is None:
-        raise ValueError(
-            f"Which column holds the label? The columns are {dataset.column_names}. Name it with `--label_column`."
-        )
-    labels = list(dataset[columns.label])
-    missing = [row for row, label in enumerate(labels) if label is None]
+def labels_as_written(dataset: Dataset, column: str, multi_hot: bool) -> list:
+    """The cells of a label column, with names for the numbers of a `ClassLabel` and for the ones of multi-hot rows.
+
+    None where a `ClassLabel` is below 0, which means unknown.
+    """
+    cells, names = read_column(dataset, column), class_names(dataset.features[column])
+    if multi_hot:
+        return [x if x is None else _hot_names(x, names, row) for row, x in enumerate(cells)]
+    if names is None:
+        return cells
+
+    def name_of(number: int | None) -> str | None:
+        return None if number is None or number < 0 else names[number]
+
+    return [list(map(name_of, x)) if isinstance(x, list) else name_of(x) for x in cells]
+
+
+def class_names(feature: Any) -> list[str] | None:
+    """What a `ClassLabel`, or a list of them, calls its classes; None for other features."""
+    return getattr(getattr(feature, "feature", feature), "names", None)
+
+
+def is_multi_hot(cells: list) -> bool:
+    """Whether cells are rows of zeros and ones, one for each class: no list of names is like them."""
+    rows = [cell for cell in cells if cell is not None]
+    size = len(rows[0]) if rows and isinstance(rows[0], list) else 0
+    return size > 1 and all(isinstance(x, list) and len(x) == size and all(y in (0, 1) for y in x) for x in rows)
+
+
+def _hot_names(cell: Any, names: list[str] | None, row: int) -> list[str]:
+    if not is_multi_hot([cell]) or len(cell) != len(names or cell):
+        raise ValueError(f"The labels of row {row} are {cell!r}, where other rows hold a 0 or 1 for each class.")
+    return [name for name, hot in zip(names or map(str, range(len(cell))), cell, strict=True) if hot]
+
+
+def is_missing(label: Any) -> bool:
+    """Whether a cell holds no label: it is empty, or NaN in a column of numbers."""
+    return label in (None, "") or label != label
+
+
+def check_labels(labels: list, split: str) -> list:
+    """The labels; ValueError if an example has none."""
+    missing = [row for row, label in enumerate(labels) if is_missing(label)]
     if missing:
-        raise ValueError(f"{len(missing)} rows of the {split} data have no label; the first is row {missing[0]}.")
+        raise ValueError(
+            f"{len(missing)} rows of the {split} data have no label; the first is row {missing[0]}. Leave such rows "
+            "out. To predict texts without labels, give them as --test_file."
+        )
     return labels
 
 
-def read_label_names(dataset: Dataset, columns: Columns, split: str) -> list[list[str]]:
+def label_names(labels: list, split: str) -> list[list[str]]:
     """The names of every example's labels: one, unless it is a multi-label task."""
-    labels = read_labels(dataset, columns, split)
-    feature = dataset.features[columns.label]
-    names = getattr(getattr(feature, "feature", feature), "names", None)
+    return [[_name(one, row, split) for one in (x if isinstance(x, list) else [x])] for row, x in enumerate(labels)]
 
-    def name_of(label: Any) -> str:
-        return names[label] if names else f"{label:g}" if isinstance(label, float) else str(label)
 
-    return [[name_of(one) for one in (label if isinstance(label, list) else [label])] for label in labels]
+def _name(label: Any, row: int, split: str) -> str:
+    name = str(int(label)) if isinstance(label, float) and label.is_integer() else cell_text(label)
+    if name is None:
+        raise ValueError(f"Row {row} of the {split} data has an empty label in its list. Leave it out.")
+    return name
+
+
+def _is_numeric(label: Any) -> bool:
+    return isinstance(label, (int, float)) or (isinstance(label, str) and is_number(label))
+
+
+def _number(label: Any, row: int, split: str) -> float:
+    number = float(label) if _is_numeric(label) else None
+    if number is None or not np.isfinite(number):
+        raise ValueError(
+            f"Row {row} of the {split} data has the label {label!r}, but regression needs finite numbers. Correct it, "
+            f"or give --problem_type {SINGLE}."
+        )
+    return number
+
+
+def _only(names: list[str], row: int, split: str) -> str:
+    if len(names) != 1:
+        raise ValueError(
+            f"Row {row} of the {split} data has the labels {names}, but {SINGLE} means one a row. Leave out "
+            "--problem_type."
+        )
+    return names[0]
+
+
+def shortened(names: list[str]) -> str:
+    """The first of many names, for messages."""
+    return str(names) if len(names) <= 20 else f"{str(names[:20])[:-1]}, … {len(names) - 20} more]"
+
+
+def _derived_problem_type(labels: list, was_regression: bool) -> str:
+    """Several labels where cells are lists; regression where all are numbers and some are written with decimals."""
+    if any(isinstance(label, list) for label in labels):
+        return MULTI
+    decimals = was_regression or any(isinstance(x, float) or (isinstance(x, str) and "." in x) for x in labels)
+    return REGRESSION if decimals and all(map(_is_numeric, labels)) else SINGLE
 
 
 def define_task(
-    dataset: Dataset, columns: Columns, split: str, problem_type: str | None, model_labels: list[str] | None
+    dataset: Dataset,
+    columns: Columns,
+    split: str,
+    problem_type: str | None,
+    model_labels: list[str] | None,
+    model_problem_type: str | None = None,
 ) -> Task:
-    """Derive the kind of task from the labels: floats mean regression, lists mean several labels per text.
+    """Derive the kind of task from the labels: numbers with decimals mean regression, lists several labels per text.
 
-    `model_labels`: label names of a model to be fine-tuned; they keep their numbers if they cover the data.
+    `model_labels`: label names of a saved model; they keep their numbers if they cover the data. A model of regression
+    (`model_problem_type`) goes on with any numbers. Where there is no training data, the task is the model's.
     """
-    labels = read_label_names(dataset, columns, split)
-    feature = dataset.features[columns.label]
-    if problem_type is None:
-        is_float = str(getattr(feature, "dtype", "")).startswith(("float", "double"))
-        problem_type = MULTI if hasattr(feature, "feature") else REGRESSION if is_float else SINGLE
+    if columns.label is None and split == "train":
+        raise ValueError(
+            f"Which column holds the label? The columns are {dataset.column_names}. Name it with `--label_column`."
+        )
+    cells = [] if columns.label is None else read_column(dataset, columns.label)
+    multi_hot = is_multi_hot(cells)
+    if split != "train":
+        found = problem_type or model_problem_type or SINGLE
+        return Task(columns, found, [] if found == REGRESSION else model_labels or [], multi_hot)
+    labels = check_labels(labels_as_written(dataset, columns.label, multi_hot), split)
+    problem_type = problem_type or _derived_problem_type(labels, model_problem_type == REGRESSION)
     if problem_type == REGRESSION:
         return Task(columns, problem_type)
 
-    def numbers_first(name: str) -> tuple[bool, int, str]:
-        return (not name.isdigit(), int(name) if name.isdigit() else 0, name)
+    def numbers_first(name: str) -> tuple[bool, int, str, str]:
+        number = name.lstrip("0") if name.isascii() and name.isdigit() else ""
+        return (not (name.isascii() and name.isdigit()), len(number), number, name)
 
-    present = {name for names in labels for name in names}
-    names = getattr(getattr(feature, "feature", feature), "names", None) or sorted(present, key=numbers_first)
+    present = {name for names in label_names(labels, split) for name in names}
     if model_labels and present <= set(model_labels):
-        names = model_labels
-    if len(names) < 2:
-        raise ValueError(f"All {len(labels)} rows of the {split} data have the same label, {names}: nothing to learn.")
-    return Task(columns, problem_type, list(names))
+        return Task(columns, problem_type, model_labels, multi_hot)
+    positions = [str(i) for i in range(len(cells[0]))] if multi_hot else None
+    names = class_names(dataset.features[columns.label]) or positions or sorted(present, key=numbers_first)
+    if len(names) < 2 or (problem_type == SINGLE and len(present) < 2):
+        raise ValueError(
+            f"All {len(labels)} rows of the {split} data have the same label, {sorted(present)}: nothing to learn."
+        )
+    return Task(columns, problem_type, list(names), multi_hot)
 
 
 class Metrics:
@@ -164,7 +273,8 @@ def baselines(metrics: Metrics, train: Dataset, evaluation: Dataset) -> dict[str
 
     def data(dataset: Dataset) -> tuple[list[str], np.ndarray]:
         texts = ["\n".join(parts) for parts in zip(*task.texts(dataset), strict=True)]
-        return texts, np.asarray(dataset["labels"], dtype=float if task.problem_type == REGRESSION else int)
+        kind = float if task.problem_type == REGRESSION else int
+        return texts, np.asarray(read_column(dataset, "labels"), dtype=kind)
 
     (x, y), (x_eval, y_eval) = data(train), data(evaluation)
     models = zip(names, (constant, make_pipeline(TfidfVectorizer(sublinear_tf=True), linear)), strict=True)
@@ -176,9 +286,9 @@ def write_predictions(file: Path, task: Task, dataset: Dataset, logits: np.ndarr
     predictions, probabilities = task.predict(logits)
     table: dict[str, list] = {"row": list(range(len(dataset)))}
     if "path" in dataset.column_names:
-        table["path"] = dataset["path"]
+        table["path"] = read_column(dataset, "path")
     if "labels" in dataset.column_names:
-        table["label"] = [task.format_label(label) for label in dataset["labels"]]
+        table["label"] = [task.format_label(label) for label in read_column(dataset, "labels")]
     table["prediction"] = [task.format_label(label) for label in predictions]
     if task.problem_type == SINGLE:
         table["probability"] = [round(float(p), 6) for p in probabilities.max(axis=-1)]

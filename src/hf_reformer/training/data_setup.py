@@ -1,15 +1,13 @@
 """What a recipe reads: options for its data, their checks, the splits of files, and what is held out."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 from datasets import DatasetDict
-from transformers import TrainingArguments
 from transformers.utils import logging
 
-from ..data.tables import hold_out, read_examples
+from ..data.tables import hold_out, read_examples, read_text
 from .model_setup import ModelArguments, option
 
 logger = logging.get_logger(__name__)
@@ -19,11 +17,10 @@ logger = logging.get_logger(__name__)
 class FileArguments:
     """Files of examples, and how many of them to use. A recipe adds options of its own.
 
-    `sources` are options, besides files, that name data; `smallest` are the smallest values of options.
+    `sources` are options, besides files, that name data to train on.
     """
 
     sources: ClassVar[tuple[str, ...]] = ()
-    smallest: ClassVar[dict[str, int]] = {}
 
     train_file: str | None = option(
         None, "csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label."
@@ -35,36 +32,38 @@ class FileArguments:
     validation_fraction: float = option(0.1, "Part of the training data to evaluate on, without a --validation_file.")
     predict_file: str | None = option(None, "A text file to predict at the end.")
 
-    def check(self, model: ModelArguments, args: TrainingArguments) -> bool:
+    def check(self, model: ModelArguments) -> bool:
         """Whether there is data; if not, a saved model predicts a file. To be called before anything is read.
 
         Raises:
             SystemExit: there is nothing to do.
-            ValueError: an option has a value that would otherwise fail only after training.
+            ValueError: an option would fail only after training.
         """
-        has_data = any(getattr(self, name) for name in (*self.sources, "train_file", "validation_file", "test_file"))
+        train = (*self.sources, "train_file")
+        has_data = any(getattr(self, name) for name in (*train, "validation_file", "test_file"))
+        options = ", ".join(f"--{name}" for name in train)
         if not has_data and (self.predict_file is None or model.model_name_or_path is None):
-            options = ", ".join(f"--{name}" for name in (*self.sources, "train_file"))
             raise SystemExit(f"Give {options}, or --model_name_or_path with --predict_file. See --help.")
-        values = vars(args) | vars(self) if has_data else {}
-        for name, least in {"max_train_samples": 1, "max_eval_samples": 1, **self.smallest}.items():
-            if values.get(name) is not None and values[name] < least:
-                raise ValueError(f"--{name} {values[name]} must be at least {least}.")
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"--validation_fraction {self.validation_fraction} must be between 0 and 1.")
+        if model.model_name_or_path is None and not any(getattr(self, name) for name in train):
+            raise ValueError(
+                f"There is nothing to train on, and a new model answers at random. Give {options} or "
+                "--model_name_or_path."
+            )
         if self.predict_file is not None and not Path(self.predict_file).is_file():
-            raise ValueError(f"--predict_file: there is no file `{self.predict_file}`.")
-        if self.predict_file is not None and not Path(self.predict_file).read_bytes().strip():
-            raise ValueError(f"--predict_file: `{self.predict_file}` is empty.")
+            raise ValueError(f"--predict_file: there is no file `{self.predict_file}` with texts to predict.")
+        if self.predict_file is not None and not read_text(self.predict_file).strip():
+            raise ValueError(f"--predict_file: `{self.predict_file}` is empty, so there are no texts to predict.")
         return has_data
 
-    def read_files(self, texts: Sequence[str] = ()) -> DatasetDict:
-        """The splits that have a file. `texts`: columns of strings, as for `read_examples`."""
+    def read_files(self) -> DatasetDict:
+        """The splits that have a file."""
         files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
-        return DatasetDict({split: read_examples(file, texts) for split, file in files.items() if file is not None})
+        return DatasetDict({split: read_examples(file) for split, file in files.items() if file is not None})
 
     def complete(self, splits: DatasetDict, seed: int, label_column: str | None = None) -> DatasetDict:
         """Hold out validation data of the training data if there is none, and keep at most the samples asked for."""
+        if empty := [split for split, dataset in splits.items() if not len(dataset)]:
+            raise ValueError(f"The {', '.join(empty)} data holds no row. Leave it out.")
         if "train" in splits and not any(split.startswith("validation") for split in splits):
             held_out = hold_out(splits["train"], label_column, self.validation_fraction, seed)
             splits = DatasetDict({**held_out, **splits, "train": held_out["train"]})

@@ -42,6 +42,7 @@ class EvaluationCallback(TrainerCallback, ABC):
         try:
             with torch.random.fork_rng(devices=[]):  # a loader draws a seed; training goes on as if it did not
                 batches = list(islice(eval_dataloader, self.batches))
+            batches = [batch for batch in batches if 0 not in getattr(batch.get("input_ids"), "shape", ())]
             found = [self.layer_numbers(model, _on_device(batch, args.device)) for batch in batches]
         finally:
             model.train(training)

@@ -2,20 +2,26 @@
 
 import argparse
 import ast
+import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
+from transformers.utils import logging
 
 from ..configuration_reformer import ReformerConfig
 from ..data.bpe_tokenizer import train_bpe_tokenizer
+from ..data.packing import separator
 from ..data.tables import require
 from ..tokenization_reformer import ReformerByteTokenizer
 from .trainers import checkpoint_to_resume, force_cpu_backend
+
+logger = logging.get_logger(__name__)
 
 # Where a small Reformer that is trained from scratch needs other settings than `TrainingArguments` has.
 DEFAULTS: dict[str, Any] = {
@@ -27,6 +33,32 @@ SIZES = (
     "hidden_size", "attn_layers", "num_attention_heads", "attention_head_size", "feed_forward_size", "num_hashes",
     "position_embedding_type",
 )  # fmt: skip
+
+
+_AT_LEAST_1 = (
+    *("max_train_samples", "max_eval_samples", "max_length", "train_length", "max_source_length", "hidden_size"),
+    *("early_stopping_patience", "tokenizer_vocab_size", "num_attention_heads", "attention_head_size", "num_hashes"),
+    *("feed_forward_size", "generation_num_beams", "gradient_accumulation_steps", "eval_accumulation_steps"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size"),
+)
+# What numbers options may be, in whatever recipe: a rule in words, the rule, the names of the options.
+LIMITS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
+    ("between 0 and 1", lambda x: 0 < x < 1, ("validation_fraction",)),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, ("mlm_probability",)),
+    ("above 0", lambda x: x > 0, ("num_train_epochs",)),
+    ("a number of at least 0", lambda x: 0 <= x < math.inf, ("learning_rate",)),
+    ("at least 1", lambda x: x >= 1, _AT_LEAST_1),
+    ("at least 2", lambda x: x >= 2, ("max_target_length", "generation_max_length", "eval_length")),
+)
+
+
+def check_options(options: Any) -> None:
+    """Raise ValueError for a number, an attribute of `options`, outside of its `LIMITS`; None is no number."""
+    for words, allowed, names in LIMITS:
+        for name in names:
+            value = getattr(options, name, None)
+            if value is not None and not allowed(value):
+                raise ValueError(f"--{name} {value} must be {words}.")
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None, aliases: Sequence[str] = ()) -> Any:
@@ -75,6 +107,9 @@ def parse_arguments(
         arguments: default: those of the process.
         defaults: besides `DEFAULTS`; they replace the defaults of `classes`.
         presets: further defaults, for the case that a flag is given.
+
+    Raises:
+        ValueError: a number is outside of its `LIMITS`.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     require("accelerate")  # without it, `TrainingArguments` would name another package to install
@@ -87,6 +122,8 @@ def parse_arguments(
         if flag in flags:
             parser.set_defaults(**preset)
     *parsed, args = parser.parse_args_into_dataclasses(arguments)
+    for options in (*parsed, args):
+        check_options(options)
     args.resume_from_checkpoint = checkpoint_to_resume(args)
     return *parsed, args
 
@@ -105,25 +142,37 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
 
 
 def make_tokenizer(args: ModelArguments, texts: Iterable[str], max_length: int) -> PreTrainedTokenizerBase:
-    """The tokenizer that `args` name; it truncates at `max_length`. `texts` are read only to train one."""
+    """The tokenizer that `args` name; it truncates at `max_length`. `texts` are read only to train one.
+
+    One without a padding token pads with another special token.
+    """
     name = args.tokenizer or args.model_name_or_path or "train"
     if name == "train":
         return train_bpe_tokenizer(texts, args.tokenizer_vocab_size, max_length)
     tokenizer = ReformerByteTokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
     tokenizer.model_max_length = max_length
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token_id = separator(tokenizer)
     return tokenizer
 
 
 def make_model(
-    auto_class: Any, args: ModelArguments, tokenizer: PreTrainedTokenizerBase, max_length: int, **fields: Any
+    auto_class: Any,
+    args: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    trains: bool = True,
+    **fields: Any,
 ) -> PreTrainedModel:
     """The saved model with the head of `auto_class`, or a new one for sequences of up to `max_length` tokens.
 
     Args:
+        trains: False: a saved model must have all weights, since none is learnt.
         fields: further fields of the config, such as labels.
 
     Raises:
-        ValueError: the config lacks a field of `args.config_overrides`, or the tokenizer does not fit the model.
+        ValueError: the config lacks a field of `args.config_overrides`, or the tokenizer, weights or overrides do not
+            fit the saved model.
     """
     name, overrides = args.model_name_or_path, parse_overrides(args.config_overrides)
     base = ReformerConfig() if name is None else AutoConfig.from_pretrained(name)
@@ -136,7 +185,11 @@ def make_model(
                 f"The tokenizer has {len(tokenizer)} tokens, but `{name}` has only {config.vocab_size}. Leave out "
                 "`--tokenizer` to use the model's own."
             )
-        return auto_class.from_pretrained(name, config=config, ignore_mismatched_sizes=True)
+        if overrides:
+            _check_overrides(auto_class, name, AutoConfig.from_pretrained(name, **fields), config)
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id
+        return _load_saved(auto_class, name, config, base.num_labels, trains)
     sizes: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "max_position_embeddings": max_length,
@@ -144,3 +197,42 @@ def make_model(
         **{f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")},
     }
     return auto_class.from_config(ReformerConfig(**{**sizes, **fields, **overrides}))
+
+
+def _check_overrides(auto_class: Any, name: str, saved: Any, config: Any) -> None:
+    """Raise ValueError for a config that needs other weights than the saved one."""
+
+    def shapes(config: Any) -> dict[str, tuple[int, ...]]:
+        with torch.device("meta"):
+            return {key: tuple(x.shape) for key, x in auto_class.from_config(config).state_dict().items()}
+
+    before, after = shapes(saved), shapes(config)
+    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    if changed:
+        told = ", ".join(f"{key} {before.get(key, 'none')} → {after.get(key, 'none')}" for key in changed[:5])
+        raise ValueError(
+            f"--config_overrides: `{name}` has no such weights. {len(changed)} tensors would be lost or new, among "
+            f"them {told}. Leave out these overrides, or --model_name_or_path to train a new model."
+        )
+
+
+def _load_saved(auto_class: Any, name: str, config: Any, num_labels: int, trains: bool) -> PreTrainedModel:
+    """A saved model. Its head is new where the folder has none, or one for other labels, and is told."""
+    options = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, report = auto_class.from_pretrained(name, **options)
+    new_head = {}
+    for key, saved, wanted in report["mismatched_keys"]:
+        if saved[:1] == (num_labels,) and wanted[:1] == (config.num_labels,) and saved[1:] == wanted[1:]:
+            new_head[key] = f"{key} {tuple(saved)} → {tuple(wanted)}"
+        else:
+            raise ValueError(f"{key} of `{name}` is {tuple(saved)}, but its config asks for {tuple(wanted)}.")
+    if new_head and trains:
+        told = ", ".join(new_head.values())
+        logger.warning(f"`{name}` has {num_labels} labels, not {config.num_labels}, so these weights are new: {told}.")
+    missing = [*sorted(report["missing_keys"]), *new_head]
+    if missing and not trains:
+        raise ValueError(
+            f"`{name}` lacks {', '.join(missing[:5])} for a {type(model).__name__}, and nothing is trained here. Give "
+            "--train_file, or a model that was trained for this."
+        )
+    return model

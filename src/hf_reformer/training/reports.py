@@ -31,7 +31,7 @@ def write_report(trainer: Trainer, scores: dict[str, Any], summary: str, dataset
     """
     folder = Path(trainer.args.output_dir)
     tokenizer: Any = trainer.processing_class
-    (folder / "scores.json").write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+    (folder / "scores.json").write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     if dataset is not None:
         trained = trainer.state.global_step > 0
         if trained:

@@ -1,6 +1,7 @@
 """The Trainers of the recipes."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainer, Trainer, Traine
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
+from ..data.tables import read_column
 from ..models.losses import IGNORE
 from .found_callback import AttentionFoundCallback, has_hashing_layers
 
@@ -60,6 +62,8 @@ def train_and_save(trainer: Trainer, data_summary: str) -> None:
     if trainer.train_dataset is None:
         return
     result = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    if wrong := next((name for name, x in model.named_parameters() if not x.isfinite().all()), None):
+        raise ValueError(_diverged(f"`{wrong}`", math.nan))
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
@@ -131,6 +135,9 @@ def predict_splits(trainer: Trainer, encoded: Mapping[str, Dataset]) -> Iterator
     for split, dataset in encoded.items():
         if split != "train":
             output = trainer.predict(dataset, metric_key_prefix=split)
+            loss = output.metrics.get(f"{split}_loss", 0.0)
+            if not math.isfinite(loss):
+                raise ValueError(_diverged(f"`{split}_loss`", loss))
             trainer.save_metrics(split, output.metrics)
             if trainer.is_world_process_zero():
                 yield split, output.predictions
@@ -164,6 +171,38 @@ class WholeCheckpointsMixin:
         self.accelerator.wait_for_everyone()  # every process saves its own
 
 
+class FiniteLossMixin:
+    """Makes a Trainer stop where a loss is no number, before anything is saved of it, and write JSON alone.
+
+    Other numbers that are not finite, such as the norm of gradients that overflowed in float16, are logged as None.
+    """
+
+    args: Any
+    model: Any
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        library: Any = super()
+        loss = library.training_step(*args, **kwargs)
+        if not bool(loss.isfinite().all()):
+            raise ValueError(_diverged("The training loss", float(loss)))
+        return loss
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        numbers = {name: x for name, x in logs.items() if isinstance(x, float) and not math.isfinite(x)}
+        for name, x in numbers.items():
+            if name.endswith("loss"):
+                raise ValueError(_diverged(f"`{name}`", x))
+        library: Any = super()
+        library.log({**logs, **dict.fromkeys(numbers)}, *args, **kwargs)
+
+
+def _diverged(name: str, value: float) -> str:
+    return (
+        f"{name} is {value}, not finite: the model has diverged, so the run stops and saves nothing more. Lower "
+        "--learning_rate, set --max_grad_norm 1, or train in float32 or bfloat16."
+    )
+
+
 class SequentialEvalMixin:
     """Makes a Trainer evaluate and predict in the order of the data, even if it groups training batches by length."""
 
@@ -189,7 +228,7 @@ class EpochLengthSampler(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
-class GroupedTrainer(WholeCheckpointsMixin, SequentialEvalMixin, Trainer):
+class GroupedTrainer(WholeCheckpointsMixin, FiniteLossMixin, SequentialEvalMixin, Trainer):
     """A Trainer that groups batches by `EpochLengthSampler`."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -197,10 +236,10 @@ class GroupedTrainer(WholeCheckpointsMixin, SequentialEvalMixin, Trainer):
             return super()._get_train_sampler(train_dataset)
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return EpochLengthSampler(batch, list(self.train_dataset["length"]), seed)
+        return EpochLengthSampler(batch, read_column(self.train_dataset, "length"), seed)
 
 
-class LanguageModelTrainer(WholeCheckpointsMixin, Trainer):
+class LanguageModelTrainer(WholeCheckpointsMixin, FiniteLossMixin, Trainer):
     """A Trainer that evaluates sequence by sequence and gives `compute_metrics` the nats and targets of each."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -228,7 +267,7 @@ class LanguageModelTrainer(WholeCheckpointsMixin, Trainer):
         return nats.sum() / counts.sum().clamp(min=1), nats, counts
 
 
-class SequentialSeq2SeqTrainer(WholeCheckpointsMixin, SequentialEvalMixin, Seq2SeqTrainer):
+class SequentialSeq2SeqTrainer(WholeCheckpointsMixin, FiniteLossMixin, SequentialEvalMixin, Seq2SeqTrainer):
     """A Seq2SeqTrainer whose predictions are in the order of the data, each once."""
 
     # Drops the duplicates that fill the last batch of several processes; Seq2SeqTrainer would set one that keeps them.

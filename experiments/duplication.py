@@ -136,7 +136,7 @@ def learn(args: Arguments, seed: int, rounds: int = 2, checkpoint: Path | None =
 
     with attention_of(model, rounds):
         losses = train(
-            model, batch, args.steps, seed=seed, learning_rate=args.learning_rate, warmup=0, decay=False,
+            model, batch, args.steps, seed=seed, learning_rate=args.learning_rate, warmup=0, decay=True,
             clip=float("inf"), weight_decay=0.0, watch=watch, watch_every=args.evaluate_every, checkpoint=checkpoint,
             name=f"{args.attention_mode}, {name}, seed {seed}",
         )  # fmt: skip

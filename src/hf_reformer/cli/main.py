@@ -43,8 +43,6 @@ def run_train(args: argparse.Namespace) -> None:
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """The model, its tokenizer, and the options for `text_generation.generate`."""
-    import torch
-
     from .text_generation import load
 
     check_stdout()
@@ -57,7 +55,9 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     if unused := [name for name in sampling if args.greedy or (name != "temperature" and greedy)]:
         raise ValueError(f"--greedy always takes the most likely token. Leave out --{', --'.join(unused)}.")
     if args.seed is not None:
-        torch.manual_seed(args.seed)
+        from transformers import set_seed  # which imports half of the library
+
+        set_seed(args.seed)
     model, tokenizer = load(args.model, args.device, args.dtype, args.trust_remote_code)
     saved = model.generation_config.temperature
     greedy = greedy or (args.temperature is None and saved is not None and 0 <= saved < COLD)

@@ -32,7 +32,7 @@ def line(capsys, monkeypatch):
     """Run a command line with these bytes as stdin; returns exit status, stdout and stderr."""
 
     def run(*argv, stdin=b""):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8", newline="\n"))
         capsys.readouterr()
         status = main([str(argument) for argument in argv])
         return status, *capsys.readouterr()
@@ -194,7 +194,7 @@ def test_prompts_that_are_no_text_are_refused(folder, line, tmp_path):
     fails(line("generate", "--model", folder, "--prompt", "a\ud800"), "lone surrogate")
     fails(line("generate", "--model", folder, "--prompt_file", tmp_path), "directory")
     fails(line("generate", "--model", folder, "--prompt_file", ""), "No such file")
-    (tmp_path / "prompt").write_bytes(b"a\0b\0")
+    (tmp_path / "prompt").write_bytes(b"a\0b\0\r")
     assert line("generate", "--model", folder, "--prompt_file", tmp_path / "prompt", *GREEDY)[0] == 0
 
 

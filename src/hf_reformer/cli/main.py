@@ -37,12 +37,12 @@ def run_train(args: argparse.Namespace) -> None:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1 and re.search("gloo|nccl|connection", str(error), re.I):
                 raise ConnectionError(LOST_PEER.format(error)) from error
             raise
+        except BrokenPipeError as error:  # not of stdout, which lasts
+            raise RuntimeError(f"A pipe between processes broke: {error}") from error
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """The model, its tokenizer, and the options for `text_generation.generate`."""
-    import torch
-
     from .text_generation import load
 
     check_stdout()
@@ -55,7 +55,9 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     if unused := [name for name in sampling if args.greedy or (name != "temperature" and greedy)]:
         raise ValueError(f"--greedy always takes the most likely token. Leave out --{', --'.join(unused)}.")
     if args.seed is not None:
-        torch.manual_seed(args.seed)
+        from transformers import set_seed  # which imports half of the library
+
+        set_seed(args.seed)
     model, tokenizer = load(args.model, args.device, args.dtype, args.trust_remote_code)
     saved = model.generation_config.temperature
     greedy = greedy or (args.temperature is None and saved is not None and 0 <= saved < COLD)
@@ -201,18 +203,18 @@ def run_env(args: argparse.Namespace) -> None:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The text to continue, with \\n for every end of a line; without a byte order mark, and a newline at its end."""
+    """The text to continue, with \\n for \\r\\n; without a byte order mark, and without a newline at its end."""
     name = args.prompt_file or "The prompt"
     if args.prompt is not None:
         return checked(args.prompt, name)
     if args.prompt_file is not None:
-        with open(args.prompt_file, encoding="utf-8", errors="surrogateescape") as file:
-            text = file.read(LONGEST + 2)
+        with open(args.prompt_file, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            text = file.read(LONGEST + 4)  # with a byte order mark and an end of line
     elif sys.stdin is None:
         raise ValueError("stdin is closed. Give the text by --prompt or --prompt_file.")
     else:
-        text = sys.stdin.read(LONGEST + 2)
-    return checked(text.removeprefix("\ufeff").removesuffix("\n"), name)
+        text = sys.stdin.read(LONGEST + 4)
+    return checked(text.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n"), name)
 
 
 def checked(text: str, name: str) -> str:

@@ -3,6 +3,7 @@
 import io
 import os
 import sys
+from contextlib import suppress
 from typing import Any
 
 
@@ -14,7 +15,8 @@ def prepare_streams() -> None:
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
+            with suppress(io.UnsupportedOperation):  # something has been read from stdin
+                stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
     for number in range(3):
         try:
             os.fstat(number)

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from transformers.hf_argparser import HfArg
 from ..configuration_reformer import ReformerConfig
 from ..data.bpe_tokenizer import train_bpe_tokenizer
 from ..data.tables import require
+from ..hub.model_folder import check_own_files
 from ..tokenization_reformer import ReformerByteTokenizer
 from .trainers import force_cpu_backend
 
@@ -102,7 +104,14 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
 
 
 def make_tokenizer(args: ModelArguments, texts: Iterable[str], max_length: int) -> PreTrainedTokenizerBase:
-    """The tokenizer that `args` name; it truncates at `max_length`. `texts` are read only to train one."""
+    """The tokenizer that `args` name; it truncates at `max_length`. `texts` are read only to train one.
+
+    Raises:
+        ValueError: a directory that `args` name holds links to files elsewhere.
+    """
+    for given in {args.tokenizer, args.model_name_or_path} - {None}:
+        if Path(given).is_dir():
+            check_own_files(Path(given))
     name = args.tokenizer or args.model_name_or_path or "train"
     if name == "train":
         return train_bpe_tokenizer(texts, args.tokenizer_vocab_size, max_length)

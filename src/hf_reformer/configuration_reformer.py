@@ -256,7 +256,8 @@ class ReformerConfig(PreTrainedConfig):
                 shown = f"{name}={value}" if abs(value) < 10**30 else f"{name}, a number of {value.bit_length()} bits,"
                 raise ValueError(f"`{shown}` is more than {limit}, which nothing could compute. Lower it.")
         for dtype in (self.dtype, torch_dtype):
-            if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+            if dtype is not None and not isinstance(found, torch.dtype):
                 raise ValueError(f"`dtype={dtype!r}` is no dtype of torch, such as 'float32'.")
         if num_labels is not None and num_labels < 0:
             raise ValueError(f"`num_labels={num_labels}` must not be negative.")

@@ -14,6 +14,7 @@ import pytest
 import torch
 from builtin_cases import make_builtin
 from conftest import make_model
+from huggingface_hub.errors import StrictDataclassError
 from test_convert import SIZES, TRAX_FIELDS, make_original
 
 from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM
@@ -22,6 +23,7 @@ from hf_reformer.hub import export
 from hf_reformer.hub.convert import convert
 from hf_reformer.hub.convert.reformer_pytorch import from_reformer_pytorch
 from hf_reformer.hub.convert.trax import MOST_INSTRUCTIONS, from_trax, read_pickle
+from hf_reformer.training.model_setup import ModelArguments, make_tokenizer
 
 # ---- pickles, written instruction by instruction
 
@@ -205,10 +207,10 @@ def test_a_small_file_that_unpacks_to_a_large_one_is_refused(tmp_path):
 
 
 def test_trax_weights_of_sizes_that_contradict_each_other_take_no_memory():
-    wide, narrow = np.zeros((1, 10**6), np.float32), np.zeros(1, np.float32)
-    attention = [np.zeros((1, 10**6, 1), np.float32)] * 2 + [np.zeros((1, 1, 10**6), np.float32)]
-    norm, dense = [np.zeros(10**6, np.float32)] * 2, [wide.T, np.zeros(10**6, np.float32)]
-    tables = [np.zeros((1, 2, 1, 1), np.float32), np.zeros((1, 1, 2, 10**6 - 1), np.float32)]
+    wide, narrow = np.zeros((1, 10**5), np.float32), np.zeros(1, np.float32)
+    attention = [np.zeros((1, 10**5, 1), np.float32)] * 2 + [np.zeros((1, 1, 10**5), np.float32)]
+    norm, dense = [np.zeros(10**5, np.float32)] * 2, [wide.T, np.zeros(10**5, np.float32)]
+    tables = [np.zeros((1, 2, 1, 1), np.float32), np.zeros((1, 1, 2, 10**5 - 1), np.float32)]
     tree = [wide, tables, norm, attention, norm, [wide, *dense[1:]], dense, [narrow] * 2, [wide.T, narrow]]
     with pytest.raises(ValueError, match="contradict each other"):
         from_trax(tree, TRAX_FIELDS)
@@ -264,8 +266,10 @@ READERS = {
     "convert": lambda folder: convert(folder, folder.parent / "out"),
     "export": lambda folder: export(folder, folder.parent / "out"),
     "generate": lambda folder: load_to_generate(str(folder), device="cpu"),
+    "train": lambda folder: make_tokenizer(ModelArguments(model_name_or_path=str(folder)), [], 64),
 }
 readers = pytest.mark.parametrize("reader", READERS)
+readers_of_models = pytest.mark.parametrize("reader", sorted(READERS.keys() - {"train"}))
 
 
 def saved(folder, builtin=False, **options):
@@ -370,7 +374,7 @@ def test_a_folder_of_the_hubs_cache_is_read(reader, tmp_path):
     assert load_to_generate(str(tmp_path / "latest"), device="cpu")
 
 
-@readers
+@readers_of_models
 def test_an_adapter_beside_a_model_is_not_taken_for_it(reader, tmp_path):
     folder = of_the_reader(reader, tmp_path / "model")
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/"}')
@@ -378,7 +382,7 @@ def test_an_adapter_beside_a_model_is_not_taken_for_it(reader, tmp_path):
         READERS[reader](folder)
 
 
-@readers
+@readers_of_models
 @pytest.mark.parametrize(
     "text", ["[" * 10**6, '{"model_type": ["reformer"]}', '{"a": 1' + "0" * 5000 + "}", "\0", "1"]
 )
@@ -387,3 +391,17 @@ def test_a_config_that_is_no_config_is_refused_in_words(text, reader, tmp_path):
     (folder / "config.json").write_text(text)
     with pytest.raises(ValueError, match=r"config\.json|model of type|Unrecognized model"):
         READERS[reader](folder)
+
+
+def test_a_config_far_larger_than_its_weights_takes_no_memory(tmp_path):
+    folder = saved(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    for sizes in (
+        {"hidden_size": 10**5, "feed_forward_size": 10**5},
+        {"vocab_size": 2**31 - 1},
+        {"num_labels": 10**6},
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, **sizes}))
+        for load in (READERS["export"], READERS["generate"], ReformerForCausalLM.from_pretrained):
+            with pytest.raises((ValueError, StrictDataclassError), match=r"cannot belong together|more than"):
+                load(folder)

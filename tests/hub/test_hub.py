@@ -300,7 +300,7 @@ def killed_at(count, write):
         left = [count]
 
         def hook(event, arguments):
-            if event in ("os.rename", "os.link", "os.remove", "os.rmdir", "os.mkdir", "ctypes.call_function"):
+            if event in ("os.rename", "os.link", "os.rmdir", "os.mkdir", "ctypes.call_function"):
                 left[0] -= 1
                 if left[0] == 0:
                     os.kill(os.getpid(), signal.SIGKILL)

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..configuration_reformer import ReformerConfig
 from ..data.bpe_tokenizer import train_bpe_tokenizer
 from ..data.packing import separator
 from ..data.tables import require
+from ..hub.model_folder import check_own_files
 from ..tokenization_reformer import ReformerByteTokenizer
 from .trainers import checkpoint_to_resume, force_cpu_backend
 
@@ -145,7 +147,13 @@ def make_tokenizer(args: ModelArguments, texts: Iterable[str], max_length: int) 
     """The tokenizer that `args` name; it truncates at `max_length`. `texts` are read only to train one.
 
     One without a padding token pads with another special token.
+
+    Raises:
+        ValueError: a directory that `args` name holds links to files elsewhere.
     """
+    for given in {args.tokenizer, args.model_name_or_path} - {None}:
+        if Path(given).is_dir():
+            check_own_files(Path(given))
     name = args.tokenizer or args.model_name_or_path or "train"
     if name == "train":
         return train_bpe_tokenizer(texts, args.tokenizer_vocab_size, max_length)

@@ -95,7 +95,8 @@ def read_tree(weights: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
     (embeddings,) = take(2)
     state, (vocab, hidden) = {"model.embed_tokens.weight": embeddings}, embeddings.shape
-    tables, layers = [], []
+    tables: list[torch.Tensor] = []
+    layers: list[tuple[str, torch.Size]] = []
     while waiting and waiting[-1].dim() >= 3:
         tables.append(waiting.pop()[0])  # Trax has an axis for the batch in front
     if len(tables) < 2:
@@ -200,7 +201,7 @@ class PickledType(Foreign):
         if not isinstance(self.code, str) or self.code not in NUMBERS:
             code = ascii(self.code)[:20] if isinstance(self.code, str) else type(self.code).__name__
             raise UnpicklingError(f"it holds an array of the type {code}, and only numbers are read")
-        return np.dtype(self.code).newbyteorder(self.order)
+        return np.dtype(self.code if self.order == "|" else self.order + self.code)
 
 
 class PickledArray(Foreign):
@@ -407,7 +408,7 @@ def _made(function: Any, arguments: Any) -> Any:
         case "numpy.dtype", 1 | 2 | 3:
             return PickledType(given[0])
         case "numpy._core.multiarray.scalar", 2:
-            return PickledArray().fill((), *given, "C")
+            return PickledArray().fill((), given[0], given[1], "C")
         case "numpy._core.numeric._frombuffer", 4:
             return PickledArray().fill(given[2], given[1], given[0], given[3])
         case "numpy._core.numeric._frombuffer", 5:  # axes in another order than in memory

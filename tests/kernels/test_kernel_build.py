@@ -294,6 +294,18 @@ def test_a_cache_of_an_image_serves_where_no_compiler_is(small_library, monkeypa
     assert number() == 7
 
 
+def test_a_cache_of_an_image_serves_where_nothing_can_be_written(small_library, monkeypatch):
+    def nowhere(*_, **__):
+        raise FileNotFoundError("No usable temporary directory found")
+
+    number()
+    for name in ("gettempdir", "TemporaryFile", "TemporaryDirectory"):
+        monkeypatch.setattr(build.tempfile, name, nowhere)
+    monkeypatch.setattr(build, "_version", build._version.__wrapped__)
+    monkeypatch.delenv("CXX", raising=False)
+    assert number() == 7
+
+
 def test_a_lesser_variant_serves_where_the_best_was_not_compiled(small_library, monkeypatch, tmp_path):
     number()
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -89,19 +89,20 @@ def compiler() -> list[str]:
 def _run(command: list[str], seconds: float) -> tuple[int | None, str]:
     """The exit status, or None after so many seconds, when all its processes are stopped; and what it wrote."""
     with tempfile.TemporaryFile() as output:
+        status: int | None = None
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
         try:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(seconds)
+                status = process.wait(seconds)
         finally:
-            if process.returncode is None:  # out of time, or interrupted
-                os.killpg(process.pid, signal.SIGKILL)
+            if status is None:  # out of time, or interrupted
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                process.returncode = None
         output.seek(max(0, output.seek(0, os.SEEK_END) - 2000))
-        return process.returncode, output.read().decode(errors="replace")
+        return status, output.read().decode(errors="replace")
 
 
 @functools.cache
@@ -112,10 +113,7 @@ def _version(command: tuple[str, ...]) -> tuple[str, str]:
     except OSError as error:
         return "", f"{shlex.join(command)} cannot be run ({error}); set CXX to a C++ compiler"
     if status is None:
-        return (
-            "",
-            f"{shlex.join(command)} does not answer within {ANSWER_SECONDS} seconds; set CXX to another compiler",
-        )
+        return "", f"{shlex.join(command)} does not answer within {ANSWER_SECONDS} seconds; set CXX to another"
     return version, ""
 
 
@@ -126,9 +124,13 @@ def cache_folders() -> list[Path]:
     """$HF_REFORMER_CACHE; or hf_reformer in the user's cache directory and, without a home, one of temporary files."""
     if chosen := os.environ.get("HF_REFORMER_CACHE"):
         return [Path(chosen)]
-    places = [Path(tempfile.gettempdir(), f"hf_reformer-{os.getuid()}")]
+    places = []
     with contextlib.suppress(RuntimeError):  # the user has no home
-        places.insert(0, Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_reformer")
+        places.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_reformer")
+    with contextlib.suppress(OSError):  # nothing can be written to
+        places.append(Path(tempfile.gettempdir(), f"hf_reformer-{os.getuid()}"))
+    if not places:
+        raise KernelBuildError("there is no folder for compiled kernels; set HF_REFORMER_CACHE to one")
     return places
 
 
@@ -145,14 +147,14 @@ def library_path(variant: str) -> Path:
     prefix, folders = f"kernels-{variant}-{digest.hexdigest()[:16]}-", cache_folders()
     try:
         command = compiler()
+        version, fault = _version(tuple(command))
+        if fault:
+            raise KernelBuildError(fault)
     except KernelBuildError:
         stored = [path for folder in folders for path in sorted(folder.glob(prefix + "*.so"))]
         if stored and not os.environ.get("CXX"):  # compiled where there was one, perhaps when an image was made
             return stored[0]
         raise
-    version, fault = _version(tuple(command))
-    if fault:
-        raise KernelBuildError(fault)
     name = prefix + hashlib.sha256(os.fsencode(version + shlex.join(command))).hexdigest()[:8] + ".so"
     found = [folder / name for folder in folders if os.path.lexists(folder / name)]
     return (found or [folder / name for folder in folders if _can_be_written(folder)] or [folders[0] / name])[0]

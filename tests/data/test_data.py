@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import random
 import runpy
 import sys
 
@@ -373,6 +374,15 @@ def test_holding_out_reads_its_column_at_once(monkeypatch):
 def test_a_million_documents_are_held_out_in_their_order():
     train, held_out = packing.hold_out_end(["ab"] * 10**6, 0.5)
     assert (len(train), len(held_out)) == (500_000, 500_000)
+
+
+def test_a_tokenizer_learns_from_a_long_line_without_spaces_in_a_moment():
+    """Seconds; as one word it would take hours."""
+    draw = random.Random(0)
+    line = "".join(draw.choice("abcdefgh") for _ in range(300_000))
+    tokenizer = data.train_bpe_tokenizer([line], vocab_size=400)
+    assert len(tokenizer) == 400
+    assert tokenizer.decode(tokenizer(line[:1000])["input_ids"], skip_special_tokens=True) == line[:1000]
 
 
 def test_trained_tokenizer_round_trips_any_text_and_survives_saving(tmp_path):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Value
 
 from hf_reformer import ReformerConfig, ReformerForSequenceClassification
 from hf_reformer.data.bpe_tokenizer import train_bpe_tokenizer
@@ -66,7 +67,8 @@ class Documents:
 
     def __init__(self, arguments: argparse.Namespace):
         self.rows = arguments.rows
-        self.train, held_out = read_examples(arguments.train_file), read_examples(arguments.validation_file)
+        files = arguments.train_file, arguments.validation_file
+        self.train, held_out = (read_examples(file).cast_column("label", Value("int64")) for file in files)
         self.tokenizer = train_bpe_tokenizer(self.train["text"], 2000, arguments.length)
         self.vocab_size, self.pad_token_id = len(self.tokenizer), self.tokenizer.pad_token_id
         self.num_labels = max(self.train["label"]) + 1

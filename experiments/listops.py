@@ -132,7 +132,7 @@ class Rows:
 def read_rows(file: Path) -> tuple[Callable[[Sequence[int]], Inputs], int]:
     """A file's rows: what gives those of some numbers, and how many there are."""
     examples = read_examples(file)
-    texts, answers = [encode(text.split()) for text in examples["text"]], torch.tensor(examples["label"])
+    texts, answers = [encode(text.split()) for text in examples["text"]], torch.tensor([*map(int, examples["label"])])
 
     def batch(numbers: Sequence[int]) -> Inputs:
         return {**collate([texts[number] for number in numbers]), "labels": answers[list(numbers)]}

@@ -10,6 +10,9 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 LAYER_KINDS = ("local", "lsh", "full")
 MAX_BUCKETS = 2**20
@@ -334,9 +337,10 @@ class ReformerConfig(PreTrainedConfig):
         derived |= {"position_embedding_type": "axial_pos_embds", "axial_pos_embds": "position_embedding_type"}
         outdated = {derived[name] for name in overrides if name in derived}
         saved = {name: value for name, value in from_builtin(config_dict).items() if name not in outdated}
-        if {"max_position_embeddings", "lsh_window"} & overrides.keys() and has_default_num_buckets(saved):
-            saved.pop("num_buckets")
-        return super().from_dict({**saved, **overrides}, **kwargs)
+        made = super().from_dict({**saved, **overrides}, **kwargs)
+        if {"max_position_embeddings", "lsh_window"} & overrides.keys() and "num_buckets" in saved.keys() - overrides:
+            _tell_kept_num_buckets(made[0] if isinstance(made, tuple) else made)
+        return made
 
     def validate_choices(self) -> None:
         for name, allowed in CHOICES.items():
@@ -484,13 +488,14 @@ def default_num_buckets(max_positions: int, window: int) -> int | tuple[int, int
     return 2**bits if bits <= 7 else (2 ** (bits // 2), 2 ** (bits - bits // 2))
 
 
-def has_default_num_buckets(saved: dict[str, Any]) -> bool:
-    """Whether a saved config has the number of buckets that followed from its positions and window."""
-    size, window = saved.get("max_position_embeddings"), saved.get("lsh_window")
-    if saved.get("attention_mode") == "chunk" or not (isinstance(size, int) and isinstance(window, int)):
-        return False
-    found, default = saved.get("num_buckets"), default_num_buckets(size, window)
-    return (tuple(found) if isinstance(found, list) else found) == default
+def _tell_kept_num_buckets(config: ReformerConfig) -> None:
+    fresh = default_num_buckets(config.max_position_embeddings, config.lsh_window)
+    if config.attention_mode == "window" and "lsh" in config.attn_layers and config.num_buckets != fresh:
+        logger.warning_once(
+            f"`num_buckets={config.num_buckets}` stays as saved. A new config of `max_position_embeddings="
+            f"{config.max_position_embeddings}` and `lsh_window={config.lsh_window}` would have {fresh}: give "
+            "`num_buckets`, too, to change it."
+        )
 
 
 def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int] | None, num_hashes: int) -> None:

@@ -1,14 +1,22 @@
 """The corpus of installed packages, the readers for people's own files, and the trained tokenizer."""
 
+import bz2
+import gzip
+import json
+import lzma
+import random
 import runpy
 import sys
 
 import pytest
 
 from hf_reformer import data
+from hf_reformer.data import tables
 from hf_reformer.data.demo_corpus import _NearDuplicates
 
 pytest.importorskip("datasets")
+
+packing = pytest.importorskip("hf_reformer.data.packing")
 
 SMALL: dict = {"packages": ("torch", "transformers", "numpy", "datasets"), "num_packages": 3, "files_per_package": 12}
 
@@ -152,6 +160,110 @@ def test_tables_are_read_as_they_are(tmp_path, suffix):
     assert list(dataset["label"]) == TABLE["label"]
 
 
+ODD = ["007", "7", "1.10", "NA", "null", "None", "True", "2020-01-01", "1e5", " a ", "", "x" * 200_000]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+def test_cells_are_what_is_written_there(tmp_path, suffix):
+    """Whatever they look like, also behind the first ten thousand, and every row once."""
+    import csv
+
+    import pandas as pd
+
+    cells = ["1"] * 10_100 + ODD
+    file, table = tmp_path / f"table{suffix}", pd.DataFrame({"text": cells, "label": cells[::-1]})
+    if suffix in (".csv", ".tsv"):
+        with open(file, "w", newline="") as out:
+            csv.writer(out, delimiter="\t" if suffix == ".tsv" else ",").writerows([table.columns, *table.values])
+    elif suffix == ".parquet":
+        table.to_parquet(file)
+    else:
+        table.to_json(file, orient="records", lines=suffix == ".jsonl")
+    dataset = data.read_examples(file)
+    assert dataset["text"][:] == cells
+    assert dataset["label"][:] == cells[::-1]
+
+
+def test_json_cells_of_several_kinds_are_strings(tmp_path):
+    rows = [1] * 10_001 + ["01", 2.5, True, None, 10**30]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in rows))
+    assert data.read_examples(tmp_path / "t.jsonl")["text"][10_000:] == ["1", "01", "2.5", "True", None, str(10**30)]
+    (tmp_path / "l.jsonl").write_text('{"label": "a"}\n{"label": ["a", "b"]}\n{"label": [1]}\n')
+    assert data.read_examples(tmp_path / "l.jsonl")["label"][:] == [["a"], ["a", "b"], ["1"]]
+    (tmp_path / "n.jsonl").write_text('{"x": 1}\n{"x": 2.5, "y": {"a": 1}}\n\n')
+    assert data.read_examples(tmp_path / "n.jsonl").to_list() == [{"x": 1.0, "y": None}, {"x": 2.5, "y": {"a": 1}}]
+    for whole in ('[{"a": "x"},\n {"a": "y"}]', '{\n"a": ["x", "y"]}', '{"a": {"0": "x", "1": "y"}}'):
+        (tmp_path / "w.json").write_text(whole)
+        assert data.read_examples(tmp_path / "w.json")["a"][:] == ["x", "y"]
+
+
+ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]
+
+
+@pytest.mark.parametrize("encoding", [*ENCODINGS, "utf-16-be", "utf-32-be"])
+def test_a_byte_order_mark_tells_the_encoding(tmp_path, encoding):
+    mark = "\ufeff" if encoding.endswith("-be") else ""
+    (tmp_path / "a.csv").write_bytes((mark + 'text,label\r\n"é\n猫",x\r\n').encode(encoding))
+    assert data.read_examples(tmp_path / "a.csv").to_list() == [{"text": "é\n猫", "label": "x"}]
+    (tmp_path / "a.jsonl").write_bytes((mark + '{"text": "é猫"}\n{"text": "b"}\n').encode(encoding))
+    assert data.read_examples(tmp_path / "a.jsonl")["text"][:] == ["é猫", "b"]
+    (tmp_path / "labelled" / "x").mkdir(parents=True)
+    (tmp_path / "labelled" / "x" / "a.txt").write_bytes((mark + "é猫\r\n").encode(encoding))
+    assert data.read_examples(tmp_path / "labelled")["text"][:] == ["é猫\n"]
+    (tmp_path / "a.txt").write_bytes((mark + "é猫\r\n").encode(encoding))
+    assert ["".join(x) for x in packing.read_documents([str(tmp_path / "a.txt")])] == ["é猫\r\n"]
+
+
+NO_TEXT = {
+    "latin-1": ("é".encode() * 600_000 + "é\n".encode("latin-1"), "no text in UTF-8: byte 0xe9 at position 1200000"),
+    "cut": ("é".encode()[:1], "byte 0xc3 at position 0"),
+    "utf-16 without a mark": ("ab".encode("utf-16-le"), "character 1 is NUL"),
+    "half of utf-16": ("ab".encode("utf-16")[:-1], "no text in UTF-16"),
+    "nul": (b"a\0b", "character 1 is NUL"),
+    "gzip": (gzip.compress(b"text"), "compressed .gzip"),
+    "bzip2": (bz2.compress(b"text"), "compressed .bzip2"),
+    "xz": (lzma.compress(b"text"), "compressed .xz"),
+    "zip": (b"PK\x03\x04abc", "compressed .zip"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_TEXT)
+def test_bytes_that_are_no_text_are_refused(tmp_path, kind):
+    content, words = NO_TEXT[kind]
+    (tmp_path / "labelled" / "x").mkdir(parents=True)
+    for name in ("a.csv", "a.tsv", "a.json", "a.jsonl", "labelled/x/a.txt", "a.txt"):
+        (tmp_path / name).write_bytes(content)
+    for read in (
+        *(lambda name=name: data.read_examples(tmp_path / name) for name in ("a.csv", "a.tsv", "a.json", "a.jsonl")),
+        lambda: data.read_examples(tmp_path / "labelled"),
+        lambda: [list(x) for x in packing.read_documents([str(tmp_path / "a.txt")])],
+    ):
+        with pytest.raises(ValueError, match=rf"a\.\w+`.*{words}"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "text,label\nx,y\nx,y,z\n", r"line 3: there are 3 cells.*2 columns"),
+        ("a.csv", "text,label\nx\n", r"line 2: there are 1 cells"),
+        ("a.csv", 'text,label\n"x,y\nz,w\n', r"line 3.*quotes"),
+        ("a.csv", "text,text\nx,y\n", r"several columns called \['text'\]"),
+        ("a.csv", "text,label\n", "holds no row"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1\n', "line 2, is no JSON"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', "line 2: a list"),
+        ("a.jsonl", '{"a": "\\ud800"}\n', "half a character"),
+        ("a.json", "[1, 2]", "where a row is an object"),
+        ("a.json", "[]", "holds no row"),
+        ("a.parquet", "text", "cannot be read as parquet"),
+    ],
+)
+def test_damaged_tables_are_refused(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name}`.*{words}"):
+        data.read_examples(tmp_path / name)
+
+
 def test_a_folder_of_texts_is_read(tmp_path):
     for name, text in {"pos/1.txt": "good", "pos/deep/2.txt": "fine", "neg/a": "bad", "neg/.hidden": "x"}.items():
         file = tmp_path / name
@@ -190,12 +302,13 @@ def test_unreadable_files_are_explained(tmp_path):
         (["a", "b", "c"], {"text": "b", "label": "c"}, ("b", None, "c")),
         (["a", "b", "c"], {"text": "b", "pair": "a"}, ("b", "a", None)),
         (["text"], {}, ("text", None, None)),
+        (["id", "words", "label", "labels"], {}, ("words", None, "label")),
     ],
 )
 def test_columns_are_found_by_their_names(names, options, columns):
     from datasets import Dataset
 
-    dataset = Dataset.from_dict({name: ["x"] if name != "idx" else [1] for name in names})
+    dataset = Dataset.from_dict({name: ["1"] if name == "id" else ["x"] if name != "idx" else [1] for name in names})
     assert data.find_columns(dataset, **options) == columns
 
 
@@ -207,6 +320,20 @@ def test_columns_that_are_unclear_are_asked_for():
         data.find_columns(dataset)
     with pytest.raises(ValueError, match=r"no column `c`.*`a`, `b`"):
         data.find_columns(dataset, text="c")
+    with pytest.raises(ValueError, match="--text_column and --label_column both name the column `a`"):
+        data.find_columns(dataset, text="a", label="a")
+
+
+def test_the_column_text_is_the_text_whatever_it_holds():
+    from datasets import Dataset
+
+    for cells in ([1, 2], [0.5, 1.5], ["1", "2"], [None, None]):
+        assert data.find_columns(Dataset.from_dict({"words": ["x", "y"], "text": cells})).text == "text"
+    assert [tables.cell_text(cell) for cell in (0, 1.5, "007", True, None, float("nan"))] == [
+        "0", "1.5", "007", "True", None, None
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="holds no text"):
+        tables.cell_text([1])
 
 
 def test_held_out_part_has_every_label_in_proportion():
@@ -219,6 +346,43 @@ def test_held_out_part_has_every_label_in_proportion():
     assert sorted([*split["train"]["row"], *split["validation"]["row"]]) == list(range(100))
     assert split["validation"]["row"] == data.hold_out(dataset, "labels", 0.2, seed=0)["validation"]["row"]
     assert split["validation"]["row"] != data.hold_out(dataset, "labels", 0.2, seed=1)["validation"]["row"]
+
+
+@pytest.mark.parametrize(("fraction", "rows"), [(0.1, 10), (0.5, 50), (0.75, 75), (0.9, 90)])
+@pytest.mark.parametrize("label", ["labels", None])
+def test_the_held_out_part_is_as_large_as_asked_for(fraction, rows, label):
+    from datasets import Dataset
+
+    dataset = Dataset.from_dict({"labels": [i % 3 for i in range(100)]})
+    split = data.hold_out(dataset, label, fraction, seed=0)
+    assert (len(split["train"]), len(split["validation"])) == (100 - rows, rows)
+    with pytest.raises(ValueError, match=r"--validation_fraction 0.1 of 4 rows"):
+        data.hold_out(dataset.select(range(4)), label, 0.1, seed=0)
+
+
+def test_holding_out_reads_its_column_at_once(monkeypatch):
+    """Row by row, a million rows take minutes."""
+    from datasets import Dataset
+    from datasets.arrow_dataset import Column
+
+    asked, get = [], Column.__getitem__
+    monkeypatch.setattr(Column, "__getitem__", lambda self, key: asked.append(key) or get(self, key))
+    data.hold_out(Dataset.from_dict({"labels": [0, 1] * 500}), "labels", 0.1, seed=0)
+    assert asked == [slice(None)]
+
+
+def test_a_million_documents_are_held_out_in_their_order():
+    train, held_out = packing.hold_out_end(["ab"] * 10**6, 0.5)
+    assert (len(train), len(held_out)) == (500_000, 500_000)
+
+
+def test_a_tokenizer_learns_from_a_long_line_without_spaces_in_a_moment():
+    """Seconds; as one word it would take hours."""
+    draw = random.Random(0)
+    line = "".join(draw.choice("abcdefgh") for _ in range(100_000))
+    tokenizer = data.train_bpe_tokenizer([line], vocab_size=400)
+    assert len(tokenizer) == 400
+    assert tokenizer.decode(tokenizer(line[:1000])["input_ids"], skip_special_tokens=True) == line[:1000]
 
 
 def test_trained_tokenizer_round_trips_any_text_and_survives_saving(tmp_path):

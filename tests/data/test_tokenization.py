@@ -391,3 +391,43 @@ def test_chat(tmp_path):
 def builtin_tokenizer():
     vocab = {"<unk>": 0, "</s>": 1, "<pad>": 2, "▁": 3, "a": 4, "▁a": 5}
     return transformers.ReformerTokenizer(vocab=vocab, merges=[("▁", "a")], pad_token="<pad>")
+
+
+# --- what the library's collators and pipelines make of it
+
+
+@pytest.mark.filterwarnings("ignore:Random token replacement")
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_whole_words_are_masked_whole(side):
+    tokenizer = ReformerByteTokenizer(padding_side=side)
+    hide = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.3, whole_word_mask=True, seed=0)
+    texts = ["hello world, and more words to be hidden here", "Ärger über das\nschöne 漢字 Wörterbuch", "one"]
+    encoded = [tokenizer(text, return_offsets_mapping=True) for text in texts]
+    shown, hidden = 0, 0
+    for _ in range(40):
+        batch = hide([dict(x) for x in encoded])
+        for labels, mask, x in zip(batch["labels"], batch["attention_mask"], encoded, strict=True):
+            masked = labels[mask == 1] != -100
+            assert not (labels[mask == 0] != -100).any()
+            words = [[bool(masked[i]) for i, word in enumerate(x.word_ids()) if word == w] for w in set(x.word_ids())]
+            assert all(len(set(word)) == 1 for word in words)
+            hidden, shown = hidden + sum(word[0] for word in words), shown + sum(not word[0] for word in words)
+    assert 0.2 < hidden / (hidden + shown) < 0.4
+
+
+def test_offsets_survive_padding_and_still_cover_their_words():
+    encoded = [TOKENIZER(text, return_offsets_mapping=True) for text in ("a bé", "c")]
+    padded = TOKENIZER.pad([dict(x) for x in encoded], return_tensors="pt")
+    assert padded["offset_mapping"].tolist() == [
+        [[0, 1], [2, 2], [2, 3], [3, 4], [4, 4]],
+        [[0, 1], [0, 0], [0, 0], [0, 0], [0, 0]],
+    ]
+    assert encoded[0]["offset_mapping"] == [(0, 1), (1, 2), (2, 3), (3, 4), (3, 4)]  # what it was given stays
+
+
+def test_an_empty_text_has_integer_ids_and_pairs_of_offsets():
+    encoded = TOKENIZER("", return_tensors="pt", return_offsets_mapping=True)
+    assert encoded["input_ids"].shape == (0,) or encoded["input_ids"].shape == (1, 0)
+    assert not encoded["input_ids"].is_floating_point()
+    assert encoded["offset_mapping"].shape == (1, 0, 2)
+    assert not TOKENIZER.pad([{"input_ids": []}], return_tensors="pt")["input_ids"].is_floating_point()

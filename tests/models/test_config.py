@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 import hf_reformer
-from hf_reformer import ReformerConfig, ReformerForCausalLM, ReformerModel
+from hf_reformer import ReformerConfig, ReformerForCausalLM, ReformerModel, configuration_reformer
 from hf_reformer.cache.cache import CACHE_NAME
 from hf_reformer.configuration_reformer import from_builtin
 
@@ -374,6 +374,19 @@ def test_fields_given_to_from_pretrained_take_part(fields, overrides, expected, 
     config = reload(tiny_config(**fields), tmp_path, **overrides)
     assert {name: getattr(config, name) for name in expected} == expected
     assert contents(reload(config, tmp_path)) == contents(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"), [({"max_position_embeddings": 65536}, True), ({"num_hashes": 3}, False), ({}, False),
+                            ({"max_position_embeddings": 65536, "num_buckets": 8}, False)]
+)  # fmt: skip
+def test_buckets_that_stay_as_saved_are_told(overrides, told, tmp_path, monkeypatch):
+    heard = []
+    monkeypatch.setattr(configuration_reformer.logger, "warning_once", heard.append)
+    config = reload(tiny_config(), tmp_path, **overrides)
+    assert config.num_buckets == overrides.get("num_buckets", 2)
+    assert [line for line in heard if "would have (16, 32)" in line] == heard
+    assert bool(heard) == told
 
 
 @pytest.mark.parametrize("overrides", [{"num_buckets": 3}, {"max_position_embeddings": 10**6}, {"attn_layers": ["x"]}])

@@ -9,6 +9,7 @@ from conftest import SMALL_WINDOWS, VOCAB, make_ids, make_model, max_abs_diff, t
 
 from hf_reformer import (
     ReformerForCausalLM,
+    ReformerForConditionalGeneration,
     ReformerForMaskedLM,
     ReformerForMultipleChoice,
     ReformerForQuestionAnswering,
@@ -51,8 +52,8 @@ BAD = [
     ({}, "exactly one of `input_ids` and `inputs_embeds`"),
     ({"input_ids": IDS, "inputs_embeds": EMBEDS}, "exactly one of `input_ids` and `inputs_embeds`"),
     ({"input_ids": IDS[:0]}, r"\(0, 12\).*empty.*at least one row"),
-    ({"input_ids": IDS[:, :0]}, r"\(2, 0\).*empty.*at least one row and token"),
-    ({"inputs_embeds": EMBEDS[:, :0]}, r"inputs_embeds.*\(2, 0, 16\).*empty"),
+    ({"input_ids": IDS[:, :0], "output_attentions": True}, r"\(2, 0\).*empty.*at least one row and token"),
+    ({"inputs_embeds": EMBEDS[:, :0], "output_sorting": True}, r"inputs_embeds.*\(2, 0, 16\).*empty"),
     ({"input_ids": IDS[0]}, r"\(12,\).*\(batch, length\)"),
     ({"input_ids": IDS[None]}, r"\(1, 2, 12\).*\(batch, length\)"),
     ({"inputs_embeds": EMBEDS[0]}, r"\(12, 16\).*\(batch, length, hidden_size\)"),
@@ -92,7 +93,7 @@ def test_bad_input_is_named_with_its_remedy(inputs, message, mode):
 @heads
 def test_heads_refuse_bad_input_in_the_same_words(cls, labels):
     model = make_model(cls, position_embedding_type="axial")
-    for inputs in ({"input_ids": IDS[:, :0]}, {"input_ids": IDS + VOCAB}, {"input_ids": make_ids(2, 300)}):
+    for inputs in ({"input_ids": IDS[:0]}, {"input_ids": IDS + VOCAB}, {"input_ids": make_ids(2, 300)}):
         with pytest.raises(ValueError, match=r"empty|vocab_size=40|covers 256"):
             model(input_ids=shaped_for(cls, inputs["input_ids"]))
     with pytest.raises(ValueError, match=r"exactly one of|inputs of shape"):
@@ -306,3 +307,45 @@ def test_a_causal_language_model_is_causal_whatever_its_config_says():
 def test_a_masked_language_model_refuses_to_be_causal():
     with pytest.raises(ValueError, match=r"is_decoder=True.*Set it to False, or use ReformerForCausalLM"):
         ReformerForMaskedLM(tiny_config(is_decoder=True))
+
+
+# --- texts without a token
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+def test_an_empty_text_alone_is_classified_as_beside_others(mode, pooling):
+    model = make_model(ReformerForSequenceClassification, classifier_pooling=pooling, **MODES[mode])
+    alone = model(input_ids=torch.zeros(1, 0), attention_mask=torch.zeros(1, 0)).logits  # as torch.tensor([[]]) is
+    for length in (1, 5, 30):
+        ids = torch.cat([make_ids(1, length), torch.zeros(1, length, dtype=torch.int64)])
+        mask = (ids != 0).long()
+        assert max_abs_diff(model(input_ids=ids, attention_mask=mask).logits[1:], alone) < 1e-12
+    assert alone.isfinite().all()
+
+
+@heads
+def test_batches_of_empty_texts_train_every_parameter(cls, labels):
+    if cls is ReformerForQuestionAnswering:
+        pytest.skip("a question and a document are never without a token")
+    model = make_model(cls, **SMALL_WINDOWS).train()
+    given = {name: x[..., :0] if x.dim() == 2 else x for name, x in labels.items()}
+    out = model(input_ids=shaped_for(cls, IDS[:, :0]), **given)
+    assert out.loss.isfinite()
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_hidden_states_of_an_empty_text_are_empty():
+    out = make_model(ReformerModel)(inputs_embeds=EMBEDS[:, :0], output_hidden_states=True)
+    assert out.last_hidden_state.shape == (2, 0, 32)
+    assert {x.shape for x in out.hidden_states} == {(2, 0, 16)}
+
+
+def test_an_empty_source_alone_writes_what_it_writes_beside_others():
+    model = make_model(ReformerForConditionalGeneration, **SMALL_WINDOWS)
+    beside = torch.cat([make_ids(1, 7), torch.zeros(1, 7, dtype=torch.int64)])
+    for options in ({}, {"num_beams": 2}, {"use_cache": False}):
+        together = model.generate(beside, attention_mask=(beside != 0).long(), max_new_tokens=4, **options)
+        alone = model.generate(IDS[:1, :0], attention_mask=IDS[:1, :0], max_new_tokens=4, **options)
+        assert torch.equal(alone, together[1:])

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,12 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from hf_reformer import ReformerByteTokenizer
+from hf_reformer import (
+    ReformerByteTokenizer,
+    ReformerConfig,
+    ReformerForMaskedLM,
+    ReformerForSequenceClassification,
+)
 from hf_reformer.data.tables import Columns
 from hf_reformer.recipes import classification as recipe
 from hf_reformer.training.classification import METRIC_MODULE, SINGLE, Task
-from hf_reformer.training.model_setup import parse_overrides
+from hf_reformer.training.model_setup import ModelArguments, make_model, make_tokenizer, parse_overrides
 from hf_reformer.training.trainers import EpochLengthSampler
 
 pd = pytest.importorskip("pandas")
@@ -353,3 +362,210 @@ def test_demo_beats_the_most_frequent_label_by_far(tmp_path):
     scores = json.loads((tmp_path / "scores.json").read_text())["validation"]
     assert scores["Reformer"]["accuracy"] > 4 * scores["most frequent label"]["accuracy"]
     assert "both agree with the trained model" in result.stdout
+
+
+# --- labels are what is written there
+
+
+def prepared(path: Path, rows: list[dict], model_labels=None, model_problem_type=None, **options):
+    """The splits and the task of a table; `path` says the format."""
+    if path.suffix == ".csv":
+        lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+        path.write_text("".join(line + "\n" for line in lines))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = recipe.DataArguments(**{"train_file": str(path), **options})
+    return recipe.prepare_data(arguments, model_labels, 0, model_problem_type)
+
+
+def labelled(labels: list, column: str = "label") -> list[dict]:
+    return [{"text": f"text {i}", column: label} for i, label in enumerate(labels * 8)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "problem_type", "names"),
+    [
+        (["007", "7", "01", "1"], None, ["01", "1", "007", "7"]),
+        (["1.10", "1.1"], SINGLE, ["1.1", "1.10"]),
+        (["1.1", "1.1.1"], None, ["1.1", "1.1.1"]),
+        (["NA", "null", "None", "True", "nan", "inf"], None, ["NA", "None", "True", "inf", "nan", "null"]),
+        (["²", "x", "9" * 5000], None, ["9" * 5000, "x", "²"]),
+        (["1234567.0", "1234568.0"], SINGLE, ["1234567.0", "1234568.0"]),
+    ],
+)
+def test_labels_keep_their_spelling(tmp_path, labels, problem_type, names):
+    for suffix in (".csv", ".jsonl"):
+        splits, task = prepared(tmp_path / f"t{suffix}", labelled(labels), problem_type=problem_type)
+        assert task.label_names == names
+        assert {task.label_names[i] for i in splits["train"]["labels"]} == set(names)
+
+
+def test_numbers_of_json_stay_apart(tmp_path):
+    names = prepared(tmp_path / "t.jsonl", labelled([1234567.5, 1234568.5, 3.0]), problem_type=SINGLE)[1].label_names
+    assert set(names) == {"1234567.5", "1234568.5", "3"}
+
+
+@pytest.mark.parametrize("column", ["label", "labels"])
+def test_a_label_column_called_labels(tmp_path, column):
+    rows = [{**row, "labels": "z"} if column == "label" else row for row in labelled(["b", "a"], column)]
+    splits, task = prepared(tmp_path / "t.csv", rows)
+    assert (task.columns.label, task.label_names) == (column, ["a", "b"])
+    assert set(splits["train"]["labels"]) == {0, 1}
+
+
+def test_multi_hot_rows_are_classes_by_position(tmp_path):
+    rows = labelled([[0, 0, 1], [1, 0, 1], [0, 0, 0]])
+    splits, task = prepared(tmp_path / "t.jsonl", rows, problem_type=None)
+    assert task.label_names == ["0", "1", "2"]
+    assert {tuple(x) for x in splits["train"]["labels"]} == {(0, 0, 1), (1, 0, 1), (0, 0, 0)}
+    rows = labelled([[0, 3], [1], [1, 0]])  # but these are names
+    splits, task = prepared(tmp_path / "t.jsonl", rows)
+    assert task.label_names == ["0", "1", "3"]
+    assert {tuple(x) for x in splits["train"]["labels"]} == {(1, 0, 1), (0, 1, 0), (1, 1, 0)}
+
+
+def test_texts_of_digits_and_empty_texts(tmp_path):
+    texts = ["0", "007", "1.50", ""]
+    splits, task = prepared(tmp_path / "t.csv", [{"text": x, "label": "ab"[i % 2]} for i, x in enumerate(texts * 8)])
+    assert {x for part in splits.values() for x in task.texts(part)[0]} == set(texts)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "words"),
+    [
+        (labelled(["inf", "1.0"]), {}, "label 'inf', but regression needs finite numbers"),
+        (labelled(["good", "bad"]), {"problem_type": "regression"}, "label 'good', but regression needs"),
+        (labelled(["a", "a"]), {}, "same label"),
+        (labelled(["a", ""]), {}, "8 rows of the train data have no label; the first is row 1"),
+        (labelled([["a", "b"], ["a"]]), {"problem_type": SINGLE}, "one a row"),
+        (labelled([["a"], [None]]), {}, "empty label"),
+        (labelled(["a", "b"])[:5], {}, r"--validation_fraction 0.1 of 5 rows"),
+    ],
+)
+def test_labels_that_cannot_work_are_refused(tmp_path, rows, options, words):
+    with pytest.raises(ValueError, match=words):
+        prepared(tmp_path / "t.jsonl", rows, **options)
+
+
+def test_a_test_file_without_labels_is_predicted_by_a_saved_model(tmp_path):
+    for row in ({"text": "x"}, {"text": "x", "label": ""}):
+        (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+        options = recipe.DataArguments(test_file=str(tmp_path / "t.jsonl"))
+        splits, task = recipe.prepare_data(options, ["b", "a"], 0)
+        assert task.label_names == ["b", "a"]
+        assert "labels" not in splits["test"].column_names
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "x", "label": "c"}) + "\n")
+    with pytest.raises(ValueError, match=r"Labels of the test data.*'c'"):  # and no new head answers at random
+        recipe.prepare_data(options, ["b", "a"], 0)
+
+
+def test_a_model_of_regression_goes_on_with_whole_numbers(tmp_path):
+    rows = labelled(["1", "3"])
+    assert prepared(tmp_path / "t.csv", rows)[1].problem_type == SINGLE
+    assert prepared(tmp_path / "t.csv", rows, ["score"], "regression")[1].problem_type == "regression"
+
+
+# --- a saved model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    config = {"vocab_size": 260, "hidden_size": 16, "num_attention_heads": 1, "attention_head_size": 16}
+    config |= {"feed_forward_size": 16, "attn_layers": ["local", "lsh"], "max_position_embeddings": 64}
+    ReformerForSequenceClassification(ReformerConfig(**config)).save_pretrained(folder / "classifier")
+    ReformerForMaskedLM(ReformerConfig(**config)).save_pretrained(folder / "masked")
+    return folder
+
+
+def load(folder, overrides=None, **options):
+    arguments = ModelArguments(model_name_or_path=str(folder), config_overrides=overrides)
+    return make_model(AutoModelForSequenceClassification, arguments, ReformerByteTokenizer(), 64, **options)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tensor"),
+    [
+        ("hidden_size=32", "classifier.dense.bias"),
+        ("attn_layers=[local]", "model.layers.1"),
+        ("attn_layers=[lsh,lsh]", "model.layers.0.attention"),
+        ("position_embedding_type=learned", "model.position_embeddings"),
+    ],
+)
+def test_overrides_that_need_other_weights_are_refused(saved, overrides, tensor):
+    overrides = overrides.replace("[local]", "['local']").replace("[lsh,lsh]", "['lsh','lsh']")
+    with pytest.raises(ValueError, match=rf"--config_overrides.*lost or new.*{tensor}"):
+        load(saved / "classifier", overrides)
+
+
+def test_overrides_that_keep_all_weights_are_taken(saved):
+    model = load(saved / "classifier", "lsh_window=16,hidden_dropout_prob=0.3")
+    assert (model.config.lsh_window, model.config.hidden_dropout_prob) == (16, 0.3)
+
+
+def test_a_new_head_is_told_and_never_evaluated_untrained(saved, caplog):
+    labels = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
+    assert load(saved / "classifier", **labels).num_labels == 3
+    assert "these weights are new: classifier.out_proj.weight (2, 16) → (3, 16)" in caplog.text
+    for folder, options in (("classifier", labels), ("masked", {})):
+        with pytest.raises(ValueError, match=r"lacks classifier.*nothing is trained"):
+            load(saved / folder, trains=False, **options)
+    assert load(saved / "classifier", trains=False).num_labels == 2
+
+
+def test_weights_that_contradict_their_config_are_refused(saved, tmp_path):
+    shutil.copytree(saved / "classifier", tmp_path / "odd")
+    config = json.loads((tmp_path / "odd" / "config.json").read_text())
+    (tmp_path / "odd" / "config.json").write_text(json.dumps({**config, "feed_forward_size": 24}))
+    with pytest.raises(ValueError, match=r"feed_forward.* is \(.*but its config asks for"):
+        load(tmp_path / "odd")
+
+
+def test_a_tokenizer_without_padding_pads_with_its_separator(tmp_path):
+    words = {word: number for number, word in enumerate(["<unk>", "<end>", "good", "bad"])}
+    made = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="<end>").save_pretrained(tmp_path)
+    tokenizer = make_tokenizer(ModelArguments(tokenizer=str(tmp_path)), [], 64)
+    assert tokenizer.pad_token_id == 1
+    assert (
+        make_model(
+            AutoModelForSequenceClassification, ModelArguments(hidden_size=16), tokenizer, 64
+        ).config.pad_token_id
+        == 1
+    )
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(("validation_fraction", x) for x in ("0", "1", "2", "-1", "nan")),
+        *((name, "0") for name in ("max_train_samples", "max_eval_samples", "max_length", "train_length")),
+        *(
+            (name, "0")
+            for name in ("early_stopping_patience", "hidden_size", "num_hashes", "gradient_accumulation_steps")
+        ),
+        *(("learning_rate", x) for x in ("-1", "nan", "inf")),
+        ("num_train_epochs", "0"),
+    ],
+)
+def test_numbers_that_cannot_work_are_refused_first(wrong):
+    name, value = wrong
+    with pytest.raises(ValueError, match=f"--{name} .*must be"):
+        recipe.main(["--train_file", "nowhere.csv", f"--{name}", value])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--train_file", "x.csv", "--text_column", "a", "--label_column", "a"], "both name the column `a`"),
+        (["--train_file", "x.csv", "--text_column", "a", "--text_pair_column", "a"], "both name the column `a`"),
+        (["--validation_file", "x.csv"], "nothing to train on"),
+        (["--test_file", "x.csv"], "nothing to train on"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_first(options, words):
+    with pytest.raises(ValueError, match=words):
+        recipe.main(options)

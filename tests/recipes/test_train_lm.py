@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM
+from hf_reformer import ReformerByteTokenizer, ReformerConfig, ReformerForCausalLM, ReformerModel
 from hf_reformer.data import packing
 from hf_reformer.recipes import language_model as recipe
 
@@ -207,6 +207,72 @@ def test_texts_that_are_too_short(tmp_path, streaming):
     more = ["--validation_file", short, "--streaming", "--max_steps", "1"] if streaming else []
     with pytest.raises(ValueError, match="single sequence of 64 tokens"):
         recipe.main([*TINY, "--train_file", short, "--output_dir", str(tmp_path / "out"), *more])
+
+
+def hub_folder(folder: Path, *splits: str) -> str:
+    """A data set of 40 rows a split, as it lies on the Hub."""
+    for split in splits:
+        rows = (json.dumps({"text": f"{split} {i} it rained.\n"}) + "\n" for i in range(40))
+        (folder / f"{split}.jsonl").write_text("".join(rows))
+    return str(folder)
+
+
+@pytest.mark.parametrize("splits", [("train",), ("train", "test"), ("train", "validation", "test")])
+def test_a_data_set_without_validation_data_gives_the_end_of_its_training_texts(tmp_path, splits):
+    options = recipe.TextArguments(dataset_name=hub_folder(tmp_path, *splits))
+    train, held_out = recipe.load_texts(options)
+    assert held_out
+    whole = "".join(f"train {i} it rained.\n" for i in range(40))
+    if "validation" in splits:
+        assert ("".join(train), held_out[0]) == (whole, "validation 0 it rained.\n")
+    else:
+        assert "".join(train + held_out) == whole
+    options.streaming = True
+    if "validation" in splits:
+        assert recipe.load_texts(options) == ([], held_out)
+    else:
+        with pytest.raises(ValueError, match=r"no split `validation`.*--validation_file"):
+            recipe.load_texts(options)
+
+
+def test_a_data_set_without_training_data_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no split `train`"):
+        recipe.load_texts(recipe.TextArguments(dataset_name=hub_folder(tmp_path, "validation")))
+
+
+def test_a_file_that_is_no_text_is_refused_before_a_stream_gets_there(files):
+    (files / "b.txt").write_bytes("café".encode("latin-1"))
+    stream = ["--streaming", "--max_steps", "1"]
+    with pytest.raises(ValueError, match=r"b\.txt` is no text in UTF-8: byte 0xe9 at position 3"):
+        recipe.main(arguments(files, *stream))
+    assert not (files / "out").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_files_are_json(files):
+    wild = [
+        "--learning_rate",
+        "1e30",
+        "--max_grad_norm",
+        "0",
+        "--lr_scheduler_type",
+        "constant",
+        "--warmup_steps",
+        "0",
+    ]
+    wild += ["--max_steps", "6", "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "1"]
+    with pytest.raises(ValueError, match=r"is nan, not finite.*--learning_rate"):
+        recipe.main(arguments(files, *wild))
+    assert not (files / "out" / "model.safetensors").exists()
+    for file in files.rglob("*.json"):
+        json.loads(file.read_text(), parse_constant=pytest.fail)
+
+
+def test_a_model_without_its_head_is_not_evaluated(files):
+    config = {"hidden_size": 16, "attn_layers": ["local"], "vocab_size": 260}
+    ReformerModel(ReformerConfig(**config)).save_pretrained(files / "bare")
+    bare = ["--model_name_or_path", str(files / "bare"), "--tokenizer", "bytes", "--use_cpu"]
+    with pytest.raises(ValueError, match=r"lacks lm_head.*nothing is trained"):
+        recipe.main([*bare, "--validation_file", str(files / "validation.txt"), "--output_dir", str(files / "out")])
 
 
 @pytest.mark.slow

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainingArguments
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast, Seq2SeqTrainingArguments
 
-from hf_reformer import ReformerConfig, ReformerForMaskedLM
+from hf_reformer import ReformerByteTokenizer, ReformerConfig, ReformerForMaskedLM
 from hf_reformer.recipes import seq2seq as recipe
 from hf_reformer.training.model_setup import ModelArguments, parse_arguments
 
@@ -147,6 +148,70 @@ def test_cells_are_read_as_they_stand(files):
         data, _, args = parse(["--validation_file", str(files / "odd.parquet"), "--use_cpu"])
         with pytest.raises(ValueError, match="Row 0 of the validation data has no text as `target`"):
             recipe.load_pairs(data, args.seed)
+
+
+@pytest.mark.parametrize("numbers", [[2, 4], [0.5, 1.5], ["007", "7"], [1, "x"]])
+def test_numbers_are_texts(files, numbers):
+    rows = [{"source": x, "target": x} for x in numbers]
+    (files / "n.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, _, args = parse(["--validation_file", str(files / "n.jsonl"), "--use_cpu"])
+    pairs = recipe.load_pairs(data, args.seed)["validation"]
+    assert pairs["source"][:] == pairs["target"][:] == list(map(str, numbers))
+    assert len(recipe.tokenize(pairs, ReformerByteTokenizer(), data)) == 2
+
+
+def test_a_test_file_without_targets_is_predicted(files):
+    columns = ["--source_column", "document", "--target_column", "summary"]
+    rows = [{"document": x} for x in ("abc", "", "ca")]  # the empty one is alone in its batch
+    (files / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = [
+        "--test_file",
+        str(files / "test.jsonl"),
+        "--per_device_eval_batch_size",
+        "1",
+        "--max_eval_samples",
+        "3",
+    ]
+    run = [*TINY, "--train_file", str(files / "train.csv"), *columns, "--output_dir", str(files / "out"), *options]
+    recipe.main(run)
+    predictions = [json.loads(line) for line in (files / "out" / "predictions_test.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in predictions] == ["abc", "", "ca"]
+    assert all(set(row) == {"source", "prediction"} for row in predictions)
+    assert set(json.loads((files / "out" / "scores.json").read_text())) == {"validation"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--source_column", "a", "--target_column", "a"], "both name the column `a`"),
+        (["--source_language", "de", "--target_language", "de"], "both name the column `de`"),
+        (["--source_language", "de"], "Give both --source_language"),
+    ],
+)
+def test_one_column_is_not_source_and_target(options, words):
+    with pytest.raises(ValueError, match=words):
+        recipe.main(["--train_file", "nowhere.csv", *options])
+
+
+@pytest.mark.parametrize("special", [{"eos_token": "<end>"}, {"sep_token": "<end>"}, {}])
+def test_a_tokenizer_without_padding(files, special):
+    """As GPT-2's and, with a token between texts alone, older ones: that token ends a target and pads."""
+    words = {word: number for number, word in enumerate(["<unk>", "<end>", *"abc"])}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", **special).save_pretrained(files / "tok")
+    columns = ["--source_column", "document", "--target_column", "summary"]
+    argv = [*TINY, "--train_file", str(files / "train.csv"), *columns, "--tokenizer", str(files / "tok")]
+    data, model, args = parse([*argv, "--output_dir", str(files / "out")])
+    pairs = recipe.load_pairs(data, args.seed)
+    if not special:
+        with pytest.raises(ValueError, match="add_special_tokens"):
+            recipe.make_trainer(pairs, data, model, args)
+        return
+    trainer, encoded = recipe.make_trainer(pairs, data, model, args)
+    assert trainer.processing_class.pad_token_id == 1
+    assert {row[-1] for row in encoded["train"]["labels"]} == {1}
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 @pytest.mark.slow

@@ -73,9 +73,7 @@ def text_encoding(path: str | Path) -> str:
                 raise ValueError(f"`{path}` is no text in {name}: {wrong}. Save it as UTF-8.") from None
             if "\0" in text:
                 position = characters + text.index("\0")
-                raise ValueError(
-                    f"`{path}` is no text: its character at position {position} is NUL. Save it as UTF-8."
-                )
+                raise ValueError(f"`{path}` is no text: its character {position} is NUL. Save it as UTF-8.")
             if not block:
                 return encoding
             done, characters = done + len(block), characters + len(text)
@@ -182,7 +180,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
             return
         yield first
         for number, line in chain([second], rest):
-            row = _json(line, path, number)
+            row = _json(line.strip(), path, number)
             if not isinstance(row, dict):
                 raise ValueError(f"`{path}`, line {number}: a {type(row).__name__}, where a row is an object.")
             yield row
@@ -334,7 +332,7 @@ def find_columns(
         text = next((name for name in _TEXT_COLUMNS if kinds.get(name) is not None), None)
         strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
         if text is None and len(strings) > 1:  # of a csv file all columns are strings
-            strings = [name for name in strings if not _holds_numbers(dataset, name)]
+            strings = [x for x in strings if x not in _LABEL_COLUMNS and not _holds_numbers(dataset, x)]
         text = text or (strings[0] if len(strings) == 1 else None)
     if text is None:
         raise ValueError(f"Which column holds the text? The columns are {listed}. Name it with `--text_column`.")

@@ -77,7 +77,8 @@ class ReformerDecoder(ReformerModel):
         """
         if cache is not None and past_key_values is not None:
             raise ValueError("`cache` and `past_key_values` are two names for one argument. Give one of them.")
-        states, batch = encoder_hidden_states, given_shape(input_ids, inputs_embeds)[0]
+        states: Any = encoder_hidden_states
+        batch = given_shape(input_ids, inputs_embeds)[0]
         if has_no_token(states):  # a source without a token is one of padding
             states = nn.functional.pad(states, (0, 0, 0, 1))
             encoder_attention_mask = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)

@@ -272,3 +272,8 @@ class SequentialSeq2SeqTrainer(WholeCheckpointsMixin, FiniteLossMixin, Sequentia
 
     # Drops the duplicates that fill the last batch of several processes; Seq2SeqTrainer would set one that keeps them.
     gather_function = property(lambda self: self.accelerator.gather_for_metrics, lambda self, value: None)
+
+    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if inputs.get("labels") is None:  # what the collator gives where targets are unknown
+            inputs = {name: x for name, x in inputs.items() if name != "labels"}
+        return super().prediction_step(model, inputs, *args, **kwargs)

@@ -68,6 +68,14 @@ def has_gradient_hooks(tensor: torch.Tensor) -> bool:
     return bool(tensor._backward_hooks)
 
 
+GLOBAL_HOOKS = vars(torch.nn.modules.module)  # hooks on all modules are in its variables `_global_…`
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks on all modules, as module trackers and flop counters register them."""
+    return bool(torch.nn.modules.module._has_any_global_hook())
+
+
 def has_forward_pre_hook(module: nn.Module, hook: Callable) -> bool:
     return hook in module._forward_pre_hooks.values()
 

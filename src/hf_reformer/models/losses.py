@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..reversible.recompute import recomputed
+from ..reversible.recompute import hooked_module, recomputed
 
 IGNORE = -100
 MAX_LOGITS = 2**22
@@ -45,6 +45,7 @@ def chunked_cross_entropy(
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     # Before torch 2.13, FSDP2 has already freed the weights of its root when a checkpoint in it is recomputed.
     keep_logits = chunk >= hidden.shape[0] or (torch.__version__ < "2.13" and dist.is_initialized())
+    keep_logits = keep_logits or hooked_module(head) is not None
     of_head = partial(_head_loss, head)
     for part, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
         total = total + (of_head(part, targets) if keep_logits else recomputed(head, of_head, part, targets))

@@ -244,8 +244,15 @@ class ReformerModel(ReformerPreTrainedModel):
             return partial(_run_whole, partial(compiled_stack, self.layers))
         handoff = None
         plain = observed or ctx.cache is not None or (self.gradient_checkpointing and self.training)
-        if self.config.reversible and can_reverse() and not plain and not any(map(needs_plain_path, self.layers)):
-            handoff = StreamHandoff(grid, len(self.layers))
+        if self.config.reversible and can_reverse() and not plain:
+            reason = next(filter(None, map(needs_plain_path, self.layers)), None)
+            if reason is None:
+                handoff = StreamHandoff(grid, len(self.layers))
+            else:
+                logger.warning_once(
+                    f"Layers take the plain path, whose memory grows with depth, because of {reason}: backward could "
+                    "not repeat that when it runs layers again."
+                )
         fuse = ctx.cache is not None and not (ctx.want_weights or ctx.want_sorting)
         run = partial(_run_layers, self.layers, handoff=handoff, recompute=traced, fuse=fuse)
         return partial(run, state_dtype=self.norm.weight.dtype if record_states else None)

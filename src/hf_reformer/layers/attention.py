@@ -14,6 +14,7 @@ from ..ops.prng import make_key
 from ..ops.sequence_parallel import all_reduce
 from ..reversible.chunking import Handoff
 from .cached_attention import decode, prefers_decode, prefill
+from .feed_forward import Dropout
 from .forward_context import AttentionReport, ForwardContext, Sorting, real_tokens
 from .full_attention import AttentionProjections, attention_dropout_key, merge_heads, split_heads
 from .position_embeddings import rotate
@@ -39,7 +40,7 @@ class ReformerAttention(AttentionProjections):
         super().__init__(config, layer, kinds[layer])
         self.backend, self.mode = config.attention_backend, config.attention_mode
         self.centered = self.mode == "window" and config.lsh_centering
-        self.dropout = getattr(config, f"{self.kind}_attention_probs_dropout_prob") or 0.0
+        self.dropout = Dropout(getattr(config, f"{self.kind}_attention_probs_dropout_prob") or 0.0)
         self.chunk = getattr(config, f"{self.kind}_attn_chunk_length")
         self.before = getattr(config, f"{self.kind}_num_chunks_before") or 0
         self.after = getattr(config, f"{self.kind}_num_chunks_after") or 0
@@ -71,8 +72,8 @@ class ReformerAttention(AttentionProjections):
             mask, query_weights, buckets = (_pad(x, (0, more)) for x in (mask, query_weights, buckets))
             query, key, value = (_pad(x, (0, 0, 0, more)) for x in (query, key, value))
         layout = self.layout(buckets, mask, ctx, value)
-        options: dict[str, Any] = {"causal": self.causal, "mask": mask, "scale": self.scale, "dropout": self.dropout}
-        options["dropout_key"] = attention_dropout_key(self, ctx)
+        options: dict[str, Any] = {"causal": self.causal, "mask": mask, "scale": self.scale}
+        options |= {"dropout": self.dropout.rate, "dropout_key": attention_dropout_key(self, ctx)}
         weights: Any = None
         if ctx.want_weights:
             as_lists = ctx.want_weights == "sparse"
@@ -111,7 +112,7 @@ class ReformerAttention(AttentionProjections):
         if buckets is not None:
             groups = groups if config.lsh_include_local else []
             groups.append((buckets, count, config.lsh_window))
-            if ctx.key is not None and config.lsh_exploration_orders:
+            if ctx.training and config.lsh_exploration_orders:
                 key, orders = self._randomness(ctx, value.device), config.lsh_exploration_orders
                 explored = exploration_buckets(key, self.layer, self.heads, orders, count, ctx.ranks)
                 explored = explored if ctx.shard is None else explored[:, ctx.shard.own_heads(self.heads)]
@@ -159,7 +160,7 @@ class ReformerAttention(AttentionProjections):
 
     def _randomness(self, ctx: ForwardContext, device: torch.device) -> torch.Tensor:
         """The key of rotations and exploration: this forward's, or in evaluation a fixed one."""
-        if ctx.key is not None and self.config.resample_rotations:
+        if ctx.training and ctx.key is not None and self.config.resample_rotations:
             return ctx.key
         return make_key(self.config.hash_seed or 0, device)
 

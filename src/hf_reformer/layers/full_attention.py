@@ -13,10 +13,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..configuration_reformer import ReformerConfig
 from ..ops.gather_attention import SparseAttention
 from ..ops.layout import AttentionLayout, window_layout
-from ..ops.prng import ATTENTION_DROPOUT, CROSS_DROPOUT, OUTPUT_DROPOUT, dropout, fold
+from ..ops.prng import ATTENTION_DROPOUT, CROSS_DROPOUT, OUTPUT_DROPOUT, fold
 from ..ops.reference import dropout_factors
 from ..ops.sequence_parallel import SequenceShard, all_reduce, all_to_all_heads, all_to_all_tokens
 from ..reversible.chunking import Handoff
+from .feed_forward import Dropout
 from .forward_context import AttentionReport, EncoderContext, ForwardContext, Sorting, real_tokens
 from .position_embeddings import rotate
 
@@ -32,7 +33,7 @@ class AttentionProjections(nn.Module):
         self.causal = config.is_decoder and not over_encoder
         self.heads, self.head_size = config.num_attention_heads, config.attention_head_size
         self.scale = self.head_size**-0.5
-        self.output_dropout = config.hidden_dropout_prob
+        self.output_dropout = Dropout(config.hidden_dropout_prob)
         inner, source = self.heads * self.head_size, config.hidden_size * (2 if over_encoder else 1)
         if kind == "lsh":
             self.qk_proj = nn.Linear(config.hidden_size, inner, bias=False)
@@ -59,7 +60,7 @@ class AttentionProjections(nn.Module):
             offset: position of mixed[:, 0] in its sequence.
         """
         key = None if key is None else fold(key, CROSS_DROPOUT if self.over_encoder else OUTPUT_DROPOUT)
-        return dropout(self.o_proj(mixed), self.output_dropout, key, offset)
+        return self.output_dropout(self.o_proj(mixed), key, offset)
 
 
 class FullAttention(AttentionProjections):
@@ -70,7 +71,7 @@ class FullAttention(AttentionProjections):
 
     def __init__(self, config: ReformerConfig, layer: int, over_encoder: bool = False):
         super().__init__(config, layer, "full", over_encoder)
-        self.dropout = 0.0 if over_encoder else config.local_attention_probs_dropout_prob or 0.0
+        self.dropout = Dropout(0.0 if over_encoder else config.local_attention_probs_dropout_prob or 0.0)
 
     def forward(
         self, projected: Handoff, ctx: ForwardContext, states: torch.Tensor | None = None
@@ -93,7 +94,9 @@ class FullAttention(AttentionProjections):
         weights: Any = None
         if ctx.want_weights or dropout_key is not None:
             visible = allowed if sees is None else allowed & sees
-            factors = None if dropout_key is None else dropout_factors(dropout_key, self.dropout, *query.shape[:3])
+            factors = (
+                None if dropout_key is None else dropout_factors(dropout_key, self.dropout.rate, *query.shape[:3])
+            )
             out, weights = eager_attention(self, query, key, value, visible, self.scale, causal, factors)
         else:
             interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
@@ -169,7 +172,7 @@ def merge_heads(x: torch.Tensor, shard: SequenceShard | None = None) -> torch.Te
 
 def attention_dropout_key(attention: Any, ctx: ForwardContext) -> torch.Tensor | None:
     """The key of a layer's dropout on attention weights, as `reference.pair_keys` takes it; None without dropout."""
-    if ctx.layer_key is None or not attention.dropout:
+    if ctx.layer_key is None or not attention.dropout.rate:
         return None
     key = fold(ctx.layer_key, ATTENTION_DROPOUT)
     if ctx.shard is None:

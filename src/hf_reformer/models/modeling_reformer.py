@@ -13,14 +13,14 @@ from transformers.utils import can_return_tuple, logging
 from ..cache.cache import CACHE_NAME, ReformerCache, check_call, to_reformer_cache
 from ..configuration_reformer import ReformerConfig, padded_length
 from ..layers.compiled_stack import compiled_stack, supports_compiled_stack
-from ..layers.feed_forward import LayerNorm
+from ..layers.feed_forward import Dropout, LayerNorm
 from ..layers.forward_context import AttentionReport, EncoderContext, ForwardContext
 from ..layers.fused_decode import plan_fused_decode
 from ..layers.position_embeddings import AxialPositionEmbeddings, rotary_tables
 from ..layers.reformer_layer import ReformerLayer
 from ..ops.coverage import CoverageTarget, coverage_loss, coverage_target
 from ..ops.lsh import num_buckets_total
-from ..ops.prng import EMBEDDING_DROPOUT, FINAL_DROPOUT, draw_key, dropout, fold
+from ..ops.prng import EMBEDDING_DROPOUT, FINAL_DROPOUT, draw_key, fold
 from ..ops.sequence_parallel import SequenceShard, broadcast, local_tokens, make_sequence_shard
 from ..reversible.chunking import Handoff
 from ..reversible.grid import Grid, choose_grid, to_stream
@@ -50,6 +50,7 @@ class ReformerModel(ReformerPreTrainedModel):
             )
         elif config.position_embedding_type == "learned":
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(len(config.attn_layers)))
         self.norm = LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
@@ -162,7 +163,7 @@ class ReformerModel(ReformerPreTrainedModel):
         )
         if self.config.position_embedding_type != "rotary":
             embeds = embeds + self.position_embeddings(local_tokens(positions, shard))
-        embeds = dropout(embeds, self.config.hidden_dropout_prob, _subkey(ctx.key, EMBEDDING_DROPOUT), ctx.offset)
+        embeds = self.dropout(embeds, _subkey(ctx.key, EMBEDDING_DROPOUT), ctx.offset)
         precision = "float32" if embeds.device.type == "mps" else self.config.residual_precision  # it has no float64
         grid = choose_grid(precision, self.norm.weight.dtype, rounded=torch.is_grad_enabled())
         run_stack = self._choose_stack(ctx, grid, embeds, bool(output_hidden_states))
@@ -171,7 +172,7 @@ class ReformerModel(ReformerPreTrainedModel):
         states = () if encoder_hidden_states is None else (encoder_hidden_states,)
         x1, x2, reports, hidden_states = run_stack(stream, ctx, grid, *states)
         hidden = self.norm(torch.cat([x1, x2], dim=-1))
-        hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(ctx.key, FINAL_DROPOUT), ctx.offset)
+        hidden = self.dropout(hidden, _subkey(ctx.key, FINAL_DROPOUT), ctx.offset)
         weights, cross = ([getattr(r, name) for r in reports] for name in ("weights", "encoder_weights"))
         if output_attentions and output_attentions != "sparse":
             weights = [x if isinstance(x, torch.Tensor) else x.dense(past + inputs.shape[1]) for x in weights]
@@ -292,7 +293,10 @@ class ReformerModel(ReformerPreTrainedModel):
             rotary = lsh_rotary = rotary_tables(*settings)
             if config.lsh_rotary < 1:
                 lsh_rotary = rotary_tables(*settings, config.lsh_rotary) if config.lsh_rotary else None
-        key = draw_key(device) if self.training and cache is None else None
+        training = self.training and cache is None
+        # Dropout alone may be in training: many evaluations then are a sample of models (Gal and Ghahramani 2016).
+        drops = training or (cache is None and any(isinstance(m, Dropout) and m.rate for m in self.modules()))
+        key = draw_key(device) if drops else None
         if key is not None and shard is not None:
             key = broadcast(key, shard.group)
         eager = not torch.compiler.is_compiling()
@@ -309,6 +313,7 @@ class ReformerModel(ReformerPreTrainedModel):
             rotary=rotary,
             lsh_rotary=lsh_rotary,
             key=key,
+            training=training,
             num_hashes=num_hashes,
             num_buckets=num_buckets,
             padded_length=padded_length(config, length),

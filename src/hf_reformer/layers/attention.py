@@ -1,12 +1,20 @@
 """The attention branch of local and LSH layers. Layers of kind "full" have `full_attention.FullAttention`."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..configuration_reformer import ReformerConfig
-from ..ops.dispatch import chunk_layout, lsh_buckets, window_layout, window_rotations, windowed_attention
+from ..ops.dispatch import (
+    chunk_layout,
+    contain_nonfinite,
+    lsh_buckets,
+    window_layout,
+    window_rotations,
+    windowed_attention,
+)
 from ..ops.gather_attention import attention_with_dense_weights, attention_with_sparse_weights, crop, mass_of_weights
 from ..ops.layout import AttentionLayout
 from ..ops.lsh import Centering, exploration_buckets, legacy_num_buckets, num_buckets_total, seeded_rotations
@@ -78,7 +86,7 @@ class ReformerAttention(AttentionProjections):
         if ctx.want_weights:
             as_lists = ctx.want_weights == "sparse"
             weigh: Any = attention_with_sparse_weights if as_lists else attention_with_dense_weights
-            out, weights = weigh(query, key, value, layout, **options)
+            out, weights = contain_nonfinite(partial(weigh, layout=layout, **options), query, key, value)
             mass = None if query_weights is None else mass_of_weights(weights, query_weights)
             weights = crop(weights, length)
         else:

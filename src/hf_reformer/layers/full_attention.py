@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration_reformer import ReformerConfig
+from ..ops.dispatch import contain_nonfinite, windowed_attention
 from ..ops.gather_attention import SparseAttention
 from ..ops.layout import AttentionLayout, window_layout
 from ..ops.prng import ATTENTION_DROPOUT, CROSS_DROPOUT, OUTPUT_DROPOUT, fold
@@ -89,22 +90,28 @@ class FullAttention(AttentionProjections):
         else:
             key, value, allowed, sees = self._encoder_tokens(states, encoder)
         causal = self.causal and allowed is None
-        dropout_key = attention_dropout_key(self, ctx)
-        mass: Any = None
-        weights: Any = None
-        if ctx.want_weights or dropout_key is not None:
-            visible = allowed if sees is None else allowed & sees
-            factors = (
-                None if dropout_key is None else dropout_factors(dropout_key, self.dropout.rate, *query.shape[:3])
-            )
-            out, weights = eager_attention(self, query, key, value, visible, self.scale, causal, factors)
-        else:
+        dropout_key, rate, mass = attention_dropout_key(self, ctx), self.dropout.rate, None
+
+        def attend(query: torch.Tensor, key: Any, value: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            """(B, H, T, D), and the weights where they are asked for."""
+            if ctx.want_weights:
+                visible = allowed if sees is None else allowed & sees
+                factors = None if dropout_key is None else dropout_factors(dropout_key, rate, *query.shape[:3])
+                out, weights = eager_attention(self, query, key, value, visible, self.scale, causal, factors)
+                return out.transpose(1, 2), weights
+            if dropout_key is not None:  # masks by key, which the library's functions do not know
+                layout = dense_layout(value, self.causal, ctx)
+                options: Any = {"scale": self.scale, "dropout": rate, "dropout_key": dropout_key}
+                options["backend"] = self.config.attention_backend
+                return windowed_attention(query, key, value, layout, causal=self.causal, **options)
             interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
             out, _ = interface(self, query, key, value, allowed, scaling=self.scale, is_causal=causal)
-            out = out if sees is None else torch.where(sees.transpose(1, 2), out, 0)
+            out = out.transpose(1, 2)
+            return out if sees is None else torch.where(sees, out, 0), None
+
+        out, weights = contain_nonfinite(attend, query, key, value)
         if ctx.query_weights is not None:
             mass = full_attention_mass(query, key, ctx.query_weights, allowed, causal, self.scale)
-        weights = weights if ctx.want_weights else None
         if states is not None:
             mass = mass if mass is None or encoder.mask is None else torch.where(encoder.mask, mass, 0)
             report = AttentionReport(encoder_mass=mass, encoder_weights=weights)
@@ -122,7 +129,7 @@ class FullAttention(AttentionProjections):
                 weights=weights,
                 sorting=sorting,
             )
-        return merge_heads(out.transpose(1, 2).to(dtype), shard), report
+        return merge_heads(out.to(dtype), shard), report
 
     def _own_tokens(self, query, key, value, ctx: ForwardContext) -> tuple[Any, ...]:
         """Query, key and value of all tokens so far, and about them:

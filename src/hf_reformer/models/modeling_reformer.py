@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple, logging
 
 from ..cache.cache import CACHE_NAME, ReformerCache, check_call, to_reformer_cache
+from ..compat import in_functorch_transform
 from ..configuration_reformer import ReformerConfig, padded_length
 from ..layers.compiled_stack import compiled_stack, supports_compiled_stack
 from ..layers.feed_forward import Dropout, LayerNorm
@@ -151,6 +152,9 @@ class ReformerModel(ReformerPreTrainedModel):
         ctx, positions = self._make_context(
             embeds, inputs.shape[1], shard, attention_mask, position_ids, num_hashes, num_buckets, cache
         )
+        if ctx.mask is not None:  # what padding holds does not matter, but 0 * NaN is NaN
+            padding = ~local_tokens(ctx.mask, shard)[..., None]
+            embeds = embeds.masked_fill(padding & ~embeds.isfinite(), 0)
         target, real = None, ctx.mask
         if cover or output_attention_mass:
             real = torch.ones(inputs.shape[:2], dtype=torch.bool, device=embeds.device) if real is None else real
@@ -266,6 +270,9 @@ class ReformerModel(ReformerPreTrainedModel):
         config, device = self.config, embeds.device
         positions = torch.arange(length, device=device)[None]
         mask = None if attention_mask is None else attention_mask.to(device) != 0
+        looks = not torch.compiler.is_compiling() and device.type != "meta" and not in_functorch_transform()
+        if mask is not None and cache is None and looks and bool(mask.all()):
+            mask = None  # exact attention is much faster without one
         before: torch.Tensor | int = 0
         num_hashes = num_hashes or config.num_hashes
         num_buckets = config.num_buckets if num_buckets is None else num_buckets

@@ -150,6 +150,54 @@ def windowed_attention(
     """
     if dropout_key is None or dropout == 0:
         dropout, dropout_key = 0.0, None
+    options: dict[str, Any] = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
+    options |= {"scale": scale, "query_weights": query_weights, "backend": backend}
+    return contain_nonfinite(lambda *inputs: _windowed_attention(*inputs, layout, **options), query, key, value)
+
+
+def contain_nonfinite(
+    attend: Callable[..., tuple[torch.Tensor, Any]], query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor
+) -> tuple[torch.Tensor, Any]:
+    """`attend(query, key, value)`, an attention, where NaN and infinity reach those tokens alone that attend to them.
+
+    In sums over tiles or matrices they would reach all, as 0 * NaN is NaN. Looks at values, so in eager mode only.
+
+    Args:
+        attend: gives (B, H, T, D), and perhaps its weights, (B, H, T, S) or sparse, or the attention mass, (B, S).
+        query: (B, H, T, D); key, value: (B, H, S, D); key may be None, then queries are the keys.
+    """
+    tensors = [x.detach() for x in (query, key, value) if x is not None]
+    looks = not (torch.compiler.is_compiling() or in_functorch_transform() or query.device.type == "meta")
+    sums = [x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors] if looks else []
+    if not looks or bool(torch.stack([x.double() if x.is_cpu else x for x in sums]).isfinite().all()):
+        return attend(query, key, value)
+    bad_query, *bad = (~x.isfinite().all(-1) for x in tensors)  # (B, H, T), and (B, H, S) each
+    bad_key = bad[-1] | (bad_query if key is None else bad[0])
+
+    def clean(x: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:
+        return torch.where(bad[..., None], 0, x)
+
+    query = clean(query, bad_query | bad_key if key is None else bad_query)
+    key = None if key is None else clean(key, bad_key)
+    out, report = attend(query, key, clean(value, bad_key))
+    with torch.no_grad():
+        reached, _ = attend(query, key, bad_key[..., None].to(value.dtype).expand_as(value).contiguous())
+        spoiled = bad_query | (reached != 0).any(-1)  # (B, H, T)
+    if isinstance(report, torch.Tensor):
+        if report.dim() == 2:
+            report = torch.where(spoiled.any(-1).any(-1, keepdim=True), torch.nan, report)
+        else:
+            report = torch.where(spoiled[..., None], torch.nan, report)
+    elif report is not None:
+        report = report._replace(weights=torch.where(spoiled[..., None], torch.nan, report.weights))
+    return torch.where(spoiled[..., None], torch.nan, out), report
+
+
+def _windowed_attention(
+    query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor, layout: AttentionLayout, *, causal: bool,
+    mask: torch.Tensor | None, dropout: float, dropout_key: torch.Tensor | None, scale: float,
+    query_weights: torch.Tensor | None, backend: str,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     if query_weights is not None:
         query_weights = query_weights.detach().to(torch.promote_types(query.dtype, torch.float32))
     name = select_backend(backend, *(x for x in (query, value, key) if x is not None))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize, stateless
 
@@ -21,6 +22,26 @@ from torch.nn.utils import parametrize, stateless
 def in_functorch_transform() -> bool:
     """Inside vmap, grad or another torch.func transform. There is no public way to ask."""
     return torch._C._functorch.maybe_current_level() is not None
+
+
+def functorch_levels() -> list[str]:
+    """The torch.func transforms that are running, outermost first: "Vmap", "Grad" (grad, vjp), "Jvp" …"""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return [interpreter.key().name for interpreter in stack]
+
+
+def in_vmap() -> bool:
+    return "Vmap" in functorch_levels()
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives are computed in forward mode (`torch.autograd.forward_ad`, `torch.func.jvp`)."""
+    return forward_ad._current_level >= 0
+
+
+def values_are_known() -> bool:
+    """Whether code may look at what tensors hold: not in a compiled graph, nor of a sample that vmap hides."""
+    return not torch.compiler.is_compiling() and not in_vmap()
 
 
 def current_graph_task_id() -> int:

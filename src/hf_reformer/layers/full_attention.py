@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration_reformer import ReformerConfig
-from ..ops.dispatch import contain_nonfinite, windowed_attention
+from ..ops.dispatch import contain_nonfinite, transform_needs_reference, windowed_attention
 from ..ops.gather_attention import SparseAttention
 from ..ops.layout import AttentionLayout, window_layout
 from ..ops.prng import ATTENTION_DROPOUT, CROSS_DROPOUT, OUTPUT_DROPOUT, fold
@@ -104,7 +104,8 @@ class FullAttention(AttentionProjections):
                 options: Any = {"scale": self.scale, "dropout": rate, "dropout_key": dropout_key}
                 options["backend"] = self.config.attention_backend
                 return windowed_attention(query, key, value, layout, causal=self.causal, **options)
-            interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+            implementation = "eager" if transform_needs_reference() else self.config._attn_implementation
+            interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
             out, _ = interface(self, query, key, value, allowed, scaling=self.scale, is_causal=causal)
             out = out.transpose(1, 2)
             return out if sees is None else torch.where(sees, out, 0), None

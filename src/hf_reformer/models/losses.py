@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..compat import values_are_known
 from ..reversible.recompute import hooked_module, recomputed
 
 IGNORE = -100
@@ -86,7 +87,7 @@ def add_coverage_loss(
 
 def check_labels(labels: torch.Tensor, classes: int) -> None:
     """Raise ValueError for labels that are neither -100 nor a class; in eager mode only."""
-    if torch.compiler.is_compiling() or labels.numel() == 0:
+    if not values_are_known() or labels.numel() == 0:
         return
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels have dtype {labels.dtype}, but this loss needs class indices. Use `labels.long()`.")

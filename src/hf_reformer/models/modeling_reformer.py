@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple, logging
 
 from ..cache.cache import CACHE_NAME, ReformerCache, check_call, to_reformer_cache
-from ..compat import in_functorch_transform
+from ..compat import values_are_known
 from ..configuration_reformer import ReformerConfig, padded_length
 from ..layers.compiled_stack import compiled_stack, supports_compiled_stack
 from ..layers.feed_forward import Dropout, LayerNorm
@@ -27,7 +27,7 @@ from ..reversible.chunking import Handoff
 from ..reversible.grid import Grid, choose_grid, to_stream
 from ..reversible.recompute import can_reverse
 from ..reversible.reversible import StreamHandoff, needs_plain_path
-from .input_checks import check_inputs, packed_samples, reject_ignored_packing_args, reject_packed_samples
+from .input_checks import check_inputs, packed_samples, reject_ignored_packing_args, reject_packed_samples, reject_tracing
 from .outputs import ReformerModelOutput
 from .pretrained import ReformerPreTrainedModel
 
@@ -141,6 +141,7 @@ class ReformerModel(ReformerPreTrainedModel):
             )
         cover = self._covers(output_coverage) and cache is None
         past = 0 if cache is None else cache.get_seq_length()
+        reject_tracing(self.config)
         check_inputs(
             self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets, past
         )
@@ -270,8 +271,8 @@ class ReformerModel(ReformerPreTrainedModel):
         config, device = self.config, embeds.device
         positions = torch.arange(length, device=device)[None]
         mask = None if attention_mask is None else attention_mask.to(device) != 0
-        looks = not torch.compiler.is_compiling() and device.type != "meta" and not in_functorch_transform()
-        if mask is not None and cache is None and looks and bool(mask.all()):
+        looks = cache is None and device.type != "meta" and values_are_known()
+        if mask is not None and looks and bool(mask.all()):
             mask = None  # exact attention is much faster without one
         before: torch.Tensor | int = 0
         num_hashes = num_hashes or config.num_hashes

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..compat import in_functorch_transform
+from ..compat import functorch_levels, in_forward_mode, in_functorch_transform, values_are_known
 from .kernel_check import agrees
 from .layout import AttentionLayout, Sort
 from .layout import chunk_layout as chunk_layout_in_torch
@@ -113,6 +113,14 @@ def decode_kernel(choice: str, cached_keys: torch.Tensor) -> Any:
     return KERNELS["cpu"] if select_backend(choice, cached_keys) == "cpu" else None
 
 
+def transform_needs_reference() -> bool:
+    """Whether a torch.func transform runs that takes plain operations: all but `grad` and `vjp` alone.
+
+    Memory is then that of a matrix of weights.
+    """
+    return in_forward_mode() or functorch_levels() not in ([], ["Grad"])
+
+
 # --- attention
 
 
@@ -167,7 +175,7 @@ def contain_nonfinite(
         query: (B, H, T, D); key, value: (B, H, S, D); key may be None, then queries are the keys.
     """
     tensors = [x.detach() for x in (query, key, value) if x is not None]
-    looks = not (torch.compiler.is_compiling() or in_functorch_transform() or query.device.type == "meta")
+    looks = values_are_known() and query.device.type != "meta"
     sums = [x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors] if looks else []
     if not looks or bool(torch.stack([x.double() if x.is_cpu else x for x in sums]).isfinite().all()):
         return attend(query, key, value)
@@ -206,6 +214,8 @@ def _windowed_attention(
             query, key, value, *layout[:3], mask, dropout_key, query_weights, *layout[3:], causal, dropout, scale
         )
         return out.to(value.dtype), None if query_weights is None else mass
+    if name == "torch" and transform_needs_reference():
+        name = "reference"
     return BACKENDS[name](
         query, key, value, layout, causal=causal, mask=mask, dropout=dropout, dropout_key=dropout_key, scale=scale,
         query_weights=query_weights,

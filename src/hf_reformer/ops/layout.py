@@ -105,8 +105,8 @@ def sort_by_bucket(
             return [perm.to(torch.int32)]
         border = values[..., 1:] != values[..., :-1]
         first = torch.nn.functional.pad(border * sorted_pos[1:], (1, 0)).cummax(-1).values
-        last = torch.where(border, sorted_pos[:-1], length - 1)
-        last = torch.nn.functional.pad(last, (0, 1), value=length - 1)
+        end = sorted_pos[-1:].expand(*border.shape[:-1], 1)  # a tensor, so that a graph holds for any length
+        last = torch.cat([torch.where(border, sorted_pos[:-1], end), end], dim=-1)
         last = last.flip(-1).cummin(-1).values.flip(-1) if outputs == 3 else last
     start = torch.maximum(first, sorted_pos - left_reach)
     real = None if mask is None else sorted_pos < mask.sum(-1, dtype=torch.int32)[:, None, None, None]

@@ -11,7 +11,9 @@ from ..ops.dispatch import resolve_backend
 
 def reject_tracing(config: Any) -> None:
     """Raise NotImplementedError where a model with sort orders is recorded by an exporter that cannot hold them."""
-    way = "torch.onnx.export" if torch.onnx.is_in_onnx_export() else "torch.jit.trace" if torch.jit.is_tracing() else ""
+    way = (
+        "torch.onnx.export" if torch.onnx.is_in_onnx_export() else "torch.jit.trace" if torch.jit.is_tracing() else ""
+    )
     if way and set(config.attn_layers) != {"full"}:
         raise NotImplementedError(
             f"`{way}` cannot record local and lsh layers: how they cut a sequence into windows depends on its length, "

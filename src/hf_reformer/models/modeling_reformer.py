@@ -27,7 +27,13 @@ from ..reversible.chunking import Handoff
 from ..reversible.grid import Grid, choose_grid, to_stream
 from ..reversible.recompute import can_reverse
 from ..reversible.reversible import StreamHandoff, needs_plain_path
-from .input_checks import check_inputs, packed_samples, reject_ignored_packing_args, reject_packed_samples, reject_tracing
+from .input_checks import (
+    check_inputs,
+    packed_samples,
+    reject_ignored_packing_args,
+    reject_packed_samples,
+    reject_tracing,
+)
 from .outputs import ReformerModelOutput
 from .pretrained import ReformerPreTrainedModel
 

@@ -31,8 +31,10 @@ def visible_counts(layout: AttentionLayout) -> torch.Tensor:
         for j in range(rounds):
             target = sorted_pos[:, :, j, None, :] + j * length  # (B, H, 1, T)
             first, last = start[:, :, i, :, None], end[:, :, i, :, None]  # (B, H, T, 1)
-            counts = counts + (last - target).div(total, rounding_mode="floor") - (first - 1 - target).div(
-                total, rounding_mode="floor"
+            counts = (
+                counts
+                + (last - target).div(total, rounding_mode="floor")
+                - (first - 1 - target).div(total, rounding_mode="floor")
             )
     return counts.clamp(max=1) if layout.dedup_pairs else counts
 

@@ -117,8 +117,8 @@ def _blocks(rows: _Rows) -> Iterator[_Block]:
     """Cut every round in blocks of about BLOCK_SCORES scores."""
     layout, (heads, rounds, length) = rows.layout, rows.row.shape
     tile, left, right = layout.block_size, layout.left_reach, layout.right_reach
-    tiles, keys = -(-length // tile), tile + left + right
-    whole = torch.compiler.is_exporting()  # a graph for any batch and length has no loop over them
+    whole = torch.compiler.is_exporting()  # a graph for any batch and length has no loop over them, and no single tile
+    tiles, keys = length // tile + 2 if whole else -(-length // tile), tile + left + right
     per_head = tiles if whole else max(1, min(tiles, BLOCK_SCORES // (tile * keys)))
     per_block = heads if whole else max(1, BLOCK_SCORES // (tile * keys * tiles))
     corners = [(0, 0)] if whole else [(i, j) for i in range(0, heads, per_block) for j in range(0, tiles, per_head)]
@@ -135,11 +135,11 @@ def _blocks(rows: _Rows) -> Iterator[_Block]:
             key = rows.row[:, round_index, key_pos.clamp(0, length - 1)]  # what is added at the ends is not visible
             first, last = rows.window_start[:, round_index, inside], rows.window_end[:, round_index, inside]
             last = torch.where(query_pos < length, last, first - 1)  # the filling of a last tile has empty windows
-            first, last = (x.unflatten(-1, (tiles, tile)) - (offset + begin) for x in (first, last))
+            first, last = (x.unfold(-1, tile, tile) - (offset + begin) for x in (first, last))
         else:
             key = rows.row.flatten(1)[:, (key_pos + begin) % (rounds * length)]
         key = key.unfold(-1, keys, tile)  # (heads, tiles, K), a view
-        query, target = query.unflatten(-1, (tiles, tile)), target.unflatten(-1, (tiles, tile))
+        query, target = (x.unfold(-1, tile, tile) for x in (query, target))  # (heads, tiles, C)
         for head, at in corners:
             part = (slice(head, head + per_block), slice(at, at + per_head))
             masked = _outside(first[part], last[part], keys) if layout.dedup_pairs else None

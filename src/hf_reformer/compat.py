@@ -172,6 +172,9 @@ MEMBERS: dict[str, dict[str, str]] = {
     "transformers.GenerationMixin": {
         "_supports_default_dynamic_cache()": "the library says no to every class with `reformer` in its name",
         "_prepare_cache_for_generation(self, generation_config, model_kwargs)": "the cache gets layers of ours",
+        "_prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs)": (
+            "what a cache holds is masked as it was filled"
+        ),
     },
     "transformers.PreTrainedConfig": {"_attn_implementation": "selects the attention function, as in the library"},
     "transformers.TokenizersBackend": {"_decode(self, token_ids)": "ids outside the vocabulary are left out"},

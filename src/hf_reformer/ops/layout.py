@@ -6,7 +6,7 @@ Nothing here carries gradients.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -71,7 +71,7 @@ def window_layout(
     start = start.add_(sorted_pos[:, :1])
     last = end[0].add_(sorted_pos[:, :1]) if end else sorted_pos.expand_as(perm)
     widest = max(window for *_, window in groups)
-    sizes = block_size, *window_extent(widest, causal)
+    sizes: list[Any] = [block_size, *window_extent(widest, causal)]
     if not fixed:
         sizes = [torch.sym_min(size, most) for size, most in zip(sizes, (length, length - 1, length - 1), strict=True)]
     return AttentionLayout(perm, start, last, *sizes, dedup_pairs=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize, stateless
 
@@ -21,6 +22,26 @@ from torch.nn.utils import parametrize, stateless
 def in_functorch_transform() -> bool:
     """Inside vmap, grad or another torch.func transform. There is no public way to ask."""
     return torch._C._functorch.maybe_current_level() is not None
+
+
+def functorch_levels() -> list[str]:
+    """The torch.func transforms that are running, outermost first: "Vmap", "Grad" (grad, vjp), "Jvp" …"""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return [interpreter.key().name for interpreter in stack]
+
+
+def in_vmap() -> bool:
+    return "Vmap" in functorch_levels()
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives are computed in forward mode (`torch.autograd.forward_ad`, `torch.func.jvp`)."""
+    return forward_ad._current_level >= 0
+
+
+def values_are_known() -> bool:
+    """Whether code may look at what tensors hold: not in a compiled graph, nor of a sample that vmap hides."""
+    return not torch.compiler.is_compiling() and not in_vmap()
 
 
 def current_graph_task_id() -> int:
@@ -66,6 +87,14 @@ def version_of(tensor: torch.Tensor) -> int:
 def has_gradient_hooks(tensor: torch.Tensor) -> bool:
     """Whether `register_hook` was called on a tensor."""
     return bool(tensor._backward_hooks)
+
+
+GLOBAL_HOOKS = vars(torch.nn.modules.module)  # hooks on all modules are in its variables `_global_…`
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks on all modules, as module trackers and flop counters register them."""
+    return bool(torch.nn.modules.module._has_any_global_hook())
 
 
 def has_forward_pre_hook(module: nn.Module, hook: Callable) -> bool:
@@ -143,6 +172,9 @@ MEMBERS: dict[str, dict[str, str]] = {
     "transformers.GenerationMixin": {
         "_supports_default_dynamic_cache()": "the library says no to every class with `reformer` in its name",
         "_prepare_cache_for_generation(self, generation_config, model_kwargs)": "the cache gets layers of ours",
+        "_prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs)": (
+            "what a cache holds is masked as it was filled"
+        ),
     },
     "transformers.PreTrainedConfig": {"_attn_implementation": "selects the attention function, as in the library"},
     "transformers.TokenizersBackend": {"_decode(self, token_ids)": "ids outside the vocabulary are left out"},

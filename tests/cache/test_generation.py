@@ -6,6 +6,7 @@ from conftest import OFFLOADED, SMALL_WINDOWS, make_ids, make_model
 from transformers import DynamicCache, TextStreamer
 
 from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM
+from hf_reformer.cache.cache import CACHE_NAME
 
 NEW = 24
 IDS = make_ids(3, 20)
@@ -143,3 +144,25 @@ def test_what_generation_cannot_do_is_refused(model):
         model.generate(IDS, cache_implementation="quantized", **GREEDY)
     with pytest.raises(ValueError, match="continuous batching"):
         model.generate_batch([IDS[0].tolist()], **GREEDY)
+
+
+CHUNKS = {"attention_mode": "chunk", "lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8, "hash_seed": 0}
+
+
+@pytest.mark.parametrize("look", [{}, {"output_attentions": True}], ids=["", "attentions"])
+@pytest.mark.parametrize("mode", [{}, CHUNKS], ids=["window", "chunk"])
+def test_a_model_that_writes_its_own_padding_id_generates_as_ever(mode, look):
+    """The library would mask such tokens where it guesses a mask, and a cache holds them as they were."""
+    layers = ["local", "lsh", "full"]
+    model = make_model(ReformerForCausalLM, attn_layers=layers, eos_token_id=None, **SMALL_WINDOWS, **mode)
+    with torch.no_grad():
+        model.lm_head.bias[0] += 6
+    ids, options = IDS[:1], {**GREEDY, "return_dict_in_generate": True}
+    plain = model.generate(ids, **options).sequences
+    assert (plain[:, ids.shape[1] :] == 0).any()
+    for how in ({"assistant_model": model}, {"prompt_lookup_num_tokens": 3}):
+        assert torch.equal(model.generate(ids, **options, **how, **look).sequences, plain), how
+    begun = model.generate(ids, **{**options, "max_new_tokens": 10}, **look)
+    cache = {CACHE_NAME: getattr(begun, CACHE_NAME)}
+    rest = model.generate(begun.sequences, **{**options, "max_new_tokens": NEW - 10}, **look, **cache)
+    assert torch.equal(rest.sequences, plain)

@@ -204,11 +204,90 @@ def test_the_adapter_may_be_off_for_a_while_before_backward():
     assert_equal_gradients(gradients(model, ask_the_reference), gradients(model))
 
 
-def test_another_adapter_before_backward_is_refused():
-    model = make_adapted()
-    model.add_adapter("other", LoraConfig(task_type=LM))
-    with pytest.raises(RuntimeError, match=r"is frozen now.*another adapter was made active.*Call backward first"):
-        gradients(model, lambda: model.set_adapter("other"))
+def lora_gradients(scenario, reversible: bool, **config) -> dict[str, torch.Tensor]:
+    """Gradients of a loss that `scenario(model)` gives, of every parameter that gets one."""
+    options = {"task_type": LM, "lora_dropout": 0.0, "r": 4, **config}
+    model = make_adapted(config=LoraConfig(**options), reversible=reversible, **REPEATABLE).train()
+    torch.manual_seed(5)
+    scenario(model).backward()
+    return {name: x.grad for name, x in model.named_parameters() if x.grad is not None}
+
+
+def forward_while_disabled(model):
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    with model.disable_adapter():
+        return model(input_ids=IDS, labels=IDS).loss
+
+
+def another_adapter(model):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        model.add_adapter("other", LoraConfig(task_type=LM, r=4, init_lora_weights=False))
+    return model.double()
+
+
+def adapter_set_before_backward(model):
+    another_adapter(model)
+    loss = model(input_ids=IDS, labels=IDS).loss
+    model.set_adapter("other")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return loss
+
+
+def two_adapters_in_one_backward(model):
+    another_adapter(model)
+    one = model(input_ids=IDS, labels=IDS).loss
+    model.set_adapter("other")
+    two = model(input_ids=IDS.flip(1), labels=IDS).loss
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return one + two
+
+
+def scale_set_before_backward(model):
+    loss = model(input_ids=IDS, labels=IDS).loss
+    for module in model.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", 3.0)
+    return loss
+
+
+def scale_set_around_forward(model):
+    with peft.helpers.rescale_adapter_scale(model, 0.3):
+        return model(input_ids=IDS, labels=IDS).loss
+
+
+SCENARIOS = {
+    "a forward while the adapter is disabled": forward_while_disabled,
+    "another adapter set before backward": adapter_set_before_backward,
+    "two adapters in one backward": two_adapters_in_one_backward,
+    "scale set before backward": scale_set_before_backward,
+    "scale set around the forward": scale_set_around_forward,
+}
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS.values(), ids=SCENARIOS)
+def test_an_adapter_is_in_backward_what_it_was_in_forward(scenario, reversible_layers):
+    found = lora_gradients(scenario, True)
+    assert reversible_layers
+    expected = lora_gradients(scenario, False)
+    assert found.keys() == expected.keys()
+    assert any(grad.any() for grad in expected.values())
+    for name in expected:
+        assert max_abs_diff(found[name], expected[name]) <= 1e-10, name
+
+
+def test_activated_lora_gets_its_gradients():
+    """peft puts hooks on its layers while it forwards, and they are gone in backward."""
+    first = int(IDS[0, 20])
+    found, expected = (
+        lora_gradients(lambda m: m(input_ids=IDS, labels=IDS).loss, r, alora_invocation_tokens=[first])
+        for r in (True, False)
+    )
+    assert all(expected[name].any() for name in expected)
+    assert_equal_gradients(found, expected)
 
 
 def test_a_step_moves_the_adapter_alone():

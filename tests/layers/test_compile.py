@@ -316,16 +316,17 @@ def test_compiled_parts_keep_memory_flat():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
 @pytest.mark.parametrize(("cls", "changes"), [KINDS[0], KINDS[4]])
-def test_export_with_any_batch_and_length(cls, changes):
-    model = make(cls, **changes).eval()
+def test_export_with_any_batch_and_length(cls, changes, backend):
+    model = make(cls, **{**changes, "attention_backend": backend}).eval()
     batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=2, max=256)
     shape = {0: batch, 1: length}
     exported = torch.export.export(
         model, (), {"input_ids": IDS, "attention_mask": MASK},
         dynamic_shapes={"input_ids": shape, "attention_mask": shape},
     )  # fmt: skip
-    for size in ((2, 50), (3, 77), (1, 19)):
+    for size in ((2, 50), (3, 77), (1, 19), (2, 2), (1, 256)):
         ids, mask = make_ids(*size), torch.ones(size, dtype=torch.long)
         mask[0, size[1] // 2 :] = 0
         found, expected = exported.module()(input_ids=ids, attention_mask=mask).logits, model(ids, mask).logits

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_ids, make_model, max_abs_diff
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
 from hf_reformer import ReformerForCausalLM, ReformerModel
@@ -72,3 +73,46 @@ def test_the_choice_is_made_while_loading(tmp_path):
     assert model.config._attn_implementation == "eager"
     with pytest.raises((ValueError, ImportError), match=r"[Ff]lash"):
         ReformerModel.from_pretrained(tmp_path, attn_implementation="flash_attention_2")
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize(
+    "inputs", [{}, {"attention_mask": MASK}, {"position_ids": POSITIONS}], ids=["whole", "padded", "packed"]
+)
+def test_dropout_is_that_of_the_matrix_of_weights(inputs, causal, backend):
+    """By the op of the other layers, whose memory is not the square of the length; values and gradients."""
+    found = []
+    for look in (False, True):
+        changes = {"local_attention_probs_dropout_prob": 0.3, "is_decoder": causal, "attention_backend": backend}
+        model = make_model(ReformerModel, attn_layers=["full", "full"], dtype=torch.float32, **changes).train()
+        torch.manual_seed(0)
+        hidden = model(IDS, output_attentions=look, **inputs).last_hidden_state
+        real = hidden[inputs["attention_mask"].bool()] if "attention_mask" in inputs else hidden
+        real.square().mean().backward()
+        found.append((real.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    assert max_abs_diff(found[0][0], found[1][0]) < 1e-4
+    assert max_abs_diff(found[0][1], found[1][1]) < 1e-4 * found[0][1].abs().max().item()
+
+
+def test_no_matrix_of_weights_exists_for_dropout():
+    """Nor for a mask of ones, which hides nothing."""
+
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else [out]:
+                Largest.size = max(Largest.size, x.numel() if isinstance(x, torch.Tensor) else 0)
+            return out
+
+    length = 1500
+    ids, mask = make_ids(1, length), torch.ones(1, length, dtype=torch.long)
+    for changes in ({"local_attention_probs_dropout_prob": 0.3}, {}):
+        fields = {"attn_layers": ["full"], "dtype": torch.float32, "attention_backend": "torch", **changes}
+        model = make_model(ReformerForCausalLM, max_position_embeddings=length, **fields).train()
+        Largest.size = 0
+        with Largest():
+            model(ids, attention_mask=mask, labels=ids).loss.backward()
+        assert 0 < Largest.size < length**2

@@ -10,7 +10,7 @@ from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from memory_census import Census
 from processes import run_in_processes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
@@ -748,3 +748,37 @@ def test_coverage_beside_given_states_and_other_losses(captured_warnings):
     assert not any("coverage" in text for text in captured_warnings)
     assert model.train()(SOURCE, MASK, decoder_input_ids=TARGET).loss is None
     assert any("add" in text and "coverage_loss" in text for text in captured_warnings)
+
+
+@EITHER
+def test_missing_weights_are_told_and_made_anew(tied, tmp_path):
+    model = make(tie_encoder_decoder=tied, initializer_range=0.3)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    kept = load_file(file)
+    parts = ("decoder.layers.0.cross_attention", "lm_head", "model.layers.1.feed_forward.up", "decoder.norm")
+    lost = {name for name in kept if name.startswith(parts)}
+    assert len(lost) >= 10
+    save_file({name: x for name, x in kept.items() if name not in lost}, file, metadata={"format": "pt"})
+    loaded, told = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert lost <= set(told["missing_keys"])
+    named = loaded.state_dict()
+    assert all(named[name].isfinite().all() for name in named)
+    for name in lost:
+        if named[name].dim() == 2:
+            assert 0.2 < named[name].std() < 0.4, name
+        else:
+            assert (named[name] == (1 if "norm.weight" in name else 0)).all(), name
+
+
+def test_attentions_and_states_keep_their_gradients():
+    model = make()
+    out = model(SOURCE, labels=LABELS, output_attentions=True, output_hidden_states=True)
+    fields = ["encoder_attentions", "decoder_attentions", "cross_attentions"]
+    fields += ["encoder_hidden_states", "decoder_hidden_states"]
+    for name in fields:
+        for x in out[name]:
+            x.retain_grad()
+    out.loss.backward()
+    for name in fields:
+        assert all(x.grad is not None and x.grad.any() for x in out[name]), name

@@ -9,9 +9,12 @@ import threading
 import pytest
 import torch
 import transformers
+from conftest import max_abs_diff
+from head_cases import HEADS, inputs_of, make_head
+from torch import nn
 
-from hf_reformer import ReformerConfig, ReformerModel
-from hf_reformer.layers import attention, feed_forward, full_attention
+from hf_reformer import ReformerConfig, ReformerForConditionalGeneration, ReformerModel
+from hf_reformer.layers import attention, feed_forward
 from hf_reformer.ops import dispatch
 from hf_reformer.ops.lsh import exploration_buckets, window_rotations
 from hf_reformer.ops.prng import draw_key, dropout, fold, keep_threshold, make_key, mix, normal, pair_scramble
@@ -298,17 +301,92 @@ def test_backends_drop_the_same(changes):
 @pytest.mark.parametrize("path", ["reversible", "chunked feed-forward", "checkpointed"])
 def test_recomputation_drops_the_same(path, spy):
     model = make_for(path)
-    results = [spy(feed_forward, "dropout"), spy(full_attention, "dropout")]
+    found = spy(feed_forward, "dropout")
     hidden = hidden_of(model, 1)
+    forward = {x.detach().numpy().tobytes() for x in found[1:-1]}  # without those around the layers
     hidden_of(model, 2)
-    forward = [{x.detach().numpy().tobytes() for x in found[: len(found) // 2]} for found in results]
-    for found in results:
-        found.clear()
+    found.clear()
     backward(hidden)
-    assert all(found for found in results)
-    for found, before in zip(results, forward, strict=True):
-        again = {x.detach().numpy().tobytes() for x in found}
-        assert again == before or (path == "checkpointed" and again < before)  # torch stops once it has what it needs
+    again = {x.detach().numpy().tobytes() for x in found}
+    assert again == forward or (path == "checkpointed" and again < forward)  # torch stops once it has what it needs
+
+
+MANY_DROPOUTS = {
+    "hidden_dropout_prob": 0.2,
+    "lsh_attention_probs_dropout_prob": 0.2,
+    "local_attention_probs_dropout_prob": 0.2,
+    "attn_layers": ["local", "lsh", "full"],
+    "resample_rotations": False,
+    "lsh_exploration_orders": 0,
+}
+DROPPING = {cls: inputs_of(cls) for cls in HEADS}
+DROPPING[ReformerForConditionalGeneration] = {"input_ids": IDS, "decoder_input_ids": IDS}
+with_every_head = pytest.mark.parametrize("cls", DROPPING, ids=lambda cls: cls.__name__)
+
+
+def dropouts_of(model):
+    return [module for module in model.modules() if isinstance(module, nn.Dropout)]
+
+
+def first_output(model, cls, seed):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return model(**DROPPING[cls])[0]
+
+
+@with_every_head
+def test_p_of_every_dropout_module_is_all_there_is_to_dropout(cls):
+    """What trl's `disable_dropout` sets; and nothing else: a config that is changed later changes nothing."""
+    model = make_head(cls, **MANY_DROPOUTS)
+    plain = first_output(model, cls, 1)
+    model.train()
+    before = first_output(model, cls, 1)
+    assert not torch.allclose(before, plain)
+    for name in ("hidden_dropout_prob", "lsh_attention_probs_dropout_prob", "local_attention_probs_dropout_prob"):
+        setattr(model.config, name, 0.0)
+    assert torch.equal(first_output(model, cls, 1), before)
+    for module in dropouts_of(model):
+        module.p = 0.0
+    assert torch.equal(first_output(model, cls, 1), first_output(model, cls, 2))
+
+
+@with_every_head
+def test_dropout_modules_alone_may_be_in_training(cls):
+    """Monte Carlo dropout: the rest of the model is in evaluation. And the other way round nothing drops."""
+    model = make_head(cls, **MANY_DROPOUTS)
+    plain = first_output(model, cls, 1)
+    for module in dropouts_of(model):
+        module.train()
+    one, two = first_output(model, cls, 1), first_output(model, cls, 2)
+    assert not torch.allclose(one, two)
+    assert torch.equal(one, first_output(model, cls, 1))
+    assert torch.equal(one, first_output(make_head(cls, **MANY_DROPOUTS).train(), cls, 1)), "as in training"
+    model.train()
+    for module in dropouts_of(model):
+        module.eval()
+    assert max_abs_diff(first_output(model, cls, 1), plain) <= 1e-10
+
+
+def test_rotations_of_monte_carlo_dropout_are_those_of_evaluation():
+    model = make(hidden_dropout_prob=1e-9).eval()
+    plain = hidden_of(model, 1)
+    for module in dropouts_of(model):
+        module.train()
+        module.p = 1e-9  # rounds to zero
+    assert torch.allclose(hidden_of(model, 2), plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"reversible": False}], ids=["reversible", "plain"])
+def test_dropout_switched_off_before_backward_is_repeated(changes):
+    model = make(**changes)
+    backward(hidden_of(model, 1))
+    expected = [grad.clone() for grad in gradients(model)]
+    model.zero_grad()
+    hidden = hidden_of(model, 1)
+    for module in dropouts_of(model):
+        module.p = 0.0
+    backward(hidden)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients(model), expected, strict=True))
 
 
 def test_evaluation_and_zero_drop_nothing():

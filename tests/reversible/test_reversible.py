@@ -17,9 +17,14 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 from torch.func import functional_call
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from hf_reformer import ReformerConfig, ReformerModel
+from hf_reformer.layers.attention import ReformerAttention
+from hf_reformer.layers.feed_forward import FeedForward, LayerNorm
 from hf_reformer.models import modeling_reformer as modeling
 from hf_reformer.reversible.grid import Grid, choose_grid, to_stream
 from hf_reformer.reversible.recompute import layer_tensors
@@ -268,13 +273,19 @@ def test_chunks_of_the_feed_forward_change_nothing(chunk):
 
 
 @pytest.mark.parametrize(("spread", "precision"), [(0.02, "float32"), (0.2, "float32"), (0.2, "float64")])
-def test_every_layers_input_is_recovered_bit_for_bit(spread, precision):
+def test_every_layers_input_is_recovered_bit_for_bit(spread, precision, monkeypatch):
     """96 layers, f in bf16: what f and g of every layer see in forward, they see again in backward."""
+    forward = LayerNorm.forward
+
+    def watch(module, x):
+        if module in seen:
+            seen[module].append(x.detach().clone())
+        return forward(module, x)
+
     width = {"hidden_size": 8, "attention_head_size": 4, "feed_forward_size": 16}
     model = make(("local", "lsh") * 48, initializer_range=spread, residual_precision=precision, **width)
     seen = {module: [] for layer in model.layers for module in (layer.attention_norm, layer.feed_forward_norm)}
-    for module in seen:
-        module.register_forward_pre_hook(lambda module, args: seen[module].append(args[0].detach().clone()))
+    monkeypatch.setattr(LayerNorm, "forward", watch)  # a hook would be a reason for the plain path
     with autocast():
         hidden = hidden_of(model, input_ids=IDS[:, :24])
     loss_of(hidden).backward()
@@ -652,8 +663,14 @@ def test_weights_kept_by_a_parametrization_cache_get_gradients():
 
 
 def test_a_trainable_tensor_from_outside_is_refused_rather_than_forgotten():
-    model, steer = make(), nn.Parameter(torch.zeros(32))
-    handle = model.layers[1].feed_forward.register_forward_hook(lambda module, given, out: out + steer)
+    class Steered(nn.Sequential):
+        steer = [nn.Parameter(torch.zeros(32))]  # no parameter of the module's own
+
+        def forward(self, x):
+            return super().forward(x) + self.steer[0]
+
+    model = make()
+    model.layers[1].feed_forward.down_proj = Steered(model.layers[1].feed_forward.down_proj)
     loss = loss_of(hidden_of(model))
     with pytest.raises(
         RuntimeError, match=r"shape \(32,\) comes into a reversible layer from outside.*reversible=False"
@@ -661,8 +678,7 @@ def test_a_trainable_tensor_from_outside_is_refused_rather_than_forgotten():
         loss.backward()
     model.config.reversible = False
     loss_of(hidden_of(model)).backward()
-    assert steer.grad.abs().sum() > 0
-    handle.remove()
+    assert Steered.steer[0].grad.abs().sum() > 0
 
 
 def test_modules_replaced_before_backward_are_told_about():
@@ -671,6 +687,191 @@ def test_modules_replaced_before_backward_are_told_about():
     model.layers[1].feed_forward.down_proj = nn.Sequential(model.layers[1].feed_forward.down_proj)
     with pytest.raises(RuntimeError, match=r"Modules within ReformerLayer were added, removed or replaced"):
         loss.backward()
+
+
+# --- what a layer was run with in forward, it is run with again: hooks, settings, parameters that are trained
+
+
+def up_proj(model):
+    return model.layers[1].feed_forward.up_proj
+
+
+def captured(model):
+    """A loss on what a hook keeps."""
+    kept = []
+    up_proj(model).register_forward_hook(lambda module, given, out: kept.append(out))
+    return lambda: sum(x.square().mean() for x in kept)
+
+
+def nothing(*given):
+    """Nothing to clean up, and no further loss."""
+    return 0.0
+
+
+def on(method, hook, **options):
+    """A hook that is removed before backward."""
+    return lambda model: getattr(up_proj(model), method)(hook, **options).remove
+
+
+def on_all(register, hook):
+    return lambda model: register(hook).remove
+
+
+def in_block(manager):
+    """A context manager around the forward alone."""
+
+    def enter(model):
+        manager.__enter__()
+        return lambda: manager.__exit__(None, None, None)
+
+    return enter
+
+
+def forward_of_its_own(model):
+    module = up_proj(model)
+    module.forward = lambda x: 2 * type(module).forward(module, x)
+    return lambda: vars(module).pop("forward")
+
+
+def pruned(model):
+    prune.random_unstructured(up_proj(model), "weight", 0.5)
+    return nothing
+
+
+def doubled(module, given, out):
+    return 2 * out
+
+
+REACHES = {
+    "forward hook": on("register_forward_hook", doubled),
+    "forward hook with kwargs": on("register_forward_hook", lambda m, a, k, out: 2 * out, with_kwargs=True),
+    "forward hook always called": on("register_forward_hook", doubled, always_call=True),
+    "forward pre-hook": on("register_forward_pre_hook", lambda module, given: (given[0] + 0.5,)),
+    "forward pre-hook with kwargs": on(
+        "register_forward_pre_hook", lambda module, given, kwargs: ((given[0] + 0.5,), kwargs), with_kwargs=True
+    ),
+    "full backward hook": on("register_full_backward_hook", lambda module, grad, out: (2 * grad[0],)),
+    "full backward pre-hook": on("register_full_backward_pre_hook", lambda module, grad: (2 * grad[0],)),
+    "global forward hook": on_all(
+        nn.modules.module.register_module_forward_hook,
+        lambda module, given, out: 2 * out if isinstance(module, nn.Linear) else None,
+    ),
+    "global backward hook": on_all(
+        nn.modules.module.register_module_full_backward_hook,
+        lambda module, grad, out: (2 * grad[0],) if isinstance(module, nn.Linear) else None,
+    ),
+    "module tracker": lambda model: in_block(ModuleTracker())(model),
+    "flop counter": lambda model: in_block(FlopCounterMode(display=False))(model),
+    "a forward of the module's own": forward_of_its_own,
+    "pruning": pruned,
+    "capture": captured,
+}
+
+
+@pytest.mark.parametrize("chunk", [0, 7], ids=["whole", "chunked"])
+@pytest.mark.parametrize("reach", REACHES.values(), ids=REACHES)
+def test_what_reaches_into_a_layer_in_forward_alone(reach, chunk):
+    """Gradients are those of a model that keeps everything, whether a hook changes values or gradients, or looks."""
+    found = []
+    for reversible in (True, False):
+        model = make(chunk_size_feed_forward=chunk, reversible=reversible)
+        torch.manual_seed(1)  # of pruning
+        leave = reach(model)
+        loss = loss_of(hidden_of(model))
+        extra = leave()
+        (loss + (extra if isinstance(extra, torch.Tensor) else 0)).backward()
+        found.append(gradients(model))
+    assert gap(*found) <= EXACT
+
+
+ARRIVALS = {
+    "forward hook": lambda model: up_proj(model).register_forward_hook(doubled).remove,
+    "global forward hook": lambda model: (
+        nn.modules.module.register_module_forward_hook(
+            lambda module, given, out: 2 * out if isinstance(module, nn.Linear) else None
+        ).remove
+    ),
+    "a forward of the module's own": forward_of_its_own,
+    "config": lambda model: setattr(model.config, "local_window", 4),
+    "frozen": lambda model: up_proj(model).requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("chunk", [0, 7], ids=["whole", "chunked"])
+@pytest.mark.parametrize("arrive", ARRIVALS.values(), ids=ARRIVALS)
+def test_what_comes_before_backward_changes_nothing(arrive, chunk):
+    found = []
+    for reversible in (True, False):
+        model = make(chunk_size_feed_forward=chunk * reversible, reversible=reversible)
+        loss = loss_of(hidden_of(model))
+        leave = arrive(model)
+        loss.backward()
+        if callable(leave) and not isinstance(leave, nn.Module):
+            leave()
+        found.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert gap(*found) <= EXACT
+
+
+def test_parameters_trained_from_now_on_were_frozen_in_forward():
+    found = []
+    for reversible in (True, False):
+        model = make(reversible=reversible)
+        up_proj(model).requires_grad_(False)
+        loss = loss_of(hidden_of(model))
+        up_proj(model).requires_grad_(True)
+        loss.backward()
+        found.append(gradients(model))
+    assert gap(*found) <= EXACT
+
+
+class Scaled(nn.Module):
+    """As adapters are: settings in lists, dictionaries and flags."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.scaling, self.active, self.disabled, self.calls = inner, {"a": 2.0}, ["a"], False, 0
+
+    def forward(self, x):
+        self.calls += 1
+        out = self.inner(x)
+        return out if self.disabled else out * sum(self.scaling[name] for name in self.active)
+
+
+SETTINGS = {
+    "an entry of a dictionary": lambda module: module.scaling.update(a=5.0),
+    "another dictionary": lambda module: setattr(module, "scaling", {"a": 5.0, "b": 1.0}),
+    "a list": lambda module: module.active.clear(),
+    "a flag": lambda module: setattr(module, "disabled", True),
+    "nothing": lambda module: None,
+}
+
+
+@pytest.mark.parametrize("chunk", [0, 7], ids=["whole", "chunked"])
+@pytest.mark.parametrize("change", SETTINGS.values(), ids=SETTINGS)
+def test_settings_changed_before_backward_change_nothing_and_stay(change, chunk):
+    found = []
+    for reversible in (True, False):
+        model = make(chunk_size_feed_forward=chunk * reversible, reversible=reversible)
+        module = model.layers[1].feed_forward.up_proj = Scaled(up_proj(model))
+        loss = loss_of(hidden_of(model))
+        change(module)
+        before = dict(module.scaling), list(module.active), module.disabled, module.calls
+        loss.backward()
+        assert before == (module.scaling, module.active, module.disabled, module.calls)
+        found.append(gradients(model))
+    assert gap(*found) <= EXACT
+
+
+def test_hooks_within_layers_take_the_plain_path_and_hooks_on_layers_do_not(captured_warnings):
+    model = make()
+    handle = model.layers[1].register_forward_hook(lambda module, given, out: None)
+    assert is_reversible(hidden_of(model))
+    handle.remove()
+    assert is_reversible(hidden_of(model))
+    handle = up_proj(model).register_forward_hook(lambda module, given, out: None)
+    assert not is_reversible(hidden_of(model))
+    handle.remove()
+    assert is_reversible(hidden_of(model))
 
 
 def test_backward_keeps_to_the_slices_of_its_forward():
@@ -897,7 +1098,7 @@ def test_threads_may_walk_one_graph(flipped, adapters):
 
 
 @pytest.mark.parametrize("where", ["f", "g", "between"])
-def test_a_failing_backward_leaves_no_trace(where, handoffs):
+def test_a_failing_backward_leaves_no_trace(where, handoffs, monkeypatch):
     model = with_adapters(make())
     expected = step(twin_of(model))
     streams, hidden = inner_streams(model)
@@ -907,14 +1108,13 @@ def test_a_failing_backward_leaves_no_trace(where, handoffs):
     def fail(*_):
         raise KeyError("on purpose")
 
-    if where == "between":
-        handle = streams[0].register_hook(fail)
-    else:
-        layer = model.layers[2]
-        handle = (layer.attention if where == "f" else layer.feed_forward).register_forward_hook(fail)
     state = torch.get_rng_state()
-    with pytest.raises(KeyError, match="on purpose"):
-        loss.backward(retain_graph=True)
+    handle = streams[0].register_hook(fail if where == "between" else lambda grad: None)
+    with monkeypatch.context() as patch:
+        if where != "between":
+            patch.setattr(ReformerAttention if where == "f" else FeedForward, "forward", fail)
+        with pytest.raises(KeyError, match="on purpose"):
+            loss.backward(retain_graph=True)
     handle.remove()
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(module.training for module in model.modules())

@@ -1,12 +1,20 @@
 """The attention branch of local and LSH layers. Layers of kind "full" have `full_attention.FullAttention`."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..configuration_reformer import ReformerConfig
-from ..ops.dispatch import chunk_layout, lsh_buckets, window_layout, window_rotations, windowed_attention
+from ..ops.dispatch import (
+    chunk_layout,
+    contain_nonfinite,
+    lsh_buckets,
+    window_layout,
+    window_rotations,
+    windowed_attention,
+)
 from ..ops.gather_attention import attention_with_dense_weights, attention_with_sparse_weights, crop, mass_of_weights
 from ..ops.layout import AttentionLayout
 from ..ops.lsh import Centering, exploration_buckets, legacy_num_buckets, num_buckets_total, seeded_rotations
@@ -14,6 +22,7 @@ from ..ops.prng import make_key
 from ..ops.sequence_parallel import all_reduce
 from ..reversible.chunking import Handoff
 from .cached_attention import decode, prefers_decode, prefill
+from .feed_forward import Dropout
 from .forward_context import AttentionReport, ForwardContext, Sorting, real_tokens
 from .full_attention import AttentionProjections, attention_dropout_key, merge_heads, split_heads
 from .position_embeddings import rotate
@@ -39,7 +48,7 @@ class ReformerAttention(AttentionProjections):
         super().__init__(config, layer, kinds[layer])
         self.backend, self.mode = config.attention_backend, config.attention_mode
         self.centered = self.mode == "window" and config.lsh_centering
-        self.dropout = getattr(config, f"{self.kind}_attention_probs_dropout_prob") or 0.0
+        self.dropout = Dropout(getattr(config, f"{self.kind}_attention_probs_dropout_prob") or 0.0)
         self.chunk = getattr(config, f"{self.kind}_attn_chunk_length")
         self.before = getattr(config, f"{self.kind}_num_chunks_before") or 0
         self.after = getattr(config, f"{self.kind}_num_chunks_after") or 0
@@ -71,13 +80,13 @@ class ReformerAttention(AttentionProjections):
             mask, query_weights, buckets = (_pad(x, (0, more)) for x in (mask, query_weights, buckets))
             query, key, value = (_pad(x, (0, 0, 0, more)) for x in (query, key, value))
         layout = self.layout(buckets, mask, ctx, value)
-        options: dict[str, Any] = {"causal": self.causal, "mask": mask, "scale": self.scale, "dropout": self.dropout}
-        options["dropout_key"] = attention_dropout_key(self, ctx)
+        options: dict[str, Any] = {"causal": self.causal, "mask": mask, "scale": self.scale}
+        options |= {"dropout": self.dropout.rate, "dropout_key": attention_dropout_key(self, ctx)}
         weights: Any = None
         if ctx.want_weights:
             as_lists = ctx.want_weights == "sparse"
             weigh: Any = attention_with_sparse_weights if as_lists else attention_with_dense_weights
-            out, weights = weigh(query, key, value, layout, **options)
+            out, weights = contain_nonfinite(partial(weigh, layout=layout, **options), query, key, value)
             mass = None if query_weights is None else mass_of_weights(weights, query_weights)
             weights = crop(weights, length)
         else:
@@ -111,7 +120,7 @@ class ReformerAttention(AttentionProjections):
         if buckets is not None:
             groups = groups if config.lsh_include_local else []
             groups.append((buckets, count, config.lsh_window))
-            if ctx.key is not None and config.lsh_exploration_orders:
+            if ctx.training and config.lsh_exploration_orders:
                 key, orders = self._randomness(ctx, value.device), config.lsh_exploration_orders
                 explored = exploration_buckets(key, self.layer, self.heads, orders, count, ctx.ranks)
                 explored = explored if ctx.shard is None else explored[:, ctx.shard.own_heads(self.heads)]
@@ -159,7 +168,7 @@ class ReformerAttention(AttentionProjections):
 
     def _randomness(self, ctx: ForwardContext, device: torch.device) -> torch.Tensor:
         """The key of rotations and exploration: this forward's, or in evaluation a fixed one."""
-        if ctx.key is not None and self.config.resample_rotations:
+        if ctx.training and ctx.key is not None and self.config.resample_rotations:
             return ctx.key
         return make_key(self.config.hash_seed or 0, device)
 

@@ -1,4 +1,4 @@
-"""The feed-forward branch, and the layer norm that every branch begins with."""
+"""The feed-forward branch, the layer norm that every branch begins with, and dropout by keys."""
 
 import torch
 from torch import nn
@@ -15,12 +15,24 @@ class LayerNorm(nn.LayerNorm):
         return super().forward(x.to(self.weight.dtype))
 
 
+class Dropout(nn.Dropout):
+    """Dropout by a key (`prng.dropout`). `p` and `training` are where every tool looks for them, and count alone."""
+
+    @property
+    def rate(self) -> float:
+        return self.p if self.training else 0.0
+
+    def forward(self, x: torch.Tensor, key: torch.Tensor | None, offset: int = 0) -> torch.Tensor:  # type: ignore[override]
+        """(B, T, D) → (B, T, D); no `key`, no dropout. `offset`: position of x[:, 0] in its sequence."""
+        return dropout(x, self.rate, key, offset)
+
+
 class FeedForward(nn.Module):
     """Two projections with dropout before and after."""
 
     def __init__(self, config: ReformerConfig):
         super().__init__()
-        self.dropout = config.hidden_dropout_prob
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.act = ACT2FN[config.hidden_act]
         self.up_proj = nn.Linear(config.hidden_size, config.feed_forward_size)
         self.down_proj = nn.Linear(config.feed_forward_size, config.hidden_size)
@@ -28,6 +40,6 @@ class FeedForward(nn.Module):
     def forward(self, x: torch.Tensor, key: torch.Tensor | None, offset: int = 0) -> torch.Tensor:
         """(B, T, D) → (B, T, D); `key` and `offset` as those of `ReformerAttention.output`."""
         x = self.up_proj(x)
-        x = dropout(x, self.dropout, key if key is None else fold(key, HIDDEN_DROPOUT), offset)
+        x = self.dropout(x, key if key is None else fold(key, HIDDEN_DROPOUT), offset)
         x = self.down_proj(self.act(x))
-        return dropout(x, self.dropout, key if key is None else fold(key, FEED_FORWARD_DROPOUT), offset)
+        return self.dropout(x, key if key is None else fold(key, FEED_FORWARD_DROPOUT), offset)

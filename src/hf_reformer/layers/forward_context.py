@@ -26,6 +26,7 @@ class ForwardContext(NamedTuple):
     rotary: tuple[torch.Tensor, torch.Tensor] | None  # cos and sin of `position_embeddings.rotary_tables`
     lsh_rotary: tuple[torch.Tensor, torch.Tensor] | None  # the same for lsh layers
     key: torch.Tensor | None  # int32 key of shape () of this forward's randomness; None in evaluation
+    training: bool  # whether rotations and exploration draw from it; otherwise dropout alone
     num_hashes: int  # the config's, or this call's own
     num_buckets: int | tuple[int, ...] | None  # the same; None: the legacy rule by length
     padded_length: int  # chunk mode: length up to which layers pad, a multiple of the chunk lengths

@@ -11,12 +11,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration_reformer import ReformerConfig
+from ..ops.dispatch import contain_nonfinite, transform_needs_reference, windowed_attention
 from ..ops.gather_attention import SparseAttention
 from ..ops.layout import AttentionLayout, window_layout
-from ..ops.prng import ATTENTION_DROPOUT, CROSS_DROPOUT, OUTPUT_DROPOUT, dropout, fold
+from ..ops.prng import ATTENTION_DROPOUT, CROSS_DROPOUT, OUTPUT_DROPOUT, fold
 from ..ops.reference import dropout_factors
 from ..ops.sequence_parallel import SequenceShard, all_reduce, all_to_all_heads, all_to_all_tokens
 from ..reversible.chunking import Handoff
+from .feed_forward import Dropout
 from .forward_context import AttentionReport, EncoderContext, ForwardContext, Sorting, real_tokens
 from .position_embeddings import rotate
 
@@ -32,7 +34,7 @@ class AttentionProjections(nn.Module):
         self.causal = config.is_decoder and not over_encoder
         self.heads, self.head_size = config.num_attention_heads, config.attention_head_size
         self.scale = self.head_size**-0.5
-        self.output_dropout = config.hidden_dropout_prob
+        self.output_dropout = Dropout(config.hidden_dropout_prob)
         inner, source = self.heads * self.head_size, config.hidden_size * (2 if over_encoder else 1)
         if kind == "lsh":
             self.qk_proj = nn.Linear(config.hidden_size, inner, bias=False)
@@ -59,7 +61,7 @@ class AttentionProjections(nn.Module):
             offset: position of mixed[:, 0] in its sequence.
         """
         key = None if key is None else fold(key, CROSS_DROPOUT if self.over_encoder else OUTPUT_DROPOUT)
-        return dropout(self.o_proj(mixed), self.output_dropout, key, offset)
+        return self.output_dropout(self.o_proj(mixed), key, offset)
 
 
 class FullAttention(AttentionProjections):
@@ -70,7 +72,7 @@ class FullAttention(AttentionProjections):
 
     def __init__(self, config: ReformerConfig, layer: int, over_encoder: bool = False):
         super().__init__(config, layer, "full", over_encoder)
-        self.dropout = 0.0 if over_encoder else config.local_attention_probs_dropout_prob or 0.0
+        self.dropout = Dropout(0.0 if over_encoder else config.local_attention_probs_dropout_prob or 0.0)
 
     def forward(
         self, projected: Handoff, ctx: ForwardContext, states: torch.Tensor | None = None
@@ -88,20 +90,29 @@ class FullAttention(AttentionProjections):
         else:
             key, value, allowed, sees = self._encoder_tokens(states, encoder)
         causal = self.causal and allowed is None
-        dropout_key = attention_dropout_key(self, ctx)
-        mass: Any = None
-        weights: Any = None
-        if ctx.want_weights or dropout_key is not None:
-            visible = allowed if sees is None else allowed & sees
-            factors = None if dropout_key is None else dropout_factors(dropout_key, self.dropout, *query.shape[:3])
-            out, weights = eager_attention(self, query, key, value, visible, self.scale, causal, factors)
-        else:
-            interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout_key, rate, mass = attention_dropout_key(self, ctx), self.dropout.rate, None
+
+        def attend(query: torch.Tensor, key: Any, value: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            """(B, H, T, D), and the weights where they are asked for."""
+            if ctx.want_weights:
+                visible = allowed if sees is None else allowed & sees
+                factors = None if dropout_key is None else dropout_factors(dropout_key, rate, *query.shape[:3])
+                out, weights = eager_attention(self, query, key, value, visible, self.scale, causal, factors)
+                return out.transpose(1, 2), weights
+            if dropout_key is not None:  # masks by key, which the library's functions do not know
+                layout = dense_layout(value, self.causal, ctx)
+                options: Any = {"scale": self.scale, "dropout": rate, "dropout_key": dropout_key}
+                options["backend"] = self.config.attention_backend
+                return windowed_attention(query, key, value, layout, causal=self.causal, **options)
+            implementation = "eager" if transform_needs_reference() else self.config._attn_implementation
+            interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
             out, _ = interface(self, query, key, value, allowed, scaling=self.scale, is_causal=causal)
-            out = out if sees is None else torch.where(sees.transpose(1, 2), out, 0)
+            out = out.transpose(1, 2)
+            return out if sees is None else torch.where(sees, out, 0), None
+
+        out, weights = contain_nonfinite(attend, query, key, value)
         if ctx.query_weights is not None:
             mass = full_attention_mass(query, key, ctx.query_weights, allowed, causal, self.scale)
-        weights = weights if ctx.want_weights else None
         if states is not None:
             mass = mass if mass is None or encoder.mask is None else torch.where(encoder.mask, mass, 0)
             report = AttentionReport(encoder_mass=mass, encoder_weights=weights)
@@ -119,7 +130,7 @@ class FullAttention(AttentionProjections):
                 weights=weights,
                 sorting=sorting,
             )
-        return merge_heads(out.transpose(1, 2).to(dtype), shard), report
+        return merge_heads(out.to(dtype), shard), report
 
     def _own_tokens(self, query, key, value, ctx: ForwardContext) -> tuple[Any, ...]:
         """Query, key and value of all tokens so far, and about them:
@@ -169,7 +180,7 @@ def merge_heads(x: torch.Tensor, shard: SequenceShard | None = None) -> torch.Te
 
 def attention_dropout_key(attention: Any, ctx: ForwardContext) -> torch.Tensor | None:
     """The key of a layer's dropout on attention weights, as `reference.pair_keys` takes it; None without dropout."""
-    if ctx.layer_key is None or not attention.dropout:
+    if ctx.layer_key is None or not attention.dropout.rate:
         return None
     key = fold(ctx.layer_key, ATTENTION_DROPOUT)
     if ctx.shard is None:

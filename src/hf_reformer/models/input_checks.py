@@ -4,9 +4,22 @@ from typing import Any
 
 import torch
 
-from ..compat import assert_async
+from ..compat import assert_async, values_are_known
 from ..configuration_reformer import check_num_buckets
 from ..ops.dispatch import resolve_backend
+
+
+def reject_tracing(config: Any) -> None:
+    """Raise NotImplementedError where a model with sort orders is recorded by an exporter that cannot hold them."""
+    way = (
+        "torch.onnx.export" if torch.onnx.is_in_onnx_export() else "torch.jit.trace" if torch.jit.is_tracing() else ""
+    )
+    if way and set(config.attn_layers) != {"full"}:
+        raise NotImplementedError(
+            f"`{way}` cannot record local and lsh layers: how they cut a sequence into windows depends on its length, "
+            "and a trace keeps one. Use `torch.export.export(model.eval(), …)`, which takes any batch and length, and "
+            'save it with `torch.export.save`; or a model whose `attn_layers` are all "full".'
+        )
 
 
 def check_inputs(
@@ -52,7 +65,7 @@ def check_inputs(
             )
     if position_ids is None:
         _check_positions_cover(config, past + length, attention_mask)
-    if not torch.compiler.is_compiling():
+    if values_are_known():
         _check_values(config, input_ids, attention_mask, position_ids)
 
 
@@ -61,7 +74,7 @@ def reject_ignored_packing_args(
 ) -> None:
     """Raise ValueError for arguments that say what is packed into a sequence, where `position_ids` do not."""
     name = "cu_seq_lens_q" if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2 else None
-    if seq_idx is not None and not torch.compiler.is_compiling() and bool((seq_idx != seq_idx[:, :1]).any()):
+    if seq_idx is not None and values_are_known() and bool((seq_idx != seq_idx[:, :1]).any()):
         name = "seq_idx"
     if position_ids is None and name:
         raise ValueError(
@@ -74,7 +87,7 @@ def _check_positions_cover(config: Any, length: int, attention_mask: torch.Tenso
     kind, covered = config.position_embedding_type, config.covered_positions
     if kind == "rotary" or length <= covered:
         return
-    if config.attention_mode == "window" and attention_mask is not None and not torch.compiler.is_compiling():
+    if config.attention_mode == "window" and attention_mask is not None and values_are_known():
         length = int((attention_mask != 0).sum(-1).max())  # padding has no position
     if length > covered:
         name = "axial_pos_shape" if kind == "axial" else "max_position_embeddings"
@@ -105,7 +118,7 @@ def _check_values(
 
 def check_mask_values(mask: torch.Tensor | None) -> None:
     """Raise ValueError for anything but 0 and 1; in eager mode only."""
-    if mask is None or mask.device.type == "meta" or torch.compiler.is_compiling():
+    if mask is None or mask.device.type == "meta" or not values_are_known():
         return
     if bool(((mask != 0) & (mask != 1)).any()):
         raise ValueError(
@@ -125,7 +138,7 @@ def packed_samples(position_ids: torch.Tensor, ranks: torch.Tensor, mask: torch.
     if mask is not None:
         begins, odd = begins & mask, odd & mask[:, 1:] & mask[:, :-1]
     begins = begins & ~odd.any(-1, keepdim=True)
-    if not torch.compiler.is_compiling() and not begins.any():
+    if values_are_known() and not begins.any():
         return None
     return begins.cumsum(-1, dtype=torch.int32)
 
@@ -136,7 +149,7 @@ def reject_packed_samples(samples: torch.Tensor, advice: str) -> None:
     advice: without double quotes, since inductor writes it into C++ as it is.
     """
     message = f"`position_ids` restart at 0 within a row, which packs several samples into it. {advice}"
-    if not torch.compiler.is_compiling():
+    if values_are_known():
         raise ValueError(message)
     assert_async((samples == 0).all(), message)
 

@@ -11,6 +11,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils import can_return_tuple
 
 from ..cache.cache import CACHE_NAME, to_reformer_cache, whole_step
+from ..cache.cache_layers import ReformerCacheLayer
 from ..configuration_reformer import ReformerConfig
 from ..ops.sequence_parallel import SequenceShard, all_reduce, gather_sequence, local_tokens, tokens_at
 from .input_checks import given_shape
@@ -76,6 +77,18 @@ class ReformerGenerativeLM(ReformerLMBase, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return True  # the library says no to every class with `reformer` in its name
+
+    def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
+        """The library's guess from padding ids; of what a cache holds, its own: a model may write such an id, too."""
+        library: Any = super()
+        mask = library._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+        cache = model_kwargs.get("past_key_values", model_kwargs.get("cache"))
+        layers = [x for x in getattr(cache, "layers", []) if isinstance(x, ReformerCacheLayer) and x.seen_tokens]
+        if not layers or mask.shape[0] != layers[0].batch_size or mask.shape[1] <= layers[0].seen_tokens:
+            return mask
+        new = mask[:, layers[0].seen_tokens :]
+        new = torch.ones_like(new) if new.shape[1] == 1 else new  # the token just written
+        return torch.cat([layers[0].mask_so_far().to(mask), new], dim=-1)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         """The library's choice of a cache, with layers of ours; none under sequence parallelism."""

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..reversible.recompute import recomputed
+from ..compat import values_are_known
+from ..reversible.recompute import hooked_module, recomputed
 
 IGNORE = -100
 MAX_LOGITS = 2**22
@@ -45,6 +46,7 @@ def chunked_cross_entropy(
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     # Before torch 2.13, FSDP2 has already freed the weights of its root when a checkpoint in it is recomputed.
     keep_logits = chunk >= hidden.shape[0] or (torch.__version__ < "2.13" and dist.is_initialized())
+    keep_logits = keep_logits or hooked_module(head) is not None
     of_head = partial(_head_loss, head)
     for part, targets in zip(hidden.split(chunk), labels.split(chunk), strict=True):
         total = total + (of_head(part, targets) if keep_logits else recomputed(head, of_head, part, targets))
@@ -85,7 +87,7 @@ def add_coverage_loss(
 
 def check_labels(labels: torch.Tensor, classes: int) -> None:
     """Raise ValueError for labels that are neither -100 nor a class; in eager mode only."""
-    if torch.compiler.is_compiling() or labels.numel() == 0:
+    if not values_are_known() or labels.numel() == 0:
         return
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels have dtype {labels.dtype}, but this loss needs class indices. Use `labels.long()`.")

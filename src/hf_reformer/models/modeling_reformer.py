@@ -11,16 +11,17 @@ from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple, logging
 
 from ..cache.cache import CACHE_NAME, ReformerCache, begin_writing, check_call, to_reformer_cache, whole_step
+from ..compat import values_are_known
 from ..configuration_reformer import ReformerConfig, padded_length
 from ..layers.compiled_stack import compiled_stack, supports_compiled_stack
-from ..layers.feed_forward import LayerNorm
+from ..layers.feed_forward import Dropout, LayerNorm
 from ..layers.forward_context import AttentionReport, EncoderContext, ForwardContext
 from ..layers.fused_decode import plan_fused_decode
 from ..layers.position_embeddings import AxialPositionEmbeddings, rotary_tables
 from ..layers.reformer_layer import ReformerLayer
 from ..ops.coverage import CoverageTarget, coverage_loss, coverage_target
 from ..ops.lsh import num_buckets_total
-from ..ops.prng import EMBEDDING_DROPOUT, FINAL_DROPOUT, draw_key, dropout, fold
+from ..ops.prng import EMBEDDING_DROPOUT, FINAL_DROPOUT, draw_key, fold
 from ..ops.sequence_parallel import SequenceShard, broadcast, local_tokens, make_sequence_shard
 from ..reversible.chunking import Handoff
 from ..reversible.grid import Grid, choose_grid, to_stream
@@ -32,6 +33,7 @@ from .input_checks import (
     packed_samples,
     reject_ignored_packing_args,
     reject_packed_samples,
+    reject_tracing,
 )
 from .outputs import ReformerModelOutput
 from .pretrained import ReformerPreTrainedModel
@@ -56,6 +58,7 @@ class ReformerModel(ReformerPreTrainedModel):
             )
         elif config.position_embedding_type == "learned":
             self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(len(config.attn_layers)))
         self.norm = LayerNorm(2 * config.hidden_size, eps=config.layer_norm_eps)
         self.gradient_checkpointing = False
@@ -149,6 +152,7 @@ class ReformerModel(ReformerPreTrainedModel):
             return self._without_tokens(inputs, inputs_embeds is not None, bool(output_hidden_states), **kwargs)
         cover = self._covers(output_coverage) and cache is None
         past = 0 if cache is None else cache.get_seq_length()
+        reject_tracing(self.config)
         check_inputs(
             self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets, past
         )
@@ -159,6 +163,9 @@ class ReformerModel(ReformerPreTrainedModel):
         ctx, positions = self._make_context(
             embeds, inputs.shape[1], shard, attention_mask, position_ids, num_hashes, num_buckets, cache
         )
+        if ctx.mask is not None:  # what padding holds does not matter, but 0 * NaN is NaN
+            padding = ~local_tokens(ctx.mask, shard)[..., None]
+            embeds = embeds.masked_fill(padding & ~embeds.isfinite(), 0)
         target, real = None, ctx.mask
         if cover or output_attention_mass:
             real = torch.ones(inputs.shape[:2], dtype=torch.bool, device=embeds.device) if real is None else real
@@ -171,7 +178,7 @@ class ReformerModel(ReformerPreTrainedModel):
         )
         if self.config.position_embedding_type != "rotary":
             embeds = embeds + self.position_embeddings(local_tokens(positions, shard))
-        embeds = dropout(embeds, self.config.hidden_dropout_prob, _subkey(ctx.key, EMBEDDING_DROPOUT), ctx.offset)
+        embeds = self.dropout(embeds, _subkey(ctx.key, EMBEDDING_DROPOUT), ctx.offset)
         precision = "float32" if embeds.device.type == "mps" else self.config.residual_precision  # it has no float64
         grid = choose_grid(precision, self.norm.weight.dtype, rounded=torch.is_grad_enabled())
         run_stack = self._choose_stack(ctx, grid, embeds, bool(output_hidden_states))
@@ -183,7 +190,7 @@ class ReformerModel(ReformerPreTrainedModel):
                 begin_writing(cache)
             x1, x2, reports, hidden_states = run_stack(stream, ctx, grid, *states)
             hidden = self.norm(torch.cat([x1, x2], dim=-1))
-            hidden = dropout(hidden, self.config.hidden_dropout_prob, _subkey(ctx.key, FINAL_DROPOUT), ctx.offset)
+            hidden = self.dropout(hidden, _subkey(ctx.key, FINAL_DROPOUT), ctx.offset)
             weights, cross = ([getattr(r, name) for r in reports] for name in ("weights", "encoder_weights"))
             if output_attentions and output_attentions != "sparse":
                 weights = [x if isinstance(x, torch.Tensor) else x.dense(past + inputs.shape[1]) for x in weights]
@@ -274,8 +281,15 @@ class ReformerModel(ReformerPreTrainedModel):
             return partial(_run_whole, partial(compiled_stack, self.layers))
         handoff = None
         plain = observed or ctx.cache is not None or (self.gradient_checkpointing and self.training)
-        if self.config.reversible and can_reverse() and not plain and not any(map(needs_plain_path, self.layers)):
-            handoff = StreamHandoff(grid, len(self.layers))
+        if self.config.reversible and can_reverse() and not plain:
+            reason = next(filter(None, map(needs_plain_path, self.layers)), None)
+            if reason is None:
+                handoff = StreamHandoff(grid, len(self.layers))
+            else:
+                logger.warning_once(
+                    f"Layers take the plain path, whose memory grows with depth, because of {reason}: backward could "
+                    "not repeat that when it runs layers again."
+                )
         fuse = ctx.cache is not None and not (ctx.want_weights or ctx.want_sorting)
         run = partial(_run_layers, self.layers, handoff=handoff, recompute=traced, fuse=fuse)
         return partial(run, state_dtype=self.norm.weight.dtype if record_states else None)
@@ -288,6 +302,9 @@ class ReformerModel(ReformerPreTrainedModel):
         config, device = self.config, embeds.device
         positions = torch.arange(length, device=device)[None]
         mask = None if attention_mask is None else attention_mask.to(device) != 0
+        looks = cache is None and device.type != "meta" and values_are_known()
+        if mask is not None and looks and bool(mask.all()):
+            mask = None  # exact attention is much faster without one
         before: torch.Tensor | int = 0
         num_hashes = num_hashes or config.num_hashes
         num_buckets = config.num_buckets if num_buckets is None else num_buckets
@@ -315,7 +332,10 @@ class ReformerModel(ReformerPreTrainedModel):
             rotary = lsh_rotary = rotary_tables(*settings)
             if config.lsh_rotary < 1:
                 lsh_rotary = rotary_tables(*settings, config.lsh_rotary) if config.lsh_rotary else None
-        key = draw_key(device) if self.training and cache is None else None
+        training = self.training and cache is None
+        # Dropout alone may be in training: many evaluations then are a sample of models (Gal and Ghahramani 2016).
+        drops = training or (cache is None and any(isinstance(m, Dropout) and m.rate for m in self.modules()))
+        key = draw_key(device) if drops else None
         if key is not None and shard is not None:
             key = broadcast(key, shard.group)
         eager = not torch.compiler.is_compiling()
@@ -332,6 +352,7 @@ class ReformerModel(ReformerPreTrainedModel):
             rotary=rotary,
             lsh_rotary=lsh_rotary,
             key=key,
+            training=training,
             num_hashes=num_hashes,
             num_buckets=num_buckets,
             padded_length=padded_length(config, length),

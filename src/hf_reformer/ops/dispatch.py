@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..compat import in_functorch_transform
+from ..compat import functorch_levels, in_forward_mode, in_functorch_transform, values_are_known
 from .kernel_check import agrees
 from .layout import AttentionLayout, Sort, sort_by_bucket
 from .layout import chunk_layout as chunk_layout_in_torch
@@ -115,6 +115,14 @@ def decode_kernel(choice: str, cached_keys: torch.Tensor) -> Any:
     return KERNELS["cpu"] if select_backend(choice, cached_keys) == "cpu" else None
 
 
+def transform_needs_reference() -> bool:
+    """Whether a torch.func transform runs that takes plain operations: all but `grad` and `vjp` alone.
+
+    Memory is then that of a matrix of weights.
+    """
+    return in_forward_mode() or functorch_levels() not in ([], ["Grad"])
+
+
 # --- attention
 
 
@@ -152,6 +160,54 @@ def windowed_attention(
     """
     if dropout_key is None or dropout == 0:
         dropout, dropout_key = 0.0, None
+    options: dict[str, Any] = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
+    options |= {"scale": scale, "query_weights": query_weights, "backend": backend}
+    return contain_nonfinite(lambda *inputs: _windowed_attention(*inputs, layout, **options), query, key, value)
+
+
+def contain_nonfinite(
+    attend: Callable[..., tuple[torch.Tensor, Any]], query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor
+) -> tuple[torch.Tensor, Any]:
+    """`attend(query, key, value)`, an attention, where NaN and infinity reach those tokens alone that attend to them.
+
+    In sums over tiles or matrices they would reach all, as 0 * NaN is NaN. Looks at values, so in eager mode only.
+
+    Args:
+        attend: gives (B, H, T, D), and perhaps its weights, (B, H, T, S) or sparse, or the attention mass, (B, S).
+        query: (B, H, T, D); key, value: (B, H, S, D); key may be None, then queries are the keys.
+    """
+    tensors = [x.detach() for x in (query, key, value) if x is not None]
+    looks = values_are_known() and query.device.type != "meta"
+    sums = [x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors] if looks else []
+    if not looks or bool(torch.stack([x.double() if x.is_cpu else x for x in sums]).isfinite().all()):
+        return attend(query, key, value)
+    bad_query, *bad = (~x.isfinite().all(-1) for x in tensors)  # (B, H, T), and (B, H, S) each
+    bad_key = bad[-1] | (bad_query if key is None else bad[0])
+
+    def clean(x: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:
+        return torch.where(bad[..., None], 0, x)
+
+    query = clean(query, bad_query | bad_key if key is None else bad_query)
+    key = None if key is None else clean(key, bad_key)
+    out, report = attend(query, key, clean(value, bad_key))
+    with torch.no_grad():
+        reached, _ = attend(query, key, bad_key[..., None].to(value.dtype).expand_as(value).contiguous())
+        spoiled = bad_query | (reached != 0).any(-1)  # (B, H, T)
+    if isinstance(report, torch.Tensor):
+        if report.dim() == 2:
+            report = torch.where(spoiled.any(-1).any(-1, keepdim=True), torch.nan, report)
+        else:
+            report = torch.where(spoiled[..., None], torch.nan, report)
+    elif report is not None:
+        report = report._replace(weights=torch.where(spoiled[..., None], torch.nan, report.weights))
+    return torch.where(spoiled[..., None], torch.nan, out), report
+
+
+def _windowed_attention(
+    query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor, layout: AttentionLayout, *, causal: bool,
+    mask: torch.Tensor | None, dropout: float, dropout_key: torch.Tensor | None, scale: float,
+    query_weights: torch.Tensor | None, backend: str,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     if query_weights is not None:
         query_weights = query_weights.detach().to(torch.promote_types(query.dtype, torch.float32))
     name = select_backend(backend, *(x for x in (query, value, key) if x is not None))
@@ -160,6 +216,8 @@ def windowed_attention(
             query, key, value, *layout[:3], mask, dropout_key, query_weights, *layout[3:], causal, dropout, scale
         )
         return out.to(value.dtype), None if query_weights is None else mass
+    if name == "torch" and transform_needs_reference():
+        name = "reference"
     return BACKENDS[name](
         query, key, value, layout, causal=causal, mask=mask, dropout=dropout, dropout_key=dropout_key, scale=scale,
         query_weights=query_weights,

@@ -83,7 +83,7 @@ def gather_attention(
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         key, value = (x.reshape(-1, x.shape[-1]).index_select(0, index).to(dtype) for x in (keys, values))
-        key, value = (x.view(*tokens.shape, -1) for x in (key, value))
+        key, value = (x.view(*tokens.shape, -1).masked_fill(~listed[..., None], 0) for x in (key, value))
         scores = (key @ query.to(dtype)[..., None]).squeeze(-1)
         if scale is None:
             scores = scores * torch.rsqrt(key.square().mean(-1) + 1e-6) * size**-0.5

@@ -6,7 +6,7 @@ Nothing here carries gradients.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -60,6 +60,7 @@ def window_layout(
     Returns:
         AttentionLayout with `dedup_pairs=True`; windows never leave their round.
     """
+    fixed = sort is None and torch.compiler.is_exporting()  # pure PyTorch, in a graph for any length
     sort, outputs = sort or sort_by_bucket, 2 if causal else 3  # causal windows end at their own positions
     sorted_groups = [
         sort(group, mask, num_buckets, *window_extent(window, causal), outputs)
@@ -72,8 +73,10 @@ def window_layout(
     start = start.add_(sorted_pos[:, :1])
     last = end[0].add_(sorted_pos[:, :1]) if end else sorted_pos.expand_as(perm)
     widest = max(window for *_, window in groups)
-    left, right = (torch.sym_min(reach, length - 1) for reach in window_extent(widest, causal))  # also if traced
-    return AttentionLayout(perm, start, last, torch.sym_min(block_size, length), left, right, dedup_pairs=True)
+    sizes: list[Any] = [block_size, *window_extent(widest, causal)]
+    if not fixed:
+        sizes = [torch.sym_min(size, most) for size, most in zip(sizes, (length, length - 1, length - 1), strict=True)]
+    return AttentionLayout(perm, start, last, *sizes, dedup_pairs=True)
 
 
 def window_extent(window: int, causal: bool) -> tuple[int, int]:
@@ -106,11 +109,11 @@ def sort_by_bucket(
         values, perm = torch.sort(buckets, dim=-1, stable=True)  # (B, H, R, T)
         if outputs == 1:
             return [perm.to(torch.int32)]
-        border = values[..., 1:] != values[..., :-1]
-        first = torch.nn.functional.pad(border * sorted_pos[1:], (1, 0)).cummax(-1).values
-        last = torch.where(border, sorted_pos[:-1], length - 1)
-        last = torch.nn.functional.pad(last, (0, 1), value=length - 1)
-        last = last.flip(-1).cummin(-1).values.flip(-1) if outputs == 3 else last
+        begins = values != values.roll(1, dims=-1)  # the first position's own number, 0, is right in any case
+        first = (begins * sorted_pos).cummax(-1).values
+        if outputs == 3:
+            last = torch.where(values != values.roll(-1, dims=-1), sorted_pos, length - 1)  # so is the last one's
+            last = last.flip(-1).cummin(-1).values.flip(-1)
     start = torch.maximum(first, sorted_pos - left_reach)
     real = None if mask is None else sorted_pos < mask.sum(-1, dtype=torch.int32)[:, None, None, None]
     start = start if real is None else torch.where(real, start, sorted_pos + 1)

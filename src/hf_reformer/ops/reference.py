@@ -17,7 +17,7 @@ MASKED_SCORE = -1e9  # chunk rule: padding and the future stay in the softmax wi
 def inverse_permutation(perm: torch.Tensor) -> torch.Tensor:
     """Inverse of every round's permutation: (B, H, R, T) int64, every token's sorted position within the round."""
     sorted_pos = torch.arange(perm.shape[-1], device=perm.device).expand(perm.shape)
-    return torch.empty_like(sorted_pos, memory_format=torch.contiguous_format).scatter_(-1, perm.long(), sorted_pos)
+    return torch.empty_like(sorted_pos, memory_format=torch.contiguous_format).scatter(-1, perm.long(), sorted_pos)
 
 
 def visible_counts(layout: AttentionLayout) -> torch.Tensor:
@@ -31,8 +31,10 @@ def visible_counts(layout: AttentionLayout) -> torch.Tensor:
         for j in range(rounds):
             target = sorted_pos[:, :, j, None, :] + j * length  # (B, H, 1, T)
             first, last = start[:, :, i, :, None], end[:, :, i, :, None]  # (B, H, T, 1)
-            counts += (last - target).div(total, rounding_mode="floor") - (first - 1 - target).div(
-                total, rounding_mode="floor"
+            counts = (
+                counts
+                + (last - target).div(total, rounding_mode="floor")
+                - (first - 1 - target).div(total, rounding_mode="floor")
             )
     return counts.clamp(max=1) if layout.dedup_pairs else counts
 
@@ -96,15 +98,16 @@ def attention_with_weights(
     mask: torch.Tensor | None = None,
     dropout: float = 0.0,
     dropout_key: torch.Tensor | None = None,
+    shared: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, H, T, D), and the weights (B, H, T, T) before dropout.
 
-    Arguments as those of `dispatch.windowed_attention`.
+    Arguments as those of `dispatch.windowed_attention`; `shared`: `key` is the `shared_key` of `query`.
     """
     length = query.shape[-2]
     batch, heads = query.shape[:2]
     counts = visible_counts(layout).expand(batch, heads, length, length)
-    shared = key is None
+    shared = shared or key is None
     key = shared_key(query) if key is None else key
     scores = query @ key.transpose(-1, -2)  # (B, H, T, T)
     position = torch.arange(length, device=query.device)

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..compat import in_vmap
 from .layout import AttentionLayout
 from .prng import keep_threshold, pair_scramble
-from .reference import MASKED_SCORE, SELF_SCORE, inverse_permutation, pair_keys, shared_key
+from .reference import MASKED_SCORE, SELF_SCORE, inverse_permutation, pair_keys, shared_key, windowed_attention
 
 MAX_LENGTH = 2**22  # tokens of a sequence; beyond it float32 would no longer tell positions apart
 BLOCK_SCORES = 2**20  # scores worked on at a time: 4 MiB in float32, about what caches hold
@@ -116,9 +117,11 @@ def _blocks(rows: _Rows) -> Iterator[_Block]:
     """Cut every round in blocks of about BLOCK_SCORES scores."""
     layout, (heads, rounds, length) = rows.layout, rows.row.shape
     tile, left, right = layout.block_size, layout.left_reach, layout.right_reach
-    tiles, keys = -(-length // tile), tile + left + right
-    per_head = max(1, min(tiles, BLOCK_SCORES // (tile * keys)))
-    per_block = max(1, BLOCK_SCORES // (tile * keys * tiles))
+    whole = torch.compiler.is_exporting()  # a graph for any batch and length has no loop over them, and no single tile
+    tiles, keys = length // tile + 2 if whole else -(-length // tile), tile + left + right
+    per_head = tiles if whole else max(1, min(tiles, BLOCK_SCORES // (tile * keys)))
+    per_block = heads if whole else max(1, BLOCK_SCORES // (tile * keys * tiles))
+    corners = [(0, 0)] if whole else [(i, j) for i in range(0, heads, per_block) for j in range(0, tiles, per_head)]
     device = rows.row.device
     query_pos = torch.arange(tiles * tile, device=device)
     key_pos = torch.arange(-left, tiles * tile + right, device=device)
@@ -132,20 +135,19 @@ def _blocks(rows: _Rows) -> Iterator[_Block]:
             key = rows.row[:, round_index, key_pos.clamp(0, length - 1)]  # what is added at the ends is not visible
             first, last = rows.window_start[:, round_index, inside], rows.window_end[:, round_index, inside]
             last = torch.where(query_pos < length, last, first - 1)  # the filling of a last tile has empty windows
-            first, last = (x.unflatten(-1, (tiles, tile)) - (offset + begin) for x in (first, last))
+            first, last = (x.unfold(-1, tile, tile) - (offset + begin) for x in (first, last))
         else:
             key = rows.row.flatten(1)[:, (key_pos + begin) % (rounds * length)]
         key = key.unfold(-1, keys, tile)  # (heads, tiles, K), a view
-        query, target = query.unflatten(-1, (tiles, tile)), target.unflatten(-1, (tiles, tile))
-        for head in range(0, heads, per_block):
-            for at in range(0, tiles, per_head):
-                part = (slice(head, head + per_block), slice(at, at + per_head))
-                masked = _outside(first[part], last[part], keys) if layout.dedup_pairs else None
-                n = query[part].shape[:2].numel()
-                query_rows, key_rows, target_rows = (x[part].reshape(-1) for x in (query, key, target))
-                q = rows.query.index_select(0, query_rows).view(n, tile, -1)
-                k = rows.key.index_select(0, key_rows).view(n, keys, -1)
-                yield _Block(round_index, query_rows, key_rows, target_rows, masked, (n, tile, keys), q, k)
+        query, target = (x.unfold(-1, tile, tile) for x in (query, target))  # (heads, tiles, C)
+        for head, at in corners:
+            part = (slice(head, head + per_block), slice(at, at + per_head))
+            masked = _outside(first[part], last[part], keys) if layout.dedup_pairs else None
+            n = query[part].shape[0] * query[part].shape[1]
+            query_rows, key_rows, target_rows = (x[part].reshape(-1) for x in (query, key, target))
+            q = rows.query.index_select(0, query_rows).view(n, tile, -1)
+            k = rows.key.index_select(0, key_rows).view(n, keys, -1)
+            yield _Block(round_index, query_rows, key_rows, target_rows, masked, (n, tile, keys), q, k)
 
 
 def _outside(first: torch.Tensor, last: torch.Tensor, keys: int) -> torch.Tensor:
@@ -244,6 +246,10 @@ class TiledAttention(torch.autograd.Function):
         if grad_out is None and grad_mass is None:
             return (None,) * 8
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        if in_vmap():  # `torch.func.jacrev`
+            layout = AttentionLayout(*tensors, *ctx.numbers)
+            inputs = query, key, value, layout, mask, dropout_key, query_weights
+            return *_dense_backward(ctx.rule, *inputs, grad_out, grad_mass), *(None,) * 5
         with torch.autocast(query.device.type, enabled=False):
             layout = AttentionLayout(*tensors, *ctx.numbers)
             rows = _make_rows(query, key, layout, mask, dropout_key, ctx.rule)
@@ -260,6 +266,19 @@ class TiledAttention(torch.autograd.Function):
             dk.div_(LOG2_E)
         grads = (_unflatten_rows(x, like) for x, like in ((dq[:-1], query), (dk, key), (dv, value)))
         return *grads, *(None,) * 5
+
+
+def _dense_backward(rule, query, key, value, layout, mask, dropout_key, query_weights, grad_out, grad_mass):
+    """Gradients of query, key and value by plain operations, which vmap knows."""
+
+    def attend(query, key, value):
+        options = {"causal": rule.causal, "mask": mask, "dropout": rule.dropout, "dropout_key": dropout_key}
+        options |= {"query_weights": query_weights, "shared": rule.shared}
+        out, mass = windowed_attention(query, key, value, layout, **options)
+        return out if grad_mass is None else (out, mass)
+
+    _, backward = torch.func.vjp(attend, query, key, value)
+    return backward(grad_out if grad_mass is None else (grad_out, grad_mass))
 
 
 def _weight_sums(rows: _Rows, row_max, row_sum, query_weights=None, grad_mass=None) -> torch.Tensor:
@@ -339,7 +358,8 @@ def tiled_attention(
     Raises:
         ValueError: more tokens than can be counted.
     """
-    if query.shape[2] > MAX_LENGTH or query.shape[:3].numel() >= 2**31:
+    exporting = torch.compiler.is_exporting()  # to a graph of any size
+    if not exporting and (query.shape[2] > MAX_LENGTH or query.shape[:3].numel() >= 2**31):
         raise ValueError(
             f"query of shape {tuple(query.shape)}: positions are counted in float32 and rows in int32, which holds up "
             f"to {MAX_LENGTH} tokens a sequence and 2^31 rows x heads x tokens. Split the batch or the sequence."

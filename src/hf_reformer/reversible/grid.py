@@ -43,11 +43,15 @@ class _Round(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.dtype = inputs[0].dtype
+        ctx.dtype, ctx.grid = inputs[0].dtype, inputs[1]
 
     @staticmethod
     def backward(ctx, grad):
         return grad.to(ctx.dtype), None
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return tangent.to(ctx.grid.dtype)
 
 
 def to_stream(x: torch.Tensor, grid: Grid) -> torch.Tensor:

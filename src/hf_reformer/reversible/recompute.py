@@ -1,6 +1,7 @@
 """Running a part of the model a second time just as the first: same parameters, flags, autocast, random numbers."""
 
 import contextlib
+import copy
 import threading
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..compat import in_functorch_transform, reparametrize_module, version_of
+from ..compat import GLOBAL_HOOKS, has_global_hooks, in_functorch_transform, reparametrize_module, version_of
 
 
 def can_reverse() -> bool:
@@ -32,8 +33,25 @@ def layer_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-# The default generators and the modules' training flags are shared by all threads that walk one graph.
+def hooked_module(root: nn.Module, itself: bool = True) -> str | None:
+    """What watches or changes a call of a module, or of those within it alone, in words; None: nothing does.
+
+    What it does cannot be repeated in backward: it may be gone by then, or keep what it is given.
+    """
+    if has_global_hooks():
+        return "hooks on all modules"
+    for name, module in root.named_modules():
+        own = vars(module)
+        hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
+        replaced = "forward" in own and "_hf_hook" not in own  # accelerate's, which move tensors between devices
+        if (itself or module is not root) and (hooks or own["_backward_pre_hooks"] or replaced):
+            return f"a hook on `{name}`" if name else f"a hook on a {type(module).__name__}"
+    return None
+
+
+# The default generators and the modules' settings are shared by all threads that walk one graph.
 _REPLAY_LOCK = threading.RLock()
+_ABSENT = object()
 
 
 def _generator_state(device: torch.device) -> tuple[torch.Tensor, ...]:
@@ -56,8 +74,60 @@ def autocast_again(device: torch.device, state: tuple[bool, torch.dtype]) -> tor
     return torch.autocast(device.type, dtype=state[1], enabled=state[0], cache_enabled=False)
 
 
+class Settings:
+    """The attributes in a dictionary as they are now, to be put back for a while; those that `counts(name, value)`."""
+
+    def __init__(self, own: dict[str, Any], counts: Callable[[str, Any], bool]):
+        self.own, self.counts = own, counts
+        self.before = {name: _copy(value) for name, value in own.items() if counts(name, value)}
+
+    def changed(self) -> dict[str, Any]:
+        """What stands now where something else stood."""
+        now, before = self.own, self.before
+        changed = {name: now.get(name, _ABSENT) for name, x in before.items() if not _same(now.get(name, _ABSENT), x)}
+        added = now.keys() - before.keys()
+        return changed | {name: now[name] for name in added if self.counts(name, now[name])}
+
+    def put(self, values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            if value is _ABSENT:
+                self.own.pop(name, None)
+            else:
+                self.own[name] = value
+
+
+def _copy(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, dict | list | set) else value
+
+
+def _same(now: Any, before: Any) -> bool:
+    """Whether a value is the same, or a copy whose entries are."""
+    if now is before or type(now) is not type(before):
+        return now is before
+    if isinstance(now, dict):
+        return now.keys() == before.keys() and all(_same(value, before[key]) for key, value in now.items())
+    if isinstance(now, list | tuple):
+        return len(now) == len(before) and all(map(_same, now, before))
+    return isinstance(now, int | float | str | set) and now == before
+
+
+def _settings_of(modules: tuple[nn.Module, ...]) -> list[Settings]:
+    """All that modules compute by but tensors and the modules within: flags, hooks, an adapter's scale, configs."""
+    configs = {id(config): config for m in modules if hasattr(config := vars(m).get("config"), "__dict__")}
+    return [
+        *(Settings(vars(m), lambda name, value: name not in ("_parameters", "_modules") and not _is_tensor(value))
+          for m in modules),
+        *(Settings(vars(config), lambda name, value: not isinstance(value, dict)) for config in configs.values()),
+        Settings(GLOBAL_HOOKS, lambda name, value: name.startswith("_global_")),
+    ]  # fmt: skip
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
 class ReplayState:
-    """What parts of a layer ran under, to run them again just so: autocast, training flags, foreign randomness if any.
+    """What parts of a layer ran under, to run them again just so: autocast, settings, foreign randomness if any.
 
     Our own randomness comes from keys. Modules put into a layer by others (adapters) may draw from the default
     generators; then, and only then, their state is kept.
@@ -67,7 +137,7 @@ class ReplayState:
         self.layer, self.device = layer, device
         self.autocast = autocast_state(device)
         self.modules = tuple(layer.modules())
-        self.training = tuple(module.training for module in self.modules)
+        self.settings = _settings_of(self.modules)
         self.states: dict[Hashable, tuple[torch.Tensor, ...] | None] = {}
 
     @contextlib.contextmanager
@@ -81,28 +151,34 @@ class ReplayState:
         self.states[part] = before if drawn else None
 
     @contextlib.contextmanager
-    def replay(self, tensors: dict[str, torch.Tensor] | None, part: Hashable = None) -> Iterator[None]:
+    def restored(self, tensors: dict[str, torch.Tensor] | None) -> Iterator[None]:
+        """The modules as they were: with their settings, and with other tensors where some are given."""
         if tuple(self.layer.modules()) != self.modules:
             raise RuntimeError(
                 f"Modules within {type(self.layer).__name__} were added, removed or replaced after the forward, so it "
                 "cannot be run again for the gradients. Call backward first."
             )
-        state = self.states[part]
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_REPLAY_LOCK)  # before looking: another thread may have flipped flags for its replay
-            flipped = [
-                (m, m.training) for m, was in zip(self.modules, self.training, strict=True) if m.training != was
-            ]
-            if state is None and not flipped and tensors is None:
+            stack.enter_context(_REPLAY_LOCK)  # before looking: another thread may have put back settings of its own
+            changed = [(settings, now) for settings in self.settings if (now := settings.changed())]
+            if tensors is None and not changed:
                 stack.close()  # nothing shared is touched, so threads may go on side by side
             if tensors is not None:
                 stack.enter_context(reparametrize_module(self.layer, tensors))
+            for settings, now in changed:
+                stack.callback(settings.put, now)
+                settings.put({name: settings.before.get(name, _ABSENT) for name in now})
+            yield
+
+    @contextlib.contextmanager
+    def replay(self, part: Hashable = None) -> Iterator[None]:
+        """A part of the layer as it ran, within `restored`."""
+        state = self.states[part]
+        with contextlib.ExitStack() as stack:
             if state is not None:
+                stack.enter_context(_REPLAY_LOCK)
                 stack.callback(_set_generator_state, _generator_state(self.device), self.device)
                 _set_generator_state(state, self.device)
-            for module, now in flipped:
-                stack.callback(setattr, module, "training", now)
-                module.training = not now
             stack.enter_context(torch.enable_grad())
             stack.enter_context(autocast_again(self.device, self.autocast))
             yield
@@ -111,8 +187,8 @@ class ReplayState:
 def recomputed(module: nn.Module, function: Callable, x: torch.Tensor, *args: Any) -> torch.Tensor:
     """`function(x, *args)`, which uses `module`; backward runs it again instead of keeping what is inside.
 
-    Unlike torch's checkpoint, with the parameters and training flags of this forward: when backward comes they may be
-    others (functional_call, `eval()`).
+    Unlike torch's checkpoint, with the parameters and settings of this forward: when backward comes they may be others
+    (functional_call, `eval()`, another adapter). Not for a module with hooks (`hooked_module`).
     """
     if not can_reverse():
         traced = torch.is_grad_enabled() and torch.compiler.is_compiling()
@@ -123,7 +199,10 @@ def recomputed(module: nn.Module, function: Callable, x: torch.Tensor, *args: An
     def run(*args):
         if versions != [version_of(tensor) for tensor in tensors.values()]:
             raise RuntimeError("A parameter was modified in place between forward and backward. Call backward first.")
-        with conditions.replay(tensors) if conditions.states else conditions.record():
+        if not conditions.states:
+            with conditions.record():
+                return function(*args)
+        with conditions.restored(tensors), conditions.replay():
             return function(*args)
 
     return checkpoint(run, x, *args, use_reentrant=False, preserve_rng_state=False)

@@ -28,7 +28,7 @@ from ..compat import (
 )
 from .chunking import ChunkedBuffer, Handoff, Tensors, map_tokens, token_chunks, tokens_per_chunk
 from .grid import Grid, to_stream
-from .recompute import ReplayState, autocast_again, autocast_state, layer_tensors, recomputed
+from .recompute import ReplayState, autocast_again, autocast_state, hooked_module, layer_tensors, recomputed
 
 StageContext = Callable[[Hashable], AbstractContextManager]  # of a part of a layer, by its name
 
@@ -70,7 +70,7 @@ def residual_step(
     """
     stages = LayerStages(layer, ctx, grid, context or _current_autocast(x2.device))
     size = tokens_per_chunk(x2, layer.chunk_size)
-    recompute = 0 < layer.chunk_size < x2.shape[1]
+    recompute = 0 < layer.chunk_size < x2.shape[1] and hooked_module(layer, itself=False) is None
     projected = Handoff(map_tokens(partial(stages, "qkv_projection"), size, x2))
     with stages.context("attend"):
         mixed, *report = layer.attend(projected, ctx, *states)
@@ -177,9 +177,10 @@ class ReversibleFunction(torch.autograd.Function):
         count = len(tensors) - len(fn.names)
         states = [x.detach().requires_grad_(needed) for x, needed in zip(tensors[:count], need, strict=False)]
         parameters, swap = _parameters(fn, tensors[count:], need[count:])
-        stages = LayerStages(fn.layer, fn.ctx, handoff.grid, partial(fn.state.replay, swap))
+        stages = LayerStages(fn.layer, fn.ctx, handoff.grid, fn.state.replay)
         leaves = [*states, *parameters]
-        x1, x2, d1, d2, grads = invert_layer(stages, states, fn.size, outputs, d1, d2, grad_report, leaves, need)
+        with fn.state.restored(swap):
+            x1, x2, d1, d2, grads = invert_layer(stages, states, fn.size, outputs, d1, d2, grad_report, leaves, need)
         if fn.checksums is not None:
             warn_if_inexact(fn.checksums, (x1, x2), handoff.grid)
         elif any(node is not None and will_engine_execute(node) for node, _ in fn.next_functions[:2]):
@@ -316,18 +317,14 @@ def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
 def _parameters(fn, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor], dict[str, torch.Tensor] | None]:
     """The tensors to differentiate by, and what to swap into the layer where the saved ones cannot serve.
 
-    They are not its own under functional_call, an outer checkpoint, or saved-tensor hooks. And hooks on a tensor would
-    see each of its partial gradients, where they are meant for the sum.
+    They are not its own under functional_call, an outer checkpoint, or saved-tensor hooks; and which of them are
+    trained may have changed since, as where another adapter is made active. And hooks on a tensor would see each of
+    its partial gradients, where they are meant for the sum.
     """
     now = layer_tensors(fn.layer)
     own = all(now.get(name) is tensor for name, tensor in zip(fn.names, saved, strict=True))
-    frozen = [name for name, x, needed in zip(fn.names, saved, need, strict=True) if needed and not x.requires_grad]
-    if own and frozen:
-        raise RuntimeError(
-            f"`{frozen[0]}` of a reversible layer was trained in forward and is frozen now, in backward: perhaps "
-            "another adapter was made active, and layers would be run again with that one. Call backward first."
-        )
-    if own and not any(map(has_gradient_hooks, saved)):
+    trained = all(tensor.requires_grad == needed for tensor, needed in zip(saved, need, strict=True))
+    if own and trained and not any(map(has_gradient_hooks, saved)):
         return saved, None
     saved = [tensor.detach().requires_grad_(needed) for tensor, needed in zip(saved, need, strict=True)]
     return saved, dict(zip(fn.names, saved, strict=True))
@@ -348,11 +345,15 @@ def warn_if_inexact(before: tuple[torch.Tensor, ...], streams: tuple[torch.Tenso
     )
 
 
-def needs_plain_path(layer: nn.Module) -> bool:
-    """Whether parameters of `layer` may be others when it runs again: FSDP2 wraps modules within it, or it computes
-    weights from others (torch's parametrizations) and keeps them in `parametrize.cached()`."""
-    return any(
-        (m is not layer and type(m).__name__.startswith("FSDP") and hasattr(m, "unshard"))
-        or (parametrization_cache_enabled() and hasattr(m, "parametrizations"))
-        for m in layer.modules()
-    )
+def needs_plain_path(layer: nn.Module) -> str | None:
+    """Why `layer` cannot be run again as it was, in words, or None.
+
+    Something has hooks on modules within it, or its parameters may be others then: FSDP2 wraps modules within it, or
+    it computes weights from others (torch's parametrizations) and keeps them in `parametrize.cached()`.
+    """
+    for m in layer.modules():
+        if m is not layer and type(m).__name__.startswith("FSDP") and hasattr(m, "unshard"):
+            return "FSDP2 on modules within the layers"
+        if parametrization_cache_enabled() and hasattr(m, "parametrizations"):
+            return "weights of a parametrization cache"
+    return hooked_module(layer, itself=False)

@@ -162,7 +162,7 @@ def windowed_attention(
         dropout, dropout_key = 0.0, None
     options: dict[str, Any] = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
     options |= {"scale": scale, "query_weights": query_weights, "backend": backend}
-    return contain_nonfinite(lambda *inputs: _windowed_attention(*inputs, layout, **options), query, key, value)
+    return contain_nonfinite(lambda q, k, v: _windowed_attention(q, k, v, layout, **options), query, key, value)
 
 
 def contain_nonfinite(

@@ -6,7 +6,7 @@ Nothing here carries gradients.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -73,10 +73,12 @@ def window_layout(
     start = start.add_(sorted_pos[:, :1])
     last = end[0].add_(sorted_pos[:, :1]) if end else sorted_pos.expand_as(perm)
     widest = max(window for *_, window in groups)
-    sizes: list[Any] = [block_size, *window_extent(widest, causal)]
+    left, right = window_extent(widest, causal)
     if not fixed:
-        sizes = [torch.sym_min(size, most) for size, most in zip(sizes, (length, length - 1, length - 1), strict=True)]
-    return AttentionLayout(perm, start, last, *sizes, dedup_pairs=True)
+        block_size, left, right = (
+            torch.sym_min(size, most) for size, most in ((block_size, length), (left, length - 1), (right, length - 1))
+        )
+    return AttentionLayout(perm, start, last, block_size, left, right, dedup_pairs=True)
 
 
 def window_extent(window: int, causal: bool) -> tuple[int, int]:

@@ -277,7 +277,7 @@ def _dense_backward(rule, query, key, value, layout, mask, dropout_key, query_we
         out, mass = windowed_attention(query, key, value, layout, **options)
         return out if grad_mass is None else (out, mass)
 
-    _, backward = torch.func.vjp(attend, query, key, value)
+    backward = torch.func.vjp(attend, query, key, value)[1]
     return backward(grad_out if grad_mass is None else (grad_out, grad_mass))
 
 

@@ -44,9 +44,9 @@ class Arguments(Options):
 
 
 def demo_file(folder: Path) -> Path:
-    """Lines of code, and whether they are in upper or lower case: 64 texts."""
-    lines = demo_text().decode(errors="ignore").splitlines()
-    rows = [line.strip() for line in lines if len(line.strip()) > 40][:64]
+    """Pieces of code, and whether they are in upper or lower case: 64 texts."""
+    code = demo_text().decode(errors="ignore")
+    rows = [code[64 * i : 64 * (i + 1)] for i in range(64)]
     cases = [{"text": row.upper() if i % 2 else row.lower(), "label": i % 2} for i, row in enumerate(rows)]
     file = folder / "cases.jsonl"
     file.write_text("\n".join(map(json.dumps, cases)))

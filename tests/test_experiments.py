@@ -327,6 +327,7 @@ TINY = {
     "recall": ["--steps", "4", "--stage_steps", "2", "--watch_every", "2", "--rounds", "1"],
     "duplication": ["--steps", "4"],
     "listops": ["--steps", "3", "--pretraining_steps", "2", "--test_rows", "8"],
+    "classification": ["--options", "--hidden_size 32 --num_train_epochs 1 --max_length 64 --tokenizer bytes"],
     "reversible_and_shared": ["--steps", "10", "--every", "5"],
     "step_time": ["--lengths", "128", "256", "--tokens", "256", "--repeats", "1"],
     "defaults": ["--steps", "2", "--widths", "64", "--length", "64", "--settings", ""],

@@ -506,7 +506,8 @@ def test_overrides_that_keep_all_weights_are_taken(saved):
 def test_a_new_head_is_told_and_never_evaluated_untrained(saved, caplog):
     labels = {"id2label": {0: "a", 1: "b", 2: "c"}, "label2id": {"a": 0, "b": 1, "c": 2}}
     assert load(saved / "classifier", **labels).num_labels == 3
-    assert "these weights are new: classifier.out_proj.weight (2, 16) → (3, 16)" in caplog.text
+    told = "these weights are new: classifier.out_proj.bias (2,) → (3,), classifier.out_proj.weight (2, 16) → (3, 16)"
+    assert told in caplog.text
     for folder, options in (("classifier", labels), ("masked", {})):
         with pytest.raises(ValueError, match=r"lacks classifier.*nothing is trained"):
             load(saved / folder, trains=False, **options)

@@ -168,11 +168,13 @@ def test_every_kind_of_model(changes):
 @pytest.mark.parametrize("tokens", [1, 16, 33, 99], ids=str)
 def test_automatic_slices_change_nothing(tokens, monkeypatch):
     whole = make()
-    expected, values = step(whole), hidden_of(whole)
+    expected = step(whole)
+    values = hidden_of(whole.double())
     sliced = make()
     monkeypatch.setattr("hf_reformer.reversible.chunking.CHUNK_ELEMENTS", tokens * sliced.config.hidden_size)
     assert gap(step(sliced), step(twin_of(sliced))) <= EXACT
     assert gap(step(sliced), expected) <= 1e-5  # other matrix products
+    sliced.double()  # whose rounding is far below the bound
     for context in (torch.enable_grad(), torch.no_grad()):
         with context:
             assert torch.allclose(hidden_of(sliced), values, atol=1e-6)

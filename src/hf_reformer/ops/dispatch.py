@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -120,7 +121,7 @@ def transform_needs_reference() -> bool:
 
     Memory is then that of a matrix of weights.
     """
-    return in_forward_mode() or functorch_levels() not in ([], ["Grad"])
+    return not torch.compiler.is_compiling() and (in_forward_mode() or functorch_levels() not in ([], ["Grad"]))
 
 
 # --- attention
@@ -160,9 +161,35 @@ def windowed_attention(
     """
     if dropout_key is None or dropout == 0:
         dropout, dropout_key = 0.0, None
-    options: dict[str, Any] = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
-    options |= {"scale": scale, "query_weights": query_weights, "backend": backend}
-    return contain_nonfinite(lambda q, k, v: _windowed_attention(q, k, v, layout, **options), query, key, value)
+    if not all_finite(query, key, value):
+        attend = partial(
+            windowed_attention, layout=layout, causal=causal, mask=mask, dropout=dropout, dropout_key=dropout_key,
+            scale=scale, query_weights=query_weights, backend=backend,
+        )  # fmt: skip
+        return contain_nonfinite(attend, query, key, value)
+    if query_weights is not None:
+        query_weights = query_weights.detach().to(torch.promote_types(query.dtype, torch.float32))
+    name = select_backend(backend, *(x for x in (query, value, key) if x is not None))
+    if name in KERNELS:
+        out, _, _, mass = KERNELS[name].attention(
+            query, key, value, *layout[:3], mask, dropout_key, query_weights, *layout[3:], causal, dropout, scale
+        )
+        return out.to(value.dtype), None if query_weights is None else mass
+    if name == "torch" and transform_needs_reference():
+        name = "reference"
+    return BACKENDS[name](
+        query, key, value, layout, causal=causal, mask=mask, dropout=dropout, dropout_key=dropout_key, scale=scale,
+        query_weights=query_weights,
+    )  # fmt: skip
+
+
+def all_finite(*tensors: torch.Tensor | None) -> bool:
+    """Whether no tensor holds NaN or infinity; True also where values cannot be looked at, outside of eager mode."""
+    given = [x.detach() for x in tensors if x is not None]
+    if not values_are_known() or given[0].device.type == "meta":
+        return True
+    sums = [x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in given]
+    return bool(torch.stack([x.double() if x.is_cpu else x for x in sums]).isfinite().all())
 
 
 def contain_nonfinite(
@@ -170,18 +197,17 @@ def contain_nonfinite(
 ) -> tuple[torch.Tensor, Any]:
     """`attend(query, key, value)`, an attention, where NaN and infinity reach those tokens alone that attend to them.
 
-    In sums over tiles or matrices they would reach all, as 0 * NaN is NaN. Looks at values, so in eager mode only.
+    In sums over tiles or matrices they would reach all, as 0 * NaN is NaN.
 
     Args:
         attend: gives (B, H, T, D), and perhaps its weights, (B, H, T, S) or sparse, or the attention mass, (B, S).
         query: (B, H, T, D); key, value: (B, H, S, D); key may be None, then queries are the keys.
     """
-    tensors = [x.detach() for x in (query, key, value) if x is not None]
-    looks = values_are_known() and query.device.type != "meta"
-    sums = [x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors] if looks else []
-    if not looks or bool(torch.stack([x.double() if x.is_cpu else x for x in sums]).isfinite().all()):
+    if all_finite(query, key, value):
         return attend(query, key, value)
-    bad_query, *bad = (~x.isfinite().all(-1) for x in tensors)  # (B, H, T), and (B, H, S) each
+    bad_query, *bad = (
+        ~x.detach().isfinite().all(-1) for x in (query, key, value) if x is not None
+    )  # (B, H, T), and (B, H, S) each
     bad_key = bad[-1] | (bad_query if key is None else bad[0])
 
     def clean(x: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:
@@ -201,27 +227,6 @@ def contain_nonfinite(
     elif report is not None:
         report = report._replace(weights=torch.where(spoiled[..., None], torch.nan, report.weights))
     return torch.where(spoiled[..., None], torch.nan, out), report
-
-
-def _windowed_attention(
-    query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor, layout: AttentionLayout, *, causal: bool,
-    mask: torch.Tensor | None, dropout: float, dropout_key: torch.Tensor | None, scale: float,
-    query_weights: torch.Tensor | None, backend: str,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    if query_weights is not None:
-        query_weights = query_weights.detach().to(torch.promote_types(query.dtype, torch.float32))
-    name = select_backend(backend, *(x for x in (query, value, key) if x is not None))
-    if name in KERNELS:
-        out, _, _, mass = KERNELS[name].attention(
-            query, key, value, *layout[:3], mask, dropout_key, query_weights, *layout[3:], causal, dropout, scale
-        )
-        return out.to(value.dtype), None if query_weights is None else mass
-    if name == "torch" and transform_needs_reference():
-        name = "reference"
-    return BACKENDS[name](
-        query, key, value, layout, causal=causal, mask=mask, dropout=dropout, dropout_key=dropout_key, scale=scale,
-        query_weights=query_weights,
-    )  # fmt: skip
 
 
 # --- hashing and sorting: the functions of `lsh` and `layout`, by the compiled kernels where they serve

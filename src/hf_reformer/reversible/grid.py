@@ -49,6 +49,10 @@ class _Round(torch.autograd.Function):
     def backward(ctx, grad):
         return grad.to(ctx.dtype), None
 
+
+class _RoundForwardMode(_Round):
+    """The same in eager mode, with a derivative in forward mode, which torch.compile does not take."""
+
     @staticmethod
     def jvp(ctx, tangent, _):
         return tangent.to(ctx.grid.dtype)
@@ -56,4 +60,6 @@ class _Round(torch.autograd.Function):
 
 def to_stream(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     """x in the streams' dtype, on the grid."""
-    return x.to(grid.dtype) if grid.bits is None else _Round.apply(x, grid)
+    if grid.bits is None:
+        return x.to(grid.dtype)
+    return (_Round if torch.compiler.is_compiling() else _RoundForwardMode).apply(x, grid)

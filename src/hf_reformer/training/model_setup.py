@@ -229,7 +229,7 @@ def _load_saved(auto_class: Any, name: str, config: Any, num_labels: int, trains
     options = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, report = auto_class.from_pretrained(name, **options)
     new_head = {}
-    for key, saved, wanted in report["mismatched_keys"]:
+    for key, saved, wanted in sorted(report["mismatched_keys"]):
         if saved[:1] == (num_labels,) and wanted[:1] == (config.num_labels,) and saved[1:] == wanted[1:]:
             new_head[key] = f"{key} {tuple(saved)} → {tuple(wanted)}"
         else:

@@ -251,7 +251,7 @@ class ReformerConfig(PreTrainedConfig):
             raise ValueError(f"`id2label` has the key {wrong[0]!r}; its keys are the numbers of the labels.")
         for name, limit in MAX_NUMBERS.items():
             value = num_labels if name == "num_labels" else getattr(self, name)
-            if isinstance(value, (list, tuple, type(None))):
+            if isinstance(value, (list, tuple, type(None))) and not name.startswith("chunk_size"):
                 continue
             if type(value) is not int:
                 raise ValueError(f"`{name}={value!r}` must be a whole number.")

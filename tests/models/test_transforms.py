@@ -78,10 +78,11 @@ def test_torch_jit_trace_says_what_works_instead(layers):
         torch.jit.trace(model, (IDS,), strict=False, check_trace=False)
 
 
-def test_torch_onnx_export_says_what_works_instead(monkeypatch):
-    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
-    with pytest.raises(NotImplementedError, match=r"`torch.onnx.export` cannot record.*torch\.export\.export"):
-        make()(IDS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_onnx_by_torchscript_says_what_works_instead(tmp_path):
+    told = r"`torch.onnx.export\(dynamo=False\)` cannot record.*torch\.export\.export.*dynamo=True"
+    with pytest.raises(NotImplementedError, match=told):
+        torch.onnx.export(make(), (IDS,), str(tmp_path / "x.onnx"), dynamo=False)
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")

@@ -133,6 +133,10 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
             raise ValueError("Give both `start_positions` and `end_positions`, or neither.")
         loss = None
         if start_positions is not None and end_positions is not None:
+            if not real.shape[1]:
+                raise ValueError(
+                    "The inputs hold no token, so no answer lies in them. Leave such rows out of training."
+                )
             start_loss = cross_entropy(logits["start_logits"], _inside(start_positions, real))
             loss = (start_loss + cross_entropy(logits["end_logits"], _inside(end_positions, real))) / 2
         return self._head_output(ReformerQuestionAnsweringOutput, outputs, loss, **logits)

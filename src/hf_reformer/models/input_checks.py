@@ -10,15 +10,14 @@ from ..ops.dispatch import resolve_backend
 
 
 def reject_tracing(config: Any) -> None:
-    """Raise NotImplementedError where a model with sort orders is recorded by an exporter that cannot hold them."""
-    way = (
-        "torch.onnx.export" if torch.onnx.is_in_onnx_export() else "torch.jit.trace" if torch.jit.is_tracing() else ""
-    )
-    if way and set(config.attn_layers) != {"full"}:
+    """Raise NotImplementedError where a model with sort orders is traced by TorchScript, which cannot hold them."""
+    if torch.jit.is_tracing() and set(config.attn_layers) != {"full"}:
+        way = "torch.onnx.export(dynamo=False)" if torch.onnx.is_in_onnx_export() else "torch.jit.trace"
         raise NotImplementedError(
             f"`{way}` cannot record local and lsh layers: how they cut a sequence into windows depends on its length, "
             "and a trace keeps one. Use `torch.export.export(model.eval(), …)`, which takes any batch and length, and "
-            'save it with `torch.export.save`; or a model whose `attn_layers` are all "full".'
+            "save it with `torch.export.save`. For ONNX, `torch.onnx.export(…, dynamo=True)` takes full layers, and "
+            "local ones with `attention_backend='torch'`."
         )
 
 

@@ -214,10 +214,10 @@ def _check_overrides(auto_class: Any, name: str, saved: Any, config: Any) -> Non
         with torch.device("meta"):
             return {key: tuple(x.shape) for key, x in auto_class.from_config(config).state_dict().items()}
 
-    before, after = shapes(saved), shapes(config)
-    changed = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    has, wants = shapes(saved), shapes(config)
+    changed = sorted(key for key in has.keys() | wants.keys() if has.get(key) != wants.get(key))
     if changed:
-        told = ", ".join(f"{key} {before.get(key, 'none')} → {after.get(key, 'none')}" for key in changed[:5])
+        told = ", ".join(f"{key} {has.get(key, 'none')} → {wants.get(key, 'none')}" for key in changed[:5])
         raise ValueError(
             f"--config_overrides: `{name}` has no such weights. {len(changed)} tensors would be lost or new, among "
             f"them {told}. Leave out these overrides, or --model_name_or_path to train a new model."

@@ -361,14 +361,14 @@ def _interpret(stream: Any) -> Any:
                     pop_mark()
                     stack.append(Foreign(argument.replace(" ", ".")))
                 case "OBJ":
-                    made_of, *_ = pop_mark()
-                    stack.append(_made(made_of, None))
+                    called, *_ = pop_mark()
+                    stack.append(_made(called, None))
                 case "REDUCE" | "NEWOBJ":
-                    arguments, made_of = stack.pop(), stack.pop()
-                    stack.append(_made(made_of, arguments))
+                    arguments, called = stack.pop(), stack.pop()
+                    stack.append(_made(called, arguments))
                 case "NEWOBJ_EX":
-                    _, _, made_of = stack.pop(), stack.pop(), stack.pop()
-                    stack.append(_made(made_of, None))
+                    _, _, called = stack.pop(), stack.pop(), stack.pop()
+                    stack.append(_made(called, None))
                 case "BUILD":
                     state = stack.pop()
                     if isinstance(stack[-1], (PickledArray, PickledType)):

@@ -61,6 +61,7 @@ class Centering {
         }
         const int64_t end = h.causal ? (h.length - 1) / segment * segment : h.length;  // causal: the last segment's begin
         std::vector<float> panels(panels_of(h.size) * kPanel * kTile);
+        float scale[kTile];
         auto end_sample = [&] {
             if (!h.causal) add_mean(state);
         };
@@ -69,7 +70,8 @@ class Centering {
             if (first == end) break;
             const int count = static_cast<int>(std::min<int64_t>(kTile, end - first));
             read(first, count, panels.data());
-            advance<false>(state, first, count, panels.data(), end_sample);
+            if (!h.causal) scales_.resize(first + count);
+            advance<false>(state, first, count, panels.data(), h.causal ? scale : &scales_[first], end_sample);
         }
         end_sample();
     }
@@ -80,16 +82,16 @@ class Centering {
     void write(State& state, int64_t first, int count, float* panels) const {
         read(first, count, panels);
         if (h_.causal) {
-            advance<true>(state, first, count, panels, [] {});
+            float scale[kTile];
+            advance<true>(state, first, count, panels, scale, [] {});
             return;
         }
-        float scale[kTile];
-        scales(first, count, panels, scale);
         for (int i = 0; i < count; i++) {
-            const float* mean = means_.data() + (samples_ ? samples_[first + i] : 0) * state.sums.size() * kWidth;
+            const float scale = scales_[first + i], *mean = means_.data() + (samples_ ? samples_[first + i] : 0) * state.sums.size() * kWidth;
+            if (scale == 0) clear(panels, i);
             Float most = zero();
             for (int k = 0; k < size_; k += kWidth) {
-                const Float rest = fma(load(in_panels(panels, i, k)), splat(scale[i]), zero() - load(mean + k));
+                const Float rest = fma(load(in_panels(panels, i, k)), splat(scale), zero() - load(mean + k));
                 most = max(most, abs(rest));
                 store(in_panels(panels, i, k), rest);
             }
@@ -125,8 +127,9 @@ class Centering {
     }
 
     // Counts the tokens of a tile in; `kSubtract`: and takes the mean off each. `end_sample` is called before a sample begins.
-    template <bool kSubtract, typename F> void advance(State& state, int64_t first, int count, float* panels, F&& end_sample) const {
-        float scale[kTile], share[kTile];
+    template <bool kSubtract, typename F>
+    void advance(State& state, int64_t first, int count, float* panels, float* scale, F&& end_sample) const {
+        float share[kTile];
         Float most[kTile];
         scales(first, count, panels, scale);
         for (int begin = 0, end = 1; begin < count; begin = end++) {  // the tokens of one sample
@@ -164,6 +167,7 @@ class Centering {
     const int32_t* samples_;
     std::vector<State> kept_;   // causal: before every segment
     std::vector<float> means_;  // otherwise: of every sample, (samples, D up to a whole vector)
+    std::vector<float> scales_;  // and of every token what makes it a unit vector
 };
 
 }  // namespace hf

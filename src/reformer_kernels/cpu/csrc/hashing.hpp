@@ -86,15 +86,12 @@ inline void run_hashing(const HashParams& h) {
     std::vector<float> rotations(h.heads * h.size * padded);
     for (int64_t head = 0; head < h.heads; head++) pack_rotations(h, head, padded, rotations.data() + head * h.size * padded);
     std::vector<std::unique_ptr<HashScratch>> scratch(std::max<int64_t>(1, h.threads));
-    // Tokens first … end - 1 of a head, the first one a tile's.
-    auto hash_tokens = [&](int64_t head_index, int64_t first, int64_t end, int worker, auto&& read) {
+    auto hash_tile = [&](int64_t head_index, int64_t first, int64_t end, int worker, auto&& read) {
         if (!scratch[worker]) scratch[worker] = std::make_unique<HashScratch>(h, padded);
         HashScratch& w = *scratch[worker];
-        for (; first < end; first += kTile) {
-            const int count = static_cast<int>(std::min<int64_t>(kTile, end - first));
-            read(first, count, w.rows.data());
-            hash_rows(h, head_index, first, count, rotations.data() + head_index % h.heads * h.size * padded, padded, w);
-        }
+        const int count = static_cast<int>(std::min<int64_t>(kTile, end - first));
+        read(first, count, w.rows.data());
+        hash_rows(h, head_index, first, count, rotations.data() + head_index % h.heads * h.size * padded, padded, w);
     };
     const int64_t tiles = (h.length + kTile - 1) / kTile;
     if (!h.centered) {  // heads of a tile one after the other: in a projection's own layout they lie side by side
@@ -105,7 +102,7 @@ inline void run_hashing(const HashParams& h) {
                 auto read = [&](int64_t first, int count, float* panels) {
                     for (int i = 0; i < count; i++) gather(rows, static_cast<int>(first) + i, panels, i);
                 };
-                hash_tokens(batch * h.heads + head, begin, std::min(h.length, begin + kTile), worker, read);
+                hash_tile(batch * h.heads + head, begin, h.length, worker, read);
             }
         });
         return;
@@ -114,14 +111,17 @@ inline void run_hashing(const HashParams& h) {
     const int64_t wanted = std::min(tiles, (h.threads + all_heads - 1) / all_heads);
     const int64_t segment = (tiles + wanted - 1) / wanted * kTile, segments = (h.length + segment - 1) / segment;
     std::vector<std::unique_ptr<Centering>> centers(all_heads);
-    parallel_for(all_heads, h.threads,
-                 [&](int64_t head_index, int) { centers[head_index] = std::make_unique<Centering>(h, head_index, segment); });
+    auto add_up = [&](int64_t head_index, int) { centers[head_index] = std::make_unique<Centering>(h, head_index, segment); };
+    if (segments > 1) parallel_for(all_heads, h.threads, add_up);
     parallel_for(all_heads * segments, h.threads, [&](int64_t task, int worker) {
-        const int64_t head_index = task / segments, begin = task % segments * segment;
+        const int64_t head_index = task / segments, begin = task % segments * segment, end = std::min(h.length, begin + segment);
+        if (segments == 1) add_up(head_index, worker);  // only now: its vectors are still in a cache when they are read again
         const Centering& center = *centers[head_index];
         Centering::State state = center.before(task % segments);
         auto read = [&](int64_t first, int count, float* panels) { center.write(state, first, count, panels); };
-        hash_tokens(head_index, begin, std::min(h.length, begin + segment), worker, read);
+        const int64_t last = (end - 1 - begin) / kTile;
+        for (int64_t i = 0; i <= last; i++)  // not causal: from the end, which was read last
+            hash_tile(head_index, begin + (h.causal ? i : last - i) * kTile, end, worker, read);
     });
 }
 

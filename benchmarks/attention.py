@@ -53,6 +53,17 @@ def core_groups(settings: Settings) -> list[Group]:
     return found
 
 
+def centering_groups(settings: Settings) -> list[Group]:
+    """What it costs to take the mean off vectors before they are hashed."""
+    cases = [
+        Case(section="centering", length=length, work=work, rounds=settings.main_rounds, causal=causal)
+        for length in settings.choose((4096, 16384), (4096,))
+        for causal in (True, False)
+        for work in (FORWARD, BOTH)
+    ]
+    return [Group("time", entries(case, ["hf-reformer uncentered", "hf-reformer window"])) for case in cases]
+
+
 def op_groups(settings: Settings) -> list[Group]:
     """Single ops in turn with the machine's own rates, which change with its load."""
     found = []

@@ -65,6 +65,7 @@ def make_layout(
     window: int = WINDOW,
     position: bool = False,
     exploration: int = 0,
+    centered: bool = True,
     backend: str = "auto",
 ) -> AttentionLayout:
     """Hash and sort in one of the attention modes, rotations drawn afresh as in training.
@@ -74,7 +75,7 @@ def make_layout(
     batch, heads, length, size = q.shape
     factors = num_buckets_for(mode, length, window)
     rotations = window_rotations(make_key(0), 0, heads, size, rounds, factors, q, backend)
-    centering = Centering(causal) if mode == "window" else None
+    centering = Centering(causal) if mode == "window" and centered else None
     buckets = lsh_buckets(q, rotations, factors, centering, backend)  # (B, H, R, T)
     count = num_buckets_total(factors)
     if mode == "chunk":
@@ -198,6 +199,7 @@ def make_core(case: Case, impl: str) -> Core:
         "hf-reformer window": lambda: hf_reformer_core("window", rounds, causal),
         "hf-reformer chunk torch": lambda: hf_reformer_core("chunk", rounds, causal, backend="torch"),
         "hf-reformer window torch": lambda: hf_reformer_core("window", rounds, causal, backend="torch"),
+        "hf-reformer uncentered": lambda: hf_reformer_core("window", rounds, causal, centered=False),
         "hf-reformer default": lambda: hf_reformer_core("window", rounds, causal, window=128, position=True),
         "transformers": lambda: transformers_core(case.length, rounds, causal),
         "reformer-pytorch": lambda: reformer_pytorch_core(rounds, causal),

@@ -16,6 +16,7 @@ class Section(NamedTuple):
 SECTIONS = {
     "machine": Section(environment.groups, environment.make),
     "core": Section(attention.core_groups, attention.make_core_run),
+    "centering": Section(attention.centering_groups, attention.make_core_run),
     "ops": Section(attention.op_groups, attention.make_op),
     "break-even": Section(attention.break_even_groups, attention.make_core_run),
     "step": Section(training.step_groups, training.make),

@@ -12,6 +12,7 @@ from .targets import Target, find_targets
 TITLES = {
     "machine": "Rates of the machine",
     "core": "Cores: hash, sort and attention",
+    "centering": "Centred hashing",
     "ops": "Single ops and their floors",
     "break-even": "Break-even with exact attention",
     "step": "Training steps",

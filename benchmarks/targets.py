@@ -64,7 +64,7 @@ def over(above: Row | None, below: Row | None) -> float | None:
 def find_targets(rows: list[Row], threads: int, huge_pages: bool) -> list[Target]:
     """The whole table for one thread count."""
     measured = Measured(rows, threads, huge_pages)
-    parts = (cores, modes, shares, memory, break_even, steps, coverage, torch_backend, growth)
+    parts = (cores, modes, centering, shares, memory, break_even, steps, coverage, torch_backend, growth)
     return [target for part in parts for target in part(measured)]
 
 
@@ -90,6 +90,16 @@ def modes(measured: Measured) -> Iterator[Target]:
             case = {"length": length, "work": work, "rounds": 2, "causal": True}
             ratio = measured.quotient("core", "hf-reformer window", "hf-reformer chunk", **case)
             yield Target(f"core {work}, windows", "hf-reformer, chunks", f"{length} tokens, causal", 1.3, False, ratio)
+
+
+def centering(measured: Measured) -> Iterator[Target]:
+    for length in (4 * K, 16 * K):
+        for causal in (True, False):
+            for work in (FORWARD, BOTH):
+                case = {"length": length, "work": work, "rounds": 2, "causal": causal}
+                ratio = measured.quotient("centering", "hf-reformer window", "hf-reformer uncentered", **case)
+                setting = f"{length} tokens, {'causal' if causal else 'bidirectional'}"
+                yield Target(f"core {work}, centred hashing", "hashing as it is", setting, 1.05, False, ratio)
 
 
 def shares(measured: Measured) -> Iterator[Target]:

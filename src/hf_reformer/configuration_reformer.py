@@ -90,9 +90,8 @@ class ReformerConfig(PreTrainedConfig):
             over the sample, in causal models up to the token. Otherwise they are hashed as projected, and nearly all
             tokens share a few buckets. Default: True, except in models that version 0.1 saved.
         lsh_rotary (`float`, defaults to 1.0):
-            Share of a head's pairs of dimensions that rotary positions turn in lsh layers, those of high frequencies.
-            The others compare content alone, at any distance: with 0, a task of far recall is learnt sooner, and plain
-            text later (docs/evidence.md).
+            Share of the heads of lsh layers that rotary positions turn, the first ones, at least one if it is above 0.
+            The others compare content alone, at any distance.
         lsh_exploration_orders (`int`, defaults to 1):
             Window mode, training only: sort orders with random buckets, so that every pair can learn to attend.
         resample_rotations (`bool`, defaults to `True`): New hash rotations in every training forward, or evaluation's.

@@ -68,6 +68,7 @@ def test_pieces_equal_the_whole(kinds, pieces, masked):
     [
         {"position_embedding_type": "axial"},
         {"position_embedding_type": "rotary", "lsh_rotary": 0.0},
+        {"position_embedding_type": "rotary", "lsh_rotary": 0.5},
         {"position_embedding_type": "rotary", "lsh_rotary": 1.0},
         {"lsh_include_local": False},
         {"num_hashes": 3, "num_buckets": [2, 4]},

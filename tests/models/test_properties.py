@@ -329,11 +329,10 @@ def linear(module, x):
     return F.linear(x, module.weight, module.bias)
 
 
-def turned(x: torch.Tensor, theta: float, share: float) -> torch.Tensor:
+def turned(x: torch.Tensor, theta: float) -> torch.Tensor:
     """Pairs half a head apart as complex numbers, the first ones turned by the token's place times theta^(-2i / D)."""
     half = x.shape[-1] // 2
     frequencies = theta ** -(torch.arange(half) / half)  # float32, as in models
-    frequencies[math.ceil(share * half) :] = 0
     angles = torch.arange(x.shape[-2]).float()[:, None] * frequencies
     pairs = torch.complex(x[..., :half], x[..., half:])
     pairs = pairs * torch.complex(angles.cos(), angles.sin())
@@ -347,8 +346,9 @@ def exact_attention(kind: str, module, x: torch.Tensor, config) -> torch.Tensor:
     value, length, size = heads(module.v_proj), x.shape[1], module.head_size
     query, key = (heads(module.qk_proj),) * 2 if kind == "lsh" else (heads(module.q_proj), heads(module.k_proj))
     if config.position_embedding_type == "rotary":
-        share = config.lsh_rotary if kind == "lsh" else 1.0
-        query, key = (turned(x, config.rope_theta, share) for x in (query, key))
+        heads_turned = math.ceil(module.heads * config.lsh_rotary) if kind == "lsh" else module.heads
+        is_turned = torch.arange(module.heads)[:, None, None] < heads_turned
+        query, key = (torch.where(is_turned, turned(x, config.rope_theta), x) for x in (query, key))
     if kind == "lsh":
         key = key / (key.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     scores = query @ key.transpose(-1, -2) / size**0.5

@@ -45,6 +45,7 @@ CASES = {
     "packed samples": (ReformerForCausalLM, DROPOUT, {"labels": IDS, "position_ids": PACKED}),
     "axial positions": (ReformerForCausalLM, {"position_embedding_type": "axial"}, {"labels": IDS}),
     "rotary in lsh layers": (ReformerForCausalLM, {"lsh_rotary": 1.0}, {"labels": IDS}),
+    "rotary in a head of lsh layers": (ReformerForCausalLM, {"lsh_rotary": 0.1}, {"labels": IDS}),
     "chunks": (ReformerForCausalLM, {**CHUNKS, **DROPOUT}, {"labels": IDS}),
     "a full layer": (ReformerForCausalLM, {"attn_layers": ["full", "lsh"], **DROPOUT}, {"labels": IDS}),
     "plain path": (ReformerForCausalLM, {"reversible": False, **DROPOUT}, {"labels": IDS}),

@@ -1,5 +1,6 @@
 """The attention branch of local and LSH layers. Layers of kind "full" have `full_attention.FullAttention`."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ class ReformerAttention(AttentionProjections):
         super().__init__(config, layer, kinds[layer])
         self.backend, self.mode = config.attention_backend, config.attention_mode
         self.centered = self.mode == "window" and config.lsh_centering
+        self.turned_heads = math.ceil(config.lsh_rotary * self.heads) if self.kind == "lsh" else self.heads
         self.dropout = Dropout(getattr(config, f"{self.kind}_attention_probs_dropout_prob") or 0.0)
         self.chunk = getattr(config, f"{self.kind}_attn_chunk_length")
         self.before = getattr(config, f"{self.kind}_num_chunks_before") or 0
@@ -57,8 +59,11 @@ class ReformerAttention(AttentionProjections):
         """What `qkv` gave → (B, T, H * head_size), every head's attention side by side; and what `ctx` asks for."""
         split: list[Any] = [None if x is None else split_heads(x, self.heads, ctx.shard) for x in projected.take()]
         query, key, value = split
-        projected_query, tables = query, ctx.lsh_rotary if self.kind == "lsh" else ctx.rotary
-        query, key = rotate(query, tables), None if key is None else rotate(key, tables)
+        projected_query, turned = query, self.turned_heads
+        if ctx.shard is not None:
+            own = ctx.shard.own_heads(self.heads)
+            turned = min(max(turned, own.start), own.stop) - own.start
+        query, key = rotate(query, ctx.rotary, turned), None if key is None else rotate(key, ctx.rotary, turned)
         hashed = query if self.centered else projected_query
         vectors = hashed if self.kind == "lsh" else None
         cache_layer = None if ctx.cache is None else ctx.cache.layers[self.layer]

@@ -46,10 +46,9 @@ def plan_fused_decode(layers: Any, ctx: ForwardContext, like: torch.Tensor, dtyp
 
     def run(x1: torch.Tensor, x2: torch.Tensor, *unused: Any) -> tuple[torch.Tensor, torch.Tensor, list]:
         inputs = []
-        for cache_layer, weights, is_lsh, options in steps:
+        for cache_layer, weights, options in steps:
             numbers = cache_layer.reserve(1, ctx.mask)
-            rotary = ctx.lsh_rotary if is_lsh else ctx.rotary
-            inputs.append(kernel.DecodeLayer(weights, cache_tensors(kernel, cache_layer), numbers, rotary, *options))
+            inputs.append(kernel.DecodeLayer(weights, cache_tensors(kernel, cache_layer), numbers, ctx.rotary, *options))
         streams = kernel.decode_layers(x1, x2, inputs)
         for (cache_layer, *_), layer in zip(steps, inputs, strict=True):
             cache_layer.commit(layer.indices)
@@ -58,8 +57,8 @@ def plan_fused_decode(layers: Any, ctx: ForwardContext, like: torch.Tensor, dtyp
     return run
 
 
-def _describe(layer: Any, cache_layers: list) -> tuple[Any, dict[str, torch.Tensor | None], bool, tuple] | None:
-    """A layer's cache, weights, whether it is an lsh layer, and options, for `DecodeLayer`; None if it cannot."""
+def _describe(layer: Any, cache_layers: list) -> tuple[Any, dict[str, torch.Tensor | None], tuple] | None:
+    """A layer's cache, weights and options, for `DecodeLayer`; None if it cannot."""
     if "expected_types" not in layer.__dict__ or not layer.is_unmodified():  # a wrapper, perhaps
         return None
     parts = layer._modules  # every token comes here, and a module's attributes take their time
@@ -93,8 +92,8 @@ def _describe(layer: Any, cache_layers: list) -> tuple[Any, dict[str, torch.Tens
         weights[name] = weight
         if bias_name is not None:
             weights[bias_name] = bias
-    options = ACTIVATIONS[act], norm.eps, cache_layer.local_reach, attention.scale
-    return cache_layer, weights, attention.kind == "lsh", options
+    options = attention.turned_heads, ACTIVATIONS[act], norm.eps, cache_layer.local_reach, attention.scale
+    return cache_layer, weights, options
 
 
 def _fits(weight: torch.Tensor | None, shape: tuple[int, ...]) -> bool:

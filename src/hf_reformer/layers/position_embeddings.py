@@ -43,24 +43,20 @@ class AxialPositionEmbeddings(nn.Module):
         return torch.cat(parts, dim=-1)
 
 
-def rotary_tables(
-    position_ids: torch.Tensor, head_size: int, theta: float, share: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, each (B or 1, 1, T, D) float32: angles p * theta^(-2i / D) (Su et al. 2021, 3.2.2).
-
-    share: of the pairs of dimensions that are turned, those of the highest frequencies (Barbero et al. 2024, p-RoPE).
-    """
+def rotary_tables(position_ids: torch.Tensor, head_size: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin, each (B or 1, 1, T, D) float32: angles p * theta^(-2i / D) (Su et al. 2021, 3.2.2)."""
     exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_ids.device) / head_size
-    frequencies = torch.where(exponent < share, theta**-exponent, 0.0)
-    angles = position_ids[:, None, :, None].float() * frequencies  # (B, 1, T, D / 2)
+    angles = position_ids[:, None, :, None].float() * theta**-exponent  # (B, 1, T, D / 2)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
-def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """Turn (B, H, T, D) vectors by their positions; `None` returns them as they are."""
-    if tables is None:
+def rotate(x: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor] | None, heads: int | None = None) -> torch.Tensor:
+    """Turn (B, H, T, D) vectors by their positions, those of the first `heads` or of all. None: no tables, no turn."""
+    if tables is None or heads == 0:
         return x
+    if heads is not None and heads < x.shape[1]:
+        return torch.cat([rotate(x[:, :heads], tables), x[:, heads:]], dim=1)
     cos, sin = (table.to(x.dtype) for table in tables)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -326,12 +326,9 @@ class ReformerModel(ReformerPreTrainedModel):
         if position_ids is None:
             past = 0 if cache is None else cache.get_seq_length()
             position_ids = ranks if config.attention_mode == "window" else positions + past
-        rotary = lsh_rotary = None
+        rotary = None
         if config.position_embedding_type == "rotary":
-            settings = position_ids, config.attention_head_size, config.rope_theta
-            rotary = lsh_rotary = rotary_tables(*settings)
-            if config.lsh_rotary < 1:
-                lsh_rotary = rotary_tables(*settings, config.lsh_rotary) if config.lsh_rotary else None
+            rotary = rotary_tables(position_ids, config.attention_head_size, config.rope_theta)
         training = self.training and cache is None
         # Dropout alone may be in training: many evaluations then are a sample of models (Gal and Ghahramani 2016).
         drops = training or (cache is None and any(isinstance(m, Dropout) and m.rate for m in self.modules()))
@@ -350,7 +347,6 @@ class ReformerModel(ReformerPreTrainedModel):
             samples=samples if config.attention_mode == "window" else None,
             ranks=ranks.to(torch.int32),
             rotary=rotary,
-            lsh_rotary=lsh_rotary,
             key=key,
             training=training,
             num_hashes=num_hashes,

@@ -31,7 +31,7 @@ try:
     from reformer_kernels.contract import CONTRACT
 
     # A copy of this file that came with a model may meet kernels of another version.
-    KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton} if CONTRACT == 5 else {}
+    KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton} if CONTRACT == 6 else {}
 except ImportError:  # a model loaded with trust_remote_code, without the package
     KERNELS = {}
 

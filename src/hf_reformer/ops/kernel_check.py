@@ -99,7 +99,7 @@ def _decode_layers_agree(kernels) -> bool:
     w = {name: _normal(generator, *shape) for name, shape in shapes.items()}
     x1, x2 = (_normal(generator, batch, 1, hidden).double() for _ in range(2))
     cache = kernels.CacheTensors(*(_normal(generator, batch, heads, 4, size) for _ in range(2)))
-    layer = kernels.DecodeLayer(w, cache, torch.zeros(batch, 1, dtype=torch.int64), None, True, 1e-5, 4, 1.0)
+    layer = kernels.DecodeLayer(w, cache, torch.zeros(batch, 1, dtype=torch.int64), None, heads, True, 1e-5, 4, 1.0)
 
     def norm(x, name):
         return F.layer_norm(x.float(), (hidden,), w[name], w[name + "_bias"], 1e-5)

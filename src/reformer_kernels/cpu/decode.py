@@ -43,6 +43,7 @@ class DecodeLayer(NamedTuple):
         cache: its cache.
         indices: (B, 1) int64, the new tokens' indices in their sequences, or -1: padding.
         rotary: cos and sin, (B or 1, 1, 1, head size) float32; None: no rotary positions.
+        turned_heads: how many heads rotary positions turn, the first ones.
         gelu: the activation is GELU, otherwise ReLU.
         epsilon: of both norms.
         local_window, scale: as for `decode_attention`.
@@ -52,6 +53,7 @@ class DecodeLayer(NamedTuple):
     cache: CacheTensors
     indices: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor] | None
+    turned_heads: int
     gelu: bool
     epsilon: float
     local_window: int
@@ -124,7 +126,7 @@ def decode_layers(x1: torch.Tensor, x2: torch.Tensor, layers: list[DecodeLayer])
         for name, weight in layer.weights.items():
             setattr(params, name, pointer(weight))
         params.cosines, params.sines = pointer(cosines), pointer(sines)
-        params.rotary_rows = 0 if cosines is None else cosines.shape[0]
+        params.rotary_rows, params.turned_heads = 0 if cosines is None else cosines.shape[0], layer.turned_heads
         params.attention, params.x1, params.x2 = ctypes.addressof(attention), x1.data_ptr(), x2.data_ptr()
         params.hidden, params.feed_forward = x1.shape[-1], layer.weights["up_bias"].numel()
         params.gelu, params.float64, params.epsilon = layer.gelu, x1.dtype == torch.float64, layer.epsilon

@@ -90,10 +90,15 @@ template <typename T> void run_decode_layer(const LayerParams& p) {
     if (p.cosines) {
         for (int64_t head_index = 0; head_index < rows * s.heads; head_index++) {
             const int64_t at = p.rotary_rows > 1 ? head_index / s.heads * s.size : 0;
-            rotate(query.data() + head_index * s.size, p.cosines + at, p.sines + at, s.size, rotated.data() + head_index * s.size);
-            if (!shared)
-                rotate(key.data() + head_index * s.size, p.cosines + at, p.sines + at, s.size,
-                       rotated.data() + rows * inner + head_index * s.size);
+            auto turn = [&](const float* from, float* to) {
+                from += head_index * s.size, to += head_index * s.size;
+                if (head_index % s.heads < p.turned_heads)
+                    rotate(from, p.cosines + at, p.sines + at, s.size, to);
+                else
+                    std::copy(from, from + s.size, to);
+            };
+            turn(query.data(), rotated.data());
+            if (!shared) turn(key.data(), rotated.data() + rows * inner);
         }
         rotated_query = rotated.data();
         rotated_key = shared ? rotated_query : rotated.data() + rows * inner;

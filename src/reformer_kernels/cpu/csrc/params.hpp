@@ -82,7 +82,7 @@ struct LayerParams {                    // one token through a layer; all weight
     const float *up_proj, *up_bias, *down_proj, *down_bias;
     const float *cosines, *sines;       // (rotary_rows, D) of rotary positions, or null
     const DecodeParams* attention;      // all but the new token's vectors and `out`
-    int64_t hidden, feed_forward, gelu, float64, rotary_rows;
+    int64_t hidden, feed_forward, gelu, float64, rotary_rows, turned_heads;
     double epsilon;
     void *x1, *x2;                      // (B, hidden) residual streams, float64 or float32; overwritten by the layer's output
 };

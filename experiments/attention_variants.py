@@ -16,8 +16,8 @@ Layers of kind local stay as they are, with small windows. In the place of the l
     random         lsh layers that hash random vectors: the control
 
 The text is plain, or far tokens matter in it: passages are repeated and records asked again, at least a quarter of the
-sequence later (`common.mix_far`), or recall is mixed in (`common.mix_recall`). Bits per byte are means over all bytes
-and over those whose answer lies far.
+sequence later (`common.mix_far`), or recall is mixed in (`common.mix_recall`). There `--answer_steps` come first, in
+which the far answers alone are learnt. Bits per byte are means over all bytes and over those whose answer lies far.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ from common import (
     Experiment,
     Options,
     TextOptions,
+    answer_batches,
     bits_per_byte,
     make_model,
     only_local,
@@ -49,9 +50,8 @@ from transformers.hf_argparser import HfArg
 
 VARIANTS = ("exact", "full", "local", "local-shared", "lsh", "version-0.1", "random", "sinks")
 KEYS = (
-    "source", "text", "variant", "seed", "length", "steps", "rows", "hidden_size", "layers", "local_window",
-    "lsh_window", "num_hashes", "learning_rate", "overrides", "validated_on",
-    "eval_rows",
+    "source", "text", "variant", "seed", "length", "steps", "answer_steps", "rows", "hidden_size", "layers",
+    "local_window", "lsh_window", "num_hashes", "learning_rate", "overrides", "validated_on", "eval_rows",
 )  # fmt: skip
 SHORT = {
     "length": 512, "steps": 20, "rows": 2, "hidden_size": 64, "local_window": 16, "lsh_window": 16, "eval_rows": 2,
@@ -65,6 +65,7 @@ class Arguments(TextOptions, Options):
     texts: list[str] = HfArg(default_factory=lambda: ["plain", "far"], help="plain, far, recall")
     length: int = 4096
     steps: int = 600
+    answer_steps: int = HfArg(default=0, help="before them, in which the far answers alone are learnt; not plain text")
     rows: int = HfArg(default=2, help="sequences of a batch")
     hidden_size: int = 128
     layers: list[str] = field(default_factory=lambda: ["local", "lsh", "local", "lsh"])
@@ -109,11 +110,17 @@ def run(
     set_seed(key["seed"])
     model, contexts = build(key["variant"], args)
     trained = {name: value for name, value in key.items() if name not in ("validated_on", "eval_rows")}
+    name, like = f"{key['text']}, {key['variant']}, seed {key['seed']}", (key["text"], args.rows, args.length)
     with contexts:
+        if key["answer_steps"]:
+            first = {field: value for field, value in trained.items() if field != "steps"} | {"phase": "answers"}
+            train(
+                model, answer_batches(texts[0], *like), key["answer_steps"], seed=key["seed"] + 10**6, decay=False,
+                learning_rate=args.learning_rate, checkpoint=experiment.checkpoint(first), name=f"{name}, answers",
+            )  # fmt: skip
         losses = train(
-            model, text_batches(texts[0], key["text"], args.rows, args.length), args.steps, seed=key["seed"],
-            learning_rate=args.learning_rate, checkpoint=experiment.checkpoint(trained),
-            name=f"{key['text']}, {key['variant']}, seed {key['seed']}",
+            model, text_batches(texts[0], *like), args.steps, seed=key["seed"], learning_rate=args.learning_rate,
+            checkpoint=experiment.checkpoint(trained), name=name,
         )  # fmt: skip
         judged = text_rows(
             texts[1], key["text"], args.eval_rows, args.length, torch.Generator().manual_seed(12345), even=True
@@ -142,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     fixed |= {"layers": " ".join(args.layers), "source": "demo" if args.train_file is None else args.train_file.stem}
     for choice in product(seed=args.seeds, text=args.texts, variant=args.variants):
         key = {**fixed, **choice, "validated_on": args.validate_on}
+        key["answer_steps"] = 0 if choice["text"] == "plain" else args.answer_steps
         if not experiment.results.find(key):
             experiment.results.add(key, run(key, args, experiment, texts))
         rows += experiment.results.find(key)

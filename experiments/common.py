@@ -482,19 +482,25 @@ def text_rows(
 
 
 def text_batches(data: torch.Tensor, kind: str, rows: int, length: int) -> Callable[[torch.Generator], Inputs]:
-    """What `train` takes, for a causal language model.
+    """What `train` takes, for a causal language model."""
 
-    Of "recall", batches are of as many tokens in rows of `length` or of its half, quarter, … to a sixteenth, and every
-    other one is judged by its answers alone: else recall, one byte of ten, takes far longer to be learnt.
+    def batch(generator: torch.Generator) -> Inputs:
+        ids, _ = text_rows(data, kind, rows, length, generator)
+        return {"input_ids": ids, "labels": ids}
+
+    return batch
+
+
+def answer_batches(data: torch.Tensor, kind: str, rows: int, length: int) -> Callable[[torch.Generator], Inputs]:
+    """The same, where the far answers alone are judged, in as many tokens of rows of any length.
+
+    Rows are of `length`, its half, its quarter, … or a sixteenth: what is learnt on short ones holds on long ones.
     """
 
     def batch(generator: torch.Generator) -> Inputs:
-        if kind == "recall":
-            share, answers_alone = (int(torch.randint(0, n, (), generator=generator)) for n in (5, 2))
-            ids, far = text_rows(data, kind, rows * 2**share, length // 2**share, generator)
-            return {"input_ids": ids, "labels": ids.masked_fill(~far, -100) if answers_alone else ids}
-        ids, _ = text_rows(data, kind, rows, length, generator)
-        return {"input_ids": ids, "labels": ids}
+        share = int(torch.randint(0, 5, (), generator=generator))
+        ids, far = text_rows(data, kind, rows * 2**share, length // 2**share, generator)
+        return {"input_ids": ids, "labels": ids.masked_fill(~far, -100)}
 
     return batch
 

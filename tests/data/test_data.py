@@ -217,6 +217,16 @@ def test_json_cells_become_strings_as_they_are_written(tmp_path, monkeypatch):
     assert data.read_examples(tmp_path / "t.jsonl").to_dict() == table
 
 
+def test_names_that_differ_from_row_to_row_are_data(tmp_path):
+    """A column, or a field, for each would take hours."""
+    file, rows = tmp_path / "t.jsonl", [{"text": "x", "meta": {f"k{i}": i}} for i in range(12_000)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [json.loads(x) for x in data.read_examples(file)["meta"][:]] == [row["meta"] for row in rows]
+    file.write_text("".join(json.dumps({"text": "x", **row["meta"]}) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"t\.jsonl` have 10,001 names"):
+        data.read_examples(file)
+
+
 def test_a_line_of_jsonl_is_a_row_and_numbered_columns_of_json_are_columns(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ["a", "b"], "label": ["x", "y"]}\n')
     assert data.read_examples(tmp_path / "a.jsonl").to_list() == [{"text": ["a", "b"], "label": ["x", "y"]}]

@@ -34,6 +34,7 @@ def require(module: str) -> ModuleType:
 
 TABLE_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _BATCH = 10_000  # rows of a table that are converted at a time
+_MANY_NAMES = 1000  # of the objects of a column; where more are mostly absent, they are data
 _BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -120,7 +121,7 @@ def read_examples(path: str | Path) -> "Dataset":
     delimiter = "\t" if suffix == ".tsv" else ","
     rows = partial(_json_rows, path) if suffix.startswith(".json") else partial(_csv_rows, path, delimiter)
     try:
-        dataset = datasets.Dataset(_to_arrow(rows))
+        dataset = datasets.Dataset(_to_arrow(rows, path))
     except (require("pyarrow").ArrowException, RecursionError) as error:
         raise ValueError(f"`{path}` cannot be read as a table: {error}") from error
     if not len(dataset):
@@ -232,7 +233,7 @@ def _json_objects(value: Any, path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _to_arrow(read: Callable[[], Iterator[dict[str, Any]]]) -> Any:
+def _to_arrow(read: Callable[[], Iterator[dict[str, Any]]], path: Path) -> Any:
     """A table of rows. They are read again where cells of several kinds in one column become strings."""
     pa = require("pyarrow")
     parts: list[dict[str, Any]] = []  # of a batch of rows each; names that came up before are in all later ones
@@ -240,6 +241,11 @@ def _to_arrow(read: Callable[[], Iterator[dict[str, Any]]]) -> Any:
     rows = read()
     while batch := list(islice(rows, _BATCH)):
         names = dict.fromkeys(chain.from_iterable([*parts[-1:], *batch]))
+        if _mostly_absent(len(names), batch):
+            raise ValueError(
+                f"The rows of `{path}` have {len(names):,} names, most of them in a few rows alone. Give all rows the "
+                "same few names, and put what differs into cells."
+            )
         parts.append({name: _array([row.get(name) for row in batch]) for name in names})
         sizes.append(len(batch))
     table, mixed = dict.fromkeys(parts[-1] if parts else ()), dict[str, list[Any]]()
@@ -247,6 +253,9 @@ def _to_arrow(read: Callable[[], Iterator[dict[str, Any]]]) -> Any:
         arrays = [part.get(name, pa.nulls(size)) for part, size in zip(parts, sizes, strict=True)]
         try:
             columns = [pa.table([array], [name]) for array in arrays]
+            kind = pa.unify_schemas([x.schema for x in columns], promote_options="permissive").field(0).type
+            if len(columns) > 1 and kind.num_fields > _MANY_NAMES:
+                raise TypeError("objects of many names")
             table[name] = pa.concat_tables(columns, promote_options="permissive")[name]
         except (pa.ArrowException, TypeError):
             mixed[name] = []
@@ -260,22 +269,27 @@ def _array(cells: list[Any]) -> Any:
     """None if they are of several kinds."""
     pa = require("pyarrow")
     try:
-        return None if _has_booleans_among_decimals(cells) else pa.array(cells)
+        return None if _must_be_text(cells) else pa.array(cells)
     except (pa.ArrowException, OverflowError):
         return None
 
 
-def _has_booleans_among_decimals(cells: list[Any]) -> bool:
-    """pyarrow makes numbers of them."""
+def _must_be_text(cells: list[Any]) -> bool:
+    """Whether there are booleans among decimals, of which pyarrow makes numbers, or objects of ever other names."""
     kinds = set(map(type, cells))
-    inner: dict[str | None, list[Any]] = {}
-    for cell in cells if kinds & {list, dict} else ():
-        if isinstance(cell, list):
-            inner.setdefault(None, []).extend(cell)
-        elif isinstance(cell, dict):
-            for name, value in cell.items():
-                inner.setdefault(name, []).append(value)
-    return {bool, float} <= kinds or any(map(_has_booleans_among_decimals, inner.values()))
+    lists = [cell for cell in cells if isinstance(cell, list)] if list in kinds else []
+    objects = [cell for cell in cells if isinstance(cell, dict)] if dict in kinds else []
+    inner: dict[str, list[Any]] = {}
+    for name, value in chain.from_iterable(map(dict.items, objects)):
+        inner.setdefault(name, []).append(value)
+    if {bool, float} <= kinds or _mostly_absent(len(inner), objects):
+        return True
+    return any(map(_must_be_text, [*inner.values(), *([list(chain.from_iterable(lists))] if lists else [])]))
+
+
+def _mostly_absent(names: int, objects: list[dict[str, Any]]) -> bool:
+    """Whether columns of all names would hold a hundred times what is written."""
+    return names > _MANY_NAMES and names * len(objects) > 100 * sum(map(len, objects))
 
 
 def _as_written(cells: list[Any]) -> list[Any]:

@@ -269,7 +269,7 @@ def test_a_key_without_end_is_refused(legacy, tmp_path):
     ReformerForCausalLM.from_pretrained(folder)
     (folder / "pytorch_model.bin").write_bytes(endless_key(legacy))
     for load in (READERS["export"], READERS["generate"], ReformerForCausalLM.from_pretrained):
-        with pytest.raises(ValueError, match="more parts than weights need"):
+        with pytest.raises((ValueError, pickle.UnpicklingError), match="more parts than weights need"):
             load(folder)
 
 

@@ -7,6 +7,7 @@ import pickletools
 import warnings
 import zipfile
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import IO, Any
 
 import torch
@@ -190,7 +191,7 @@ def named_files(folder: Path) -> list[Path]:
 
 
 def check_torch_file(path: Any) -> None:
-    """Raise ValueError for a file of `torch.save` that would take endless time or memory to be read.
+    """Raise UnpicklingError for a file of `torch.save` that would take endless time or memory to be read.
 
     Tuples of a pickle may share their parts, so a few bytes write one of 2^60 parts; as a key, all of them are hashed.
     """
@@ -211,7 +212,7 @@ def check_torch_file(path: Any) -> None:
                         with archive.open(entry) as pickled:
                             _check_tuples(pickled)
     except (ValueError, LookupError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no file of `torch.save` that can be read: {error}.") from error
+        raise UnpicklingError(f"{path} is no file of `torch.save` that can be read: {error}.") from error
 
 
 def _check_tuples(file: IO[bytes]) -> None:

@@ -2,45 +2,16 @@
 
 import copy
 import math
-import sys
 from typing import Any
 
-import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
-logger = logging.get_logger(__name__)
+from .configuration_checks import MAX_WINDOW, check_fields, check_limits
 
-LAYER_KINDS = ("local", "lsh", "full")
-MAX_BUCKETS = 2**20
-MAX_FACTOR = 2**14  # of the number of buckets: a hash round scores so many at once
-MAX_COLUMNS = 2**16  # of rotations, all hash rounds together: numbers that are computed for every token and head
-MAX_WINDOW = 2**30  # no sequence is longer, so larger windows mean the same
-MAX_PARAMETERS = 2**40
-# A config.json may come from anybody. What nothing could compute is refused before anything of its size is made.
-MAX_NUMBERS = {
-    "num_hidden_layers": 2**11, "num_attention_heads": 2**12, "attention_head_size": 2**14, "hidden_size": 2**20,
-    "feed_forward_size": 2**24, "vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1, "num_labels": 2**18,
-    "num_hashes": 2**10, "lsh_exploration_orders": 2**10, "num_buckets": MAX_BUCKETS,
-    "lsh_attn_chunk_length": 2**30, "local_attn_chunk_length": 2**30,
-    "lsh_num_chunks_before": 2**10, "local_num_chunks_before": 2**10, "lsh_num_chunks_after": 2**10,
-    "local_num_chunks_after": 2**10, "chunk_size_feed_forward": 2**62, "chunk_size_lm_head": 2**62,
-    "pad_token_id": 2**31, "bos_token_id": 2**31, "eos_token_id": 2**31, "decoder_start_token_id": 2**31,
-}  # fmt: skip
-MAX_ENTRIES = {
-    "attn_layers": 2**11, "decoder_attn_layers": 2**11, "num_buckets": 20, "axial_pos_shape": 16,
-    "axial_pos_embds_dim": 16, "id2label": 2**18, "label2id": 2**18, "eos_token_id": 2**10,
-}  # fmt: skip
-CHOICES = {
-    "attention_mode": ("window", "chunk"),
-    "position_embedding_type": ("axial", "learned", "rotary"),
-    "residual_precision": ("float64", "float32"),
-    "classifier_pooling": ("mean", "last", "first", None),
-    "problem_type": ("regression", "single_label_classification", "multi_label_classification", None),
-}
+logger = logging.get_logger(__name__)
 
 # Defaults of transformers' own Reformer that differ from ours; its config.json leaves them out.
 _BUILTIN_DEFAULTS = {
@@ -215,7 +186,7 @@ class ReformerConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         try:
-            self._check_limits(**kwargs)
+            check_limits(self, **kwargs)
         except ValueError as error:
             raise StrictDataclassClassValidationError("limits", error) from error
         self.lsh_window, self.local_window = (min(x, MAX_WINDOW) for x in (self.lsh_window, self.local_window))
@@ -237,35 +208,12 @@ class ReformerConfig(PreTrainedConfig):
             self.num_buckets = default_num_buckets(self.max_position_embeddings, self.lsh_window)
         super().__post_init__(**kwargs)
 
-    def _check_limits(self, num_labels: Any = None, torch_dtype: Any = None, **kwargs: Any) -> None:
-        """Raise ValueError for what would take too long, or fail, before the fields can be checked together."""
-        for name, limit in MAX_ENTRIES.items():
-            value = getattr(self, name)
-            kinds = dict if name in ("id2label", "label2id") else (list, tuple, int)
-            if value is not None and not isinstance(value, kinds):
-                raise ValueError(f"`{name}` is {type(value).__name__}; it must be a dict.")
-            if not isinstance(value, (int, type(None))) and len(value) > limit:
-                raise ValueError(f"`{name}` has {len(value):,} entries; nothing could compute more than {limit:,}.")
-        if wrong := [key for key in self.id2label or () if not str(key).isdecimal()]:
-            raise ValueError(f"`id2label` has the key {wrong[0]!r}; its keys are the numbers of the labels.")
-        for name, limit in MAX_NUMBERS.items():
-            value = num_labels if name == "num_labels" else getattr(self, name)
-            if isinstance(value, (list, tuple, type(None))) and not name.startswith("chunk_size"):
-                continue
-            if type(value) is not int:
-                raise ValueError(f"`{name}={value!r}` must be a whole number.")
-            if abs(value) > limit:
-                shown = f"{name}={value}" if abs(value) < 10**30 else f"{name}, a number of {value.bit_length()} bits,"
-                raise ValueError(f"`{shown}` is more than {limit}, which nothing could compute. Lower it.")
-        for dtype in (self.dtype, torch_dtype):
-            found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-            if dtype is not None and not isinstance(found, torch.dtype):
-                raise ValueError(f"`dtype={dtype!r}` is no dtype of torch, such as 'float32'.")
-        if num_labels is not None and num_labels < 0:
-            raise ValueError(f"`num_labels={num_labels}` must not be negative.")
+    def validate_fields(self) -> None:
+        """Called by `validate`, which `strict` adds and calls."""
+        check_fields(self)
 
     def _resolve_positions(self) -> None:
-        """Fill in position fields that were left open; `validate_positions` checks the result."""
+        """Fill in position fields that were left open; `validate_fields` checks the result."""
         if self.position_embedding_type is None:
             named = self.axial_pos_shape is not None or self.axial_pos_embds_dim is not None
             cannot_rotate = self.attention_mode == "chunk" or self.attention_head_size % 2 == 1
@@ -341,145 +289,6 @@ class ReformerConfig(PreTrainedConfig):
             _tell_kept_num_buckets(made[0] if isinstance(made, tuple) else made)
         return made
 
-    def validate_choices(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown. Choose one of {allowed}.")
-        if self.hidden_act not in ACT2FN:
-            raise ValueError(f"`hidden_act={self.hidden_act!r}` is none of transformers' activations, such as 'relu'.")
-
-    def validate_layers(self) -> None:
-        for name in ("attn_layers", "decoder_attn_layers"):
-            kinds = getattr(self, name)
-            if kinds is not None and not kinds:
-                raise ValueError(f"`{name}` is empty. Name at least one layer, for example ['local', 'lsh'].")
-            if unknown := sorted(set(kinds or ()) - set(LAYER_KINDS)):
-                raise ValueError(f"`{name}` holds unknown kinds {unknown}. Every layer is one of {LAYER_KINDS}.")
-        if self.num_hidden_layers != len(self.attn_layers):
-            raise ValueError(
-                f"`num_hidden_layers={self.num_hidden_layers}` contradicts `attn_layers`, which names "
-                f"{len(self.attn_layers)} layers. Give only one of the two."
-            )
-
-    def validate_decoder(self) -> None:
-        if not self.is_encoder_decoder:
-            return
-        if self.is_decoder:
-            raise ValueError(
-                "`is_decoder=True` makes one causal stack, but `is_encoder_decoder=True` asks for a bidirectional "
-                "encoder and a decoder. Set one of the two to False."
-            )
-        kinds, start = self.decoder_attn_layers, self.decoder_start_token_id
-        if self.tie_encoder_decoder and kinds != self.attn_layers:
-            raise ValueError(
-                f"`tie_encoder_decoder=True` shares every layer, but `attn_layers={self.attn_layers}` and "
-                f"`decoder_attn_layers={kinds}` differ. Leave `decoder_attn_layers` out, or do not tie."
-            )
-        if start is None or not 0 <= start < self.vocab_size:
-            raise ValueError(
-                f"`decoder_start_token_id={start}` must be a token, 0 … {self.vocab_size - 1}: the decoder's input "
-                "begins with it. Give it, or a `pad_token_id`, which is its default."
-            )
-
-    def validate_numbers(self) -> None:
-        check_num_buckets(self.num_buckets, self.num_hashes)
-        kinds = ("lsh", "local")
-        positive = ["vocab_size", "hidden_size", "num_attention_heads", "attention_head_size", "feed_forward_size"]
-        positive += ["max_position_embeddings", "num_hashes", "lsh_window", "local_window"]
-        if self.attention_mode == "chunk":
-            positive += [f"{kind}_attn_chunk_length" for kind in kinds if kind in self.attn_layers]
-        not_negative = ["lsh_exploration_orders", "chunk_size_feed_forward", "chunk_size_lm_head"]
-        not_negative += [f"{kind}_num_chunks_{side}" for kind in kinds for side in ("before", "after")]
-        shares = [
-            "hidden_dropout_prob",
-            "classifier_dropout",
-            "lsh_rotary",
-            *(f"{kind}_attention_probs_dropout_prob" for kind in kinds),
-        ]
-        for names, low, high, rule in (
-            (positive, 1, math.inf, "be at least 1"),
-            (not_negative, 0, math.inf, "not be negative"),
-            (shares, 0, 1, "lie between 0 and 1"),
-            (["coverage_loss_weight", "layer_norm_eps"], 0, sys.float_info.max, "be a finite number of at least 0"),
-            (["initializer_range", "axial_norm_std"], 0, 1e6, "lie between 0 and a million"),
-        ):
-            for name in names:
-                if not low <= (getattr(self, name) or 0) <= high:
-                    raise ValueError(f"`{name}={getattr(self, name)}` must {rule}.")
-        if not 1 <= self.rope_theta <= sys.float_info.max:
-            raise ValueError(f"`rope_theta={self.rope_theta}` must be a finite number of at least 1.")
-
-    def validate_size(self) -> None:
-        inner = self.num_attention_heads * self.attention_head_size
-        layer = self.hidden_size * (4 * inner + 2 * self.feed_forward_size)
-        tables = self.hidden_size * self.vocab_size
-        if self.position_embedding_type == "learned":
-            tables += self.hidden_size * self.max_position_embeddings
-        elif self.position_embedding_type == "axial":
-            tables += sum(
-                size * dim for size, dim in zip(self.axial_pos_shape, self.axial_pos_embds_dim, strict=False)
-            )
-        parameters = tables + layer * (len(self.attn_layers) + len(self.decoder_attn_layers or ()))
-        if parameters > MAX_PARAMETERS:
-            raise ValueError(
-                f"The sizes make about {parameters:,} parameters, more than {MAX_PARAMETERS:,}. Lower `hidden_size="
-                f"{self.hidden_size}`, `vocab_size={self.vocab_size}` or another size."
-            )
-
-    def validate_positions(self) -> None:
-        kind = self.position_embedding_type
-        if bool(self.axial_pos_embds) != (kind == "axial"):
-            raise ValueError(
-                f"`axial_pos_embds={self.axial_pos_embds}` contradicts `position_embedding_type={kind!r}`. "
-                "Give `position_embedding_type` alone."
-            )
-        if kind == "rotary" and self.attention_head_size % 2:
-            raise ValueError(
-                f"`attention_head_size={self.attention_head_size}` is odd, but rotary positions turn pairs of "
-                "dimensions. Choose an even size or another `position_embedding_type`."
-            )
-
-    def validate_axial_positions(self) -> None:
-        shape, dims, covered = self.axial_pos_shape, self.axial_pos_embds_dim, math.prod(self.axial_pos_shape)
-        if self.position_embedding_type != "axial":
-            return
-        if len(shape) != len(dims):
-            raise ValueError(
-                f"`axial_pos_shape={shape}` has {len(shape)} axes but `axial_pos_embds_dim={dims}` has {len(dims)}. "
-                "Give one embedding size for every axis."
-            )
-        if min(shape) < 1:
-            raise ValueError(f"`axial_pos_shape={shape}` must hold sizes of at least 1. Leave the field out.")
-        if min(dims) < 1 or sum(dims) != self.hidden_size:
-            raise ValueError(
-                f"`axial_pos_embds_dim={dims}` adds up to {sum(dims)}, but must hold positive sizes that add up to "
-                f"`hidden_size={self.hidden_size}`. Correct it, or leave the field out for a default."
-            )
-        if self.attention_mode == "window" and covered < self.max_position_embeddings:
-            raise ValueError(
-                f"`axial_pos_shape={shape}` covers {covered} positions, fewer than `max_position_embeddings="
-                f'{self.max_position_embeddings}`. Enlarge or omit it, or use `position_embedding_type="rotary"`.'
-            )
-
-    def validate_chunks(self) -> None:
-        lengths = [
-            getattr(self, f"{kind}_attn_chunk_length") or 1 for kind in {"lsh", "local"} & set(self.attn_layers)
-        ]
-        most = max(2**16, 2 * self.max_position_embeddings)
-        if self.attention_mode == "chunk" and len(lengths) > 1 and math.lcm(*lengths) > most:
-            raise ValueError(
-                f"`lsh_attn_chunk_length={self.lsh_attn_chunk_length}` and `local_attn_chunk_length="
-                f"{self.local_attn_chunk_length}` have no common multiple up to {most}, and inputs are padded to one. "
-                "Choose lengths of which one divides the other."
-            )
-        for kind in ("lsh", "local"):
-            after = getattr(self, f"{kind}_num_chunks_after")
-            if after and kind in self.attn_layers and self.attention_mode == "chunk" and self.is_decoder:
-                raise ValueError(
-                    f"`{kind}_num_chunks_after={after}` looks at chunks to come, which a causal model must not. "
-                    "Set it to 0, or `is_decoder=False`."
-                )
-
 
 def default_num_buckets(max_positions: int, window: int) -> int | tuple[int, int]:
     """Power of two nearest to `max_positions / window`, from 2 to 2^20; two factors above 128 (paper, section 2)."""
@@ -494,31 +303,6 @@ def _tell_kept_num_buckets(config: ReformerConfig) -> None:
             f"`num_buckets={config.num_buckets}` stays as saved. A new config of `max_position_embeddings="
             f"{config.max_position_embeddings}` and `lsh_window={config.lsh_window}` would have {fresh}: give "
             "`num_buckets`, too, to change it."
-        )
-
-
-def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int] | None, num_hashes: int) -> None:
-    """Raise ValueError unless every factor is an even number of at least 2, and not too many; None is accepted."""
-    if num_buckets is None:
-        return
-    factors = tuple(num_buckets) if isinstance(num_buckets, (list, tuple)) else (num_buckets,)
-    if len(factors) > MAX_ENTRIES["num_buckets"]:
-        raise ValueError(f"`num_buckets` has {len(factors)} factors, more than are possible. Give one or two.")
-    if not factors or any(not isinstance(factor, int) or factor < 2 or factor % 2 for factor in factors):
-        raise ValueError(
-            f"`num_buckets={num_buckets}` must be an even number or a list of even numbers: a rotation's columns and "
-            "their opposites give two buckets each. Choose for example 32, or [16, 32] for 512 buckets."
-        )
-    if math.prod(factors) > MAX_BUCKETS:
-        raise ValueError(
-            f"`num_buckets={num_buckets}` makes {math.prod(factors)} buckets, more than {MAX_BUCKETS}. About as many "
-            "as the longest input has windows are useful: `max_position_embeddings / lsh_window`."
-        )
-    if max(factors) > MAX_FACTOR or num_hashes * sum(factors) > 2 * MAX_COLUMNS:
-        raise ValueError(
-            f"`num_buckets={num_buckets}` with `num_hashes={num_hashes}` scores {num_hashes * sum(factors)} buckets "
-            f"for every token; at most {2 * MAX_COLUMNS} can be, {MAX_FACTOR} at once. Give several factors, for "
-            "example [16, 32] for 512 buckets, or fewer hashes."
         )
 
 

@@ -16,7 +16,12 @@ from conftest import make_model as make_tiny
 from reformer_pytorch import ReformerLM
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration, TextStreamer
 
-from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM, ReformerForSequenceClassification
+from hf_reformer import (
+    ReformerByteTokenizer,
+    ReformerForCausalLM,
+    ReformerForMaskedLM,
+    ReformerForSequenceClassification,
+)
 from hf_reformer.cli.main import main
 from hf_reformer.cli.text_generation import Conversation, load, special_ids
 from hf_reformer.hub import export
@@ -446,6 +451,7 @@ def mistakes(tmp_path):
         "there is no config.json": ["--model", tmp_path / "empty"],
         "has no tokenizer": ["--model", tmp_path / "gpt2"],
         "saved by ReformerForSequenceClassification": ["--model", tmp_path / "classifier"],
+        "saved by ReformerForMaskedLM": ["--model", save(tmp_path / "masked", make_model(ReformerForMaskedLM))],
         "is an encoder-decoder": ["--model", tmp_path / "t5"],
         "no chat template": ["--model", tmp_path / "silent"],
         "or damaged": ["--model", tmp_path / "cut"],

@@ -4,9 +4,11 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import random
 import runpy
 import sys
+import time
 
 import pytest
 
@@ -197,6 +199,55 @@ def test_json_cells_of_several_kinds_are_strings(tmp_path):
         assert data.read_examples(tmp_path / "w.json")["a"][:] == ["x", "y"]
 
 
+def test_json_cells_become_strings_as_they_are_written(tmp_path, monkeypatch):
+    """Also those of earlier batches, which alone would be numbers or lists."""
+    monkeypatch.setattr(tables, "_BATCH", 2)
+    for cells, wanted in (
+        ([7, 0.5, "x"], ["7", "0.5", "x"]),
+        ([1.5, True], ["1.5", "True"]),
+        ([[1.5, True]], [["1.5", "True"]]),
+        ([True, ["x"], {"a": 1}], ["True", '["x"]', '{"a": 1}']),
+        ([0.5, 1, 2**63 - 1], ["0.5", "1", str(2**63 - 1)]),
+        ([{"a": 0.5}, {"a": True}], ['{"a": 0.5}', '{"a": true}']),
+    ):
+        (tmp_path / "t.jsonl").write_text("".join(json.dumps({"x": cell}) + "\n" for cell in cells))
+        assert data.read_examples(tmp_path / "t.jsonl")["x"][:] == wanted
+    (tmp_path / "t.jsonl").write_text('{"x": 1}\n{"x": 2}\n{}\n{}\n{"y": 3}\n')
+    table = {"x": [1, 2, None, None, None], "y": [None, None, None, None, 3]}
+    assert data.read_examples(tmp_path / "t.jsonl").to_dict() == table
+
+
+def test_names_that_differ_from_row_to_row_are_data(tmp_path):
+    """A column, or a field, for each would take hours."""
+    file, rows = tmp_path / "t.jsonl", [{"text": "x", "meta": {f"k{i}": i}} for i in range(12_000)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [json.loads(x) for x in data.read_examples(file)["meta"][:]] == [row["meta"] for row in rows]
+    file.write_text("".join(json.dumps({"text": "x", **row["meta"]}) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"t\.jsonl` have 10,001 names"):
+        data.read_examples(file)
+
+
+def test_a_line_of_jsonl_is_a_row_and_numbered_columns_of_json_are_columns(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ["a", "b"], "label": ["x", "y"]}\n')
+    assert data.read_examples(tmp_path / "a.jsonl").to_list() == [{"text": ["a", "b"], "label": ["x", "y"]}]
+    (tmp_path / "a.json").write_text('{"text": {"3": "a", "7": "b"}, "label": {"3": "x", "7": "y"}}')  # filtered rows
+    assert data.read_examples(tmp_path / "a.json")["label"][:] == ["x", "y"]
+
+
+def test_a_parquet_file_that_was_replaced_is_read_anew(tmp_path):
+    """Also one of the same time of modification, as a copy has."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for text in ("a", "b"):
+        parquet.write_table(pa.table({"text": [text]}), tmp_path / "a.parquet")
+        os.utime(tmp_path / "a.parquet", (10**9, 10**9))
+        assert data.read_examples(tmp_path / "a.parquet")["text"][:] == [text]
+        time.sleep(0.02)
+    cells = pa.array([b"\xff"]).view("string")
+    parquet.write_table(pa.table({"text": cells}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"cannot be read as parquet.*UTF8"):
+        data.read_examples(tmp_path / "a.parquet")
+
+
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-32"]
 
 
@@ -253,6 +304,11 @@ def test_bytes_that_are_no_text_are_refused(tmp_path, kind):
         ("a.jsonl", '{"a": 1}\n{"a": 1\n', "line 2, is no JSON"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "line 2: a list"),
         ("a.jsonl", '{"a": "\\ud800"}\n', "half a character"),
+        ("a.jsonl", '{"a": [{"\\udc00": 1}]}\n{"a": 1}\n', "line 1.*half a character"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', r"line 2.*several values called \['a'\]"),
+        ("a.json", '[{"a": 1},\n{"a": 1, "a": 2}]', r"several values called \['a'\]"),
+        ("a.jsonl", '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "line 1.*recursion"),
+        ("a.jsonl", '{"a": ' + "[" * 100 + "]" * 100 + "}\n", "Recursion level"),
         ("a.json", "[1, 2]", "where a row is an object"),
         ("a.json", "[]", "holds no row"),
         ("a.parquet", "text", "cannot be read as parquet"),

@@ -241,6 +241,38 @@ def test_a_file_of_torch_is_not_larger_than_it_looks(tmp_path):
             convert(tmp_path / f"{name}.pt", tmp_path / "out", fields=SIZES)
 
 
+def endless_key(legacy: bool) -> bytes:
+    """A file of torch of a few bytes: a dict, one of whose keys is a tuple of 2^60 parts."""
+    doubled = b"".join(b"h\x01h\x01\x86q\x01" for _ in range(60))
+    pickled = b"\x80\x02](K\x00\x85q\x01" + doubled + b"e}h\x01K\x01s."
+    good = io.BytesIO()
+    torch.save({}, good, _use_new_zipfile_serialization=not legacy)
+    if legacy:
+        return good.getvalue().replace(pickle.dumps({}, 2), pickled)
+    made = io.BytesIO()
+    with zipfile.ZipFile(good) as source, zipfile.ZipFile(made, "w") as archive:
+        for entry in source.namelist():
+            archive.writestr(entry, pickled if entry.endswith("data.pkl") else source.read(entry))
+    return made.getvalue()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_key_without_end_is_refused(legacy, tmp_path):
+    """By whatever reads a file of torch; hashing it would never end."""
+    (tmp_path / "weights.pt").write_bytes(endless_key(legacy))
+    with pytest.raises(ValueError, match="more parts than weights need"):
+        convert(tmp_path / "weights.pt", tmp_path / "out", kind="reformer-pytorch", fields=SIZES)
+    folder = saved(tmp_path / "model")
+    model = ReformerForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+    ReformerForCausalLM.from_pretrained(folder)
+    (folder / "pytorch_model.bin").write_bytes(endless_key(legacy))
+    for load in (READERS["export"], READERS["generate"], ReformerForCausalLM.from_pretrained):
+        with pytest.raises((ValueError, pickle.UnpicklingError), match="more parts than weights need"):
+            load(folder)
+
+
 def test_a_checkpoint_that_names_a_block_far_away_takes_the_time_of_its_size():
     state = make_original().state_dict()
     for number in (10**9, 10**30, 3):

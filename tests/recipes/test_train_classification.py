@@ -512,6 +512,9 @@ def test_a_new_head_is_told_and_never_evaluated_untrained(saved, caplog):
         with pytest.raises(ValueError, match=r"lacks classifier.*nothing is trained"):
             load(saved / folder, trains=False, **options)
     assert load(saved / "classifier", trains=False).num_labels == 2
+    (saved / "letter.txt").write_text("a letter")
+    with pytest.raises(ValueError, match=r"lacks classifier.*nothing is trained"):
+        recipe.main(["--model_name_or_path", str(saved / "masked"), "--predict_file", str(saved / "letter.txt")])
 
 
 def test_weights_that_contradict_their_config_are_refused(saved, tmp_path):

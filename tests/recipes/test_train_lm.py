@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_reformer import ReformerByteTokenizer, ReformerConfig, ReformerForCausalLM, ReformerModel
+from hf_reformer import ReformerByteTokenizer, ReformerConfig, ReformerForCausalLM, ReformerForMaskedLM, ReformerModel
 from hf_reformer.data import packing
 from hf_reformer.recipes import language_model as recipe
 
@@ -273,6 +273,23 @@ def test_a_model_without_its_head_is_not_evaluated(files):
     bare = ["--model_name_or_path", str(files / "bare"), "--tokenizer", "bytes", "--use_cpu"]
     with pytest.raises(ValueError, match=r"lacks lm_head.*nothing is trained"):
         recipe.main([*bare, "--validation_file", str(files / "validation.txt"), "--output_dir", str(files / "out")])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_masked_model_is_not_evaluated_as_a_causal_one_nor_the_other_way_round(files, masked, caplog):
+    """Their weights have the same names."""
+    config = {"hidden_size": 16, "attn_layers": ["local"], "vocab_size": 260, "num_attention_heads": 1}
+    saved_class, other = [ReformerForCausalLM, ReformerForMaskedLM][:: -1 if masked else 1]
+    saved_class(ReformerConfig(**config)).save_pretrained(files / "saved")
+    saved = ["--model_name_or_path", str(files / "saved"), "--tokenizer", "bytes", "--use_cpu"]
+    saved += ["--sequence_length", "64", "--output_dir", str(files / "out")]
+    saved += ["--validation_file", str(files / "validation.txt")]
+    with pytest.raises(ValueError, match=rf"saved by {saved_class.__name__}.*at random.*--masked"):
+        recipe.main([*saved, *([] if masked else ["--masked"])])
+    recipe.main([*saved, *(["--masked"] if masked else [])])
+    more = ["--train_file", str(files / "b.txt"), "--max_steps", "1"]
+    recipe.main([*saved, *more, *([] if masked else ["--masked"])])
+    assert f"saved by {saved_class.__name__} and is trained on as {other.__name__}" in caplog.text
 
 
 @pytest.mark.slow

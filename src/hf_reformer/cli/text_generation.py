@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TextStreamer
 from transformers.utils import logging
 
 from ..cache.cache import CACHE_NAME
-from ..hub.model_folder import load_model, load_tokenizer, quiet, readable, saved_config
+from ..hub.model_folder import load_model, load_tokenizer, other_task, quiet, readable, saved_config
 from ..models.language_models import ReformerForCausalLM
 
 logger = logging.get_logger(__name__)
@@ -42,6 +42,8 @@ def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code
             f"{name} lacks weights of {type(model).__name__}, such as {min(report['missing_keys'])}. It was saved by "
             f"{saved}; only causal language models generate."
         )
+    if saved_by := other_task(model):
+        raise ValueError(f"{name} was saved by {saved_by}; only causal language models generate.")
     if set(tokenizer.get_vocab()) <= {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}:
         raise ValueError(f"{name} has no tokenizer. Save the model's there: `tokenizer.save_pretrained(folder)`.")
     if device == "auto":

@@ -9,7 +9,8 @@ import importlib
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +34,7 @@ def require(module: str) -> ModuleType:
 
 TABLE_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _BATCH = 10_000  # rows of a table that are converted at a time
+_MANY_NAMES = 1000  # of the objects of a column; where more are mostly absent, they are data
 _BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -115,10 +117,13 @@ def read_examples(path: str | Path) -> "Dataset":
     if not path.stat().st_size:
         raise ValueError(f"`{path}` is empty: not even the names of its columns can be read. Leave it out.")
     if suffix == ".parquet":
-        dataset = _read_parquet(path)
-    else:
-        rows = _json_rows(path) if suffix.startswith(".json") else _csv_rows(path, "\t" if suffix == ".tsv" else ",")
+        return _read_parquet(path)
+    delimiter = "\t" if suffix == ".tsv" else ","
+    rows = partial(_json_rows, path) if suffix.startswith(".json") else partial(_csv_rows, path, delimiter)
+    try:
         dataset = datasets.Dataset(_to_arrow(rows, path))
+    except (require("pyarrow").ArrowException, RecursionError) as error:
+        raise ValueError(f"`{path}` cannot be read as a table: {error}") from error
     if not len(dataset):
         raise ValueError(f"`{path}` holds no row.")
     return dataset
@@ -126,12 +131,16 @@ def read_examples(path: str | Path) -> "Dataset":
 
 def _read_parquet(path: Path) -> "Dataset":
     datasets = require("datasets")
+    # Its cache knows a file by path and time of modification, which copying sets. Nothing sets the time of change.
+    name = str(path.stat().st_ctime_ns)
     try:
-        return datasets.load_dataset("parquet", data_files={"train": str(path)}, split="train")
+        dataset = datasets.load_dataset("parquet", name, data_files={"train": str(path)}, split="train")
+        dataset.data.validate(full=True)  # strings are text
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         if "corresponds to no data" in str(error):
             raise ValueError(f"`{path}` holds no row.") from error
         raise ValueError(f"`{path}` cannot be read as parquet: {error.__cause__ or error}") from error
+    return dataset
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
@@ -166,20 +175,22 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
         while line and not line.strip():
             number, line = number + 1, file.readline()
         try:
-            first = json.loads(line or "[]")
-        except ValueError:  # it goes on in the next line
-            first = None
+            first = _json(line or "[]", path, number)
+        except ValueError as error:
+            if not isinstance(error.__cause__, json.JSONDecodeError):
+                raise
+            first = None  # it goes on in the next line
         if not isinstance(first, dict):
             file.seek(0)
             yield from _json_objects(_json(file.read(), path), path)
             return
         rest = ((number, line) for number, line in enumerate(file, start=number + 1) if line.strip())
         second = next(rest, None)
-        if second is None:
+        if second is None and path.suffix.lower() == ".json":
             yield from _json_objects(first, path)
             return
         yield first
-        for number, line in chain([second], rest):
+        for number, line in chain([second] if second else [], rest):
             row = _json(line.strip(), path, number)
             if not isinstance(row, dict):
                 raise ValueError(f"`{path}`, line {number}: a {type(row).__name__}, where a row is an object.")
@@ -188,17 +199,30 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _json(text: str, path: Path, line: int = 1) -> Any:
     try:
-        return json.loads(text)
-    except ValueError as error:
+        value = json.loads(text, object_pairs_hook=_object)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`{path}`, line {line}: {error.object[error.start]!r} is half a character.") from error
+    except (ValueError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
         raise ValueError(f"`{path}`, line {line}, is no JSON: {error}. Write an object a line.") from error
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        twice = sorted({name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1})
+        raise ValueError(f"one object has several values called {twice}")
+    return value
 
 
 def _json_objects(value: Any, path: Path) -> list[dict[str, Any]]:
     """The rows of a whole JSON value."""
     columns = list(value.values()) if isinstance(value, dict) else []
-    if columns and all(isinstance(x, dict) and [*x] == [str(i) for i in range(len(x))] for x in columns):
-        columns = [list(x.values()) for x in columns]  # as pandas writes a table by default
+    if all(isinstance(x, dict) and [*x] == [*columns[0]] and all(map(str.isdecimal, x)) for x in columns):
+        columns = [list(x.values()) for x in columns]  # as pandas writes a table by default, by row numbers
     elif not all(isinstance(x, list) for x in columns):
         columns = []
     if columns and len({len(x) for x in columns}) == 1:
@@ -209,33 +233,63 @@ def _json_objects(value: Any, path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _to_arrow(rows: Iterator[dict[str, Any]], path: Path) -> Any:
-    """A table of rows. Cells of several kinds in one column become strings, or lists of strings."""
+def _to_arrow(read: Callable[[], Iterator[dict[str, Any]]], path: Path) -> Any:
+    """A table of rows. They are read again where cells of several kinds in one column become strings."""
     pa = require("pyarrow")
-    parts: list[dict[str, Any]] = []
+    parts: list[dict[str, Any]] = []  # of a batch of rows each; names that came up before are in all later ones
+    sizes: list[int] = []
+    rows = read()
     while batch := list(islice(rows, _BATCH)):
-        names = dict.fromkeys(chain.from_iterable(batch))
-        parts.append({name: _array([row.get(name) for row in batch], path, name) for name in names})
-    for name in dict.fromkeys(chain.from_iterable(parts)):
-        holding = [part for part in parts if name in part]
+        names = dict.fromkeys(chain.from_iterable([*parts[-1:], *batch]))
+        if _mostly_absent(len(names), batch):
+            raise ValueError(
+                f"The rows of `{path}` have {len(names):,} names, most of them in a few rows alone. Give all rows the "
+                "same few names, and put what differs into cells."
+            )
+        parts.append({name: _array([row.get(name) for row in batch]) for name in names})
+        sizes.append(len(batch))
+    table, mixed = dict.fromkeys(parts[-1] if parts else ()), dict[str, list[Any]]()
+    for name in table:
+        arrays = [part.get(name, pa.nulls(size)) for part, size in zip(parts, sizes, strict=True)]
         try:
-            pa.unify_schemas([pa.schema([(name, part[name].type)]) for part in holding], promote_options="permissive")
-        except pa.ArrowException:
-            cells = [part[name].to_pylist() for part in holding]
-            written = _as_written(list(chain.from_iterable(cells)))
-            for part, some in zip(holding, cells, strict=True):
-                part[name], written = pa.array(written[: len(some)]), written[len(some) :]
-    return pa.concat_tables(map(pa.table, parts), promote_options="permissive") if parts else pa.table({})
+            columns = [pa.table([array], [name]) for array in arrays]
+            kind = pa.unify_schemas([x.schema for x in columns], promote_options="permissive").field(0).type
+            if len(columns) > 1 and kind.num_fields > _MANY_NAMES:
+                raise TypeError("objects of many names")
+            table[name] = pa.concat_tables(columns, promote_options="permissive")[name]
+        except (pa.ArrowException, TypeError):
+            mixed[name] = []
+    for row in read() if mixed else ():
+        for name, cells in mixed.items():
+            cells.append(row.get(name))
+    return pa.table({**table, **{name: pa.array(_as_written(cells)) for name, cells in mixed.items()}})
 
 
-def _array(cells: list[Any], path: Path, name: str) -> Any:
+def _array(cells: list[Any]) -> Any:
+    """None if they are of several kinds."""
     pa = require("pyarrow")
     try:
-        return pa.array(cells)
-    except UnicodeEncodeError as error:
-        raise ValueError(f"`{path}`, column `{name}`: {error.object[error.start]!r} is half a character.") from error
+        return None if _must_be_text(cells) else pa.array(cells)
     except (pa.ArrowException, OverflowError):
-        return pa.array(_as_written(cells))
+        return None
+
+
+def _must_be_text(cells: list[Any]) -> bool:
+    """Whether there are booleans among decimals, of which pyarrow makes numbers, or objects of ever other names."""
+    kinds = set(map(type, cells))
+    lists = [cell for cell in cells if isinstance(cell, list)] if list in kinds else []
+    objects = [cell for cell in cells if isinstance(cell, dict)] if dict in kinds else []
+    inner: dict[str, list[Any]] = {}
+    for name, value in chain.from_iterable(map(dict.items, objects)):
+        inner.setdefault(name, []).append(value)
+    if {bool, float} <= kinds or _mostly_absent(len(inner), objects):
+        return True
+    return any(map(_must_be_text, [*inner.values(), *([list(chain.from_iterable(lists))] if lists else [])]))
+
+
+def _mostly_absent(names: int, objects: list[dict[str, Any]]) -> bool:
+    """Whether columns of all names would hold a hundred times what is written."""
+    return names > _MANY_NAMES and names * len(objects) > 100 * sum(map(len, objects))
 
 
 def _as_written(cells: list[Any]) -> list[Any]:

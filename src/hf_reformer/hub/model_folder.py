@@ -5,6 +5,7 @@ import fnmatch
 import json
 import os
 import pickle
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ..models.pretrained import named_files
@@ -96,6 +97,19 @@ def load_model(model_class: Any, source: Any, dtype: str = "auto", **options: An
     for key, saved, expected in sorted(report["mismatched_keys"]):
         raise RuntimeError(f"{key} has the shape {tuple(saved)}, where the config asks for {tuple(expected)}.")
     return model, report
+
+
+def other_task(model: PreTrainedModel) -> str | None:
+    """The class that saved a model, if that was one for another task: its weights may fit, but answer at random."""
+
+    def task(name: str) -> str | None:
+        found = re.search(r"For[A-Z]\w*$", name)
+        return found[0] if found else None
+
+    loaded = type(model).__name__
+    wanted = "ForCausalLM" if "LMHead" in loaded else task(loaded)
+    saved = model.config.architectures or []
+    return next((name for name in saved if task(name) not in (None, wanted)), None)
 
 
 def load_tokenizer(source: Any, **options: Any) -> Any:

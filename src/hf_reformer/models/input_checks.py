@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from ..compat import assert_async, values_are_known
-from ..configuration_reformer import check_num_buckets
+from ..configuration_checks import check_num_buckets
 from ..ops.dispatch import resolve_backend
 
 

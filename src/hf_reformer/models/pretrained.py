@@ -3,9 +3,12 @@
 import inspect
 import json
 import os
+import pickletools
 import warnings
+import zipfile
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -40,6 +43,7 @@ BUILTIN_NAMES = {
 # Files of transformers 4, and since 5.24, hold the head's bias by this name too. Where they differ, this one counts.
 LEGACY_LM_HEAD_BIAS = "lm_head.decoder.bias"
 
+MOST_PARTS = 2**20  # of a tuple in a file of torch; those of tensors have a dozen
 MOST_PARAMETERS = 2**28  # more of them are loaded only from files that hold a good share of them
 
 # What a folder of an encoder-decoder holds besides the encoder, which is all that other models read of it.
@@ -82,7 +86,11 @@ class ReformerPreTrainedModel(PreTrainedModel):
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
         if model.config.is_encoder_decoder and not hasattr(model, "decoder"):
             model._keys_to_ignore_on_load_unexpected |= {DECODER_KEY_PATTERN}
-        size = sum(os.path.getsize(file) for file in checkpoint_files or () if state_dict is None)
+        files = [file for file in checkpoint_files or () if state_dict is None]
+        for file in files:
+            if not str(file).endswith(".safetensors"):
+                check_torch_file(file)
+        size = sum(map(os.path.getsize, files))
         if state_dict is None and checkpoint_files and model.num_parameters() > MOST_PARAMETERS + 64 * size:
             raise ValueError(
                 f"config.json asks for {model.num_parameters():,} parameters, and the files of the weights have "
@@ -180,6 +188,55 @@ def named_files(folder: Path) -> list[Path]:
                 continue  # whoever needs it says so
             found += named.values() if isinstance(named, dict) else named if isinstance(named, list) else [named]
     return [folder / name for name in dict.fromkeys(name for name in found if isinstance(name, str) and name)]
+
+
+def check_torch_file(path: Any) -> None:
+    """Raise UnpicklingError for a file of `torch.save` that would take endless time or memory to be read.
+
+    Tuples of a pickle may share their parts, so a few bytes write one of 2^60 parts; as a key, all of them are hashed.
+    """
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+            file.seek(0)
+            if magic != b"PK\3\4":  # as torch wrote until 1.6: five pickles, then the values
+                for _ in range(5):
+                    _check_tuples(file)
+                return
+            with zipfile.ZipFile(file) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+                if unpacked > os.path.getsize(path):  # torch.save does not compress
+                    raise ValueError(f"it unpacks to {unpacked:,} bytes, more than it has")
+                for entry in archive.infolist():
+                    if entry.filename.endswith("data.pkl"):
+                        with archive.open(entry) as pickled:
+                            _check_tuples(pickled)
+    except (ValueError, LookupError, zipfile.BadZipFile) as error:
+        raise UnpicklingError(f"{path} is no file of `torch.save` that can be read: {error}.") from error
+
+
+def _check_tuples(file: IO[bytes]) -> None:
+    """Raise ValueError for a pickle with a tuple of more than `MOST_PARTS`, counting parts of its parts."""
+    stack: list[int] = []  # how many parts each object has that its hash depends on
+    marks: list[int] = []
+    memo: dict[Any, int] = {}
+    for instruction, argument, _ in pickletools.genops(file):
+        name, before = instruction.name, instruction.stack_before
+        if name == "MARK":
+            marks.append(len(stack))
+        elif name.endswith("PUT") or name == "MEMOIZE":
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif name.endswith("GET") or name == "DUP":
+            stack.append(stack[-1] if name == "DUP" else memo[argument])
+        else:
+            below = before.index(pickletools.markobject) if pickletools.markobject in before else None
+            start = len(stack) - len(before) if below is None else marks.pop() - below
+            if start < 0:
+                raise ValueError("its pickle is damaged")
+            parts = 1 + sum(stack[start:]) if name.startswith(("TUPLE", "REDUCE", "NEWOBJ", "FROZENSET")) else 1
+            if parts > MOST_PARTS:
+                raise ValueError("a tuple in it has more parts than weights need")
+            stack[start:] = [parts] * len(instruction.stack_after)
 
 
 def check_inputs_match_across_ranks(model: Any, args: tuple, kwargs: dict) -> None:

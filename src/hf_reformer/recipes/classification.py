@@ -53,7 +53,7 @@ from ..training.classification import (
     write_predictions,
 )
 from ..training.data_setup import FileArguments
-from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
+from ..training.model_setup import ModelArguments, load_trained, make_model, make_tokenizer, option, parse_arguments
 from ..training.reports import format_table, write_report
 from ..training.trainers import GroupedTrainer, build_trainer, predict_splits, train_and_save
 
@@ -198,7 +198,8 @@ def predict_file(file: Path, folder: str, clean: bool) -> None:
     if clean:
         text = clean_source(text, max_bytes=16384)
     print(f"\n{file}" + (" (cleaned like the training texts)" if clean else ""))
-    for answer in pipeline("text-classification", model=folder)(text, truncation=True, top_k=5):
+    model = load_trained(AutoModelForSequenceClassification, folder)
+    for answer in pipeline("text-classification", model=model, tokenizer=folder)(text, truncation=True, top_k=5):
         print(f"  {answer['score']:7.3f}  {answer['label']}")
 
 

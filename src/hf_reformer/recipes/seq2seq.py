@@ -38,7 +38,7 @@ from transformers import (
 from ..data.tables import cell_text, check_columns, check_distinct, read_column, read_hub_dataset, read_text, require
 from ..models.losses import IGNORE
 from ..training.data_setup import FileArguments
-from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
+from ..training.model_setup import ModelArguments, load_trained, make_model, make_tokenizer, option, parse_arguments
 from ..training.reports import write_report
 from ..training.trainers import SequentialSeq2SeqTrainer, build_trainer, predict_splits, train_and_save
 
@@ -196,7 +196,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: Seq2SeqTrainingAr
 def predict_file(file: Path, folder: str, data: DataArguments, beams: int | None) -> None:
     """Print what the saved model generates for one file."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
+    model: Any = load_trained(AutoModelForSeq2SeqLM, folder).eval()
     text = data.source_prefix + read_text(file)
     inputs = tokenizer(text, truncation=True, max_length=data.max_source_length, return_tensors="pt")
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}

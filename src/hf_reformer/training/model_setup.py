@@ -19,7 +19,7 @@ from ..configuration_reformer import ReformerConfig
 from ..data.bpe_tokenizer import train_bpe_tokenizer
 from ..data.packing import separator
 from ..data.tables import require
-from ..hub.model_folder import check_own_files
+from ..hub.model_folder import check_own_files, other_task
 from ..tokenization_reformer import ReformerByteTokenizer
 from .trainers import checkpoint_to_resume, force_cpu_backend
 
@@ -207,6 +207,16 @@ def make_model(
     return auto_class.from_config(ReformerConfig(**{**sizes, **fields, **overrides}))
 
 
+def load_trained(auto_class: Any, name: str) -> PreTrainedModel:
+    """A saved model that answers as it is.
+
+    Raises:
+        ValueError: it lacks weights, or was saved for another task.
+    """
+    config = AutoConfig.from_pretrained(name)
+    return _load_saved(auto_class, name, config, config.num_labels, trains=False)
+
+
 def _check_overrides(auto_class: Any, name: str, saved: Any, config: Any) -> None:
     """Raise ValueError for a config that needs other weights than the saved one."""
 
@@ -243,4 +253,11 @@ def _load_saved(auto_class: Any, name: str, config: Any, num_labels: int, trains
             f"`{name}` lacks {', '.join(missing[:5])} for a {type(model).__name__}, and nothing is trained here. Give "
             "--train_file, or a model that was trained for this."
         )
+    if not missing and (saved_by := other_task(model)):
+        if not trains:
+            raise ValueError(
+                f"`{name}` was saved by {saved_by}, so as {type(model).__name__} it answers at random, and nothing is "
+                "trained here. Give --train_file, or evaluate it as what it is (a masked language model by --masked)."
+            )
+        logger.warning(f"`{name}` was saved by {saved_by} and is trained on as {type(model).__name__}.")
     return model

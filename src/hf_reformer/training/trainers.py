@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from ..data.tables import read_column
 from ..models.losses import IGNORE
+from ..models.pretrained import check_torch_file
 from .found_callback import AttentionFoundCallback, has_hashing_layers
 
 logger = logging.get_logger(__name__)
@@ -115,8 +116,10 @@ def checkpoint_damage(folder: Path) -> str | None:
             elif file.suffix == ".safetensors":
                 with safe_open(file, "pt"):
                     pass  # compares the sizes that its header names with the file
-            elif file.suffix in (".bin", ".pt", ".pth") and (part := zipfile.ZipFile(file).testzip()):
-                return f"{file.name} is damaged: the checksum of {part} is another"
+            elif file.suffix in (".bin", ".pt", ".pth"):
+                if part := zipfile.ZipFile(file).testzip():
+                    return f"{file.name} is damaged: the checksum of {part} is another"
+                check_torch_file(file)
         except Exception as error:  # whatever the readers raise for damaged bytes
             return f"{file.name} is damaged: {error}"
     return f"{STATE} is of step {step}" if _step(folder) not in (step, None) else None

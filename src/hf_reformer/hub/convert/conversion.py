@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 
 from ...configuration_reformer import ReformerConfig, from_builtin
-from ...models.pretrained import BUILTIN_NAMES, LEGACY_LM_HEAD_BIAS
+from ...models.pretrained import BUILTIN_NAMES, LEGACY_LM_HEAD_BIAS, check_torch_file
 from ..model_folder import LOAD_ERRORS, TOKENIZER_FILES, load_model, saved_config, written_whole
 from ..registration import MODEL_CLASSES
 from .reformer_pytorch import from_reformer_pytorch
@@ -140,10 +140,7 @@ def read_state_dict(source: Path) -> dict[str, torch.Tensor]:
     """Tensors by name from a file of safetensors or `torch.save`, also where they lie in a training's checkpoint."""
     if source.suffix == ".safetensors":
         return load_file(source)
-    if zipfile.is_zipfile(source):
-        unpacked = sum(entry.file_size for entry in zipfile.ZipFile(source).infolist())
-        if unpacked > source.stat().st_size:  # torch.save does not compress
-            raise ValueError(f"{source} unpacks to {unpacked:,} bytes, more than it has. Save it by `torch.save`.")
+    check_torch_file(source)
     found = torch.load(source, map_location="cpu", weights_only=True)
     held = found if isinstance(found, dict) else {}
     for state in (held, *(held.get(name) for name in ("state_dict", "model_state_dict", "model"))):

@@ -154,3 +154,30 @@ def chunk_layout(
     start = ((sorted_pos // chunk - chunks_before) * chunk).expand_as(perm)
     end = ((sorted_pos // chunk + chunks_after + 1) * chunk - 1).expand_as(perm)
     return AttentionLayout(perm, start, end, chunk, chunks_before * chunk, chunks_after * chunk, dedup_pairs=False)
+
+
+@torch.no_grad()
+def sees_any(
+    tokens: torch.Tensor, layout: AttentionLayout, causal: bool, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Which tokens see any of `tokens`, (B, H, T) bool → (B, H, T) bool, in time of the length.
+
+    causal, mask: of the chunk rule, as `dispatch.windowed_attention` takes them; what they hide is not seen.
+    """
+    heads, length = tokens.shape[1], layout.perm.shape[-1]
+    perm = layout.perm.expand(-1, heads, -1, -1).long()  # (B, H, R, T)
+    if layout.dedup_pairs:
+        flags = tokens[:, :, None].expand_as(perm).gather(-1, perm).flatten(2)
+        sums = torch.nn.functional.pad(flags.cumsum(-1), (1, 0))  # (B, H, 1 + R·T): how many stand before a position
+        bounds = (layout.window_start, layout.window_end + 1)
+        before, up_to = (sums.gather(-1, x.expand_as(perm).flatten(2).long()) for x in bounds)
+        seen = (up_to > before).view_as(perm)
+    else:  # the first of them in a token's chunk or neighbouring chunks must not lie behind it
+        tokens = tokens if mask is None else tokens & mask[:, None]
+        number = torch.arange(length, device=perm.device)
+        first = torch.where(tokens, number, length)[:, :, None].expand_as(perm).gather(-1, perm)
+        first = first.flatten(2).unflatten(-1, (-1, layout.block_size)).amin(-1)  # (B, H, chunks)
+        before, after = (x // layout.block_size for x in (layout.left_reach, layout.right_reach))
+        first = torch.stack([first.roll(shift, -1) for shift in range(-after, before + 1)]).amin(0)
+        seen = first.repeat_interleave(layout.block_size, -1).view_as(perm) <= (perm if causal else length - 1)
+    return torch.zeros_like(seen).scatter(-1, perm, seen).any(2)

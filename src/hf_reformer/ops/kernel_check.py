@@ -72,8 +72,8 @@ def _tells_what_is_not_finite(kernels, query, value) -> bool:
     layout = window_layout([(torch.zeros(2, 1, 1, 192, dtype=torch.int32, device="cpu"), 1, 20)], True, None)
     query, bad_key, bad_value = query.abs(), query.abs(), value.clone()
     bad_key[0, 0, 30], bad_value[0, 0, 30] = -torch.inf, torch.inf
-    for key, value in ((bad_key, value), (None, bad_value)):
-        args = kernels.AttentionArgs(query, key, value, *layout[:3], None, None, None, *layout[3:], True, 0.0, 1.0)
+    for inputs in ((query, bad_key, value), (query, None, bad_value)):
+        args = kernels.AttentionArgs(*inputs, *layout[:3], None, None, None, *layout[3:], True, 0.0, 1.0)
         row_sum = kernels.bindings.forward(*args)[2]
         if not (row_sum[0, 0, 30].isnan() and row_sum[1].isfinite().all()):
             return False

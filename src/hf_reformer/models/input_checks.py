@@ -16,8 +16,7 @@ def reject_tracing(config: Any) -> None:
         raise NotImplementedError(
             f"`{way}` cannot record local and lsh layers: how they cut a sequence into windows depends on its length, "
             "and a trace keeps one. Use `torch.export.export(model.eval(), …)`, which takes any batch and length, and "
-            "save it with `torch.export.save`. For ONNX, `torch.onnx.export(…, dynamo=True)` takes full layers, and "
-            "local ones with `attention_backend='torch'`."
+            "save it with `torch.export.save`. For ONNX, `torch.onnx.export(…, dynamo=True)` takes them, too."
         )
 
 

@@ -70,6 +70,8 @@ def select_backend(choice: str, *tensors: torch.Tensor) -> str:
     """
     choice = resolve_backend(choice)
     if choice == "auto":
+        if torch.onnx.is_in_onnx_export():  # ONNX knows torch's operations alone
+            return "torch"
         if "cpu" not in KERNELS or tensors[0].device.type != "cpu":
             return "torch"
         reason = unsupported_reason("cpu", *tensors)

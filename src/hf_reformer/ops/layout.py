@@ -107,6 +107,10 @@ def sort_by_bucket(
     if num_buckets == 1 and mask is None:
         perm, first = sorted_pos.expand_as(buckets), torch.zeros_like(buckets)
         last = torch.full_like(buckets, length - 1)
+    elif torch.onnx.is_in_onnx_export():
+        perm, first, last = _sort_in_onnx(buckets, mask, num_buckets)
+        if outputs == 1:
+            return [perm.to(torch.int32)]
     else:
         values, perm = torch.sort(buckets, dim=-1, stable=True)  # (B, H, R, T)
         if outputs == 1:
@@ -123,6 +127,25 @@ def sort_by_bucket(
         return [perm.to(torch.int32), start][:outputs]
     end = torch.minimum(last, sorted_pos + right_reach)
     return [perm.to(torch.int32), start, end if real is None else torch.where(real, end, sorted_pos)]
+
+
+def _sort_in_onnx(buckets: torch.Tensor, mask: torch.Tensor | None, num_buckets: int | None) -> list[torch.Tensor]:
+    """`perm`, and the first and last position of every token's bucket, by what ONNX has: no stable sort, no cummax."""
+    if num_buckets is None:
+        raise ValueError(
+            "Samples packed into a row by `position_ids` cannot be exported to ONNX, which has no sort for any number "
+            "of them. Export without `position_ids`, or by `torch.export`."
+        )
+    buckets, length = buckets.long(), buckets.shape[-1]
+    if mask is not None:
+        buckets = torch.where(mask[:, None, None, :], buckets, num_buckets)  # padding is in a last bucket of its own
+    numbers = buckets * length + torch.arange(length, device=buckets.device)  # no two are equal
+    perm = torch.sort(numbers, dim=-1).indices
+    counts = torch.zeros(*buckets.shape[:-1], num_buckets + 1, dtype=torch.int64, device=buckets.device)
+    counts = counts.scatter_add(-1, buckets, torch.ones_like(buckets))
+    ends, values = counts.cumsum(-1), buckets.gather(-1, perm)
+    bounds = (ends - counts, ends - 1)
+    return [perm, *(x.gather(-1, values).to(torch.int32) for x in bounds)]
 
 
 @torch.no_grad()

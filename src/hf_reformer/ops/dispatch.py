@@ -100,7 +100,7 @@ def _library_fault() -> str | None:
 @functools.cache
 def check_library() -> str | None:
     """Compile, load and check the CPU kernels, once a process; why they cannot be used, or None."""
-    return KERNELS["cpu"].choose_library(functools.partial(agrees, KERNELS["cpu"]))
+    return KERNELS["cpu"].choose_library(partial(agrees, KERNELS["cpu"]), agrees.__module__)
 
 
 @functools.cache

@@ -44,6 +44,11 @@ def values_are_known() -> bool:
     return not torch.compiler.is_compiling() and not in_vmap()
 
 
+def may_look_at(x: torch.Tensor) -> bool:
+    """Whether code may look at what a tensor holds, and need not wait for it: a CUDA device works behind the host."""
+    return values_are_known() and x.device.type not in ("cuda", "meta")
+
+
 def current_graph_task_id() -> int:
     """The id of the running backward pass, -1 outside of one. Tells apart two passes through one graph."""
     return torch._C._current_graph_task_id()

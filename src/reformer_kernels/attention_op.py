@@ -51,7 +51,7 @@ def register_attention(
     Args:
         forward: of the fields of `AttentionArgs`; gives the output (B, H, T, D), maximum and sum of every row's
             softmax, (B, H, T) float32, and the attention mass, (B, T) float32, or an empty tensor without
-            `query_weights`.
+            `query_weights`. On a CPU the sum is NaN in rows that came near NaN or infinity.
         backward: of the output, row maxima and sums, the gradients of output and mass (None: it has none), and then
             as `forward`; gives the gradients of query, value and, unless it is None, key.
         dtype_of: of query, key and value: the dtype of outputs and gradients.

@@ -241,3 +241,19 @@ def test_fuzz_interrupted_steps():
             check_interrupted_step(kind, seed)
         except AssertionError as error:
             raise AssertionError(f"seed {seed}, {kind}: {error}") from error
+
+
+def test_an_error_of_a_hook_on_the_model_itself_comes_after_a_whole_step():
+    model = make_model(ReformerForCausalLM, attn_layers=["local", "lsh"], is_decoder=True, **SMALL_WINDOWS)
+    ids, cache = make_ids(2, 30), ReformerCache(model.config)
+
+    def fail(*_):
+        raise RuntimeError("of the hook")
+
+    with torch.no_grad():
+        handle = model.register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="of the hook"):
+            model(ids[:, :20], past_key_values=cache, use_cache=True)
+        handle.remove()
+        found = model(ids[:, 20:], past_key_values=cache, use_cache=True).logits
+        assert max_abs_diff(found, model(ids).logits[:, 20:]) < 1e-10

@@ -385,3 +385,18 @@ def test_a_variant_that_the_processor_does_not_run_is_refused(variant, monkeypat
     monkeypatch.setenv("HF_REFORMER_CPU_VARIANT", variant)
     with pytest.raises(ValueError, match=rf"'{variant}' is none of \['avx2', 'portable'\]"):
         build.supported_variants()
+
+
+def test_a_kernel_that_ends_the_process_when_it_is_called_is_left_alone(tmp_path, needs_compiler):
+    """Such as one with instructions that this processor lacks: they trap when they come."""
+    path, *_ = build.compiler()
+    trap, source = tmp_path / "c++", tmp_path / "trap.cpp"
+    renamed = f'#define hf_hash another\n#include "{build.SOURCES / "api.cpp"}"\n#undef hf_hash\n'
+    source.write_text(renamed + 'extern "C" int hf_hash(const void*) { __builtin_trap(); }')
+    swap = f'for x do shift; case "$x" in */api.cpp) x={source};; esac; set -- "$@" "$x"; done'
+    trap.write_text(f'#!/bin/sh\n{swap}\nexec {path} "$@" -O0\n')
+    trap.chmod(0o755)
+    done = attend(tmp_path / "cache", CXX=str(trap))
+    assert done.stdout.strip() == "torch", done.stderr
+    assert done.stderr.count("calling it ends a process") == 1
+    assert not list(tmp_path.glob("cache/*.so"))

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from conftest import SMALL_WINDOWS, VOCAB, make_ids, make_model, max_abs_diff, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_reformer import (
     ReformerForCausalLM,
@@ -354,3 +355,59 @@ def test_an_empty_source_alone_writes_what_it_writes_beside_others():
         together = model.generate(beside, attention_mask=(beside != 0).long(), max_new_tokens=4, **options)
         alone = model.generate(IDS[:1, :0], attention_mask=IDS[:1, :0], max_new_tokens=4, **options)
         assert torch.equal(alone, together[1:])
+
+
+# --- a device that works behind the host is not waited for
+
+LOOKING = ["ops.dispatch", "models.input_checks", "models.modeling_reformer", "models.losses", "models.decoder"]
+LOOKING += ["cache.cache_layers"]
+
+
+class NobodyWaits(TorchDispatchMode):
+    """Raises where a value is read, as for a CUDA device it would be waited for."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_forward_backward_or_step_waits_for_a_device(monkeypatch, mode):
+    """The same values as where a CPU is looked at."""
+    fields = {"attn_layers": ["local", "lsh", "full"], "reversible": False, "attention_backend": "torch"}
+    model = make_model(ReformerForCausalLM, is_decoder=True, **fields, **MODES[mode])
+    ids, mask = make_ids(2, 40), torch.ones(2, 40, dtype=torch.int64)
+    mask[0, :5] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def run_all():
+        model.train()
+        model.zero_grad()
+        torch.manual_seed(0)
+        out = model(ids, attention_mask=mask, position_ids=positions, labels=ids * mask - 100 * (1 - mask))
+        out.loss.backward()
+        found = [out.loss, *[p.grad for p in model.parameters() if p.grad is not None]]
+        model.eval()
+        for given in (mask, None):
+            cache, before = None, 0
+            for end in (20, 21, 22, 40):
+                kwargs = {} if given is None else {"attention_mask": given[:, :end]}
+                with torch.no_grad():
+                    out = model(ids[:, before:end], past_key_values=cache, use_cache=True, **kwargs)
+                found.append(out.logits * (1 if given is None else given[:, before:end, None]))
+                cache, before = out.past_key_values, end
+        return found
+
+    expected = run_all()
+    for name in LOOKING:
+        monkeypatch.setattr(f"hf_reformer.{name}.may_look_at", lambda x: False)
+    with NobodyWaits():
+        found = run_all()
+    assert all(max_abs_diff(a, b) <= 1e-10 for a, b in zip(found, expected, strict=True))
+
+
+def test_bad_values_on_a_device_are_refused_when_it_comes_to_them(monkeypatch):
+    model, mask = make_model(ReformerModel), torch.full((2, 12), 2)
+    monkeypatch.setattr("hf_reformer.models.input_checks.may_look_at", lambda x: False)
+    with pytest.raises(RuntimeError, match=r"attention_mask.*0 and 1"):
+        model(IDS, attention_mask=mask)

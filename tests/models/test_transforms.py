@@ -85,6 +85,18 @@ def test_onnx_by_torchscript_says_what_works_instead(tmp_path):
         torch.onnx.export(make(), (IDS,), str(tmp_path / "x.onnx"), dynamo=False)
 
 
+@pytest.mark.filterwarnings("ignore")  # those of the exporter
+def test_onnx_of_every_kind_of_layer_gives_the_same(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    model, inputs = make(dtype=torch.float32, is_decoder=True), {"input_ids": IDS, "attention_mask": MASK}
+    torch.onnx.export(model, (), str(tmp_path / "x.onnx"), kwargs=inputs, dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    found = torch.from_numpy(session.run(None, {name: x.numpy() for name, x in inputs.items()})[0])
+    with torch.no_grad():
+        assert max_abs_diff(found[MASK.bool()], model(**inputs).logits[MASK.bool()]) < 1e-4
+
+
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_a_stack_of_full_layers_is_traced():
     model = make_model(ReformerForSequenceClassification, attn_layers=["full"])

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch.func import functional_call
 
 from hf_reformer import ReformerModel
-from hf_reformer.ops import tiled_attention
+from hf_reformer.ops import dispatch, tiled_attention
 from hf_reformer.ops.dispatch import BACKENDS, resolve_backend, select_backend, windowed_attention
-from hf_reformer.ops.layout import window_layout
+from hf_reformer.ops.layout import sees_any, window_layout
 from hf_reformer.ops.prng import make_key
-from hf_reformer.ops.reference import attention_with_weights, dropout_factors
+from hf_reformer.ops.reference import attention_with_weights, dropout_factors, visible_counts
 
 FAST_BACKENDS = [name for name in BACKENDS if name != "reference"]
 
@@ -299,6 +299,65 @@ def test_the_last_token_of_a_partial_tile_has_finite_gradients(backend, position
     case = Case(length=9, block_size=8, window=1, padding=None, position_order=position_order, dtype=torch.float32)
     case.inputs[0] = case.inputs[1] = case.inputs[0] * scale
     assert all(x.isfinite().all() for x in case.values_and_gradients(backend))
+
+
+# --- what is not a number
+
+
+@pytest.mark.parametrize("mode", ["window", "chunk"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padding", [None, 0.3])
+@pytest.mark.parametrize(("length", "window"), [(30, 5), (4, 5), (1, 2)])
+def test_which_tokens_see_any_of_some(mode, causal, padding, length, window):
+    case = Case(mode=mode, causal=causal, padding=padding, length=length, window=window)
+    tokens = torch.rand(2, 2, length, generator=torch.Generator().manual_seed(1)) < 0.15
+    visible = visible_counts(case.layout).expand(2, 2, length, length) > 0
+    if mode == "chunk":
+        visible = visible.tril() if causal else visible
+        visible = visible if case.mask is None else visible & case.mask[:, None, None]
+    expected = (visible & tokens[:, :, None]).any(-1)
+    assert torch.equal(sees_any(tokens, case.layout, causal, case.mask), expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "auto"])
+@pytest.mark.parametrize("looks", [True, False], ids=["cpu", "device"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
+@pytest.mark.parametrize("mode", ["window", "chunk"])
+def test_what_is_not_finite_reaches_what_sees_it_alone(monkeypatch, backend, looks, value, which, mode):
+    """Infinity may weigh nothing, and still is times 0 not a number in gradients."""
+    case = Case(mode=mode, shared=False, length=70, size=8, value_size=8, padding=None, dtype=torch.float32)
+    if not looks:
+        monkeypatch.setattr(dispatch, "may_look_at", lambda x: False)
+    clean = [x.clone() for x in case.inputs]
+    bad_token = torch.zeros(2, 2, 70, dtype=torch.bool)
+    bad_token[1, 0, 20] = True
+    clean[which][bad_token] = 0
+    found = [x.clone().requires_grad_() for x in clean]
+    with torch.no_grad():
+        found[which][1, 0, 20, 3] = value
+    expected = [x.requires_grad_() for x in clean]
+    spoiled = bad_token if which == 0 else sees_any(bad_token, case.layout, case.causal)
+    assert spoiled.any()
+    assert not spoiled[0].any()
+    outs = [case.attend(*inputs, backend=backend) for inputs in (found, expected)]
+    assert torch.equal(outs[0].isnan(), spoiled[..., None].expand_as(outs[0]))
+    assert max_abs_diff(outs[0][~spoiled], outs[1][~spoiled]) < 1e-6
+    for out in outs:
+        out[~spoiled].sum().backward()
+    for a, b in zip(found, expected, strict=True):
+        assert a.grad.isfinite().all()
+        assert max_abs_diff(a.grad[~bad_token], b.grad[~bad_token]) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("mode", ["window", "chunk"])
+def test_finite_inputs_give_the_same_bits_whether_or_not_they_are_looked_at(monkeypatch, backend, shared, mode):
+    case = Case(mode=mode, shared=shared, length=70, dtype=torch.float32)
+    expected = case.values_and_gradients(backend)
+    monkeypatch.setattr(dispatch, "may_look_at", lambda x: False)
+    assert all(map(torch.equal, case.values_and_gradients(backend), expected))
 
 
 # --- dropout

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_ids, make_model
+from conftest import make_ids, make_model, max_abs_diff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import ReformerConfig as BuiltinConfig
@@ -13,6 +13,7 @@ from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 from hf_reformer import ReformerModel
 from hf_reformer.configuration_reformer import default_num_buckets
 from hf_reformer.layers.attention import legacy_num_buckets
+from hf_reformer.ops import dispatch
 from hf_reformer.ops.layout import chunk_layout, window_layout
 from hf_reformer.ops.lsh import (
     Centering,
@@ -22,6 +23,7 @@ from hf_reformer.ops.lsh import (
     lsh_buckets,
     num_buckets_total,
     seeded_rotations,
+    unit_rows,
     unit_sums,
     window_rotations,
 )
@@ -201,6 +203,30 @@ def test_what_is_not_a_number_moves_no_other_token():
     zero[:, :, 20] = 0
     found, expected = (centered(x, Centering(causal=True)) for x in (bad, zero))
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@both_directions
+def test_vectors_too_large_to_be_squared_are_hashed_as_smaller_ones(causal, dtype, backend):
+    """The largest numbers of bfloat16 and float32; other tokens keep their buckets."""
+    vectors = draw(1, 2, 300, 32, dtype=torch.float32).to(dtype)
+    large = vectors.clone()
+    large[:, :, 100] *= 2.0**120
+    large[:, :, 7, 3] = vectors[:, :, 7, 3] = vectors[:, :, 7].abs().max() * 2
+    large[:, :, 7] *= 2.0**80
+    rotations = window_rotations(make_key(0), 0, 2, 32, 4, 32)
+    found, expected = (
+        dispatch.lsh_buckets(x, rotations, 32, Centering(causal), backend=backend) for x in (large, vectors)
+    )
+    assert (found != expected).float().mean() < 1e-3
+    assert (found[..., 100] == expected[..., 100]).all()
+
+
+def test_the_largest_numbers_make_unit_vectors():
+    rows = unit_rows(torch.tensor([[[[3e38, -3e38, 1.0, 0.0], [torch.inf, 0, 0, 0], [3.0, 4.0, 0.0, 0.0]]]]))
+    expected = torch.tensor([[0.5**0.5, -(0.5**0.5), 0, 0], [0, 0, 0, 0], [0.6, 0.8, 0, 0]])
+    assert max_abs_diff(rows[0, 0], expected) < 1e-6
 
 
 # --- rotations

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from ..compat import may_look_at
 from ..configuration_reformer import ReformerConfig, padded_length
 from ..ops.bucket_tables import BucketChains
 from ..ops.lsh import num_buckets_total, sum_dtype, unit_sums
@@ -164,16 +165,28 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     def _write(self, numbers: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, buckets: Any = None) -> None:
         """Into the slots of these numbers; not those of padding, nor what a ring buffer would overwrite at once."""
-        written = (numbers >= 0) & (numbers > numbers.amax(-1, keepdim=True) - self.capacity)
-        row, column = written.nonzero(as_tuple=True)
-        slot = numbers[row, column] % self.capacity
-        self.keys[row, :, slot], self.values[row, :, slot] = keys[row, :, column], values[row, :, column]
+        newest, last = numbers.max(-1, keepdim=True)  # (B, 1)
+        written = (numbers >= 0) & (numbers > newest - self.capacity)
+        # The others are written as the newest is, so that nobody has to count; without any, what is there is.
+        column = torch.where(written, torch.arange(numbers.shape[1], device=numbers.device), last)
+        slot = numbers.gather(-1, column).clamp(min=0) % self.capacity
+
+        def write(kept: torch.Tensor, new: torch.Tensor) -> None:
+            """Along the third dimension."""
+            at, source = (x[:, None, :, None].expand_as(new) for x in (slot, column))
+            any_new = (newest >= 0)[..., None, None]
+            kept.scatter_(2, at, torch.where(any_new, new.gather(2, source), kept.gather(2, at)))
+
+        write(self.keys, keys)
+        write(self.values, values)
         if buckets is not None:
-            self.buckets[row, :, :, slot] = buckets[row, :, :, column]
+            write(self.buckets.transpose(2, 3), buckets.transpose(2, 3))
 
     def all_tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Keys and values (B, H, T, D), buckets (B, H, R, T) or None, and where sequences differ, (B, T) bool."""
-        length = self.seen_tokens if self.attention_mask is None else max(1, int(self.lengths.max()))
+        length = self.seen_tokens
+        if self.attention_mask is not None and may_look_at(self.lengths):
+            length = max(1, int(self.lengths.max()))
         mask = None
         if self.attention_mask is not None:
             mask = torch.arange(length, device=self.device) < self.lengths[:, None]

@@ -17,7 +17,7 @@ from ..ops.dispatch import (
     windowed_attention,
 )
 from ..ops.gather_attention import attention_with_dense_weights, attention_with_sparse_weights, crop, mass_of_weights
-from ..ops.layout import AttentionLayout
+from ..ops.layout import AttentionLayout, sees_any
 from ..ops.lsh import Centering, exploration_buckets, legacy_num_buckets, num_buckets_total, seeded_rotations
 from ..ops.prng import make_key
 from ..ops.sequence_parallel import all_reduce
@@ -91,7 +91,8 @@ class ReformerAttention(AttentionProjections):
         if ctx.want_weights:
             as_lists = ctx.want_weights == "sparse"
             weigh: Any = attention_with_sparse_weights if as_lists else attention_with_dense_weights
-            out, weights = contain_nonfinite(partial(weigh, layout=layout, **options), query, key, value)
+            reach = partial(sees_any, layout=layout, causal=self.causal, mask=mask)
+            out, weights = contain_nonfinite(partial(weigh, layout=layout, **options), reach, query, key, value)
             mass = None if query_weights is None else mass_of_weights(weights, query_weights)
             weights = crop(weights, length)
         else:

@@ -110,7 +110,15 @@ class FullAttention(AttentionProjections):
             out = out.transpose(1, 2)
             return out if sees is None else torch.where(sees, out, 0), None
 
-        out, weights = contain_nonfinite(attend, query, key, value)
+        def reach(tokens: torch.Tensor) -> torch.Tensor:
+            """Which queries, (B, H or 1, T), may see any of these keys, (B, H, S)."""
+            if allowed is None:
+                last = tokens.cumsum(-1) if causal else tokens.sum(-1, keepdim=True).expand(query.shape[:3])
+                return last > 0
+            seen = (allowed & tokens.any(1)[:, None, None]).any(-1)
+            return seen if sees is None else seen & sees[..., 0]
+
+        out, weights = contain_nonfinite(attend, reach, query, key, value)
         if ctx.query_weights is not None:
             mass = full_attention_mass(query, key, ctx.query_weights, allowed, causal, self.scale)
         if states is not None:
@@ -185,7 +193,7 @@ def attention_dropout_key(attention: Any, ctx: ForwardContext) -> torch.Tensor |
     key = fold(ctx.layer_key, ATTENTION_DROPOUT)
     if ctx.shard is None:
         return key
-    return torch.stack([key, key.new_tensor(ctx.shard.own_heads(attention.heads).start)])
+    return torch.stack([key, key.new_full((), ctx.shard.own_heads(attention.heads).start)])
 
 
 def eager_attention(

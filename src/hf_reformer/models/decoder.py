@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.utils import can_return_tuple
 
 from ..cache.cache import CACHE_NAME, whole_step
-from ..compat import values_are_known
+from ..compat import may_look_at
 from ..configuration_reformer import ReformerConfig
 from ..layers.feed_forward import LayerNorm
 from ..layers.forward_context import AttentionReport, EncoderContext, ForwardContext
@@ -88,7 +88,7 @@ class ReformerDecoder(ReformerModel):
         if both is None or both.get_seq_length() == 0:  # and not for every token that is generated
             check_mask_values(encoder_attention_mask)
         mask = None if encoder_attention_mask is None else encoder_attention_mask.to(states.device) != 0
-        if mask is not None and values_are_known() and bool(mask.all()):
+        if mask is not None and may_look_at(mask) and bool(mask.all()):
             mask = None
         with whole_step(both):
             outputs = super().forward(

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ..compat import assert_async, values_are_known
+from ..compat import assert_async, may_look_at, values_are_known
 from ..configuration_checks import check_num_buckets
 from ..ops.dispatch import resolve_backend
 
@@ -16,8 +16,7 @@ def reject_tracing(config: Any) -> None:
         raise NotImplementedError(
             f"`{way}` cannot record local and lsh layers: how they cut a sequence into windows depends on its length, "
             "and a trace keeps one. Use `torch.export.export(model.eval(), …)`, which takes any batch and length, and "
-            "save it with `torch.export.save`. For ONNX, `torch.onnx.export(…, dynamo=True)` takes full layers, and "
-            "local ones with `attention_backend='torch'`."
+            "save it with `torch.export.save`. For ONNX, `torch.onnx.export(…, dynamo=True)` takes them, too."
         )
 
 
@@ -26,7 +25,10 @@ def check_inputs(
     position_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, num_hashes: Any, num_buckets: Any,
     past: int = 0,
 ) -> None:  # fmt: skip
-    """Raise ValueError for inputs that cannot be right. Values are looked at in eager mode only."""
+    """Raise ValueError for inputs that cannot be right. Values are looked at in eager mode only.
+
+    Those on a CUDA device would have to be waited for: there the device itself refuses them, by an assertion.
+    """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
     x, name, axes = input_ids, "input_ids", "(batch, length)"
@@ -73,13 +75,14 @@ def reject_ignored_packing_args(
 ) -> None:
     """Raise ValueError for arguments that say what is packed into a sequence, where `position_ids` do not."""
     name = "cu_seq_lens_q" if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2 else None
-    if seq_idx is not None and values_are_known() and bool((seq_idx != seq_idx[:, :1]).any()):
-        name = "seq_idx"
+    advice = (
+        "indicates packed samples. They are separated by `position_ids` that restart at 0, and there are none (prompt "
+        "tuning drops them). Give them, or pad."
+    )
     if position_ids is None and name:
-        raise ValueError(
-            f"`{name}` indicates packed samples. They are separated by `position_ids` that restart at 0, and there "
-            "are none (prompt tuning drops them). Give them, or pad."
-        )
+        raise ValueError(f"`{name}` {advice}")
+    if position_ids is None and seq_idx is not None and values_are_known():
+        refuse_values(seq_idx == seq_idx[:, :1], f"`seq_idx` {advice}")
 
 
 def _check_positions_cover(config: Any, length: int, attention_mask: torch.Tensor | None) -> None:
@@ -100,7 +103,7 @@ def _check_positions_cover(config: Any, length: int, attention_mask: torch.Tenso
 def _check_values(
     config: Any, input_ids: torch.Tensor | None, mask: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> None:
-    if input_ids is not None and input_ids.device.type != "meta":
+    if input_ids is not None and may_look_at(input_ids):
         low, high = (int(x) for x in input_ids.aminmax())
         if low < 0 or high >= config.vocab_size:
             raise ValueError(
@@ -109,35 +112,45 @@ def _check_values(
             )
     check_mask_values(mask)
     covered = config.covered_positions
-    if position_ids is not None and config.position_embedding_type != "rotary" and position_ids.device.type != "meta":
-        low, high = (int(x) for x in position_ids.aminmax())
-        if low < 0 or high >= covered:
-            raise ValueError(f"`position_ids` reach from {low} to {high}, but the model covers 0 … {covered - 1}.")
+    if position_ids is not None and config.position_embedding_type != "rotary":
+        reach = "out"
+        if may_look_at(position_ids):
+            reach = "from {} to {}".format(*(int(x) for x in position_ids.aminmax()))
+        within = (position_ids >= 0) & (position_ids < covered)
+        refuse_values(within, f"`position_ids` reach {reach}, but the model covers 0 … {covered - 1}.")
 
 
 def check_mask_values(mask: torch.Tensor | None) -> None:
     """Raise ValueError for anything but 0 and 1; in eager mode only."""
-    if mask is None or mask.device.type == "meta" or not values_are_known():
-        return
-    if bool(((mask != 0) & (mask != 1)).any()):
-        raise ValueError(
+    if mask is not None and values_are_known():
+        refuse_values(
+            (mask == 0) | (mask == 1),
             "`attention_mask` holds values other than 0 and 1. Give 1 for real tokens and 0 for padding, no additive "
-            "masks (0 and -inf)."
+            "masks (0 and -inf).",
         )
+
+
+def refuse_values(right: torch.Tensor, message: str) -> None:
+    """Raise ValueError unless all of `right` are True; of a CUDA device when it comes to it, by an assertion."""
+    if may_look_at(right):
+        if not bool(right.all()):
+            raise ValueError(message)
+    elif right.device.type != "meta":
+        assert_async(right.all(), message)
 
 
 def packed_samples(position_ids: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
     """Which sample of its row each token belongs to, (B, T) int32; None where every row is one sample.
 
     A row is packed where its real tokens are numbered from 0 again and again, as data collators do; numbers of any
-    other kind are one sample's. Under compile, where values cannot be looked at, never None.
+    other kind are one sample's. Where values cannot be looked at, never None.
     """
     begins = (position_ids == 0) & (ranks > 0)
     odd = (position_ids[:, 1:] != 0) & (position_ids[:, 1:] != position_ids[:, :-1] + 1)
     if mask is not None:
         begins, odd = begins & mask, odd & mask[:, 1:] & mask[:, :-1]
     begins = begins & ~odd.any(-1, keepdim=True)
-    if values_are_known() and not begins.any():
+    if may_look_at(begins) and not begins.any():
         return None
     return begins.cumsum(-1, dtype=torch.int32)
 
@@ -148,7 +161,7 @@ def reject_packed_samples(samples: torch.Tensor, advice: str) -> None:
     advice: without double quotes, since inductor writes it into C++ as it is.
     """
     message = f"`position_ids` restart at 0 within a row, which packs several samples into it. {advice}"
-    if values_are_known():
+    if may_look_at(samples):
         raise ValueError(message)
     assert_async((samples == 0).all(), message)
 

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..compat import values_are_known
+from ..compat import may_look_at, values_are_known
 from ..reversible.recompute import hooked_module, recomputed
 
 IGNORE = -100
@@ -91,6 +91,8 @@ def check_labels(labels: torch.Tensor, classes: int) -> None:
         return
     if labels.is_floating_point() or labels.dtype == torch.bool:
         raise ValueError(f"labels have dtype {labels.dtype}, but this loss needs class indices. Use `labels.long()`.")
+    if not may_look_at(labels):
+        return  # torch's own loss refuses them when it runs
     low, high = labels.masked_fill(labels == IGNORE, 0).aminmax()
     if low < 0 or high >= classes:
         raise ValueError(

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple, logging
 
 from ..cache.cache import CACHE_NAME, ReformerCache, begin_writing, check_call, to_reformer_cache, whole_step
-from ..compat import values_are_known
+from ..compat import may_look_at, values_are_known
 from ..configuration_reformer import ReformerConfig, padded_length
 from ..layers.compiled_stack import compiled_stack, supports_compiled_stack
 from ..layers.feed_forward import Dropout, LayerNorm
@@ -31,6 +31,7 @@ from .input_checks import (
     check_inputs,
     has_no_token,
     packed_samples,
+    refuse_values,
     reject_ignored_packing_args,
     reject_packed_samples,
     reject_tracing,
@@ -302,9 +303,10 @@ class ReformerModel(ReformerPreTrainedModel):
         config, device = self.config, embeds.device
         positions = torch.arange(length, device=device)[None]
         mask = None if attention_mask is None else attention_mask.to(device) != 0
-        looks = cache is None and device.type != "meta" and values_are_known()
-        if mask is not None and looks and bool(mask.all()):
-            mask = None  # exact attention is much faster without one
+        if mask is not None and cache is None and values_are_known():
+            # Exact attention is so much faster without a mask that even a CUDA device is waited for, once.
+            looks = may_look_at(mask) or (mask.is_cuda and "full" in config.attn_layers)
+            mask = None if looks and bool(mask.all()) else mask
         before: torch.Tensor | int = 0
         num_hashes = num_hashes or config.num_hashes
         num_buckets = config.num_buckets if num_buckets is None else num_buckets
@@ -416,13 +418,15 @@ def new_tokens(cache: Cache, mask: torch.Tensor | None) -> tuple[torch.Tensor | 
     before = layer.lengths[:, None] if layer.seen_tokens else 0
     if mask is None:
         return None, before
-    if layer.seen_tokens and not torch.equal(mask[:, : layer.seen_tokens], layer.mask_so_far()):
-        raise ValueError(
+    if layer.seen_tokens:
+        refuse_values(
+            mask[:, : layer.seen_tokens] == layer.mask_so_far(),
             "`attention_mask` masks other tokens of the cache than when it was filled. What is in a cache cannot be "
-            "masked afterwards: begin anew."
+            "masked afterwards: begin anew.",
         )
     mask = mask[:, layer.seen_tokens :]
-    return None if bool(mask.all()) else mask, before
+    looks = may_look_at(mask) or torch.compiler.is_compiling()
+    return None if looks and bool(mask.all()) else mask, before
 
 
 def _subkey(key: torch.Tensor | None, site: int) -> torch.Tensor | None:

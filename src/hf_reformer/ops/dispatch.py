@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ..compat import functorch_levels, in_forward_mode, in_functorch_transform, values_are_known
+from ..compat import functorch_levels, in_forward_mode, in_functorch_transform, may_look_at, values_are_known
 from .kernel_check import agrees
-from .layout import AttentionLayout, Sort, sort_by_bucket
+from .layout import AttentionLayout, Sort, sees_any, sort_by_bucket
 from .layout import chunk_layout as chunk_layout_in_torch
 from .layout import window_layout as window_layout_in_torch
 from .lsh import Centering, bucket_factors
@@ -70,6 +70,8 @@ def select_backend(choice: str, *tensors: torch.Tensor) -> str:
     """
     choice = resolve_backend(choice)
     if choice == "auto":
+        if torch.onnx.is_in_onnx_export():  # ONNX knows torch's operations alone
+            return "torch"
         if "cpu" not in KERNELS or tensors[0].device.type != "cpu":
             return "torch"
         reason = unsupported_reason("cpu", *tensors)
@@ -98,7 +100,7 @@ def _library_fault() -> str | None:
 @functools.cache
 def check_library() -> str | None:
     """Compile, load and check the CPU kernels, once a process; why they cannot be used, or None."""
-    return KERNELS["cpu"].choose_library(functools.partial(agrees, KERNELS["cpu"]))
+    return KERNELS["cpu"].choose_library(partial(agrees, KERNELS["cpu"]), agrees.__module__)
 
 
 @functools.cache
@@ -161,64 +163,66 @@ def windowed_attention(
     """
     if dropout_key is None or dropout == 0:
         dropout, dropout_key = 0.0, None
-    if not all_finite(query, key, value):
-        attend = partial(
-            windowed_attention, layout=layout, causal=causal, mask=mask, dropout=dropout, dropout_key=dropout_key,
-            scale=scale, query_weights=query_weights, backend=backend,
-        )  # fmt: skip
-        return contain_nonfinite(attend, query, key, value)
     if query_weights is not None:
         query_weights = query_weights.detach().to(torch.promote_types(query.dtype, torch.float32))
     name = select_backend(backend, *(x for x in (query, value, key) if x is not None))
+    reach = partial(sees_any, layout=layout, causal=causal, mask=mask)
     if name in KERNELS:
-        out, _, _, mass = KERNELS[name].attention(
-            query, key, value, *layout[:3], mask, dropout_key, query_weights, *layout[3:], causal, dropout, scale
-        )
-        return out.to(value.dtype), None if query_weights is None else mass
+
+        def attend(query: torch.Tensor, key: Any, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            out, _, row_sum, mass = KERNELS[name].attention(
+                query, key, value, *layout[:3], mask, dropout_key, query_weights, *layout[3:], causal, dropout, scale
+            )
+            return out.to(value.dtype), None if query_weights is None else mass, row_sum
+
+        if name == "cpu":
+            out, mass, row_sum = attend(query, key, value)
+            if not values_are_known() or bool(row_sum.sum().isfinite()):  # NaN where it read what is not finite
+                return out, mass
+        return contain_nonfinite(lambda *inputs: attend(*inputs)[:2], reach, query, key, value)
     if name == "torch" and transform_needs_reference():
         name = "reference"
-    return BACKENDS[name](
-        query, key, value, layout, causal=causal, mask=mask, dropout=dropout, dropout_key=dropout_key, scale=scale,
-        query_weights=query_weights,
-    )  # fmt: skip
+    options: dict[str, Any] = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
+    run = partial(BACKENDS[name], layout=layout, scale=scale, query_weights=query_weights, **options)
+    return contain_nonfinite(run, reach, query, key, value)
 
 
 def all_finite(*tensors: torch.Tensor | None) -> bool:
-    """Whether no tensor holds NaN or infinity; True also where values cannot be looked at, outside of eager mode."""
-    given = [x.detach() for x in tensors if x is not None]
-    if not values_are_known() or given[0].device.type == "meta":
-        return True
-    sums = [x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in given]
+    """Whether no tensor holds NaN or infinity, nor numbers so large that their sum is infinite."""
+    sums = [x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors if x is not None]
     return bool(torch.stack([x.double() if x.is_cpu else x for x in sums]).isfinite().all())
 
 
 def contain_nonfinite(
-    attend: Callable[..., tuple[torch.Tensor, Any]], query: torch.Tensor, key: torch.Tensor | None, value: torch.Tensor
+    attend: Callable[..., tuple[torch.Tensor, Any]],
+    reach: Callable[[torch.Tensor], torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor,
 ) -> tuple[torch.Tensor, Any]:
-    """`attend(query, key, value)`, an attention, where NaN and infinity reach those tokens alone that attend to them.
+    """`attend(query, key, value)`, an attention, where NaN and infinity reach those tokens alone that see them.
 
-    In sums over tiles or matrices they would reach all, as 0 * NaN is NaN.
+    In sums over tiles or matrices they would reach all, as 0 * NaN is NaN. Finite inputs give what `attend` gives. On
+    a CPU they are looked at first; a CUDA device, which would have to be waited for, does the same with whatever
+    comes. In compiled graphs and under vmap nothing is done.
 
     Args:
         attend: gives (B, H, T, D), and perhaps its weights, (B, H, T, S) or sparse, or the attention mass, (B, S).
+        reach: which queries see any of some keys, (B, H, S) bool → (B, H or 1, T).
         query: (B, H, T, D); key, value: (B, H, S, D); key may be None, then queries are the keys.
     """
-    if all_finite(query, key, value):
+    unknown = not values_are_known() or query.device.type == "meta"
+    if unknown or (may_look_at(query) and all_finite(query, key, value)):
         return attend(query, key, value)
-    bad_query, *bad = (
-        ~x.detach().isfinite().all(-1) for x in (query, key, value) if x is not None
-    )  # (B, H, T), and (B, H, S) each
-    bad_key = bad[-1] | (bad_query if key is None else bad[0])
-
-    def clean(x: torch.Tensor, bad: torch.Tensor) -> torch.Tensor:
-        return torch.where(bad[..., None], 0, x)
-
-    query = clean(query, bad_query | bad_key if key is None else bad_query)
-    key = None if key is None else clean(key, bad_key)
-    out, report = attend(query, key, clean(value, bad_key))
     with torch.no_grad():
-        reached, _ = attend(query, key, bad_key[..., None].to(value.dtype).expand_as(value).contiguous())
-        spoiled = bad_query | (reached != 0).any(-1)  # (B, H, T)
+        bad = [None if x is None else ~largest_entry(x).isfinite() for x in (query, key, value)]
+        bad_query, bad_value = bad[0], bad[2]
+        spoiled = bad_query | reach(bad_value | (bad_query if bad[1] is None else bad[1]))  # (B, H, T)
+
+    def clean(x: torch.Tensor | None, bad: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None or bad is None else torch.where(bad[..., None], 0, x)
+
+    out, report = attend(*map(clean, (query, key, value), bad))
     if isinstance(report, torch.Tensor):
         if report.dim() == 2:
             report = torch.where(spoiled.any(-1).any(-1, keepdim=True), torch.nan, report)
@@ -227,6 +231,11 @@ def contain_nonfinite(
     elif report is not None:
         report = report._replace(weights=torch.where(spoiled[..., None], torch.nan, report.weights))
     return torch.where(spoiled[..., None], torch.nan, out), report
+
+
+def largest_entry(x: torch.Tensor) -> torch.Tensor:
+    """Of every row (..., D), in magnitude: (...); NaN where there is one."""
+    return torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1)
 
 
 # --- hashing and sorting: the functions of `lsh` and `layout`, by the compiled kernels where they serve

@@ -107,6 +107,10 @@ def sort_by_bucket(
     if num_buckets == 1 and mask is None:
         perm, first = sorted_pos.expand_as(buckets), torch.zeros_like(buckets)
         last = torch.full_like(buckets, length - 1)
+    elif torch.onnx.is_in_onnx_export():
+        perm, first, last = _sort_in_onnx(buckets, mask, num_buckets)
+        if outputs == 1:
+            return [perm.to(torch.int32)]
     else:
         values, perm = torch.sort(buckets, dim=-1, stable=True)  # (B, H, R, T)
         if outputs == 1:
@@ -123,6 +127,25 @@ def sort_by_bucket(
         return [perm.to(torch.int32), start][:outputs]
     end = torch.minimum(last, sorted_pos + right_reach)
     return [perm.to(torch.int32), start, end if real is None else torch.where(real, end, sorted_pos)]
+
+
+def _sort_in_onnx(buckets: torch.Tensor, mask: torch.Tensor | None, num_buckets: int | None) -> list[torch.Tensor]:
+    """`perm`, and the first and last position of every token's bucket, by what ONNX has: no stable sort, no cummax."""
+    if num_buckets is None:
+        raise ValueError(
+            "Samples packed into a row by `position_ids` cannot be exported to ONNX, which has no sort for any number "
+            "of them. Export without `position_ids`, or by `torch.export`."
+        )
+    buckets, length = buckets.long(), buckets.shape[-1]
+    if mask is not None:
+        buckets = torch.where(mask[:, None, None, :], buckets, num_buckets)  # padding is in a last bucket of its own
+    numbers = buckets * length + torch.arange(length, device=buckets.device)  # no two are equal
+    perm = torch.sort(numbers, dim=-1).indices
+    counts = torch.zeros(*buckets.shape[:-1], num_buckets + 1, dtype=torch.int64, device=buckets.device)
+    counts = counts.scatter_add(-1, buckets, torch.ones_like(buckets))
+    ends, values = counts.cumsum(-1), buckets.gather(-1, perm)
+    bounds = (ends - counts, ends - 1)
+    return [perm, *(x.gather(-1, values).to(torch.int32) for x in bounds)]
 
 
 @torch.no_grad()
@@ -154,3 +177,30 @@ def chunk_layout(
     start = ((sorted_pos // chunk - chunks_before) * chunk).expand_as(perm)
     end = ((sorted_pos // chunk + chunks_after + 1) * chunk - 1).expand_as(perm)
     return AttentionLayout(perm, start, end, chunk, chunks_before * chunk, chunks_after * chunk, dedup_pairs=False)
+
+
+@torch.no_grad()
+def sees_any(
+    tokens: torch.Tensor, layout: AttentionLayout, causal: bool, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Which tokens see any of `tokens`, (B, H, T) bool → (B, H, T) bool, in time of the length.
+
+    causal, mask: of the chunk rule, as `dispatch.windowed_attention` takes them; what they hide is not seen.
+    """
+    heads, length = tokens.shape[1], layout.perm.shape[-1]
+    perm = layout.perm.expand(-1, heads, -1, -1).long()  # (B, H, R, T)
+    if layout.dedup_pairs:
+        flags = tokens[:, :, None].expand_as(perm).gather(-1, perm).flatten(2)
+        sums = torch.nn.functional.pad(flags.cumsum(-1), (1, 0))  # (B, H, 1 + R·T): how many stand before a position
+        bounds = (layout.window_start, layout.window_end + 1)
+        before, up_to = (sums.gather(-1, x.expand_as(perm).flatten(2).long()) for x in bounds)
+        seen = (up_to > before).view_as(perm)
+    else:  # the first of them in a token's chunk or neighbouring chunks must not lie behind it
+        tokens = tokens if mask is None else tokens & mask[:, None]
+        number = torch.arange(length, device=perm.device)
+        first = torch.where(tokens, number, length)[:, :, None].expand_as(perm).gather(-1, perm)
+        first = first.flatten(2).unflatten(-1, (-1, layout.block_size)).amin(-1)  # (B, H, chunks)
+        before, after = (x // layout.block_size for x in (layout.left_reach, layout.right_reach))
+        first = torch.stack([first.roll(shift, -1) for shift in range(-after, before + 1)]).amin(0)
+        seen = first.repeat_interleave(layout.block_size, -1).view_as(perm) <= (perm if causal else length - 1)
+    return torch.zeros_like(seen).scatter(-1, perm, seen).any(2)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..compat import may_look_at
 from .prng import EXPLORATION, ROTATIONS, fold, normal_rows
 
 SMALLEST_NORM = 1e-12  # that a vector is divided by
@@ -76,6 +77,10 @@ def unit_rows(vectors: torch.Tensor, mask: torch.Tensor | None = None) -> torch.
     """Vectors (B, H, T, D) at unit length, in at least float32; 0 for padding and for what is not finite."""
     vectors = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
     norm = vectors.norm(dim=-1, keepdim=True)
+    if not (may_look_at(norm) and bool(norm.isfinite().all())):  # squares of large numbers are not finite
+        smaller = vectors * torch.finfo(vectors.dtype).tiny ** 0.75
+        vectors = torch.where(norm.isfinite(), vectors, smaller)
+        norm = torch.where(norm.isfinite(), norm, smaller.norm(dim=-1, keepdim=True))
     used = norm.isfinite() if mask is None else norm.isfinite() & mask[:, None, :, None]
     return torch.where(used, vectors / norm.clamp(min=SMALLEST_NORM), 0.0)
 

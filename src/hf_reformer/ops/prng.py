@@ -22,12 +22,12 @@ MIX_1, MIX_2 = -2048144789, -1028477387  # multipliers of MurmurHash3's finalise
 
 def draw_key(device: torch.device | str | None = None) -> torch.Tensor:
     """A fresh int32 key of shape () from torch's default CPU generator, moved to `device`."""
-    return torch.randint(-(2**31), 2**31, (), dtype=torch.int64).to(torch.int32).to(device)
+    return torch.randint(-(2**31), 2**31, (), dtype=torch.int64).to(torch.int32).to(device, non_blocking=True)
 
 
 def make_key(seed: int, device: torch.device | str | None = None) -> torch.Tensor:
     """The int32 key of shape () that belongs to an integer seed (taken modulo 2^32)."""
-    return torch.tensor((seed + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)
+    return torch.full((), (seed + 2**31) % 2**32 - 2**31, dtype=torch.int32, device=device)
 
 
 def _logical_shift(x: torch.Tensor, bits: int) -> torch.Tensor:

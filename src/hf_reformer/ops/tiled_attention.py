@@ -168,7 +168,12 @@ def _block_scores(block: _Block, rows: _Rows) -> tuple[torch.Tensor, torch.Tenso
             distance = block.of_keys(rows.sorted_pos[earlier]) - block.of_queries(rows.centre[earlier])
             width = block.of_queries(rows.width[earlier])
             masked = torch.maximum(masked, torch.sub(width, distance.abs_(), out=distance), out=masked)
-    if rows.rule.shared:
+    if rows.rule.shared and torch.compiler.is_exporting():  # no writing to a view
+        _, tile, keys = block.shape
+        is_self = torch.ones(tile, keys, dtype=torch.bool, device=scores.device)
+        is_self = is_self.triu(rows.layout.left_reach).tril(rows.layout.left_reach)
+        scores = torch.where(is_self, SELF_SCORE * LOG2_E, scores)
+    elif rows.rule.shared:
         scores.diagonal(rows.layout.left_reach, 1, 2).fill_(SELF_SCORE * LOG2_E)
     return scores.add_(masked.clamp_(min=0), alpha=-MASK_PENALTY), None
 

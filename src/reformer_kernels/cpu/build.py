@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import json
 import logging
 import math
 import os
@@ -41,6 +42,16 @@ COMPILE_SECONDS = 120  # longer than that, something is wrong
 ANSWER_SECONDS = 10  # the same of a compiler's version, and of loading what it wrote
 MAX_BYTES = 2**26  # of a library
 LOAD = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).hf_sizeof"
+REHEARSE = """
+import ctypes, importlib, json, sys
+sys.path[:] = json.loads(sys.argv[3])
+from reformer_kernels import cpu
+from reformer_kernels.cpu import library
+found = ctypes.CDLL(sys.argv[1])
+library.bind_functions(found)
+library._library = found
+importlib.import_module(sys.argv[2]).agrees(cpu)
+"""
 
 
 class KernelBuildError(Exception):
@@ -264,7 +275,10 @@ def _store(path: Path, library: bytes, folder: Path) -> None:
 
 
 def load_library(
-    variant: str, check: Callable[[ctypes.CDLL], None] = lambda library: None, compile_missing: bool = True
+    variant: str,
+    check: Callable[[ctypes.CDLL], None] = lambda library: None,
+    compile_missing: bool = True,
+    rehearsal: str | None = None,
 ) -> ctypes.CDLL:
     """The compiled variant, from the cache or compiled now.
 
@@ -272,6 +286,8 @@ def load_library(
         check: raises KernelBuildError for a library that cannot be used: a stored one is then compiled anew, and a new
             one is not stored.
         compile_missing: whether it may be compiled.
+        rehearsal: a module whose `agrees` another process calls first with what was compiled now: it may crash, as of
+            instructions that this processor lacks.
 
     Raises:
         KernelBuildError: no compiler, or it fails, or its library cannot be used.
@@ -287,7 +303,7 @@ def load_library(
         if not compile_missing:
             raise KernelBuildError(f"{path} cannot be used")
         with FileLock(path.with_suffix(".lock"), timeout=COMPILE_SECONDS):
-            return _load_stored(path, check, told=False) or _compile(variant, path, check)
+            return _load_stored(path, check, told=False) or _compile(variant, path, check, rehearsal)
     except OSError as error:  # an unwritable cache, a lock that is never released, a library that does not load
         raise KernelBuildError(
             f"the compiled kernels cannot be stored in or loaded from {path.parent}: {error}"
@@ -333,7 +349,7 @@ def _check_length(library: bytes) -> None:
             raise KernelBuildError("it is cut short")
 
 
-def _compile(variant: str, path: Path, check: Callable[[ctypes.CDLL], None]) -> ctypes.CDLL:
+def _compile(variant: str, path: Path, check: Callable[[ctypes.CDLL], None], rehearsal: str | None) -> ctypes.CDLL:
     """Compile, check and store the variant."""
     logger.warning("compiling the %s attention kernel, once (about ten seconds)", variant)
     end = time.monotonic() + COMPILE_SECONDS
@@ -356,6 +372,11 @@ def _compile(variant: str, path: Path, check: Callable[[ctypes.CDLL], None]) -> 
                 status, _ = _run([sys.executable, "-I", "-S", "-c", LOAD, str(built)], ANSWER_SECONDS)
                 if status is None or status < 0:
                     raise KernelBuildError("loading it ends a process")
+                if rehearsal:  # what else goes wrong there is seen here
+                    arguments = [str(built), rehearsal, json.dumps(sys.path)]
+                    status, _ = _run([sys.executable, "-c", REHEARSE, *arguments], end - time.monotonic())
+                    if status is not None and status < 0:
+                        raise KernelBuildError(f"calling it ends a process: {signal.strsignal(-status)}")
             library = _load(compiled)
             check(library)
         except KernelDisagreementError:

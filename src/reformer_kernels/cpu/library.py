@@ -72,12 +72,15 @@ def bind_functions(library: ctypes.CDLL) -> None:
 _library: ctypes.CDLL | None = None
 
 
-def choose_library(agrees: Callable[[], bool]) -> str | None:
-    """Use the best variant that compiles and `agrees` with the definitions. Returns why there is none, or None."""
+def choose_library(agrees: Callable[[], bool], rehearsal: str | None = None) -> str | None:
+    """Use the best variant that compiles and `agrees` with the definitions. Returns why there is none, or None.
+
+    rehearsal: as `build.load_library` takes it.
+    """
     reason = None
     for variant in build.supported_variants():
         try:
-            build.load_library(variant, partial(_try, agrees), compile_missing=reason is None)
+            build.load_library(variant, partial(_try, agrees), reason is None, rehearsal)
             return None
         except build.KernelDisagreementError:
             logger.warning(

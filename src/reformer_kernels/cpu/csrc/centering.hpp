@@ -12,12 +12,19 @@ namespace hf {
 constexpr float kSmallestNorm = 1e-12f;              // that a vector is divided by
 constexpr float kSmallestDifference = 1.0f / 65536;  // of an entry of a unit vector from the mean's: less is rounding
 
+constexpr float kMakesSmall = 0x1p-80f;              // of numbers whose squares are beyond float
+
 // What makes a row a unit vector; 0 if it is not finite. `at(k)`: its entries from k on, zeros behind the last.
 template <typename F> HF_INLINE float unit_scale(int size, F&& at) {
-    Float squares = zero();
-    for (int k = 0; k < size; k += kWidth) squares = fma(at(k), at(k), squares);
-    const float total = sum(squares);
-    return std::isfinite(total) ? 1.0f / std::max(std::sqrt(total), kSmallestNorm) : 0.0f;
+    auto norm = [&](auto entries) {
+        Float squares = zero();
+        for (int k = 0; k < size; k += kWidth) squares = fma(entries(k), entries(k), squares);
+        return std::sqrt(sum(squares));
+    };
+    const float length = norm(at);
+    if (std::isfinite(length)) return 1.0f / std::max(length, kSmallestNorm);
+    const float smaller = norm([&](int k) { return at(k) * splat(kMakesSmall); });
+    return std::isfinite(smaller) ? kMakesSmall / smaller : 0.0f;
 }
 
 HF_INLINE Float less_mean(Float unit, const Doubles& sums, Float share) { return fma(narrow(sums), zero() - share, unit); }

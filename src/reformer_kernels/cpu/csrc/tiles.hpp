@@ -190,6 +190,7 @@ struct Tile {
     alignas(64) float column_sum[kTile];  // shared, backward: sum over queries of dS * S; sweep: of query_weights * P
     alignas(64) float grad_mass[kTile];
     float longest = 0;                  // largest |key|
+    bool finite = true;                 // whether all keys are, and their squares
     int* earlier = nullptr;             // [rounds - 1][kTile] positions in the earlier rounds
     float *rows, *columns, *values, *value_columns, *grad_key, *grad_value;
 
@@ -247,15 +248,17 @@ struct Tile {
     void measure(const Head& head) {
         const Float size = splat(static_cast<float>(head.p.size)), little = splat(1e-6f), one = splat(1.0f);
         const Float key_scale = splat(static_cast<float>(head.p.key_scale));
-        Float largest_key = zero();
+        Float largest_key = zero(), nothing = zero();  // 0 times what is not finite is NaN
         square_rows(columns, static_cast<int>(head.p.size), unit);
         for (int i = 0; i < kTile; i += kWidth) {
             Float squares = load(unit + i), factor = head.shared() ? one / sqrt((squares / size + little) * size) : key_scale;
             largest_key = max(largest_key, sqrt(squares) * abs(factor));
+            nothing = fma(squares, zero(), nothing);
             store(unit + i, factor);
             store(scale + i, factor * splat(kLog2E));
         }
         longest = largest(largest_key);
+        finite = sum(nothing) == 0;
     }
     static void clear_row(float* panels, int at, int64_t size) {
         for (int panel = 0; panel < panels_of(size); panel++)

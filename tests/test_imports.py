@@ -16,6 +16,7 @@ SLOW = {
 }
 OPTIONAL = SLOW - {"sympy", "torch._dynamo", "torch._inductor"}
 COMMANDS = re.findall(r"^ {4}(\w+) ", make_parser().format_help(), flags=re.MULTILINE)
+HELP = [["--help"], *([name, "--help"] for name in COMMANDS), ["train"]]
 RUN = "import sys; from reformer_cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -31,9 +32,7 @@ def bare():
     return imported("")[0]  # what site-packages brings into every process
 
 
-@pytest.mark.parametrize(
-    "argv", [["--help"], *([name, "--help"] for name in COMMANDS), ["train"], ["train", "poetry"]]
-)
+@pytest.mark.parametrize("argv", [*HELP, ["train", "poetry"]])
 def test_help_and_mistakes_import_nothing_but_python(argv, bare):
     modules, status = imported(RUN, *argv)
     assert status == (0 if argv in HELP else 2)

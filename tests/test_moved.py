@@ -8,6 +8,8 @@ import hf_reformer
 from hf_reformer.moved import MOVED
 
 NAMES = {
+    "cli": "main",
+    "cli.main": "main",
     "convert": "convert",
     "coverage_callback": "CoverageCallback",
     "distributed": "SequenceParallelTrainer",
@@ -21,7 +23,7 @@ NAMES = {
 def test_old_modules_work_with_a_warning(old):
     module = importlib.import_module(f"hf_reformer.{old}")
     assert getattr(hf_reformer, old) is module
-    with pytest.warns(FutureWarning, match=rf"Import {NAMES[old]} from hf_reformer\."):
+    with pytest.warns(FutureWarning, match=rf"Import {NAMES[old]} from (hf_reformer|reformer_cli)\."):
         value = getattr(module, NAMES[old])
     assert value.__name__ == NAMES[old]
     assert not hasattr(module, "no_such_name")

@@ -1,5 +1,5 @@
 """`python -m hf_reformer` is `hf-reformer`."""
 
-from .cli.main import main
+from reformer_cli.main import main
 
 raise SystemExit(main())

@@ -7,12 +7,14 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {
-    "convert": "hub.convert",
-    "coverage_callback": "training.coverage_callback",
-    "distributed": "training.distributed",
-    "model_card": "hub.model_card",
-    "pipelines": "hub.pipelines",
-    "visualize": "analysis",
+    "cli": "reformer_cli.main",
+    "cli.main": "reformer_cli.main",  # the entry of development versions, which an editable installation keeps
+    "convert": "hf_reformer.hub.convert",
+    "coverage_callback": "hf_reformer.training.coverage_callback",
+    "distributed": "hf_reformer.training.distributed",
+    "model_card": "hf_reformer.hub.model_card",
+    "pipelines": "hf_reformer.hub.pipelines",
+    "visualize": "hf_reformer.analysis",
 }
 RENAMED = {
     "plot_received": "plot_attention_mass",
@@ -28,8 +30,7 @@ class MovedModule(ModuleType):
     """Takes its names from the module that holds them now."""
 
     def __getattr__(self, name: str) -> Any:
-        package, _, old = self.__name__.rpartition(".")
-        module, new = f"{package}.{MOVED[old]}", RENAMED.get(name, name)
+        module, new = MOVED[self.__name__.removeprefix(f"{__package__}.")], RENAMED.get(name, name)
         if name.startswith("__") or not hasattr(import_module(module), new):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         warnings.warn(f"{self.__name__} is deprecated. Import {new} from {module}.", FutureWarning, stacklevel=2)

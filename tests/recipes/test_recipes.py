@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_reformer.recipes import RECIPES, load_recipe
+from hf_reformer.recipes import load_recipe
+from reformer_cli.main import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = {"classification": "train_classification", "language-model": "train_lm", "seq2seq": "train_seq2seq"}
@@ -40,7 +41,7 @@ def test_recipes_need_no_repository(tmp_path):
     """From a copy of the package alone, in an empty folder."""
     (tmp_path / "site").mkdir()
     (tmp_path / "empty").mkdir()
-    for package in ("hf_reformer", "reformer_kernels"):
+    for package in ("hf_reformer", "reformer_cli", "reformer_kernels"):
         (tmp_path / "site" / package).symlink_to(ROOT / "src" / package)
     (tmp_path / "text.txt").write_text("again and again " * 40)
     command = [sys.executable, "-m", "hf_reformer", "train", "language-model", "--train_file", "../text.txt"]

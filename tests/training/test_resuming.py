@@ -14,9 +14,9 @@ from fuzzing import seeds
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerState, TrainingArguments
 
-from hf_reformer.cli.main import main
 from hf_reformer.recipes import load_recipe
 from hf_reformer.training.trainers import checkpoint_damage, checkpoint_to_resume
+from reformer_cli.main import main
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("evaluate")

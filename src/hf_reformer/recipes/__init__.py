@@ -4,12 +4,6 @@ from types import ModuleType
 
 from ..data.tables import require
 
-RECIPES = {  # a module of this folder each
-    "classification": "label texts or pairs of texts, or predict a number for them",
-    "language-model": "causal and masked language models, evaluated in bits per byte",
-    "seq2seq": "translation, summarisation, any text to any other",
-}
-
 
 def load_recipe(name: str) -> ModuleType:
     """The module of a recipe; ImportError, which says what to install, if a library is missing."""

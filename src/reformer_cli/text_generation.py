@@ -8,9 +8,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TextStreamer
 from transformers.utils import logging
 
-from ..cache.cache import CACHE_NAME
-from ..hub.model_folder import load_model, load_tokenizer, other_task, quiet, readable, saved_config
-from ..models.language_models import ReformerForCausalLM
+from hf_reformer.cache.cache import CACHE_NAME
+from hf_reformer.hub.model_folder import load_model, load_tokenizer, other_task, quiet, readable, saved_config
+from hf_reformer.models.language_models import ReformerForCausalLM
 
 logger = logging.get_logger(__name__)
 

@@ -1,4 +1,7 @@
-"""The command line: `hf-reformer train`, `generate`, `chat`, `export`, `convert` and `env`."""
+"""The command line: `hf-reformer train`, `generate`, `chat`, `export`, `convert` and `env`.
+
+What a command needs is imported in its `run_…`.
+"""
 
 import argparse
 import inspect
@@ -12,7 +15,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from ..recipes import RECIPES, load_recipe
 from .streams import Lasting, discard, finish_output, prepare_streams
 
 LONGEST = 2**26  # characters of a prompt
@@ -22,6 +24,11 @@ LOST_PEER = (
     "says why; the run goes on from its newest checkpoint with --resume_from_checkpoint last. (Found: {})"
 )
 SAMPLING = ("temperature", "top_p", "top_k")
+RECIPES = {  # a module of `hf_reformer.recipes` each
+    "classification": "label texts or pairs of texts, or predict a number for them",
+    "language-model": "causal and masked language models, evaluated in bits per byte",
+    "seq2seq": "translation, summarisation, any text to any other",
+}
 CARD = ("language", "license", "datasets", "base_model", "tags", "dataset_name")
 
 
@@ -29,6 +36,8 @@ def run_train(args: argparse.Namespace) -> None:
     """Train a model. `hf-reformer train RECIPE --help` lists the options of a recipe."""
     if args.recipe is None:
         make_parser().parse_args(["train", "--help"])
+    from hf_reformer.recipes import load_recipe
+
     with redirect_stdout(Lasting(sys.stdout or sys.stderr)), redirect_stderr(Lasting(sys.stderr)):
         recipe = load_recipe(args.recipe)
         try:
@@ -128,8 +137,8 @@ def run_export(args: argparse.Namespace) -> None:
 
     `from_pretrained(folder, trust_remote_code=True)` then works without this package.
     """
-    from ..hub.exporting import export
-    from ..hub.model_folder import quiet
+    from hf_reformer.hub.exporting import export
+    from hf_reformer.hub.model_folder import quiet
 
     card = {name: getattr(args, name) for name in CARD if getattr(args, name) is not None}
     with quiet():
@@ -143,8 +152,8 @@ def run_convert(args: argparse.Namespace) -> None:
 
     Differences between the two models are printed, one per line.
     """
-    from ..hub.convert import convert
-    from ..hub.model_folder import quiet
+    from hf_reformer.hub.convert import convert
+    from hf_reformer.hub.model_folder import quiet
 
     options = {name: getattr(args, name) for name in ("kind", "to", "head", "attention_mode")}
     options |= {"fields": json_fields(args.fields), "lm_bias": not args.no_lm_bias}
@@ -184,8 +193,8 @@ def run_env(args: argparse.Namespace) -> None:
     import torch
     import transformers
 
-    from .. import __version__
-    from ..ops.dispatch import KERNELS, unsupported_reason
+    from hf_reformer import __version__
+    from hf_reformer.ops.dispatch import KERNELS, unsupported_reason
 
     reason = unsupported_reason("cpu")
     accelerators = torch.accelerator.device_count() if torch.accelerator.is_available() else 0

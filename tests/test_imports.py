@@ -1,0 +1,71 @@
+"""What is imported, in fresh processes: by the help of a command nothing but Python's own, by the package little."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from reformer_cli.main import make_parser
+
+# Slow to import. transformers brings some of them in by itself, others where they are installed.
+SLOW = {
+    *("accelerate", "datasets", "evaluate", "matplotlib", "pandas", "peft", "pyarrow", "scipy", "sklearn", "sympy"),
+    *("torch._dynamo", "torch._inductor", "torchao", "triton"),
+}
+OPTIONAL = SLOW - {"sympy", "torch._dynamo", "torch._inductor"}
+COMMANDS = re.findall(r"^ {4}(\w+) ", make_parser().format_help(), flags=re.MULTILINE)
+HELP = [["--help"], *([name, "--help"] for name in COMMANDS), ["train"]]
+RUN = "import sys; from reformer_cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+def imported(code, *argv):
+    """Names of the modules of a process that ran `code`, and its exit status."""
+    report = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+    done = subprocess.run([sys.executable, "-c", report + code, *argv], capture_output=True, text=True, timeout=300)
+    return set(done.stderr.splitlines()[-1].split()), done.returncode
+
+
+@pytest.fixture(scope="module")
+def bare():
+    return imported("")[0]  # what site-packages brings into every process
+
+
+@pytest.mark.parametrize("argv", [*HELP, ["train", "poetry"]])
+def test_help_and_mistakes_import_nothing_but_python(argv, bare):
+    modules, status = imported(RUN, *argv)
+    assert status == (0 if argv in HELP else 2)
+    assert {"env", "generate", "train"} < set(COMMANDS)
+    others = {name.partition(".")[0] for name in modules - bare} - sys.stdlib_module_names
+    assert others == {"reformer_cli"}
+
+
+@pytest.mark.parametrize("missing", [set(), OPTIONAL], ids=["all libraries", "required libraries"])
+def test_the_package_imports_nothing_slow_that_transformers_does_not(missing):
+    """A time would depend on the machine; `dev/import_time.py` takes it."""
+    code = (
+        f"import json, sys; sys.modules.update(dict.fromkeys({sorted(missing)}))\n"  # as if they were not installed
+        "def found(): return [name for name, module in sys.modules.items() if module is not None]\n"
+        "import torch, transformers.modeling_utils; before = found()\n"
+        "from hf_reformer import *; from hf_reformer import ReformerConfig; after = found()\n"
+        "print(json.dumps([before, after]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    before, after = map(set, json.loads(done.stdout.splitlines()[-1]))
+    added = after - before
+    assert {"hf_reformer", "hf_reformer.models.seq2seq", "reformer_kernels.cpu"} <= added
+    assert not added & SLOW
+    assert len(added) < 0.15 * len(before)
+
+
+def test_ctrl_c_while_a_command_imports_ends_it_without_a_traceback():
+    code = (
+        "import signal, sys\n"
+        "class Impatient:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'torch': signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Impatient())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code + RUN, "env"], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -48,7 +48,8 @@ def plan_fused_decode(layers: Any, ctx: ForwardContext, like: torch.Tensor, dtyp
         inputs = []
         for cache_layer, weights, options in steps:
             numbers = cache_layer.reserve(1, ctx.mask)
-            inputs.append(kernel.DecodeLayer(weights, cache_tensors(kernel, cache_layer), numbers, ctx.rotary, *options))
+            tensors = cache_tensors(kernel, cache_layer)
+            inputs.append(kernel.DecodeLayer(weights, tensors, numbers, ctx.rotary, *options))
         streams = kernel.decode_layers(x1, x2, inputs)
         for (cache_layer, *_), layer in zip(steps, inputs, strict=True):
             cache_layer.commit(layer.indices)

@@ -75,7 +75,7 @@ def one_by_one(model, ids, mask=None) -> torch.Tensor:
         {"position_embedding_type": "rotary", "hidden_act": "gelu", "residual_precision": "float32"},
         {"position_embedding_type": "learned", "lsh_include_local": False, "num_buckets": [2, 4], "num_hashes": 3},
     ],
-    ids=["axial", "content alone", "half content", "rotary", "rotary lsh alone", "rotary gelu float32", "learned factors"],
+    ids=["axial", "content alone", "half content", "rotary", "rotary lsh alone", "rotary gelu float32", "learned"],
 )
 def test_every_logit_is_that_of_one_forward(changes, padded, steps):
     model, ids = make_model(**changes), tokens()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin
+CosAndSin = tuple[torch.Tensor, torch.Tensor]  # cos and sin
 
 
 class _Tables(nn.ParameterList):
@@ -45,7 +45,7 @@ class AxialPositionEmbeddings(nn.Module):
         return torch.cat(parts, dim=-1)
 
 
-def rotary_tables(position_ids: torch.Tensor, head_size: int, theta: float) -> Tables:
+def rotary_tables(position_ids: torch.Tensor, head_size: int, theta: float) -> CosAndSin:
     """cos and sin, each (B or 1, 1, T, D) float32: angles p * theta^(-2i / D) (Su et al. 2021, 3.2.2)."""
     exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_ids.device) / head_size
     angles = position_ids[:, None, :, None].float() * theta**-exponent  # (B, 1, T, D / 2)
@@ -53,8 +53,7 @@ def rotary_tables(position_ids: torch.Tensor, head_size: int, theta: float) -> T
     return angles.cos(), angles.sin()
 
 
-
-def rotate(x: torch.Tensor, tables: Tables | None, heads: int | None = None) -> torch.Tensor:
+def rotate(x: torch.Tensor, tables: CosAndSin | None, heads: int | None = None) -> torch.Tensor:
     """Turn (B, H, T, D) vectors by their positions, those of the first `heads` or of all. None: no tables, no turn."""
     if tables is None or heads == 0:
         return x

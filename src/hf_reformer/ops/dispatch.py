@@ -169,7 +169,7 @@ def windowed_attention(
     reach = partial(sees_any, layout=layout, causal=causal, mask=mask)
     if name in KERNELS:
 
-        def attend(query: torch.Tensor, key: Any, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def attend(query: torch.Tensor, key: Any, value: torch.Tensor) -> tuple[torch.Tensor, Any, torch.Tensor]:
             out, _, row_sum, mass = KERNELS[name].attention(
                 query, key, value, *layout[:3], mask, dropout_key, query_weights, *layout[3:], causal, dropout, scale
             )
@@ -215,14 +215,11 @@ def contain_nonfinite(
     if unknown or (may_look_at(query) and all_finite(query, key, value)):
         return attend(query, key, value)
     with torch.no_grad():
-        bad = [None if x is None else ~largest_entry(x).isfinite() for x in (query, key, value)]
-        bad_query, bad_value = bad[0], bad[2]
-        spoiled = bad_query | reach(bad_value | (bad_query if bad[1] is None else bad[1]))  # (B, H, T)
-
-    def clean(x: torch.Tensor | None, bad: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None or bad is None else torch.where(bad[..., None], 0, x)
-
-    out, report = attend(*map(clean, (query, key, value), bad))
+        bad_query, bad_value = (~largest_entry(x).isfinite() for x in (query, value))
+        bad_key = bad_query if key is None else ~largest_entry(key).isfinite()
+        spoiled = bad_query | reach(bad_value | bad_key)  # (B, H, T)
+    query, value = (torch.where(bad[..., None], 0, x) for bad, x in ((bad_query, query), (bad_value, value)))
+    out, report = attend(query, None if key is None else torch.where(bad_key[..., None], 0, key), value)
     if isinstance(report, torch.Tensor):
         if report.dim() == 2:
             report = torch.where(spoiled.any(-1).any(-1, keepdim=True), torch.nan, report)

@@ -168,18 +168,18 @@ def windowed_attention(
     name = select_backend(backend, *(x for x in (query, value, key) if x is not None))
     reach = partial(sees_any, layout=layout, causal=causal, mask=mask)
     if name in KERNELS:
-
-        def attend(query: torch.Tensor, key: Any, value: torch.Tensor) -> tuple[torch.Tensor, Any, torch.Tensor]:
-            out, _, row_sum, mass = KERNELS[name].attention(
-                query, key, value, *layout[:3], mask, dropout_key, query_weights, *layout[3:], causal, dropout, scale
-            )
-            return out.to(value.dtype), None if query_weights is None else mass, row_sum
-
+        kernel = KERNELS[name].attention
+        rest = *layout[:3], mask, dropout_key, query_weights, *layout[3:], causal, dropout, scale
         if name == "cpu":
-            out, mass, row_sum = attend(query, key, value)
+            out, _, row_sum, mass = kernel(query, key, value, *rest)
             if not values_are_known() or bool(row_sum.sum().isfinite()):  # NaN where it read what is not finite
-                return out, mass
-        return contain_nonfinite(lambda *inputs: attend(*inputs)[:2], reach, query, key, value)
+                return out.to(value.dtype), None if query_weights is None else mass
+
+        def attend(query: torch.Tensor, key: Any, value: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            out, _, _, mass = kernel(query, key, value, *rest)
+            return out.to(value.dtype), None if query_weights is None else mass
+
+        return contain_nonfinite(attend, reach, query, key, value)
     if name == "torch" and transform_needs_reference():
         name = "reference"
     options: dict[str, Any] = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}

@@ -384,7 +384,7 @@ def test_kernels_of_another_structure_are_not_used(monkeypatch, caplog):
     fields = [*library.SortParams._fields_, ("one_more", library.ctypes.c_int64)]
     longer = type("SortParams", (library.ctypes.Structure,), {"_fields_": fields})
     present = library.current_library()
-    monkeypatch.setattr(build, "_compile", lambda variant, path, check, rehearsal: check(present))  # the same comes out again
+    monkeypatch.setattr(build, "_compile", lambda variant, path, check, *_: check(present))  # the same comes out again
     monkeypatch.setitem(library.FUNCTIONS, "hf_sort", longer)
     dispatch.check_library.cache_clear()
     dispatch._warn_once.cache_clear()

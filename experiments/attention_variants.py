@@ -12,6 +12,7 @@ Layers of kind local stay as they are, with small windows. In the place of the l
     local-shared   the same with shared queries and keys
     lsh            lsh layers, as the config has them
     version-0.1    lsh layers as they were: rotary positions, vectors hashed with their mean
+    followed       lsh layers that take off a centre that training follows; with --overrides reversible=False
     sinks          lsh layers, and every layer sees the first four tokens of the sequence, too
     random         lsh layers that hash random vectors: the control
 
@@ -32,6 +33,7 @@ from common import (
     TextOptions,
     answer_batches,
     bits_per_byte,
+    followed_center,
     make_model,
     only_local,
     parse,
@@ -48,7 +50,7 @@ from common import (
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
-VARIANTS = ("exact", "full", "local", "local-shared", "lsh", "version-0.1", "random", "sinks")
+VARIANTS = ("exact", "full", "local", "local-shared", "lsh", "version-0.1", "random", "followed", "sinks")
 KEYS = (
     "source", "text", "variant", "seed", "length", "steps", "answer_steps", "rows", "hidden_size", "layers",
     "local_window", "lsh_window", "num_hashes", "learning_rate", "overrides", "validated_on", "eval_rows",
@@ -94,6 +96,8 @@ def build(variant: str, args: Arguments) -> tuple[Any, contextlib.ExitStack]:
         contexts.enter_context(only_local(model, keys))
     elif variant == "random":
         contexts.enter_context(random_hashing())
+    elif variant == "followed":
+        contexts.enter_context(followed_center())
     elif variant == "sinks":
         contexts.enter_context(sink_tokens(4))
     elif variant == "local":

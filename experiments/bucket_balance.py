@@ -8,6 +8,7 @@ bucket is, as a multiple of an even share; means of heads, rounds and sequences.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +17,7 @@ from common import (
     Options,
     TextOptions,
     even_rows,
+    followed_center,
     parse,
     product,
     read_texts,
@@ -32,7 +34,7 @@ from hf_reformer.training.model_setup import parse_overrides
 
 KEYS = (
     "source", "hidden_size", "positions", "seed", "length", "rows", "learning_rate", "overrides", "validated_on",
-    "eval_rows", "steps", "layer",
+    "eval_rows", "center", "steps", "layer",
 )  # fmt: skip
 SHORT = {"widths": [128], "positions": ["rotary", "axial"], "steps": 3, "length": 512, "rows": 1, "eval_rows": 2}
 
@@ -41,6 +43,7 @@ SHORT = {"widths": [128], "positions": ["rotary", "axial"], "steps": 3, "length"
 class Arguments(TextOptions, Options):
     widths: list[int] = field(default_factory=lambda: [128, 256])
     positions: list[str] = field(default_factory=lambda: ["axial", "learned", "rotary"])
+    center: str = HfArg(default="mean", help="mean of the tokens so far, or followed: one that training follows")
     steps: int = HfArg(default=600, help="of training; layers are judged before and after")
     length: int = HfArg(default=4096, help="of the sequences, and max_position_embeddings")
     rows: int = HfArg(default=1, help="sequences of a batch")
@@ -64,6 +67,13 @@ def balance(model: ReformerForCausalLM, ids: torch.Tensor) -> dict[int, dict[str
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(Arguments, SHORT, argv)
+    if args.center not in ("mean", "followed"):
+        raise SystemExit(f"--center {args.center}: mean or followed.")
+    with followed_center() if args.center == "followed" else nullcontext():
+        measure(args)
+
+
+def measure(args: Arguments) -> None:
     experiment = Experiment("bucket_balance", args, KEYS, ("entropy", "fullest"))
     (text, held_out), rows = read_texts(args), []
     ids = even_rows(held_out, args.eval_rows, args.length)

@@ -32,6 +32,7 @@ from hf_reformer.data.demo_corpus import clean_source, package_folder
 from hf_reformer.layers import attention as attention_module
 from hf_reformer.layers.attention import Hasher
 from hf_reformer.ops.layout import AttentionLayout
+from hf_reformer.ops.lsh import unit_rows
 from hf_reformer.training.model_setup import parse_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -243,6 +244,25 @@ def random_hashing() -> Iterator[None]:
         return original(self, noise.permute(1, 2, 0, 3).to(vectors.dtype).contiguous(), *args, **kwargs)
 
     with patch.object(Hasher, "buckets", buckets):
+        yield
+
+
+@contextmanager
+def followed_center(momentum: float = 0.99) -> Iterator[None]:
+    """A context in which unit vectors are hashed less a centre per head that training follows, their exponential mean.
+
+    It begins at zero and is fixed in evaluation. Needs `reversible=False`: a layer that runs again would find another.
+    """
+    centers: dict[Any, torch.Tensor] = {}
+
+    def buckets(self: Any, vectors: torch.Tensor, ctx: Any) -> torch.Tensor:
+        units = unit_rows(vectors, ctx.mask)
+        center = centers.get(self, units.new_zeros(units.shape[1], 1, units.shape[3]))
+        if ctx.training:
+            centers[self] = center.lerp(units.mean((0, 2))[:, None], 1 - momentum)
+        return self.hasher(vectors, ctx).buckets(units - center, None)
+
+    with patch.object(attention_module.ReformerAttention, "buckets", buckets):
         yield
 
 

@@ -232,6 +232,18 @@ def test_a_line_of_jsonl_is_a_row_and_numbered_columns_of_json_are_columns(tmp_p
     assert data.read_examples(tmp_path / "a.jsonl").to_list() == [{"text": ["a", "b"], "label": ["x", "y"]}]
     (tmp_path / "a.json").write_text('{"text": {"3": "a", "7": "b"}, "label": {"3": "x", "7": "y"}}')  # filtered rows
     assert data.read_examples(tmp_path / "a.json")["label"][:] == ["x", "y"]
+    (tmp_path / "a.json").write_text('{"answers": {"1": "x"}}')  # one record
+    assert data.read_examples(tmp_path / "a.json").to_list() == [{"answers": {"1": "x"}}]
+
+
+def test_duplicate_names_are_refused_in_the_time_of_their_number(tmp_path):
+    pairs = ", ".join(f'"{i % 20_000}": 1' for i in range(40_000))
+    (tmp_path / "a.jsonl").write_text("{" + pairs + "}\n")
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl`, line 1, is no JSON: one object has several values called \['0', "
+    ) as told:
+        data.read_examples(tmp_path / "a.jsonl")
+    assert len(str(told.value)) < 300
 
 
 def test_a_parquet_file_that_was_replaced_is_read_anew(tmp_path):
@@ -242,6 +254,9 @@ def test_a_parquet_file_that_was_replaced_is_read_anew(tmp_path):
         os.utime(tmp_path / "a.parquet", (10**9, 10**9))
         assert data.read_examples(tmp_path / "a.parquet")["text"][:] == [text]
         time.sleep(0.02)
+    parquet.write_table(pa.table({"text": pa.array([], "string")}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="holds no row"):
+        data.read_examples(tmp_path / "a.parquet")
     cells = pa.array([b"\xff"]).view("string")
     parquet.write_table(pa.table({"text": cells}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"cannot be read as parquet.*UTF8"):

@@ -387,6 +387,13 @@ def test_a_variant_that_the_processor_does_not_run_is_refused(variant, monkeypat
         build.supported_variants()
 
 
+def test_a_kernel_is_rehearsed_wherever_modules_are_looked_for(monkeypatch, tmp_path, needs_compiler):
+    """Python passes over entries of its path that are no strings."""
+    monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
+    monkeypatch.setenv("HF_REFORMER_CACHE", str(tmp_path / "cache"))
+    assert build.load_library("portable", rehearsal="hf_reformer.ops.kernel_check")
+
+
 def test_a_kernel_that_ends_the_process_when_it_is_called_is_left_alone(tmp_path, needs_compiler):
     """Such as one with instructions that this processor lacks: they trap when they come."""
     path, *_ = build.compiler()

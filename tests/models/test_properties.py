@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from hf_reformer import ReformerForCausalLM, ReformerModel
+from hf_reformer import ReformerConfig, ReformerForCausalLM, ReformerModel
 from hf_reformer.layers import attention as attention_module
 
 TOLERANCE = 1e-10
@@ -493,6 +493,12 @@ def test_without_rotary_positions_an_lsh_layer_sees_content_alone(causal):
             found = model(ids, position_ids=shifted).last_hidden_state
         difference = max_abs_diff(run(model, ids), found)
         assert difference > 1e-3 if lsh_rotary else difference == 0
+
+
+@pytest.mark.parametrize(("share", "heads", "turned"), [(15 / 29, 29, 15), (0.28, 25, 7), (0.1, 2, 1), (1.0, 3, 3)])
+def test_the_share_of_turned_heads_is_rounded_up_but_for_rounding(share, heads, turned):
+    config = ReformerConfig(attn_layers=["lsh"], num_attention_heads=heads, attention_head_size=2, lsh_rotary=share)
+    assert ReformerModel(config).layers[0].attention.turned_heads == turned
 
 
 # --- repeated tokens

@@ -351,6 +351,32 @@ def test_what_is_not_finite_reaches_what_sees_it_alone(monkeypatch, backend, loo
 
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("which", ["shared", "query", "key", "padding"])
+@pytest.mark.parametrize("mode", ["window", "chunk"])
+def test_numbers_whose_squares_are_not_finite_are_numbers(backend, which, mode):
+    options = {"length": 70, "size": 8, "value_size": 8, "padding": 0.3, "causal": True, "dtype": torch.float32}
+    case = Case(mode=mode, shared=which == "shared", **options)
+        mode=mode,
+        shared=which == "shared",
+        length=70,
+        size=8,
+        value_size=8,
+        size=8,
+        value_size=8,
+        padding=0.3,
+        causal=True,
+        dtype=torch.float32,
+    )
+    inputs = [None if x is None else x.clone() for x in case.inputs]
+    inputs[which == "key"][:, :, 20, 3] = 1e20
+    if which == "padding":
+        inputs[0][:, :, 20, 3], inputs[1].transpose(1, 2)[~case.mask] = 0, 1e20
+    found, expected = (case.attend(*inputs, backend=name) for name in (backend, "reference"))
+    assert expected.isfinite().all()
+    assert max_abs_diff(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("mode", ["window", "chunk"])
 def test_finite_inputs_give_the_same_bits_whether_or_not_they_are_looked_at(monkeypatch, backend, shared, mode):

@@ -227,6 +227,9 @@ def test_the_largest_numbers_make_unit_vectors():
     rows = unit_rows(torch.tensor([[[[3e38, -3e38, 1.0, 0.0], [torch.inf, 0, 0, 0], [3.0, 4.0, 0.0, 0.0]]]]))
     expected = torch.tensor([[0.5**0.5, -(0.5**0.5), 0, 0], [0, 0, 0, 0], [0.6, 0.8, 0, 0]])
     assert max_abs_diff(rows[0, 0], expected) < 1e-6
+    sizes = 10.0 ** torch.tensor([-10.0, 0, 153, 160, 200, 300], dtype=torch.float64)
+    rows = unit_rows(torch.ones(6, 5, dtype=torch.float64)[None, None] * sizes[:, None])
+    assert max_abs_diff(rows.norm(dim=-1), torch.ones(1, 1, 6)) < 1e-12
 
 
 # --- rotations

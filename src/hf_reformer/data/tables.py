@@ -9,6 +9,7 @@ import importlib
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain, islice
@@ -132,14 +133,15 @@ def read_examples(path: str | Path) -> "Dataset":
 def _read_parquet(path: Path) -> "Dataset":
     datasets = require("datasets")
     # Its cache knows a file by path and time of modification, which copying sets. Nothing sets the time of change.
-    name = str(path.stat().st_ctime_ns)
+    name, dataset = str(path.stat().st_ctime_ns), None
     try:
-        dataset = datasets.load_dataset("parquet", name, data_files={"train": str(path)}, split="train")
-        dataset.data.validate(full=True)  # strings are text
+        if require("pyarrow.parquet").read_metadata(path).num_rows:
+            dataset = datasets.load_dataset("parquet", name, data_files={"train": str(path)}, split="train")
+            dataset.data.validate(full=True)  # strings are text
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        if "corresponds to no data" in str(error):
-            raise ValueError(f"`{path}` holds no row.") from error
         raise ValueError(f"`{path}` cannot be read as parquet: {error.__cause__ or error}") from error
+    if dataset is None:
+        raise ValueError(f"`{path}` holds no row.")
     return dataset
 
 
@@ -213,15 +215,16 @@ def _json(text: str, path: Path, line: int = 1) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        twice = sorted({name for name, _ in pairs if [other for other, _ in pairs].count(name) > 1})
-        raise ValueError(f"one object has several values called {twice}")
+        twice = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"one object has several values called {twice[:5]}")
     return value
 
 
 def _json_objects(value: Any, path: Path) -> list[dict[str, Any]]:
     """The rows of a whole JSON value."""
     columns = list(value.values()) if isinstance(value, dict) else []
-    if all(isinstance(x, dict) and [*x] == [*columns[0]] and all(map(str.isdecimal, x)) for x in columns):
+    several = len(columns) > 1 or (columns and isinstance(columns[0], dict) and len(columns[0]) > 1)
+    if several and all(isinstance(x, dict) and [*x] == [*columns[0]] and all(map(str.isdecimal, x)) for x in columns):
         columns = [list(x.values()) for x in columns]  # as pandas writes a table by default, by row numbers
     elif not all(isinstance(x, list) for x in columns):
         columns = []

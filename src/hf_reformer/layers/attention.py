@@ -49,7 +49,8 @@ class ReformerAttention(AttentionProjections):
         super().__init__(config, layer, kinds[layer])
         self.backend, self.mode = config.attention_backend, config.attention_mode
         self.centered = self.mode == "window" and config.lsh_centering
-        self.turned_heads = math.ceil(config.lsh_rotary * self.heads) if self.kind == "lsh" else self.heads
+        turned = math.ceil(round(config.lsh_rotary * self.heads, 6))
+        self.turned_heads = turned if self.kind == "lsh" else self.heads
         self.dropout = Dropout(getattr(config, f"{self.kind}_attention_probs_dropout_prob") or 0.0)
         self.chunk = getattr(config, f"{self.kind}_attn_chunk_length")
         self.before = getattr(config, f"{self.kind}_num_chunks_before") or 0

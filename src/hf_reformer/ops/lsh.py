@@ -78,7 +78,7 @@ def unit_rows(vectors: torch.Tensor, mask: torch.Tensor | None = None) -> torch.
     vectors = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
     norm = vectors.norm(dim=-1, keepdim=True)
     if not (may_look_at(norm) and bool(norm.isfinite().all())):  # squares of large numbers are not finite
-        smaller = vectors * torch.finfo(vectors.dtype).tiny ** 0.75
+        smaller = vectors / vectors.abs().amax(-1, keepdim=True)
         vectors = torch.where(norm.isfinite(), vectors, smaller)
         norm = torch.where(norm.isfinite(), norm, smaller.norm(dim=-1, keepdim=True))
     used = norm.isfinite() if mask is None else norm.isfinite() & mask[:, None, :, None]

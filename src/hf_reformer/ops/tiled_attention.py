@@ -19,7 +19,7 @@ from .reference import MASKED_SCORE, SELF_SCORE, inverse_permutation, pair_keys,
 
 MAX_LENGTH = 2**22  # tokens of a sequence; beyond it float32 would no longer tell positions apart
 BLOCK_SCORES = 2**20  # scores worked on at a time: 4 MiB in float32, about what caches hold
-MASK_PENALTY = 1e9  # taken off the score of a pair that is not visible; beyond every real score
+MASK_PENALTY = 1e30  # taken off the score of a pair that is not visible, times how far; beyond every real score
 FLOOR = -1e8  # running maxima start here: above every masked pair, below every visible one
 LOG2_E = 1.4426950408889634  # queries are scaled by it: exp2 costs half of exp, and a tenth where it underflows
 

@@ -373,7 +373,7 @@ def _compile(variant: str, path: Path, check: Callable[[ctypes.CDLL], None], reh
                 if status is None or status < 0:
                     raise KernelBuildError("loading it ends a process")
                 if rehearsal:  # what else goes wrong there is seen here
-                    arguments = [str(built), rehearsal, json.dumps(sys.path)]
+                    arguments = [str(built), rehearsal, json.dumps(list(map(str, sys.path)))]
                     status, _ = _run([sys.executable, "-c", REHEARSE, *arguments], end - time.monotonic())
                     if status is not None and status < 0:
                         raise KernelBuildError(f"calling it ends a process: {signal.strsignal(-status)}")

@@ -101,12 +101,12 @@ template <bool kShared, bool kWindow> struct ForwardTask {
         }
         add_weighted_rows(w.scores, static_cast<int>(p.value_size), block, groups, w.prefetcher, w.out,
                           [](const Tile& t) { return t.values; });
-        report_nonfinite(block);
+        report_nonfinite(block, rows);
     }
     // A row that is not finite, or came near such a key, has the sum NaN: infinity leaves no trace where it weighs nothing.
-    void report_nonfinite(const KeyBlock& block) {
+    void report_nonfinite(const KeyBlock& block, const float* rows) {
         for (int i = 0; i < w.queries.count; i++)
-            if (!std::isfinite(w.queries.norm[i])) w.row_sum[i] = NAN;
+            if (!std::isfinite(w.queries.norm[i]) && !is_finite(rows, i, i + 1, p.size)) w.row_sum[i] = NAN;
         for (int slot = 0; slot < block.tiles; slot++) {
             if (block.tile[slot]->finite) continue;
             for (int i = 0; i < w.queries.count; i++)
@@ -190,24 +190,14 @@ template <bool kShared, bool kWindow> struct ForwardTask {
         });
     }
 
-    // Whether these rows of the output are; values that are not show, whatever they weigh: 0 times them is NaN.
-    bool is_finite(int begin, int end) const {
-        Float nothing[kPanel / kWidth] = {};
-        for (int panel = 0; panel < panels_of(p.value_size); panel++)
-            for (int i = begin; i < end; i++)
-                for (int part = 0; part < kPanel / kWidth; part++)
-                    nothing[part] = fma(load(w.out + (panel * kTile + i) * kPanel + part * kWidth), zero(), nothing[part]);
-        float total = 0;
-        for (Float part : nothing) total += sum(part);
-        return total == 0;
-    }
     void finish() {
         const Queries& q = w.queries;
-        bool last = round == p.rounds - 1, finite = !last || is_finite(0, q.count);
+        // Values that are not finite show in the output, whatever they weigh.
+        bool last = round == p.rounds - 1, finite = !last || is_finite(w.out, 0, q.count, p.value_size);
         for (int i = 0; i < q.count; i++) {
             int token = q.token[i];
             float factor = 1;
-            if (!finite && !is_finite(i, i + 1)) w.row_sum[i] = NAN;
+            if (!finite && !is_finite(w.out, i, i + 1, p.value_size)) w.row_sum[i] = NAN;
             if (last) {
                 if (w.row_sum[i] == 0) w.row_sum[i] = 1;
                 factor = static_cast<float>(p.dropout_scale) / w.row_sum[i];

@@ -76,6 +76,18 @@ inline void transpose_panels(const float* from, int columns, float* to) {
                           kPanel, to + (panel * height + column) * kPanel + half, kPanel);
 }
 
+// Whether all entries of rows begin … end - 1 of panels are: 0 times what is not finite is NaN.
+inline bool is_finite(const float* panels, int begin, int end, int64_t size) {
+    Float nothing[kPanel / kWidth] = {};
+    for (int panel = 0; panel < panels_of(size); panel++)
+        for (int i = begin; i < end; i++)
+            for (int part = 0; part < kPanel / kWidth; part++)
+                nothing[part] = fma(load(panels + (panel * kTile + i) * kPanel + part * kWidth), zero(), nothing[part]);
+    float total = 0;
+    for (Float part : nothing) total += sum(part);
+    return total == 0;
+}
+
 // Squared lengths of a tile's rows, from their transpose.
 inline void square_rows(const float* columns, int size, float* squares) {
     const int height = (size + kWidth - 1) / kWidth * kWidth;
@@ -258,7 +270,7 @@ struct Tile {
             store(scale + i, factor * splat(kLog2E));
         }
         longest = largest(largest_key);
-        finite = sum(nothing) == 0;
+        finite = sum(nothing) == 0 || is_finite(rows, 0, kTile, head.p.size);  // squares of large numbers are infinite
     }
     static void clear_row(float* panels, int at, int64_t size) {
         for (int panel = 0; panel < panels_of(size); panel++)

@@ -356,17 +356,6 @@ def test_what_is_not_finite_reaches_what_sees_it_alone(monkeypatch, backend, loo
 def test_numbers_whose_squares_are_not_finite_are_numbers(backend, which, mode):
     options = {"length": 70, "size": 8, "value_size": 8, "padding": 0.3, "causal": True, "dtype": torch.float32}
     case = Case(mode=mode, shared=which == "shared", **options)
-        mode=mode,
-        shared=which == "shared",
-        length=70,
-        size=8,
-        value_size=8,
-        size=8,
-        value_size=8,
-        padding=0.3,
-        causal=True,
-        dtype=torch.float32,
-    )
     inputs = [None if x is None else x.clone() for x in case.inputs]
     inputs[which == "key"][:, :, 20, 3] = 1e20
     if which == "padding":

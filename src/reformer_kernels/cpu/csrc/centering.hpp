@@ -14,16 +14,16 @@ constexpr float kSmallestDifference = 1.0f / 65536;  // of an entry of a unit ve
 
 constexpr float kMakesSmall = 0x1p-80f;              // of numbers whose squares are beyond float
 
-// What makes a row a unit vector; 0 if it is not finite. `at(k)`: its entries from k on, zeros behind the last.
-template <typename F> HF_INLINE float unit_scale(int size, F&& at) {
-    auto norm = [&](auto entries) {
-        Float squares = zero();
-        for (int k = 0; k < size; k += kWidth) squares = fma(entries(k), entries(k), squares);
-        return std::sqrt(sum(squares));
-    };
-    const float length = norm(at);
-    if (std::isfinite(length)) return 1.0f / std::max(length, kSmallestNorm);
-    const float smaller = norm([&](int k) { return at(k) * splat(kMakesSmall); });
+// The sum of a row's squares. `at(k)`: its entries from k on, zeros behind the last.
+template <typename F> HF_INLINE float sum_of_squares(int size, F&& at) {
+    Float squares = zero();
+    for (int k = 0; k < size; k += kWidth) squares = fma(at(k), at(k), squares);
+    return sum(squares);
+}
+// What makes a row of these squares a unit vector; 0 if it is not finite.
+template <typename F> HF_INLINE float unit_scale(float squares, int size, F&& at) {
+    if (std::isfinite(squares)) return 1.0f / std::max(std::sqrt(squares), kSmallestNorm);
+    const float smaller = std::sqrt(sum_of_squares(size, [&](int k) { return at(k) * splat(kMakesSmall); }));
     return std::isfinite(smaller) ? kMakesSmall / smaller : 0.0f;
 }
 
@@ -32,7 +32,8 @@ inline float share_of(int64_t count) { return 1.0f / std::max<int64_t>(count, 1)
 
 // A vector of floats, zeros behind it, becomes a unit vector less the mean of `count` with itself; `sums` counts it in.
 inline void center_row(const float* row, int size, double* sums, int64_t count, float* out) {
-    const float scale = unit_scale(size, [&](int k) { return load(row + k); });
+    auto at = [&](int k) { return load(row + k); };
+    const float scale = unit_scale(sum_of_squares(size, at), size, at);
     Float most = zero();
     for (int k = 0; k < size; k += kWidth) {
         const size_t bytes = std::min(kWidth, size - k) * sizeof(double);
@@ -121,8 +122,14 @@ class Centering {
         if (!real(first + i) || most < kSmallestDifference) clear(panels, i);
     }
     void scales(int64_t first, int count, float* panels, float* scale) const {
+        alignas(64) float squares[kTile] = {}, usual[kTile];
+        auto row = [&](int i) { return [=](int k) { return load(in_panels(panels, i, k)); }; };
+        for (int i = 0; i < count; i++) squares[i] = sum_of_squares(size_, row(i));
+        for (int i = 0; i < count; i += kWidth)
+            store(usual + i, splat(1.0f) / max(sqrt(load(squares + i)), splat(kSmallestNorm)));
         for (int i = 0; i < count; i++) {
-            scale[i] = real(first + i) ? unit_scale(size_, [&](int k) { return load(in_panels(panels, i, k)); }) : 0.0f;
+            scale[i] = std::isfinite(squares[i]) ? usual[i] : unit_scale(squares[i], size_, row(i));
+            if (!real(first + i)) scale[i] = 0;
             if (scale[i] == 0) clear(panels, i);
         }
     }
@@ -146,7 +153,9 @@ class Centering {
                 state = State(h_.size);
             }
             for (int i = begin; i < end; i++) {
-                share[i] = share_of(state.count += real(first + i));
+                state.count += real(first + i);
+                if (!kSubtract) continue;
+                share[i] = share_of(state.count);
                 most[i] = zero();
             }
             for (int k = 0; k < size_; k += kWidth) {

@@ -58,30 +58,34 @@ class Centering {
         explicit State(int64_t size) : sums((size + kWidth - 1) / kWidth) {}
     };
 
-    Centering(const HashParams& h, int64_t head_index, int64_t segment)
+    Centering(const HashParams& h, int64_t head_index)
         : h_(h), size_(static_cast<int>(h.size)), rows_(h.vectors, head_index / h.heads, head_index % h.heads, h.bfloat16, h.size),
           mask_(h.mask ? h.mask + head_index / h.heads * h.length : nullptr),
-          samples_(h.samples ? h.samples + head_index / h.heads * h.length : nullptr) {
-        State state(h.size);
-        if (h.sums) {
-            std::memcpy(state.sums.data(), h.sums + head_index * h.size, h.size * sizeof(double));
-            state.count = h.counts[head_index / h.heads];
+          samples_(h.samples ? h.samples + head_index / h.heads * h.length : nullptr), so_far_(h.size) {
+        if (!h.causal) scales_.resize((h.length + kTile - 1) / kTile * kTile);
+        if (!h.sums) return;
+        std::memcpy(so_far_.sums.data(), h.sums + head_index * h.size, h.size * sizeof(double));
+        so_far_.count = h.counts[head_index / h.heads];
+    }
+
+    // Counts the tile in that begins at token `first`; all tiles in turn, causal: those before the last segment.
+    void count_in(int64_t first, float* panels) {
+        float unused[kTile];
+        const int count = static_cast<int>(std::min<int64_t>(kTile, h_.length - first));
+        read(first, count, panels);
+        advance<false>(so_far_, first, count, panels, h_.causal ? unused : &scales_[first], [&] { add_mean(); });
+    }
+    // A segment begins with the next tile.
+    void keep() {
+        if (h_.causal) kept_.push_back(so_far_);
+    }
+    // A sample ends, causal: nothing is to be done.
+    void add_mean() {
+        if (h_.causal) return;
+        for (const Doubles& sums : so_far_.sums) {
+            means_.resize(means_.size() + kWidth);
+            store(&*means_.end() - kWidth, narrow(sums) * splat(share_of(so_far_.count)));
         }
-        const int64_t end = h.causal ? (h.length - 1) / segment * segment : h.length;  // causal: the last segment's begin
-        std::vector<float> panels(panels_of(h.size) * kPanel * kTile);
-        float scale[kTile];
-        auto end_sample = [&] {
-            if (!h.causal) add_mean(state);
-        };
-        for (int64_t first = 0; first <= end && first < h.length; first += kTile) {
-            if (h.causal && first % segment == 0) kept_.push_back(state);
-            if (first == end) break;
-            const int count = static_cast<int>(std::min<int64_t>(kTile, end - first));
-            read(first, count, panels.data());
-            if (!h.causal) scales_.resize(first + count);
-            advance<false>(state, first, count, panels.data(), h.causal ? scale : &scales_[first], end_sample);
-        }
-        end_sample();
     }
 
     State before(int64_t segment) const { return h_.causal ? kept_[segment] : State(h_.size); }
@@ -133,13 +137,6 @@ class Centering {
             if (scale[i] == 0) clear(panels, i);
         }
     }
-    void add_mean(const State& state) {
-        for (const Doubles& sums : state.sums) {
-            means_.resize(means_.size() + kWidth);
-            store(&*means_.end() - kWidth, narrow(sums) * splat(share_of(state.count)));
-        }
-    }
-
     // Counts the tokens of a tile in; `kSubtract`: and takes the mean off each. `end_sample` is called before a sample begins.
     template <bool kSubtract, typename F>
     void advance(State& state, int64_t first, int count, float* panels, float* scale, F&& end_sample) const {
@@ -181,6 +178,7 @@ class Centering {
     Source rows_;
     const uint8_t* mask_;
     const int32_t* samples_;
+    State so_far_;
     std::vector<State> kept_;   // causal: before every segment
     std::vector<float> means_;  // otherwise: of every sample, (samples, D up to a whole vector)
     std::vector<float> scales_;  // and of every token what makes it a unit vector

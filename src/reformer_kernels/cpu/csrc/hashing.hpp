@@ -107,21 +107,41 @@ inline void run_hashing(const HashParams& h) {
         });
         return;
     }
-    // As few segments as keep all threads busy: what comes before a segment has to be added up first.
-    const int64_t wanted = std::min(tiles, (h.threads + all_heads - 1) / all_heads);
+    // Heads in groups, a tile of all of them at a time. Where there are fewer heads than threads, in segments; what comes before a
+    // segment has to be added up first.
+    if (!tiles || !all_heads) return;
+    const int64_t groups = std::min(all_heads, std::max<int64_t>(1, h.threads));
+    const int64_t wanted = std::min(tiles, (h.threads + groups - 1) / groups);
     const int64_t segment = (tiles + wanted - 1) / wanted * kTile, segments = (h.length + segment - 1) / segment;
-    std::vector<std::unique_ptr<Centering>> centers(all_heads);
-    auto add_up = [&](int64_t head_index, int) { centers[head_index] = std::make_unique<Centering>(h, head_index, segment); };
-    if (segments > 1) parallel_for(all_heads, h.threads, add_up);
-    parallel_for(all_heads * segments, h.threads, [&](int64_t task, int worker) {
-        const int64_t head_index = task / segments, begin = task % segments * segment, end = std::min(h.length, begin + segment);
-        if (segments == 1) add_up(head_index, worker);  // only now: its vectors are still in a cache when they are read again
-        const Centering& center = *centers[head_index];
-        Centering::State state = center.before(task % segments);
-        auto read = [&](int64_t first, int count, float* panels) { center.write(state, first, count, panels); };
-        const int64_t last = (end - 1 - begin) / kTile;
-        for (int64_t i = 0; i <= last; i++)  // not causal: from the end, which was read last
-            hash_tile(head_index, begin + (h.causal ? i : last - i) * kTile, end, worker, read);
+    const int64_t counted = h.causal ? (segments - 1) * segment : h.length;
+    std::vector<Centering> centers;
+    for (int64_t head_index = 0; head_index < all_heads; head_index++) centers.emplace_back(h, head_index);
+    auto heads_of = [&](int64_t group, auto&& each) {
+        for (int64_t at = group * all_heads / groups; at < (group + 1) * all_heads / groups; at++) each(at);
+    };
+    parallel_for(groups, h.threads, [&](int64_t group, int) {
+        std::vector<float> panels(panels_of(h.size) * kPanel * kTile);
+        for (int64_t first = 0; first < counted; first += kTile)
+            heads_of(group, [&](int64_t head_index) {
+                if (first % segment == 0) centers[head_index].keep();
+                centers[head_index].count_in(first, panels.data());
+            });
+        heads_of(group, [&](int64_t head_index) {
+            centers[head_index].keep();
+            centers[head_index].add_mean();
+        });
+    });
+    parallel_for(groups * segments, h.threads, [&](int64_t task, int worker) {
+        const int64_t begin = task % segments * segment, end = std::min(h.length, begin + segment), last = (end - 1 - begin) / kTile;
+        std::vector<Centering::State> states;
+        heads_of(task / segments, [&](int64_t head_index) { states.push_back(centers[head_index].before(task % segments)); });
+        for (int64_t i = 0; i <= last; i++) {  // not causal: from the end, which was read last
+            auto state = states.begin();
+            heads_of(task / segments, [&](int64_t head_index) {
+                auto read = [&](int64_t first, int count, float* panels) { centers[head_index].write(*state++, first, count, panels); };
+                hash_tile(head_index, begin + (h.causal ? i : last - i) * kTile, end, worker, read);
+            });
+        }
     });
 }
 

@@ -68,7 +68,7 @@ def _attention_agrees(kernels, query, value, grad, buckets, mask) -> bool:
 
 
 def _tells_what_is_not_finite(kernels, query, value) -> bool:
-    """By sums that are NaN, also of a key that weighs nothing. A compiler told to be fast would leave that out."""
+    """By sums that are NaN, also of a key that weighs nothing. A compiler with -ffast-math would leave that out."""
     layout = window_layout([(torch.zeros(2, 1, 1, 192, dtype=torch.int32, device="cpu"), 1, 20)], True, None)
     query, bad_key, bad_value = query.abs(), query.abs(), value.clone()
     bad_key[0, 0, 30], bad_value[0, 0, 30] = -torch.inf, torch.inf

@@ -227,15 +227,15 @@ def _check_overrides(auto_class: Any, name: str, saved: Any, config: Any) -> Non
     has, wants = shapes(saved), shapes(config)
     changed = sorted(key for key in has.keys() | wants.keys() if has.get(key) != wants.get(key))
     if changed:
-        told = ", ".join(f"{key} {has.get(key, 'none')} → {wants.get(key, 'none')}" for key in changed[:5])
+        changes = ", ".join(f"{key} {has.get(key, 'none')} → {wants.get(key, 'none')}" for key in changed[:5])
         raise ValueError(
             f"--config_overrides: `{name}` has no such weights. {len(changed)} tensors would be lost or new, among "
-            f"them {told}. Leave out these overrides, or --model_name_or_path to train a new model."
+            f"them {changes}. Leave out these overrides, or --model_name_or_path to train a new model."
         )
 
 
 def _load_saved(auto_class: Any, name: str, config: Any, num_labels: int, trains: bool) -> PreTrainedModel:
-    """A saved model. Its head is new where the folder has none, or one for other labels, and is told."""
+    """A saved model. Its head is new where the folder has none, or one for other labels, which a warning names."""
     options = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, report = auto_class.from_pretrained(name, **options)
     new_head = {}
@@ -245,8 +245,10 @@ def _load_saved(auto_class: Any, name: str, config: Any, num_labels: int, trains
         else:
             raise ValueError(f"{key} of `{name}` is {tuple(saved)}, but its config asks for {tuple(wanted)}.")
     if new_head and trains:
-        told = ", ".join(new_head.values())
-        logger.warning(f"`{name}` has {num_labels} labels, not {config.num_labels}, so these weights are new: {told}.")
+        which = ", ".join(new_head.values())
+        logger.warning(
+            f"`{name}` has {num_labels} labels, not {config.num_labels}, so these weights are new: {which}."
+        )
     missing = [*sorted(report["missing_keys"]), *new_head]
     if missing and not trains:
         raise ValueError(

@@ -298,20 +298,20 @@ def load_library(
             _make_folder(path.parent)
         path = path.parent.resolve() / path.name
         _check_folder(path.parent)
-        if library := _load_stored(path, check, told=True):
+        if library := _load_stored(path, check, warn=True):
             return library
         if not compile_missing:
             raise KernelBuildError(f"{path} cannot be used")
         with FileLock(path.with_suffix(".lock"), timeout=COMPILE_SECONDS):
-            return _load_stored(path, check, told=False) or _compile(variant, path, check, rehearsal)
+            return _load_stored(path, check, warn=False) or _compile(variant, path, check, rehearsal)
     except OSError as error:  # an unwritable cache, a lock that is never released, a library that does not load
         raise KernelBuildError(
             f"the compiled kernels cannot be stored in or loaded from {path.parent}: {error}"
         ) from error
 
 
-def _load_stored(path: Path, check: Callable[[ctypes.CDLL], None], *, told: bool) -> ctypes.CDLL | None:
-    """None: there is none, or it cannot be used, which is told."""
+def _load_stored(path: Path, check: Callable[[ctypes.CDLL], None], *, warn: bool) -> ctypes.CDLL | None:
+    """None: there is none, or it cannot be used, which `warn` says."""
     try:
         stored = _read_stored(path)
         if stored is None:
@@ -322,7 +322,7 @@ def _load_stored(path: Path, check: Callable[[ctypes.CDLL], None], *, told: bool
     except KernelDisagreementError:
         raise
     except (KernelBuildError, OSError) as error:
-        if told:
+        if warn:
             logger.warning("a stored attention kernel cannot be used: %s", error)
         return None
 

@@ -12,6 +12,7 @@ from ..ops.dispatch import (
     chunk_layout,
     contain_nonfinite,
     lsh_buckets,
+    rotate,
     window_layout,
     window_rotations,
     windowed_attention,
@@ -26,7 +27,6 @@ from .cached_attention import decode, prefers_decode, prefill
 from .feed_forward import Dropout
 from .forward_context import AttentionReport, ForwardContext, Sorting, real_tokens
 from .full_attention import AttentionProjections, attention_dropout_key, merge_heads, split_heads
-from .position_embeddings import rotate
 
 
 class Hasher(NamedTuple):
@@ -64,7 +64,8 @@ class ReformerAttention(AttentionProjections):
         if ctx.shard is not None:
             own = ctx.shard.own_heads(self.heads)
             turned = min(max(turned, own.start), own.stop) - own.start
-        query, key = rotate(query, ctx.rotary, turned), None if key is None else rotate(key, ctx.rotary, turned)
+        query = rotate(query, ctx.rotary, turned, self.backend)
+        key = None if key is None else rotate(key, ctx.rotary, turned, self.backend)
         hashed = query if self.centered else projected_query
         vectors = hashed if self.kind == "lsh" else None
         cache_layer = None if ctx.cache is None else ctx.cache.layers[self.layer]

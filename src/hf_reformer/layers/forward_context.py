@@ -23,7 +23,7 @@ class ForwardContext(NamedTuple):
     mask: torch.Tensor | None  # (B, T) bool, True for real tokens; None: all are
     samples: torch.Tensor | None  # (B, T) int32, which sample of a packed sequence a token belongs to; None: one each
     ranks: torch.Tensor  # (B or 1, T) int32, number of real tokens of its sample before each token
-    rotary: tuple[torch.Tensor, torch.Tensor] | None  # cos and sin of `position_embeddings.rotary_tables`
+    rotary: tuple[torch.Tensor, torch.Tensor] | None  # cos and sin of `rotary.rotary_tables`
     key: torch.Tensor | None  # int32 key of shape () of this forward's randomness; None in evaluation
     training: bool  # whether rotations and exploration draw from it; otherwise dropout alone
     num_hashes: int  # the config's, or this call's own

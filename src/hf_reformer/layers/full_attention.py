@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..configuration_reformer import ReformerConfig
-from ..ops.dispatch import contain_nonfinite, transform_needs_reference, windowed_attention
+from ..ops.dispatch import contain_nonfinite, rotate, transform_needs_reference, windowed_attention
 from ..ops.gather_attention import SparseAttention
 from ..ops.layout import AttentionLayout, window_layout
 from ..ops.prng import ATTENTION_DROPOUT, CROSS_DROPOUT, OUTPUT_DROPOUT, fold
@@ -20,7 +20,6 @@ from ..ops.sequence_parallel import SequenceShard, all_reduce, all_to_all_heads,
 from ..reversible.chunking import Handoff
 from .feed_forward import Dropout
 from .forward_context import AttentionReport, EncoderContext, ForwardContext, Sorting, real_tokens
-from .position_embeddings import rotate
 
 MAX_SCORES = 2**24  # scores computed at once for the attention mass
 
@@ -146,7 +145,7 @@ class FullAttention(AttentionProjections):
         which keys each query may see (`make_attention_mask`); which queries see any, (B, 1, T, 1), or None;
         and for keys of a cache where their tokens stand in the input, (B, 1, 1, T), or None.
         """
-        query, key = rotate(query, ctx.rotary), rotate(key, ctx.rotary)
+        query, key = (rotate(x, ctx.rotary, backend=self.config.attention_backend) for x in (query, key))
         cache_layer: Any = None if ctx.cache is None else ctx.cache.layers[self.layer]
         continues = cache_layer is not None and cache_layer.seen_tokens > 0
         if cache_layer is not None:

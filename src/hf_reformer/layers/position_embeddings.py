@@ -1,12 +1,10 @@
-"""Position embeddings: axial (Trax) and rotary (Su et al. 2021)."""
+"""Axial position embeddings (Trax). Rotary ones are `ops.rotary`."""
 
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
-
-CosAndSin = tuple[torch.Tensor, torch.Tensor]  # cos and sin
 
 
 class _Tables(nn.ParameterList):
@@ -43,22 +41,3 @@ class AxialPositionEmbeddings(nn.Module):
             index = position_ids.div(stride, rounding_mode="floor") % size
             parts.append(nn.functional.embedding(index, weight.view(size, -1)))
         return torch.cat(parts, dim=-1)
-
-
-def rotary_tables(position_ids: torch.Tensor, head_size: int, theta: float) -> CosAndSin:
-    """cos and sin, each (B or 1, 1, T, D) float32: angles p * theta^(-2i / D) (Su et al. 2021, 3.2.2)."""
-    exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_ids.device) / head_size
-    angles = position_ids[:, None, :, None].float() * theta**-exponent  # (B, 1, T, D / 2)
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: torch.Tensor, tables: CosAndSin | None, heads: int | None = None) -> torch.Tensor:
-    """Turn (B, H, T, D) vectors by their positions, those of the first `heads` or of all. None: no tables, no turn."""
-    if tables is None or heads == 0:
-        return x
-    if heads is not None and heads < x.shape[1]:
-        return torch.cat([rotate(x[:, :heads], tables), x[:, heads:]], dim=1)
-    cos, sin = (table.to(x.dtype) for table in tables)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin

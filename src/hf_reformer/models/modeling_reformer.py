@@ -17,11 +17,12 @@ from ..layers.compiled_stack import compiled_stack, supports_compiled_stack
 from ..layers.feed_forward import Dropout, LayerNorm
 from ..layers.forward_context import AttentionReport, EncoderContext, ForwardContext
 from ..layers.fused_decode import plan_fused_decode
-from ..layers.position_embeddings import AxialPositionEmbeddings, rotary_tables
+from ..layers.position_embeddings import AxialPositionEmbeddings
 from ..layers.reformer_layer import ReformerLayer
 from ..ops.coverage import CoverageTarget, coverage_loss, coverage_target
 from ..ops.lsh import num_buckets_total
 from ..ops.prng import EMBEDDING_DROPOUT, FINAL_DROPOUT, draw_key, fold
+from ..ops.rotary import rotary_tables
 from ..ops.sequence_parallel import SequenceShard, broadcast, local_tokens, make_sequence_shard
 from ..reversible.chunking import Handoff
 from ..reversible.grid import Grid, choose_grid, to_stream

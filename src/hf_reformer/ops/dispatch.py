@@ -24,6 +24,8 @@ from .lsh import lsh_buckets as lsh_buckets_in_torch
 from .lsh import window_rotations as window_rotations_in_torch
 from .prng import normal_rows
 from .reference import windowed_attention as reference_attention
+from .rotary import CosAndSin
+from .rotary import rotate as rotate_in_torch
 from .tiled_attention import tiled_attention
 
 try:
@@ -31,7 +33,7 @@ try:
     from reformer_kernels.contract import CONTRACT
 
     # A copy of this file that came with a model may meet kernels of another version.
-    KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton} if CONTRACT == 6 else {}
+    KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton} if CONTRACT == 7 else {}
 except ImportError:  # a model loaded with trust_remote_code, without the package
     KERNELS = {}
 
@@ -235,7 +237,22 @@ def largest_entry(x: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1)
 
 
-# --- hashing and sorting: the functions of `lsh` and `layout`, by the compiled kernels where they serve
+# --- the functions of `rotary`, `lsh` and `layout`, by the compiled kernels where they serve
+
+
+def rotate(x: torch.Tensor, tables: CosAndSin | None, heads: int | None = None, backend: str = "auto") -> torch.Tensor:
+    """`rotary.rotate`, the same in all backends but for the last bits. None: no tables, no turn."""
+    if tables is None or heads == 0:
+        return x
+    if resolve_backend(backend) in ("auto", "cpu") and "cpu" in KERNELS and _kernel_rotates(x):
+        return KERNELS["cpu"].rotate(x, *tables, x.shape[1] if heads is None else heads, False)
+    return rotate_in_torch(x, tables, heads)
+
+
+def _kernel_rotates(x: torch.Tensor) -> bool:
+    if x.dtype not in (torch.float32, torch.bfloat16) or torch.onnx.is_in_onnx_export() or in_forward_mode():
+        return False
+    return unsupported_reason("cpu", x) is None
 
 
 def lsh_buckets(

@@ -11,6 +11,7 @@ from .layout import chunk_layout, sort_by_bucket, window_layout
 from .lsh import Centering, lsh_buckets
 from .prng import make_key, normal_rows
 from .reference import attention_mass, attention_with_weights, shared_key
+from .rotary import rotary_tables, rotate
 
 
 def agrees(kernels: Any) -> bool:
@@ -37,11 +38,20 @@ def agrees(kernels: Any) -> bool:
         )
         and all(map(torch.equal, bindings.sort_by_bucket(*sort_inputs), sort_by_bucket(*sort_inputs)))
         and _close([bindings.normal_rows(keys, 50)], [normal_rows(keys, 50)])
+        and _rotation_agrees(bindings, query)
         and _attention_agrees(kernels, query, value, grad, buckets, mask)
         and _tells_what_is_not_finite(kernels, query, value)
         and _decode_attention_agrees(kernels, query[:, :, :40], value[:, :, :40])
         and _decode_layers_agree(kernels)
     )
+
+
+def _rotation_agrees(bindings, x) -> bool:
+    """Of all heads or one, and back."""
+    tables = rotary_tables(torch.arange(x.shape[2], device="cpu")[None], x.shape[3], 10000.0)
+    turned = [bindings.rotate(x, *tables, heads, False) for heads in (1, 2)]
+    back = bindings.rotate(turned[0], *tables, 1, True)
+    return _close([*turned, back], [rotate(x, tables, 1), rotate(x, tables), x])
 
 
 def _attention_agrees(kernels, query, value, grad, buckets, mask) -> bool:

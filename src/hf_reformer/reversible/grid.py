@@ -29,37 +29,51 @@ def choose_grid(precision: str, weight_dtype: torch.dtype, rounded: bool) -> Gri
     return Grid(torch.float32, 16 if rounded else None)
 
 
-class _Round(torch.autograd.Function):
-    """Cast to the streams' dtype and round to the grid; the gradient passes unchanged."""
+class _AddRounded(torch.autograd.Function):
+    """Round to the grid and add to a stream, in the stream's dtype; both gradients pass unchanged."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, grid):
-        scale = 2.0**grid.bits
-        whole = (x.to(torch.promote_types(x.dtype, torch.float32)) * scale).round_()
-        whole.add_(0.0)  # -0 becomes +0, so that equal numbers have equal bits
-        return whole.to(grid.dtype).mul_(1 / scale)
+    def forward(stream, x, grid):
+        return torch.add(stream, _multiples(x, grid.bits), alpha=2.0**-grid.bits)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.dtype, ctx.grid = inputs[0].dtype, inputs[1]
+        ctx.dtype = inputs[1].dtype
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.to(ctx.dtype), None
+        return grad, grad.to(ctx.dtype), None
 
 
-class _RoundForwardMode(_Round):
+class _AddRoundedForwardMode(_AddRounded):
     """The same in eager mode, with a derivative in forward mode, which torch.compile does not take."""
 
     @staticmethod
-    def jvp(ctx, tangent, _):
-        return tangent.to(ctx.grid.dtype)
+    def jvp(ctx, stream_tangent, tangent, _):
+        return stream_tangent + tangent
+
+
+def _multiples(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """x as a whole number of 2^-bits, the nearest, in at least float32."""
+    return (x.to(torch.promote_types(x.dtype, torch.float32)) * 2.0**bits).round_()
+
+
+def add_rounded(stream: torch.Tensor, x: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """stream + x, where x is rounded to the grid."""
+    if grid.bits is None:
+        return stream + x.to(grid.dtype)
+    function = _AddRounded if torch.compiler.is_compiling() else _AddRoundedForwardMode
+    return function.apply(stream, x, grid)
+
+
+def subtract_rounded(stream: torch.Tensor, x: torch.Tensor, grid: Grid, in_place: bool = False) -> torch.Tensor:
+    """Undoes `add_rounded`, without a gradient."""
+    step, size = (x, 1.0) if grid.bits is None else (_multiples(x, grid.bits), 2.0**-grid.bits)
+    return stream.sub_(step, alpha=size) if in_place else torch.sub(stream, step, alpha=size)
 
 
 def to_stream(x: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """x in the streams' dtype, on the grid."""
-    if grid.bits is None:
-        return x.to(grid.dtype)
-    return (_Round if torch.compiler.is_compiling() else _RoundForwardMode).apply(x, grid)
+    """x in the streams' dtype, on the grid; no zero is negative, so that equal numbers have equal bits."""
+    return add_rounded(x.new_zeros((), dtype=grid.dtype).expand(x.shape), x, grid)

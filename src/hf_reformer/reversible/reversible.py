@@ -27,23 +27,21 @@ from ..compat import (
     will_engine_execute,
 )
 from .chunking import ChunkedBuffer, Handoff, Tensors, map_tokens, token_chunks, tokens_per_chunk
-from .grid import Grid, to_stream
+from .grid import Grid, add_rounded, subtract_rounded
 from .recompute import ReplayState, autocast_again, autocast_state, hooked_module, layer_tensors, recomputed
 
 StageContext = Callable[[Hashable], AbstractContextManager]  # of a part of a layer, by its name
 
 
 class LayerStages:
-    """The token-wise parts of a layer, as they run on chunks of tokens; each in the `context` of its name."""
+    """The token-wise parts of a layer, by name, as they run on chunks of tokens; each in the `context` of its name."""
 
     def __init__(self, layer: Any, ctx: Any, grid: Grid, context: StageContext):
         self.layer, self.ctx, self.grid, self.context = layer, ctx, grid, context
 
     def __call__(self, name: str, offset: int, x: torch.Tensor) -> Any:
-        """A part by its name; what is added to a stream is on the grid."""
         with self.context((name, offset)):
-            out = getattr(self.layer, name)(x, self.ctx, offset)
-            return out if name == "qkv_projection" else to_stream(out, self.grid)
+            return getattr(self.layer, name)(x, self.ctx, offset)
 
 
 def residual_step(
@@ -74,14 +72,18 @@ def residual_step(
     projected = Handoff(map_tokens(partial(stages, "qkv_projection"), size, x2))
     with stages.context("attend"):
         mixed, *report = layer.attend(projected, ctx, *states)
-    (y1,) = map_tokens(lambda offset, x, mixed: [x + stages("output_projection", offset, mixed)], size, x1, mixed)
+
+    def add_attention(offset: int, x: torch.Tensor, mixed: torch.Tensor) -> Tensors:
+        return [add_rounded(x, stages("output_projection", offset, mixed), grid)]
+
+    (y1,) = map_tokens(add_attention, size, x1, mixed)
     del mixed
 
-    def feed_forward(offset: int, x: torch.Tensor, y: torch.Tensor) -> Tensors:
+    def add_feed_forward(offset: int, x: torch.Tensor, y: torch.Tensor) -> Tensors:
         g = partial(stages, "feed_forward_branch", offset)
-        return [x + (recomputed(layer, g, y) if recompute else g(y))]
+        return [add_rounded(x, recomputed(layer, g, y) if recompute else g(y), grid)]
 
-    (y2,) = map_tokens(feed_forward, size, x2, y1)
+    (y2,) = map_tokens(add_feed_forward, size, x2, y1)
     return y1, y2, *report
 
 
@@ -257,25 +259,26 @@ def invert_layer(
     """
     y1, y2, reusable = outputs.take()
     totals = GradientAccumulator([x for x, n in zip(leaves, need, strict=True) if n])
-    buffer = ChunkedBuffer(y2.shape[1], *[y2] * reusable)
-    x2, d1 = _invert_branch(partial(stages, "feed_forward_branch"), size, y2, y1, d2, d1, totals, buffer)
+    x2, d1 = _invert_branch(stages, "feed_forward_branch", size, y2, y1, d2, d1, totals, reusable)
     del y2
-    buffer = ChunkedBuffer(y1.shape[1], *[y1] * reusable)
-    x1, d2 = _invert_attention_branch(stages, states, size, y1, x2, d1, d2, totals, buffer, grad_report)
+    x1, d2 = _invert_attention_branch(stages, states, size, y1, x2, d1, d2, totals, reusable, grad_report)
     grads = iter(totals.result())
     return x1, x2, d1, d2, [next(grads) if n else None for n in need]
 
 
 def _invert_branch(
-    branch: Callable, size: int, y: Any, inputs: Any, grad: Any, base: Any, totals: GradientAccumulator,
-    x: ChunkedBuffer,
+    stages: LayerStages, name: str, size: int, y: Any, inputs: Any, grad: Any, base: Any,
+    totals: GradientAccumulator, reusable: bool,
 ) -> list[Any]:  # fmt: skip
-    """Undo y = x + branch(inputs): `x`, and the gradient of `inputs` by that of y, added to `base`."""
-    step = ChunkedBuffer(y.shape[1])
+    """Undo y = x + branch(inputs): x, perhaps in the memory of y; the gradient of `inputs` by y's, added to `base`."""
+    x, step = ChunkedBuffer(y.shape[1], *[y] * reusable), ChunkedBuffer(y.shape[1])
     for offset, (y_chunk, chunk, grad_chunk, base_chunk) in token_chunks(size, y, inputs, grad, base):
         leaf = chunk.detach().requires_grad_()
-        out = branch(offset, leaf)
-        x.put(offset, y_chunk - out.detach())
+        out = stages(name, offset, leaf)
+        x_chunk = subtract_rounded(y_chunk, out.detach(), stages.grid, in_place=reusable)
+        if not reusable:
+            x.put(offset, x_chunk)
+        grad_chunk = None if grad_chunk is None else grad_chunk.to(out.dtype)
         (leaf_grad,) = totals.differentiate([out if out.requires_grad else None], [grad_chunk], [leaf])
         step.put(offset, _sum(base_chunk, leaf_grad))
     return x.tensors + step.tensors
@@ -283,7 +286,7 @@ def _invert_branch(
 
 def _invert_attention_branch(
     stages: LayerStages, states: Sequence[Any], size: int, y1: Any, x2: Any, d1: Any, d2: Any,
-    totals: GradientAccumulator, x1: ChunkedBuffer, grad_report: Sequence[Any],
+    totals: GradientAccumulator, reusable: bool, grad_report: Sequence[Any],
 ) -> list[Any]:  # fmt: skip
     """Undo y1 = x1 + f(x2): x1, and the gradient of x2 by those of y1 and of the layer's report, added to d2."""
     projected, graphs = ChunkedBuffer(x2.shape[1]), []
@@ -298,8 +301,7 @@ def _invert_attention_branch(
         mixed, *report = stages.layer.attend(Handoff(list(inputs)), stages.ctx, *states)
     edges, mixed = [_edge(x) for x in (mixed, *report)], mixed.detach()
     del report
-    branch = partial(stages, "output_projection")
-    _, d_mixed = _invert_branch(branch, size, y1, mixed, d1, None, totals, x1)
+    x1, d_mixed = _invert_branch(stages, "output_projection", size, y1, mixed, d1, None, totals, reusable)
     del mixed
     grads = totals.differentiate(edges, [d_mixed, *grad_report], inputs)
     del d_mixed, edges, inputs
@@ -307,7 +309,7 @@ def _invert_attention_branch(
     for (offset, (_, base, *chunks)), (leaf, edges) in zip(token_chunks(size, x2, d2, *grads), graphs, strict=True):
         (leaf_grad,) = totals.differentiate(edges, chunks, [leaf])
         step.put(offset, _sum(base, leaf_grad))
-    return x1.tensors + step.tensors
+    return [x1, *step.tensors]
 
 
 def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:

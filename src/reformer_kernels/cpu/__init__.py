@@ -4,13 +4,14 @@ import torch
 
 from ..attention_op import AttentionArgs
 from . import bindings
-from .bindings import attention, lsh_buckets, normal_rows, sort_by_bucket
+from .bindings import attention, lsh_buckets, normal_rows, rotate, sort_by_bucket
 from .decode import CacheTensors, DecodeLayer, decode_attention, decode_layers
 from .library import choose_library, current_variant
 
 __all__ = [
     "AttentionArgs", "CacheTensors", "DecodeLayer", "attention", "bindings", "choose_library", "current_variant",
-    "decode_attention", "decode_layers", "lsh_buckets", "normal_rows", "sort_by_bucket", "unsupported_reason",
+    "decode_attention", "decode_layers", "lsh_buckets", "normal_rows", "rotate", "sort_by_bucket",
+    "unsupported_reason",
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ..attention_op import AttentionArgs, empty_rows, register_attention
 from ..contract import check_positions, keep_threshold
-from .library import AttentionParams, HashParams, NormalParams, SortParams, Strided, current_library
+from .library import AttentionParams, HashParams, NormalParams, RotateParams, SortParams, Strided, current_library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -196,3 +196,38 @@ def sort_by_bucket(
 @sort_by_bucket.register_fake
 def _(buckets, mask, num_buckets, left_reach, right_reach, outputs):
     return [buckets.new_empty(buckets.shape, dtype=torch.int32) for _ in range(outputs)]
+
+
+@torch.library.custom_op("reformer_kernels::cpu_rotate", mutates_args=(), device_types="cpu")
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, turned_heads: int, inverse: bool) -> torch.Tensor:
+    """`rotary.rotate` of (B, H, T, D), float32 or bfloat16, or with `inverse` its inverse, which is its gradient, too.
+
+    cos, sin: (B or 1, 1, T, D) float32.
+    """
+    (x,), (cos, sin) = readable(x), readable(cos, sin, dtype=torch.float32)
+    (batch, heads, length, size), out = x.shape, empty_rows(x, x.dtype)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    params = RotateParams(
+        strided(x), cos.data_ptr(), sin.data_ptr(), batch, heads, length, size, cos.shape[0], turned_heads, inverse,
+        DTYPES[x.dtype], torch.get_num_threads(), out.data_ptr(),
+    )  # fmt: skip
+    if x.numel():
+        current_library().hf_rotate(byref(params))
+    return out
+
+
+@rotate.register_fake
+def _(x, cos, sin, turned_heads, inverse):
+    return empty_rows(x, x.dtype)
+
+
+def _keep_tables(ctx, inputs, output):
+    _, cos, sin, ctx.turned_heads, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _turn_back(ctx, grad):
+    return rotate(grad, *ctx.saved_tensors, ctx.turned_heads, not ctx.inverse), None, None, None, None
+
+
+rotate.register_autograd(_turn_back, setup_context=_keep_tables)

@@ -29,12 +29,12 @@ def _read_structures(header: str) -> dict[str, type[ctypes.Structure]]:
 STRUCTURES = _read_structures((build.SOURCES / "params.hpp").read_text(encoding="utf-8"))
 Strided, AttentionParams, DecodeParams = (STRUCTURES[name] for name in ("Strided", "AttentionParams", "DecodeParams"))
 HashParams, NormalParams, SortParams = (STRUCTURES[name] for name in ("HashParams", "NormalParams", "SortParams"))
-LayerParams, StackParams = STRUCTURES["LayerParams"], STRUCTURES["StackParams"]
+LayerParams, RotateParams, StackParams = (STRUCTURES[name] for name in ("LayerParams", "RotateParams", "StackParams"))
 
 FUNCTIONS = {
     "hf_forward": AttentionParams, "hf_backward": AttentionParams, "hf_sweep": AttentionParams, "hf_hash": HashParams,
-    "hf_normals": NormalParams, "hf_sort": SortParams, "hf_decode_attention": DecodeParams,
-    "hf_decode_layers": StackParams,
+    "hf_normals": NormalParams, "hf_sort": SortParams, "hf_rotate": RotateParams,
+    "hf_decode_attention": DecodeParams, "hf_decode_layers": StackParams,
 }  # fmt: skip
 
 

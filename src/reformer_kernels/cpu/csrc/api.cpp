@@ -9,6 +9,7 @@
 #include "decode_layer.hpp"
 #include "hashing.hpp"
 #include "prng.hpp"
+#include "rotary.hpp"
 #include "sweep.hpp"
 
 #if defined(__linux__)
@@ -79,6 +80,7 @@ int64_t hf_sizeof(const char* name) {
     HF_SIZE(HashParams)
     HF_SIZE(NormalParams)
     HF_SIZE(SortParams)
+    HF_SIZE(RotateParams)
     HF_SIZE(DecodeParams)
     HF_SIZE(LayerParams)
     HF_SIZE(StackParams)
@@ -98,6 +100,11 @@ int hf_normals(const hf::NormalParams* n) {
 
 int hf_sort(const hf::SortParams* s) {
     return guarded([&] { hf::run_sorting(*s); });
+}
+
+int hf_rotate(const hf::RotateParams* r) {
+    prefer_huge_pages(r->out, r->batch * r->heads * r->length * r->size * (r->bfloat16 ? 2 : 4));
+    return guarded([&] { hf::run_rotation(*r); });
 }
 
 int hf_decode_attention(const hf::DecodeParams* s) {

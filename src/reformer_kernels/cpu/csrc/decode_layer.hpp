@@ -9,6 +9,7 @@
 #include "decode_attention.hpp"
 #include "parallel.hpp"
 #include "params.hpp"
+#include "rotary.hpp"
 #include "simd.hpp"
 
 namespace hf {
@@ -60,15 +61,6 @@ template <typename T> void normalise(const T* x, const float* weight, const floa
     for (int64_t i = 0; i < size; i++) squares += (out[i] - mean) * (out[i] - mean);
     const double scale = 1 / std::sqrt(squares / size + epsilon);
     for (int64_t i = 0; i < size; i++) out[i] = static_cast<float>((out[i] - mean) * scale) * weight[i] + bias[i];
-}
-
-// Rotary position embeddings: x * cos + (-second half, first half) * sin.
-inline void rotate(const float* x, const float* cosines, const float* sines, int64_t size, float* out) {
-    const int64_t half = size / 2;
-    for (int64_t i = 0; i < half; i++) {
-        out[i] = x[i] * cosines[i] - x[i + half] * sines[i];
-        out[i + half] = x[i + half] * cosines[i + half] + x[i] * sines[i + half];
-    }
 }
 
 template <typename T> void run_decode_layer(const LayerParams& p) {

@@ -61,6 +61,13 @@ struct SortParams {
     int32_t *perm, *window_start, *window_end;  // (B, H, R, T) contiguous, within the round; the last or both windows may be null
 };
 
+struct RotateParams {
+    Strided x;                          // (B, H, T, D)
+    const float *cosines, *sines;       // (tables, T, D) contiguous; tables: B or 1
+    int64_t batch, heads, length, size, tables, turned_heads, inverse, bfloat16, threads;
+    void* out;                          // (B, T, H, D) contiguous, in the dtype of x
+};
+
 struct DecodeParams {                   // new tokens on top of a cache
     Strided query, key, value;          // (B, H, T, D); query and key rotated by position
     Strided vectors;                    // what is hashed

@@ -37,9 +37,11 @@ OPERATORS: dict[str, Callable[[list[int]], int]] = {
 TOKENS = ["[PAD]", "[MASK]", *map(str, range(10)), *OPERATORS, "]"]
 ID = {token: number for number, token in enumerate(TOKENS)}
 PAD, MASK = 0, 1
+GROUP = 8  # batches, of whose rows a batch takes some that are about as long as one another
 KEYS = (
     "layers", "seed", "steps", "pretraining_steps", "train_rows", "batch_size", "min_length", "max_length",
-    "hidden_size", "local_window", "lsh_window", "num_hashes", "learning_rate", "overrides", "judged", "rows_judged",
+    "hidden_size", "local_window", "lsh_window", "num_hashes", "learning_rate", "overrides", "bf16", "judged",
+    "rows_judged",
 )  # fmt: skip
 SHORT = {
     "steps": 6, "pretraining_steps": 4, "train_rows": 40, "batch_size": 4, "min_length": 30, "max_length": 120,
@@ -65,6 +67,7 @@ class Arguments(Options):
     lsh_window: int = 64
     num_hashes: int = 2
     learning_rate: float = 1e-3
+    bf16: bool = HfArg(default=False, help="autocast, which is faster on processors with instructions for it")
     eval_every: int = HfArg(default=500, help="steps between evaluations on held-out training rows")
     eval_rows: int = 200
     validation_file: Path | None = HfArg(default=None, help="also judge these rows; columns text and label")
@@ -166,7 +169,10 @@ def learn(
     rows, held_out = Rows("train", seed, args), Rows("held out", seed, args)
 
     def numbers(generator: torch.Generator) -> list[int]:
-        return torch.randint(0, args.train_rows, (args.batch_size,), generator=generator).tolist()
+        """Of rows that are about as long as one another, so that there is little padding."""
+        drawn = torch.randint(0, args.train_rows, (args.batch_size * GROUP,), generator=generator).tolist()
+        begin = args.batch_size * int(torch.randint(0, GROUP, (), generator=generator))
+        return sorted(drawn, key=lambda number: len(rows.make(number)[0]))[begin : begin + args.batch_size]
 
     def masked_batch(generator: torch.Generator) -> Inputs:
         inputs = collate([rows.make(number)[0] for number in numbers(generator)])
@@ -204,7 +210,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, curves = [], {}
     for seed in args.seeds:
         key = {**fixed, "seed": seed}
-        model, curves[seed] = learn(args, seed, experiment, key)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            model, curves[seed] = learn(args, seed, experiment, key)
         judged = {"generated": (Rows("test", 0, args).batch, args.test_rows)}
         if args.validation_file is not None:
             judged[args.validation_file.stem] = read_rows(args.validation_file)

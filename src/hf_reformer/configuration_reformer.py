@@ -21,6 +21,7 @@ _BUILTIN_DEFAULTS = {
     "axial_pos_shape": (64, 64),
     "attn_layers": ("local", "lsh", "local", "lsh", "local", "lsh"),
     "eos_token_id": 2,
+    "hidden_dropout_prob": 0.05,
     "initializer_range": 0.02,
     "local_attention_probs_dropout_prob": 0.05,
     "num_attention_heads": 12,
@@ -91,6 +92,9 @@ class ReformerConfig(PreTrainedConfig):
         residual_precision (`str`, defaults to `"float64"`):
             Residual streams as `"float64"` on a grid of 2^-32 (range 2^21) or `"float32"` on a grid of 2^-16 (exact
             while |stream| <= 256; less memory, for the longest sequences and for devices without float64).
+        hidden_dropout_prob (`float`, defaults to 0.0):
+            Dropout of embeddings, of what branches add to the streams, inside feed-forward layers and of the last hidden
+            states. For texts that are seen several times; it slows learning on those that are seen once.
         attention_backend (`str`, defaults to `"auto"`):
             `"auto"` uses the compiled kernel on a CPU if it is available, else pure PyTorch; `"cpu"`, `"torch"`,
             `"triton"` and `"reference"` raise where they cannot run. The environment variable `HF_REFORMER_BACKEND`
@@ -160,7 +164,7 @@ class ReformerConfig(PreTrainedConfig):
     axial_norm_std: float | int = 0.02
     rope_theta: float | int = 10000.0
 
-    hidden_dropout_prob: float | int = 0.05
+    hidden_dropout_prob: float | int = 0.0
     lsh_attention_probs_dropout_prob: float | int | None = 0.0
     local_attention_probs_dropout_prob: float | int | None = 0.0
     classifier_dropout: float | int | None = None

@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 SIZES = (
     "hidden_size", "attn_layers", "num_attention_heads", "attention_head_size", "feed_forward_size", "num_hashes",
-    "position_embedding_type",
+    "position_embedding_type", "hidden_dropout_prob",
 )  # fmt: skip
 
 
@@ -47,6 +47,7 @@ _AT_LEAST_1 = (
 LIMITS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("between 0 and 1", lambda x: 0 < x < 1, ("validation_fraction",)),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, ("mlm_probability",)),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, ("hidden_dropout_prob",)),
     ("above 0", lambda x: x > 0, ("num_train_epochs",)),
     ("a number of at least 0", lambda x: 0 <= x < math.inf, ("learning_rate",)),
     ("at least 1", lambda x: x >= 1, _AT_LEAST_1),
@@ -87,6 +88,7 @@ class ModelArguments:
     feed_forward_size: int = option(256, "Width inside the feed-forward layers.")
     num_hashes: int = option(2, "Hash rounds of the lsh layers.")
     position_embedding_type: str = option("rotary", "axial, learned or rotary.")
+    hidden_dropout_prob: float = option(0.05, "Dropout of a new model; 0 for texts that are seen once.")
     config_overrides: str | None = option(None, 'Any other field of ReformerConfig: "lsh_window=64,reversible=False".')
 
 

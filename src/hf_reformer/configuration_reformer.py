@@ -93,8 +93,8 @@ class ReformerConfig(PreTrainedConfig):
             Residual streams as `"float64"` on a grid of 2^-32 (range 2^21) or `"float32"` on a grid of 2^-16 (exact
             while |stream| <= 256; less memory, for the longest sequences and for devices without float64).
         hidden_dropout_prob (`float`, defaults to 0.0):
-            Dropout of embeddings, of what branches add to the streams, inside feed-forward layers and of the last hidden
-            states. For texts that are seen several times; it slows learning on those that are seen once.
+            Dropout of embeddings, of what branches add to the streams, inside feed-forward layers and of the last
+            hidden states. For texts that are seen several times; it slows learning on those that are seen once.
         attention_backend (`str`, defaults to `"auto"`):
             `"auto"` uses the compiled kernel on a CPU if it is available, else pure PyTorch; `"cpu"`, `"torch"`,
             `"triton"` and `"reference"` raise where they cannot run. The environment variable `HF_REFORMER_BACKEND`

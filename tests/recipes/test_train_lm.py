@@ -220,7 +220,8 @@ def hub_folder(folder: Path, *splits: str) -> str:
 @pytest.mark.parametrize("splits", [("train",), ("train", "test"), ("train", "validation", "test")])
 def test_a_data_set_without_validation_data_gives_the_end_of_its_training_texts(tmp_path, splits):
     options = recipe.TextArguments(dataset_name=hub_folder(tmp_path, *splits))
-    train, held_out = recipe.load_texts(options)
+    texts = recipe.load_texts(options)
+    train, held_out = texts["train"], texts["validation"]
     assert held_out
     whole = "".join(f"train {i} it rained.\n" for i in range(40))
     if "validation" in splits:
@@ -229,7 +230,7 @@ def test_a_data_set_without_validation_data_gives_the_end_of_its_training_texts(
         assert "".join(train + held_out) == whole
     options.streaming = True
     if "validation" in splits:
-        assert recipe.load_texts(options) == ([], held_out)
+        assert recipe.load_texts(options) == {"validation": held_out}
     else:
         with pytest.raises(ValueError, match=r"no split `validation`.*--validation_file"):
             recipe.load_texts(options)

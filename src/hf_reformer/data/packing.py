@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
 from ..models.losses import IGNORE
-from .tables import TABLE_FORMATS, cell_text, find_columns, open_text, read_examples, read_hub_dataset
+from .tables import TABLE_FORMATS, cell_text, find_columns, open_text, read_examples, read_named_dataset
 
 READ_SIZE = 2**16  # characters that are read and tokenised at a time, up to the next end of line
 
@@ -39,7 +39,7 @@ def hub_documents(name: str, config: str | None, split: str, column: str | None,
     Raises:
         ConnectionError: it cannot be read.
     """
-    tables = read_hub_dataset(name, config, streaming=streaming)
+    tables = read_named_dataset(name, config, streaming=streaming)
     found = next((table for other, table in tables.items() if other.split("_")[0] == split), None)
     return None if found is None else _rows(found, column)
 

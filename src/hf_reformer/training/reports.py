@@ -25,10 +25,22 @@ CONTENTS = {
 def write_report(trainer: Trainer, scores: dict[str, Any], summary: str, dataset: str | None, **metadata: Any) -> None:
     """Print the summary of the scores and list the files of the run; save `scores.json` and the model card.
 
+    With `--push_to_hub`, everything but checkpoints is pushed. To be called by every process.
+
     Args:
+        scores, summary: those of the main process count.
         dataset: what the model was trained on; None: write no model card.
         metadata: of the model card.
     """
+    if trainer.is_world_process_zero():
+        _write_report(trainer, scores, summary, dataset, metadata)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def _write_report(
+    trainer: Trainer, scores: dict[str, Any], summary: str, dataset: str | None, metadata: dict[str, Any]
+) -> None:
     folder = Path(trainer.args.output_dir)
     tokenizer: Any = trainer.processing_class
     (folder / "scores.json").write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -37,7 +49,8 @@ def write_report(trainer: Trainer, scores: dict[str, Any], summary: str, dataset
         if trained:
             trainer.save_state()  # again, with the last evaluation
         metadata |= {"training": extract_hyperparameters_from_trainer(trainer) if trained else None}
-        metadata |= {"dataset_name": dataset, "notes": f"## Scores\n\n{summary}", "with_code": False}
+        notes = f"## Scores\n\n{summary}" if summary else None
+        metadata |= {"dataset_name": dataset, "notes": notes, "with_code": False}
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         model_card(model, str(folder), tokenizer, trainer.state, **metadata).save(folder / "README.md")
     print(f"\n{summary}\n\nThe results are in {folder}/")
@@ -47,7 +60,9 @@ def write_report(trainer: Trainer, scores: dict[str, Any], summary: str, dataset
 
 
 def format_table(scores: dict[str, dict[str, float]]) -> str:
-    """A Markdown table with a row per model and a column per metric."""
+    """A Markdown table with a row per model and a column per metric; nothing without a model."""
+    if not scores:
+        return ""
     metrics = list(dict.fromkeys(metric for row in scores.values() for metric in row))
     first, widths = max(map(len, scores)), {metric: max(5, len(metric)) for metric in metrics}
     lines = [

@@ -206,6 +206,13 @@ def _diverged(name: str, value: float) -> str:
     )
 
 
+class RecipeMixin(WholeCheckpointsMixin, FiniteLossMixin):
+    """What all Trainers of the recipes share. `reports.write_report` writes the model card, so they write none."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Called before everything is pushed to the Hub."""
+
+
 class SequentialEvalMixin:
     """Makes a Trainer evaluate and predict in the order of the data, even if it groups training batches by length."""
 
@@ -231,7 +238,7 @@ class EpochLengthSampler(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
-class GroupedTrainer(WholeCheckpointsMixin, FiniteLossMixin, SequentialEvalMixin, Trainer):
+class GroupedTrainer(RecipeMixin, SequentialEvalMixin, Trainer):
     """A Trainer that groups batches by `EpochLengthSampler`."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -242,7 +249,7 @@ class GroupedTrainer(WholeCheckpointsMixin, FiniteLossMixin, SequentialEvalMixin
         return EpochLengthSampler(batch, read_column(self.train_dataset, "length"), seed)
 
 
-class LanguageModelTrainer(WholeCheckpointsMixin, FiniteLossMixin, Trainer):
+class LanguageModelTrainer(RecipeMixin, Trainer):
     """A Trainer that evaluates sequence by sequence and gives `compute_metrics` the nats and targets of each."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -270,7 +277,7 @@ class LanguageModelTrainer(WholeCheckpointsMixin, FiniteLossMixin, Trainer):
         return nats.sum() / counts.sum().clamp(min=1), nats, counts
 
 
-class SequentialSeq2SeqTrainer(WholeCheckpointsMixin, FiniteLossMixin, SequentialEvalMixin, Seq2SeqTrainer):
+class SequentialSeq2SeqTrainer(RecipeMixin, SequentialEvalMixin, Seq2SeqTrainer):
     """A Seq2SeqTrainer whose predictions are in the order of the data, each once."""
 
     # Drops the duplicates that fill the last batch of several processes; Seq2SeqTrainer would set one that keeps them.

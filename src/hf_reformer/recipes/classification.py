@@ -54,8 +54,8 @@ from ..training.classification import (
 )
 from ..training.data_setup import SplitsAndFileArguments
 from ..training.model_setup import ModelArguments, load_trained, make_model, make_tokenizer, option, parse_arguments
-from ..training.reports import format_table, write_report
-from ..training.trainers import GroupedTrainer, build_trainer, predict_splits, train_and_save
+from ..training.reports import format_tables, write_report
+from ..training.trainers import GroupedTrainer, build_trainer, longest_first, predict_splits, train_and_save
 
 DEFAULTS = {  # one layer and few epochs: from scratch, on hundreds or thousands of texts, more of either only memorise
     "output_dir": "runs/classification", "train_sampling_strategy": "group_by_length",
@@ -154,21 +154,14 @@ def tokenize(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, c
     return dataset.map(encode, batched=True, batch_size=64, remove_columns=dataset.column_names, desc="Tokenizing")
 
 
-def longest_first(dataset: Dataset) -> Dataset:
-    """Sorted by length, so that batches need little padding; the column `row` holds the old order."""
-    order = np.argsort(-np.asarray(read_column(dataset, "length")), kind="stable")
-    return dataset.select(order).add_column("row", order)
-
-
 def evaluate_splits(
     trainer: Trainer, metrics: Metrics, splits: DatasetDict, encoded: dict[str, Dataset], args: DataArguments
 ) -> None:
     """Write predictions, confusion matrices and scores of all splits but the training data, and those of baselines."""
     task, folder, trained = metrics.task, Path(trainer.args.output_dir), "train" in splits
     tables = {}
-    for split, output in predict_splits(trainer, encoded):
-        part, logits = splits[split], np.empty_like(output)
-        logits[read_column(encoded[split], "row")] = output
+    for split, logits in predict_splits(trainer, encoded):
+        part = splits[split]
         write_predictions(folder / f"predictions_{split}.csv", task, part, logits)
         if "labels" in part.column_names:
             labels, (predictions, _) = np.asarray(read_column(part, "labels")), task.predict(logits)
@@ -178,9 +171,9 @@ def evaluate_splits(
             if task.problem_type == SINGLE and len(task.label_names) <= MATRIX_LABELS:
                 file = folder / f"confusion_matrix_{split}.png"
                 draw_confusion_matrix(file, task, labels, predictions, f"{split}: {len(labels)} texts")
-    summary = [f"{split}: {len(splits[split])} texts\n\n{format_table(table)}" for split, table in tables.items()]
     glue = {"datasets": "nyu-mll/glue"} if args.task_name else {}
-    write_report(trainer, tables, "\n\n".join(summary), args.describe() if trained else None, **glue)
+    summary = format_tables(tables, splits, "texts")
+    write_report(trainer, tables, summary, args.describe() if trained else None, **glue)
 
 
 def check_saved(model: PreTrainedModel, folder: str, texts: list[str]) -> None:

@@ -16,7 +16,6 @@ All options of `transformers.Seq2SeqTrainingArguments` work, `--resume_from_chec
 `--generation_num_beams` included.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +39,7 @@ from ..data.tables import cell_text, check_columns, check_distinct, read_column,
 from ..models.losses import IGNORE
 from ..training.data_setup import SplitsAndFileArguments
 from ..training.model_setup import ModelArguments, load_trained, make_model, make_tokenizer, option, parse_arguments
-from ..training.reports import write_report
+from ..training.reports import write_report, write_rows
 from ..training.trainers import SequentialSeq2SeqTrainer, build_trainer, predict_splits, train_and_save
 
 DEFAULTS = {"output_dir": "runs/seq2seq", "predict_with_generate": True}
@@ -182,8 +181,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: Seq2SeqTrainingAr
         if "target" in pairs[split].column_names:
             scores[split] = score(data.metric, predictions, read_column(pairs[split], "target"))
         rows = [{**row, "prediction": text} for row, text in zip(pairs[split], predictions, strict=True)]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        Path(args.output_dir, f"predictions_{split}.jsonl").write_text(lines, encoding="utf-8")
+        write_rows(Path(args.output_dir, f"predictions_{split}.jsonl"), rows)
     summary = [f"{split}: " + ", ".join(f"{k} {v:.2f}" for k, v in row.items()) for split, row in scores.items()]
     write_report(trainer, scores, "\n\n".join(summary), data.describe() if "train" in pairs else None)
     return "train" in pairs

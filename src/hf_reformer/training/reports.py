@@ -1,8 +1,11 @@
 """What a recipe leaves at the end: scores, figures, the model card."""
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from transformers import Trainer
@@ -17,6 +20,9 @@ CONTENTS = {
     "scores.json": "the scores above",
     "predictions_*": "one line per example",
     "confusion_matrix_*.png": "predicted and true labels",
+    "highlights_*.html": "texts with what was predicted and what is true",
+    "answers_*.png": "where answers lie and were found, by kind of question",
+    "choices_*.png": "places of the true choice, and how sure the model was",
     "learning_curve.png": "loss during training",
     "checkpoint-*": "for --resume_from_checkpoint",
 }
@@ -73,6 +79,54 @@ def format_table(scores: dict[str, dict[str, float]]) -> str:
         cells = (f"{row[metric]:{widths[metric]}.3f}" if metric in row else " " * widths[metric] for metric in metrics)
         lines.append(f"| {model:{first}} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def format_tables(tables: Mapping[str, dict[str, dict[str, float]]], splits: Mapping[str, Any], what: str) -> str:
+    """The table of every split, below its name and size: `validation: 900 texts`."""
+    parts = [f"{split}: {len(splits[split])} {what}\n\n{format_table(table)}" for split, table in tables.items()]
+    return "\n\n".join(parts)
+
+
+def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A JSON object a line."""
+    with open(file, "w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+class Highlighted(NamedTuple):
+    """A text with marked spans, each (start, end, label); those that are true and those that were predicted."""
+
+    heading: str
+    text: str
+    true: list[tuple[int, int, str]]
+    predicted: list[tuple[int, int, str]]
+
+
+_STYLE = """body{font:16px/1.6 system-ui,sans-serif;max-width:48em;margin:2em auto;padding:0 1em}
+h3{margin:2em 0 .3em;font-size:1em}.true{border-bottom:3px solid #2e7d32}.predicted{background:#ffe082}
+sup{font-size:.65em;color:#555}p{white-space:pre-wrap;margin:0}"""
+_AROUND = 600  # characters that are shown before and after the marked ones
+_SHOWN = 100  # texts on a page
+
+
+def write_highlights(file: Path, title: str, examples: Sequence[Highlighted]) -> None:
+    """A page of texts, the first hundred: what is true is underlined, what was predicted has a background."""
+    page = [f"<!doctype html><meta charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style>"]
+    page.append(f"<h1>{escape(title)}</h1><p><span class='predicted'>predicted</span>, <span class='true'>true</span>")
+    for heading, text, true, predicted in examples[:_SHOWN]:
+        places = [place for start, end, _ in (*true, *predicted) for place in (start, end)]
+        low, high = max(0, min(places, default=0) - _AROUND), min(len(text), max(places, default=0) + _AROUND)
+        borders = sorted({low, high, *places})
+        pieces = ["…" if low else ""]
+        for start, end in pairwise(borders):
+            spans = {"true": true, "predicted": predicted}
+            kinds = [kind for kind, some in spans.items() if any(a <= start and end <= b for a, b, _ in some)]
+            piece = escape(text[start:end])
+            pieces.append(f"<span class='{' '.join(kinds)}'>{piece}</span>" if kinds else piece)
+            pieces += [f"<sup>{escape(label)}</sup>" for _, b, label in predicted if b == end and label]
+        pieces.append("…" if high < len(text) else "")
+        page.append(f"<h3>{escape(heading)}</h3><p>{''.join(pieces)}</p>")
+    file.write_text("\n".join(page) + "\n", encoding="utf-8")
 
 
 def draw_learning_curve(trainer: Trainer, metric: str, bits_per_nat: float) -> None:

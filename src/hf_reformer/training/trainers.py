@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from safetensors import safe_open
@@ -130,10 +131,17 @@ def _step(checkpoint: Path) -> int | None:
     return None if found is None else int(found[1])
 
 
+def longest_first(dataset: Dataset, first: int = 0) -> Dataset:
+    """Sorted by length, so that batches need little padding; the column `row` holds the old order, from `first` on."""
+    order = np.argsort(-np.asarray(read_column(dataset, "length")), kind="stable")
+    return dataset.select(order).add_column("row", order + first)
+
+
 def predict_splits(trainer: Trainer, encoded: Mapping[str, Dataset]) -> Iterator[tuple[str, Any]]:
     """Predict all splits but the training data and save their metrics; the main process gets the predictions.
 
-    Every process must run through the iterator.
+    They are in the order that the column `row` tells, where there is one (`longest_first`). Every process must run
+    through the iterator.
     """
     for split, dataset in encoded.items():
         if split != "train":
@@ -143,7 +151,11 @@ def predict_splits(trainer: Trainer, encoded: Mapping[str, Dataset]) -> Iterator
                 raise ValueError(_diverged(f"`{split}_loss`", loss))
             trainer.save_metrics(split, output.metrics)
             if trainer.is_world_process_zero():
-                yield split, output.predictions
+                found: Any = output.predictions
+                if "row" in dataset.column_names:
+                    order = np.argsort(read_column(dataset, "row"))
+                    found = tuple(x[order] for x in found) if isinstance(found, tuple) else found[order]
+                yield split, found
 
 
 class WholeCheckpointsMixin:

@@ -21,6 +21,7 @@ Scores are SQuAD's: exact match and F1, from 0 to 100. The result answers in
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,9 @@ def make_examples(dataset: Dataset, args: DataArguments, split: str) -> list[Exa
 
 def _answers(cell: Any, where: str) -> list[tuple[str, int | None]]:
     """The texts of a cell and where they are said to begin: SQuAD's forms, a text, or nothing."""
+    if isinstance(cell, str) and cell.lstrip()[:1] in ("{", "["):  # of a csv file, or beside cells of other forms
+        with suppress(ValueError):
+            cell = json.loads(cell)
     if isinstance(cell, str):
         return [(cell, None)] if cell.strip() else []
     try:
@@ -239,12 +243,10 @@ def tokenize(
     numbers = Dataset.from_dict({"number": range(len(examples))})
     found = numbers.map(encode, batched=True, batch_size=64, remove_columns=["number"], desc="Tokenizing")
     if cut := sum(read_column(found, "cut")):
-        lost = (
-            sum(x == IGNORE for x in read_column(found, "end_positions")) if "end_positions" in found.features else 0
-        )
+        ends = read_column(found, "end_positions") if "end_positions" in found.column_names else []
         logger.warning(
-            f"{cut} documents of the {split} data are cut to --max_length {args.max_length} tokens; {lost} answers lie "
-            "behind it."
+            f"{cut} documents of the {split} data are cut to --max_length {args.max_length} tokens; "
+            f"{ends.count(IGNORE)} answers lie behind it."
         )
     return found.remove_columns("cut")
 

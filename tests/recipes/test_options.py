@@ -22,12 +22,16 @@ OWN = {
     "classification": [],
     "language-model": ["--sequence_length", "16"],
     "seq2seq": ["--source_column", "text", "--target_column", "label", "--metric", "none", "--max_target_length", "8"],
+    "question-answering": ["--question_column", "text", "--context_column", "words", "--answers_column", "label"],
+    "token-classification": ["--text_column", "list", "--label_column", "labels"],
+    "multiple-choice": ["--context_column", "text", "--endings_column", "list", "--label_column", "number"],
 }
 
 
 def example(recipe: str, row: int) -> dict:
     draw = random.Random(row)
-    return {"text": " ".join(draw.choices("abcdef", k=9)), "label": "xy"[row % 2]}
+    answers = {"words": "x or y", "list": ["x", "y"], "labels": ["X", "Y"], "number": row % 2}
+    return {"text": " ".join(draw.choices("abcdef", k=9)), "label": "xy"[row % 2], **answers}
 
 
 @pytest.fixture(params=RECIPES)

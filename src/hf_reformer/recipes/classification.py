@@ -170,7 +170,7 @@ def evaluate_splits(
                 tables[split] |= baselines(metrics, splits["train"], part)
             if task.problem_type == SINGLE and len(task.label_names) <= MATRIX_LABELS:
                 file = folder / f"confusion_matrix_{split}.png"
-                draw_confusion_matrix(file, task, labels, predictions, f"{split}: {len(labels)} texts")
+                draw_confusion_matrix(file, task.label_names, labels, predictions, f"{split}: {len(labels)} texts")
     glue = {"datasets": "nyu-mll/glue"} if args.task_name else {}
     summary = format_tables(tables, splits, "texts")
     write_report(trainer, tables, summary, args.describe() if trained else None, **glue)

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers import (
     AutoModelForQuestionAnswering,
     PreTrainedTokenizerBase,
@@ -307,16 +307,13 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     """Read the data, train, evaluate and report."""
     set_seed(args.seed)
     reader = Reader(data.null_score_diff_threshold if data.version_2_with_negative else None)
-    examples, encoded = {}, {}
+    found, encoded = {}, {}
     with args.main_process_first(desc="preparing the data"):
-        splits = DatasetDict()
         for split, rows in data.read().items():
             with data.told(split):
-                examples[split] = make_examples(rows, data, split)
-            splits[split] = Dataset.from_dict({"number": range(len(rows))})
-        whole = data.complete(splits, args.seed)
-        source = {split: examples.get(split, examples.get("train", [])) for split in whole}
-        examples = {split: [source[split][i] for i in read_column(rows, "number")] for split, rows in whole.items()}
+                found[split] = make_examples(rows, data, split)
+        chosen = data.choose_rows({split: len(some) for split, some in found.items()}, args.seed)
+        examples = {split: [found[source][i] for i in rows] for split, (source, rows) in chosen.items()}
         texts = dict.fromkeys(text for x in examples.get("train", []) for text in (x.question, x.context))
         tokenizer = make_tokenizer(model_args, texts, data.max_length)
         if not tokenizer.is_fast:

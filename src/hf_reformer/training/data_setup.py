@@ -160,6 +160,12 @@ class SplitArguments:
                 splits[split] = shuffled.select(range(limit))
         return splits
 
+    def choose_rows(self, sizes: Mapping[str, int], seed: int) -> dict[str, tuple[str, list[int]]]:
+        """What `complete` makes of splits of these sizes: for each, the split its rows are of, and their numbers."""
+        numbers = {split: Dataset.from_dict({"row": range(size)}) for split, size in sizes.items()}
+        chosen = self.complete(DatasetDict(numbers), seed)
+        return {split: (split if split in sizes else "train", rows["row"][:]) for split, rows in chosen.items()}
+
     def describe(self) -> str:
         """The training data in a few words, for the model card."""
         values = [getattr(self, name) for name in self._given("train_file")]

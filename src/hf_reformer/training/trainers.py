@@ -224,6 +224,12 @@ class RecipeMixin(WholeCheckpointsMixin, FiniteLossMixin):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Called before everything is pushed to the Hub."""
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the library's. A loader draws a seed; training goes on as if it did not, so that resumed runs agree."""
+        library: Any = super()
+        with torch.random.fork_rng(devices=[]):
+            return library.evaluation_loop(*args, **kwargs)
+
 
 class SequentialEvalMixin:
     """Makes a Trainer evaluate and predict in the order of the data, even if it groups training batches by length."""

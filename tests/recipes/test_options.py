@@ -82,7 +82,10 @@ class Hub:
 
 def test_what_is_said_is_done_and_nothing_else_on_a_folder_that_is_a_data_set(recipe, folder, monkeypatch):
     monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
-    run(recipe, folder, "--dataset_name", str(folder), "--do_train", "--push_to_hub")
+    encoder = recipe not in ("language-model", "seq2seq")
+    more = ["--pretrain_steps", "1", "--pretrain_length", "8"] if encoder else []
+    left = run(recipe, folder, "--dataset_name", str(folder), "--do_train", "--push_to_hub", *more)
+    assert ("_pretrained" in left) == encoder
     assert scored(folder) == []
     assert {"model.safetensors", "tokenizer.json", "README.md", "scores.json"} <= set(Hub.files)
     assert b"- hf_reformer\n" in Hub.files["README.md"]  # the card of the report, not the Trainer's

@@ -93,11 +93,13 @@ def token_ids(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Itera
             yield tokenizer(chunk, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
-def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[dict[str, Any]]:
+def pack(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, option: str = "--sequence_length"
+) -> Iterator[dict[str, Any]]:
     """Concatenate all documents and cut them into sequences of `length` tokens; an incomplete last one is dropped.
 
     Raises:
-        ValueError: the documents do not fill one sequence.
+        ValueError: the documents do not fill one sequence; the message names the option that sets its length.
     """
     rest: list[int] = []
     empty = True
@@ -110,14 +112,15 @@ def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int) 
             rest = rest[full:]
     if empty:
         raise ValueError(
-            f"The training texts are too short for a single sequence of {length} tokens. Lower --sequence_length or "
-            "add texts."
+            f"The training texts are too short for a single sequence of {length} tokens. Lower {option} or add texts."
         )
 
 
-def packed_dataset(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+def packed_dataset(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, option: str = "--sequence_length"
+) -> Dataset:
     """The sequences of `pack`, in memory."""
-    sequences = [np.asarray(row["input_ids"], dtype=np.int32) for row in pack(documents, tokenizer, length)]
+    sequences = [np.asarray(row["input_ids"], dtype=np.int32) for row in pack(documents, tokenizer, length, option)]
     return Dataset.from_dict({"input_ids": sequences})
 
 

@@ -54,6 +54,7 @@ from ..training.classification import (
 )
 from ..training.data_setup import SplitsAndFileArguments
 from ..training.model_setup import ModelArguments, load_trained, make_model, make_tokenizer, option, parse_arguments
+from ..training.pretraining import PretrainingArguments, pretrain
 from ..training.reports import format_tables, write_report
 from ..training.trainers import GroupedTrainer, build_trainer, longest_first, predict_splits, train_and_save
 
@@ -75,7 +76,7 @@ PRESETS: dict[str, dict] = {
 
 
 @dataclass
-class DataArguments(SplitsAndFileArguments):
+class DataArguments(PretrainingArguments, SplitsAndFileArguments):
     """Where the texts come from."""
 
     sources = ("demo", "task_name")
@@ -215,7 +216,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
         model_problem_type = config.problem_type or (REGRESSION if len(model_labels) == 1 else None)
     with args.main_process_first(desc="preparing the data"):
         splits, task = prepare_data(data, model_labels, args.seed, model_problem_type)
-        train_texts = task.texts(splits["train"])[0] if "train" in splits else []
+        train_texts = [text for texts in task.texts(splits["train"]) for text in texts] if "train" in splits else []
         tokenizer = make_tokenizer(model_args, train_texts, data.max_length)
         encoded = {
             split: tokenize(part, task, tokenizer, data.train_length)
@@ -227,6 +228,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     names = dict(enumerate(task.label_names or ["score"]))
     fields = {"problem_type": task.problem_type, "id2label": names, "label2id": {n: i for i, n in names.items()}}
     trains = "train" in splits
+    model_args = pretrain(data, model_args, args, tokenizer, train_texts, data.max_length)
     model = make_model(AutoModelForSequenceClassification, model_args, tokenizer, data.max_length, trains, **fields)
     patience = data.early_stopping_patience
     options = {"data_collator": DataCollatorWithPadding(tokenizer), "compute_metrics": metrics}

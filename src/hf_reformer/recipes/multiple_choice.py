@@ -37,8 +37,8 @@ from transformers import (
 from transformers.utils import logging
 
 from ..data.tables import cell_text, check_columns, check_distinct, read_column
-from ..training.data_setup import SplitArguments
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
+from ..training.pretraining import PretrainingArguments, pretrain
 from ..training.reports import format_tables, write_report, write_rows
 from ..training.trainers import GroupedTrainer, build_trainer, longest_first, predict_splits, train_and_save
 
@@ -49,7 +49,7 @@ PRESETS = {"--model_name_or_path": {"learning_rate": 2e-4, "num_train_epochs": 3
 
 
 @dataclass
-class DataArguments(SplitArguments):
+class DataArguments(PretrainingArguments):
     """Where questions and choices come from."""
 
     context_column: str = option("sent1", "The texts, or questions.")
@@ -258,13 +258,14 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
                 found[split] = read_questions(rows, data, split)
         chosen = data.choose_rows({split: len(some) for split, some in found.items()}, args.seed)
         questions = {split: [found[source][i] for i in rows] for split, (source, rows) in chosen.items()}
-        texts = (text for question in questions.get("train", []) for text in (question.context, *question.choices))
+        texts = [text for question in questions.get("train", []) for text in (question.context, *question.choices)]
         tokenizer = make_tokenizer(model_args, texts, data.max_length)
         for split, some in questions.items():
             encoded[split] = tokenize(some, tokenizer, data.max_length, split)
             if split != "train":
                 encoded[split] = longest_first(encoded[split])
     trains = "train" in questions
+    model_args = pretrain(data, model_args, args, tokenizer, texts, data.max_length)
     model = make_model(AutoModelForMultipleChoice, model_args, tokenizer, data.max_length, trains)
     options = {"data_collator": ChoiceCollator(tokenizer), "compute_metrics": accuracy}
     trainer = build_trainer(GroupedTrainer, model, args, tokenizer, encoded, **options)

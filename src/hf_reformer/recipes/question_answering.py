@@ -39,8 +39,8 @@ from transformers.utils import logging
 
 from ..data.tables import cell_text, check_columns, check_distinct, read_column
 from ..models.losses import IGNORE
-from ..training.data_setup import SplitArguments
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
+from ..training.pretraining import PretrainingArguments, pretrain
 from ..training.question_answering import (
     Example,
     Reader,
@@ -65,7 +65,7 @@ PRESETS = {"--model_name_or_path": {"learning_rate": 2e-4, "num_train_epochs": 3
 
 
 @dataclass
-class DataArguments(SplitArguments):
+class DataArguments(PretrainingArguments):
     """Where questions, documents and answers come from."""
 
     question_column: str = option("question", "The questions.")
@@ -314,7 +314,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
                 found[split] = make_examples(rows, data, split)
         chosen = data.choose_rows({split: len(some) for split, some in found.items()}, args.seed)
         examples = {split: [found[source][i] for i in rows] for split, (source, rows) in chosen.items()}
-        texts = dict.fromkeys(text for x in examples.get("train", []) for text in (x.question, x.context))
+        texts = list(dict.fromkeys(text for x in examples.get("train", []) for text in (x.question, x.context)))
         tokenizer = make_tokenizer(model_args, texts, data.max_length)
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} gives no offsets to find answers by. Give a fast tokenizer.")
@@ -325,6 +325,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
                 encoded[split] = longest_first(encoded[split], len(reader.examples))
                 reader.examples += some
     trains = "train" in examples
+    model_args = pretrain(data, model_args, args, tokenizer, texts, data.max_length)
     model = make_model(AutoModelForQuestionAnswering, model_args, tokenizer, data.max_length, trains)
     options = {"data_collator": SpanCollator(tokenizer), "compute_metrics": reader}
     trainer = build_trainer(SpanTrainer, model, args, tokenizer, encoded, **options)

@@ -39,8 +39,8 @@ from ..data.column_files import COLUMN_FORMATS, read_column_file
 from ..data.tables import cell_text, check_columns, check_distinct, read_column
 from ..models.losses import IGNORE
 from ..training.classification import draw_confusion_matrix, labels_as_written, shortened
-from ..training.data_setup import SplitArguments
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
+from ..training.pretraining import PretrainingArguments, pretrain
 from ..training.reports import (
     Highlighted,
     format_table,
@@ -60,7 +60,7 @@ MATRIX_LABELS = 40  # a confusion matrix of more can be neither read nor drawn
 
 
 @dataclass
-class DataArguments(SplitArguments):
+class DataArguments(PretrainingArguments):
     """Where words and their labels come from."""
 
     train_file: str | None = option(
@@ -302,7 +302,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
         sizes = {split: len(some.words) for split, some in found.items()}
         chosen = data.choose_rows(sizes, args.seed)
         sentences = {split: found[source].select(rows) for split, (source, rows) in chosen.items()}
-        texts = (" ".join(words) for words in sentences["train"].words) if "train" in sentences else ()
+        texts = [" ".join(words) for words in sentences["train"].words] if "train" in sentences else []
         tokenizer = make_tokenizer(model_args, texts, data.max_length)
         for split, some in sentences.items():
             encoded[split] = tokenize(some, names, tokenizer, data.max_length, split)
@@ -310,6 +310,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
                 encoded[split] = longest_first(encoded[split])
     scores, trains = TagScores(names), "train" in sentences
     fields = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    model_args = pretrain(data, model_args, args, tokenizer, texts, data.max_length)
     model = make_model(AutoModelForTokenClassification, model_args, tokenizer, data.max_length, trains, **fields)
     options: dict[str, Any] = {"data_collator": DataCollatorForTokenClassification(tokenizer)}
     options |= {"compute_metrics": scores, "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)}

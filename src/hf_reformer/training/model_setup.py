@@ -42,6 +42,7 @@ SIZES = (
 
 _AT_LEAST_1 = (
     *("max_train_samples", "max_eval_samples", "max_predict_samples", "max_length", "train_length"),
+    *("max_answer_length", "n_best_size"),
     *("max_source_length", "hidden_size", "early_stopping_patience", "tokenizer_vocab_size", "num_attention_heads"),
     *("attention_head_size", "num_hashes", "feed_forward_size", "generation_num_beams"),
     *("gradient_accumulation_steps", "eval_accumulation_steps"),
@@ -52,9 +53,10 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("between 0 and 1", lambda x: 0 < x < 1, ("validation_fraction",)),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, ("mlm_probability",)),
     ("above 0", lambda x: x > 0, ("num_train_epochs",)),
-    ("a number of at least 0", lambda x: 0 <= x < math.inf, ("learning_rate",)),
+    ("a number of at least 0", lambda x: 0 <= x < math.inf, ("learning_rate", "pretrain_learning_rate")),
     ("at least 1", lambda x: x >= 1, _AT_LEAST_1),
-    ("at least 2", lambda x: x >= 2, ("max_target_length", "generation_max_length", "eval_length")),
+    ("at least 0", lambda x: x >= 0, ("pretrain_steps",)),
+    ("at least 2", lambda x: x >= 2, ("pretrain_length", "max_target_length", "generation_max_length", "eval_length")),
 )
 
 

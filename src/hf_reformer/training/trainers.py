@@ -26,6 +26,7 @@ from .found_callback import AttentionFoundCallback, has_hashing_layers
 
 logger = logging.get_logger(__name__)
 
+PRETRAINED = "_pretrained"  # below the directory of a run; what begins with _ is not pushed to the Hub
 STATE = "trainer_state.json"  # the Trainer's record of the run, the last file of a checkpoint
 
 
@@ -75,6 +76,8 @@ def train_and_save(trainer: Trainer, data_summary: str) -> None:
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """The checkpoint that `--resume_from_checkpoint` names; `last` is the newest whole one of the run.
 
+    Where there is none yet, it is the newest one of the run's pre-training.
+
     Raises:
         ValueError: it is not whole, or there is none.
     """
@@ -85,14 +88,17 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
                 f"--resume_from_checkpoint {name}: {damage}. Name another checkpoint, or `last`: the newest whole one."
             )
         return name or None
-    steps = {_step(path): path for path in Path(args.output_dir).glob("checkpoint-*") if _step(path) is not None}
-    for step in sorted(steps, reverse=True):
-        if (damage := checkpoint_damage(steps[step])) is None:
-            return str(steps[step])
-        if args.process_index == 0:
-            logger.warning(f"{steps[step]} is passed over: {damage}.")
+    found = False
+    for folder in (Path(args.output_dir), Path(args.output_dir, PRETRAINED)):
+        steps = {_step(path): path for path in folder.glob("checkpoint-*") if _step(path) is not None}
+        found = found or bool(steps)
+        for step in sorted(steps, reverse=True):
+            if (damage := checkpoint_damage(steps[step])) is None:
+                return str(steps[step])
+            if args.process_index == 0:
+                logger.warning(f"{steps[step]} is passed over: {damage}.")
     raise ValueError(
-        f"--resume_from_checkpoint {name}: {args.output_dir} holds no {'whole ' if steps else ''}checkpoint. Leave "
+        f"--resume_from_checkpoint {name}: {args.output_dir} holds no {'whole ' if found else ''}checkpoint. Leave "
         "the option out to begin from the start."
     )
 

@@ -1,5 +1,6 @@
 """Language-modelling data: documents of files, packed into training sequences, cut into windows for evaluation."""
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, TrainerCallback
 
 from ..models.losses import IGNORE
 from .tables import TABLE_FORMATS, cell_text, find_columns, open_text, read_examples, read_named_dataset
@@ -167,6 +168,30 @@ def masked_windows(
         for name, values in windows.items():
             values.append(masked[name][0].tolist())
     return Dataset.from_dict(windows)
+
+
+class MaskingCollator(TrainerCallback):
+    """Batches of sequences of one length with masked tokens. To be a callback of the Trainer as well.
+
+    What is masked depends on a sequence, the epoch and the seed alone, so that a resumed run masks what the whole one
+    does: batches are made ahead of their step.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int) -> None:
+        self.mask = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=probability, seed=seed)
+        self.seed, self.epoch = seed, 0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.epoch = int(state.epoch or 0)
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batches = []
+        for example in examples:
+            ids = np.asarray(example["input_ids"], dtype=np.int64)
+            key = zlib.crc32(ids.tobytes(), zlib.crc32(f"{self.seed} {self.epoch}".encode()))
+            self.mask.generator = torch.Generator().manual_seed(key)
+            batches.append(self.mask([{"input_ids": ids.tolist()}]))
+        return {name: torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "labels")}
 
 
 def causal_lm_collator(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -31,7 +31,6 @@ from typing import Any
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    DataCollatorForLanguageModeling,
     TrainingArguments,
     set_seed,
 )
@@ -39,6 +38,7 @@ from transformers.utils import logging
 
 from ..data.packing import (
     Documents,
+    MaskingCollator,
     causal_lm_collator,
     first_texts,
     hold_out_end,
@@ -179,14 +179,15 @@ def run(data: TextArguments, model_args: ModelArguments, args: TrainingArguments
                 splits[split] = masked_windows(held_out, tokenizer, eval_length, share, args.seed)
             else:
                 splits[split] = scoring_windows(held_out, tokenizer, eval_length, data.eval_context)
-    collator: Any = causal_lm_collator
+    options: dict[str, Any] = {"data_collator": causal_lm_collator}
     if data.masked:
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=data.mlm_probability)
+        collator = MaskingCollator(tokenizer, data.mlm_probability, args.seed)
+        options = {"data_collator": collator, "callbacks": [collator]}
     metrics = {split: BitsPerByte(held_out, tokenizer, data.masked) for split, held_out in texts.items()}
     auto_class: Any = AutoModelForMaskedLM if data.masked else AutoModelForCausalLM
     trains = "train" in splits
     model = make_model(auto_class, model_args, tokenizer, max_length, trains, is_decoder=not data.masked)
-    options = {"data_collator": collator, "compute_metrics": next(iter(metrics.values()), None)}
+    options |= {"compute_metrics": next(iter(metrics.values()), None)}
     trainer = build_trainer(LanguageModelTrainer, model, args, tokenizer, splits, **options)
     sizes = [f"; {split}: {one.num_bytes:,} bytes in {one.num_tokens:,} tokens" for split, one in metrics.items()]
     train_and_save(trainer, f"Training texts: {amount}{''.join(sizes)}.")

@@ -8,13 +8,12 @@ from typing import Any
 
 from transformers import (
     AutoModelForMaskedLM,
-    DataCollatorForLanguageModeling,
     PreTrainedTokenizerBase,
     TrainingArguments,
     set_seed,
 )
 
-from ..data.packing import packed_dataset
+from ..data.packing import MaskingCollator, packed_dataset
 from .data_setup import SplitArguments
 from .model_setup import ModelArguments, make_model, option
 from .trainers import PRETRAINED, LanguageModelTrainer, build_trainer, train_and_save
@@ -70,9 +69,9 @@ def pretrain(
     options.eval_strategy, options.load_best_model_at_end, options.push_to_hub = "no", False, False
     options.train_sampling_strategy, options.remove_unused_columns = "random", True
     model = make_model(AutoModelForMaskedLM, model_args, tokenizer, max_length)
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=data.mlm_probability)
-    splits = {"train": sequences}
-    trainer = build_trainer(LanguageModelTrainer, model, options, tokenizer, splits, data_collator=collator)
+    collator, splits = MaskingCollator(tokenizer, data.mlm_probability, args.seed), {"train": sequences}
+    both: dict[str, Any] = {"data_collator": collator, "callbacks": [collator]}
+    trainer = build_trainer(LanguageModelTrainer, model, options, tokenizer, splits, **both)
     train_and_save(trainer, f"Pre-training: {len(sequences):,} sequences of {length} tokens")
     trainer.accelerator.wait_for_everyone()
     args.resume_from_checkpoint = None

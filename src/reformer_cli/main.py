@@ -28,6 +28,9 @@ RECIPES = {  # a module of `hf_reformer.recipes` each
     "classification": "label texts or pairs of texts, or predict a number for them",
     "language-model": "causal and masked language models, evaluated in bits per byte",
     "seq2seq": "translation, summarisation, any text to any other",
+    "question-answering": "find the answer to a question in a document",
+    "token-classification": "label every word: names, parts of speech",
+    "multiple-choice": "choose the right one of several endings or answers",
 }
 CARD = ("language", "license", "datasets", "base_model", "tags", "dataset_name")
 
@@ -283,7 +286,7 @@ def make_parser() -> argparse.ArgumentParser:
         subparser.set_defaults(run=run)
         return subparser
 
-    recipes = "recipes:\n" + "\n".join(f"  {name:16} {summary}" for name, summary in RECIPES.items())
+    recipes = "recipes:\n" + "\n".join(f"  {name:20} {summary}" for name, summary in RECIPES.items())
     train = command("train", run_train, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=recipes)
     train.add_argument("recipe", nargs="?", choices=RECIPES, metavar="RECIPE", help="one of the recipes below")
     train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the options of the recipe")

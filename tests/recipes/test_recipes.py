@@ -12,7 +12,7 @@ from hf_reformer.recipes import load_recipe
 from reformer_cli.main import RECIPES
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = {"classification": "train_classification", "language-model": "train_lm", "seq2seq": "train_seq2seq"}
+SCRIPTS = {name: f"train_{name.replace('-', '_')}" for name in RECIPES} | {"language-model": "train_lm"}
 
 
 def test_every_recipe_has_a_script():

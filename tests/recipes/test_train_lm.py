@@ -158,13 +158,31 @@ def test_a_masked_model_learns_to_fill_in(files):
     assert last == pytest.approx(bits_of(files / "out"), abs=1e-6)  # the same tokens are hidden every time
 
 
-def test_a_resumed_stream_goes_on_where_it_was(files):
-    stream = ["--streaming", "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "3"]
+@pytest.mark.parametrize("kind", ["--streaming", "--masked"])
+def test_a_resumed_stream_or_masked_model_goes_on_where_it_was(files, kind):
+    stream = [kind, "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "3", "--do_train"]
     recipe.main(arguments(files, *stream, "--max_steps", "6", "--save_total_limit", "5"))
     resumed = str(files / "out" / "checkpoint-3")
     recipe.main(arguments(files, *stream, "--max_steps", "6", "--resume_from_checkpoint", resumed, out="again"))
-    weights = [ReformerForCausalLM.from_pretrained(files / out).state_dict() for out in ("out", "again")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert len({(files / run / "model.safetensors").read_bytes() for run in ("out", "again")}) == 1
+
+
+def test_masks_depend_on_sequence_epoch_and_seed_alone():
+    rows = [{"input_ids": BYTES(prose(40, seed))["input_ids"][:64]} for seed in range(3)]
+    collator = packing.MaskingCollator(BYTES, 0.3, seed=1)
+    first = collator(rows)
+    torch.rand(3)
+    again = collator(rows[::-1])
+    for name in ("input_ids", "labels"):
+        assert torch.equal(first[name], again[name].flip(0))
+    hidden = first["labels"] != -100
+    assert 0.2 < hidden.float().mean() < 0.4
+    assert torch.equal(
+        torch.where(hidden, first["labels"], first["input_ids"]), torch.tensor([x["input_ids"] for x in rows])
+    )
+    collator.epoch = 1
+    assert not torch.equal(collator(rows)["labels"], first["labels"])
+    assert not torch.equal(packing.MaskingCollator(BYTES, 0.3, seed=2)(rows)["labels"], first["labels"])
 
 
 def test_a_tokenizer_without_padding(files):
@@ -220,7 +238,8 @@ def hub_folder(folder: Path, *splits: str) -> str:
 @pytest.mark.parametrize("splits", [("train",), ("train", "test"), ("train", "validation", "test")])
 def test_a_data_set_without_validation_data_gives_the_end_of_its_training_texts(tmp_path, splits):
     options = recipe.TextArguments(dataset_name=hub_folder(tmp_path, *splits))
-    train, held_out = recipe.load_texts(options)
+    texts = recipe.load_texts(options)
+    train, held_out = texts["train"], texts["validation"]
     assert held_out
     whole = "".join(f"train {i} it rained.\n" for i in range(40))
     if "validation" in splits:
@@ -229,7 +248,7 @@ def test_a_data_set_without_validation_data_gives_the_end_of_its_training_texts(
         assert "".join(train + held_out) == whole
     options.streaming = True
     if "validation" in splits:
-        assert recipe.load_texts(options) == ([], held_out)
+        assert recipe.load_texts(options) == {"validation": held_out}
     else:
         with pytest.raises(ValueError, match=r"no split `validation`.*--validation_file"):
             recipe.load_texts(options)

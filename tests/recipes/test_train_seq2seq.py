@@ -185,7 +185,7 @@ def test_a_test_file_without_targets_is_predicted(files):
     [
         (["--source_column", "a", "--target_column", "a"], "both name the column `a`"),
         (["--source_language", "de", "--target_language", "de"], "both name the column `de`"),
-        (["--source_language", "de"], "Give both --source_language"),
+        (["--source_language", "de"], "Give both --source_lang"),
     ],
 )
 def test_one_column_is_not_source_and_target(options, words):

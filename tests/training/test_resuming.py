@@ -101,6 +101,15 @@ def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(recipe, na
     assert not any(checkpoints(tmp_path / "killed").values())
 
 
+@pytest.mark.parametrize("recipe", ["language-model", "classification"])
+def test_evaluations_leave_training_as_it_is(recipe, tmp_path):
+    options = ["--config_overrides", "lsh_window=16,local_window=8,hidden_dropout_prob=0.2"]
+    options += ["--validation_file", str(tmp_path / ("book.txt" if recipe == "language-model" else "table.csv"))]
+    run(recipe, tmp_path, "without", *options, "--do_train")
+    run(recipe, tmp_path, "with", *options, "--eval_strategy", "steps", "--eval_steps", "1")
+    assert same_model(tmp_path / "with", tmp_path / "without")
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of three whole checkpoints."""

@@ -1,5 +1,6 @@
 """Language-modelling data: documents of files, packed into training sequences, cut into windows for evaluation."""
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, TrainerCallback
 
 from ..models.losses import IGNORE
-from .tables import TABLE_FORMATS, cell_text, find_columns, open_text, read_examples, read_hub_dataset
+from .tables import TABLE_FORMATS, cell_text, find_columns, open_text, read_examples, read_named_dataset
 
 READ_SIZE = 2**16  # characters that are read and tokenised at a time, up to the next end of line
 
@@ -39,7 +40,7 @@ def hub_documents(name: str, config: str | None, split: str, column: str | None,
     Raises:
         ConnectionError: it cannot be read.
     """
-    tables = read_hub_dataset(name, config, streaming=streaming)
+    tables = read_named_dataset(name, config, streaming=streaming)
     found = next((table for other, table in tables.items() if other.split("_")[0] == split), None)
     return None if found is None else _rows(found, column)
 
@@ -93,11 +94,13 @@ def token_ids(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Itera
             yield tokenizer(chunk, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
-def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int) -> Iterator[dict[str, Any]]:
+def pack(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, option: str = "--sequence_length"
+) -> Iterator[dict[str, Any]]:
     """Concatenate all documents and cut them into sequences of `length` tokens; an incomplete last one is dropped.
 
     Raises:
-        ValueError: the documents do not fill one sequence.
+        ValueError: the documents do not fill one sequence; the message names the option that sets its length.
     """
     rest: list[int] = []
     empty = True
@@ -110,14 +113,15 @@ def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int) 
             rest = rest[full:]
     if empty:
         raise ValueError(
-            f"The training texts are too short for a single sequence of {length} tokens. Lower --sequence_length or "
-            "add texts."
+            f"The training texts are too short for a single sequence of {length} tokens. Lower {option} or add texts."
         )
 
 
-def packed_dataset(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+def packed_dataset(
+    documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, option: str = "--sequence_length"
+) -> Dataset:
     """The sequences of `pack`, in memory."""
-    sequences = [np.asarray(row["input_ids"], dtype=np.int32) for row in pack(documents, tokenizer, length)]
+    sequences = [np.asarray(row["input_ids"], dtype=np.int32) for row in pack(documents, tokenizer, length, option)]
     return Dataset.from_dict({"input_ids": sequences})
 
 
@@ -164,6 +168,30 @@ def masked_windows(
         for name, values in windows.items():
             values.append(masked[name][0].tolist())
     return Dataset.from_dict(windows)
+
+
+class MaskingCollator(TrainerCallback):
+    """Batches of sequences of one length with masked tokens. To be a callback of the Trainer as well.
+
+    What is masked depends on a sequence, the epoch and the seed alone, so that a resumed run masks what the whole one
+    does: batches are made ahead of their step.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int) -> None:
+        self.mask = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=probability, seed=seed)
+        self.seed, self.epoch = seed, 0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.epoch = int(state.epoch or 0)
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batches = []
+        for example in examples:
+            ids = np.asarray(example["input_ids"], dtype=np.int64)
+            key = zlib.crc32(ids.tobytes(), zlib.crc32(f"{self.seed} {self.epoch}".encode()))
+            self.mask.generator = torch.Generator().manual_seed(key)
+            batches.append(self.mask([{"input_ids": ids.tolist()}]))
+        return {name: torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "labels")}
 
 
 def causal_lm_collator(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -325,13 +325,28 @@ def read_column(dataset: "Dataset", name: str) -> list[Any]:
     return dataset[name][:]
 
 
-def read_hub_dataset(name: str, config: str | None = None, alternative: str = "--train_file", **options: Any) -> Any:
-    """A data set on the Hub; ConnectionError, which names an alternative, if it cannot be read."""
+def read_named_dataset(name: str, config: str | None = None, alternative: str = "--train_file", **options: Any) -> Any:
+    """A data set on the Hub, or in a local folder, with all its splits.
+
+    Raises:
+        ConnectionError: it cannot be read from the Hub; the message names an alternative.
+        ValueError: it cannot be read from the folder.
+    """
+    datasets = require("datasets")
+    local = Path(name).is_dir()
     try:
-        return require("datasets").load_dataset(name, config, **options)
-    except OSError as error:
+        return datasets.load_dataset(name, config, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        if local:
+            cause = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(
+                f"`{name}` cannot be read by datasets.load_dataset: {cause} Give its files by {alternative}."
+            ) from error
+        if not isinstance(error, OSError):
+            raise
         raise ConnectionError(
-            f"The data set `{name}` could not be read from the Hub. Without a connection, use {alternative}."
+            f"The data set `{name}` is no folder here and could not be read from the Hub. Without a connection, use "
+            f"{alternative}."
         ) from error
 
 

@@ -99,7 +99,7 @@ class LongDocumentQuestionAnswering(Pipeline):
                 f"positions for {limit}. Shorten the document, or train a model with a larger "
                 '`max_position_embeddings` or with `position_embedding_type="rotary"`.'
             )
-        if encoded[0].sequence_ids.count(0) == 0 or not any(_solid_tokens(encoded[0], context)):
+        if encoded[0].sequence_ids.count(0) == 0 or not any(solid_tokens(encoded[0], context)):
             raise ValueError("The tokenizer makes no token of the question, or none of the document. Give more text.")
         return {**encoded, "encoding": encoded[0], "context": context}
 
@@ -119,16 +119,15 @@ class LongDocumentQuestionAnswering(Pipeline):
         """The answers in one document: logits (1, T), padded or not."""
         encoding, context = model_outputs["encoding"], model_outputs["context"]
         real = model_outputs["attention_mask"][0] != 0
-        solid = torch.tensor(_solid_tokens(encoding, context))
+        solid = torch.tensor(solid_tokens(encoding, context))
         inside = torch.tensor([sequence == 1 for sequence in encoding.sequence_ids])
         logits = (model_outputs[name][0][real] for name in ("start_logits", "end_logits"))
-        starts, ends = (_log_probabilities(x, solid) for x in logits)
+        starts, ends = (log_probabilities(x, solid) for x in logits)
         null = {"score": math.exp(starts[0] + ends[0]), "start": 0, "end": 0, "answer": ""}
         starts, ends = (scores.masked_fill(~solid, -math.inf) for scores in (starts, ends))
         answers = []
         for first, last, score in best_spans(starts, ends, inside, encoding.offsets, top_k, max_answer_length):
-            span = context[encoding.offsets[first][0] : encoding.offsets[last][1]]
-            answer, start = span.strip(), encoding.offsets[first][0] + len(span) - len(span.lstrip())
+            answer, start = trimmed(context, encoding.offsets[first][0], encoding.offsets[last][1])
             answers.append({"score": math.exp(score), "start": start, "end": start + len(answer), "answer": answer})
         if handle_impossible_answer:
             answers = sorted([*answers, null], key=lambda answer: -answer["score"])[:top_k]
@@ -196,7 +195,13 @@ def _best_lasts(
     return best, lasts
 
 
-def _log_probabilities(logits: torch.Tensor, solid: torch.Tensor) -> torch.Tensor:
+def trimmed(context: str, start: int, end: int) -> tuple[str, int]:
+    """The text from `start` to `end` without the white space around it, and where that begins."""
+    span = context[start:end]
+    return span.strip(), start + len(span) - len(span.lstrip())
+
+
+def log_probabilities(logits: torch.Tensor, solid: torch.Tensor) -> torch.Tensor:
     """(T) logits → (T) log-probabilities among the first token and the `solid` ones; elsewhere -inf."""
     taking_part = solid.clone()
     taking_part[0] = True
@@ -206,7 +211,7 @@ def _log_probabilities(logits: torch.Tensor, solid: torch.Tensor) -> torch.Tenso
     return found
 
 
-def _solid_tokens(encoding: Any, context: str) -> list[bool]:
+def solid_tokens(encoding: Any, context: str) -> list[bool]:
     """Which tokens stand for more of the document than white space, so that an answer may begin or end there."""
     return [
         sequence == 1 and not (context[start:end].isspace() or start == end)

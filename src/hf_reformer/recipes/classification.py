@@ -17,7 +17,7 @@ Labels that are numbers with decimals mean regression, lists of labels several l
 `transformers.TrainingArguments` work, `--resume_from_checkpoint last` included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from ..data.demo_corpus import clean_source, corpus_file, installed_packages_corpus
-from ..data.tables import check_columns, check_distinct, find_columns, read_column, read_hub_dataset, read_text
+from ..data.tables import check_columns, check_distinct, find_columns, read_column, read_named_dataset, read_text
 from ..training.classification import (
     MULTI,
     REGRESSION,
@@ -52,10 +52,11 @@ from ..training.classification import (
     shortened,
     write_predictions,
 )
-from ..training.data_setup import FileArguments
+from ..training.data_setup import SplitsAndFileArguments
 from ..training.model_setup import ModelArguments, load_trained, make_model, make_tokenizer, option, parse_arguments
-from ..training.reports import format_table, write_report
-from ..training.trainers import GroupedTrainer, build_trainer, predict_splits, train_and_save
+from ..training.pretraining import PretrainingArguments, pretrain
+from ..training.reports import format_tables, write_report
+from ..training.trainers import GroupedTrainer, build_trainer, longest_first, predict_splits, train_and_save
 
 DEFAULTS = {  # one layer and few epochs: from scratch, on hundreds or thousands of texts, more of either only memorise
     "output_dir": "runs/classification", "train_sampling_strategy": "group_by_length",
@@ -75,7 +76,7 @@ PRESETS: dict[str, dict] = {
 
 
 @dataclass
-class DataArguments(FileArguments):
+class DataArguments(PretrainingArguments, SplitsAndFileArguments):
     """Where the texts come from."""
 
     sources = ("demo", "task_name")
@@ -84,7 +85,9 @@ class DataArguments(FileArguments):
         False, "Complete run without a download: which installed package does a source file come from?"
     )
     task_name: str | None = option(None, "A GLUE task, read from the Hub: sst2, mnli, stsb …")
-    test_file: str | None = option(None, "Predicted at the end; needs no labels.")
+    train_file: str | None = option(
+        None, "csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label."
+    )
     text_column: str | None = option(None, "Default: found by its name.")
     text_pair_column: str | None = option(None, "Second text, for pairs.")
     label_column: str | None = option(None, "Default: found by its name.")
@@ -99,10 +102,20 @@ class DataArguments(FileArguments):
         None, "Stop after this many evaluations without progress and keep the best model."
     )
 
-    def check(self, model: ModelArguments) -> bool:
+    def check(self, model: ModelArguments, args: TrainingArguments) -> None:
         columns = {"text": self.text_column, "text_pair": self.text_pair_column, "label": self.label_column}
         check_distinct({f"--{name}_column": column for name, column in columns.items()})
-        return super().check(model)
+        super().check(model, args)
+
+    def read_source(self) -> Mapping[str, Dataset]:
+        if self.demo:
+            return installed_packages_corpus()
+        if self.task_name is not None:
+            return read_named_dataset("nyu-mll/glue", self.task_name, "--train_file and --validation_file, or --demo")
+        return super().read_source()
+
+    def describe(self) -> str:
+        return "installed packages" if self.demo else super().describe()
 
 
 MATRIX_LABELS = 100  # a confusion matrix of more can be neither read nor drawn
@@ -113,16 +126,15 @@ def prepare_data(
     args: DataArguments, model_labels: list[str] | None, seed: int, model_problem_type: str | None = None
 ) -> tuple[DatasetDict, Task]:
     """Read the data, define the task, number the labels, and hold out validation data if there is none."""
-    splits = installed_packages_corpus() if args.demo else args.read_files()
-    if args.task_name is not None and not args.demo:
-        glue = read_hub_dataset("nyu-mll/glue", args.task_name, "--train_file and --validation_file, or --demo")
-        splits = DatasetDict({name: part for name, part in glue.items() if not name.startswith("test")})
+    splits = args.read()
     first = next(iter(splits))
-    columns = find_columns(splits[first], args.text_column, args.text_pair_column, args.label_column)
-    task = define_task(splits[first], columns, first, args.problem_type, model_labels, model_problem_type)
+    with args.told(first):
+        columns = find_columns(splits[first], args.text_column, args.text_pair_column, args.label_column)
+        task = define_task(splits[first], columns, first, args.problem_type, model_labels, model_problem_type)
     for split, part in splits.items():
-        check_columns(part, split, columns if split != "test" else columns[:2], NO_LABELS)
-        splits[split] = task.add_labels(part, split)
+        with args.told(split):
+            check_columns(part, split, columns[:2] if split.startswith("test") else columns, NO_LABELS)
+            splits[split] = task.add_labels(part, split)
     return args.complete(splits, seed, "labels"), task
 
 
@@ -143,21 +155,14 @@ def tokenize(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, c
     return dataset.map(encode, batched=True, batch_size=64, remove_columns=dataset.column_names, desc="Tokenizing")
 
 
-def longest_first(dataset: Dataset) -> Dataset:
-    """Sorted by length, so that batches need little padding; the column `row` holds the old order."""
-    order = np.argsort(-np.asarray(read_column(dataset, "length")), kind="stable")
-    return dataset.select(order).add_column("row", order)
-
-
 def evaluate_splits(
     trainer: Trainer, metrics: Metrics, splits: DatasetDict, encoded: dict[str, Dataset], args: DataArguments
 ) -> None:
     """Write predictions, confusion matrices and scores of all splits but the training data, and those of baselines."""
     task, folder, trained = metrics.task, Path(trainer.args.output_dir), "train" in splits
     tables = {}
-    for split, output in predict_splits(trainer, encoded):
-        part, logits = splits[split], np.empty_like(output)
-        logits[read_column(encoded[split], "row")] = output
+    for split, logits in predict_splits(trainer, encoded):
+        part = splits[split]
         write_predictions(folder / f"predictions_{split}.csv", task, part, logits)
         if "labels" in part.column_names:
             labels, (predictions, _) = np.asarray(read_column(part, "labels")), task.predict(logits)
@@ -166,12 +171,10 @@ def evaluate_splits(
                 tables[split] |= baselines(metrics, splits["train"], part)
             if task.problem_type == SINGLE and len(task.label_names) <= MATRIX_LABELS:
                 file = folder / f"confusion_matrix_{split}.png"
-                draw_confusion_matrix(file, task, labels, predictions, f"{split}: {len(labels)} texts")
-    if trainer.is_world_process_zero():
-        summary = [f"{split}: {len(splits[split])} texts\n\n{format_table(table)}" for split, table in tables.items()]
-        dataset = "installed packages" if args.demo else args.task_name or str(args.train_file)
-        glue = {"datasets": "nyu-mll/glue"} if args.task_name else {}
-        write_report(trainer, tables, "\n\n".join(summary), dataset if trained else None, **glue)
+                draw_confusion_matrix(file, task.label_names, labels, predictions, f"{split}: {len(labels)} texts")
+    glue = {"datasets": "nyu-mll/glue"} if args.task_name else {}
+    summary = format_tables(tables, splits, "texts")
+    write_report(trainer, tables, summary, args.describe() if trained else None, **glue)
 
 
 def check_saved(model: PreTrainedModel, folder: str, texts: list[str]) -> None:
@@ -213,7 +216,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
         model_problem_type = config.problem_type or (REGRESSION if len(model_labels) == 1 else None)
     with args.main_process_first(desc="preparing the data"):
         splits, task = prepare_data(data, model_labels, args.seed, model_problem_type)
-        train_texts = task.texts(splits["train"])[0] if "train" in splits else []
+        train_texts = [text for texts in task.texts(splits["train"]) for text in texts] if "train" in splits else []
         tokenizer = make_tokenizer(model_args, train_texts, data.max_length)
         encoded = {
             split: tokenize(part, task, tokenizer, data.train_length)
@@ -225,6 +228,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     names = dict(enumerate(task.label_names or ["score"]))
     fields = {"problem_type": task.problem_type, "id2label": names, "label2id": {n: i for i, n in names.items()}}
     trains = "train" in splits
+    model_args = pretrain(data, model_args, args, tokenizer, train_texts, data.max_length)
     model = make_model(AutoModelForSequenceClassification, model_args, tokenizer, data.max_length, trains, **fields)
     patience = data.early_stopping_patience
     options = {"data_collator": DataCollatorWithPadding(tokenizer), "compute_metrics": metrics}
@@ -235,7 +239,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     labels = shortened(task.label_names) if task.label_names else task.problem_type
     train_and_save(trainer, f"Texts: {counts}; {mean:.0f} tokens on average. Labels: {labels}")
     evaluate_splits(trainer, metrics, splits, encoded, data)
-    if data.demo and trainer.is_world_process_zero():
+    if data.demo and trains and trainer.is_world_process_zero():
         check_saved(model, str(args.output_dir), splits["validation"]["text"][:4])
         data.predict_file = data.predict_file or str(corpus_file(splits["validation"]["path"][0]))
     return trains
@@ -245,8 +249,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, TrainingArguments)
     data, model_args, args = parse_arguments("classification", __doc__, classes, arguments, DEFAULTS, PRESETS)
-    has_data = data.check(model_args)
-    trained = has_data and run(data, model_args, args)
+    data.check(model_args, args)
+    trained = bool(data.parts) and run(data, model_args, args)
     if data.predict_file is not None and args.process_index == 0:
         folder = args.output_dir if trained else model_args.model_name_or_path
         predict_file(Path(data.predict_file), folder, clean=data.demo)

@@ -24,13 +24,13 @@ are packed into sequences of full length. Evaluation scores every byte of the va
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    DataCollatorForLanguageModeling,
     TrainingArguments,
     set_seed,
 )
@@ -38,6 +38,7 @@ from transformers.utils import logging
 
 from ..data.packing import (
     Documents,
+    MaskingCollator,
     causal_lm_collator,
     first_texts,
     hold_out_end,
@@ -50,6 +51,7 @@ from ..data.packing import (
 )
 from ..data.tables import TABLE_FORMATS, text_encoding
 from ..training.bits_per_byte import BitsPerByte, compressor_baselines
+from ..training.data_setup import SplitArguments
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
 from ..training.reports import draw_learning_curve, format_table, write_report
 from ..training.trainers import LanguageModelTrainer, build_trainer, train_and_save
@@ -66,20 +68,24 @@ PRESETS = {"--model_name_or_path": {"tokenizer": None, "learning_rate": 3e-4, "n
 
 
 @dataclass
-class TextArguments:
+class TextArguments(SplitArguments):
     """Where the texts come from, and how they are cut."""
 
-    train_file: list[str] | None = option(
+    train_file: list[str] | None = option(  # type: ignore[assignment]
         None, "Text files, or csv, tsv, json, jsonl and parquet with a column of texts."
     )
-    validation_file: list[str] | None = option(None, "Files to evaluate on. Default: the end of the training texts.")
-    dataset_name: str | None = option(None, "A data set on the Hub, instead of files.")
-    dataset_config_name: str | None = option(None, "Its configuration.")
+    validation_file: list[str] | None = option(  # type: ignore[assignment]
+        None, "Files to evaluate on. Default: those of the data set, else the end of the training texts."
+    )
+    test_file: list[str] | None = option(None, "Files to score at the end, too.")  # type: ignore[assignment]
+    max_train_samples: int | None = option(None, "Use at most this many training documents, the first ones.")
+    max_eval_samples: int | None = option(None, "Evaluate on at most this many documents, the first ones.")
+    max_predict_samples: int | None = option(None, "Score at most this many test documents, the first ones.")
     text_column: str | None = option(None, "Default: found by its name.")
     streaming: bool = option(False, "Read the training texts while training; needs --max_steps.")
     masked: bool = option(False, "Train a masked model, which is bidirectional.")
     mlm_probability: float = option(0.15, "Share of tokens masked for a masked model.")
-    sequence_length: int = option(1024, "Tokens of a training sequence.")
+    sequence_length: int = option(1024, "Tokens of a training sequence.", aliases=["--block_size"])
     eval_length: int | None = option(None, "Tokens of a sequence in evaluation. Default: --sequence_length.")
     eval_context: int | None = option(
         None, "Tokens that evaluation repeats from the previous sequence. Default: half of the sequence."
@@ -89,117 +95,120 @@ class TextArguments:
     )
     baselines: bool = option(False, "Also evaluate general compressors.")
 
-
-def check_arguments(texts: TextArguments, model: ModelArguments, args: TrainingArguments) -> None:
-    """Fill in defaults; raise ValueError for options that cannot work, SystemExit for none."""
-    if texts.train_file is not None and texts.dataset_name is not None:
-        raise ValueError("Give --train_file or --dataset_name, not both.")
-    has_train = texts.train_file is not None or texts.dataset_name is not None
-    if not has_train and (model.model_name_or_path is None or texts.validation_file is None):
-        raise SystemExit(
-            "Give --train_file or --dataset_name; or --model_name_or_path and --validation_file, to evaluate a saved "
-            "model. See --help."
-        )
-    files = [*(texts.train_file or []), *(texts.validation_file or [])]
-    if missing := [file for file in files if not Path(file).is_file()]:
-        raise ValueError(f"There is no file {', '.join(missing)}.")
-    if texts.streaming and args.max_steps <= 0:
-        raise ValueError("With --streaming the number of steps in an epoch is unknown: give --max_steps.")
-    if texts.streaming and texts.train_file is not None and texts.validation_file is None:
-        raise ValueError("With --streaming no part of the training texts is held out: give --validation_file.")
-    if texts.sequence_length < 2:
-        raise ValueError(
-            f"--sequence_length {texts.sequence_length} is too short: a sequence needs at least 2 tokens, one to "
-            "predict the other."
-        )
-    texts.eval_length = texts.eval_length or texts.sequence_length
-    texts.eval_context = texts.eval_length // 2 if texts.eval_context is None else texts.eval_context
-    if not 1 <= texts.eval_context < texts.eval_length:
-        raise ValueError(
-            f"--eval_context {texts.eval_context} must be between 1 and --eval_length - 1 = {texts.eval_length - 1}."
-        )
+    def check(self, model: ModelArguments, args: TrainingArguments) -> None:
+        super().check(model, args)
+        files = [*(self.train_file or []), *(self.validation_file or []), *(self.test_file or [])]
+        if missing := [file for file in files if not Path(file).is_file()]:
+            raise ValueError(f"There is no file {', '.join(missing)}.")
+        if self.streaming and args.max_steps <= 0:
+            raise ValueError("With --streaming the number of steps in an epoch is unknown: give --max_steps.")
+        if self.streaming and args.do_eval and self.train_file is not None and self.validation_file is None:
+            raise ValueError("With --streaming no part of the training texts is held out: give --validation_file.")
+        if self.sequence_length < 2:
+            raise ValueError(
+                f"--sequence_length {self.sequence_length} is too short: a sequence needs at least 2 tokens, one to "
+                "predict the other."
+            )
+        self.eval_length = self.eval_length or self.sequence_length
+        self.eval_context = self.eval_length // 2 if self.eval_context is None else self.eval_context
+        if not 1 <= self.eval_context < self.eval_length:
+            raise ValueError(
+                f"--eval_context {self.eval_context} must be between 1 and --eval_length - 1 = {self.eval_length - 1}."
+            )
 
 
 def open_documents(args: TextArguments, split: str, streaming: bool = False) -> Documents | None:
-    """The documents of a split, from its files, or from the Hub if there are none; None if there is no such split."""
-    files = args.train_file if split == "train" else args.validation_file
+    """The documents of a split, from its files, or from the data set if there are none; None without such a split."""
+    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_predict_samples}
+    files = getattr(args, f"{split}_file")
     if files is not None:
-        return read_documents(files, args.text_column)
+        return islice(read_documents(files, args.text_column), limits[split])
     if args.dataset_name is None:
         return None
     documents = hub_documents(args.dataset_name, args.dataset_config_name, split, args.text_column, streaming)
-    if documents is None and split == "train":
-        raise ValueError(f"The data set `{args.dataset_name}` has no split `train`. Name another one.")
-    return documents
+    if documents is None and split != "validation":
+        raise ValueError(f"The data set `{args.dataset_name}` has no split `{split}`. Name another one.")
+    return None if documents is None else islice(documents, limits[split])
 
 
-def load_texts(args: TextArguments) -> tuple[list[str], list[str]]:
-    """All training texts (none if they are streamed) and all validation texts."""
-    validation = open_documents(args, "validation")
-    held_out = None if validation is None else ["".join(document) for document in validation]
+def load_texts(args: TextArguments) -> dict[str, list[str]]:
+    """All texts of every split, but not the training texts if they are streamed."""
+    texts = {}
     if args.streaming:
         for file in args.train_file or []:  # before training, and not when the stream gets there
             if Path(file).suffix.lower() not in TABLE_FORMATS:
                 text_encoding(file)
-        if held_out is None:
-            raise ValueError(
-                f"The data set `{args.dataset_name}` has no split `validation`, and with --streaming no part of the "
-                "training texts is held out: give --validation_file."
-            )
-        return [], held_out
-    train = ["".join(document) for document in open_documents(args, "train") or ()]
-    if held_out is not None:
-        return train, held_out
-    train, held_out = hold_out_end(train, args.validation_fraction)
+    for split in args.parts:
+        documents = None if split == "train" and args.streaming else open_documents(args, split)
+        if documents is not None:
+            texts[split] = ["".join(document) for document in documents]
+    if "validation" not in args.parts or "validation" in texts:
+        return texts
+    if "train" not in texts:
+        way = "with --streaming no part of the training texts is held out" if args.streaming else "nothing is trained"
+        raise ValueError(
+            f"The data set `{args.dataset_name}` has no split `validation`, and {way}: give --validation_file."
+        )
+    texts["train"], texts["validation"] = hold_out_end(texts["train"], args.validation_fraction)
     logger.warning(
-        f"There is no validation data: the last {sum(map(len, held_out))} characters of the training texts are held "
-        "out for it."
+        f"There is no validation data: the last {sum(map(len, texts['validation']))} characters of the training texts "
+        "are held out for it."
     )
-    return train, held_out
+    return texts
 
 
-def run(texts: TextArguments, model_args: ModelArguments, args: TrainingArguments) -> None:
+def run(data: TextArguments, model_args: ModelArguments, args: TrainingArguments) -> None:
     """Read the texts, train, evaluate and report."""
     set_seed(args.seed)
-    stream = partial(open_documents, texts, "train", streaming=True)
-    length, eval_length = texts.sequence_length, texts.eval_length
+    stream = partial(open_documents, data, "train", streaming=True)
+    length, eval_length = data.sequence_length, data.eval_length
     max_length = max(length, eval_length)
     with args.main_process_first(desc="reading the texts"):
-        train, held_out = load_texts(texts)
-        tokenizer = make_tokenizer(model_args, first_texts(stream()) if texts.streaming else train, max_length)
+        texts = load_texts(data)
+        train = texts.pop("train", [])
+        tokenizer = make_tokenizer(model_args, first_texts(stream()) if data.streaming else train, max_length)
         splits, amount = {}, "none"
-        if texts.streaming:
+        if data.streaming:
             splits["train"], amount = packed_stream(stream, tokenizer, length, args.seed), "streamed"
         elif train:
             splits["train"] = packed_dataset([[text] for text in train], tokenizer, length)
             amount = f"{len(splits['train']):,} sequences of {length} tokens"
-        if texts.masked:
-            share = texts.mlm_probability
-            splits["validation"] = masked_windows(held_out, tokenizer, eval_length, share, args.seed)
-            collator: Any = DataCollatorForLanguageModeling(tokenizer, mlm_probability=share)
-        else:
-            splits["validation"] = scoring_windows(held_out, tokenizer, eval_length, texts.eval_context)
-            collator = causal_lm_collator
-    metric = BitsPerByte(held_out, tokenizer, texts.masked)
-    auto_class: Any = AutoModelForMaskedLM if texts.masked else AutoModelForCausalLM
+        for split, held_out in texts.items():
+            if data.masked:
+                share = data.mlm_probability
+                splits[split] = masked_windows(held_out, tokenizer, eval_length, share, args.seed)
+            else:
+                splits[split] = scoring_windows(held_out, tokenizer, eval_length, data.eval_context)
+    options: dict[str, Any] = {"data_collator": causal_lm_collator}
+    if data.masked:
+        collator = MaskingCollator(tokenizer, data.mlm_probability, args.seed)
+        options = {"data_collator": collator, "callbacks": [collator]}
+    metrics = {split: BitsPerByte(held_out, tokenizer, data.masked) for split, held_out in texts.items()}
+    auto_class: Any = AutoModelForMaskedLM if data.masked else AutoModelForCausalLM
     trains = "train" in splits
-    model = make_model(auto_class, model_args, tokenizer, max_length, trains, is_decoder=not texts.masked)
-    options = {"data_collator": collator, "compute_metrics": metric}
+    model = make_model(auto_class, model_args, tokenizer, max_length, trains, is_decoder=not data.masked)
+    options |= {"compute_metrics": next(iter(metrics.values()), None)}
     trainer = build_trainer(LanguageModelTrainer, model, args, tokenizer, splits, **options)
-    size = f"{metric.num_bytes:,} bytes in {metric.num_tokens:,} tokens"
-    train_and_save(trainer, f"Training texts: {amount}; validation: {size}.")
-    scores = {"Reformer": trainer.evaluate()[f"eval_{metric.name}"]}
-    if trainer.is_world_process_zero():
-        if texts.baselines and not texts.masked:
-            scores |= compressor_baselines(train, held_out)
-        draw_learning_curve(trainer, metric.name, metric.bits_per_nat)
-        table = format_table({name: {metric.name.replace("_", " "): bits} for name, bits in scores.items()})
-        write_report(trainer, scores, table, ", ".join(texts.train_file or filter(None, [texts.dataset_name])))
+    sizes = [f"; {split}: {one.num_bytes:,} bytes in {one.num_tokens:,} tokens" for split, one in metrics.items()]
+    train_and_save(trainer, f"Training texts: {amount}{''.join(sizes)}.")
+    scores, table = {}, {}
+    for split, metric in metrics.items():
+        trainer.compute_metrics = metric
+        prefix = "eval" if split == "validation" else split
+        found = {"Reformer": trainer.evaluate(splits[split], metric_key_prefix=prefix)[f"{prefix}_{metric.name}"]}
+        if data.baselines and not data.masked and trainer.is_world_process_zero():
+            found |= compressor_baselines(train, texts[split])
+        named = {name if split == "validation" else f"{name}, {split}": bits for name, bits in found.items()}
+        scores |= named
+        table |= {name: {metric.name.replace("_", " "): bits} for name, bits in named.items()}
+    if trainer.is_world_process_zero() and "validation" in metrics:
+        draw_learning_curve(trainer, metrics["validation"].name, metrics["validation"].bits_per_nat)
+    write_report(trainer, scores, format_table(table), data.describe() if trains else None)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (TextArguments, ModelArguments, TrainingArguments)
-    texts, model_args, args = parse_arguments("language-model", __doc__, classes, arguments, DEFAULTS, PRESETS)
-    check_arguments(texts, model_args, args)
-    run(texts, model_args, args)
+    data, model_args, args = parse_arguments("language-model", __doc__, classes, arguments, DEFAULTS, PRESETS)
+    data.check(model_args, args)
+    run(data, model_args, args)

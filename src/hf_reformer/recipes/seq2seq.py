@@ -4,8 +4,9 @@
     hf-reformer train seq2seq --train_file train.csv --source_column document --target_column summary --metric rouge
 
     # a translation set on the Hub, on several GPUs; encoder and decoder share their weights
-    accelerate launch -m hf_reformer train seq2seq --dataset_name Helsinki-NLP/opus_books --dataset_config de-en \\
-        --source_language de --target_language en --config_overrides tie_encoder_decoder=True
+    accelerate launch -m hf_reformer train seq2seq \\
+        --dataset_name Helsinki-NLP/opus_books --dataset_config_name de-en --source_lang de --target_lang en \\
+        --config_overrides tie_encoder_decoder=True
 
     # a model that was saved by one of these runs: train it further, or only predict
     hf-reformer train seq2seq --model_name_or_path runs/seq2seq --train_file more.csv
@@ -15,7 +16,6 @@ All options of `transformers.Seq2SeqTrainingArguments` work, `--resume_from_chec
 `--generation_num_beams` included.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,62 +35,58 @@ from transformers import (
     set_seed,
 )
 
-from ..data.tables import cell_text, check_columns, check_distinct, read_column, read_hub_dataset, read_text, require
+from ..data.tables import cell_text, check_columns, check_distinct, read_column, read_text, require
 from ..models.losses import IGNORE
-from ..training.data_setup import FileArguments
+from ..training.data_setup import SplitsAndFileArguments
 from ..training.model_setup import ModelArguments, load_trained, make_model, make_tokenizer, option, parse_arguments
-from ..training.reports import write_report
+from ..training.reports import write_report, write_rows
 from ..training.trainers import SequentialSeq2SeqTrainer, build_trainer, predict_splits, train_and_save
 
 DEFAULTS = {"output_dir": "runs/seq2seq", "predict_with_generate": True}
 
 
 @dataclass
-class DataArguments(FileArguments):
+class DataArguments(SplitsAndFileArguments):
     """Where the pairs of texts come from."""
 
-    sources = ("dataset_name",)
-
-    dataset_name: str | None = option(None, "A data set on the Hub.")
-    test_file: str | None = option(None, "Predicted at the end; needs no targets.")
-    dataset_config: str | None = option(None, "Its configuration.")
     source_column: str = option("source", "The input texts.")
     target_column: str = option("target", "The texts to generate.")
-    source_language: str | None = option(None, "Of a column `translation`, which holds a text per language.")
-    target_language: str | None = option(None, "The language to generate.")
+    source_lang: str | None = option(
+        None, "Of a column `translation`, which holds a text per language.", aliases=["--source_language"]
+    )
+    target_lang: str | None = option(None, "The language to generate.", aliases=["--target_language"])
     source_prefix: str = option("", "Put before every source.")
     max_source_length: int = option(4096, "Longer sources are truncated to this many tokens.")
     max_target_length: int = option(256, "Longer targets are truncated; nothing longer is generated.")
     metric: str = option("bleu", "bleu and chrf, or rouge.", choices=("bleu", "chrf", "rouge", "none"))
     predict_file: str | None = option(None, "A text file to generate the target of at the end.", aliases=["--write"])
 
-    def check(self, model: ModelArguments) -> bool:
+    def check(self, model: ModelArguments, args: Seq2SeqTrainingArguments) -> None:
         check_distinct({"--source_column": self.source_column, "--target_column": self.target_column})
-        check_distinct({"--source_language": self.source_language, "--target_language": self.target_language})
-        if (self.source_language is None) != (self.target_language is None):
-            raise ValueError("Give both --source_language and --target_language, or neither.")
-        return super().check(model)
+        check_distinct({"--source_lang": self.source_lang, "--target_lang": self.target_lang})
+        if (self.source_lang is None) != (self.target_lang is None):
+            raise ValueError("Give both --source_lang and --target_lang, or neither.")
+        super().check(model, args)
 
 
 def load_pairs(args: DataArguments, seed: int) -> DatasetDict:
     """Splits with the columns `source` and `target`; one of them is `validation` if there is training data."""
-    if args.dataset_name is not None:
-        splits = read_hub_dataset(args.dataset_name, args.dataset_config)
-    else:
-        splits = args.read_files()
-    pairs = DatasetDict({split: select_columns(dataset, args, split) for split, dataset in splits.items()})
+    pairs = DatasetDict()
+    for split, dataset in args.read().items():
+        with args.told(split):
+            pairs[split] = select_columns(dataset, args, split)
     return args.complete(pairs, seed)
 
 
 def select_columns(dataset: Dataset, args: DataArguments, split: str) -> Dataset:
     """Only `source` and `target`, as texts; of a test split without targets, only `source`."""
-    names: tuple[str | None, ...] = (args.source_language, args.target_language)
+    names: tuple[str | None, ...] = (args.source_lang, args.target_lang)
     translations = "translation" in dataset.column_names and all(names)
     if not translations:
         names = args.source_column, args.target_column
         if split.startswith("test") and args.target_column not in dataset.column_names:
             names = names[:1]
-        advice = "Name them with --source_column and --target_column, or give --source_language and --target_language."
+        advice = "Name them with --source_column and --target_column, or give --source_lang and --target_lang."
         check_columns(dataset, split, names, advice)
 
     def select(row: dict, index: int) -> dict[str, str]:
@@ -185,11 +181,9 @@ def run(data: DataArguments, model_args: ModelArguments, args: Seq2SeqTrainingAr
         if "target" in pairs[split].column_names:
             scores[split] = score(data.metric, predictions, read_column(pairs[split], "target"))
         rows = [{**row, "prediction": text} for row, text in zip(pairs[split], predictions, strict=True)]
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        Path(args.output_dir, f"predictions_{split}.jsonl").write_text(lines, encoding="utf-8")
-    if trainer.is_world_process_zero():
-        summary = [f"{split}: " + ", ".join(f"{k} {v:.2f}" for k, v in row.items()) for split, row in scores.items()]
-        write_report(trainer, scores, "\n\n".join(summary), data.dataset_name or Path(str(data.train_file)).stem)
+        write_rows(Path(args.output_dir, f"predictions_{split}.jsonl"), rows)
+    summary = [f"{split}: " + ", ".join(f"{k} {v:.2f}" for k, v in row.items()) for split, row in scores.items()]
+    write_report(trainer, scores, "\n\n".join(summary), data.describe() if "train" in pairs else None)
     return "train" in pairs
 
 
@@ -218,7 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, Seq2SeqTrainingArguments)
     data, model_args, args = parse_arguments("seq2seq", __doc__, classes, arguments, DEFAULTS)
-    has_data = data.check(model_args)
+    data.check(model_args, args)
+    has_data = bool(data.parts)
     if not has_data:
         check_trained(model_args.model_name_or_path)
     elif args.predict_with_generate and data.metric != "none":

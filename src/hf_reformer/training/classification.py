@@ -298,13 +298,16 @@ def write_predictions(file: Path, task: Task, dataset: Dataset, logits: np.ndarr
     pd.DataFrame(table).to_csv(file, index=False)
 
 
-def draw_confusion_matrix(file: Path, task: Task, labels: np.ndarray, predictions: np.ndarray, title: str) -> None:
-    """Rows are the true labels, columns the predicted ones."""
-    side = max(4.0, 1.5 + 0.55 * len(task.label_names))
+def draw_confusion_matrix(
+    file: Path, names: list[str], labels: np.ndarray, predictions: np.ndarray, title: str, normalize: str | None = None
+) -> None:
+    """Rows are the true labels, columns the predicted ones. `normalize`: as of scikit-learn, "true" for each row."""
+    side = max(4.0, 1.5 + 0.55 * len(names))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    matrix = confusion_matrix(labels, predictions, labels=range(len(task.label_names)))
-    display = ConfusionMatrixDisplay(matrix, display_labels=task.label_names)
-    display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=45)
+    matrix = confusion_matrix(labels, predictions, labels=range(len(names)), normalize=normalize)
+    display = ConfusionMatrixDisplay(matrix, display_labels=names)
+    values = {"values_format": ".2f"} if normalize else {}
+    display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=45, **values)
     axes.set_title(title)
     figure.savefig(file, dpi=120)

@@ -1,76 +1,191 @@
-"""What a recipe reads: options for its data, their checks, the splits of files, and what is held out."""
+"""What a recipe reads: options for its data and their checks, the splits to read, and what is held out.
 
-from dataclasses import dataclass
+The options are those of transformers' own example scripts.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from datasets import DatasetDict
+from datasets import Dataset, DatasetDict
 from transformers.utils import logging
 
-from ..data.tables import hold_out, read_examples, read_text
+from ..data.tables import hold_out, read_examples, read_named_dataset, read_text
 from .model_setup import ModelArguments, option
 
 logger = logging.get_logger(__name__)
 
+ACTIONS = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}  # by the split that each needs
+
 
 @dataclass
-class FileArguments:
-    """Files of examples, and how many of them to use. A recipe adds options of its own.
+class SplitArguments:
+    """Where the examples of every split come from, and how many of them to use. A recipe adds options of its own.
 
-    `sources` are options, besides files, that name data to train on.
+    `sources` are options, besides a data set and files, that name data to train on.
     """
 
     sources: ClassVar[tuple[str, ...]] = ()
 
-    train_file: str | None = option(
-        None, "csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label."
-    )
-    validation_file: str | None = option(None, "Default: a part of the training data.")
-    test_file: str | None = option(None, "Predicted at the end.")
+    dataset_name: str | None = option(None, "A data set on the Hub, or a folder that `datasets.load_dataset` reads.")
+    dataset_config_name: str | None = option(None, "Its configuration.", aliases=["--dataset_config"])
+    train_file: str | None = option(None, "csv, tsv, json, jsonl or parquet file.")
+    validation_file: str | None = option(None, "Default: that of the data set, else a part of the training data.")
+    test_file: str | None = option(None, "Predicted at the end; needs no labels.")
     max_train_samples: int | None = option(None, "Use at most this many training examples.")
     max_eval_samples: int | None = option(None, "Evaluate on at most this many examples.")
-    validation_fraction: float = option(0.1, "Part of the training data to evaluate on, without a --validation_file.")
-    predict_file: str | None = option(None, "A text file to predict at the end.")
+    max_predict_samples: int | None = option(None, "Predict at most this many test examples, the first ones.")
+    validation_fraction: float = option(0.1, "Part of the training data to evaluate on, without validation data.")
 
-    def check(self, model: ModelArguments) -> bool:
-        """Whether there is data; if not, a saved model predicts a file. To be called before anything is read.
+    wanted: tuple[str, ...] | None = field(default=None, init=False)  # of ACTIONS; None: whatever is named
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the data that the run uses, of train, validation and test."""
+        if self.wanted is not None:
+            return self.wanted
+        names = {"train": self._given("train_file"), "test": self.test_file}
+        names["validation"] = names["train"] or self.validation_file
+        return tuple(part for part in ACTIONS if names[part])
+
+    def _given(self, file: str) -> list[str]:
+        """Which options name data for a split: its file, a data set, or the recipe's own sources."""
+        return [name for name in (file, "dataset_name", *self.sources) if getattr(self, name)]
+
+    def check(self, model: ModelArguments, args: Any) -> None:
+        """Choose what to do, where nothing was said: train and evaluate, and predict a test file.
+
+        To be called before anything is read. `args.do_train`, `do_eval` and `do_predict` say afterwards what is done.
 
         Raises:
             SystemExit: there is nothing to do.
             ValueError: an option would fail only after training.
         """
-        train = (*self.sources, "train_file")
-        has_data = any(getattr(self, name) for name in (*train, "validation_file", "test_file"))
-        options = ", ".join(f"--{name}" for name in train)
-        if not has_data and (self.predict_file is None or model.model_name_or_path is None):
-            raise SystemExit(f"Give {options}, or --model_name_or_path with --predict_file. See --help.")
-        if model.model_name_or_path is None and not any(getattr(self, name) for name in train):
-            raise ValueError(
-                f"There is nothing to train on, and a new model answers at random. Give {options} or "
-                "--model_name_or_path."
+        options = ", ".join(f"--{name}" for name in ("train_file", "dataset_name", *self.sources))
+        told = tuple(part for part, action in ACTIONS.items() if getattr(args, action))
+        self.wanted = told or tuple(part for part in self.parts if getattr(args, ACTIONS[part]) is not False)
+        for part, action in ACTIONS.items():
+            setattr(args, action, part in self.wanted)
+        if not self.wanted and not self.has_inputs():
+            raise SystemExit(
+                f"Give {options}, or --model_name_or_path with a file to evaluate or predict. See --help."
             )
-        if self.predict_file is not None and not Path(self.predict_file).is_file():
-            raise ValueError(f"--predict_file: there is no file `{self.predict_file}` with texts to predict.")
-        if self.predict_file is not None and not read_text(self.predict_file).strip():
-            raise ValueError(f"--predict_file: `{self.predict_file}` is empty, so there are no texts to predict.")
-        return has_data
+        if len(given := self._given("train_file")) > 1:
+            raise ValueError(f"Give {' or '.join(f'--{name}' for name in given)}, not both: each is training data.")
+        if self.dataset_config_name is not None and self.dataset_name is None:
+            raise ValueError("--dataset_config_name is the configuration of a data set. Give --dataset_name as well.")
+        if args.do_train and not given:
+            raise ValueError(f"--do_train: there is nothing to train on. Give {options}.")
+        if model.model_name_or_path is None and not args.do_train:
+            what = "Nothing is trained here" if given else "There is nothing to train on"
+            way = "--do_train" if given else options
+            raise ValueError(f"{what}, and a new model answers at random. Give {way} or --model_name_or_path.")
+        if args.do_eval and not args.do_train and not self._given("validation_file"):
+            raise ValueError(
+                "--do_eval without --do_train needs a --validation_file: which part of the training data was held "
+                "out is known to the run that trains alone."
+            )
+        if args.do_predict and not self._given("test_file"):
+            raise ValueError("--do_predict: there is no test data. Give a --test_file, or leave the option out.")
+        if not args.do_train and (idle := [x for x in ("resume_from_checkpoint", "push_to_hub") if getattr(args, x)]):
+            raise ValueError(
+                f"--{idle[0]} belongs to training, and nothing is trained here. Leave it out, or give --do_train."
+            )
 
-    def read_files(self) -> DatasetDict:
-        """The splits that have a file."""
-        files = {"train": self.train_file, "validation": self.validation_file, "test": self.test_file}
-        return DatasetDict({split: read_examples(file) for split, file in files.items() if file is not None})
+    def has_inputs(self) -> bool:
+        """Whether there is something to predict besides the splits."""
+        return False
+
+    def read_source(self) -> Mapping[str, Dataset]:
+        """All splits of the data set, or of another source that a recipe has; none where there are only files."""
+        if self.dataset_name is None:
+            return {}
+        return read_named_dataset(self.dataset_name, self.dataset_config_name)
+
+    def read_file(self, file: str) -> Dataset:
+        """A split of one file."""
+        return read_examples(file)
+
+    def read(self) -> DatasetDict:
+        """The splits of all `parts`: `train`, `validation`, `test`, or several such as `validation_matched`.
+
+        Validation data is missing where it is to be held out of the training data.
+
+        Raises:
+            ValueError: there is no such split, or it holds no row.
+        """
+        source, splits = self.read_source(), DatasetDict()
+        for part in self.parts:
+            file = getattr(self, f"{part}_file")
+            if file is not None:
+                found = {part: self.read_file(file)}
+            else:
+                found = {name: rows for name, rows in source.items() if name.split("_")[0] == part}
+            if not found and (part != "validation" or "train" not in splits):
+                raise ValueError(
+                    f"The data has no split `{part}`; its splits are {', '.join(source)}. Give --{part}_file, or what "
+                    f"to do without --{ACTIONS[part]}."
+                )
+            splits.update(found)
+        if empty := [split for split, rows in splits.items() if not len(rows)]:
+            raise ValueError(f"The {', '.join(empty)} data holds no row. Leave it out.")
+        return splits
+
+    @contextmanager
+    def told(self, split: str) -> Iterator[None]:
+        """Makes a ValueError about the rows of a split tell where they come from."""
+        try:
+            yield
+        except ValueError as error:
+            file = getattr(self, f"{split.split('_')[0]}_file")
+            source = f"`{file}`" if file is not None else f"the split `{split}` of `{self.dataset_name}`"
+            raise ValueError(f"{error} (This is {source}.)" if file or self.dataset_name else str(error)) from error
 
     def complete(self, splits: DatasetDict, seed: int, label_column: str | None = None) -> DatasetDict:
         """Hold out validation data of the training data if there is none, and keep at most the samples asked for."""
-        if empty := [split for split, dataset in splits.items() if not len(dataset)]:
-            raise ValueError(f"The {', '.join(empty)} data holds no row. Leave it out.")
-        if "train" in splits and not any(split.startswith("validation") for split in splits):
+        has_validation = any(split.startswith("validation") for split in splits)
+        if "train" in splits and "validation" in self.parts and not has_validation:
             held_out = hold_out(splits["train"], label_column, self.validation_fraction, seed)
             splits = DatasetDict({**held_out, **splits, "train": held_out["train"]})
             size = len(splits["validation"])
             logger.warning(f"There is no validation data: {size} of the training examples are held out for it.")
+        limits = {"train": self.max_train_samples, "test": self.max_predict_samples}
         for split, dataset in splits.items():
-            limit = self.max_train_samples if split == "train" else self.max_eval_samples
+            part = split.split("_")[0]
+            limit = limits.get(part, self.max_eval_samples)
             if limit is not None and limit < len(dataset):
-                splits[split] = dataset.shuffle(seed=seed).select(range(limit))
+                shuffled = dataset if part == "test" else dataset.shuffle(seed=seed)
+                splits[split] = shuffled.select(range(limit))
         return splits
+
+    def choose_rows(self, sizes: Mapping[str, int], seed: int) -> dict[str, tuple[str, list[int]]]:
+        """What `complete` makes of splits of these sizes: for each, the split its rows are of, and their numbers."""
+        numbers = {split: Dataset.from_dict({"row": range(size)}) for split, size in sizes.items()}
+        chosen = self.complete(DatasetDict(numbers), seed)
+        return {split: (split if split in sizes else "train", rows["row"][:]) for split, rows in chosen.items()}
+
+    def describe(self) -> str:
+        """The training data in a few words, for the model card."""
+        values = [getattr(self, name) for name in self._given("train_file")]
+        return ", ".join(", ".join(value) if isinstance(value, list) else str(value) for value in values)
+
+
+@dataclass
+class SplitsAndFileArguments(SplitArguments):
+    """The same, and a file of text to predict at the end, with or without any other data."""
+
+    predict_file: str | None = option(None, "A text file to predict at the end.")
+
+    def has_inputs(self) -> bool:
+        return self.predict_file is not None
+
+    def check(self, model: ModelArguments, args: Any) -> None:
+        super().check(model, args)
+        if self.predict_file is None:
+            return
+        if not Path(self.predict_file).is_file():
+            raise ValueError(f"--predict_file: there is no file `{self.predict_file}` with texts to predict.")
+        if not read_text(self.predict_file).strip():
+            raise ValueError(f"--predict_file: `{self.predict_file}` is empty, so there are no texts to predict.")

@@ -2,23 +2,26 @@
 
 import argparse
 import ast
+import json
 import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.hf_argparser import HfArg
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from ..configuration_reformer import ReformerConfig
 from ..data.bpe_tokenizer import train_bpe_tokenizer
 from ..data.packing import separator
-from ..data.tables import require
+from ..data.tables import read_text, require
 from ..hub.model_folder import check_own_files, other_task
 from ..tokenization_reformer import ReformerByteTokenizer
 from .trainers import checkpoint_to_resume, force_cpu_backend
@@ -38,9 +41,11 @@ SIZES = (
 
 
 _AT_LEAST_1 = (
-    *("max_train_samples", "max_eval_samples", "max_length", "train_length", "max_source_length", "hidden_size"),
-    *("early_stopping_patience", "tokenizer_vocab_size", "num_attention_heads", "attention_head_size", "num_hashes"),
-    *("feed_forward_size", "generation_num_beams", "gradient_accumulation_steps", "eval_accumulation_steps"),
+    *("max_train_samples", "max_eval_samples", "max_predict_samples", "max_length", "train_length"),
+    *("max_answer_length", "n_best_size"),
+    *("max_source_length", "hidden_size", "early_stopping_patience", "tokenizer_vocab_size", "num_attention_heads"),
+    *("attention_head_size", "num_hashes", "feed_forward_size", "generation_num_beams"),
+    *("gradient_accumulation_steps", "eval_accumulation_steps"),
     *("per_device_train_batch_size", "per_device_eval_batch_size"),
 )
 # What numbers options may be, in whatever recipe: a rule in words, the rule, the names of the options.
@@ -49,9 +54,10 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("above 0 and at most 1", lambda x: 0 < x <= 1, ("mlm_probability",)),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, ("hidden_dropout_prob",)),
     ("above 0", lambda x: x > 0, ("num_train_epochs",)),
-    ("a number of at least 0", lambda x: 0 <= x < math.inf, ("learning_rate",)),
+    ("a number of at least 0", lambda x: 0 <= x < math.inf, ("learning_rate", "pretrain_learning_rate")),
     ("at least 1", lambda x: x >= 1, _AT_LEAST_1),
-    ("at least 2", lambda x: x >= 2, ("max_target_length", "generation_max_length", "eval_length")),
+    ("at least 0", lambda x: x >= 0, ("pretrain_steps",)),
+    ("at least 2", lambda x: x >= 2, ("pretrain_length", "max_target_length", "generation_max_length", "eval_length")),
 )
 
 
@@ -108,7 +114,7 @@ def parse_arguments(
 
     Args:
         classes: the last one is `TrainingArguments` or a subclass of it.
-        arguments: default: those of the process.
+        arguments: default: those of the process. A JSON or YAML file of arguments may stand for all of them.
         defaults: besides `DEFAULTS`; they replace the defaults of `classes`.
         presets: further defaults, for the case that a flag is given.
 
@@ -116,20 +122,66 @@ def parse_arguments(
         ValueError: a number is outside of its `LIMITS`.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if len(arguments) == 1 and arguments[0].lower().endswith((".json", ".yaml", ".yml")):
+        arguments = arguments_of_file(Path(arguments[0]))
     require("accelerate")  # without it, `TrainingArguments` would name another package to install
     force_cpu_backend()
     options = {"prog": f"hf-reformer train {recipe}", "usage": "%(prog)s [OPTIONS]", "description": description}
+    given = _given_options(HfArgumentParser(classes, add_help=False, **options), classes, arguments)
     parser = HfArgumentParser(classes, formatter_class=_Formatter, **options)
     parser.set_defaults(**{**DEFAULTS, **defaults})
-    flags = {argument.split("=")[0] for argument in arguments}
     for flag, preset in (presets or {}).items():
-        if flag in flags:
+        if flag.removeprefix("--") in given:
             parser.set_defaults(**preset)
+    told = [given.get(name) for name in ("do_train", "do_eval", "do_predict")]
+    if any(told) and not told[1]:
+        parser.set_defaults(eval_strategy="no")
     *parsed, args = parser.parse_args_into_dataclasses(arguments)
+    args.do_train, args.do_eval, args.do_predict = told  # None: nothing was said
+    if any(told) and args.eval_strategy != "no":
+        args.do_eval = True
     for options in (*parsed, args):
         check_options(options)
+    check_report_to(args.report_to)
     args.resume_from_checkpoint = checkpoint_to_resume(args)
     return *parsed, args
+
+
+def arguments_of_file(file: Path) -> list[str]:
+    """The options that a JSON or YAML file of names and values holds, as on a command line. None leaves one out."""
+    if not file.is_file():
+        raise ValueError(f"There is no file `{file}` of arguments.")
+    text = read_text(file)
+    try:
+        values = json.loads(text) if file.suffix.lower() == ".json" else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ValueError(f"`{file}` cannot be read as a file of arguments: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f'`{file}` must hold an object of option names and values, such as {{"max_steps": 10}}.')
+    arguments = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            arguments += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            arguments.append(f"--{name}={text}")
+    return arguments
+
+
+def _given_options(parser: HfArgumentParser, classes: Sequence[Any], arguments: list[str]) -> dict[str, Any]:
+    """The options that `arguments` name, with their values. The parser loses its defaults."""
+    absent = object()
+    parser.set_defaults(**{field.name: absent for one in classes for field in fields(one) if field.init})
+    return {name: x for name, x in vars(parser.parse_known_args(arguments)[0]).items() if x is not absent}
+
+
+def check_report_to(names: list[str]) -> None:
+    """Raise an error, before anything is read, for a tracker that is unknown or not installed."""
+    for tracker in get_reporting_integration_callbacks(names):
+        try:
+            tracker()
+        except RuntimeError as error:
+            raise ImportError(f"--report_to: {error}") from error
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:

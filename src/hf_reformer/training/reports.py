@@ -1,8 +1,11 @@
 """What a recipe leaves at the end: scores, figures, the model card."""
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from transformers import Trainer
@@ -17,6 +20,9 @@ CONTENTS = {
     "scores.json": "the scores above",
     "predictions_*": "one line per example",
     "confusion_matrix_*.png": "predicted and true labels",
+    "highlights_*.html": "texts with what was predicted and what is true",
+    "answers_*.png": "where answers lie and were found, by kind of question",
+    "choices_*.png": "places of the true choice, and how sure the model was",
     "learning_curve.png": "loss during training",
     "checkpoint-*": "for --resume_from_checkpoint",
 }
@@ -25,10 +31,22 @@ CONTENTS = {
 def write_report(trainer: Trainer, scores: dict[str, Any], summary: str, dataset: str | None, **metadata: Any) -> None:
     """Print the summary of the scores and list the files of the run; save `scores.json` and the model card.
 
+    With `--push_to_hub`, everything but checkpoints is pushed. To be called by every process.
+
     Args:
+        scores, summary: those of the main process count.
         dataset: what the model was trained on; None: write no model card.
         metadata: of the model card.
     """
+    if trainer.is_world_process_zero():
+        _write_report(trainer, scores, summary, dataset, metadata)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def _write_report(
+    trainer: Trainer, scores: dict[str, Any], summary: str, dataset: str | None, metadata: dict[str, Any]
+) -> None:
     folder = Path(trainer.args.output_dir)
     tokenizer: Any = trainer.processing_class
     (folder / "scores.json").write_text(json.dumps(scores, indent=2, allow_nan=False) + "\n", encoding="utf-8")
@@ -37,7 +55,8 @@ def write_report(trainer: Trainer, scores: dict[str, Any], summary: str, dataset
         if trained:
             trainer.save_state()  # again, with the last evaluation
         metadata |= {"training": extract_hyperparameters_from_trainer(trainer) if trained else None}
-        metadata |= {"dataset_name": dataset, "notes": f"## Scores\n\n{summary}", "with_code": False}
+        notes = f"## Scores\n\n{summary}" if summary else None
+        metadata |= {"dataset_name": dataset, "notes": notes, "with_code": False}
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
         model_card(model, str(folder), tokenizer, trainer.state, **metadata).save(folder / "README.md")
     print(f"\n{summary}\n\nThe results are in {folder}/")
@@ -47,7 +66,9 @@ def write_report(trainer: Trainer, scores: dict[str, Any], summary: str, dataset
 
 
 def format_table(scores: dict[str, dict[str, float]]) -> str:
-    """A Markdown table with a row per model and a column per metric."""
+    """A Markdown table with a row per model and a column per metric; nothing without a model."""
+    if not scores:
+        return ""
     metrics = list(dict.fromkeys(metric for row in scores.values() for metric in row))
     first, widths = max(map(len, scores)), {metric: max(5, len(metric)) for metric in metrics}
     lines = [
@@ -58,6 +79,54 @@ def format_table(scores: dict[str, dict[str, float]]) -> str:
         cells = (f"{row[metric]:{widths[metric]}.3f}" if metric in row else " " * widths[metric] for metric in metrics)
         lines.append(f"| {model:{first}} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def format_tables(tables: Mapping[str, dict[str, dict[str, float]]], splits: Mapping[str, Any], what: str) -> str:
+    """The table of every split, below its name and size: `validation: 900 texts`."""
+    parts = [f"{split}: {len(splits[split])} {what}\n\n{format_table(table)}" for split, table in tables.items()]
+    return "\n\n".join(parts)
+
+
+def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """A JSON object a line."""
+    with open(file, "w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+class Highlighted(NamedTuple):
+    """A text with marked spans, each (start, end, label); those that are true and those that were predicted."""
+
+    heading: str
+    text: str
+    true: list[tuple[int, int, str]]
+    predicted: list[tuple[int, int, str]]
+
+
+_STYLE = """body{font:16px/1.6 system-ui,sans-serif;max-width:48em;margin:2em auto;padding:0 1em}
+h3{margin:2em 0 .3em;font-size:1em}.true{border-bottom:3px solid #2e7d32}.predicted{background:#ffe082}
+sup{font-size:.65em;color:#555}p{white-space:pre-wrap;margin:0}"""
+_AROUND = 600  # characters that are shown before and after the marked ones
+_SHOWN = 100  # texts on a page
+
+
+def write_highlights(file: Path, title: str, examples: Sequence[Highlighted]) -> None:
+    """A page of texts, the first hundred: what is true is underlined, what was predicted has a background."""
+    page = [f"<!doctype html><meta charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style>"]
+    page.append(f"<h1>{escape(title)}</h1><p><span class='predicted'>predicted</span>, <span class='true'>true</span>")
+    for heading, text, true, predicted in examples[:_SHOWN]:
+        places = [place for start, end, _ in (*true, *predicted) for place in (start, end)]
+        low, high = max(0, min(places, default=0) - _AROUND), min(len(text), max(places, default=0) + _AROUND)
+        borders = sorted({low, high, *places})
+        pieces = ["…" if low else ""]
+        for start, end in pairwise(borders):
+            spans = {"true": true, "predicted": predicted}
+            kinds = [kind for kind, some in spans.items() if any(a <= start and end <= b for a, b, _ in some)]
+            piece = escape(text[start:end])
+            pieces.append(f"<span class='{' '.join(kinds)}'>{piece}</span>" if kinds else piece)
+            pieces += [f"<sup>{escape(label)}</sup>" for _, b, label in predicted if b == end and label]
+        pieces.append("…" if high < len(text) else "")
+        page.append(f"<h3>{escape(heading)}</h3><p>{''.join(pieces)}</p>")
+    file.write_text("\n".join(page) + "\n", encoding="utf-8")
 
 
 def draw_learning_curve(trainer: Trainer, metric: str, bits_per_nat: float) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from safetensors import safe_open
@@ -25,6 +26,7 @@ from .found_callback import AttentionFoundCallback, has_hashing_layers
 
 logger = logging.get_logger(__name__)
 
+PRETRAINED = "_pretrained"  # below the directory of a run; what begins with _ is not pushed to the Hub
 STATE = "trainer_state.json"  # the Trainer's record of the run, the last file of a checkpoint
 
 
@@ -74,6 +76,8 @@ def train_and_save(trainer: Trainer, data_summary: str) -> None:
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """The checkpoint that `--resume_from_checkpoint` names; `last` is the newest whole one of the run.
 
+    Where there is none yet, it is the newest one of the run's pre-training.
+
     Raises:
         ValueError: it is not whole, or there is none.
     """
@@ -84,14 +88,17 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
                 f"--resume_from_checkpoint {name}: {damage}. Name another checkpoint, or `last`: the newest whole one."
             )
         return name or None
-    steps = {_step(path): path for path in Path(args.output_dir).glob("checkpoint-*") if _step(path) is not None}
-    for step in sorted(steps, reverse=True):
-        if (damage := checkpoint_damage(steps[step])) is None:
-            return str(steps[step])
-        if args.process_index == 0:
-            logger.warning(f"{steps[step]} is passed over: {damage}.")
+    found = False
+    for folder in (Path(args.output_dir), Path(args.output_dir, PRETRAINED)):
+        steps = {_step(path): path for path in folder.glob("checkpoint-*") if _step(path) is not None}
+        found = found or bool(steps)
+        for step in sorted(steps, reverse=True):
+            if (damage := checkpoint_damage(steps[step])) is None:
+                return str(steps[step])
+            if args.process_index == 0:
+                logger.warning(f"{steps[step]} is passed over: {damage}.")
     raise ValueError(
-        f"--resume_from_checkpoint {name}: {args.output_dir} holds no {'whole ' if steps else ''}checkpoint. Leave "
+        f"--resume_from_checkpoint {name}: {args.output_dir} holds no {'whole ' if found else ''}checkpoint. Leave "
         "the option out to begin from the start."
     )
 
@@ -130,10 +137,17 @@ def _step(checkpoint: Path) -> int | None:
     return None if found is None else int(found[1])
 
 
+def longest_first(dataset: Dataset, first: int = 0) -> Dataset:
+    """Sorted by length, so that batches need little padding; the column `row` holds the old order, from `first` on."""
+    order = np.argsort(-np.asarray(read_column(dataset, "length")), kind="stable")
+    return dataset.select(order).add_column("row", order + first)
+
+
 def predict_splits(trainer: Trainer, encoded: Mapping[str, Dataset]) -> Iterator[tuple[str, Any]]:
     """Predict all splits but the training data and save their metrics; the main process gets the predictions.
 
-    Every process must run through the iterator.
+    They are in the order that the column `row` tells, where there is one (`longest_first`). Every process must run
+    through the iterator.
     """
     for split, dataset in encoded.items():
         if split != "train":
@@ -143,7 +157,11 @@ def predict_splits(trainer: Trainer, encoded: Mapping[str, Dataset]) -> Iterator
                 raise ValueError(_diverged(f"`{split}_loss`", loss))
             trainer.save_metrics(split, output.metrics)
             if trainer.is_world_process_zero():
-                yield split, output.predictions
+                found: Any = output.predictions
+                if "row" in dataset.column_names:
+                    order = np.argsort(read_column(dataset, "row"))
+                    found = tuple(x[order] for x in found) if isinstance(found, tuple) else found[order]
+                yield split, found
 
 
 class WholeCheckpointsMixin:
@@ -206,6 +224,19 @@ def _diverged(name: str, value: float) -> str:
     )
 
 
+class RecipeMixin(WholeCheckpointsMixin, FiniteLossMixin):
+    """What all Trainers of the recipes share. `reports.write_report` writes the model card, so they write none."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Called before everything is pushed to the Hub."""
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As the library's. A loader draws a seed; training goes on as if it did not, so that resumed runs agree."""
+        library: Any = super()
+        with torch.random.fork_rng(devices=[]):
+            return library.evaluation_loop(*args, **kwargs)
+
+
 class SequentialEvalMixin:
     """Makes a Trainer evaluate and predict in the order of the data, even if it groups training batches by length."""
 
@@ -231,7 +262,7 @@ class EpochLengthSampler(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
-class GroupedTrainer(WholeCheckpointsMixin, FiniteLossMixin, SequentialEvalMixin, Trainer):
+class GroupedTrainer(RecipeMixin, SequentialEvalMixin, Trainer):
     """A Trainer that groups batches by `EpochLengthSampler`."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -242,7 +273,7 @@ class GroupedTrainer(WholeCheckpointsMixin, FiniteLossMixin, SequentialEvalMixin
         return EpochLengthSampler(batch, read_column(self.train_dataset, "length"), seed)
 
 
-class LanguageModelTrainer(WholeCheckpointsMixin, FiniteLossMixin, Trainer):
+class LanguageModelTrainer(RecipeMixin, Trainer):
     """A Trainer that evaluates sequence by sequence and gives `compute_metrics` the nats and targets of each."""
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -270,7 +301,7 @@ class LanguageModelTrainer(WholeCheckpointsMixin, FiniteLossMixin, Trainer):
         return nats.sum() / counts.sum().clamp(min=1), nats, counts
 
 
-class SequentialSeq2SeqTrainer(WholeCheckpointsMixin, FiniteLossMixin, SequentialEvalMixin, Seq2SeqTrainer):
+class SequentialSeq2SeqTrainer(RecipeMixin, SequentialEvalMixin, Seq2SeqTrainer):
     """A Seq2SeqTrainer whose predictions are in the order of the data, each once."""
 
     # Drops the duplicates that fill the last batch of several processes; Seq2SeqTrainer would set one that keeps them.

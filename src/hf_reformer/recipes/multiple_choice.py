@@ -1,0 +1,284 @@
+"""Train a Reformer to choose the right one of several endings of a text, or answers to a question.
+
+    # your own files with SWAG's columns: sent1, sent2, ending0, ending1 …, label
+    hf-reformer train multiple-choice --train_file train.csv --validation_file validation.csv --baselines
+
+    # other columns: a text, a list of choices, the number of the right one
+    hf-reformer train multiple-choice --dataset_name Rowan/hellaswag --context_column ctx --endings_column endings
+
+    # a model that was saved by one of these runs: train it further, or only predict
+    hf-reformer train multiple-choice --model_name_or_path runs/multiple-choice --train_file more.csv
+    hf-reformer train multiple-choice --model_name_or_path runs/multiple-choice --test_file questions.csv
+
+Every question has the same number of choices, any from two on. All options of `transformers.TrainingArguments` work,
+`--resume_from_checkpoint last` included.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from scipy.special import softmax
+from sklearn.feature_extraction.text import TfidfVectorizer
+from transformers import (
+    AutoModelForMultipleChoice,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging
+
+from ..data.tables import cell_text, check_columns, check_distinct, read_column
+from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
+from ..training.pretraining import PretrainingArguments, pretrain
+from ..training.reports import format_tables, write_report, write_rows
+from ..training.trainers import GroupedTrainer, build_trainer, longest_first, predict_splits, train_and_save
+
+logger = logging.get_logger(__name__)
+
+DEFAULTS = {"output_dir": "runs/multiple-choice", "train_sampling_strategy": "group_by_length"}
+PRESETS = {"--model_name_or_path": {"learning_rate": 2e-4, "num_train_epochs": 3}}
+
+
+@dataclass
+class DataArguments(PretrainingArguments):
+    """Where questions and choices come from."""
+
+    context_column: str = option("sent1", "The texts, or questions.")
+    start_column: str | None = option(None, "What every choice begins with. Default: sent2, where there is one.")
+    ending_prefix: str = option("ending", "Choices are in columns of this name with 0, 1, … behind it.")
+    endings_column: str | None = option(None, "A column of lists of choices, instead.")
+    label_column: str = option("label", "The number of the right choice, from 0 on.")
+    max_length: int = option(
+        1024, "Text and choice together; longer ones are truncated.", aliases=["--max_seq_length"]
+    )
+    baselines: bool = option(False, "Also score guessing and the choice likest to the text.")
+
+    def check(self, model: ModelArguments, args: TrainingArguments) -> None:
+        names = ("context_column", "start_column", "endings_column", "label_column")
+        check_distinct({f"--{name}": getattr(self, name) for name in names})
+        super().check(model, args)
+
+
+class Question(NamedTuple):
+    """A text and its choices. `label`: the number of the right one; None: unknown."""
+
+    context: str
+    choices: list[str]
+    label: int | None
+
+
+def read_questions(dataset: Dataset, args: DataArguments, split: str) -> list[Question]:
+    """The questions of a split; a test split without labels has none.
+
+    Raises:
+        ValueError: a text is missing, there are fewer than two choices or not as many as elsewhere, or a label is
+            none of them; the message names the row.
+    """
+    names = dataset.column_names
+    start_column = args.start_column or ("sent2" if "sent2" in names else None)
+    label_column = args.label_column if args.label_column in names or not split.startswith("test") else None
+    columns = [args.context_column, start_column, args.endings_column, label_column]
+    check_columns(dataset, split, columns, "Name them with --context_column, --start_column and --label_column.")
+    labels: list[Any] = [None] * len(dataset) if label_column is None else read_column(dataset, label_column)
+    unknown = split.startswith("test") and all(label in (None, "", -1, "-1") for label in labels)
+    starts = [""] * len(dataset) if start_column is None else read_column(dataset, start_column)
+    rows = zip(read_column(dataset, args.context_column), starts, _choices(dataset, args, split), labels, strict=True)
+    questions: list[Question] = []
+    for row, (context, start, choices, label) in enumerate(rows):
+        where = f"Row {row} of the {split} data"
+        size = len(questions[0].choices) if questions else max(2, len(choices))
+        if len(choices) != size:
+            raise ValueError(
+                f"{where} has {len(choices)} choices, not {size}. All questions need as many, at least two."
+            )
+        for text in (context, *choices):
+            if not isinstance(text, str | int | float) or not str(cell_text(text) or "").strip():
+                raise ValueError(f"{where} holds {text!r}, where a text or a choice belongs. Leave it out.")
+        beginning = cell_text(start) or ""
+        texts = [f"{beginning} {cell_text(choice)}".strip() for choice in choices]
+        questions.append(Question(str(cell_text(context)), texts, None if unknown else _label(label, size, where)))
+    return questions
+
+
+def _choices(dataset: Dataset, args: DataArguments, split: str) -> list[list[Any]]:
+    """The choices of every row, of one column or of several."""
+    if args.endings_column is not None:
+        return [cell if isinstance(cell, list) else [cell] for cell in read_column(dataset, args.endings_column)]
+    pattern = re.compile(re.escape(args.ending_prefix) + r"(\d+)")
+    numbers = sorted(int(match[1]) for name in dataset.column_names if (match := pattern.fullmatch(name)))
+    if len(numbers) < 2:
+        raise ValueError(
+            f"The {split} data has no columns {args.ending_prefix}0 and {args.ending_prefix}1; its columns are "
+            f"{dataset.column_names}. Name them with --ending_prefix, or a column of lists with --endings_column."
+        )
+    columns = [read_column(dataset, f"{args.ending_prefix}{number}") for number in numbers]
+    return list(map(list, zip(*columns, strict=True)))
+
+
+def _label(cell: Any, size: int, where: str) -> int:
+    """The number of the right choice, as it is written."""
+    whole = isinstance(cell, float) and cell.is_integer()
+    text = str(int(cell) if whole else cell).strip()
+    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) >= size:
+        raise ValueError(
+            f"{where} has the label {cell!r}, where the number of a choice belongs, from 0 to {size - 1}. Correct it, "
+            "or leave the row out."
+        )
+    return int(text)
+
+
+def tokenize(questions: list[Question], tokenizer: PreTrainedTokenizerBase, max_length: int, split: str) -> Dataset:
+    """Columns of inputs, each a list per choice; `length`, that of the longest; and, if known, `label`."""
+
+    def encode(batch: dict[str, list[int]]) -> dict[str, list]:
+        some = [questions[row] for row in batch["number"]]
+        pairs = [(question.context, choice) for question in some for choice in question.choices]
+        encoded = tokenizer(*map(list, zip(*pairs, strict=True)), truncation=True, max_length=max_length)
+        size = len(some[0].choices)
+        columns = {name: [x[i : i + size] for i in range(0, len(pairs), size)] for name, x in encoded.items()}
+        columns["length"] = [max(map(len, ids)) for ids in columns["input_ids"]]
+        cut = (
+            [bool(encoding.overflowing) for encoding in encoded.encodings] if encoded.is_fast else [False] * len(pairs)
+        )
+        columns["cut"] = [any(cut[i : i + size]) for i in range(0, len(pairs), size)]
+        if some[0].label is not None:
+            columns["label"] = [question.label for question in some]
+        return columns
+
+    numbers = Dataset.from_dict({"number": range(len(questions))})
+    found = numbers.map(encode, batched=True, batch_size=64, remove_columns=["number"], desc="Tokenizing")
+    if cut := sum(read_column(found, "cut")):
+        logger.warning(f"{cut} questions of the {split} data are cut to --max_length {max_length} tokens.")
+    return found.remove_columns("cut")
+
+
+@dataclass
+class ChoiceCollator:
+    """Batches of shape (rows, choices, length), with labels if they are known; the library's needs labels."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        names = [name for name in self.tokenizer.model_input_names if name in rows[0]]
+        flat = {name: [one for row in rows for one in row[name]] for name in names}
+        padded = self.tokenizer.pad(flat, return_tensors="pt")
+        batch = {name: x.view(len(rows), -1, x.shape[1]) for name, x in padded.items()}
+        return batch | ({"labels": torch.tensor([row["label"] for row in rows])} if "label" in rows[0] else {})
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """`compute_metrics`: the share of questions whose right choice has the highest score."""
+    right = np.asarray(prediction.predictions).argmax(-1) == np.asarray(prediction.label_ids)
+    return {"accuracy": float(right.mean())}
+
+
+def baselines(questions: list[Question]) -> dict[str, dict[str, float]]:
+    """The accuracy of guessing, and of the choice whose words are likest to those of the text."""
+    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+    found = {"guessing": {"accuracy": 1 / len(questions[0].choices)}}
+    texts = [[question.context, *question.choices] for question in questions]
+    try:
+        vectorizer.fit([text for some in texts for text in some])
+    except ValueError:  # not one word
+        return found
+    right = []
+    for some, question in zip(texts, questions, strict=True):
+        vectors = vectorizer.transform(some)
+        right.append(int(np.asarray((vectors[1:] @ vectors[0].T).todense()).argmax()) == question.label)
+    return found | {"the choice likest to the text (TF-IDF)": {"accuracy": float(np.mean(right))}}
+
+
+def draw_choices(file: Path, questions: list[Question], logits: np.ndarray, title: str) -> None:
+    """At which place the right choice stands among all, by score; and how often the model is right when it is sure."""
+    labels = np.array([question.label for question in questions])
+    size = logits.shape[1]
+    places = (logits > np.take_along_axis(logits, labels[:, None], 1)).sum(-1)
+    probabilities = softmax(logits, axis=-1).max(-1)
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.bar(range(1, size + 1), np.bincount(places, minlength=size) / len(labels), label="model")
+    left.axhline(1 / size, color="black", linestyle=":", label="guessing")
+    left.set(xlabel="place of the right choice", ylabel="share of questions", title=title, xticks=range(1, size + 1))
+    left.legend()
+    bins = np.linspace(1 / size, 1, 9)
+    number = np.clip(np.digitize(probabilities, bins) - 1, 0, len(bins) - 2)
+    points = [(probabilities[number == i].mean(), (places[number == i] == 0).mean(), (number == i).sum())
+              for i in range(len(bins) - 1) if (number == i).any()]  # fmt: skip
+    sure, correct, count = zip(*points, strict=True)
+    right.plot([1 / size, 1], [1 / size, 1], color="black", linestyle=":", label="as sure as right")
+    right.scatter(sure, correct, s=20 + 400 * np.array(count) / len(labels), alpha=0.7, label="questions")
+    right.set(xlabel="probability of the chosen one", ylabel="share that is right", ylim=(-0.05, 1.05))
+    right.legend()
+    figure.savefig(file, dpi=120)
+
+
+def report(
+    trainer: Trainer, questions: Mapping[str, list[Question]], encoded: Mapping[str, Dataset], args: DataArguments
+) -> None:
+    """Write choices, pictures and scores of all splits but the training data, and the scores of baselines."""
+    folder, tables = Path(str(trainer.args.output_dir)), {}
+    for split, logits in predict_splits(trainer, encoded):
+        some, probabilities, chosen = questions[split], softmax(logits, axis=-1), logits.argmax(-1)
+        known = some[0].label is not None
+        write_rows(
+            folder / f"predictions_{split}.jsonl",
+            (
+                {"row": row, "prediction": int(best), "choice": question.choices[best]}
+                | ({"label": question.label} if known else {})
+                | {"probabilities": [round(float(p), 6) for p in all_of_them]}
+                for row, (question, best, all_of_them) in enumerate(zip(some, chosen, probabilities, strict=True))
+            ),
+        )
+        if known:
+            labels = np.array([question.label for question in some])
+            tables[split] = {"Reformer": {"accuracy": float((chosen == labels).mean())}}
+            if args.baselines:
+                tables[split] |= baselines(some)
+            draw_choices(folder / f"choices_{split}.png", some, logits, f"{split}: {len(some)} questions")
+    dataset = args.describe() if "train" in questions else None
+    write_report(trainer, tables, format_tables(tables, questions, "questions"), dataset)
+
+
+def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments) -> None:
+    """Read the data, train, evaluate and report."""
+    set_seed(args.seed)
+    found, encoded = {}, {}
+    with args.main_process_first(desc="preparing the data"):
+        for split, rows in data.read().items():
+            with data.told(split):
+                found[split] = read_questions(rows, data, split)
+        chosen = data.choose_rows({split: len(some) for split, some in found.items()}, args.seed)
+        questions = {split: [found[source][i] for i in rows] for split, (source, rows) in chosen.items()}
+        texts = [text for question in questions.get("train", []) for text in (question.context, *question.choices)]
+        tokenizer = make_tokenizer(model_args, texts, data.max_length)
+        for split, some in questions.items():
+            encoded[split] = tokenize(some, tokenizer, data.max_length, split)
+            if split != "train":
+                encoded[split] = longest_first(encoded[split])
+    trains = "train" in questions
+    model_args = pretrain(data, model_args, args, tokenizer, texts, data.max_length)
+    model = make_model(AutoModelForMultipleChoice, model_args, tokenizer, data.max_length, trains)
+    options = {"data_collator": ChoiceCollator(tokenizer), "compute_metrics": accuracy}
+    trainer = build_trainer(GroupedTrainer, model, args, tokenizer, encoded, **options)
+    counts = ", ".join(f"{split} {len(some)}" for split, some in questions.items())
+    size = len(next(iter(questions.values()))[0].choices)
+    mean = np.mean(read_column(next(iter(encoded.values())), "length"))
+    train_and_save(trainer, f"Questions: {counts}; {size} choices, of at most {mean:.0f} tokens on average")
+    report(trainer, questions, encoded, data)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe with these arguments, by default those of the process."""
+    classes = (DataArguments, ModelArguments, TrainingArguments)
+    data, model_args, args = parse_arguments("multiple-choice", __doc__, classes, arguments, DEFAULTS, PRESETS)
+    data.check(model_args, args)
+    run(data, model_args, args)

@@ -1,0 +1,79 @@
+"""Pre-training of an encoder on the inputs of its own task, by masked tokens; then the task goes on from there."""
+
+from collections.abc import Iterable
+from copy import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import (
+    AutoModelForMaskedLM,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from ..data.packing import MaskingCollator, packed_dataset
+from .data_setup import SplitArguments
+from .model_setup import ModelArguments, make_model, option
+from .trainers import PRETRAINED, LanguageModelTrainer, build_trainer, train_and_save
+
+
+@dataclass
+class PretrainingArguments(SplitArguments):
+    """Options of a recipe whose model is an encoder."""
+
+    pretrain_steps: int = option(0, "First so many steps of filling in masked tokens of the training inputs.")
+    pretrain_length: int = option(512, "Tokens of a sequence in pre-training.")
+    pretrain_learning_rate: float = option(2e-3, "The learning rate of pre-training.")
+    mlm_probability: float = option(0.15, "Share of tokens masked in pre-training.")
+
+    def check(self, model: ModelArguments, args: TrainingArguments) -> None:
+        super().check(model, args)
+        if self.pretrain_steps and model.model_name_or_path is not None:
+            raise ValueError("--pretrain_steps makes a new model. Leave it out, or --model_name_or_path.")
+        if self.pretrain_steps and not args.do_train:
+            raise ValueError("--pretrain_steps belongs to training, and nothing is trained here. Leave it out.")
+
+
+def pretrain(
+    data: PretrainingArguments,
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    max_length: int,
+) -> ModelArguments:
+    """Pre-train a model on these texts, and name it as the saved model to start from. Without steps: nothing changes.
+
+    It lies below the directory of the run. A run that is resumed goes on with its pre-training, or uses its result.
+
+    Raises:
+        ValueError: the texts are too short, the tokenizer has no mask token, or there is no result to go on from.
+    """
+    if not data.pretrain_steps:
+        return model_args
+    folder = Path(str(args.output_dir), PRETRAINED)
+    result = replace(model_args, model_name_or_path=str(folder), config_overrides=None)
+    resumed = args.resume_from_checkpoint
+    if resumed is not None and Path(resumed).parent.name != PRETRAINED:
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"--resume_from_checkpoint {resumed}: there is no pre-trained model in {folder}.")
+        return result
+    length = min(data.pretrain_length, max_length)
+    with args.main_process_first(desc="preparing the pre-training"):
+        sequences = packed_dataset([[text] for text in texts], tokenizer, length, "--pretrain_length")
+    options: Any = copy(args)
+    options.output_dir, options.max_steps = str(folder), data.pretrain_steps
+    options.learning_rate, options.label_smoothing_factor = data.pretrain_learning_rate, 0.0
+    options.eval_strategy, options.load_best_model_at_end, options.push_to_hub = "no", False, False
+    options.train_sampling_strategy, options.remove_unused_columns = "random", True
+    model = make_model(AutoModelForMaskedLM, model_args, tokenizer, max_length)
+    collator, splits = MaskingCollator(tokenizer, data.mlm_probability, args.seed), {"train": sequences}
+    both: dict[str, Any] = {"data_collator": collator, "callbacks": [collator]}
+    trainer = build_trainer(LanguageModelTrainer, model, options, tokenizer, splits, **both)
+    train_and_save(trainer, f"Pre-training: {len(sequences):,} sequences of {length} tokens")
+    trainer.accelerator.wait_for_everyone()
+    args.resume_from_checkpoint = None
+    set_seed(args.seed)  # the task begins alike, however pre-training came here
+    return result

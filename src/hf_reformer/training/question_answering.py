@@ -1,0 +1,244 @@
+"""Question answering by spans of a document: SQuAD's scores, a Trainer that evaluates spans, baselines, pictures."""
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sklearn.feature_extraction.text import TfidfVectorizer
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from ..hub.pipelines import best_spans, log_probabilities, trimmed
+from .trainers import GroupedTrainer
+
+
+class Example(NamedTuple):
+    """A question to a document. `answers`: texts and where each begins; empty: there is none; None: unknown."""
+
+    id: str
+    question: str
+    context: str
+    answers: list[tuple[str, int]] | None
+
+
+# --- SQuAD's scores
+
+
+def normalized(answer: str) -> list[str]:
+    """The words of an answer in lower case, without punctuation and articles."""
+    text = "".join(character for character in answer.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def exact_match(answer: str, gold: str) -> float:
+    """1 if both have the same words, else 0."""
+    return float(normalized(answer) == normalized(gold))
+
+
+def f1(answer: str, gold: str) -> float:
+    """The F1 of the words of both. Where one has no words, 1 if the other has none either."""
+    found, wanted = normalized(answer), normalized(gold)
+    if not found or not wanted:
+        return float(found == wanted)
+    common = sum((Counter(found) & Counter(wanted)).values())
+    return 2 * common / (len(found) + len(wanted))
+
+
+def score_one(answer: str, golds: Sequence[str]) -> tuple[float, float]:
+    """Exact match and F1 with the best of several answers; answers without a word count as "no answer"."""
+    golds = [gold for gold in golds if normalized(gold)] or [""]
+    return max(exact_match(answer, gold) for gold in golds), max(f1(answer, gold) for gold in golds)
+
+
+def score_answers(answers: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Means over all questions, from 0 to 100; where some have no answer, also over each of the two kinds."""
+    scores = np.array([score_one(answer, some) for answer, some in zip(answers, golds, strict=True)]) * 100
+    has_answer = np.array([len(some) > 0 for some in golds])
+    found = {"exact_match": scores[:, 0].mean(), "f1": scores[:, 1].mean()}
+    if not has_answer.all() and has_answer.any():
+        found |= {"HasAns_exact": scores[has_answer, 0].mean(), "HasAns_f1": scores[has_answer, 1].mean()}
+        found |= {"NoAns_f1": scores[~has_answer, 1].mean()}
+    return {name: float(value) for name, value in found.items()}
+
+
+# --- evaluation
+
+
+@dataclass
+class SpanCollator:
+    """Pads inputs and, with -1, the characters that their tokens stand for; takes whatever else rows hold."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        inputs = {name: [row[name] for row in rows] for name in self.tokenizer.model_input_names if name in rows[0]}
+        batch = dict(self.tokenizer.pad(inputs, return_tensors="pt", padding_side="right"))
+        length = batch["input_ids"].shape[1]
+        for name in ("start_positions", "end_positions", "row"):
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows])
+        for name in ("char_starts", "char_ends"):
+            if name in rows[0]:
+                batch[name] = torch.tensor([[*row[name], *[-1] * (length - len(row[name]))] for row in rows])
+        return batch
+
+
+class SpanTrainer(GroupedTrainer):
+    """A Trainer whose predictions are the best spans of every document, and whose labels are numbers of examples.
+
+    Predictions: (rows, 1 + count, 2) int64, the first and the last character + 1 of every span, best first, after the
+    null position; and (rows, 1 + count) float64, their log-probabilities, -inf where there are fewer spans.
+    """
+
+    count = 1
+    max_answer_length = 64
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor | None, Any, torch.Tensor]:
+        prepared: Any = self._prepare_inputs(inputs)
+        row, starts, ends = (prepared.pop(name) for name in ("row", "char_starts", "char_ends"))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            output = model(**prepared)
+        loss = output.loss.detach() if "start_positions" in prepared else None
+        spans = torch.zeros(len(row), 1 + self.count, 2, dtype=torch.int64)
+        scores = torch.full((len(row), 1 + self.count), -math.inf, dtype=torch.float64)
+        for i, real in enumerate(prepared["attention_mask"].bool()):
+            places = starts[i][real].cpu(), ends[i][real].cpu()
+            solid = places[1] > places[0]  # white space is empty
+            logits = (x[i][real].cpu() for x in (output.start_logits, output.end_logits))
+            first, last = (log_probabilities(x, solid) for x in logits)
+            scores[i, 0] = first[0] + last[0]
+            first, last = (x.masked_fill(~solid, -math.inf) for x in (first, last))
+            offsets = list(zip(places[0].tolist(), places[1].tolist(), strict=True))
+            found = best_spans(first, last, places[0] >= 0, offsets, self.count, self.max_answer_length)
+            for n, (a, b, score) in enumerate(found, start=1):
+                spans[i, n], scores[i, n] = torch.tensor([offsets[a][0], offsets[b][1]]), score
+        return loss, (spans.to(row.device), scores.to(row.device)), row
+
+
+class Answer(NamedTuple):
+    """A place in a document, and its probability; the empty answer from 0 to 0 is "no answer"."""
+
+    text: str
+    start: int
+    end: int
+    score: float
+
+
+NO_ANSWER = Answer("", 0, 0, 0.0)
+
+
+@dataclass
+class Reader:
+    """Makes answers of what `SpanTrainer` predicts, and scores them: its `compute_metrics`.
+
+    Args:
+        examples: those of all splits that are evaluated, in the order of their numbers.
+        threshold: how much likelier, as a difference of logarithms, than the best span "no answer" must be to be
+            given; None: every question has an answer.
+    """
+
+    threshold: float | None
+    examples: list[Example] = field(default_factory=list)
+
+    def answers(self, context: str, spans: np.ndarray, scores: np.ndarray) -> list[Answer]:
+        """The answers to one question, best first."""
+        found = []
+        for (start, end), score in zip(spans[1:].tolist(), scores[1:].tolist(), strict=True):
+            if score > -math.inf:
+                text, start = trimmed(context, start, end)
+                found.append(Answer(text, start, start + len(text), math.exp(score)))
+        if self.threshold is not None:
+            none = NO_ANSWER._replace(score=math.exp(scores[0]))
+            found.insert(0 if not found or scores[0] - scores[1] > self.threshold else len(found), none)
+        return found or [NO_ANSWER]
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        spans, scores = (np.asarray(x) for x in prediction.predictions)
+        examples = [self.examples[number] for number in np.asarray(prediction.label_ids).tolist()]
+        if any(example.answers is None for example in examples):
+            return {}
+        best = [self.answers(x.context, *some)[0].text for x, *some in zip(examples, spans, scores, strict=True)]
+        return score_answers(best, [gold_texts(example) for example in examples])
+
+
+def gold_texts(example: Example) -> list[str]:
+    """The texts of an example's true answers."""
+    return [text for text, _ in example.answers or ()]
+
+
+# --- baselines
+
+
+def sentences(text: str) -> list[str]:
+    """A text cut behind full stops, question and exclamation marks that white space follows."""
+    return [sentence for sentence in re.split(r"(?<=[.!?])\s+", text.strip()) if sentence] or [text]
+
+
+def baselines(examples: Sequence[Example], version_2: bool) -> dict[str, dict[str, float]]:
+    """The scores of the whole document, of the sentence likest to the question, and of never answering."""
+    golds = [gold_texts(example) for example in examples]
+    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+    try:
+        vectorizer.fit([example.context for example in examples])
+    except ValueError:  # not one word
+        return {}
+    likest = []
+    for example in examples:
+        parts = sentences(example.context)
+        likeness = vectorizer.transform(parts) @ vectorizer.transform([example.question]).T
+        likest.append(parts[int(np.asarray(likeness.todense()).argmax())])
+    found = {
+        "the whole document": score_answers([example.context for example in examples], golds),
+        "the sentence likest to the question (TF-IDF)": score_answers(likest, golds),
+    }
+    return found | ({"no answer": score_answers([""] * len(golds), golds)} if version_2 else {})
+
+
+# --- pictures
+
+_QUESTIONS = ("what", "which", "who", "when", "where", "how", "why")
+
+
+def kind_of_question(question: str) -> str:
+    """The first word that asks: who, when, how many …"""
+    words = re.findall(r"\w+", question.lower())
+    for i, word in enumerate(words):
+        if word in _QUESTIONS:
+            many = word == "how" and words[i + 1 : i + 2] in (["many"], ["much"], ["long"], ["old"], ["far"])
+            return " ".join(words[i : i + 2]) if many else word
+        if word in ("whom", "whose"):
+            return "who"
+    return "other"
+
+
+def draw_answers(file: Path, examples: Sequence[Example], answers: Sequence[Answer], title: str) -> None:
+    """Where the true answers lie in their documents and where they were found; F1 by kind of question."""
+    scores = [score_one(one.text, gold_texts(x))[1] for x, one in zip(examples, answers, strict=True)]
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    places, bars = figure.subplots(1, 2)
+    points = [
+        (min((start for _, start in x.answers), key=lambda start: abs(start - one.start)), one.start, score)
+        for x, one, score in zip(examples, answers, scores, strict=True)
+        if x.answers and one.text
+    ]
+    if points:
+        true, found, colours = zip(*points, strict=True)
+        dots = places.scatter(true, found, c=colours, s=12, alpha=0.7, cmap="RdYlGn", vmin=0, vmax=1, linewidths=0)
+        figure.colorbar(dots, ax=places, label="F1")
+    places.set(xlabel="the answer begins at this character", ylabel="found at", title=title)
+    kinds: dict[str, list[float]] = {}
+    for example, score in zip(examples, scores, strict=True):
+        kinds.setdefault(kind_of_question(example.question), []).append(score)
+    often = sorted(kinds.items(), key=lambda kind: len(kind[1]))[-10:]
+    bars.barh([f"{kind} ({len(some)})" for kind, some in often], [100 * float(np.mean(some)) for _, some in often])
+    bars.set(xlabel="F1", title="by kind of question", xlim=(0, 100))
+    figure.savefig(file, dpi=120)

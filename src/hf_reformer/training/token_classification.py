@@ -1,0 +1,81 @@
+"""Labels of words: scores of entities by seqeval, or of every word; a baseline; spans of entities."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+from seqeval.metrics import accuracy_score, classification_report, f1_score, precision_score, recall_score
+from seqeval.metrics.sequence_labeling import get_entities
+from sklearn.metrics import f1_score as f1_of_classes
+from transformers import EvalPrediction
+
+from ..models.losses import IGNORE
+
+Tags = Sequence[Sequence[str]]  # the labels of the words of every sentence
+
+
+def marks_entities(names: Sequence[str]) -> bool:
+    """Whether labels mark spans: all are "O", or "B-", "I-" … with a type, as in B-PER."""
+    return any(name != "O" for name in names) and all(re.fullmatch(r"O|[BIESLU]-.+", name) for name in names)
+
+
+class TagScores:
+    """`compute_metrics` for labels that mark entities or, if they do not, for labels of words."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        self.entities = marks_entities(names)
+
+    def score(self, true: Tags, predicted: Tags) -> dict[str, float]:
+        """Precision, recall and F1 of whole entities and the accuracy of words; or accuracy and macro F1 of words."""
+        true, predicted = list(map(list, true)), list(map(list, predicted))
+        if self.entities:
+            scores = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
+            found = {name: score(true, predicted, zero_division=0) for name, score in scores.items()}
+            return {name: float(x) for name, x in found.items()} | {"accuracy": accuracy_score(true, predicted)}
+        flat_true, flat_predicted = ([tag for tags in some for tag in tags] for some in (true, predicted))
+        macro = f1_of_classes(flat_true, flat_predicted, average="macro", zero_division=0)
+        return {"accuracy": float(np.mean(np.array(flat_true) == flat_predicted)), "f1": float(macro)}
+
+    def by_entity(self, true: Tags, predicted: Tags) -> dict[str, dict[str, float]]:
+        """Precision, recall, F1 and number of the entities of every type."""
+        if not self.entities:
+            return {}
+        table = classification_report(list(true), list(predicted), output_dict=True, zero_division=0)
+        rows = {name: row for name, row in table.items() if not name.endswith(" avg")}
+        names = {"precision": "precision", "recall": "recall", "f1-score": "f1", "support": "number"}
+        return {name: {new: float(row[old]) for old, new in names.items()} for name, row in rows.items()}
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        predictions, labels = np.asarray(prediction.predictions), np.asarray(prediction.label_ids)
+        true, predicted = [], []
+        for found, wanted in zip(predictions, labels, strict=True):
+            words = wanted != IGNORE
+            true.append([self.names[i] for i in wanted[words]])
+            predicted.append([self.names[i] for i in found[words]])
+        return self.score(true, predicted)
+
+
+def most_frequent_labels(words: Tags, tags: Tags, asked: Tags) -> list[list[str]]:
+    """A baseline: of every word the label that it has most often in training, of new words the most frequent label."""
+    counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    total: Counter[str] = Counter()
+    for sentence, labels in zip(words, tags, strict=True):
+        total.update(labels)
+        for word, label in zip(sentence, labels, strict=True):
+            counts[word][label] += 1
+    usual = total.most_common(1)[0][0]
+    return [
+        [counts[word].most_common(1)[0][0] if word in counts else usual for word in sentence] for sentence in asked
+    ]
+
+
+def entity_spans(words: Sequence[str], tags: Sequence[str], entities: bool) -> list[tuple[int, int, str]]:
+    """The characters of entities, or of words that have a label, in the words joined by spaces; and their types."""
+    starts = np.cumsum([0, *(len(word) + 1 for word in words)]).tolist()
+    if entities:
+        found = [(first, last, kind) for kind, first, last in get_entities(list(tags))]
+    else:
+        found = [(i, i, tag) for i, tag in enumerate(tags)]
+    return [(starts[first], starts[last] + len(words[last]), kind) for first, last, kind in found]

@@ -25,15 +25,20 @@ Core = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # q, v: (B, H, T, D
 
 
 @functools.lru_cache(maxsize=2)  # that of the warm-up, and the length that is measured
-def inputs(length: int) -> list[torch.Tensor]:
+def inputs(length: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """q, v and the gradient of the output, standard normal (B, H, T, D): the same tensors for all."""
     torch.manual_seed(0)
-    return [torch.randn(BATCH, length, HEADS, SIZE).transpose(1, 2) for _ in range(3)]
+    shape = BATCH, length, HEADS, SIZE
+    return [torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)]
 
 
-def run_function(function: Core, length: int, work: str) -> Callable[[], Any]:
+def inputs_of(case: Case) -> list[torch.Tensor]:
+    return inputs(case.length, case.device, case.torch_dtype)
+
+
+def run_function(function: Core, case: Case, work: str) -> Callable[[], Any]:
     """A call of `function`: forward, backward alone, or both. It gives the results, to be kept."""
-    q, v, grad = inputs(length)
+    q, v, grad = inputs_of(case)
     if work == FORWARD:
         return torch.no_grad()(lambda: function(q, v))
     q, v = q.detach().requires_grad_(), v.detach().requires_grad_()
@@ -74,24 +79,27 @@ def make_layout(
     """
     batch, heads, length, size = q.shape
     factors = num_buckets_for(mode, length, window)
-    rotations = window_rotations(make_key(0), 0, heads, size, rounds, factors, q, backend)
+    key = make_key(0, q.device)
+    rotations = window_rotations(key, 0, heads, size, rounds, factors, q, backend)
     centering = Centering(causal) if mode == "window" and centered else None
     buckets = lsh_buckets(q, rotations, factors, centering, backend)  # (B, H, R, T)
     count = num_buckets_total(factors)
     if mode == "chunk":
         return chunk_layout(buckets, count, CHUNK, 1, 0, None, backend)
-    groups = [position_group(batch, heads, length, window)] if position else []
+    groups = [position_group(batch, heads, length, window, q.device)] if position else []
     groups.append((buckets, count, window))
     if exploration:
-        ranks = torch.arange(length, dtype=torch.int32)[None]
-        explored = exploration_buckets(make_key(0), 0, heads, exploration, count, ranks)
+        ranks = torch.arange(length, dtype=torch.int32, device=q.device)[None]
+        explored = exploration_buckets(key, 0, heads, exploration, count, ranks)
         groups.append((explored.expand(batch, -1, -1, -1), count, window))
     return window_layout(groups, causal, None, backend=backend)
 
 
-def position_group(batch: int, heads: int, length: int, window: int) -> tuple[torch.Tensor, int, int]:
+def position_group(
+    batch: int, heads: int, length: int, window: int, device: torch.device
+) -> tuple[torch.Tensor, int, int]:
     """The order of positions, as `window_layout` takes it."""
-    return torch.zeros(batch, heads, 1, length, dtype=torch.int32), 1, window
+    return torch.zeros(batch, heads, 1, length, dtype=torch.int32, device=device), 1, window
 
 
 def hf_reformer_core(mode: str, rounds: int, causal: bool, backend: str = "auto", **options: Any) -> Core:
@@ -104,12 +112,12 @@ def hf_reformer_core(mode: str, rounds: int, causal: bool, backend: str = "auto"
     return run
 
 
-def hf_reformer_local_core(length: int, window: int, causal: bool) -> Core:
+def hf_reformer_local_core(case: Case, window: int) -> Core:
     """The local core of hf_reformer; its keys are made beforehand."""
-    key = inputs(length)[0] * SIZE**-0.5
+    causal, key = case.causal, inputs_of(case)[0] * SIZE**-0.5
 
     def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        group = position_group(q.shape[0], 1, length, window)
+        group = position_group(q.shape[0], 1, case.length, window, q.device)
         return windowed_attention(q, key, v, window_layout([group], causal, None), causal=causal)[0]
 
     return run

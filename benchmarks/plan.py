@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import attention, environment, generation, training
+from . import attention, environment, generation, rivals, training
 from .cases import Case, Group, Run, Settings
 
 
@@ -20,6 +20,8 @@ SECTIONS = {
     "ops": Section(attention.op_groups, attention.make_op),
     "break-even": Section(attention.break_even_groups, attention.make_core_run),
     "step": Section(training.step_groups, training.make),
+    "classifier": Section(rivals.classifier_groups, rivals.make),
+    "causal": Section(rivals.causal_groups, rivals.make),
     "coverage": Section(training.coverage_groups, training.make),
     "growth": Section(attention.growth_groups, attention.make_core_run),
     "depth": Section(training.depth_groups, training.make),

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hf_reformer.configuration_reformer import default_num_buckets
 from hf_reformer.ops.dispatch import chunk_layout, lsh_buckets, window_layout, window_rotations, windowed_attention
@@ -135,7 +137,7 @@ class FixedOutput(torch.nn.Module):
         return self.tensor
 
 
-def transformers_core(length: int, rounds: int, causal: bool) -> Core:
+def transformers_core(length: int, rounds: int, causal: bool, device: str = "cpu") -> Core:
     """transformers' own LSH attention without its projections."""
     from transformers import ReformerConfig
     from transformers.models.reformer.modeling_reformer import LSHSelfAttention
@@ -151,7 +153,7 @@ def transformers_core(length: int, rounds: int, causal: bool) -> Core:
         is_decoder=causal,
         max_position_embeddings=length,
     )
-    module: Any = LSHSelfAttention(config, layer_idx=0).eval()
+    module: Any = LSHSelfAttention(config, layer_idx=0).eval().to(device)
     module.query_key, module.value = FixedOutput(), FixedOutput()
 
     def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -177,6 +179,47 @@ def reformer_pytorch_core(rounds: int, causal: bool) -> Core:
 def full_core(causal: bool) -> Core:
     """torch's exact attention, query and key shared."""
     return lambda q, v: F.scaled_dot_product_attention(q, q, v, is_causal=causal)
+
+
+def flash_core(causal: bool) -> Core:
+    """The same, by flash attention or not at all."""
+
+    def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, q, v, is_causal=causal)
+
+    return run
+
+
+@functools.cache
+def flex_function(device: str) -> Callable[..., torch.Tensor]:
+    """torch's flex attention; on a GPU compiled, once for all lengths but the first."""
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+
+
+def flex_core(case: Case) -> Core:
+    """Causal sliding windows by torch's flex attention, of as many positions as windows of all rounds show."""
+    window = WINDOW * case.rounds
+    blocks = sliding_blocks(case.length, window, case.device)
+    attend = flex_function(case.device)
+    return lambda q, v: attend(q, q, v, block_mask=blocks)
+
+
+def sliding_blocks(length: int, window: int, device: str, size: int = 128) -> BlockMask:
+    """Which blocks of `size` keys a block of as many queries sees: some of them, or all; nothing as large as T × T."""
+
+    def visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key <= query) & (key > query - window)
+
+    first = torch.arange(0, length, size, device=device)
+    last = first + size - 1
+    some = (first <= last[:, None]) & (last > first[:, None] - window)  # (query blocks, key blocks)
+    full = (last <= first[:, None]) & (first > last[:, None] - window)
+    numbers_and_indices = []
+    for blocks in (some & ~full, full):
+        order = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+        numbers_and_indices += [blocks.sum(-1, dtype=torch.int32)[None, None], order[None, None]]
+    return BlockMask.from_kv_blocks(*numbers_and_indices, BLOCK_SIZE=size, mask_mod=visible)
 
 
 def local_core(causal: bool) -> Core:
@@ -207,11 +250,14 @@ def make_core(case: Case, impl: str) -> Core:
         "hf-reformer window": lambda: hf_reformer_core("window", rounds, causal),
         "hf-reformer chunk torch": lambda: hf_reformer_core("chunk", rounds, causal, backend="torch"),
         "hf-reformer window torch": lambda: hf_reformer_core("window", rounds, causal, backend="torch"),
+        "hf-reformer window triton": lambda: hf_reformer_core("window", rounds, causal, backend="triton"),
         "hf-reformer uncentered": lambda: hf_reformer_core("window", rounds, causal, centered=False),
         "hf-reformer default": lambda: hf_reformer_core("window", rounds, causal, window=128, position=True),
-        "transformers": lambda: transformers_core(case.length, rounds, causal),
+        "transformers": lambda: transformers_core(case.length, rounds, causal, case.device),
         "reformer-pytorch": lambda: reformer_pytorch_core(rounds, causal),
         "sdpa": lambda: full_core(causal),
+        "flash": lambda: flash_core(causal),
+        "flex": lambda: flex_core(case),
         "local": lambda: local_core(causal),
     }
     return makers[impl]()

@@ -60,7 +60,7 @@ class Group(NamedTuple):
         in_a_row: calls timed together; a time is one call's share.
     """
 
-    quantity: str  # "time" or "memory"
+    quantity: str  # "time", "memory", or "check": whether a call agrees with the definition
     entries: list[Entry]
     scale: float = 1.0
     in_a_row: int = 1

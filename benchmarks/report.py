@@ -25,7 +25,6 @@ TITLES = {
     "generation": "A decode step, of sixteen in a row",
     "prefill": "A prompt, with a cache, at once and in chunks",
     "step-growth": "Growth of a training step",
-    "million": "A training step on a million tokens",
 }
 WHOLE_MODELS = ("step", "classifier", "causal", "generation")  # sections that name where others are faster
 NOTES = """\
@@ -161,11 +160,12 @@ def check_table(rows: list[Row]) -> list[str]:
     """How many calls agree with the definition, and a line each."""
     done = [row for row in rows if row.status != "skipped"]
     agree = sum(row.status == "ok" for row in done)
-    lines = [
-        [row.work, row.dtype, row.impl, "" if row.ratio is None else f"{row.ratio:.2g}", row.status, row.note]
-        for row in rows
-    ]
-    head = ["call", "dtype", "backend", "largest difference / allowed", "status", ""]
+    lines = []
+    for row in rows:
+        direction = "causal" if row.causal else "bidirectional"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2g}"
+        lines.append([row.work, direction, row.dtype, row.impl, ratio, row.status, row.note])
+    head = ["call", "direction", "dtype", "backend", "largest difference / allowed", "status", ""]
     said = f"{agree} of {len(done)} calls agree with `reference`, values and every gradient"
     left = f"; {len(rows) - len(done)} were not tried" if len(done) < len(rows) else ""
     return [f"**{said}{left}.**", table(head, lines)]

@@ -12,6 +12,7 @@ import torch
 
 from . import environment
 from .cases import Entry, Group, Run
+from .checks import check
 from .measure import CLOCKS, Forecasts, Timing, TimingBudget, alternate, describe, peak_memory
 from .memory import peak_of
 from .plan import make
@@ -63,12 +64,22 @@ class Runner:
         allowed = min(self.limits.longest_run * group.scale, self.limits.left)
         forecasts = {entry: self.forecasts.seconds(entry.case, entry.impl, threads) for entry in group.entries}
         entries = [entry for entry, seconds in forecasts.items() if seconds <= allowed]
-        rows = [*(self.memory if group.quantity == "memory" else self.time)(group._replace(entries=entries), threads)]
+        measure = {"time": self.time, "memory": self.memory, "check": self.check}[group.quantity]
+        rows = [*measure(group._replace(entries=entries), threads)]
         for entry, seconds in forecasts.items():
             if seconds > allowed:
                 why = f"forecast {seconds:.0f} s, more than {allowed:.0f} s"
                 rows += self.skipped(group._replace(entries=[entry]), threads, why)
         return with_base(rows)
+
+    def check(self, group: Group, threads: int) -> Iterator[Row]:
+        for entry in group.entries:
+            try:
+                ratio, note = check(*entry), ""
+            except Exception as error:  # the backend's own, whatever it is
+                ratio, note = None, describe(error)
+            status = "ok" if ratio is not None and ratio <= 1 else "failed"
+            yield self.row("check", entry, threads, status=status, ratio=ratio, note=note)
 
     def memory(self, group: Group, threads: int) -> Iterator[Row]:
         for entry in group.entries:
@@ -133,11 +144,23 @@ class Runner:
         )
 
 
-def carry_out(runner: Runner, work: Iterable[tuple[Group, int]], path: Path) -> None:
-    """Measure groups, each with so many threads, row by row into the file."""
+class DeviceLostError(Exception):
+    """A call has left the GPU unusable for this process; `done` groups are in the file."""
+
+    def __init__(self, done: int):
+        super().__init__("The GPU cannot be used by this process any more.")
+        self.done = done
+
+
+def carry_out(runner: Runner, work: Iterable[tuple[Group, int]], path: Path, first: int = 0) -> None:
+    """Measure groups from `first` on, each with so many threads, group by group into the file.
+
+    Raises:
+        DeviceLostError: after a group.
+    """
     work = list(work)
     begin = time.monotonic()
-    for number, (group, threads) in enumerate(work, 1):
+    for number, (group, threads) in list(enumerate(work, 1))[first:]:
         seconds = time.monotonic() - begin
         clock = f"{int(seconds // 60)}:{int(seconds % 60):02}"
         print(f"[{number}/{len(work)}, {clock}] {label_of(group, threads)}", flush=True)
@@ -145,6 +168,10 @@ def carry_out(runner: Runner, work: Iterable[tuple[Group, int]], path: Path) -> 
         append(path, rows)
         print("    " + ", ".join(f"{name_of(row, group)} {cell(row)}" for row in rows), flush=True)
         if any(entry.case.device == "cuda" for entry in group.entries):
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:
+                raise DeviceLostError(number) from error
             gc.collect()
             torch.cuda.empty_cache()
 

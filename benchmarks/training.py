@@ -14,6 +14,7 @@ from .models import LAYERS, ROUNDS, VOCABULARY, FullModel, hf_reformer_config, h
 
 CHECKPOINTS_FROM = 65536  # tokens from which the exact Transformer recomputes its layers
 MIDDLE = 4096  # here both directions are measured
+NARROW = {"hidden_size": 256, "num_attention_heads": 4, "feed_forward_size": 512}  # of experiments/million_tokens.py
 
 
 def step_case(section: str, length: int, layers: int = LAYERS, causal: bool = True) -> Case:
@@ -76,6 +77,8 @@ def make(case: Case, impl: str) -> Run:
         "hf-reformer torch": partial(hf_reformer_model, attention_backend="torch"),
         "hf-reformer plain": partial(hf_reformer_model, reversible=False),
         "hf-reformer coverage": partial(hf_reformer_model, coverage_loss_weight=0.1),
+        "hf-reformer 256 wide": partial(hf_reformer_model, residual_precision="float32", **NARROW),
+        "hf-reformer 512 wide": partial(hf_reformer_model, residual_precision="float32"),
         "transformers": transformers_model,
         "full": partial(FullModel, checkpointing=case.length >= CHECKPOINTS_FROM),
     }

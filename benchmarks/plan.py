@@ -20,14 +20,14 @@ SECTIONS = {
     "ops": Section(attention.op_groups, attention.make_op),
     "break-even": Section(attention.break_even_groups, attention.make_core_run),
     "step": Section(training.step_groups, training.make),
-    "classifier": Section(rivals.classifier_groups, rivals.make),
-    "causal": Section(rivals.causal_groups, rivals.make),
     "coverage": Section(training.coverage_groups, training.make),
     "growth": Section(attention.growth_groups, attention.make_core_run),
     "depth": Section(training.depth_groups, training.make),
     "generation": Section(generation.groups, generation.make),
     "prefill": Section(generation.prefill_groups, generation.make_prefill),
     "step-growth": Section(training.growth_groups, training.make),
+    "classifier": Section(rivals.classifier_groups, rivals.make),
+    "causal": Section(rivals.causal_groups, rivals.make),
 }
 
 

@@ -2,7 +2,7 @@
 
 From the root of the repository, with the package and its `bench` extra installed:
 
-    python -m benchmarks.run --short                             # about seven minutes on two cores
+    python -m benchmarks.run --short                             # ten minutes on two cores
     python -m benchmarks.run                                     # everything; hours
     python -m benchmarks.run --only core --lengths 65536 --rounds 2 --threads 2 --append     # one piece of it
     python -m benchmarks.run --only step --lengths 65536 --impls full --threads 2 --append  # one slow baseline
@@ -38,7 +38,7 @@ SHORT_MINUTES = 9.0
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="fewer lengths and repetitions, about seven minutes")
+    parser.add_argument("--short", action="store_true", help="fewer lengths and repetitions, ten minutes at most")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="sections to measure")
     parser.add_argument("--lengths", type=int, nargs="+", help="instead of every section's own; multiples of 128")
     parser.add_argument("--rounds", type=int, nargs="+", help="hash rounds of the cores (1 2 4; short: 2)")

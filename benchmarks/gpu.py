@@ -7,8 +7,8 @@ From the root of the repository, with the package and its `bench` extra installe
     python -m benchmarks.gpu --only core step --minutes 3
 
 The most telling comes first, and what does not fit into the minutes is written as skipped. Rows go to results.csv
-group by group, as they are measured. What is out of memory or not supported becomes a row that says so. If a kernel leaves the GPU
-unusable for the process, the command starts itself again behind it.
+group by group, as they are measured. What is out of memory or not supported becomes a row that says so. If a kernel
+leaves the GPU unusable for the process, the command starts itself again behind it.
 """
 
 import argparse

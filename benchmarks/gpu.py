@@ -49,10 +49,11 @@ once, cold. Memory is the most that torch's allocator held during a call beyond 
 kernel alone; `sdpa`, in float32, whatever SDPA takes. `flex` is torch's flex attention, compiled, over sliding \
 windows of 192 tokens, as many as both rounds show. transformers' Reformer and reformer-pytorch hash in chunks of 64.
 - Models have 6 layers, hidden size 512, feed-forward 1024, no dropout; their training steps keep float32 weights \
-under bfloat16 autocast with AdamW. From 65536 tokens on, all others recompute their layers, as hf_reformer does at \
-every length (but transformers' Reformer, which is reversible, too). What a token sees, and how the models are made: \
-`benchmarks/rivals.py`. Mamba is left out: in PyTorch alone its backward loops over tokens in time that grows with \
-the square of the length, and its own kernels must be compiled.
+under bfloat16 autocast with AdamW (BigBird's are in bfloat16 throughout: autocast breaks it). From 65536 tokens on, \
+all others recompute their layers, as hf_reformer does at every length (but transformers' Reformer, which is \
+reversible, too). What a token sees, and how the models are made: `benchmarks/rivals.py`. Mamba is left out: in \
+PyTorch alone its backward loops over tokens in time that grows with the square of the length, and its own kernels \
+must be compiled.
 - The next token: bfloat16 weights, sixteen in a row. The step on a million tokens: residual streams in float32, at \
 the width of the other steps and at that of `experiments/million_tokens.py`."""
 

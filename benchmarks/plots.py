@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .cases import BOTH, FORWARD, INFERENCE, NEXT, STEP
-from .results import Row
+from .results import Row, name_of
 
 
 class Style(NamedTuple):
@@ -114,10 +114,7 @@ def draw(plot: Plot, panels: list[list[Row]], path: Path) -> None:
         words = [row.work, f"{row.layers} layers" if plot.axis == "length" and row.layers else ""]
         words += [f"{row.rounds} rounds" if not row.layers else "", "causal" if row.causal else "bidirectional"]
         words += [f"{row.length} tokens" if plot.axis == "layers" else ""]
-        if row.device != "cpu":
-            words += ["GPU", row.dtype]
-        elif row.quantity == "time":
-            words += [f"{row.threads} thread{'s' * (row.threads > 1)}"]
+        words += [name_of(row.machine)] if row.quantity == "time" or row.device != "cpu" else []
         title = "Time" if row.quantity == "time" else "Peak memory beyond inputs and weights"
         panel.set_title(f"{title}\n{', '.join(filter(None, words))}", fontsize=10, loc="left")
     figure.savefig(path, dpi=150)

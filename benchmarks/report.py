@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from .environment import RATES
 from .plots import draw_all
-from .results import Row, load
+from .results import Row, load, name_of
 from .targets import Target, find_targets
 
 TITLES = {
@@ -106,14 +106,6 @@ def write_report(results: Path, folder: Path, page: Page = CPU_PAGE) -> list[Pat
     report = folder / "report.md"
     report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return [report, *plots]
-
-
-def name_of(machine: tuple[str, str, int, bool]) -> str:
-    """In words, see `Row.machine`."""
-    device, dtype, threads, huge_pages = machine
-    words = [f"{threads} thread{'s' * (threads > 1)}" if device == "cpu" else "GPU"]
-    words += ["huge pages"] if huge_pages else []
-    return ", ".join([*words, *([dtype] if (device, dtype) != ("cpu", "float32") else [])])
 
 
 def table(head: list[str], lines: Iterable[list[str]]) -> str:

@@ -59,6 +59,14 @@ class Row(Case):
         return self.setting, self.impl, self.machine
 
 
+def name_of(machine: tuple[str, str, int, bool]) -> str:
+    """In words, see `Row.machine`."""
+    device, dtype, threads, huge_pages = machine
+    words = [f"{threads} thread{'s' * (threads > 1)}" if device == "cpu" else "GPU"]
+    words += ["huge pages"] if huge_pages else []
+    return ", ".join([*words, *([dtype] if (device, dtype) != ("cpu", "float32") else [])])
+
+
 COLUMNS = [field.name for field in fields(Row)]
 PARSERS = {
     str: str,

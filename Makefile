@@ -19,7 +19,7 @@ MEET_FILES = $(foreach name,$(MEET_TRANSFORMERS),$(or $(wildcard tests/test_$(na
     $(error MEET_TRANSFORMERS names $(name), and there is no tests/*/test_$(name).py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-notebooks test-newest lint format bench evidence-short clean
+.PHONY: help demo test test-slow test-notebooks test-newest lint format bench bench-gpu evidence-short clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,8 +58,11 @@ format: $(READY) ## put style right, where a tool can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(READY) ## measure against other implementations, in seven minutes
+bench: $(READY) ## measure against other implementations, in ten minutes
 	$(BIN)/python -m benchmarks.run --short --append $(BENCH_ARGS)
+
+bench-gpu: $(READY) ## check and measure on one GPU, in six minutes; BENCH_ARGS="--device cpu --tiny" tries it on a CPU
+	$(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
 
 EVIDENCE := attention_variants exact_then_windows bucket_balance recall duplication listops classification \
     reversible_and_shared step_time defaults

@@ -104,8 +104,8 @@ def growth_groups(settings: Settings) -> list[Group]:
 
 def make_core_run(case: Case, impl: str) -> Run:
     """A whole core, ready to be called; `bytes` are its results alone: out, and the gradients of q and v."""
-    result = BATCH * HEADS * case.length * SIZE * FLOAT
-    call = run_function(make_core(case, impl), case.length, case.work)
+    result = BATCH * HEADS * case.length * SIZE * case.torch_dtype.itemsize
+    call = run_function(make_core(case, impl), case, case.work)
     return Run(call, bytes=result if case.work == FORWARD else 3 * result)
 
 
@@ -125,7 +125,7 @@ def make_op(case: Case, impl: str) -> Run:
 
     tensors = 3 if case.work == FORWARD else 6  # q, v, out; with the gradients of all three
     return Run(
-        run_function(attend, case.length, case.work),
+        run_function(attend, case, case.work),
         flops=FLOPS_PER_PAIR[case.work] * pairs,
         bytes=tensors * q.numel() * FLOAT,
         note=f"{pairs} visible pairs",

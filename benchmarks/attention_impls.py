@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hf_reformer.configuration_reformer import default_num_buckets
 from hf_reformer.ops.dispatch import chunk_layout, lsh_buckets, window_layout, window_rotations, windowed_attention
@@ -25,15 +27,20 @@ Core = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # q, v: (B, H, T, D
 
 
 @functools.lru_cache(maxsize=2)  # that of the warm-up, and the length that is measured
-def inputs(length: int) -> list[torch.Tensor]:
+def inputs(length: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """q, v and the gradient of the output, standard normal (B, H, T, D): the same tensors for all."""
     torch.manual_seed(0)
-    return [torch.randn(BATCH, length, HEADS, SIZE).transpose(1, 2) for _ in range(3)]
+    shape = BATCH, length, HEADS, SIZE
+    return [torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)]
 
 
-def run_function(function: Core, length: int, work: str) -> Callable[[], Any]:
+def inputs_of(case: Case) -> list[torch.Tensor]:
+    return inputs(case.length, case.device, case.torch_dtype)
+
+
+def run_function(function: Core, case: Case, work: str) -> Callable[[], Any]:
     """A call of `function`: forward, backward alone, or both. It gives the results, to be kept."""
-    q, v, grad = inputs(length)
+    q, v, grad = inputs_of(case)
     if work == FORWARD:
         return torch.no_grad()(lambda: function(q, v))
     q, v = q.detach().requires_grad_(), v.detach().requires_grad_()
@@ -74,24 +81,27 @@ def make_layout(
     """
     batch, heads, length, size = q.shape
     factors = num_buckets_for(mode, length, window)
-    rotations = window_rotations(make_key(0), 0, heads, size, rounds, factors, q, backend)
+    key = make_key(0, q.device)
+    rotations = window_rotations(key, 0, heads, size, rounds, factors, q, backend)
     centering = Centering(causal) if mode == "window" and centered else None
     buckets = lsh_buckets(q, rotations, factors, centering, backend)  # (B, H, R, T)
     count = num_buckets_total(factors)
     if mode == "chunk":
         return chunk_layout(buckets, count, CHUNK, 1, 0, None, backend)
-    groups = [position_group(batch, heads, length, window)] if position else []
+    groups = [position_group(batch, heads, length, window, q.device)] if position else []
     groups.append((buckets, count, window))
     if exploration:
-        ranks = torch.arange(length, dtype=torch.int32)[None]
-        explored = exploration_buckets(make_key(0), 0, heads, exploration, count, ranks)
+        ranks = torch.arange(length, dtype=torch.int32, device=q.device)[None]
+        explored = exploration_buckets(key, 0, heads, exploration, count, ranks)
         groups.append((explored.expand(batch, -1, -1, -1), count, window))
     return window_layout(groups, causal, None, backend=backend)
 
 
-def position_group(batch: int, heads: int, length: int, window: int) -> tuple[torch.Tensor, int, int]:
+def position_group(
+    batch: int, heads: int, length: int, window: int, device: torch.device
+) -> tuple[torch.Tensor, int, int]:
     """The order of positions, as `window_layout` takes it."""
-    return torch.zeros(batch, heads, 1, length, dtype=torch.int32), 1, window
+    return torch.zeros(batch, heads, 1, length, dtype=torch.int32, device=device), 1, window
 
 
 def hf_reformer_core(mode: str, rounds: int, causal: bool, backend: str = "auto", **options: Any) -> Core:
@@ -104,12 +114,12 @@ def hf_reformer_core(mode: str, rounds: int, causal: bool, backend: str = "auto"
     return run
 
 
-def hf_reformer_local_core(length: int, window: int, causal: bool) -> Core:
+def hf_reformer_local_core(case: Case, window: int) -> Core:
     """The local core of hf_reformer; its keys are made beforehand."""
-    key = inputs(length)[0] * SIZE**-0.5
+    causal, key = case.causal, inputs_of(case)[0] * SIZE**-0.5
 
     def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        group = position_group(q.shape[0], 1, length, window)
+        group = position_group(q.shape[0], 1, case.length, window, q.device)
         return windowed_attention(q, key, v, window_layout([group], causal, None), causal=causal)[0]
 
     return run
@@ -127,7 +137,7 @@ class FixedOutput(torch.nn.Module):
         return self.tensor
 
 
-def transformers_core(length: int, rounds: int, causal: bool) -> Core:
+def transformers_core(length: int, rounds: int, causal: bool, device: str = "cpu") -> Core:
     """transformers' own LSH attention without its projections."""
     from transformers import ReformerConfig
     from transformers.models.reformer.modeling_reformer import LSHSelfAttention
@@ -143,7 +153,7 @@ def transformers_core(length: int, rounds: int, causal: bool) -> Core:
         is_decoder=causal,
         max_position_embeddings=length,
     )
-    module: Any = LSHSelfAttention(config, layer_idx=0).eval()
+    module: Any = LSHSelfAttention(config, layer_idx=0).eval().to(device)
     module.query_key, module.value = FixedOutput(), FixedOutput()
 
     def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -169,6 +179,47 @@ def reformer_pytorch_core(rounds: int, causal: bool) -> Core:
 def full_core(causal: bool) -> Core:
     """torch's exact attention, query and key shared."""
     return lambda q, v: F.scaled_dot_product_attention(q, q, v, is_causal=causal)
+
+
+def flash_core(causal: bool) -> Core:
+    """The same, by flash attention or not at all."""
+
+    def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return F.scaled_dot_product_attention(q, q, v, is_causal=causal)
+
+    return run
+
+
+@functools.cache
+def flex_function(device: str) -> Callable[..., torch.Tensor]:
+    """torch's flex attention; on a GPU compiled, once for all lengths but the first."""
+    return torch.compile(flex_attention) if device == "cuda" else flex_attention
+
+
+def flex_core(case: Case) -> Core:
+    """Causal sliding windows by torch's flex attention, of as many positions as windows of all rounds show."""
+    window = WINDOW * case.rounds
+    blocks = sliding_blocks(case.length, window, case.device)
+    attend = flex_function(case.device)
+    return lambda q, v: attend(q, q, v, block_mask=blocks)
+
+
+def sliding_blocks(length: int, window: int, device: str, size: int = 128) -> BlockMask:
+    """Which blocks of `size` keys a block of as many queries sees: some of them, or all; nothing as large as T × T."""
+
+    def visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key <= query) & (key > query - window)
+
+    first = torch.arange(0, length, size, device=device)
+    last = first + size - 1
+    some = (first <= last[:, None]) & (last > first[:, None] - window)  # (query blocks, key blocks)
+    full = (last <= first[:, None]) & (first > last[:, None] - window)
+    numbers_and_indices = []
+    for blocks in (some & ~full, full):
+        order = blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+        numbers_and_indices += [blocks.sum(-1, dtype=torch.int32)[None, None], order[None, None]]
+    return BlockMask.from_kv_blocks(*numbers_and_indices, BLOCK_SIZE=size, mask_mod=visible)
 
 
 def local_core(causal: bool) -> Core:
@@ -199,11 +250,14 @@ def make_core(case: Case, impl: str) -> Core:
         "hf-reformer window": lambda: hf_reformer_core("window", rounds, causal),
         "hf-reformer chunk torch": lambda: hf_reformer_core("chunk", rounds, causal, backend="torch"),
         "hf-reformer window torch": lambda: hf_reformer_core("window", rounds, causal, backend="torch"),
+        "hf-reformer window triton": lambda: hf_reformer_core("window", rounds, causal, backend="triton"),
         "hf-reformer uncentered": lambda: hf_reformer_core("window", rounds, causal, centered=False),
         "hf-reformer default": lambda: hf_reformer_core("window", rounds, causal, window=128, position=True),
-        "transformers": lambda: transformers_core(case.length, rounds, causal),
+        "transformers": lambda: transformers_core(case.length, rounds, causal, case.device),
         "reformer-pytorch": lambda: reformer_pytorch_core(rounds, causal),
         "sdpa": lambda: full_core(causal),
+        "flash": lambda: flash_core(causal),
+        "flex": lambda: flex_core(case),
         "local": lambda: local_core(causal),
     }
     return makers[impl]()

@@ -4,9 +4,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
+
 FORWARD, BACKWARD, BOTH, STEP = "forward", "backward", "forward+backward", "training step"
-NEXT, PREFILL = "next token", "prompt"
-WARM_UP_LENGTH = 512
+NEXT, PREFILL, INFERENCE = "next token", "prompt", "inference"
+WARM_UP_LENGTH, WARM_UP_LAYERS = 512, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,10 +21,16 @@ class Case:
     rounds: int = 2
     causal: bool = True
     layers: int = 0  # of a whole model; 0 for single ops
+    device: str = "cpu"  # or "cuda"
+    dtype: str = "float32"  # of tensors and of inference; training steps keep their weights and use autocast
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
 
     def warm_up(self) -> "Case":
         """The same thing in small."""
-        return replace(self, length=min(self.length, WARM_UP_LENGTH))
+        return replace(self, length=min(self.length, WARM_UP_LENGTH), layers=min(self.layers, WARM_UP_LAYERS))
 
 
 class Run(NamedTuple):
@@ -52,7 +60,7 @@ class Group(NamedTuple):
         in_a_row: calls timed together; a time is one call's share.
     """
 
-    quantity: str  # "time" or "memory"
+    quantity: str  # "time", "memory", or "check": whether a call agrees with the definition
     entries: list[Entry]
     scale: float = 1.0
     in_a_row: int = 1

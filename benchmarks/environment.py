@@ -2,6 +2,8 @@
 
 import os
 import platform
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,9 +18,11 @@ PRODUCT, PRODUCTS = 1024, 10  # edge of the square matrices whose product sets t
 COPIED = 2**27  # bytes
 
 
-def facts() -> dict[str, str]:
+def facts(device: str = "cpu") -> dict[str, str]:
     """What a reader needs to place the numbers."""
+    like = torch.zeros(1, 1, 1, 64, device=device)
     return {
+        **(gpu_facts() if device == "cuda" else {}),
         "processor": processor(),
         "cores": str(os.cpu_count()),
         "memory": f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.0f} GiB",
@@ -27,7 +31,18 @@ def facts() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "hf_reformer backend": select_backend("auto", torch.zeros(1, 1, 1, 64), torch.zeros(1, 1, 1, 64)),
+        "hf_reformer backend": select_backend("auto", like, like),
+    }
+
+
+def gpu_facts() -> dict[str, str]:
+    """The GPU that is used, and what its kernels are compiled with."""
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "GPU": f"{found.name}, compute capability {found.major}.{found.minor}",
+        "GPU memory": f"{found.total_memory / 2**30:.0f} GiB",
+        "CUDA": str(torch.version.cuda),
+        "triton": metadata.version("triton") if find_spec("triton") else "not installed",
     }
 
 

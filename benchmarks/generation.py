@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.models.reformer.modeling_reformer import ReformerDynamicCache
 
 from .cases import NEXT, PREFILL, Case, Entry, Group, Run, Settings
@@ -14,6 +15,7 @@ from .models import (
     LAYERS,
     ROUNDS,
     VOCABULARY,
+    Cache,
     FullModel,
     hf_reformer_model,
     transformers_model,
@@ -76,21 +78,30 @@ def make_prefill(case: Case, impl: str) -> Run:
     return Run(call)
 
 
+def ready(model: nn.Module, case: Case) -> Any:
+    """The model for inference, where and in what the case says."""
+    return model.eval().to(case.device, case.torch_dtype)
+
+
 def hf_reformer_step(case: Case) -> tuple[Callable[[], Any], Any]:
     """The cache grows by a token a call, as in generation."""
-    model: Any = hf_reformer_model(2 * case.length, case.layers).eval()
-    context, token = torch.randint(2, VOCABULARY, (1, case.length)), torch.tensor([[2]])
+    model = ready(hf_reformer_model(2 * case.length, case.layers), case)
+    context = torch.randint(2, VOCABULARY, (1, case.length), device=case.device)
+    token = torch.tensor([[2]], device=case.device)
     cache = model(context, use_cache=True, logits_to_keep=1).past_key_values
     return lambda: model(token, past_key_values=cache).logits, cache.layers
 
 
 def transformers_step(case: Case) -> tuple[Callable[[], Any], Any]:
     """A step of transformers' Reformer; its cache of buckets and states is filled with random ones."""
-    model: Any = transformers_model(2 * case.length, case.layers).eval()
-    token, filled = torch.tensor([[2]]), model(torch.tensor([[2] * 128]), use_cache=True).past_buckets_states
-    states = [torch.randn(1, case.length, HIDDEN) for _ in range(case.layers)]
+    model = ready(transformers_model(2 * case.length, case.layers), case)
+    placed: dict[str, Any] = {"device": case.device, "dtype": case.torch_dtype}
+    token, prompt = (torch.full((1, count), 2, device=case.device) for count in (1, 128))
+    filled = model(prompt, use_cache=True).past_buckets_states
+    states = [torch.randn(1, case.length, HIDDEN, **placed) for _ in range(case.layers)]
+    shape, number = (1, HEADS, ROUNDS, case.length), max(2, 2 * case.length // 64)
     buckets = [
-        torch.randint(0, max(2, 2 * case.length // 64), (1, HEADS, ROUNDS, case.length)) if layer % 2 else kept
+        torch.randint(0, number, shape, device=case.device) if layer % 2 else kept
         for layer, kept in enumerate(filled.buckets_cache)
     ]
 
@@ -104,7 +115,10 @@ def transformers_step(case: Case) -> tuple[Callable[[], Any], Any]:
 
 def full_step(case: Case) -> tuple[Callable[[], Any], Any]:
     """Keys and values lie in place, as in a static cache: nothing is copied."""
-    model = FullModel(case.length + 1, case.layers).eval()
-    token, shape = torch.tensor([[2]]), (1, HEADS, case.length + 1, HEAD_SIZE)
-    past = [(torch.randn(shape), torch.randn(shape)) for _ in range(case.layers)]
+    model = ready(FullModel(case.length + 1, case.layers), case)
+    token, shape = torch.tensor([[2]], device=case.device), (1, HEADS, case.length + 1, HEAD_SIZE)
+    past: Cache = [
+        tuple(torch.randn(shape, device=case.device, dtype=case.torch_dtype) for _ in range(2))  # type: ignore
+        for _ in range(case.layers)
+    ]
     return lambda: model.next_logits(token, past), past

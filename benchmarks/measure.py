@@ -12,11 +12,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import torch
+
 from .cases import Case
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 START_UP = 60.0  # seconds a measuring process may take beside the call itself
-QUADRATIC = ("sdpa", "full")  # implementations whose time grows with the square of the length
+# Implementations whose time grows with the square of the length.
+QUADRATIC = ("sdpa", "full", "flash", "modernbert", "mamba", "llama", "mistral")
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -60,6 +63,9 @@ def describe(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
+Clock = Callable[[Callable[[], Any], int], tuple[float, float]]
+
+
 def timed(call: Callable[[], Any], in_a_row: int = 1) -> tuple[float, float]:
     """Wall and processor seconds of one of so many calls. Their results die after the clock is read."""
     results: list[Any] = [None] * in_a_row
@@ -71,7 +77,25 @@ def timed(call: Callable[[], Any], in_a_row: int = 1) -> tuple[float, float]:
     return wall / in_a_row, cpu / in_a_row
 
 
-def alternate(calls: Mapping[Key, Callable[[], Any]], budget: TimingBudget, in_a_row: int = 1) -> dict[Key, Timing]:
+def timed_on_gpu(call: Callable[[], Any], in_a_row: int = 1) -> tuple[float, float]:
+    """The same on a CUDA device, from the beginning of the first call's work there to the end of the last one's."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    cpu = time.process_time()
+    begin.record()
+    for _ in range(in_a_row):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / 1000 / in_a_row, (time.process_time() - cpu) / in_a_row
+
+
+CLOCKS: dict[str, Clock] = {"cpu": timed, "cuda": timed_on_gpu}
+
+
+def alternate(
+    calls: Mapping[Key, Callable[[], Any]], budget: TimingBudget, in_a_row: int = 1, clock: Clock = timed
+) -> dict[Key, Timing]:
     """Call all implementations in turn, back and forth, again and again; the first round warms up.
 
     One that fails is out, and the others go on.
@@ -82,7 +106,7 @@ def alternate(calls: Mapping[Key, Callable[[], Any]], budget: TimingBudget, in_a
     gc.disable()
     try:
         for key, call in calls.items():
-            attempt(timings[key], call, in_a_row)
+            attempt(timings[key], call, in_a_row, clock)
         for timing in timings.values():
             timing.once = bool(timing.wall) and timing.median > budget.once_over
         again = [key for key, timing in timings.items() if timing.wall and not timing.once]
@@ -94,7 +118,7 @@ def alternate(calls: Mapping[Key, Callable[[], Any]], budget: TimingBudget, in_a
                 break
             again.reverse()  # so that none always follows the same other one
             for key in again:
-                attempt(timings[key], calls[key], in_a_row)
+                attempt(timings[key], calls[key], in_a_row, clock)
             again = [key for key in again if not timings[key].failure]
             gc.collect()
             repeats += 1
@@ -104,10 +128,10 @@ def alternate(calls: Mapping[Key, Callable[[], Any]], budget: TimingBudget, in_a
     return timings
 
 
-def attempt(timing: Timing, call: Callable[[], Any], in_a_row: int = 1) -> None:
+def attempt(timing: Timing, call: Callable[[], Any], in_a_row: int, clock: Clock) -> None:
     """Add one call's time, or the reason why there is none."""
     try:
-        wall, cpu = timed(call, in_a_row)
+        wall, cpu = clock(call, in_a_row)
     except Exception as error:  # whatever it is, it is recorded, and the others go on
         timing.failure = describe(error)
         return
@@ -123,7 +147,7 @@ class Forecasts:
 
     @staticmethod
     def key(case: Case, impl: str, threads: int) -> tuple:
-        return case.section, impl, case.work, case.rounds, case.causal, case.layers, threads
+        return case.section, impl, case.work, case.rounds, case.causal, case.layers, case.dtype, threads
 
     def add(self, case: Case, impl: str, threads: int, seconds: float) -> None:
         self.known[self.key(case, impl, threads)] = case.length, seconds

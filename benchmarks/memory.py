@@ -9,7 +9,9 @@ import json
 import re
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,6 +69,25 @@ def give_back() -> None:
         pass  # not glibc
 
 
+def peak_of(call: Callable[[], Any], device: str) -> tuple[int, bool]:
+    """The most bytes that a call takes beyond those before it, and whether that is exact."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before, True
+    give_back()
+    exact = forget_highest()
+    before = resident()
+    result = call()
+    peak = highest() - before
+    del result
+    return peak, exact
+
+
 def main() -> None:
     request = json.loads(sys.argv[1])
     torch.set_num_threads(request["threads"])
@@ -74,12 +95,7 @@ def main() -> None:
     case, impl = Case(**request["case"]), request["impl"]
     make(case.warm_up(), impl).call()  # libraries, threads and kernels are loaded by now
     run = make(case, impl)
-    give_back()
-    exact = forget_highest()
-    before = resident()
-    result = run.call()
-    peak = highest() - before
-    del result
+    peak, exact = peak_of(run.call, case.device)
     note = run.note if exact else f"{run.note} lower bound: the high-water mark could not be reset".strip()
     print(json.dumps({"peak_bytes": peak, "bytes": run.bytes, "note": note}))
 

@@ -34,7 +34,7 @@ def common(length: int, layers: int, causal: bool) -> dict[str, Any]:
 
 
 def hf_reformer_config(length: int, layers: int, causal: bool, **changes: Any) -> hf_reformer.ReformerConfig:
-    return hf_reformer.ReformerConfig(**common(length, layers, causal), **changes)
+    return hf_reformer.ReformerConfig(**common(length, layers, causal) | changes)
 
 
 def hf_reformer_model(length: int, layers: int, causal: bool = True, **changes: Any) -> nn.Module:

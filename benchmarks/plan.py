@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import attention, environment, generation, training
+from . import attention, environment, generation, rivals, training
 from .cases import Case, Group, Run, Settings
 
 
@@ -26,6 +26,8 @@ SECTIONS = {
     "generation": Section(generation.groups, generation.make),
     "prefill": Section(generation.prefill_groups, generation.make_prefill),
     "step-growth": Section(training.growth_groups, training.make),
+    "classifier": Section(rivals.classifier_groups, rivals.make),
+    "causal": Section(rivals.causal_groups, rivals.make),
 }
 
 

@@ -1,12 +1,12 @@
 """Lines over length and depth, from rows alone; both axes logarithmic, every line named at its end."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from .cases import BOTH, FORWARD, NEXT, STEP
-from .results import Row
+from .cases import BOTH, FORWARD, INFERENCE, NEXT, STEP
+from .results import Row, name_of
 
 
 class Style(NamedTuple):
@@ -25,7 +25,17 @@ STYLES = {
     "hf-reformer torch": Style("hf-reformer, PyTorch alone", "#0b5d7a", ":"),
     "transformers": Style("transformers' Reformer", "#d1495b"),
     "reformer-pytorch": Style("reformer-pytorch", "#d98a1f"),
+    "hf-reformer window triton": Style("windows, Triton", "#3fa0c0", ":"),
     "sdpa": Style("exact attention", "#5b4a8a"),
+    "flash": Style("flash attention", "#8c6bb1"),
+    "flex": Style("flex attention, windows", "#4d9221"),
+    "longformer": Style("Longformer", "#d1495b"),
+    "bigbird": Style("BigBird", "#d98a1f"),
+    "modernbert": Style("ModernBERT", "#5b4a8a"),
+    "mamba": Style("Mamba in PyTorch", "#8d8d8d"),
+    "llama": Style("Llama, exact", "#5b4a8a"),
+    "mistral": Style("Mistral, windows by SDPA", "#d98a1f"),
+    "mistral flex": Style("Mistral, windows by flex", "#4d9221"),
     "full": Style("Transformer, exact", "#5b4a8a"),
     "local": Style("local chunks (bound)", "#8d8d8d", "--"),
 }
@@ -45,6 +55,10 @@ PLOTS = [
     Plot("core_time", "core", "length", (("time", FORWARD), ("time", BOTH))),
     Plot("core_memory", "core", "length", (("memory", FORWARD), ("memory", BOTH))),
     Plot("step_over_length", "step", "length", (("time", STEP), ("memory", STEP))),
+    Plot("classifier_time", "classifier", "length", (("time", STEP), ("time", INFERENCE))),
+    Plot("classifier_memory", "classifier", "length", (("memory", STEP), ("memory", INFERENCE))),
+    Plot("causal_time", "causal", "length", (("time", STEP), ("time", INFERENCE))),
+    Plot("causal_memory", "causal", "length", (("memory", STEP), ("memory", INFERENCE))),
     Plot("next_token", "generation", "length", (("time", NEXT),)),
     Plot("step_over_depth", "depth", "layers", (("time", STEP), ("memory", STEP))),
 ]
@@ -54,25 +68,33 @@ LABEL_GAP = 0.058  # of the panel's height, between names
 
 def draw_all(rows: list[Row], folder: Path) -> list[Path]:
     """Every plot for which there are rows that make a line."""
-    settings = sorted({(row.threads, row.huge_pages) for row in rows if row.quantity == "time"})
+    machines = sorted({row.machine for row in rows if row.quantity == "time"})
     made = []
     for plot in PLOTS:
-        for threads, huge_pages in settings:
-            panels = [panel_rows(rows, plot, panel, threads, huge_pages) for panel in plot.panels]
+        for machine in machines:
+            device, dtype, threads, huge_pages = machine
+            panels = [panel_rows(rows, plot, panel, machine) for panel in plot.panels]
             if any(row.quantity == plot.panels[0][0] for panel in panels for row in panel):
-                end = f"_{threads}_threads" * (plot.panels[0][0] == "time") + "_huge_pages" * huge_pages
+                end = f"_{threads}_threads" * (plot.panels[0][0] == "time" and device == "cpu")
+                end += "_huge_pages" * huge_pages + f"_{dtype}" * ((device, dtype) != ("cpu", "float32"))
                 path = folder / f"{plot.name}{end}.png"
-                draw(plot, [panel for panel in panels if panel], threads, path)
+                draw(plot, [panel for panel in panels if panel], path)
                 made.append(path)
     return list(dict.fromkeys(made))
 
 
-def panel_rows(rows: list[Row], plot: Plot, panel: tuple[str, str], threads: int, huge_pages: bool) -> list[Row]:
-    """Causal rows of one panel, at two rounds if there are, one length if depth is the axis; none if it is a point."""
+def panel_rows(rows: list[Row], plot: Plot, panel: tuple[str, str], machine: tuple) -> list[Row]:
+    """Rows of one panel: causal if there are, at two rounds if there are, of one length if depth is the axis.
+
+    None if it is a point. Memory does not depend on the number of threads.
+    """
     quantity, work = panel
     found = [row for row in rows if (row.section, row.quantity, row.work) == (plot.section, quantity, work)]
-    found = [row for row in found if row.value and row.causal and row.huge_pages == huge_pages]
-    found = [row for row in found if row.impl in STYLES and (row.threads == threads or quantity == "memory")]
+    found = [row for row in found if row.value and row.impl in STYLES]
+    if quantity == "memory":
+        found = [replace(row, threads=machine[2]) for row in found]
+    found = [row for row in found if row.machine == machine]
+    found = [row for row in found if row.causal or plot.section == "classifier"]
     rounds = {row.rounds for row in found}
     found = [row for row in found if row.rounds == (2 if 2 in rounds else min(rounds))]
     if plot.axis == "layers":
@@ -80,7 +102,7 @@ def panel_rows(rows: list[Row], plot: Plot, panel: tuple[str, str], threads: int
     return found if len({getattr(row, plot.axis) for row in found}) > 1 else []
 
 
-def draw(plot: Plot, panels: list[list[Row]], threads: int, path: Path) -> None:
+def draw(plot: Plot, panels: list[list[Row]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -90,9 +112,9 @@ def draw(plot: Plot, panels: list[list[Row]], threads: int, path: Path) -> None:
         draw_panel(panel, rows, plot.axis)
         row = rows[0]
         words = [row.work, f"{row.layers} layers" if plot.axis == "length" and row.layers else ""]
-        words += [f"{row.rounds} rounds" if not row.layers else "", "causal"]
+        words += [f"{row.rounds} rounds" if not row.layers else "", "causal" if row.causal else "bidirectional"]
         words += [f"{row.length} tokens" if plot.axis == "layers" else ""]
-        words += [f"{threads} thread{'s' * (threads > 1)}" if row.quantity == "time" else ""]
+        words += [name_of(row.machine)] if row.quantity == "time" or row.device != "cpu" else []
         title = "Time" if row.quantity == "time" else "Peak memory beyond inputs and weights"
         panel.set_title(f"{title}\n{', '.join(filter(None, words))}", fontsize=10, loc="left")
     figure.savefig(path, dpi=150)

@@ -1,12 +1,13 @@
 """Tables and plots from results alone."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from .environment import RATES
 from .plots import draw_all
-from .results import Row, load
+from .results import Row, load, name_of
 from .targets import Target, find_targets
 
 TITLES = {
@@ -18,11 +19,14 @@ TITLES = {
     "step": "Training steps",
     "growth": "Growth of the core",
     "depth": "Depth",
+    "classifier": "Classifiers that people choose",
+    "causal": "Causal models that people choose",
     "coverage": "The coverage loss",
     "generation": "A decode step, of sixteen in a row",
     "prefill": "A prompt, with a cache, at once and in chunks",
     "step-growth": "Growth of a training step",
 }
+WHOLE_MODELS = ("step", "classifier", "causal", "generation")  # sections that name where others are faster
 NOTES = """\
 All numbers: float32, batch 1, 8 heads of 64. Times are wall-clock medians of calls in turn, back and forth, within \
 one process, after a call each to warm up; in brackets the median ratio to the first of them. `*`: too slow to \
@@ -49,19 +53,52 @@ hf_reformer's does at every length.
 measured alone. An op's floor is its products at the rate of `mm` or its reading and writing at that of `copy`, \
 whichever takes longer.
 - The next token: the baselines use their caches. transformers' Reformer keeps states, projects what it needs again, \
-and computes the positions of the whole context."""
+and computes the positions of the whole context.
+- Longformer, BigBird, ModernBERT, Mamba, Llama and Mistral are made from transformers' configs with the same width, \
+depth, heads and vocabulary, without dropout; gated feed-forwards have as many weights. From 65536 tokens on they \
+recompute their layers. In a layer a token sees about 256: hf_reformer's local layers show 128, its lsh layers 384 \
+(in training 512); Longformer 257 and the first token; BigBird 8 blocks of 32 (in inference transformers points the \
+random three at the first one); ModernBERT 257 in two layers of three and everything in the third, by SDPA; Mistral \
+the last 256, by SDPA under a mask of all pairs, or by flex attention in blocks, which on CPUs has no backward. Llama \
+shows everything before a token, by SDPA. Mamba runs in transformers' own PyTorch code, a loop over tokens whose \
+backward takes time with the square of the length; its own kernels need a GPU and a compiler. A classifier's \
+inference gives the classes of a text; a causal model's the logits after the last token, without a cache."""
 
 
-def write_report(results: Path, folder: Path) -> list[Path]:
+class Page(NamedTuple):
+    """What a report says beside its tables.
+
+    Attributes:
+        targets: a heading and targets for each table of them.
+    """
+
+    title: str
+    notes: str
+    targets: Callable[[list[Row]], Iterable[tuple[str, list[Target]]]]
+
+
+def cpu_targets(rows: list[Row]) -> Iterable[tuple[str, list[Target]]]:
+    """For every thread count and page setting."""
+    timed = sorted({row.machine for row in rows if row.quantity == "time"})
+    for machine in timed or sorted({row.machine for row in rows if row.threads}):
+        yield f"Targets, {name_of(machine)}", find_targets(rows, *machine[2:])
+
+
+CPU_PAGE = Page("Benchmarks", NOTES, cpu_targets)
+
+
+def write_report(results: Path, folder: Path, page: Page = CPU_PAGE) -> list[Path]:
     """Write report.md and the plots into `folder`; the paths of all that was made."""
     rows = load(results)
     plots = draw_all(rows, folder)
-    parts = ["# Benchmarks", facts_table(rows), NOTES]
-    timed = sorted({(row.threads, row.huge_pages) for row in rows if row.quantity == "time"})
-    for threads, huge_pages in timed or sorted({(row.threads, row.huge_pages) for row in rows if row.threads}):
-        parts += [f"## Targets, {name_of(threads, huge_pages)}", target_table(find_targets(rows, threads, huge_pages))]
+    parts = [f"# {page.title}", facts_table(rows), page.notes]
+    for heading, targets in page.targets(rows):
+        parts += [f"## {heading}", target_table(targets)]
+    checks = [row for row in rows if row.quantity == "check"]
+    if checks:
+        parts += ["## Correctness", *check_table(checks)]
     for section, title in TITLES.items():
-        mine = [row for row in rows if row.section == section and row.quantity != "fact"]
+        mine = [row for row in rows if row.section == section and row.quantity in ("time", "memory")]
         if mine:
             parts += [f"## {title}", *section_tables(mine)]
     if plots:
@@ -69,10 +106,6 @@ def write_report(results: Path, folder: Path) -> list[Path]:
     report = folder / "report.md"
     report.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return [report, *plots]
-
-
-def name_of(threads: int, huge_pages: bool) -> str:
-    return f"{threads} thread{'s' * (threads > 1)}" + ", huge pages" * huge_pages
 
 
 def table(head: list[str], lines: Iterable[list[str]]) -> str:
@@ -115,15 +148,31 @@ def quantity(value: float, unit: str) -> str:
     return f"{value:.2f} {unit}".strip()
 
 
+def check_table(rows: list[Row]) -> list[str]:
+    """How many calls agree with the definition, and a line each."""
+    done = [row for row in rows if row.status != "skipped"]
+    agree = sum(row.status == "ok" for row in done)
+    lines = []
+    for row in rows:
+        direction = "causal" if row.causal else "bidirectional"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2g}"
+        lines.append([row.work, direction, row.dtype, row.impl, ratio, row.status, row.note])
+    head = ["call", "direction", "dtype", "backend", "largest difference / allowed", "status", ""]
+    said = f"{agree} of {len(done)} calls agree with `reference`, values and every gradient"
+    left = f"; {len(rows) - len(done)} were not tried" if len(done) < len(rows) else ""
+    return [f"**{said}{left}.**", table(head, lines)]
+
+
 def section_tables(rows: list[Row]) -> list[str]:
-    """For every quantity, thread count and page setting a table: a line per case, a column per implementation."""
+    """For every quantity and machine setting a table: a line per case, a column per implementation."""
     found = []
     for kind in ("time", "memory"):
         mine = [row for row in rows if row.quantity == kind]
-        for threads, huge_pages in sorted({(row.threads, row.huge_pages) for row in mine}):
-            same = [row for row in mine if (row.threads, row.huge_pages) == (threads, huge_pages)]
+        for machine in sorted({row.machine for row in mine}):
+            same = [row for row in mine if row.machine == machine]
             make_table = op_table if same[0].section in ("ops", "machine") else case_table
-            found += [f"**{kind.capitalize()}, {name_of(threads, huge_pages)}**", make_table(same)]
+            found += [f"**{kind.capitalize()}, {name_of(machine)}**", make_table(same)]
+            found += where_others_lead(same) if rows[0].section in WHOLE_MODELS else []
     notes = sorted(
         {
             f"- {row.impl}, {row.length} tokens: {row.note}"
@@ -132,6 +181,22 @@ def section_tables(rows: list[Row]) -> list[str]:
         }
     )
     return found + (["\n".join(notes)] if notes else [])
+
+
+def where_others_lead(rows: list[Row]) -> list[str]:
+    """A sentence on where hf_reformer, the first of its group, is slower or larger than others."""
+    better = {"time": "faster", "memory": "smaller"}[rows[0].quantity]
+    behind = [row for row in rows if row.ratio is not None and row.ratio < 1 and is_rival(row)]
+    if not behind:
+        return []
+    said = [f"{row.impl} at {row.length} tokens, {row.work} ({row.ratio:.2f})" for row in behind]
+    return [f"Here others are {better} than hf-reformer: {'; '.join(said)}."]
+
+
+def is_rival(row: Row) -> bool:
+    """Whether a row's ratio is that of another package to hf_reformer."""
+    others = row.impl.startswith("hf-reformer") or row.impl in ("attention part", *RATES)
+    return row.base.startswith("hf-reformer ") and not others
 
 
 def case_table(rows: list[Row]) -> str:

@@ -14,10 +14,11 @@ class Row(Case):
     """A line of the CSV; numbers that were not measured are None.
 
     Attributes:
-        quantity: "time", "memory" or "fact".
+        quantity: "time", "memory", "check" or "fact".
         status: "ok"; "once" (too slow to repeat); "skipped" or "failed", and the note says why.
         seconds, fastest, cpu_seconds: medians over `repeats` calls, and the fastest.
-        ratio: this time or memory over that of `base`, the implementation (and length) at the head of the group.
+        ratio: this time or memory over that of `base`, the implementation (and length) at the head of the group; of a
+            check, the largest difference over the allowed one.
         flops, bytes: the least a call must do; see `cases.Run`.
     """
 
@@ -48,9 +49,22 @@ class Row(Case):
         return self.quantity, self.section, self.causal, self.rounds, self.layers, self.work, self.length
 
     @property
+    def machine(self) -> tuple[str, str, int, bool]:
+        """What a table has in common: device, dtype, threads (0 on a GPU), and whether pages are huge."""
+        return self.device, self.dtype, self.threads, self.huge_pages
+
+    @property
     def identity(self) -> tuple:
         """What a later row must share to replace this one."""
-        return self.setting, self.impl, self.threads, self.huge_pages
+        return self.setting, self.impl, self.machine
+
+
+def name_of(machine: tuple[str, str, int, bool]) -> str:
+    """In words, see `Row.machine`."""
+    device, dtype, threads, huge_pages = machine
+    words = [f"{threads} thread{'s' * (threads > 1)}" if device == "cpu" else "GPU"]
+    words += ["huge pages"] if huge_pages else []
+    return ", ".join([*words, *([dtype] if (device, dtype) != ("cpu", "float32") else [])])
 
 
 COLUMNS = [field.name for field in fields(Row)]

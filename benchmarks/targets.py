@@ -32,11 +32,10 @@ class Target(NamedTuple):
 
 
 class Measured:
-    """Rows of one thread count, found by what they are about. Memory does not depend on it and is found anyway."""
+    """Rows found by what they are about."""
 
-    def __init__(self, rows: list[Row], threads: int, huge_pages: bool):
-        mine = [row for row in rows if row.huge_pages == huge_pages]
-        self.rows = [row for row in mine if row.threads == threads or row.quantity == "memory"]
+    def __init__(self, rows: list[Row]):
+        self.rows = rows
 
     def all(self, section: str, impl: str, **wanted: Any) -> list[Row]:
         """Rows that hold a number; times unless `quantity` says otherwise."""
@@ -62,10 +61,31 @@ def over(above: Row | None, below: Row | None) -> float | None:
 
 
 def find_targets(rows: list[Row], threads: int, huge_pages: bool) -> list[Target]:
-    """The whole table for one thread count."""
-    measured = Measured(rows, threads, huge_pages)
+    """The whole table for one thread count of a CPU. Memory does not depend on it and counts anyway."""
+    mine = [row for row in rows if row.device == "cpu" and row.huge_pages == huge_pages]
+    measured = Measured([row for row in mine if row.threads == threads or row.quantity == "memory"])
     parts = (cores, modes, centering, shares, memory, break_even, steps, coverage, torch_backend, growth)
     return [target for part in parts for target in part(measured)]
+
+
+def find_gpu_targets(rows: list[Row]) -> list[Target]:
+    """Goals on a GPU, forward and backward of causal cores in bfloat16.
+
+    Against flash attention they are what hash-sparse flash attention reached at half the length (Pagliardini et al.
+    2023).
+    """
+    measured = Measured(rows)
+    return [
+        Target(
+            f"core {BOTH}, windows",
+            against,
+            f"{length} tokens, bfloat16, causal",
+            least,
+            True,
+            measured.quotient("core", against, "hf-reformer window", length=length, work=BOTH, dtype="bfloat16"),
+        )
+        for against, length, least in (("flash", 16 * K, 2.0), ("flash", 32 * K, 3.3), ("transformers", 16 * K, 10.0))
+    ]
 
 
 def cores(measured: Measured) -> Iterator[Target]:

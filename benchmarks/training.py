@@ -14,6 +14,7 @@ from .models import LAYERS, ROUNDS, VOCABULARY, FullModel, hf_reformer_config, h
 
 CHECKPOINTS_FROM = 65536  # tokens from which the exact Transformer recomputes its layers
 MIDDLE = 4096  # here both directions are measured
+NARROW = {"hidden_size": 256, "num_attention_heads": 4, "feed_forward_size": 512}  # of experiments/million_tokens.py
 
 
 def step_case(section: str, length: int, layers: int = LAYERS, causal: bool = True) -> Case:
@@ -76,18 +77,23 @@ def make(case: Case, impl: str) -> Run:
         "hf-reformer torch": partial(hf_reformer_model, attention_backend="torch"),
         "hf-reformer plain": partial(hf_reformer_model, reversible=False),
         "hf-reformer coverage": partial(hf_reformer_model, coverage_loss_weight=0.1),
+        "hf-reformer 256 wide": partial(hf_reformer_model, residual_precision="float32", **NARROW),
+        "hf-reformer 512 wide": partial(hf_reformer_model, residual_precision="float32"),
         "transformers": transformers_model,
         "full": partial(FullModel, checkpointing=case.length >= CHECKPOINTS_FROM),
     }
-    model = makers[impl](case.length, case.layers, case.causal).train()
+    model = makers[impl](case.length, case.layers, case.causal).train().to(case.device)
     note = "recomputes its layers" if getattr(model, "checkpointing", False) else ""
     flops = dense_flops(model, case.length) if impl == "hf-reformer" else 0.0
-    return Run(training_step(model, case.length), flops=flops, note=note)
+    tokens = torch.randint(2, VOCABULARY, (1, case.length), device=case.device)
+    return Run(training_step(model, case, tokens, tokens), flops=flops, note=note)
 
 
-def training_step(model: nn.Module, length: int) -> Callable[[], None]:
-    """Forward, loss, backward, AdamW. The optimiser's state exists beforehand: memory counts the step alone."""
-    tokens = torch.randint(2, VOCABULARY, (1, length))
+def training_step(model: nn.Module, case: Case, tokens: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
+    """Forward, loss, backward, AdamW. The optimiser's state exists beforehand: memory counts the step alone.
+
+    Forward and loss run in autocast unless the case is float32.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -95,7 +101,8 @@ def training_step(model: nn.Module, length: int) -> Callable[[], None]:
     optimizer.zero_grad()
 
     def call() -> None:
-        loss = model(input_ids=tokens, labels=tokens)
+        with torch.autocast(case.device, case.torch_dtype, enabled=case.dtype != "float32"):
+            loss = model(input_ids=tokens, labels=labels)
         loss = loss if isinstance(loss, torch.Tensor) else loss.loss
         loss.backward()
         optimizer.step()
@@ -120,8 +127,8 @@ def attention_part(case: Case) -> Callable[[], None]:
     lsh = hf_reformer_core(
         "window", case.rounds, case.causal, window=config.lsh_window, position=True, exploration=explored
     )
-    cores = [lsh, hf_reformer_local_core(case.length, config.local_window, case.causal)]
-    runs = [run_function(core, case.length, work) for core in cores for work in (FORWARD, BOTH)]
+    cores = [lsh, hf_reformer_local_core(case, config.local_window)]
+    runs = [run_function(core, case, work) for core in cores for work in (FORWARD, BOTH)]
 
     def call() -> None:
         for run in runs:

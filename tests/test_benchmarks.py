@@ -14,8 +14,8 @@ pytest.importorskip("reformer_pytorch")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `benchmarks` is not installed
 
-from benchmarks import attention_impls, results, run, targets  # noqa: E402
-from benchmarks.cases import BOTH, FORWARD, STEP, Settings  # noqa: E402
+from benchmarks import attention_impls, results, rivals, run, targets  # noqa: E402
+from benchmarks.cases import BOTH, FORWARD, STEP, Case, Settings  # noqa: E402
 from benchmarks.measure import TimingBudget, alternate  # noqa: E402
 from benchmarks.plan import SECTIONS, make, plan  # noqa: E402
 from benchmarks.plots import spread  # noqa: E402
@@ -63,20 +63,94 @@ def test_the_local_bound_is_exact_attention_inside_chunks(causal):
     torch.testing.assert_close(attention_impls.local_core(causal)(q, v), expected)
 
 
+LENGTHS = {"bigbird": 384, "mamba": 64}  # it takes blocks only from there on; its loop over tokens is slow
+
+
 @pytest.mark.parametrize("section", list(SECTIONS))
 def test_everything_in_the_plan_runs(section):
-    groups = plan(Settings(lengths=[256], rounds=[2], short=True), [section])
-    entries = dict.fromkeys(entry for group in groups for entry in group.entries)
+    groups = plan(Settings(lengths=[256], rounds=[2], short=section not in ("classifier", "causal")), [section])
+    entries = dict.fromkeys(entry for group in groups for entry in group.entries if entry.impl != "mistral flex")
     assert entries
     for case, impl in entries:
         if case.layers:
             case = replace(case, layers=2)
-        make(case, impl).call()
+        make(replace(case, length=LENGTHS.get(impl, case.length)), impl).call()
 
 
 def test_implementations_can_be_measured_one_at_a_time():
     groups = plan(Settings(lengths=[65536], rounds=[2], short=False), ["step"], ["full"])
     assert [[entry.impl for entry in group.entries] for group in groups] == [["full"]]
+
+
+# --- what people choose instead
+
+
+def seen_by(impl, causal, position, length=512, training=False):
+    """Tokens that one token's output depends on, in the last layer of a model."""
+    case = Case(section="causal" if causal else "classifier", length=length, causal=causal, layers=2)
+    torch.manual_seed(0)
+    model = rivals.make_model(case, impl).train(training)
+    base = getattr(model, model.base_model_prefix)
+    stack = base if hasattr(base, "layers") else base.encoder
+    kept = "layers" if hasattr(stack, "layers") else "layer"
+    setattr(stack, kept, torch.nn.ModuleList([getattr(stack, kept)[-1]]))
+    inputs = torch.randn(1, length, 512, requires_grad=True)
+    out = base(inputs_embeds=inputs).last_hidden_state[0, position]
+    (grad,) = torch.autograd.grad((out * torch.linspace(-1, 2, len(out)).square()).sum(), inputs)
+    return grad[0].abs().amax(-1).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("impl", "causal", "expected"),
+    [
+        ("longformer", False, range(300 - 128, 300 + 129)),
+        ("modernbert", False, range(300 - 128, 300 + 129)),
+        ("mistral", True, range(300 - 255, 301)),
+        ("llama", True, range(301)),
+    ],
+)
+def test_rivals_see_what_the_report_says(impl, causal, expected):
+    assert seen_by(impl, causal, 300) == list(expected)
+
+
+def test_bigbird_attends_in_blocks():
+    """Those around the token, the first, the last, and in training random ones, in every head others."""
+    fixed = {0, 8, 9, 10, 15}
+    assert {token // 32 for token in seen_by("bigbird", False, 300)} == fixed
+    seen = seen_by("bigbird", False, 300, training=True)
+    assert fixed < {token // 32 for token in seen}
+    assert len(seen) % 32 == 0
+    with pytest.raises(ValueError, match="length 352: up to 352 tokens, BigBird"):
+        rivals.bigbird(352, 1)
+
+
+@pytest.mark.parametrize(
+    ("impl", "causal"), [(impl, False) for impl in rivals.CLASSIFIERS] + [(impl, True) for impl in rivals.CAUSAL]
+)
+def test_rivals_have_the_same_sizes_and_no_dropout(impl, causal):
+    case = Case(section="", length=512, causal=causal, layers=2)
+    model = rivals.make_model(case, impl)
+    config = getattr(model, "config", None) or model.model.config
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (512, 2, 320)
+    assert getattr(config, "num_attention_heads", 8) == 8
+    assert all(module.p == 0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    dropouts = {name: value for name, value in config.to_dict().items() if "drop" in name and value}
+    assert not dropouts
+    model.train()
+    tokens = torch.randint(2, 320, (1, 512 if impl == "bigbird" else 64))
+    outputs = [model(input_ids=tokens).logits for _ in range(2)]
+    if impl not in ("hf-reformer", "bigbird"):  # these draw hash rotations, or blocks
+        assert torch.equal(*outputs)
+
+
+def test_flex_attention_gets_sliding_windows():
+    case = Case(section="core", length=512, rounds=2)
+    q, v, _ = attention_impls.inputs(512)
+    position = torch.arange(512)
+    distance = position[:, None] - position
+    visible = (distance >= 0) & (distance < 2 * attention_impls.WINDOW)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, q, v, attn_mask=visible)
+    torch.testing.assert_close(attention_impls.flex_core(case)(q, v), expected, rtol=1e-4, atol=1e-4)
 
 
 # --- measuring
@@ -167,6 +241,15 @@ def test_shares_memory_and_growth():
         row("hf-reformer chunk", 10.0, section="growth", length=8192),
     ]
     assert found(lines, f"time per token, core {FORWARD}, chunks")[0].measured == pytest.approx(1.25)
+
+
+def test_the_report_says_where_others_are_faster(tmp_path):
+    case = {"section": "classifier", "causal": False, "work": STEP, "layers": 6, "base": "hf-reformer 1024"}
+    rows = [row("hf-reformer", 1.0, ratio=1.0, **case), row("longformer", 2.0, ratio=2.0, **case)]
+    rows.append(row("modernbert", 0.5, ratio=0.5, **case))
+    results.append(tmp_path / "results.csv", rows)
+    report = write_report(tmp_path / "results.csv", tmp_path)[0].read_text(encoding="utf-8")
+    assert "Here others are faster than hf-reformer: modernbert at 1024 tokens, training step (0.50)." in report
 
 
 def test_names_in_plots_keep_apart():

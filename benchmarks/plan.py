@@ -21,6 +21,7 @@ SECTIONS = {
     "break-even": Section(attention.break_even_groups, attention.make_core_run),
     "step": Section(training.step_groups, training.make),
     "coverage": Section(training.coverage_groups, training.make),
+    "autocast": Section(training.autocast_groups, training.make),
     "growth": Section(attention.growth_groups, attention.make_core_run),
     "depth": Section(training.depth_groups, training.make),
     "generation": Section(generation.groups, generation.make),

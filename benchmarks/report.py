@@ -17,6 +17,7 @@ TITLES = {
     "ops": "Single ops and their floors",
     "break-even": "Break-even with exact attention",
     "step": "Training steps",
+    "autocast": "Training steps in half precision",
     "growth": "Growth of the core",
     "depth": "Depth",
     "classifier": "Classifiers that people choose",
@@ -48,7 +49,7 @@ on the number of rounds. `local` is a bound for one round, not a baseline.
 default windows of 128, which in training show the order of positions, two hash rounds and one of exploration; \
 transformers' its default chunks of 64, two rounds. `hf-reformer plain` keeps activations instead of recomputing \
 them. `full` is a Transformer on `sdpa` with fixed positions; from 65536 tokens on it recomputes its layers, as \
-hf_reformer's does at every length.
+hf_reformer's does at every length. `bf16`: forward and loss under autocast.
 - A step's floor is its dense products (forward, recomputation, backward) at the rate of `mm`, plus its attention \
 measured alone. An op's floor is its products at the rate of `mm` or its reading and writing at that of `copy`, \
 whichever takes longer.

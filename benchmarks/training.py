@@ -1,6 +1,7 @@
 """Whole training steps: forward, loss, backward and optimiser, against whole models and against the floor."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from .cases import BOTH, FORWARD, STEP, Case, Entry, Group, Run, Settings
 from .models import LAYERS, ROUNDS, VOCABULARY, FullModel, hf_reformer_config, hf_reformer_model, transformers_model
 
 CHECKPOINTS_FROM = 65536  # tokens from which the exact Transformer recomputes its layers
+HALF = "bf16"
 MIDDLE = 4096  # here both directions are measured
 NARROW = {"hidden_size": 256, "num_attention_heads": 4, "feed_forward_size": 512}  # of experiments/million_tokens.py
 
@@ -64,8 +66,17 @@ def coverage_groups(settings: Settings) -> list[Group]:
     ]
 
 
+def autocast_groups(settings: Settings) -> list[Group]:
+    """Steps in float32 and under autocast in bfloat16, for which some processors have instructions."""
+    cases = [step_case("autocast", length) for length in settings.choose((4096, 16384), (4096,))]
+    impls = ["hf-reformer", f"hf-reformer {HALF}", "full", f"full {HALF}"]
+    return [Group("time", [Entry(case, impl) for impl in impls], LAYERS) for case in cases]
+
+
 def make(case: Case, impl: str) -> Run:
     """One training step on random tokens, or a part of the floor."""
+    if impl.endswith(HALF):
+        case, impl = replace(case, dtype="bfloat16"), impl.removesuffix(f" {HALF}")
     if impl in environment.RATES:
         return environment.make(case, impl)
     if impl == "attention part":

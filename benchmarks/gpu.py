@@ -160,6 +160,7 @@ def measure_all(args: argparse.Namespace, path: Path) -> None:
         DeviceLostError: with the number of groups that are done.
     """
     trial = " (a trial: its times say nothing about a GPU)" * (args.device == "cpu")
+    begin = time.monotonic()
     facts = [("device", args.device + trial), *environment.facts(args.device).items()]
     threads = torch.get_num_threads() if args.device == "cpu" else 0
     if not args.first:
@@ -167,7 +168,7 @@ def measure_all(args: argparse.Namespace, path: Path) -> None:
     checking = checks.groups(args.device, 128 if args.tiny else 320) if "correctness" in args.only else []
     budget = TINY_BUDGET if args.tiny else BUDGET
     for groups, done, share in ((checking, 0, CHECKS_SHARE), (plan(args), len(checking), 1.0)):
-        deadline = time.monotonic() + 60 * (share * args.minutes - args.spent)
+        deadline = begin + 60 * (share * args.minutes - args.spent)
         runner = Runner(Limits(budget, LONGEST, deadline, in_process=True))
         try:
             carry_out(runner, [(group, threads) for group in groups], path, max(0, args.first - done))

@@ -136,6 +136,24 @@ def test_everything_runs_tiny_on_a_cpu(tmp_path):
     assert "calls agree with `reference`" in report
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_every_kind_of_call_agrees_with_the_reference_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "start_again", lambda *_: pytest.fail("a kernel left the GPU unusable"))
+    gpu.main(["--only", "correctness", "--minutes", "30", "--output_dir", str(tmp_path)])
+    rows = [row for row in results.load(tmp_path / "results.csv") if row.quantity == "check"]
+    assert not [(row.work, row.causal, row.dtype, row.impl, row.ratio, row.note) for row in rows if row.status != "ok"]
+
+
+def test_the_time_of_checks_and_of_earlier_processes_counts(tmp_path, monkeypatch):
+    deadlines = []
+    monkeypatch.setattr(gpu, "carry_out", lambda runner, *_: deadlines.append(runner.limits.left / 60))
+    monkeypatch.setattr(gpu, "plan", lambda args: [])
+    args = gpu.parse(["--device", "cpu", "--tiny", "--minutes", "5", "--first", "1", "--spent", "1"])
+    gpu.measure_all(args, tmp_path / "results.csv")
+    assert deadlines == [pytest.approx(0.5, abs=0.1), pytest.approx(4, abs=0.1)]  # three tenths of 5, and 5, less 1
+
+
 def test_what_has_no_time_left_is_written_as_skipped(tmp_path):
     groups = [Group("time", [Entry(Case(section="core", length=128), "sdpa")])] * 2
     path = tmp_path / "results.csv"

@@ -1,7 +1,11 @@
 """What every recipe takes from the command line: the options of transformers' own example scripts."""
 
 import json
+import os
 import random
+import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +97,28 @@ def test_what_is_said_is_done_and_nothing_else_on_a_folder_that_is_a_data_set(re
     out = run(recipe, folder, *saved, "--do_eval", "--do_predict", out="evaluated")
     assert "model.safetensors" not in out
     assert scored(folder, "evaluated") == expected(recipe, "validation", "test")
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize("recipe", ["question-answering", "token-classification", "multiple-choice"])
+def test_two_processes_predict_every_row_once(recipe, folder):
+    """The last batch has fewer rows than the processes would take."""
+    data = ["--dataset_name", str(folder)]
+    run(recipe, folder, *data, "--do_train")
+    options = [*TINY, *OWN[recipe], *data, "--model_name_or_path", str(folder.parent / "out"), "--do_eval"]
+    options += ["--do_predict", "--per_device_eval_batch_size", "2", "--max_eval_samples", "5"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "hf_reformer", "train", recipe, *options, "--output_dir", str(folder.parent / "two")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=500)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("results are in") == 1
+    load_recipe(recipe).main([*options, "--output_dir", str(folder.parent / "one")])
+    for split in ("validation", "test"):
+        one, two = ((folder.parent / x / f"predictions_{split}.jsonl").read_text() for x in ("one", "two"))
+        without_digits = [re.sub(r"0\.\d+", "", text) for text in (one, two)]
+        assert without_digits[0] == without_digits[1]
 
 
 @pytest.mark.parametrize("recipe", ["seq2seq"])

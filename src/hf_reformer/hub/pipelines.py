@@ -123,9 +123,9 @@ class LongDocumentQuestionAnswering(Pipeline):
         inside = torch.tensor([sequence == 1 for sequence in encoding.sequence_ids])
         logits = (model_outputs[name][0][real] for name in ("start_logits", "end_logits"))
         starts, ends = (log_probabilities(x, solid) for x in logits)
-        null = {"score": math.exp(starts[0] + ends[0]), "start": 0, "end": 0, "answer": ""}
+        null: dict[str, Any] = {"score": math.exp(starts[0] + ends[0]), "start": 0, "end": 0, "answer": ""}
         starts, ends = (scores.masked_fill(~solid, -math.inf) for scores in (starts, ends))
-        answers = []
+        answers: list[dict[str, Any]] = []
         for first, last, score in best_spans(starts, ends, inside, encoding.offsets, top_k, max_answer_length):
             answer, start = trimmed(context, encoding.offsets[first][0], encoding.offsets[last][1])
             answers.append({"score": math.exp(score), "start": start, "end": start + len(answer), "answer": answer})

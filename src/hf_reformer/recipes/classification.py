@@ -92,7 +92,7 @@ class DataArguments(PretrainingArguments, SplitsAndFileArguments):
     text_pair_column: str | None = option(None, "Second text, for pairs.")
     label_column: str | None = option(None, "Default: found by its name.")
     problem_type: str | None = option(None, "Default: derived from the labels.", choices=[SINGLE, MULTI, REGRESSION])
-    max_length: int = option(4096, "Longer texts are truncated to this many tokens.")
+    max_length: int = option(4096, "Longer texts are truncated to this many tokens.", aliases=["--max_seq_length"])
     train_length: int | None = option(
         None, "Cut the training texts into chunks of this many tokens, and still evaluate on whole ones."
     )

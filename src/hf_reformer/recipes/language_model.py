@@ -191,7 +191,8 @@ def run(data: TextArguments, model_args: ModelArguments, args: TrainingArguments
     trainer = build_trainer(LanguageModelTrainer, model, args, tokenizer, splits, **options)
     sizes = [f"; {split}: {one.num_bytes:,} bytes in {one.num_tokens:,} tokens" for split, one in metrics.items()]
     train_and_save(trainer, f"Training texts: {amount}{''.join(sizes)}.")
-    scores, table = {}, {}
+    scores: dict[str, float] = {}
+    table: dict[str, dict[str, float]] = {}
     for split, metric in metrics.items():
         trainer.compute_metrics = metric
         prefix = "eval" if split == "validation" else split

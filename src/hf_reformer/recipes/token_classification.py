@@ -275,9 +275,9 @@ def report(
             parts.append(f"{split}, by entity\n\n{format_table(entities)}")
         if len(names) <= MATRIX_LABELS:
             number = {name: i for i, name in enumerate(names)}
-            flat = [np.array([number[tag] for tags in some for tag in tags]) for some in (true, predicted)]
+            all_true, found = (np.array([number[x] for tags in some for x in tags]) for some in (true, predicted))
             file = folder / f"confusion_matrix_{split}.png"
-            draw_confusion_matrix(file, names, *flat, f"{split}: {len(flat[0])} words", normalize="true")
+            draw_confusion_matrix(file, names, all_true, found, f"{split}: {len(found)} words", normalize="true")
     write_report(trainer, tables, "\n\n".join(parts), args.describe() if "train" in sentences else None)
 
 

@@ -29,11 +29,18 @@ OWN = {
     "question-answering": ["--question_column", "text", "--context_column", "words", "--answers_column", "label"],
     "token-classification": ["--text_column", "list", "--label_column", "labels"],
     "multiple-choice": ["--context_column", "text", "--endings_column", "list", "--label_column", "number"],
+    "recommendation": ["--tokenizer", "items", "--top_k", "2"],
+    "chat": ["--max_length", "64", "--max_choices", "0"],
 }
 
 
 def example(recipe: str, row: int) -> dict:
     draw = random.Random(row)
+    if recipe == "recommendation":
+        return {"user_id": row % 20, "item_ids": draw.sample(range(30), 4)}
+    if recipe == "chat":
+        said = zip(("user", "assistant"), draw.choices(("Hello.", "Yes.", "No."), k=2), strict=True)
+        return {"messages": [{"role": role, "content": content} for role, content in said]}
     answers = {"words": "x or y", "list": ["x", "y"], "labels": ["X", "Y"], "number": row % 2}
     return {"text": " ".join(draw.choices("abcdef", k=9)), "label": "xy"[row % 2], **answers}
 

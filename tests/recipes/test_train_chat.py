@@ -1,4 +1,4 @@
-"""The chat recipe: messages, what of them is learnt, choices, whole runs that `hf-reformer chat` talks to, bad inputs."""
+"""The chat recipe: messages, what of them is learnt, choices, runs that `hf-reformer chat` talks to, bad inputs."""
 
 import io
 import json
@@ -251,7 +251,7 @@ def test_messages_that_can_be_mended(caplog):
 @pytest.mark.parametrize(
     ("messages", "words"),
     [
-        ([{"role": "bot", "content": "Hi"}], r"Row 0 of the train data, message 0: the role 'bot' is unknown.*Rename"),
+        ([{"role": "bot", "content": "Hi"}], r"Row 0 of the train data, message 0: the role 'bot' is none of.*Rename"),
         ([*talk(0), {"role": "system", "content": "x"}], "message 4 is the system's, which can only be the first"),
         ([{"role": "user", "content": "Hi"}], "The assistant says nothing in the train data"),
         ([{"role": "user", "content": "a<|eos|>"}, *talk(0)[1:]], r"message 0 spells <\|eos\|>, a special token"),

@@ -74,7 +74,7 @@ def read_conversations(
         for number, (role, content) in enumerate(_messages(cell, column, where)):
             if role not in ROLES:
                 raise ValueError(
-                    f"{where}, message {number}: the role {role!r} is unknown; there are {', '.join(ROLES)}. Rename it."
+                    f"{where}, message {number}: the role {role!r} is none of {', '.join(ROLES)}. Rename it."
                 )
             if word := next((word for word in tokenizer_words if word in content), None):
                 raise ValueError(f"{where}, message {number} spells {word}, a special token. Write it in another way.")

@@ -158,7 +158,7 @@ def cut_windows(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Windows of at most `length` tokens, and their labels, in which every token but the first is a target once.
 
-    A window starts with the last `context` tokens before its targets; their labels are -100. `labels`: by default `ids`.
+    A window starts with the last `context` tokens before its targets; their labels are -100. `labels`: default `ids`.
     """
     labels = ids if labels is None else labels
     done = 1  # nothing predicts the first one

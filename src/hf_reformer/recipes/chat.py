@@ -15,8 +15,9 @@
     hf-reformer train chat --model_name_or_path runs/chat --validation_file other.jsonl
 
 A tokenizer without a chat template gets one, which is saved with it. Scores are bits per byte of the assistant's
-messages, and how often the true reply is the likeliest of ten, per byte; the others are replies of other conversations.
-All options of `trl.SFTConfig` and so of `transformers.TrainingArguments` work, `--resume_from_checkpoint last` included.
+messages, and how often the true reply is the likeliest of ten, by its mean per byte; the others are replies of other
+conversations. All options of `trl.SFTConfig`, and so of `transformers.TrainingArguments`, work,
+`--resume_from_checkpoint last` included.
 """
 
 from collections.abc import Sequence

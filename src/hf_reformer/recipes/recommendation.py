@@ -59,10 +59,14 @@ logger = logging.get_logger(__name__)
 
 DEFAULTS = {
     "tokenizer": "items", "output_dir": "runs/recommendation", "remove_unused_columns": False,
-    "attn_layers": ["local", "local"], "num_train_epochs": 15, "learning_rate": 3e-3, "lr_scheduler_type": "cosine",
-    "per_device_train_batch_size": 8,
+    "attn_layers": ["local", "local"], "attention_head_size": 32, "num_train_epochs": 12, "learning_rate": 3e-3,
+    "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "weight_decay": 0.05, "adam_beta2": 0.98,
+    "per_device_train_batch_size": 8, "train_sampling_strategy": "group_by_length",
 }  # fmt: skip
-FIELDS = {"tie_word_embeddings": True, "hidden_dropout_prob": 0.2, "local_window": 32}  # of a new model's config
+FIELDS = {  # of a new model's config
+    "tie_word_embeddings": True, "hidden_dropout_prob": 0.2, "local_window": 32,
+    "reversible": False,  # two narrow layers: what is stored is little
+}  # fmt: skip
 PRESETS = {"--model_name_or_path": {"tokenizer": None, "learning_rate": 3e-4, "num_train_epochs": 3}}
 TITLES = "item_titles.json"  # in the model's folder
 
@@ -84,8 +88,9 @@ class DataArguments(SplitArguments):
     baselines: bool = option(False, "Also score popularity, item-kNN and co-occurrence.")
 
     def _given(self, file: str) -> list[str]:
-        """Test data can be held out of the training data, too."""
-        return super()._given(file) or (super()._given("train_file") if file == "test_file" else [])
+        """Test data can be held out of what is trained on, too."""
+        held_out = file == "test_file" and "train" in (self.wanted or ())
+        return super()._given(file) or (super()._given("train_file") if held_out else [])
 
     def has_inputs(self) -> bool:
         return self.predict_file is not None
@@ -198,11 +203,11 @@ def warn_unknown(users: Sequence[User], tokenizer: PreTrainedTokenizerBase, spli
 
 
 def encode_training(histories: Sequence[list[str]], tokenizer: Any, length: int) -> Dataset:
-    """Windows of at most `length` tokens in which every item is a target once, after half a window of earlier ones."""
+    """Windows of at most `length` tokens in which every item is a target once; they begin with a quarter of earlier ones."""
     columns: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
     for items in histories:
         ids = [tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids(items)]
-        for window, labels in cut_windows(ids, length, length // 2):
+        for window, labels in cut_windows(ids, length, max(1, length // 4)):
             for name, value in zip(columns, (window, labels, len(window)), strict=True):
                 columns[name].append(value)
     return Dataset.from_dict(columns)

@@ -203,7 +203,7 @@ def warn_unknown(users: Sequence[User], tokenizer: PreTrainedTokenizerBase, spli
 
 
 def encode_training(histories: Sequence[list[str]], tokenizer: Any, length: int) -> Dataset:
-    """Windows of at most `length` tokens in which every item is a target once; they begin with a quarter of earlier ones."""
+    """Windows of at most `length` tokens in which every item is a target once, behind a quarter of earlier ones."""
     columns: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
     for items in histories:
         ids = [tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids(items)]

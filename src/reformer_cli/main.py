@@ -31,6 +31,8 @@ RECIPES = {  # a module of `hf_reformer.recipes` each
     "question-answering": "find the answer to a question in a document",
     "token-classification": "label every word: names, parts of speech",
     "multiple-choice": "choose the right one of several endings or answers",
+    "recommendation": "recommend the next item to every user",
+    "chat": "answer in conversations, which `hf-reformer chat` then holds",
 }
 CARD = ("language", "license", "datasets", "base_model", "tags", "dataset_name")
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}
 _LONG_WORD = re.compile(r"(\S{256})(?=\S)")
 
 
@@ -13,13 +14,12 @@ def train_bpe_tokenizer(
     texts: Iterable[str], vocab_size: int = 8192, max_length: int = 4096
 ) -> PreTrainedTokenizerFast:
     """Learn a byte-level BPE from `texts`. Every text can be encoded, pairs become `<s> A </s> B </s>`."""
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "mask_token": "<mask>"}
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(special.values()),
+        special_tokens=list(SPECIAL.values()),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -34,5 +34,5 @@ def train_bpe_tokenizer(
         tokenizer_object=backend,
         model_max_length=max_length,
         model_input_names=["input_ids", "attention_mask"],
-        **special,
+        **SPECIAL,
     )

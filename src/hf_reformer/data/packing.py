@@ -145,16 +145,27 @@ def scoring_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, length
     windows: dict[str, list] = {"input_ids": [], "labels": []}
     for text in texts:
         ids = [token for chunk in token_ids([[text]], tokenizer) for token in chunk]
-        done = 1  # nothing predicts the separator
-        while done < len(ids):
-            start = max(0, done - context)
-            window = ids[start : start + length]
+        for window, labels in cut_windows(ids, length, context):
             windows["input_ids"].append(window)
-            windows["labels"].append([IGNORE] * (done - start) + window[done - start :])
-            done = start + len(window)
+            windows["labels"].append(labels)
     if not windows["input_ids"]:
         raise ValueError("The validation texts are empty: there is nothing to evaluate.")
     return Dataset.from_dict(windows)
+
+
+def cut_windows(
+    ids: list[int], length: int, context: int, labels: list[int] | None = None
+) -> Iterator[tuple[list[int], list[int]]]:
+    """Windows of at most `length` tokens, and their labels, in which every token but the first is a target once.
+
+    A window starts with the last `context` tokens before its targets; their labels are -100. `labels`: default `ids`.
+    """
+    labels = ids if labels is None else labels
+    done = 1  # nothing predicts the first one
+    while done < len(ids):
+        start = max(0, done - context)
+        yield ids[start : start + length], [IGNORE] * (done - start) + labels[done : start + length]
+        done = start + length
 
 
 def masked_windows(

@@ -24,10 +24,12 @@ ACTIONS = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}  
 class SplitArguments:
     """Where the examples of every split come from, and how many of them to use. A recipe adds options of its own.
 
-    `sources` are options, besides a data set and files, that name data to train on.
+    `sources` are options, besides a data set and files, that name data to train on; `held_out` are the parts that are
+    taken out of the training data where no data are named for them.
     """
 
     sources: ClassVar[tuple[str, ...]] = ()
+    held_out: ClassVar[tuple[str, ...]] = ("validation",)
 
     dataset_name: str | None = option(None, "A data set on the Hub, or a folder that `datasets.load_dataset` reads.")
     dataset_config_name: str | None = option(None, "Its configuration.", aliases=["--dataset_config"])
@@ -111,7 +113,7 @@ class SplitArguments:
     def read(self) -> DatasetDict:
         """The splits of all `parts`: `train`, `validation`, `test`, or several such as `validation_matched`.
 
-        Validation data is missing where it is to be held out of the training data.
+        What is to be held out of the training data is missing.
 
         Raises:
             ValueError: there is no such split, or it holds no row.
@@ -123,7 +125,7 @@ class SplitArguments:
                 found = {part: self.read_file(file)}
             else:
                 found = {name: rows for name, rows in source.items() if name.split("_")[0] == part}
-            if not found and (part != "validation" or "train" not in splits):
+            if not found and (part not in self.held_out or "train" not in splits):
                 raise ValueError(
                     f"The data has no split `{part}`; its splits are {', '.join(source)}. Give --{part}_file, or what "
                     f"to do without --{ACTIONS[part]}."

@@ -51,6 +51,7 @@ _AT_LEAST_1 = (
 # What numbers options may be, in whatever recipe: a rule in words, the rule, the names of the options.
 LIMITS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("between 0 and 1", lambda x: 0 < x < 1, ("validation_fraction",)),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, ("item_dropout",)),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, ("mlm_probability",)),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, ("hidden_dropout_prob",)),
     ("above 0", lambda x: x > 0, ("num_train_epochs",)),

@@ -23,6 +23,10 @@ CONTENTS = {
     "highlights_*.html": "texts with what was predicted and what is true",
     "answers_*.png": "where answers lie and were found, by kind of question",
     "choices_*.png": "places of the true choice, and how sure the model was",
+    "recommendations_*.png": "hit rate by number of recommendations, and how popular they are",
+    "replies_*.png": "bits per byte over a conversation, and places of the true reply among others",
+    "dialogue_*.jsonl": "what the model answers to a user of the data",
+    "item_titles.json": "titles of the items",
     "learning_curve.png": "loss during training",
     "checkpoint-*": "for --resume_from_checkpoint",
 }

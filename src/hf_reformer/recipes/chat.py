@@ -1,0 +1,207 @@
+"""Train a Reformer to answer in conversations, with trl's SFTTrainer; only what the assistant says is learnt.
+
+    # a row per conversation: messages, a list of {"role": "user" or "assistant", "content": …}
+    hf-reformer train chat --train_file talks.jsonl --validation_file more.jsonl --baselines
+    hf-reformer chat --model runs/chat
+
+    # bytes instead of a vocabulary; conversations of up to 8192 bytes at a time
+    hf-reformer train chat --train_file talks.parquet --tokenizer bytes --max_length 8192
+
+    # a language model, then its conversations
+    hf-reformer train language-model --train_file books.txt --tokenizer train --output_dir runs/lm
+    hf-reformer train chat --model_name_or_path runs/lm --train_file talks.jsonl
+
+    # a model that was saved by one of these runs, evaluated on other conversations
+    hf-reformer train chat --model_name_or_path runs/chat --validation_file other.jsonl
+
+A tokenizer without a chat template gets one, which is saved with it. Scores are bits per byte of the assistant's
+messages, and how often the true reply is the likeliest of ten, by its mean per byte; the others are replies of other
+conversations. All options of `trl.SFTConfig`, and so of `transformers.TrainingArguments`, work,
+`--resume_from_checkpoint last` included.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import AutoModelForCausalLM, Trainer, set_seed
+from transformers.utils import logging
+from trl import SFTConfig, SFTTrainer
+
+from ..data.bpe_tokenizer import SPECIAL
+from ..data.conversations import Messages, conversation_windows, read_conversations, set_chat_template
+from ..data.tables import check_columns, read_column
+from ..training.bits_per_byte import compressor_baselines
+from ..training.chat import (
+    ReplyBits,
+    accuracy,
+    draw_replies,
+    make_choices,
+    rank_replies,
+    replies,
+    tfidf_ranks,
+)
+from ..training.data_setup import SplitArguments
+from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
+from ..training.reports import draw_learning_curve, format_tables, write_report, write_rows
+from ..training.trainers import LanguageModelTrainer, build_trainer, train_and_save
+
+logger = logging.get_logger(__name__)
+
+DEFAULTS = {
+    "output_dir": "runs/chat", "tokenizer_vocab_size": 2048, "hidden_size": 256, "num_attention_heads": 4,
+    "feed_forward_size": 512, "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "weight_decay": 0.1,
+    "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "max_length": 1024, "assistant_only_loss": True,
+    "bf16": False, "activation_checkpointing": False,  # layers are reversible
+}  # fmt: skip
+PRESETS = {"--model_name_or_path": {"learning_rate": 3e-4, "num_train_epochs": 3}}
+TURNS = 4  # of the dialogue that is written
+
+
+@dataclass
+class DataArguments(SplitArguments):
+    """Where conversations come from, and how replies are judged."""
+
+    messages_column: str = option("messages", "Lists of messages, each with a role and a content.")
+    choices: int = option(10, "Replies among which the true one is to be chosen.")
+    max_choices: int = option(200, "Judge at most this many replies so, drawn at random; 0: none.")
+    baselines: bool = option(False, "Also score a choice by words (TF-IDF), and general compressors.")
+
+    def check(self, model: ModelArguments, args: Any) -> None:
+        super().check(model, args)
+        if self.choices < 2:
+            raise ValueError(f"--choices {self.choices} leaves nothing to choose from. Give at least 2.")
+        if args.max_length is None or args.max_length < 8:
+            raise ValueError(f"--max_length {args.max_length} must be a number of at least 8 tokens.")
+        if not args.assistant_only_loss:
+            raise ValueError(
+                "--assistant_only_loss False: here replies alone are learnt and judged. Leave it out; to learn "
+                "whole texts, see `hf-reformer train language-model`."
+            )
+        if args.packing or args.padding_free:
+            raise ValueError("--packing and --padding_free are not supported here. Leave them out.")
+
+
+class ChatTrainer(LanguageModelTrainer, SFTTrainer):
+    """trl's trainer, which evaluates conversation by conversation."""
+
+
+def load_conversations(data: DataArguments, seed: int, words: Sequence[str]) -> dict[str, list[Messages]]:
+    """The conversations of every split."""
+    found, numbers = {}, DatasetDict()
+    for split, rows in data.read().items():
+        with data.told(split):
+            check_columns(rows, split, [data.messages_column], "Name it by --messages_column.")
+            found[split] = read_conversations(rows, data.messages_column, split, words)
+        numbers[split] = Dataset.from_dict({"number": range(len(found[split]))})
+    whole = data.complete(numbers, seed)
+    source = {split: found.get(split, found.get("train", [])) for split in whole}
+    return {split: [source[split][i] for i in read_column(rows, "number")] for split, rows in whole.items()}
+
+
+def sample_dialogue(model: Any, tokenizer: Any, messages: Messages, length: int, seed: int) -> Messages:
+    """The model's own answers to what a user said in a conversation."""
+    said: Messages = [message for message in messages[:1] if message["role"] == "system"]
+    with torch.random.fork_rng():
+        set_seed(seed)
+        for message in [message for message in messages if message["role"] == "user"][:TURNS]:
+            said.append(message)
+            prompt: Any = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+            inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+            options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": min(200, length)}
+            out = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
+            answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            said.append({"role": "assistant", "content": answer.strip()})
+    return said
+
+
+def report(
+    trainer: Trainer, conversations: dict[str, list[Messages]], splits: dict[str, Dataset],
+    metrics: dict[str, ReplyBits], data: DataArguments,
+) -> None:  # fmt: skip
+    """Write scores, a picture and a sample dialogue of every split but the training data, and scores of baselines."""
+    folder, tables, args = Path(str(trainer.args.output_dir)), {}, trainer.args
+    tokenizer: Any = trainer.processing_class
+    length: int = args.max_length  # type: ignore[attr-defined]
+    seen = [text for messages in conversations.get("train", []) for text in replies(messages)]
+    for split, metric in metrics.items():
+        some = conversations[split]
+        trainer.compute_metrics = metric
+        prefix = "eval" if split == "validation" else split
+        bits = trainer.evaluate(splits[split], metric_key_prefix=prefix)[f"{prefix}_bits_per_byte"]
+        tables[split] = {"Reformer": {"bits per byte": bits}}
+        if not trainer.is_world_process_zero():
+            continue
+        model: Any = trainer.accelerator.unwrap_model(trainer.model).eval()
+        if data.baselines:
+            texts = [f"{text}\n" for messages in some for text in replies(messages)]
+            xz = compressor_baselines([f"{text}\n" for text in seen], texts)
+            tables[split] |= {name: {"bits per byte": value} for name, value in xz.items()}
+        choices = make_choices(some, data.choices, data.max_choices, args.seed)
+        if choices:
+            name = f"reply of {data.choices}"
+            own, reply_bits = rank_replies(model, tokenizer, choices, length)
+            ranks = {"Reformer": own}
+            words = tfidf_ranks(choices, [*conversations.get("train", []), *some]) if data.baselines else None
+            if words is not None:
+                ranks["words of the last turns (TF-IDF)"] = words
+            for model_name, found in ranks.items():
+                tables[split].setdefault(model_name, {})[name] = accuracy(found)
+            title = f"{split}: {len(choices)} replies"
+            draw_replies(folder / f"replies_{split}.png", choices, reply_bits, ranks, title)
+        elif data.max_choices:
+            logger.warning(f"The {split} data has too few replies to choose of {data.choices}.")
+        written = sample_dialogue(model, tokenizer, some[0], length, args.seed)
+        write_rows(folder / f"dialogue_{split}.jsonl", written)
+    if trainer.is_world_process_zero() and "validation" in metrics:
+        draw_learning_curve(trainer, "bits_per_byte", metrics["validation"].bits_per_nat)
+    dataset = data.describe() if "train" in conversations else None
+    write_report(trainer, tables, format_tables(tables, conversations, "conversations"), dataset)
+
+
+def run(data: DataArguments, model_args: ModelArguments, args: Any) -> None:
+    """Read the data, train, evaluate and report."""
+    set_seed(args.seed)
+    splits, metrics = {}, {}
+    with args.main_process_first(desc="preparing the data"):
+        is_new = (model_args.tokenizer or model_args.model_name_or_path or "train") == "train"
+        tokenizer = None if is_new else make_tokenizer(model_args, (), args.max_length)
+        words = list(SPECIAL.values()) if tokenizer is None else tokenizer.all_special_tokens
+        conversations = load_conversations(data, args.seed, words)
+        if tokenizer is None:
+            texts = (f"{x['role']}\n{x['content']}" for messages in conversations["train"] for x in messages)
+            tokenizer = make_tokenizer(model_args, texts, args.max_length)
+        set_chat_template(tokenizer)
+        for split, some in conversations.items():
+            windows = conversation_windows(some, tokenizer, args.max_length)
+            if split == "train":  # trl looks at the messages of the first row
+                windows["messages"] = [some[0]] * len(windows["labels"])
+            else:
+                metrics[split] = ReplyBits(some, windows["labels"])
+            splits[split] = Dataset.from_dict(windows)
+    trains = "train" in splits
+    model = make_model(AutoModelForCausalLM, model_args, tokenizer, args.max_length, trains)
+    if trains and model.config.tie_word_embeddings:
+        raise ValueError(
+            "trl multiplies hidden states by the weight of the head, which a model with `tie_word_embeddings` does "
+            "not. Leave the override out, or train another model."
+        )
+    trainer_class = ChatTrainer if trains else LanguageModelTrainer
+    options = {"compute_metrics": next(iter(metrics.values()), None)}
+    trainer = build_trainer(trainer_class, model, args, tokenizer, splits, **options)
+    counts = ", ".join(f"{split} {len(some)}" for split, some in conversations.items())
+    sizes = "".join(f"; {split}: {one.num_bytes:,} bytes of replies" for split, one in metrics.items())
+    train_and_save(trainer, f"Conversations: {counts}{sizes}.")
+    report(trainer, conversations, splits, metrics, data)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the recipe with these arguments, by default those of the process."""
+    data, model_args, args = parse_arguments(
+        "chat", __doc__, (DataArguments, ModelArguments, SFTConfig), arguments, DEFAULTS, PRESETS
+    )
+    data.check(model_args, args)
+    run(data, model_args, args)

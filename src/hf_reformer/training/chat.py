@@ -1,0 +1,159 @@
+"""Chat: bits per byte of replies, choosing the true reply among others, a baseline of words, a picture."""
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from sklearn.feature_extraction.text import TfidfVectorizer
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from ..data.conversations import Messages
+from ..data.packing import token_ids
+
+LAST = 3  # turns that the baseline looks at
+
+
+class ReplyBits:
+    """Bits per byte of the assistant's messages: `compute_metrics` for `LanguageModelTrainer`.
+
+    The bits of end marks count, their bytes do not.
+    """
+
+    def __init__(self, conversations: Sequence[Messages], labels: Sequence[Sequence[int]]):
+        self.num_bytes = sum(len(text.encode()) for messages in conversations for text in replies(messages))
+        self.num_tokens = sum(label >= 0 for row in labels for label in row)
+
+    @property
+    def bits_per_nat(self) -> float:
+        """Bits per byte of a loss of one nat per token."""
+        return self.num_tokens / self.num_bytes / math.log(2)
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        nats, targets = np.asarray(prediction.predictions, dtype=np.float64), np.asarray(prediction.label_ids)
+        return {"bits_per_byte": nats.sum() / max(1, targets.sum()) * self.bits_per_nat}
+
+
+def replies(messages: Messages) -> list[str]:
+    """What the assistant says."""
+    return [message["content"] for message in messages if message["role"] == "assistant"]
+
+
+class Choice(NamedTuple):
+    """What was said before a reply, and replies to choose from, the true one first."""
+
+    before: Messages
+    candidates: list[str]
+
+
+def make_choices(conversations: Sequence[Messages], size: int, count: int, seed: int) -> list[Choice]:
+    """Up to `count` replies drawn at random, each beside `size` - 1 other ones of other conversations.
+
+    None where there are too few other replies.
+    """
+    draw = random.Random(seed)
+    places = [
+        (number, turn)
+        for number, messages in enumerate(conversations)
+        for turn, message in enumerate(messages)
+        if message["role"] == "assistant" and turn > 0
+    ]
+    others = [[*dict.fromkeys(replies(messages))] for messages in conversations]
+    choices = []
+    for number, turn in sorted(draw.sample(places, min(count, len(places)))):
+        true = conversations[number][turn]["content"]
+        wrong = {text for i, some in enumerate(others) if i != number for text in some} - {true}
+        if len(wrong) >= size - 1:
+            chosen = draw.sample(sorted(wrong), size - 1)
+            choices.append(Choice(conversations[number][:turn], [true, *chosen]))
+    return choices
+
+
+def rank_replies(
+    model: Any, tokenizer: PreTrainedTokenizerBase, choices: Sequence[Choice], length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rank of the true reply in every choice, from 1 on, by mean log-likelihood per byte; and its bits per byte.
+
+    Of what was said before, as many last tokens are read as fit into `length` with the longest candidate, and half of
+    them at least.
+    """
+    ranks, bits = [], []
+    for before, candidates in choices:
+        prompt: Any = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
+        context: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ends = [[*next_ids(text, tokenizer), tokenizer.eos_token_id] for text in candidates]
+        context = context[-max(length // 2, length - max(map(len, ends))) :]
+        rows = [{"input_ids": [*context, *ids]} for ids in ends]
+        batch = tokenizer.pad(rows, return_tensors="pt", padding_side="right").to(model.device)
+        keep = batch["input_ids"].shape[1] - len(context) + 1
+        with torch.no_grad():
+            logits = model(**batch, logits_to_keep=keep).logits[:, :-1].float().log_softmax(-1)
+        values = []
+        for row, (text, ids) in enumerate(zip(candidates, ends, strict=True)):
+            nats = logits[row, : len(ids)].gather(-1, torch.tensor(ids, device=logits.device)[:, None]).sum()
+            values.append(float(nats) / len(text.encode()))
+        ranks.append(rank_of_first(np.array(values)))
+        bits.append(-values[0] / math.log(2))
+    return np.array(ranks), np.array(bits)
+
+
+def next_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a text, with nothing around."""
+    return next(iter(list(token_ids([[text]], tokenizer))[1:]))
+
+
+def rank_of_first(values: np.ndarray) -> float:
+    """Rank of the first value from 1 on, the largest being the best; equal ones share the mean of their ranks."""
+    return float(1 + (values > values[0]).sum() + ((values == values[0]).sum() - 1) / 2)
+
+
+def tfidf_ranks(choices: Sequence[Choice], conversations: Sequence[Messages]) -> np.ndarray | None:
+    """The same by the likeness of words to those of the last turns; None if no conversation has a word."""
+    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+    try:
+        vectorizer.fit(message["content"] for messages in conversations for message in messages)
+    except ValueError:
+        return None
+    ranks = []
+    for before, candidates in choices:
+        asked = vectorizer.transform([" ".join(message["content"] for message in before[-LAST:])])
+        likeness = (vectorizer.transform(candidates) @ asked.T).toarray().ravel()
+        ranks.append(rank_of_first(likeness))
+    return np.array(ranks)
+
+
+def accuracy(ranks: np.ndarray) -> float:
+    """Share of the choices whose true reply is first; of equal ones, a half or less counts."""
+    return float(np.where(ranks < 2, 2 - ranks, 0).mean())
+
+
+def draw_replies(
+    file: Path, choices: Sequence[Choice], bits: np.ndarray, ranks: dict[str, np.ndarray], title: str
+) -> None:
+    """Bits per byte of true replies by their place in the conversation; places of the true reply among others.
+
+    Args:
+        bits: of the true replies; ranks: of the true replies, for every model.
+    """
+    size = len(choices[0].candidates)
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    turns, places = figure.subplots(1, 2)
+    by_turn: dict[int, list[float]] = {}
+    for choice, value in zip(choices, bits, strict=True):
+        by_turn.setdefault(len(choice.before), []).append(value)
+    order = sorted(by_turn)
+    turns.plot(order, [float(np.mean(by_turn[turn])) for turn in order], marker=".")
+    turns.set(xlabel="messages before the reply", ylabel="bits per byte (mean of replies)", title=title)
+    turns.grid(alpha=0.3)
+    width = 0.8 / max(1, len(ranks))
+    for i, (name, some) in enumerate(ranks.items()):
+        share = [float(((some > place - 1) & (some <= place)).mean()) for place in range(1, size + 1)]
+        places.bar(np.arange(1, size + 1) + (i - (len(ranks) - 1) / 2) * width, share, width, label=name)
+    places.axhline(1 / size, color="grey", linestyle=":", label="at random")
+    places.set(xlabel=f"place of the true reply of {size}", ylabel="share", title=f"{size} replies")
+    places.legend()
+    figure.savefig(file, dpi=120)

@@ -1,0 +1,251 @@
+"""Recommending the next item: ranks, scores at k, a Trainer that ranks all items, baselines, pictures."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from scipy import sparse
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+from transformers import EvalPrediction, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ..models.losses import IGNORE
+from .trainers import GroupedTrainer
+
+SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "unk_token": "<unk>"}
+UNKNOWN = -1  # in the place of an item's id
+MISSED = 0.0  # in the place of a rank
+
+
+class User(NamedTuple):
+    """What a user had, oldest first, and the item to be recommended, if it is known."""
+
+    id: str
+    history: list[str]
+    target: str | None
+
+
+# --- the vocabulary
+
+
+def item_tokenizer(items: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are items: `"<s> 17 4"` of the text `"17 4"`.
+
+    Spaces are between items; if an id holds one, line ends are.
+
+    Raises:
+        ValueError: an item is called as a special token is.
+    """
+    if taken := sorted({*items} & {*SPECIAL.values()}):
+        raise ValueError(f"The item {taken[0]} is called as a special token of the vocabulary. Rename it.")
+    words = {word: number for number, word in enumerate([*SPECIAL.values(), *items])}
+    backend = Tokenizer(models.WordLevel(words, unk_token=SPECIAL["unk_token"]))
+    border = r"\n+" if any(len(item.split()) > 1 for item in items) else r"\s+"
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(border), "removed")
+    bos = SPECIAL["bos_token"]
+    backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, words[bos])])
+    names = ["input_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=max_length, model_input_names=names, **SPECIAL
+    )
+
+
+def generation_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """With which `generate` recommends: the likeliest items, none that was there before."""
+    return {"do_sample": False, "no_repeat_ngram_size": 1, "suppress_tokens": sorted(tokenizer.all_special_ids)}
+
+
+# --- scores
+
+
+def ranks_of(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Rank of every row's target from 1 on; equal scores share the mean of their ranks.
+
+    Args:
+        scores: (rows, items), -inf for what is not to be recommended; targets: (rows) int.
+    """
+    own = np.take_along_axis(scores, targets[:, None], axis=1)
+    return 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
+
+
+def scores_at(ranks: np.ndarray, sizes: Sequence[int]) -> dict[str, float]:
+    """Hit rate, NDCG and MRR of the first k recommendations, for every k; each user has one true item.
+
+    Args:
+        ranks: those of the true items, from 1 on; MISSED for an item that no model knows.
+    """
+    found = {}
+    for size in sizes:
+        hit = (ranks >= 1) & (ranks <= size)
+        found[f"hr@{size}"] = hit.mean()
+        found[f"ndcg@{size}"] = (hit / np.log2(np.maximum(ranks, 1) + 1)).mean()
+        found[f"mrr@{size}"] = (hit / np.maximum(ranks, 1)).mean()
+    return {name: float(value) for name, value in found.items()}
+
+
+# --- evaluation
+
+
+@dataclass
+class ItemCollator:
+    """Pads training windows on the right, with their labels; histories to be continued on the left."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        trains = "labels" in rows[0]
+        ids = {"input_ids": [row["input_ids"] for row in rows]}
+        batch = dict(self.tokenizer.pad(ids, return_tensors="pt", padding_side="right" if trains else "left"))
+        filled = {"labels": IGNORE} if trains else {"had": self.tokenizer.bos_token_id}  # never recommended
+        for name, fill in filled.items():
+            columns = [torch.tensor(row[name], dtype=torch.int64) for row in rows]
+            batch[name] = torch.nn.utils.rnn.pad_sequence(columns, batch_first=True, padding_value=fill)
+        for name in () if trains else ("target", "row"):
+            batch[name] = torch.tensor([row[name] for row in rows])
+        return batch
+
+
+class RecommendationTrainer(GroupedTrainer):
+    """A Trainer whose predictions rank all items but those that the user had; its labels are the rows' numbers.
+
+    Predictions: (rows) float64, ranks of the targets; (rows, count) int64, the best items, UNKNOWN where there are
+    fewer; (rows, count) float32, their log-probabilities.
+    """
+
+    count = 10
+    item_dropout = 0.0
+    special_ids: Sequence[int] = ()
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """With a part of the items that are read hidden behind the unknown one."""
+        if self.item_dropout and model.training:
+            tokenizer: Any = self.processing_class
+            ids = inputs["input_ids"]
+            hidden = (torch.rand(ids.shape, device=ids.device) < self.item_dropout) & (ids >= len(SPECIAL))
+            inputs = {**inputs, "input_ids": ids.masked_fill(hidden, tokenizer.unk_token_id)}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, Any, torch.Tensor]:
+        prepared: Any = self._prepare_inputs(inputs)
+        target, had, row = (prepared.pop(name) for name in ("target", "had", "row"))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            scores = model(**prepared, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)  # (B, V)
+        known = target >= 0
+        own = scores.gather(1, target.clamp(min=0)[:, None])  # (B, 1)
+        loss = -own[known].mean() if bool(known.any()) else scores.new_zeros(())
+        scores = scores.scatter(1, had, -torch.inf)
+        scores[:, list(self.special_ids)] = -torch.inf
+        own = scores.gather(1, target.clamp(min=0)[:, None])
+        ranks = 1 + (scores > own).sum(1) + ((scores == own).sum(1).double() - 1) / 2
+        best, items = scores.topk(min(self.count, scores.shape[1]))
+        ranks, items = ranks.masked_fill(~known, MISSED), items.masked_fill(best.isinf(), UNKNOWN)
+        return loss, (ranks, items, best), row
+
+
+class RankScores:
+    """Scores at k of what `RecommendationTrainer` predicts: its `compute_metrics`."""
+
+    def __init__(self, sizes: Sequence[int]):
+        self.sizes = sizes
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        ranks: Any = prediction.predictions[0]
+        return scores_at(np.asarray(ranks), self.sizes)
+
+
+# --- baselines
+
+NEAR = 5  # steps within which items are near each other
+LAST = 20  # items that item-kNN looks at
+
+Scorer = Callable[[np.ndarray], np.ndarray]
+
+
+def baseline_scorers(histories: Sequence[np.ndarray], items: int) -> dict[str, Scorer]:
+    """Functions from the items that a user had, oldest first, to scores of all items. They know the histories given.
+
+    Args:
+        histories: items of every training user, as numbers from 0 to `items` - 1.
+    """
+    every = np.concatenate([*histories, np.empty(0, np.int64)]).astype(np.int64)
+    popularity = np.bincount(every, minlength=items).astype(float)
+    shape = (items, items)
+    pairs = [(had[:-step], had[step:]) for had in histories for step in range(1, NEAR + 1) if len(had) > step]
+    before, after = (np.concatenate([pair[side] for pair in pairs] or [every[:0]]) for side in (0, 1))
+    near = sparse.coo_matrix((np.ones(len(before)), (before, after)), shape).tocsr()
+    near = near + near.T
+    users = np.repeat(np.arange(len(histories)), [len(had) for had in histories])
+    had_by = sparse.coo_matrix((np.ones(len(every)), (every, users)), (items, len(histories))).tocsr()
+    norms = np.sqrt(np.maximum(popularity, 1))
+    rarely = 1e-9 * popularity  # decides between equal scores
+
+    def co_occurrence(had: np.ndarray) -> np.ndarray:
+        return np.asarray(near[had[-NEAR:]].sum(0)).ravel() + rarely
+
+    def knn(had: np.ndarray) -> np.ndarray:
+        last = had[-LAST:]
+        likeness = (sparse.diags(1 / norms[last]) @ had_by[last]).sum(0) @ had_by.T  # Σ of cosines, but for a norm
+        return np.asarray(likeness).ravel() / norms + rarely
+
+    return {
+        "popularity": lambda had: popularity,
+        f"item-kNN (cosine) with the last {LAST}": knn,
+        f"co-occurrence within {NEAR} steps": co_occurrence,
+    }
+
+
+def baseline_ranks(scorer: Scorer, histories: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
+    """Ranks that a baseline gives the targets, among all items that the user did not have; MISSED for UNKNOWN."""
+    ranks = np.full(len(targets), MISSED)
+    for row, (had, target) in enumerate(zip(histories, targets, strict=True)):
+        if target != UNKNOWN:
+            scores = np.array(scorer(had), dtype=float)
+            scores[had] = -np.inf
+            ranks[row] = ranks_of(scores[None], np.array([target]))[0]
+    return ranks
+
+
+# --- pictures
+
+
+def draw_recommendations(
+    file: Path, ranks: Mapping[str, np.ndarray], popularity: np.ndarray, targets: np.ndarray, items: np.ndarray,
+    title: str,
+) -> None:  # fmt: skip
+    """Hit rate by number of recommendations; how popular the recommended items are beside the true ones.
+
+    Args:
+        ranks: of every model.
+        popularity: (items) how often each item is in the training data.
+        targets: the true items, (users); items: the recommended ones, (users, count); UNKNOWN is left out.
+    """
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    hits, shares = figure.subplots(1, 2)
+    sizes = np.arange(1, min(100, len(popularity)) + 1)
+    for name, some in ranks.items():
+        rates = [scores_at(some, [size])[f"hr@{size}"] for size in sizes]
+        hits.plot(sizes, rates, label=name, linewidth=2.5 if name == "Reformer" else 1.2)
+    hits.set(xscale="log", xlabel="recommendations", ylabel="hit rate", title=title, ylim=(0, None))
+    hits.grid(alpha=0.3)
+    hits.legend()
+    place = np.empty(len(popularity), int)
+    place[np.argsort(-popularity, kind="stable")] = np.arange(len(popularity))
+    for name, some in (("the true next items", targets), ("what the Reformer recommends", items.ravel())):
+        known = some[some != UNKNOWN]
+        if len(known):
+            counts = np.bincount(place[known], minlength=len(popularity))
+            reached = len(np.unique(known)) / len(popularity)
+            line = np.concatenate([[0], counts.cumsum()]) / len(known)
+            shares.plot(np.linspace(0, 1, len(line)), line, label=f"{name} ({reached:.0%} of all items)")
+    total = np.concatenate([[0], np.sort(popularity)[::-1].cumsum()]) / max(1, popularity.sum())
+    shares.plot(np.linspace(0, 1, len(total)), total, label="training data", color="grey", linestyle=":")
+    shares.set(xlabel="share of the items, the popular ones first", ylabel="share of what is chosen")
+    shares.set(title="popularity", xlim=(0, 1), ylim=(0, 1))
+    shares.grid(alpha=0.3)
+    shares.legend(loc="lower right")
+    figure.savefig(file, dpi=120)

@@ -19,7 +19,7 @@ from attention_mass_cases import assert_mass_equals_reference
 from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
 
 from hf_reformer import ReformerForCausalLM
-from hf_reformer.ops import dispatch, reference
+from hf_reformer.ops import dispatch, kernel_check, reference
 from hf_reformer.ops.dispatch import select_backend, windowed_attention
 from reformer_kernels import triton as backend
 
@@ -49,7 +49,7 @@ def run_checks(*arguments: str, interpret: bool = True) -> None:
 
 @NEEDS_TRITON
 def test_a_small_case_in_the_interpreter():
-    run_checks("-k", "check_a_small_case")
+    run_checks("-k", "check_a_small_case or check_that_wrong_kernels_are_found_out")
 
 
 @NEEDS_TRITON
@@ -187,6 +187,50 @@ def check_a_small_case(tiles_of):
     tiles_of(16, 16)
     case = Case(length=19, window=4, batch=1, heads=1, size=8, dropout=0.2)
     assert_equals_reference(case, "triton", torch.float32)
+
+
+# --- what decides whether "auto" takes the kernels on a GPU
+
+KIND = ("windows", True, True, True)
+
+
+@pytest.mark.parametrize("kind", kernel_check.KINDS, ids=str)
+def check_the_kernels_pass(kind, tiles_of):
+    tiles_of(16, 16)
+    assert kernel_check.triton_agrees(backend, torch.device(DEVICE), torch.float32, 8, 8, [kind], length=28)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def check_the_kernels_pass_in_half_precision(dtype, tiles_of):
+    tiles_of(16, 16)
+    assert kernel_check.triton_agrees(backend, torch.device(DEVICE), dtype, 8, 16, [KIND], length=28)
+
+
+def check_that_wrong_kernels_are_found_out(tiles_of):
+    """Each of their results, a little too large."""
+    tiles_of(16, 16)
+
+    class WrongGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad + 1e-2
+
+    def passes(wrong):
+        def attention(query, key, value, *rest):
+            query, value = (
+                WrongGradient.apply(x) if name == wrong else x for name, x in zip("qv", (query, value), strict=True)
+            )
+            out, row_max, row_sum, mass = backend.attention(query, key, value, *rest)
+            return out + 1e-2 * (wrong == "out"), row_max, row_sum, mass + 1e-2 * (wrong == "mass")
+
+        kernels = SimpleNamespace(attention=attention)
+        return kernel_check.triton_agrees(kernels, torch.device("cpu"), torch.float32, 8, 8, [KIND], length=18)
+
+    assert [wrong for wrong in ("nothing", "q", "v", "out", "mass") if passes(wrong)] == ["nothing"]
 
 
 # Of every option these values, equally often, in cases that are otherwise thrown together at random.

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from hf_reformer.ops import dispatch
+from hf_reformer.ops import dispatch, kernel_check
 from hf_reformer.ops.dispatch import describe_backends, select_backend
+from hf_reformer.ops.lsh import Centering
+from reformer_kernels import cpu
 from reformer_kernels.triton import verdicts
 from reformer_kernels.triton.verdicts import Subject, Verdict
 
@@ -237,6 +239,40 @@ def test_an_identity_names_all_that_matters(monkeypatch):
 
 
 # --- the check
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad + 1e-2
+
+
+def passes(wrong: str) -> bool:
+    """Whether the check lets kernels pass that give one thing a little wrong; the CPU's stand for a GPU's."""
+
+    def attention(query, key, value, *rest):
+        rows = {"query": query, "key": key, "value": value}
+        rows = [WrongGradient.apply(x) if name == wrong and x is not None else x for name, x in rows.items()]
+        out, row_max, row_sum, mass = cpu.attention(*rows, *rest)
+        return out + 1e-2 * (wrong == "out"), row_max, row_sum, mass + 1e-2 * (wrong == "mass")
+
+    def lsh_buckets(vectors, rotations, factors, centered, *center):
+        if wrong == "mean":
+            return cpu.lsh_buckets(vectors, rotations, factors, False, *Centering(False))
+        return cpu.lsh_buckets(vectors, rotations, factors, centered, *center)
+
+    kernels = SimpleNamespace(attention=attention, lsh_buckets=lsh_buckets)
+    return kernel_check.triton_agrees(kernels, torch.device("cpu"), torch.float32, 8, 16)
+
+
+@pytest.mark.skipif(dispatch.check_library() is not None, reason="no compiled kernel stands in")
+def test_the_check_lets_right_kernels_pass_and_no_wrong_ones():
+    wrong = ("nothing", "query", "key", "value", "out", "mass", "mean")
+    assert [name for name in wrong if passes(name)] == ["nothing"]
 
 
 def test_errors_become_verdicts():

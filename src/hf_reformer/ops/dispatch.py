@@ -291,10 +291,11 @@ def lsh_buckets(
     backend: str = "auto",
 ) -> torch.Tensor:
     """`lsh.lsh_buckets`. Near-ties may fall differently in different backends."""
-    if select_backend(backend, vectors) != "cpu":
+    name = select_backend(backend, vectors)
+    if name not in KERNELS:
         return lsh_buckets_in_torch(vectors, rotations, num_buckets, centering)
     factors, center = list(bucket_factors(num_buckets)), centering or Centering(causal=False)
-    return KERNELS["cpu"].lsh_buckets(vectors.detach(), rotations, factors, centering is not None, *center)
+    return KERNELS[name].lsh_buckets(vectors.detach(), rotations, factors, centering is not None, *center)
 
 
 def window_rotations(

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .bucket_tables import BucketChains
 from .layout import chunk_layout, sort_by_bucket, window_layout
-from .lsh import Centering, lsh_buckets
+from .lsh import Centering, lsh_buckets, unit_sums
 from .prng import make_key, normal_rows
 from .reference import attention_mass, attention_with_weights, shared_key
 
@@ -149,7 +149,28 @@ def triton_agrees(
 
     kernels: `reformer_kernels.triton`, or what stands for it.
     """
-    return all(_triton_attention_agrees(kernels, device, dtype, size, value_size, length, *kind) for kind in kinds)
+    return _triton_hashing_agrees(kernels, device, dtype, size, length) and all(
+        _triton_attention_agrees(kernels, device, dtype, size, value_size, length, *kind) for kind in kinds
+    )
+
+
+def _triton_hashing_agrees(kernels, device, dtype, size, length) -> bool:
+    """Of vectors as they are, and less every kind of mean, with padding and packed samples."""
+    generator, factors = torch.Generator("cpu").manual_seed(0), (2, 10)
+    vectors = (_normal(generator, 2, 3, length, size) + 0.3).to(dtype)
+    rotations = _normal(generator, 3, size, 2, 6)
+    mask = torch.rand(2, length, generator=generator, device="cpu", dtype=torch.float32) > 0.2
+    samples = (torch.arange(length, device="cpu") // 24).int().expand(2, -1)
+    sums, counts = unit_sums(vectors), torch.full((2,), length, device="cpu")
+    kinds = [None, Centering(True, mask), Centering(False, mask), Centering(True, None, None, sums, counts)]
+    kinds += [Centering(causal, mask, samples) for causal in (True, False)]
+    for centering in kinds:
+        expected = lsh_buckets(vectors, rotations, factors, centering)
+        center = [x.to(device) if isinstance(x, torch.Tensor) else x for x in centering or Centering(False)]
+        inputs = vectors.to(device), rotations.to(device), list(factors), centering is not None
+        if not _same_buckets(kernels.lsh_buckets(*inputs, *center).cpu(), expected):
+            return False
+    return True
 
 
 def _triton_attention_agrees(

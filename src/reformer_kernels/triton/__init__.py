@@ -9,11 +9,12 @@ import os
 import torch
 
 from ..attention_op import AttentionArgs
-from .torch_ops import attention, compute_dtype
+from .torch_ops import attention, compute_dtype, lsh_buckets
 from .verdicts import Subject, Verdict, fault, judge
 
 __all__ = [
-    "AttentionArgs", "Subject", "Verdict", "attention", "compute_dtype", "fault", "judge", "unsupported_reason",
+    "AttentionArgs", "Subject", "Verdict", "attention", "compute_dtype", "fault", "judge", "lsh_buckets",
+    "unsupported_reason",
 ]  # fmt: skip
 
 MAX_HEAD_SIZE = 128

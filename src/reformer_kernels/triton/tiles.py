@@ -48,7 +48,7 @@ TABLE: dict[tuple[int, int], dict[str, dict[str, tuple[Tiles, Tiles]]]] = {
             "forward": (Tiles(32, 32, 4, 1), Tiles(16, 32, 4, 1)),
             "backward_queries": (Tiles(16, 32, 8, 1), Tiles(16, 64, 8, 1)),
             "backward_keys": (Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1)),
-            "hash": (Tiles(32, 32, 4, 1), Tiles(32, 16, 4, 1)),
+            "hash": (Tiles(32, 16, 8, 1), Tiles(32, 16, 8, 1)),
         },
     },
 }

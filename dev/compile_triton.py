@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 from hf_reformer.ops.layout import chunk_layout, window_layout
 from hf_reformer.ops.prng import make_key
 from reformer_kernels.attention_op import AttentionArgs
-from reformer_kernels.triton import launch
+from reformer_kernels.triton import hash_launch, launch
 from reformer_kernels.triton.tiles import Tiles, choose_tiles
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -99,7 +99,14 @@ def launches_of(case: Case, kernels: list[str]) -> Iterator[tuple[str, dict, Nee
         return run
 
     triton.runtime.driver.set_active(absent_driver(case.arch))
-    with mock.patch.object(JITFunction, "__getitem__", compile_instead):
+    rotations, samples = torch.zeros(case.heads, case.size, case.rounds, 16), torch.zeros(1, length, dtype=torch.int32)
+    with (
+        mock.patch.object(JITFunction, "__getitem__", compile_instead),
+        mock.patch.object(launch, "capability_of", return_value=divmod(case.arch, 10)),
+        mock.patch.object(hash_launch, "capability_of", return_value=divmod(case.arch, 10)),
+    ):
+        for causal, of in itertools.product((True, False), (None, samples)):
+            hash_launch.run_hashing(query, rotations, [32], True, causal, mask, of, None, None)
         launch_args = launch.prepare(args)
         out, row_max, row_sum, mass = launch.run_forward(launch_args)
         for grad_mass in (None, mass):
@@ -137,6 +144,7 @@ def cases_of(archs: list[int], dtypes: list[torch.dtype], sizes: list[int], ever
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["forward", "backward_queries", "backward_keys", "sweep_queries", "sweep_keys", "invert_permutations"]
+    names += ["sum_tiles", "hash_tokens"]
     parser.add_argument("--all", action="store_true", help="every kind of call and dtype; takes ten minutes")
     parser.add_argument("--kernels", nargs="+", default=names, choices=names)
     parser.add_argument("--archs", nargs="+", type=int, default=[80, 90], help="compute capabilities, times ten")
@@ -153,13 +161,16 @@ def main() -> int:
         "kernel              sm  dtype     size  keys    rule    dropout round   tiles            REG  STACK  shared"
     )
     cases = cases_of(options.archs, [getattr(torch, name) for name in dtypes], options.sizes, options.all)
-    with mock.patch.object(launch, "choose_tiles", choose):
+    with mock.patch.object(launch, "choose_tiles", choose), mock.patch.object(hash_launch, "choose_tiles", choose):
         for case in cases:
             for name, arguments, needs in launches_of(case, options.kernels):
                 failures += needs.too_much
                 kind, tiles = arguments.get("kind"), ""
                 if kind is not None:
                     tiles = f"{kind.queries.value}x{kind.keys.value} {arguments['num_warps']}w "
+                    tiles += f"{arguments['num_stages']}s"
+                elif "TILE" in arguments:
+                    tiles = f"{arguments['TILE']}x{arguments.get('COLUMNS', '')} {arguments['num_warps']}w "
                     tiles += f"{arguments['num_stages']}s"
                 print(
                     f"{name:19} {case.arch}  {str(case.dtype)[6:]:9} {case.size:4}  "

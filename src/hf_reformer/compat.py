@@ -49,6 +49,12 @@ def may_look_at(x: torch.Tensor) -> bool:
     return values_are_known() and x.device.type not in ("cuda", "meta")
 
 
+def in_graph_capture() -> bool:
+    """Whether a CUDA graph records what runs: without values, and without states of random generators."""
+    possible = not torch.compiler.is_compiling() and torch.cuda.is_initialized()
+    return possible and torch.cuda.is_current_stream_capturing()
+
+
 def current_graph_task_id() -> int:
     """The id of the running backward pass, -1 outside of one. Tells apart two passes through one graph."""
     return torch._C._current_graph_task_id()

@@ -191,7 +191,10 @@ def json_fields(text: str | None) -> dict[str, Any] | None:
 
 
 def run_env(args: argparse.Namespace) -> None:
-    """Print versions and devices, for bug reports."""
+    """Print versions, devices and what computes attention on them, for bug reports.
+
+    On a GPU whose kernels nothing has used yet they are checked first, which takes a minute or two.
+    """
     import platform
 
     check_stdout()
@@ -199,9 +202,9 @@ def run_env(args: argparse.Namespace) -> None:
     import transformers
 
     from hf_reformer import __version__
-    from hf_reformer.ops.dispatch import KERNELS, unsupported_reason
+    from hf_reformer.ops.dispatch import KERNELS, describe_backends, unsupported_reason
 
-    reason = unsupported_reason("cpu")
+    reason, chosen = unsupported_reason("cpu"), os.environ.get("HF_REFORMER_BACKEND")
     accelerators = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
     devices = [f"{torch.accelerator.current_accelerator()}:{i}" for i in range(accelerators)]
     for name, value in {
@@ -212,6 +215,8 @@ def run_env(args: argparse.Namespace) -> None:
         "platform": platform.platform(),
         "compiled CPU kernel": f"none: {reason}" if reason else KERNELS["cpu"].current_variant(),
         "devices": ", ".join(["cpu", *devices]),
+        **{f"attention on {device}": backend for device, backend in describe_backends().items()},
+        "HF_REFORMER_BACKEND": f"{chosen}, which overrules these" if chosen else "not set",
     }.items():
         print(f"{name}: {value}")
 

@@ -17,10 +17,12 @@ import torch
 from attention_cases import TOLERANCES, Case, assert_equals_reference, make_case
 from attention_mass_cases import assert_mass_equals_reference
 from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_reformer import ReformerForCausalLM
-from hf_reformer.ops import dispatch, reference
+from hf_reformer.ops import dispatch, kernel_check, lsh, reference
 from hf_reformer.ops.dispatch import select_backend, windowed_attention
+from hf_reformer.ops.prng import make_key
 from reformer_kernels import triton as backend
 
 HERE = Path(__file__).resolve()
@@ -49,7 +51,7 @@ def run_checks(*arguments: str, interpret: bool = True) -> None:
 
 @NEEDS_TRITON
 def test_a_small_case_in_the_interpreter():
-    run_checks("-k", "check_a_small_case")
+    run_checks("-k", "check_a_small_case or check_centered_buckets")
 
 
 @NEEDS_TRITON
@@ -187,6 +189,110 @@ def check_a_small_case(tiles_of):
     tiles_of(16, 16)
     case = Case(length=19, window=4, batch=1, heads=1, size=8, dropout=0.2)
     assert_equals_reference(case, "triton", torch.float32)
+
+
+# --- what decides whether "auto" takes the kernels on a GPU
+
+KIND = ("windows", True, True, True)
+
+
+@pytest.mark.parametrize("kind", kernel_check.KINDS, ids=str)
+def check_the_kernels_pass(kind, tiles_of):
+    tiles_of(16, 16)
+    assert kernel_check.triton_agrees(backend, torch.device(DEVICE), torch.float32, 8, 8, [kind], length=28)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def check_the_kernels_pass_in_half_precision(dtype, tiles_of):
+    tiles_of(16, 16)
+    assert kernel_check.triton_agrees(backend, torch.device(DEVICE), dtype, 8, 16, [KIND], length=28)
+
+
+# --- hashing
+
+
+def drawn_hashing(count: int) -> list:
+    """The options of `test_cpu_kernel.test_centered_buckets_are_those_of_the_torch_backend`, drawn from a seed."""
+    draw = random.Random(0)
+    options = {
+        "length": range(1, 150), "causal": [True, False], "padding": [True, False], "packed": [True, False],
+        "before": [0, 0, 1, 40], "dtype": [torch.float32, *HALF], "size": [8, 24, 40, 64], "heads": [1, 3],
+        "factors": [(2,), (6,), (64,), (4, 8), (2, 4, 6)],
+    }  # fmt: skip
+    return [{name: draw.choice(values) for name, values in options.items()} for _ in range(count)]
+
+
+def assert_hashed_as_in_torch(seed, length, causal, padding, packed, before, dtype, size, heads, factors):
+    generator = torch.Generator().manual_seed(seed)
+    vectors = (torch.randn(2, length + before, heads, size, generator=generator) + 1).to(dtype).transpose(1, 2)
+    mask = torch.rand(2, length, generator=generator) > 0.3 if padding else None
+    samples = (torch.rand(2, length, generator=generator) < 0.03).cumsum(-1, dtype=torch.int32) if packed else None
+    samples = None if samples is None else samples - samples[:, :1]
+    sums = counts = None
+    if causal and not packed and before:
+        sums, counts = lsh.unit_sums(vectors[:, :, :before]), torch.full((2,), before)
+    rotations = lsh.window_rotations(make_key(seed), 0, heads, size, 2, factors)
+    inputs, center = (vectors[:, :, before:], rotations), lsh.Centering(causal, mask, samples, sums, counts)
+    for centered in (True, False):
+        expected = lsh.lsh_buckets(*inputs, factors, center if centered else None)
+        there = [
+            x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in (*inputs, list(factors), centered, *center)
+        ]
+        found = backend.lsh_buckets(*there).cpu()
+        assert found.dtype == expected.dtype
+        assert found.shape == expected.shape
+        assert (found != expected).sum() <= 1  # a near-tie
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def check_buckets_are_those_of_the_torch_backend(seed):
+    assert_hashed_as_in_torch(seed, **drawn_hashing(40)[seed])
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def check_centered_buckets(packed):
+    assert_hashed_as_in_torch(0, 75, True, True, packed, 3, torch.float32, 8, 2, (4, 8))
+
+
+def check_vectors_that_cannot_be_squared_or_are_no_numbers_are_hashed_as_in_torch():
+    vectors = torch.randn(1, 1, 40, 8, generator=torch.Generator().manual_seed(0))
+    vectors[0, 0, 5] *= 1e30
+    vectors[0, 0, 9, 3], vectors[0, 0, 12, 2] = float("nan"), float("inf")
+    rotations, center = lsh.window_rotations(make_key(0), 0, 1, 8, 2, 8), lsh.Centering(causal=True)
+    there = [x.to(DEVICE) for x in (vectors, rotations)]
+    found = backend.lsh_buckets(*there, [8], True, *center).cpu()
+    assert torch.equal(found, lsh.lsh_buckets(vectors, rotations, 8, center))
+    plain = backend.lsh_buckets(*there, [8], False, *center).cpu()
+    assert ((plain >= 0) & (plain < 8)).all()  # whatever they are, they are buckets
+    known = vectors.isfinite().all(-1)[0, 0]
+    assert torch.equal(plain[..., known], lsh.lsh_buckets(vectors, rotations, 8)[..., known])
+
+
+def check_hashing_keeps_torchs_rules():
+    vectors, rotations = torch.randn(1, 2, 9, 8, device=DEVICE), torch.randn(2, 8, 2, 3, device=DEVICE)
+    for center in ((False, *lsh.Centering(True)), (True, *lsh.Centering(False))):
+        torch.library.opcheck(
+            torch.ops.reformer_kernels.triton_lsh_buckets.default, (vectors, rotations, [6], *center)
+        )
+    with pytest.raises(ValueError, match="don't fit bucket factors"):
+        backend.lsh_buckets(vectors, rotations, [8], False, *lsh.Centering(True))
+
+
+def check_no_tensor_of_hashing_holds_a_number_for_every_bucket():
+    """Buckets by the thousand, and nothing that grows with them but the rotations."""
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            sizes.extend(x.numel() for x in (out if isinstance(out, (list, tuple)) else [out]) if torch.is_tensor(x))
+            return out
+
+    vectors, rotations = torch.randn(1, 1, 64, 8), torch.randn(1, 8, 1, 64)
+    with Sizes():
+        backend.lsh_buckets(vectors.to(DEVICE), rotations.to(DEVICE), [128], True, *lsh.Centering(True))
+    assert max(sizes) <= max(vectors.numel(), rotations.numel())
 
 
 # Of every option these values, equally often, in cases that are otherwise thrown together at random.

@@ -10,6 +10,7 @@ import copy
 import functools
 import gc
 import threading
+import warnings
 import weakref
 
 import pytest
@@ -26,6 +27,7 @@ from hf_reformer import ReformerConfig, ReformerModel
 from hf_reformer.layers.attention import ReformerAttention
 from hf_reformer.layers.feed_forward import FeedForward, LayerNorm
 from hf_reformer.models import modeling_reformer as modeling
+from hf_reformer.reversible import reversible as machinery
 from hf_reformer.reversible.grid import Grid, choose_grid, to_stream
 from hf_reformer.reversible.recompute import layer_tensors
 from hf_reformer.reversible.reversible import ReversibleFunction, StreamHandoff, residual_step
@@ -1159,3 +1161,40 @@ def test_memory_is_freed_at_once(end, chunk, handoffs):
             loss_of(hidden).backward()
     del hidden
     assert [reference() for reference in watched] == [None, None]
+
+
+class Event:
+    """Of a CUDA device that does not answer at once."""
+
+    answers = True
+
+    def record(self):
+        pass
+
+    def query(self):
+        return Event.answers
+
+
+def test_a_device_that_is_not_waited_for_warns_a_step_later(monkeypatch):
+    """A CUDA device works behind the host; a CPU stands in for it here."""
+    monkeypatch.setattr(machinery, "may_look_at", lambda x: False)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(machinery, "_PENDING", [])
+    streams = torch.ones(2, 3), torch.ones(2, 3)
+    before, grid = tuple(map(machinery.checksum, streams)), Grid(torch.float32, 16)
+
+    def warned(*streams):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            machinery.warn_if_inexact(before, streams, grid)
+        return len(found)
+
+    assert warned(streams[0], streams[1] + 1) == 0  # not known yet
+    assert warned(*streams) == 1
+    assert warned(*streams) == 0
+    assert warned(streams[0] * torch.nan, streams[1]) == 0
+    assert warned(*streams) == 0  # the loss shows what is not a number
+    monkeypatch.setattr(Event, "answers", False)
+    assert warned(streams[0], streams[1] + 1) == warned(*streams) == 0
+    monkeypatch.setattr(Event, "answers", True)
+    assert warned(*streams) == 1

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import can_return_tuple, logging
 
 from ..cache.cache import CACHE_NAME, ReformerCache, begin_writing, check_call, to_reformer_cache, whole_step
-from ..compat import may_look_at, values_are_known
+from ..compat import in_graph_capture, may_look_at, values_are_known
 from ..configuration_reformer import ReformerConfig, padded_length
 from ..layers.compiled_stack import compiled_stack, supports_compiled_stack
 from ..layers.feed_forward import Dropout, LayerNorm
@@ -306,7 +306,8 @@ class ReformerModel(ReformerPreTrainedModel):
         mask = None if attention_mask is None else attention_mask.to(device) != 0
         if mask is not None and cache is None and values_are_known():
             # Exact attention is so much faster without a mask that even a CUDA device is waited for, once.
-            looks = may_look_at(mask) or (mask.is_cuda and "full" in config.attn_layers)
+            waits = mask.is_cuda and "full" in config.attn_layers and not in_graph_capture()
+            looks = may_look_at(mask) or waits
             mask = None if looks and bool(mask.all()) else mask
         before: torch.Tensor | int = 0
         num_hashes = num_hashes or config.num_hashes

@@ -6,6 +6,7 @@ Everything here takes `backend`: `config.attention_backend`. "torch" and "refere
 
 import functools
 import logging
+import operator
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -41,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 MAX_EMPTY = 2**14  # buckets that counting tokens may find empty
 
+KERNEL_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
+
 BACKENDS: dict[str, Callable[..., Any]] = {"torch": tiled_attention, "reference": reference_attention}
 
 
@@ -65,7 +68,8 @@ def resolve_backend(choice: str = "auto") -> str:
 def select_backend(choice: str, *tensors: torch.Tensor) -> str:
     """The backend that serves query, value and perhaps key, (B, H, T, D).
 
-    "auto" is the compiled kernel on a CPU where it can be used, else "torch".
+    "auto" is the compiled kernel of a CPU or a CUDA GPU where it can be used, else "torch". Of a GPU, that is found
+    out at first use (`check_triton`); an explicit "triton" is taken unseen.
 
     Raises:
         ValueError: no such backend, or it cannot serve these tensors.
@@ -74,12 +78,15 @@ def select_backend(choice: str, *tensors: torch.Tensor) -> str:
     if choice == "auto":
         if torch.onnx.is_in_onnx_export():  # ONNX knows torch's operations alone
             return "torch"
-        if "cpu" not in KERNELS or tensors[0].device.type != "cpu":
+        kernel = KERNEL_OF_DEVICE.get(tensors[0].device.type)
+        if kernel not in KERNELS:
             return "torch"
-        reason = unsupported_reason("cpu", *tensors)
+        reason = unsupported_reason(kernel, *tensors)
+        if reason is None and kernel == "triton":
+            reason = _triton_fault(*tensors)
         if reason is not None and not torch.compiler.is_compiling():
             _warn_once(reason)
-        return "cpu" if reason is None else "torch"
+        return kernel if reason is None else "torch"
     if choice in KERNELS and (reason := unsupported_reason(choice, *tensors)):
         raise ValueError(f"attention backend {choice!r} cannot be used here: {reason}. Choose 'auto', or 'torch'.")
     return choice
@@ -103,6 +110,44 @@ def _library_fault() -> str | None:
 def check_library() -> str | None:
     """Compile, load and check the CPU kernels, once a process; why they cannot be used, or None."""
     return KERNELS["cpu"].choose_library(partial(agrees, KERNELS["cpu"]), agrees.__module__)
+
+
+def _triton_fault(*tensors: torch.Tensor) -> str | None:
+    """Why Triton's kernels cannot serve tensors like these on their GPU, or None; nothing compiles for integers."""
+    floats = [x for x in tensors if x.is_floating_point()]
+    if not floats:
+        return None
+    dtype = KERNELS["triton"].compute_dtype(*floats)
+    sizes = (operator.index(x.shape[-1]) for x in (floats[0], floats[min(1, len(floats) - 1)]))  # no symbols
+    return _constant_triton_fault(floats[0].device.index or 0, str(dtype).removeprefix("torch."), *sizes)
+
+
+@torch.compiler.assume_constant_result
+def _constant_triton_fault(*subject: Any) -> str | None:
+    return check_triton(*subject)
+
+
+@functools.cache
+def check_triton(index: int, dtype: str, size: int, value_size: int) -> str | None:
+    """Why Triton's kernels are not used on a GPU for a dtype and head sizes, or None.
+
+    Another process checks them (`kernel_check.triton_agrees`), once for each of their versions: the verdict is kept
+    on disk. So nothing of it runs in this process, whatever it traces, captures or differentiates.
+    """
+    kernels = KERNELS["triton"]
+    return kernels.fault(kernels.Subject(f"cuda:{index}", dtype, size, value_size), agrees.__module__)
+
+
+def describe_backends(dtype: str = "float32", size: int = 64) -> dict[str, str]:
+    """What "auto" takes on every device for a dtype and head size, and why it is not the compiled kernel."""
+    found = {}
+    for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
+        kernel, reason = KERNEL_OF_DEVICE[torch.device(device).type], "the package reformer_kernels does not fit"
+        if kernel in KERNELS:
+            like = torch.empty(1, 1, 1, size, dtype=getattr(torch, dtype), device=device)
+            reason = unsupported_reason(kernel, like) or (_triton_fault(like) if kernel == "triton" else None)
+        found[device] = kernel if reason is None else f"torch: {reason}"
+    return found if torch.cuda.is_available() else {**found, "cuda": "none: no CUDA device"}
 
 
 @functools.cache
@@ -263,10 +308,11 @@ def lsh_buckets(
     backend: str = "auto",
 ) -> torch.Tensor:
     """`lsh.lsh_buckets`. Near-ties may fall differently in different backends."""
-    if select_backend(backend, vectors) != "cpu":
+    name = select_backend(backend, vectors)
+    if name not in KERNELS:
         return lsh_buckets_in_torch(vectors, rotations, num_buckets, centering)
     factors, center = list(bucket_factors(num_buckets)), centering or Centering(causal=False)
-    return KERNELS["cpu"].lsh_buckets(vectors.detach(), rotations, factors, centering is not None, *center)
+    return KERNELS[name].lsh_buckets(vectors.detach(), rotations, factors, centering is not None, *center)
 
 
 def window_rotations(

@@ -1,6 +1,10 @@
-"""Whether a compiled library computes on this machine what the definitions say; asked once a process."""
+"""Whether compiled kernels compute on this machine what the definitions say.
+
+Of a CPU's library it is asked once a process, of a GPU's kernels once for each of their versions.
+"""
 
 from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 import torch
@@ -8,10 +12,16 @@ from torch.nn import functional as F
 
 from .bucket_tables import BucketChains
 from .layout import chunk_layout, sort_by_bucket, window_layout
-from .lsh import Centering, lsh_buckets
+from .lsh import Centering, lsh_buckets, unit_sums
 from .prng import make_key, normal_rows
 from .reference import attention_mass, attention_with_weights, shared_key
 from .rotary import rotary_tables, rotate
+
+# How far a GPU's results may be from the definition in float64, of numbers of size about 1.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+# --- the library of a CPU
 
 
 def agrees(kernels: Any) -> bool:
@@ -132,6 +142,94 @@ def _decode_layers_agree(kernels) -> bool:
     activations = F.gelu(F.linear(norm(y1, "feed_forward_norm"), w["up_proj"], w["up_bias"]))
     y2 = x2 + F.linear(activations, w["down_proj"], w["down_bias"])
     return _close(kernels.decode_layers(x1, x2, [layer]), (y1, y2))
+
+
+# --- the kernels of a GPU
+
+
+# Rule, whether keys are shared, whether causal, whether with padding, dropout, attention mass and several rounds.
+KINDS = tuple(product(("windows", "chunks"), (True, False), (True, False), (True, False)))
+
+
+def triton_agrees(
+    kernels: Any, device: torch.device, dtype: torch.dtype, size: int, value_size: int,
+    kinds: Iterable[tuple[str, bool, bool, bool]] = KINDS, length: int = 70,
+) -> bool:  # fmt: skip
+    """Compare kinds of call with their definition, on small inputs that need several tiles: values and gradients.
+
+    kernels: `reformer_kernels.triton`, or what stands for it.
+    """
+    return _triton_hashing_agrees(kernels, device, dtype, size, length) and all(
+        _triton_attention_agrees(kernels, device, dtype, size, value_size, length, *kind) for kind in kinds
+    )
+
+
+def _triton_hashing_agrees(kernels, device, dtype, size, length) -> bool:
+    """Of vectors as they are, and less every kind of mean, with padding and packed samples."""
+    generator, factors = torch.Generator("cpu").manual_seed(0), (2, 10)
+    vectors = (_normal(generator, 2, 3, length, size) + 0.3).to(dtype)
+    rotations = _normal(generator, 3, size, 2, 6)
+    mask = torch.rand(2, length, generator=generator, device="cpu", dtype=torch.float32) > 0.2
+    samples = (torch.arange(length, device="cpu") // 24).int().expand(2, -1)
+    sums, counts = unit_sums(vectors), torch.full((2,), length, device="cpu")
+    kinds = [None, Centering(True, mask), Centering(False, mask), Centering(True, None, None, sums, counts)]
+    kinds += [Centering(causal, mask, samples) for causal in (True, False)]
+    for centering in kinds:
+        expected = lsh_buckets(vectors, rotations, factors, centering)
+        center = [x.to(device) if isinstance(x, torch.Tensor) else x for x in centering or Centering(False)]
+        inputs = vectors.to(device), rotations.to(device), list(factors), centering is not None
+        if not _same_buckets(kernels.lsh_buckets(*inputs, *center).cpu(), expected):
+            return False
+    return True
+
+
+def _triton_attention_agrees(
+    kernels, device, dtype, size, value_size, length, rule: str, shared: bool, causal: bool, everything: bool
+) -> bool:
+    batch, heads = (2, 2) if everything else (1, 1)
+    generator, scale = torch.Generator("cpu").manual_seed(0), 0.5
+    shapes = (size, value_size, size, value_size)
+    rows = [(_normal(generator, batch, heads, length, n) * n**-0.5).to(dtype) for n in shapes]
+    query, value, key, grad = rows
+    buckets = torch.randint(0, 3, (batch, heads, 2, length), generator=generator, dtype=torch.int32, device="cpu")
+    mask = torch.rand(batch, length, generator=generator, device="cpu", dtype=torch.float32) > 0.2
+    mask, query_weights, dropout_key = mask if everything else None, None, None
+    if everything:
+        (query_weights, grad_mass), dropout_key = _normal(generator, 2, batch, length), make_key(0, "cpu")
+    if rule == "windows":
+        groups = [(buckets[:, :, :1] * 0, 1, 20), (buckets, 3, 12)]
+        layout = window_layout(groups if everything else groups[:1], causal, mask)
+    else:
+        layout = chunk_layout(buckets, 3, 14, 1, 0 if causal else 1, mask)
+    inputs, dropout = (query, value) if shared else (query, value, key), 0.3 if everything else 0.0
+
+    exact = [x.double().requires_grad_() for x in inputs]
+    options = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
+    out, weights = attention_with_weights(exact[0], None if shared else scale * exact[2], exact[1], layout, **options)
+    results, grads = [out], [grad.double()]
+    if everything:
+        results, grads = [out, attention_mass(weights, query_weights.double())], [*grads, grad_mass.double()]
+    expected = [*results, *torch.autograd.grad(results, exact, grads)]
+
+    there = [x.to(device).requires_grad_() for x in inputs]
+    first = (there[0], None if shared else there[2], there[1])
+    rest = [
+        x.to(device) if isinstance(x, torch.Tensor) else x for x in (*layout[:3], mask, dropout_key, query_weights)
+    ]
+    out, _, _, mass = kernels.attention(*first, *rest, *layout[3:], causal, dropout, scale)
+    results, grads = [out], [grad.to(device)]
+    if everything:
+        results, grads = [out, mass], [*grads, grad_mass.to(device)]
+    found = [*results, *torch.autograd.grad(results, there, grads)]
+    return _near(found, expected, TOLERANCES[dtype])
+
+
+def _near(results: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], tolerance: float) -> bool:
+    pairs = zip(results, expected, strict=True)
+    return all((a.detach().cpu().double() - b).abs().max() <= tolerance * max(1, b.abs().max()) for a, b in pairs)
+
+
+# --- comparing
 
 
 def _same_buckets(buckets: torch.Tensor, expected: torch.Tensor) -> bool:

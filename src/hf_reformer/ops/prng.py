@@ -12,6 +12,8 @@ import re
 
 import torch
 
+from ..compat import in_graph_capture
+
 # What a random number is used for: the second counter of every draw.
 ROTATIONS, EXPLORATION, ATTENTION_DROPOUT, OUTPUT_DROPOUT = 1, 2, 3, 4
 HIDDEN_DROPOUT, FEED_FORWARD_DROPOUT, EMBEDDING_DROPOUT, FINAL_DROPOUT, CROSS_DROPOUT = 5, 6, 7, 8, 9
@@ -21,7 +23,12 @@ MIX_1, MIX_2 = -2048144789, -1028477387  # multipliers of MurmurHash3's finalise
 
 
 def draw_key(device: torch.device | str | None = None) -> torch.Tensor:
-    """A fresh int32 key of shape () from torch's default CPU generator, moved to `device`."""
+    """A fresh int32 key of shape () from torch's default CPU generator, moved to `device`.
+
+    While a CUDA graph records, from the device's own: every replay draws another.
+    """
+    if in_graph_capture():
+        return torch.randint(-(2**31), 2**31, (), dtype=torch.int64, device=device).to(torch.int32)
     return torch.randint(-(2**31), 2**31, (), dtype=torch.int64).to(torch.int32).to(device, non_blocking=True)
 
 

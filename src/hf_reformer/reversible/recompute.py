@@ -10,16 +10,27 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..compat import GLOBAL_HOOKS, has_global_hooks, in_functorch_transform, reparametrize_module, version_of
+from ..compat import (
+    GLOBAL_HOOKS,
+    has_global_hooks,
+    in_functorch_transform,
+    in_graph_capture,
+    reparametrize_module,
+    version_of,
+)
 
 
 def can_reverse() -> bool:
-    """Whether the reversible Function may run: recording a graph, not traced, not in a functorch transform."""
+    """Whether the reversible Function may run: recording a graph, not traced, not in a functorch transform.
+
+    Nor in a CUDA graph: what it keeps of random generators cannot be read while one records.
+    """
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not in_functorch_transform()
+        and not in_graph_capture()
     )
 
 

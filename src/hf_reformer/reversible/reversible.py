@@ -22,6 +22,8 @@ from torch.autograd.graph import get_gradient_edge
 from ..compat import (
     current_graph_task_id,
     has_gradient_hooks,
+    in_graph_capture,
+    may_look_at,
     parametrization_cache_enabled,
     version_of,
     will_engine_execute,
@@ -332,18 +334,42 @@ def _parameters(fn, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor]
     return saved, dict(zip(fn.names, saved, strict=True))
 
 
+# What CUDA devices have not told yet: whether a reconstruction was wrong, when that is known, and the grid's limit.
+_PENDING: list[tuple[torch.Tensor, Any, float]] = []
+
+
 def warn_if_inexact(before: tuple[torch.Tensor, ...], streams: tuple[torch.Tensor, ...], grid: Grid) -> None:
-    if bool((checksum(streams[0]) == before[0]) & (checksum(streams[1]) == before[1])):
-        return
-    if not all(bool(x.isfinite().all()) for x in streams):
-        return  # the loss shows NaN and infinity
+    """Warn where streams have other checksums than `before`; of a CUDA device, which is not waited for, a step later.
+
+    NaN and infinity are no reason: the loss shows them.
+    """
+    same = (checksum(streams[0]) == before[0]) & (checksum(streams[1]) == before[1])
+    if may_look_at(same):
+        if not bool(same) and all(bool(x.isfinite().all()) for x in streams):
+            _warn_of_inexact_gradients(grid.limit)
+    elif not in_graph_capture():
+        finite = torch.stack([x.sum() for x in streams]).isfinite().all()
+        known = torch.cuda.Event()
+        wrong = (finite & ~same).to("cpu", non_blocking=True)
+        known.record()
+        told: list[tuple[torch.Tensor, Any, float]] = []
+        waiting: list[tuple[torch.Tensor, Any, float]] = []
+        for pending in _PENDING:
+            (told if pending[1].query() else waiting).append(pending)
+        _PENDING[:] = [*waiting, (wrong, known, grid.limit)]
+        for found, _, limit in told:
+            if bool(found):
+                _warn_of_inexact_gradients(limit)
+
+
+def _warn_of_inexact_gradients(limit: float) -> None:
     warnings.warn(
         "A reversible stack did not reconstruct its input exactly: the residual streams left the range "
-        f"|x| <= {grid.limit:g} of their grid, or a layer does not compute the same thing twice. Gradients are "
+        f"|x| <= {limit:g} of their grid, or a layer does not compute the same thing twice. Gradients are "
         'inexact, in half precision wrong. Use `residual_precision="float64"`, a smaller `initializer_range` or '
         "learning rate, or `reversible=False`.",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
 
 

@@ -97,7 +97,7 @@ def compiler() -> list[str]:
     raise KernelBuildError("there is no C++ compiler (c++, g++ or clang++; or set CXX)")
 
 
-def _run(command: list[str], seconds: float) -> tuple[int | None, str]:
+def run_limited(command: list[str], seconds: float) -> tuple[int | None, str]:
     """The exit status, or None after so many seconds, when all its processes are stopped; and what it wrote."""
     with tempfile.TemporaryFile() as output:
         status: int | None = None
@@ -120,7 +120,7 @@ def _run(command: list[str], seconds: float) -> tuple[int | None, str]:
 def _version(command: tuple[str, ...]) -> tuple[str, str]:
     """What a compiler says of itself, and why it cannot be used, or ""."""
     try:
-        status, version = _run([*command, "--version"], ANSWER_SECONDS)
+        status, version = run_limited([*command, "--version"], ANSWER_SECONDS)
     except OSError as error:
         return "", f"{shlex.join(command)} cannot be run ({error}); set CXX to a C++ compiler"
     if status is None:
@@ -138,7 +138,7 @@ def cache_folders() -> list[Path]:
     places = []
     with contextlib.suppress(RuntimeError):  # the user has no home
         places.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_reformer")
-    with contextlib.suppress(OSError):  # nothing can be written to
+    with contextlib.suppress(OSError, AttributeError):  # nothing can be written to; Windows numbers no users
         places.append(Path(tempfile.gettempdir(), f"hf_reformer-{os.getuid()}"))
     if not places:
         raise KernelBuildError("there is no folder for compiled kernels; set HF_REFORMER_CACHE to one")
@@ -358,7 +358,7 @@ def _compile(variant: str, path: Path, check: Callable[[ctypes.CDLL], None], reh
         first, last = [*compiler(), *FLAGS, *VARIANTS[variant]], [str(SOURCES / "api.cpp"), "-o", str(built)]
         for threads in (["-fopenmp"], []):  # without OpenMP (Apple, clang without libomp) it starts its own threads
             command = [*first, *threads, *last]
-            status, output = _run(command, end - time.monotonic())
+            status, output = run_limited(command, end - time.monotonic())
             if status is None:
                 raise KernelBuildError(f"compiling took more than {COMPILE_SECONDS} seconds: {shlex.join(command)}")
             if status == 0:
@@ -369,12 +369,12 @@ def _compile(variant: str, path: Path, check: Callable[[ctypes.CDLL], None], reh
             compiled = _read_file(built)
             _check_length(compiled)
             if sys.executable and not getattr(sys, "frozen", False):  # another process crashes in this one's place
-                status, _ = _run([sys.executable, "-I", "-S", "-c", LOAD, str(built)], ANSWER_SECONDS)
+                status, _ = run_limited([sys.executable, "-I", "-S", "-c", LOAD, str(built)], ANSWER_SECONDS)
                 if status is None or status < 0:
                     raise KernelBuildError("loading it ends a process")
                 if rehearsal:  # what else goes wrong there is seen here
                     arguments = [str(built), rehearsal, json.dumps(list(map(str, sys.path)))]
-                    status, _ = _run([sys.executable, "-c", REHEARSE, *arguments], end - time.monotonic())
+                    status, _ = run_limited([sys.executable, "-c", REHEARSE, *arguments], end - time.monotonic())
                     if status is not None and status < 0:
                         raise KernelBuildError(f"calling it ends a process: {signal.strsignal(-status)}")
             library = _load(compiled)

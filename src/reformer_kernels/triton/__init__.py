@@ -8,9 +8,14 @@ import os
 
 import torch
 
-from .torch_ops import attention
+from ..attention_op import AttentionArgs
+from .torch_ops import attention, compute_dtype, lsh_buckets
+from .verdicts import Subject, Verdict, fault, judge
 
-__all__ = ["attention", "unsupported_reason"]
+__all__ = [
+    "AttentionArgs", "Subject", "Verdict", "attention", "compute_dtype", "fault", "judge", "lsh_buckets",
+    "unsupported_reason",
+]  # fmt: skip
 
 MAX_HEAD_SIZE = 128
 MIN_CAPABILITY = (8, 0)  # compute capability; the tiles are chosen for its shared memory and its bfloat16 products

@@ -42,6 +42,11 @@ def block_of(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU; of a CPU, where kernels are interpreted, that of the oldest one served."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+
 def key_factor(query: torch.Tensor) -> torch.Tensor:
     """(B, H, T) float32: `reference.shared_key` is the query times this."""
     size = query.shape[-1]
@@ -95,9 +100,8 @@ def prepare(args: AttentionArgs) -> LaunchArgs:
 def launch(kernel: Any, name: str, args: LaunchArgs, index: int, **options: Any) -> None:
     """Launch `kernel` for round `index`; `name` is what `tiles.choose_tiles` calls it, `options` its own arguments."""
     batch, heads, length, _ = args.inputs.query.shape
-    queries, keys, warps, stages = choose_tiles(
-        name, args.inputs.query.dtype, max(args.kind.block, args.kind.value_block)
-    )
+    query, widest = args.inputs.query, max(args.kind.block, args.kind.value_block)
+    queries, keys, warps, stages = choose_tiles(name, query.dtype, widest, capability_of(query.device))
     last = name == "forward" and index == args.rounds - 1  # others do nothing else in the last round
     kind = args.kind._replace(queries=queries, keys=keys, first=index == 0, last=last)
     grid = (batch * heads * triton.cdiv(length, keys if name.endswith("_keys") else queries),)

@@ -1,0 +1,122 @@
+"""Measure tiles of the Triton kernels on the GPU at hand, and print the entry of `triton/tiles.py` that it comes to.
+
+    python dev/tune_triton.py                                # both precisions, heads of 64 and 128, 16384 tokens
+    python dev/tune_triton.py --sizes 64 --precisions half
+    TRITON_INTERPRET=1 python dev/tune_triton.py --tiny      # on a CPU, to see that it runs; its times mean nothing
+
+One kernel's tiles are changed at a time, while the others keep theirs. Candidates that do not compile or run out of
+resources are left out. Nothing is tuned while a model runs: the table is the only thing that this is for.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+
+from hf_reformer.ops.layout import window_layout
+from hf_reformer.ops.prng import make_key
+from reformer_kernels.attention_op import AttentionArgs
+from reformer_kernels.triton import hash_launch, launch
+from reformer_kernels.triton.tiles import Tiles, choose_tiles
+
+KERNELS = ("forward", "backward_queries", "backward_keys", "hash")
+DTYPES = {"half": torch.bfloat16, "single": torch.float32}
+
+
+def candidates(tiny: bool) -> list[Tiles]:
+    if tiny:
+        return [Tiles(16, 16, 4, 1), Tiles(32, 16, 4, 1)]
+    return [Tiles(*tiles) for tiles in itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3))]
+
+
+def inputs_of(dtype: torch.dtype, size: int, length: int, device: str) -> AttentionArgs:
+    """A causal call of an lsh layer in training: shared keys, two hash rounds and the position order, dropout."""
+    generator = torch.Generator().manual_seed(0)
+    query, value = (torch.randn(1, 8, length, size, generator=generator).to(device, dtype) for _ in range(2))
+    buckets = torch.randint(0, max(2, length // 64), (1, 8, 2, length), generator=generator).int().to(device)
+    layout = window_layout([(buckets[:, :, :1] * 0, 1, 128), (buckets, None, 64)], True, None)
+    key = make_key(0, device)
+    return AttentionArgs(query, None, value, *layout[:3], None, key, None, *layout[3:], True, 0.1, size**-0.5)
+
+
+def call_of(kernel: str, args: AttentionArgs) -> Callable[[], object]:
+    """What is timed for a kernel: it, and little else that other tiles would change."""
+    if kernel == "hash":
+        heads, size = args.query.shape[1], args.query.shape[3]
+        rotations = torch.randn(heads, size, 2, 64, device=args.query.device)
+        return lambda: hash_launch.run_hashing(
+            args.query, rotations, [128], True, True, None, None, None, None
+        )  # fmt: skip
+    if kernel == "forward":
+        return lambda: launch.run_forward(launch.prepare(args))
+    prepared = launch.prepare(args)
+    out, row_max, row_sum, _ = launch.run_forward(prepared)
+    return lambda: launch.run_backward(prepared, out, row_max, row_sum, out, None)
+
+
+def milliseconds(call: Callable[[], object], repeats: int, device: str) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        wait(device)
+        begin = time.perf_counter()
+        call()
+        wait(device)
+        times.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(times[1:])
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(kernel: str, dtype: torch.dtype, size: int, options: argparse.Namespace) -> list[tuple[float, Tiles]]:
+    """Times of all candidates that run, the shortest first."""
+    found = []
+    args = inputs_of(dtype, size, options.length, options.device)
+    for tiles in candidates(options.tiny):
+
+        def choose(name, *rest, tiles=tiles):
+            return tiles if name == kernel else choose_tiles(name, *rest)
+
+        with mock.patch.object(launch, "choose_tiles", choose), mock.patch.object(hash_launch, "choose_tiles", choose):
+            try:
+                found.append((milliseconds(call_of(kernel, args), options.repeats, options.device), tiles))
+            except Exception as error:  # too large for this GPU, or for its compiler
+                print(f"{kernel} {tiles}: {type(error).__name__}", file=sys.stderr)
+    return sorted(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[64, 128], help="head sizes")
+    parser.add_argument("--precisions", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--kernels", nargs="+", default=KERNELS, choices=KERNELS)
+    parser.add_argument("--length", type=int, default=16384, help="tokens")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--tiny", action="store_true", help="few tokens and candidates")
+    options = parser.parse_args()
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.device == "cpu" and not options.tiny:
+        parser.error("there is no CUDA GPU. To see that this runs: TRITON_INTERPRET=1 and --tiny.")
+    if options.tiny:
+        options.length, options.repeats = 40, 1
+    print(f"# compute capability {launch.capability_of(torch.device(options.device))}, torch {torch.__version__}")
+    for precision, kernel in itertools.product(options.precisions, options.kernels):
+        if kernel == "hash" and precision == "half":
+            continue  # it computes in float32 whatever it is given
+        for size in options.sizes:
+            times = measure(kernel, DTYPES[precision], size, options)
+            now = choose_tiles(kernel, DTYPES[precision], size, launch.capability_of(torch.device(options.device)))
+            of_now = next((f"{ms:.3f} ms" for ms, tiles in times if tiles == now), "not among the candidates")
+            best = f"{times[0][1]}, {times[0][0]:.3f} ms" if times else "none runs"
+            print(f"{precision} {kernel} {size}: {best}; now {now}, {of_now}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

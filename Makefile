@@ -61,7 +61,7 @@ format: $(READY) ## put style right, where a tool can
 bench: $(READY) ## measure against other implementations, in ten minutes
 	$(BIN)/python -m benchmarks.run --short --append $(BENCH_ARGS)
 
-bench-gpu: $(READY) ## check and measure on one GPU, in six minutes; BENCH_ARGS="--device cpu --tiny" tries it on a CPU
+bench-gpu: $(READY) ## check and measure on one GPU, within six minutes; BENCH_ARGS="--device cpu --tiny" tries it on a CPU
 	$(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
 
 EVIDENCE := attention_variants exact_then_windows bucket_balance recall duplication listops classification \

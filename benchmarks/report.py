@@ -27,7 +27,7 @@ TITLES = {
     "prefill": "A prompt, with a cache, at once and in chunks",
     "step-growth": "Growth of a training step",
 }
-WHOLE_MODELS = ("step", "classifier", "causal", "generation")  # sections that name where others are faster
+WHOLE_MODELS = ("core", "step", "classifier", "causal", "generation")  # sections that name where others are faster
 NOTES = """\
 All numbers: float32, batch 1, 8 heads of 64. Times are wall-clock medians of calls in turn, back and forth, within \
 one process, after a call each to warm up; in brackets the median ratio to the first of them. `*`: too slow to \

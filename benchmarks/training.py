@@ -13,7 +13,7 @@ from .attention_impls import hf_reformer_core, hf_reformer_local_core, run_funct
 from .cases import BOTH, FORWARD, STEP, Case, Entry, Group, Run, Settings
 from .models import LAYERS, ROUNDS, VOCABULARY, FullModel, hf_reformer_config, hf_reformer_model, transformers_model
 
-CHECKPOINTS_FROM = 65536  # tokens from which the exact Transformer recomputes its layers
+CHECKPOINTS_FROM = 65536  # tokens from which others recompute their layers
 HALF = "bf16"
 MIDDLE = 4096  # here both directions are measured
 NARROW = {"hidden_size": 256, "num_attention_heads": 4, "feed_forward_size": 512}  # of experiments/million_tokens.py

@@ -65,6 +65,13 @@ def test_second_derivatives_forward_mode_and_transforms():
     torch.testing.assert_close(rows, rotate(vectors(), tables(1)))
 
 
+def test_tables_of_another_shape_are_refused():
+    x, (cos, sin) = vectors(), tables()
+    for wrong in ((cos[:, :, 1:], sin[:, :, 1:]), (cos[..., 1:], sin[..., 1:]), (cos, sin[:1]), (cos[:0], sin[:0])):
+        with pytest.raises(ValueError, match="don't fit vectors"):
+            torch.ops.reformer_kernels.cpu_rotate(x, *wrong, HEADS, False)
+
+
 def test_no_tables_or_no_heads_turn_nothing():
     x = vectors()
     assert dispatch.rotate(x, None) is x

@@ -203,7 +203,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, turned_heads: 
     """`rotary.rotate` of (B, H, T, D), float32 or bfloat16, or with `inverse` its inverse, which is its gradient, too.
 
     cos, sin: (B or 1, 1, T, D) float32.
+
+    Raises:
+        ValueError: tables of another shape.
     """
+    if cos.shape != sin.shape or cos.shape not in ((n, 1, *x.shape[2:]) for n in (1, x.shape[0])):
+        raise ValueError(f"Tables of shape {tuple(cos.shape)}, {tuple(sin.shape)} don't fit vectors {tuple(x.shape)}.")
     (x,), (cos, sin) = readable(x), readable(cos, sin, dtype=torch.float32)
     (batch, heads, length, size), out = x.shape, empty_rows(x, x.dtype)
     cos, sin = cos.contiguous(), sin.contiguous()

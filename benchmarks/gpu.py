@@ -1,4 +1,4 @@
-"""Check hf_reformer on a GPU, then measure it there against others. Nothing is downloaded, nor begun after five minutes.
+"""Check hf_reformer on a GPU, then measure it there against others; nothing is downloaded or begun after five minutes.
 
 From the root of the repository, with the package and its `bench` extra installed:
 

@@ -276,7 +276,7 @@ def report(
             (folder / f"predictions_{split}.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
         shown = [
             Highlighted(
-                f"{x.question} {answer.text or '(no answer)'} ({answer.score:.0%})",
+                f"{x.question} → {answer.text or '(no answer)'} ({answer.score:.0%})",
                 x.context,
                 [(start, start + len(text), "") for text, start in x.answers or ()],
                 [(answer.start, answer.end, "")] if answer.text else [],

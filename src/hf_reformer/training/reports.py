@@ -24,6 +24,7 @@ CONTENTS = {
     "answers_*.png": "where answers lie and were found, by kind of question",
     "choices_*.png": "places of the true choice, and how sure the model was",
     "learning_curve.png": "loss during training",
+    "_pretrained": "the model before the task, for --model_name_or_path",
     "checkpoint-*": "for --resume_from_checkpoint",
 }
 

@@ -299,6 +299,11 @@ def test_files_that_cannot_be_read_are_refused(files):
             recipe.main(arguments(files))
 
 
+def test_label_smoothing_is_refused():
+    with pytest.raises(ValueError, match="--label_smoothing_factor does nothing"):
+        recipe.main(["--train_file", "nowhere.json", "--label_smoothing_factor", "0.1"])
+
+
 def test_a_long_line_is_a_long_document(files):
     context = "So it is. " * 100_000 + "Ida lives in Rio."
     some = [example(0, context=context, answers={"text": ["Rio"], "answer_start": [context.index("Rio")]})]

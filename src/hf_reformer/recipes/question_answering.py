@@ -57,10 +57,7 @@ from ..training.trainers import build_trainer, longest_first, predict_splits, tr
 
 logger = logging.get_logger(__name__)
 
-DEFAULTS = {
-    "output_dir": "runs/question-answering", "train_sampling_strategy": "group_by_length",
-    "remove_unused_columns": False,  # the collator knows them all
-}  # fmt: skip
+DEFAULTS = {"output_dir": "runs/question-answering", "train_sampling_strategy": "group_by_length"}
 PRESETS = {"--model_name_or_path": {"learning_rate": 2e-4, "num_train_epochs": 3}}
 
 
@@ -85,6 +82,8 @@ class DataArguments(PretrainingArguments):
     def check(self, model: ModelArguments, args: TrainingArguments) -> None:
         columns = {name: getattr(self, f"{name}_column") for name in ("question", "context", "answers")}
         check_distinct({f"--{name}_column": column for name, column in columns.items()})
+        if args.label_smoothing_factor:
+            raise ValueError("--label_smoothing_factor does nothing for places in a document. Leave it out.")
         super().check(model, args)
 
     def read_file(self, file: str) -> Dataset:
@@ -276,7 +275,7 @@ def report(
             (folder / f"predictions_{split}.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
         shown = [
             Highlighted(
-                f"{x.question} {answer.text or '(no answer)'} ({answer.score:.0%})",
+                f"{x.question} → {answer.text or '(no answer)'} ({answer.score:.0%})",
                 x.context,
                 [(start, start + len(text), "") for text, start in x.answers or ()],
                 [(answer.start, answer.end, "")] if answer.text else [],
@@ -306,6 +305,7 @@ def prediction(example: Example, answers: Sequence[Any]) -> dict[str, Any]:
 def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments) -> None:
     """Read the data, train, evaluate and report."""
     set_seed(args.seed)
+    args.remove_unused_columns = False  # the collator knows them all
     reader = Reader(data.null_score_diff_threshold if data.version_2_with_negative else None)
     found, encoded = {}, {}
     with args.main_process_first(desc="preparing the data"):

@@ -28,6 +28,7 @@ CONTENTS = {
     "dialogue_*.jsonl": "what the model answers to a user of the data",
     "item_titles.json": "titles of the items",
     "learning_curve.png": "loss during training",
+    "_pretrained": "the model before the task, for --model_name_or_path",
     "checkpoint-*": "for --resume_from_checkpoint",
 }
 

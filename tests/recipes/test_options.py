@@ -93,7 +93,7 @@ class Hub:
 
 def test_what_is_said_is_done_and_nothing_else_on_a_folder_that_is_a_data_set(recipe, folder, monkeypatch):
     monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
-    encoder = recipe not in ("language-model", "seq2seq")
+    encoder = recipe not in ("language-model", "seq2seq", "chat", "recommendation")
     more = ["--pretrain_steps", "1", "--pretrain_length", "8"] if encoder else []
     left = run(recipe, folder, "--dataset_name", str(folder), "--do_train", "--push_to_hub", *more)
     assert ("_pretrained" in left) == encoder

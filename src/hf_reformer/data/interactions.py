@@ -58,7 +58,7 @@ def find_interaction_columns(dataset: "Dataset", **named: str | None) -> Interac
     for kind in ("user", "item"):
         if found[kind] is None and (kind == "user" or found["target"] is None):
             raise ValueError(f"Which column holds the {kind}s? The columns are {listed}. Name it by --{kind}_column.")
-    return InteractionColumns(**found)  # type: ignore[arg-type]
+    return InteractionColumns(**found)
 
 
 def read_interactions(path: str | Path) -> "Dataset":

@@ -103,15 +103,18 @@ def load_conversations(data: DataArguments, seed: int, words: Sequence[str]) -> 
 
 
 def sample_dialogue(model: Any, tokenizer: Any, messages: Messages, length: int, seed: int) -> Messages:
-    """The model's own answers to what a user said in a conversation."""
+    """The model's own answers to what a user said in a conversation, as far as `length` tokens reach."""
     said: Messages = [message for message in messages[:1] if message["role"] == "system"]
     with torch.random.fork_rng():
-        set_seed(seed)
+        torch.manual_seed(seed)
         for message in [message for message in messages if message["role"] == "user"][:TURNS]:
             said.append(message)
             prompt: Any = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
             inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
-            options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": min(200, length)}
+            room = length - inputs["input_ids"].shape[1]
+            if room < 1:
+                return said[:-1]
+            options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": min(200, room)}
             out = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
             answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
             said.append({"role": "assistant", "content": answer.strip()})

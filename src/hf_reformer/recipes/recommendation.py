@@ -295,7 +295,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
         users = {split: [users[split][number] for number in numbers] for split, numbers in chosen.items()}
         if model_args.tokenizer == "items":
             items = dict.fromkeys(item for items in histories for item in items)
-            tokenizer = item_tokenizer(list(items), data.max_length)
+            tokenizer: Any = item_tokenizer(list(items), data.max_length)
         else:
             tokenizer = make_tokenizer(model_args, (), data.max_length)
         trains = bool(args.do_train)
@@ -312,7 +312,6 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     judged = {split: rows for split, rows in encoded.items() if split != "predict"} or encoded
     trainer = build_trainer(RecommendationTrainer, model, args, tokenizer, judged, **options)
     trainer.count, trainer.item_dropout = data.top_k[-1], data.item_dropout
-    trainer.special_ids = tokenizer.all_special_ids
     interactions = sum(map(len, histories))
     sizes = "".join(f"; {split}: {len(some)} users" for split, some in users.items())
     train_and_save(

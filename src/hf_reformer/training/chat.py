@@ -13,7 +13,6 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from ..data.conversations import Messages
-from ..data.packing import token_ids
 
 LAST = 3  # turns that the baseline looks at
 
@@ -78,15 +77,16 @@ def rank_replies(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rank of the true reply in every choice, from 1 on, by mean log-likelihood per byte; and its bits per byte.
 
-    Of what was said before, as many last tokens are read as fit into `length` with the longest candidate, and half of
-    them at least.
+    Of what was said before, as many last tokens are read as fit into `length` with the longest candidate; of a
+    candidate, the first `length` - 1.
     """
     ranks, bits = [], []
     for before, candidates in choices:
         prompt: Any = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
         context: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        ends = [[*next_ids(text, tokenizer), tokenizer.eos_token_id] for text in candidates]
-        context = context[-max(length // 2, length - max(map(len, ends))) :]
+        said = tokenizer(candidates, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ends = [[*ids, tokenizer.eos_token_id][: length - 1] for ids in said]
+        context = context[max(map(len, ends)) - length :]
         rows = [{"input_ids": [*context, *ids]} for ids in ends]
         batch = tokenizer.pad(rows, return_tensors="pt", padding_side="right").to(model.device)
         keep = batch["input_ids"].shape[1] - len(context) + 1
@@ -99,11 +99,6 @@ def rank_replies(
         ranks.append(rank_of_first(np.array(values)))
         bits.append(-values[0] / math.log(2))
     return np.array(ranks), np.array(bits)
-
-
-def next_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a text, with nothing around."""
-    return next(iter(list(token_ids([[text]], tokenizer))[1:]))
 
 
 def rank_of_first(values: np.ndarray) -> float:

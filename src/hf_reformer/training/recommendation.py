@@ -117,7 +117,6 @@ class RecommendationTrainer(GroupedTrainer):
 
     count = 10
     item_dropout = 0.0
-    special_ids: Sequence[int] = ()
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """With a part of the items that are read hidden behind the unknown one."""
@@ -132,6 +131,7 @@ class RecommendationTrainer(GroupedTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, Any, torch.Tensor]:
         prepared: Any = self._prepare_inputs(inputs)
+        tokenizer: Any = self.processing_class
         target, had, row = (prepared.pop(name) for name in ("target", "had", "row"))
         with torch.no_grad(), self.compute_loss_context_manager():
             scores = model(**prepared, logits_to_keep=1).logits[:, -1].float().log_softmax(-1)  # (B, V)
@@ -139,7 +139,7 @@ class RecommendationTrainer(GroupedTrainer):
         own = scores.gather(1, target.clamp(min=0)[:, None])  # (B, 1)
         loss = -own[known].mean() if bool(known.any()) else scores.new_zeros(())
         scores = scores.scatter(1, had, -torch.inf)
-        scores[:, list(self.special_ids)] = -torch.inf
+        scores[:, tokenizer.all_special_ids] = -torch.inf
         own = scores.gather(1, target.clamp(min=0)[:, None])
         ranks = 1 + (scores > own).sum(1) + ((scores == own).sum(1).double() - 1) / 2
         best, items = scores.topk(min(self.count, scores.shape[1]))
@@ -226,7 +226,7 @@ def draw_recommendations(
     """
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     hits, shares = figure.subplots(1, 2)
-    sizes = np.arange(1, min(100, len(popularity)) + 1)
+    sizes = range(1, min(100, len(popularity)) + 1)
     for name, some in ranks.items():
         rates = [scores_at(some, [size])[f"hr@{size}"] for size in sizes]
         hits.plot(sizes, rates, label=name, linewidth=2.5 if name == "Reformer" else 1.2)

@@ -1198,3 +1198,16 @@ def test_a_device_that_is_not_waited_for_warns_a_step_later(monkeypatch):
     assert warned(streams[0], streams[1] + 1) == warned(*streams) == 0
     monkeypatch.setattr(Event, "answers", True)
     assert warned(*streams) == 1
+
+
+def test_while_a_cuda_graph_records_layers_take_the_plain_path(monkeypatch):
+    """Nothing asks for the state of a generator then, and keys come from the device's own."""
+    model = make()
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("a generator was asked"))
+    hidden = hidden_of(model)
+    assert not is_reversible(hidden)
+    found = step(model)
+    model.config.reversible = False
+    assert gap(found, step(model)) <= EXACT

@@ -5,6 +5,7 @@ access every later call of CUDA fails. It leaves alone whatever this process rec
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import importlib
@@ -135,7 +136,11 @@ def driver_version() -> str:
     """Of the GPU's driver, as the system tells it; else the version of CUDA that it brings."""
     with contextlib.suppress(OSError):
         return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
-    return str(torch._C._cuda_getDriverVersion())
+    version = ctypes.c_int()
+    with contextlib.suppress(OSError):
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        driver.cuDriverGetVersion(ctypes.byref(version))
+    return f"CUDA {version.value}"
 
 
 @functools.cache

@@ -330,12 +330,19 @@ def read_named_dataset(name: str, config: str | None = None, alternative: str = 
 
     Raises:
         ConnectionError: it cannot be read from the Hub; the message names an alternative.
-        ValueError: it cannot be read from the folder.
+        ValueError: it cannot be read from the folder, or is a script.
     """
     datasets = require("datasets")
     local = Path(name).is_dir()
     try:
         return datasets.load_dataset(name, config, **options)
+    except RuntimeError as error:
+        if "scripts" not in str(error):
+            raise
+        raise ValueError(
+            f"The data set `{name}` is a script, which datasets does not run. Name a copy of it in parquet files, or "
+            f"use {alternative}."
+        ) from error
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         if local:
             cause = " ".join(str(error.__cause__ or error).split())
@@ -431,6 +438,20 @@ def check_distinct(names: Mapping[str, str | None]) -> None:
         if given.count(name) > 1:
             options = " and ".join(option for option, value in names.items() if value == name)
             raise ValueError(f"{options} both name the column `{name}`. Name two columns, or leave one option out.")
+
+
+def labels_unknown(split: str, labels: Iterable[Any]) -> bool:
+    """Whether a test split is without labels, so that they are to be predicted: each is None, "", NaN or -1.
+
+    Lists of labels are unknown where all that is in them is.
+    """
+
+    def unknown(label: Any) -> bool:
+        if isinstance(label, list):
+            return all(map(unknown, label))
+        return label in (None, "", -1, "-1") or label != label
+
+    return split.startswith("test") and all(map(unknown, labels))
 
 
 def check_columns(dataset: "Dataset", split: str, names: Iterable[str | None], advice: str = "") -> None:

@@ -127,9 +127,8 @@ def report(
     tokenizer: Any = trainer.processing_class
     length: int = args.max_length  # type: ignore[attr-defined]
     seen = [text for messages in conversations.get("train", []) for text in replies(messages)]
-    for split, metric in metrics.items():
+    for split in metrics:
         some = conversations[split]
-        trainer.compute_metrics = metric
         prefix = "eval" if split == "validation" else split
         bits = trainer.evaluate(splits[split], metric_key_prefix=prefix)[f"{prefix}_bits_per_byte"]
         tables[split] = {"Reformer": {"bits per byte": bits}}
@@ -190,8 +189,8 @@ def run(data: DataArguments, model_args: ModelArguments, args: Any) -> None:
             "not. Leave the override out, or train another model."
         )
     trainer_class = ChatTrainer if trains else LanguageModelTrainer
-    options = {"compute_metrics": next(iter(metrics.values()), None)}
-    trainer = build_trainer(trainer_class, model, args, tokenizer, splits, **options)
+    trainer = build_trainer(trainer_class, model, args, tokenizer, splits)
+    trainer.metrics = metrics
     counts = ", ".join(f"{split} {len(some)}" for split, some in conversations.items())
     sizes = "".join(f"; {split}: {one.num_bytes:,} bytes of replies" for split, one in metrics.items())
     train_and_save(trainer, f"Conversations: {counts}{sizes}.")

@@ -129,7 +129,9 @@ def prepare_data(
     splits = args.read()
     first = next(iter(splits))
     with args.told(first):
-        columns = find_columns(splits[first], args.text_column, args.text_pair_column, args.label_column)
+        label = args.label_column
+        label = None if first.startswith("test") and label not in splits[first].column_names else label
+        columns = find_columns(splits[first], args.text_column, args.text_pair_column, label)
         task = define_task(splits[first], columns, first, args.problem_type, model_labels, model_problem_type)
     for split, part in splits.items():
         with args.told(split):

@@ -202,6 +202,13 @@ def test_column_files(tmp_path):
     file = tmp_path / "t.conll"
     file.write_text("\ufeff# a comment of words\na\tA\n#\tO\n\n\n  \nb c\tB\n", encoding="utf-8")
     assert read_column_file(file).to_dict() == {"1": [["a", "#"], ["b c"]], "2": [["A", "O"], ["B"]]}
+    for comment in ("# id 3", "# id", "#", "# id = 3"):  # of as many columns, or others; at the beginning, or later
+        file.write_text(f"{comment}\na x O\n# x O\n\n{comment}\n# x O\nb\tx \t O\n")
+        assert read_column_file(file).to_dict() == {
+            "1": [["a", "#"], ["#", "b"]],
+            "2": [["x"] * 2] * 2,
+            "3": [["O"] * 2] * 2,
+        }
     for text, words in (
         ("a B\nb\n", "line 2: there are 1 columns, but the first one has 2"),
         ("", "holds no words"),

@@ -10,7 +10,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -460,21 +460,40 @@ def check_columns(dataset: "Dataset", split: str, names: Iterable[str | None], a
         raise ValueError(f"The {split} data has no column {missing}; its columns are {dataset.column_names}. {advice}")
 
 
-def hold_out(dataset: "Dataset", label_column: str | None, fraction: float, seed: int) -> "DatasetDict":
+def splits_of(part: str, names: Iterable[str]) -> list[str]:
+    """The splits of a part: `train` alone for training, else several such as `validation_matched`."""
+    return [name for name in names if name == part or (part != "train" and name.split("_")[0] == part)]
+
+
+def hold_out(
+    dataset: "Dataset", label_column: str | None, fraction: float, seed: int, groups: Sequence[Any] | None = None
+) -> "DatasetDict":
     """Split off random validation data; with labels, stratified: shuffle, sort by label, take rows evenly.
+
+    Args:
+        groups: what every row is about, such as its document: rows of one are not parted, so that nothing of the
+            validation data is known from training. Where all are about the same, it counts for nothing.
 
     Raises:
         ValueError: one of the two parts would be empty.
     """
-    order = list(range(len(dataset)))
+    members: dict[Any, list[int]] = {}
+    for row, group in enumerate(range(len(dataset)) if groups is None or len(set(groups)) < 2 else groups):
+        members.setdefault(group, []).append(row)
+    order, seen, chosen = list(members.values()), 0, set[int]()
     random.Random(seed).shuffle(order)
     if label_column is not None:
         labels = read_column(dataset, label_column)
-        order.sort(key=lambda row: labels[row])
-    chosen = {row for i, row in enumerate(order) if round((i + 1) * fraction) > round(i * fraction)}
-    if not 0 < len(chosen) < len(order):
+        order.sort(key=lambda rows: labels[rows[0]])
+    for rows in order:
+        seen += len(rows)
+        if 2 * (round(seen * fraction) - len(chosen)) >= len(rows):  # nearer to what is wanted than without them
+            chosen.update(rows)
+    if not chosen and round(seen * fraction):  # all groups are larger than twice the part
+        chosen.update(min(order, key=len))
+    if not 0 < len(chosen) < seen:
         raise ValueError(
-            f"--validation_fraction {fraction} of {len(order)} rows are {len(chosen)} rows, so there is nothing to "
+            f"--validation_fraction {fraction} of {seen} rows are {len(chosen)} rows, so there is nothing to "
             f"{'train' if chosen else 'evaluate'} on. Change it, or give a --validation_file."
         )
     return require("datasets").DatasetDict(

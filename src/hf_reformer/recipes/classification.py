@@ -137,7 +137,8 @@ def prepare_data(
         with args.told(split):
             check_columns(part, split, columns[:2] if split.startswith("test") else columns, NO_LABELS)
             splits[split] = task.add_labels(part, split)
-    return args.complete(splits, seed, "labels"), task
+    groups = list(zip(*task.texts(splits["train"]), strict=True)) if "train" in splits else None
+    return args.complete(splits, seed, "labels", groups), task
 
 
 def tokenize(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, chunk: int | None = None) -> Dataset:

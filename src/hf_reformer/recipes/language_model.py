@@ -126,8 +126,6 @@ def open_documents(args: TextArguments, split: str, streaming: bool = False) -> 
     if args.dataset_name is None:
         return None
     documents = hub_documents(args.dataset_name, args.dataset_config_name, split, args.text_column, streaming)
-    if documents is None and split != "validation":
-        raise ValueError(f"The data set `{args.dataset_name}` has no split `{split}`. Name another one.")
     return None if documents is None else islice(documents, limits[split])
 
 

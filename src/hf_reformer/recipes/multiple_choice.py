@@ -256,7 +256,8 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
         for split, rows in data.read().items():
             with data.told(split):
                 found[split] = read_questions(rows, data, split)
-        chosen = data.choose_rows({split: len(some) for split, some in found.items()}, args.seed)
+        groups = [question.context for question in found.get("train", ())]
+        chosen = data.choose_rows({split: len(some) for split, some in found.items()}, args.seed, groups)
         questions = {split: [found[source][i] for i in rows] for split, (source, rows) in chosen.items()}
         texts = [text for question in questions.get("train", []) for text in (question.context, *question.choices)]
         tokenizer = make_tokenizer(model_args, texts, data.max_length)

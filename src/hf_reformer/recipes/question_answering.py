@@ -330,7 +330,8 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
         for split, rows in data.read().items():
             with data.told(split):
                 found[split] = make_examples(rows, data, split)
-        chosen = data.choose_rows({split: len(some) for split, some in found.items()}, args.seed)
+        groups = [x.context for x in found.get("train", ())]
+        chosen = data.choose_rows({split: len(some) for split, some in found.items()}, args.seed, groups)
         examples = {split: [found[source][i] for i in rows] for split, (source, rows) in chosen.items()}
         texts = list(dict.fromkeys(text for x in examples.get("train", []) for text in (x.question, x.context)))
         tokenizer = make_tokenizer(model_args, texts, data.max_length, offsets=True)

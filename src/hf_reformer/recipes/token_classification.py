@@ -320,7 +320,8 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
                     names = names_of_labels(found[split], rows, str(label), model_labels) if trained else model_labels
                 check_known(found[split], names, split)
         sizes = {split: len(some.words) for split, some in found.items()}
-        chosen = data.choose_rows(sizes, args.seed)
+        groups = list(map(tuple, found["train"].words)) if "train" in found else None
+        chosen = data.choose_rows(sizes, args.seed, groups)
         sentences = {split: found[source].select(rows) for split, (source, rows) in chosen.items()}
         texts = [" ".join(words) for words in sentences["train"].words] if "train" in sentences else []
         tokenizer = make_tokenizer(model_args, texts, data.max_length, offsets=True)

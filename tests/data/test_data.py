@@ -11,9 +11,12 @@ import sys
 import time
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hf_reformer import data
 from hf_reformer.data import tables
+from hf_reformer.data.conversations import beginnings
 from hf_reformer.data.demo_corpus import _NearDuplicates
 
 pytest.importorskip("datasets")
@@ -429,6 +432,51 @@ def test_the_held_out_part_is_as_large_as_asked_for(fraction, rows, label):
     assert (len(split["train"]), len(split["validation"])) == (100 - rows, rows)
     with pytest.raises(ValueError, match=r"--validation_fraction 0.1 of 4 rows"):
         data.hold_out(dataset.select(range(4)), label, 0.1, seed=0)
+
+
+@given(st.lists(st.integers(0, 20), min_size=30, max_size=80), st.sampled_from([0.1, 0.3, 0.5]), st.integers(0, 9))
+def test_rows_of_one_group_are_held_out_together(groups, fraction, seed):
+    from datasets import Dataset
+
+    dataset = Dataset.from_dict({"row": range(len(groups))})
+    split = data.hold_out(dataset, None, fraction, seed, groups)
+    train, held_out = ({groups[row] for row in split[name]["row"]} for name in ("train", "validation"))
+    if len(set(groups)) > 1:
+        assert not train & held_out
+    assert sorted([*split["train"]["row"], *split["validation"]["row"]]) == list(range(len(groups)))
+    assert abs(len(split["validation"]) - fraction * len(groups)) <= max(map(groups.count, groups))
+
+
+def test_parts_of_one_dialogue_are_one_group():
+    talk = [{"role": "user" if i % 2 == 0 else "assistant", "content": str(i)} for i in range(6)]
+    other = [{"role": "user", "content": "0"}, {"role": "assistant", "content": "no"}]
+    found = beginnings([talk[:4], talk[:2], other, talk])
+    assert found[0] == found[1] == found[3] != found[2]
+
+
+def test_which_splits_are_a_part():
+    names = ["train", "train_gen", "test_a", "test_b", "validation"]
+    assert tables.splits_of("train", names) == ["train"]
+    assert tables.splits_of("train", names[1:]) == []
+    assert tables.splits_of("test", names) == ["test_a", "test_b"]
+
+
+def test_only_a_test_split_without_a_single_label_is_to_be_predicted():
+    for label in (None, "", -1, "-1", -1.0, float("nan"), [], [None, -1]):
+        assert tables.labels_unknown("test_a", [label, label])
+        assert not tables.labels_unknown("validation", [label])
+        assert not tables.labels_unknown("test", [label, "x"])
+
+
+def test_a_data_set_that_is_a_script_is_refused_with_advice(monkeypatch):
+    import datasets
+
+    def load(*args, **options):
+        raise RuntimeError("Dataset scripts are no longer supported, but found x.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(ValueError, match=r"`me/x` is a script.*parquet.*--train_file"):
+        tables.read_named_dataset("me/x")
 
 
 def test_holding_out_reads_its_column_at_once(monkeypatch):

@@ -232,3 +232,7 @@ def test_actions_are_chosen_by_flags():
     assert actions("--do_train", "--eval_strategy", "epoch") == (True, True, None, "epoch")
     assert actions("--do_train", "--do_eval", "True") == (True, True, None, "epoch")
     assert actions("--do_predict", "--do_eval", "False") == (None, False, True, "no")
+    assert actions("--do_eval", "False") == (None, False, None, "no")
+    for more in ([], ["--do_train"]):
+        with pytest.raises(ValueError, match="--eval_strategy steps evaluates, and --do_eval False does not"):
+            parse("--do_eval", "False", "--eval_strategy", "steps", *more)

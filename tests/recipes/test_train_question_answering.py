@@ -221,8 +221,8 @@ def test_documents_that_are_cut_are_told(caplog):
     assert recipe.tokenize(some, ReformerByteTokenizer(), args, "train", True)["start_positions"] == [-100]
     assert "1 documents of the train data are cut to --max_length 64 tokens; 1 answers lie behind it" in caplog.text
     some = [some[0]._replace(question="why " * 20)]
-    with pytest.raises(ValueError, match="question of 80 tokens, which leaves no room"):
-        recipe.tokenize(some, ReformerByteTokenizer(), args, "train", True)
+    with pytest.raises(ValueError, match=r"Row 0 of the train data has a question of 80 tokens.*leaves no room"):
+        recipe.check_questions(some, ReformerByteTokenizer(), 64, "train")
 
 
 def test_the_reader_ranks_no_answer():
@@ -261,6 +261,12 @@ def test_squads_own_files_and_csv(tmp_path):
     )
     (tmp_path / "t.csv").write_text("\ufeff" + table, encoding="utf-8")
     assert recipe.make_examples(args.read_file(str(tmp_path / "t.csv")), args, "train") == expected
+
+
+@pytest.mark.parametrize("text", ["[1]", "{}", "[sic]", '{"text": 1}', '["a"]'])
+def test_an_answer_in_brackets_is_a_text_where_the_document_has_it(text):
+    rows = Dataset.from_list([{"question": "?", "context": f"As in {text}.", "answers": text}])
+    assert recipe.make_examples(rows, recipe.DataArguments(), "train")[0].answers == [(text, 6)]
 
 
 @pytest.mark.parametrize(

@@ -156,6 +156,40 @@ def test_scores_of_entities_and_of_words():
     assert entity_spans(["Max", "Müller", "ok"], ["B-PER", "I-PER", "O"], True) == [(0, 10, "PER")]
 
 
+SPANS = st.lists(st.tuples(st.sampled_from("AB"), st.integers(1, 3), st.integers(0, 2)), min_size=1, max_size=5)
+
+
+def tags_of(spans, scheme: str) -> list[str]:
+    """Spans (type, size, words behind it) in BIO, BIOES or BILOU."""
+    begin, inside, last, single = {"BIO": "BIIB", "BIOES": "BIES", "BILOU": "BILU"}[scheme]
+    found = []
+    for kind, size, gap in spans:
+        marks = single if size == 1 else begin + inside * (size - 2) + last
+        found += [f"{mark}-{kind}" for mark in marks] + ["O"] * gap
+    return found
+
+
+@given(SPANS, SPANS)
+def test_entities_and_scores_are_the_same_in_every_scheme(true, found):
+    seen = []
+    for scheme in ("BIO", "BIOES", "BILOU"):
+        a, b = tags_of(true, scheme), tags_of(found, scheme)
+        a, b = (tags + ["O"] * (max(len(a), len(b)) - len(tags)) for tags in (a, b))
+        names = sorted({*a, *b})
+        scores = TagScores(names)
+        entities = {name: x for name, x in scores.score([a], [b]).items() if name != "accuracy"}
+        seen.append((entities, scores.by_entity([a], [b]), entity_spans(["w"] * len(a), a, True)))
+    assert seen[0] == seen[1] == seen[2]
+    assert [kind for *_, kind in seen[0][2]] == [kind for kind, *_ in true]
+
+
+def test_words_that_are_cut_off_are_outside_or_what_is_most_frequent():
+    train = recipe.Sentences([["a"] * 3], [["X", "Y", "Y"]])
+    assert recipe.cut_off_label(["B-X", "O"], train) == "O"
+    assert recipe.cut_off_label(["X", "Y"], train) == "Y"
+    assert recipe.cut_off_label(["X", "Y"], None) == "X"
+
+
 def test_the_baseline_knows_words():
     words, tags = [["a", "a", "a", "b"]], [["X", "Y", "Y", "X"]]
     assert most_frequent_labels(words, tags, [["a", "b", "new"]]) == [["Y", "X", "X"]]
@@ -168,6 +202,13 @@ def test_column_files(tmp_path):
     file = tmp_path / "t.conll"
     file.write_text("\ufeff# a comment of words\na\tA\n#\tO\n\n\n  \nb c\tB\n", encoding="utf-8")
     assert read_column_file(file).to_dict() == {"1": [["a", "#"], ["b c"]], "2": [["A", "O"], ["B"]]}
+    for comment in ("# id 3", "# id", "#", "# id = 3"):  # of as many columns, or others; at the beginning, or later
+        file.write_text(f"{comment}\na x O\n# x O\n\n{comment}\n# x O\nb\tx \t O\n")
+        assert read_column_file(file).to_dict() == {
+            "1": [["a", "#"], ["#", "b"]],
+            "2": [["x"] * 2] * 2,
+            "3": [["O"] * 2] * 2,
+        }
     for text, words in (
         ("a B\nb\n", "line 2: there are 1 columns, but the first one has 2"),
         ("", "holds no words"),
@@ -184,9 +225,9 @@ def test_column_files(tmp_path):
 
 
 def test_columns_are_found_by_their_names():
-    def found(names, **options):
+    def found(names, split="train", **options):
         dataset = Dataset.from_dict({name: [["x"]] for name in names})
-        return recipe.find_columns(dataset, recipe.DataArguments(**options))
+        return recipe.find_word_columns(dataset, recipe.DataArguments(**options), split)
 
     assert found(["id", "tokens", "pos_tags", "ner_tags"]) == ("tokens", "ner_tags")
     assert found(["id", "tokens", "pos_tags", "ner_tags"], task_name="pos") == ("tokens", "pos_tags")
@@ -198,18 +239,25 @@ def test_columns_are_found_by_their_names():
         found(["a", "b"])
     with pytest.raises(ValueError, match="no column `x`"):
         found(["tokens"], label_column="x")
+    assert found(["tokens"], "test", label_column="x") == ("tokens", "x")  # which needs no labels
+    rows = Dataset.from_dict({"tokens": [["a"]]})
+    assert recipe.read_sentences(rows, "tokens", "x", "test") == ([["a"]], None)
 
 
-def test_class_labels_keep_their_names_and_order(tmp_path):
+def test_class_labels_keep_their_names_and_order(caplog):
     names = ["B-X", "O", "I-X"]
     features = Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=names))})
     rows = Dataset.from_dict({"tokens": [["a", "b"]] * 2, "ner_tags": [[1, 0], [1, 1]]}, features=features)
     sentences = recipe.read_sentences(rows, "tokens", "ner_tags", "train")
     assert sentences.tags == [["O", "B-X"], ["O", "O"]]
-    assert recipe.label_names(sentences, rows, "ner_tags", None) == names
-    assert recipe.label_names(sentences, rows, "ner_tags", ["B-X", "O"]) == ["B-X", "O"]
+    assert recipe.names_of_labels(sentences, rows, "ner_tags", None) == names
+    assert recipe.names_of_labels(sentences, rows, "ner_tags", ["B-X", "O"]) == ["B-X", "O"]
     ints = Dataset.from_dict({"tokens": [["a", "b"]], "ner_tags": [[1, 0]]})
-    assert recipe.read_sentences(ints, "tokens", "ner_tags", "train").tags == [["1", "0"]]
+    sentences = recipe.read_sentences(ints, "tokens", "ner_tags", "train")
+    assert sentences.tags == [["1", "0"]]
+    assert "numbers without names" not in caplog.text
+    assert recipe.names_of_labels(sentences, ints, "ner_tags", None) == ["0", "1"]
+    assert "numbers without names" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -229,6 +277,13 @@ def test_rows_that_cannot_be_learnt_are_refused_with_file_and_row(tmp_path, row,
     with pytest.raises(ValueError, match=f"{words}.*train\\.jsonl"):
         recipe.main([*TINY, "--train_file", str(tmp_path / "train.jsonl"), "--output_dir", str(tmp_path / "out")])
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_label_column_of_numbers_is_refused():
+    rows = Dataset.from_dict({"tokens": [["a"]], "tags": [3]})
+    for split in ("train", "test"):
+        with pytest.raises(ValueError, match=f"Row 0 of the {split} data has 1 words, but '3' as labels"):
+            recipe.read_sentences(rows, "tokens", "tags", split)
 
 
 def test_labels_that_differ_between_files_are_refused(files):

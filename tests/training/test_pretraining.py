@@ -7,8 +7,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from hf_reformer.recipes import classification as recipe
+from hf_reformer.training.model_setup import ModelArguments
+from hf_reformer.training.pretraining import PretrainingArguments
 
 pytest.importorskip("evaluate")
 
@@ -45,7 +48,7 @@ def test_the_task_starts_from_the_pre_trained_encoder(run, tmp_path):
 
 @pytest.mark.parametrize("killed", ["while pre-training", "in between", "in the task"])
 def test_a_killed_run_ends_where_the_whole_one_does(run, tmp_path, killed):
-    options = ["--pretrain_steps", "4"]
+    options = ["--pretrain_steps", "4", "--lr_scheduler_type", "constant"]  # a step too many would be seen
     whole = run("out", *options)
     (tmp_path / "killed").mkdir()
     done = {"while pre-training": ["_pretrained/checkpoint-2"], "in between": ["_pretrained/checkpoint-4"]}
@@ -53,6 +56,14 @@ def test_a_killed_run_ends_where_the_whole_one_does(run, tmp_path, killed):
         shutil.copytree(tmp_path / "out" / name, tmp_path / "killed" / name)
     resumed = run("killed", *options, "--resume_from_checkpoint", "last")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_checkpoint_of_pre_training_needs_its_steps(tmp_path):
+    args = TrainingArguments(str(tmp_path), do_train=True, use_cpu=True)
+    args.resume_from_checkpoint = str(tmp_path / "_pretrained" / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"checkpoint of pre-training.*--pretrain_steps as before"):
+        PretrainingArguments(train_file="x.csv").check(ModelArguments(), args)
+    PretrainingArguments(train_file="x.csv", pretrain_steps=4).check(ModelArguments(), args)
 
 
 def test_what_cannot_be_pre_trained_is_refused(run, tmp_path):

@@ -1,5 +1,6 @@
 """Column files, as of CoNLL: a word a line with its labels in columns, and an empty line between sentences."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,32 +17,36 @@ def read_column_file(path: str | Path) -> "Dataset":
     """A row per sentence, with a list of words or labels per column; the columns are called "1", "2", …
 
     Columns are separated by tabs, or else by white space. Lines that begin with -DOCSTART- are left out, and so are
-    lines that begin with # and have another number of columns, which are comments.
+    comments. A comment begins with # and has another number of columns; or it stands before a sentence, begins with #
+    and white space, and ends with what is the label of no other line.
 
     Raises:
         ValueError: a line has another number of columns; the file is empty or no text.
     """
+    with open_text(path) as file:
+        lines = [line.rstrip("\n") for line in file]
+    rows = [[cell.strip(" ") for cell in line.split("\t")] if "\t" in line else line.split() for line in lines]
+    known = [cells for cells in rows if any(cells) and not cells[0].startswith(("#", "-DOCSTART-"))]
+    known = known or [cells for cells in rows if any(cells) and not cells[0].startswith("-DOCSTART-")]
+    columns, labels = len(known[0]) if known else 0, {cells[-1] for cells in known}
     sentences: list[list[list[str]]] = []  # columns, then words
     words: list[list[str]] = []
-    columns = None
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            cells = line.rstrip("\n").split("\t") if "\t" in line else line.split()
-            if not line.strip() or line.startswith("-DOCSTART-"):
-                if words:
-                    sentences.append(list(map(list, zip(*words, strict=True))))
-                words = []
-                continue
-            if line.startswith("#") and len(cells) != columns and (columns is not None or len(cells) != 2):
-                continue
-            columns = len(cells) if columns is None else columns
-            if len(cells) != columns or columns > _MOST_COLUMNS:
-                said = f"the first one has {columns}" if columns <= _MOST_COLUMNS else "that is no list of words"
-                raise ValueError(
-                    f"`{path}`, line {number}: there are {len(cells):,} columns, but {said}. A line holds a word and "
-                    "its labels, and an empty line ends a sentence."
-                )
-            words.append(cells)
+    for number, (line, cells) in enumerate(zip(lines, rows, strict=True), start=1):
+        if not any(cells) or line.startswith("-DOCSTART-"):
+            if words:
+                sentences.append(list(map(list, zip(*words, strict=True))))
+            words = []
+            continue
+        before_sentence = not words and re.match(r"#\s", line) and cells[-1] not in labels
+        if line.startswith("#") and (len(cells) != columns or before_sentence):
+            continue
+        if len(cells) != columns or columns > _MOST_COLUMNS:
+            said = f"the first one has {columns}" if columns <= _MOST_COLUMNS else "that is no list of words"
+            raise ValueError(
+                f"`{path}`, line {number}: there are {len(cells):,} columns, but {said}. A line holds a word and its "
+                "labels, and an empty line ends a sentence."
+            )
+        words.append(cells)
     if words:
         sentences.append(list(map(list, zip(*words, strict=True))))
     if not sentences:

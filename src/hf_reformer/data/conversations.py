@@ -128,6 +128,13 @@ def _messages(cell: Any, column: str, where: str) -> list[tuple[str, str]]:
     return pairs
 
 
+def beginnings(conversations: Sequence[Messages]) -> list[tuple[tuple[str, str], ...]]:
+    """Of every conversation the shortest one of them all that it begins with: parts of one dialogue have the same."""
+    whole = [tuple((message["role"], message["content"]) for message in messages) for messages in conversations]
+    known = set(whole)
+    return [next(one[:size] for size in range(1, len(one) + 1) if one[:size] in known) for one in whole]
+
+
 def encode_conversation(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
     """The tokens of a conversation, and which of them the assistant says: its messages and their end marks."""
     encoded: Any = tokenizer.apply_chat_template(

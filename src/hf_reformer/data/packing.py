@@ -12,7 +12,7 @@ from datasets import Dataset, IterableDataset
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, TrainerCallback
 
 from ..models.losses import IGNORE
-from .tables import TABLE_FORMATS, cell_text, find_columns, open_text, read_examples, read_named_dataset
+from .tables import TABLE_FORMATS, cell_text, find_columns, open_text, read_examples, read_named_dataset, splits_of
 
 READ_SIZE = 2**16  # characters that are read and tokenised at a time, up to the next end of line
 
@@ -35,14 +35,21 @@ def _read_chunks(file: str) -> Iterator[str]:
 
 
 def hub_documents(name: str, config: str | None, split: str, column: str | None, streaming: bool) -> Documents | None:
-    """The rows of a split of a data set on the Hub, None if it has no such split, as "train" or "validation_matched".
+    """The rows of a split of a data set on the Hub, the first of several; None if it has no validation data.
 
     Raises:
         ConnectionError: it cannot be read.
+        ValueError: it has no such split.
     """
     tables = read_named_dataset(name, config, streaming=streaming)
-    found = next((table for other, table in tables.items() if other.split("_")[0] == split), None)
-    return None if found is None else _rows(found, column)
+    if found := splits_of(split, tables):
+        return _rows(tables[found[0]], column)
+    if split == "validation":
+        return None
+    raise ValueError(
+        f"The data set `{name}` has no split `{split}`; its splits are {', '.join(tables)}. Name another one, or give "
+        f"--{split}_file."
+    )
 
 
 def _rows(table: Dataset | IterableDataset, column: str | None) -> Documents:

@@ -10,7 +10,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -330,12 +330,19 @@ def read_named_dataset(name: str, config: str | None = None, alternative: str = 
 
     Raises:
         ConnectionError: it cannot be read from the Hub; the message names an alternative.
-        ValueError: it cannot be read from the folder.
+        ValueError: it cannot be read from the folder, or is a script.
     """
     datasets = require("datasets")
     local = Path(name).is_dir()
     try:
         return datasets.load_dataset(name, config, **options)
+    except RuntimeError as error:
+        if "scripts" not in str(error):
+            raise
+        raise ValueError(
+            f"The data set `{name}` is a script, which datasets does not run. Name a copy of it in parquet files, or "
+            f"use {alternative}."
+        ) from error
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         if local:
             cause = " ".join(str(error.__cause__ or error).split())
@@ -433,27 +440,60 @@ def check_distinct(names: Mapping[str, str | None]) -> None:
             raise ValueError(f"{options} both name the column `{name}`. Name two columns, or leave one option out.")
 
 
+def labels_unknown(split: str, labels: Iterable[Any]) -> bool:
+    """Whether a test split is without labels, so that they are to be predicted: each is None, "", NaN or -1.
+
+    Lists of labels are unknown where all that is in them is.
+    """
+
+    def unknown(label: Any) -> bool:
+        if isinstance(label, list):
+            return all(map(unknown, label))
+        return label in (None, "", -1, "-1") or label != label
+
+    return split.startswith("test") and all(map(unknown, labels))
+
+
 def check_columns(dataset: "Dataset", split: str, names: Iterable[str | None], advice: str = "") -> None:
     """Raise ValueError unless the dataset has all columns that are named."""
     if missing := [name for name in names if name is not None and name not in dataset.column_names]:
         raise ValueError(f"The {split} data has no column {missing}; its columns are {dataset.column_names}. {advice}")
 
 
-def hold_out(dataset: "Dataset", label_column: str | None, fraction: float, seed: int) -> "DatasetDict":
+def splits_of(part: str, names: Iterable[str]) -> list[str]:
+    """The splits of a part: `train` alone for training, else several such as `validation_matched`."""
+    return [name for name in names if name == part or (part != "train" and name.split("_")[0] == part)]
+
+
+def hold_out(
+    dataset: "Dataset", label_column: str | None, fraction: float, seed: int, groups: Sequence[Any] | None = None
+) -> "DatasetDict":
     """Split off random validation data; with labels, stratified: shuffle, sort by label, take rows evenly.
+
+    Args:
+        groups: what every row is about, such as its document: rows of one are not parted, so that nothing of the
+            validation data is known from training. Where all are about the same, it counts for nothing.
 
     Raises:
         ValueError: one of the two parts would be empty.
     """
-    order = list(range(len(dataset)))
+    members: dict[Any, list[int]] = {}
+    for row, group in enumerate(range(len(dataset)) if groups is None or len(set(groups)) < 2 else groups):
+        members.setdefault(group, []).append(row)
+    order, seen, chosen = list(members.values()), 0, set[int]()
     random.Random(seed).shuffle(order)
     if label_column is not None:
         labels = read_column(dataset, label_column)
-        order.sort(key=lambda row: labels[row])
-    chosen = {row for i, row in enumerate(order) if round((i + 1) * fraction) > round(i * fraction)}
-    if not 0 < len(chosen) < len(order):
+        order.sort(key=lambda rows: labels[rows[0]])
+    for rows in order:
+        seen += len(rows)
+        if 2 * (round(seen * fraction) - len(chosen)) >= len(rows):  # nearer to what is wanted than without them
+            chosen.update(rows)
+    if not chosen and round(seen * fraction):  # all groups are larger than twice the part
+        chosen.update(min(order, key=len))
+    if not 0 < len(chosen) < seen:
         raise ValueError(
-            f"--validation_fraction {fraction} of {len(order)} rows are {len(chosen)} rows, so there is nothing to "
+            f"--validation_fraction {fraction} of {seen} rows are {len(chosen)} rows, so there is nothing to "
             f"{'train' if chosen else 'evaluate'} on. Change it, or give a --validation_file."
         )
     return require("datasets").DatasetDict(

@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, set_seed
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from ..data.bpe_tokenizer import SPECIAL
-from ..data.conversations import Messages, conversation_windows, read_conversations, set_chat_template
-from ..data.tables import check_columns, read_column
+from ..data.conversations import Messages, beginnings, conversation_windows, read_conversations, set_chat_template
+from ..data.tables import check_columns
 from ..training.bits_per_byte import compressor_baselines
 from ..training.chat import (
     ReplyBits,
@@ -91,15 +91,14 @@ class ChatTrainer(LanguageModelTrainer, SFTTrainer):
 
 def load_conversations(data: DataArguments, seed: int, words: Sequence[str]) -> dict[str, list[Messages]]:
     """The conversations of every split."""
-    found, numbers = {}, DatasetDict()
+    found = {}
     for split, rows in data.read().items():
         with data.told(split):
             check_columns(rows, split, [data.messages_column], "Name it by --messages_column.")
             found[split] = read_conversations(rows, data.messages_column, split, words)
-        numbers[split] = Dataset.from_dict({"number": range(len(found[split]))})
-    whole = data.complete(numbers, seed)
-    source = {split: found.get(split, found.get("train", [])) for split in whole}
-    return {split: [source[split][i] for i in read_column(rows, "number")] for split, rows in whole.items()}
+    sizes = {split: len(some) for split, some in found.items()}
+    chosen = data.choose_rows(sizes, seed, beginnings(found.get("train", ())))
+    return {split: [found[source][i] for i in rows] for split, (source, rows) in chosen.items()}
 
 
 def sample_dialogue(model: Any, tokenizer: Any, messages: Messages, length: int, seed: int) -> Messages:
@@ -130,9 +129,8 @@ def report(
     tokenizer: Any = trainer.processing_class
     length: int = args.max_length  # type: ignore[attr-defined]
     seen = [text for messages in conversations.get("train", []) for text in replies(messages)]
-    for split, metric in metrics.items():
+    for split in metrics:
         some = conversations[split]
-        trainer.compute_metrics = metric
         prefix = "eval" if split == "validation" else split
         bits = trainer.evaluate(splits[split], metric_key_prefix=prefix)[f"{prefix}_bits_per_byte"]
         tables[split] = {"Reformer": {"bits per byte": bits}}
@@ -193,8 +191,8 @@ def run(data: DataArguments, model_args: ModelArguments, args: Any) -> None:
             "not. Leave the override out, or train another model."
         )
     trainer_class = ChatTrainer if trains else LanguageModelTrainer
-    options = {"compute_metrics": next(iter(metrics.values()), None)}
-    trainer = build_trainer(trainer_class, model, args, tokenizer, splits, **options)
+    trainer = build_trainer(trainer_class, model, args, tokenizer, splits)
+    trainer.metrics = metrics
     counts = ", ".join(f"{split} {len(some)}" for split, some in conversations.items())
     sizes = "".join(f"; {split}: {one.num_bytes:,} bytes of replies" for split, one in metrics.items())
     train_and_save(trainer, f"Conversations: {counts}{sizes}.")

@@ -129,13 +129,16 @@ def prepare_data(
     splits = args.read()
     first = next(iter(splits))
     with args.told(first):
-        columns = find_columns(splits[first], args.text_column, args.text_pair_column, args.label_column)
+        label = args.label_column
+        label = None if first.startswith("test") and label not in splits[first].column_names else label
+        columns = find_columns(splits[first], args.text_column, args.text_pair_column, label)
         task = define_task(splits[first], columns, first, args.problem_type, model_labels, model_problem_type)
     for split, part in splits.items():
         with args.told(split):
             check_columns(part, split, columns[:2] if split.startswith("test") else columns, NO_LABELS)
             splits[split] = task.add_labels(part, split)
-    return args.complete(splits, seed, "labels"), task
+    groups = list(zip(*task.texts(splits["train"]), strict=True)) if "train" in splits else None
+    return args.complete(splits, seed, "labels", groups), task
 
 
 def tokenize(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, chunk: int | None = None) -> Dataset:

@@ -126,8 +126,6 @@ def open_documents(args: TextArguments, split: str, streaming: bool = False) -> 
     if args.dataset_name is None:
         return None
     documents = hub_documents(args.dataset_name, args.dataset_config_name, split, args.text_column, streaming)
-    if documents is None and split != "validation":
-        raise ValueError(f"The data set `{args.dataset_name}` has no split `{split}`. Name another one.")
     return None if documents is None else islice(documents, limits[split])
 
 
@@ -187,14 +185,13 @@ def run(data: TextArguments, model_args: ModelArguments, args: TrainingArguments
     auto_class: Any = AutoModelForMaskedLM if data.masked else AutoModelForCausalLM
     trains = "train" in splits
     model = make_model(auto_class, model_args, tokenizer, max_length, trains, is_decoder=not data.masked)
-    options |= {"compute_metrics": next(iter(metrics.values()), None)}
     trainer = build_trainer(LanguageModelTrainer, model, args, tokenizer, splits, **options)
+    trainer.metrics = metrics
     sizes = [f"; {split}: {one.num_bytes:,} bytes in {one.num_tokens:,} tokens" for split, one in metrics.items()]
     train_and_save(trainer, f"Training texts: {amount}{''.join(sizes)}.")
     scores: dict[str, float] = {}
     table: dict[str, dict[str, float]] = {}
     for split, metric in metrics.items():
-        trainer.compute_metrics = metric
         prefix = "eval" if split == "validation" else split
         found = {"Reformer": trainer.evaluate(splits[split], metric_key_prefix=prefix)[f"{prefix}_{metric.name}"]}
         if data.baselines and not data.masked and trainer.is_world_process_zero():

@@ -36,7 +36,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..data.tables import cell_text, check_columns, check_distinct, read_column
+from ..data.tables import cell_text, check_columns, check_distinct, labels_unknown, read_column
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
 from ..training.pretraining import PretrainingArguments, pretrain
 from ..training.reports import format_tables, write_report, write_rows
@@ -89,7 +89,7 @@ def read_questions(dataset: Dataset, args: DataArguments, split: str) -> list[Qu
     columns = [args.context_column, start_column, args.endings_column, label_column]
     check_columns(dataset, split, columns, "Name them with --context_column, --start_column and --label_column.")
     labels: list[Any] = [None] * len(dataset) if label_column is None else read_column(dataset, label_column)
-    unknown = split.startswith("test") and all(label in (None, "", -1, "-1") for label in labels)
+    unknown = labels_unknown(split, labels)
     starts = [""] * len(dataset) if start_column is None else read_column(dataset, start_column)
     rows = zip(read_column(dataset, args.context_column), starts, _choices(dataset, args, split), labels, strict=True)
     questions: list[Question] = []
@@ -256,7 +256,8 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
         for split, rows in data.read().items():
             with data.told(split):
                 found[split] = read_questions(rows, data, split)
-        chosen = data.choose_rows({split: len(some) for split, some in found.items()}, args.seed)
+        groups = [question.context for question in found.get("train", ())]
+        chosen = data.choose_rows({split: len(some) for split, some in found.items()}, args.seed, groups)
         questions = {split: [found[source][i] for i in rows] for split, (source, rows) in chosen.items()}
         texts = [text for question in questions.get("train", []) for text in (question.context, *question.choices)]
         tokenizer = make_tokenizer(model_args, texts, data.max_length)

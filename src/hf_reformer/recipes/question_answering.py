@@ -37,7 +37,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..data.tables import cell_text, check_columns, check_distinct, read_column
+from ..data.tables import cell_text, check_columns, check_distinct, labels_unknown, read_column
 from ..models.losses import IGNORE
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
 from ..training.pretraining import PretrainingArguments, pretrain
@@ -134,13 +134,13 @@ def make_examples(dataset: Dataset, args: DataArguments, split: str) -> list[Exa
                 raise ValueError(f"{where} has no text as `{name}`, but {text!r}. Leave it out.")
         question, context = texts
         answers = []
-        for text, start in _answers(cell, where):
+        for text, start in _answers(cell, context, where):
             answer, place = find_answer(context, text, start, where)
             answers.append((answer, place))
             if start is not None and context[start : start + len(text)] != text:
                 moved.append(row)
         examples.append(Example(cell_text(number) or str(row), question, context, answers if known else None))
-    if split.startswith("test") and not any(example.answers for example in examples):
+    if labels_unknown(split, [example.answers for example in examples]):
         examples = [example._replace(answers=None) for example in examples]  # they are to be found
     none = next((row for row, x in enumerate(examples) if x.answers == []), None)
     if none is not None and not args.version_2_with_negative:
@@ -155,9 +155,12 @@ def make_examples(dataset: Dataset, args: DataArguments, split: str) -> list[Exa
     return examples
 
 
-def _answers(cell: Any, where: str) -> list[tuple[str, int | None]]:
-    """The texts of a cell and where they are said to begin: SQuAD's forms, a text, or nothing."""
-    if isinstance(cell, str) and cell.lstrip()[:1] in ("{", "["):  # of a csv file, or beside cells of other forms
+def _answers(cell: Any, context: str, where: str) -> list[tuple[str, int | None]]:
+    """The texts of a cell and where they are said to begin: SQuAD's forms, a text, or nothing.
+
+    SQuAD's forms may be written as JSON, as in a csv file; a text that stands in the document is a text.
+    """
+    if isinstance(cell, str) and cell.lstrip()[:1] in ("{", "[") and cell.strip() not in context:
         with suppress(ValueError):
             cell = json.loads(cell)
     if isinstance(cell, str):
@@ -199,6 +202,22 @@ def find_answer(context: str, text: str, start: int | None, where: str) -> tuple
     return answer, min(places, key=lambda place: abs(place - said))
 
 
+def check_questions(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, split: str
+) -> None:
+    """Raise ValueError for a question that leaves no room for a document. The examples are all rows of the split."""
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
+    asked = list(dict.fromkeys(example.question for example in examples))
+    ids = tokenizer(asked, add_special_tokens=False, verbose=False)["input_ids"]
+    sizes = dict(zip(asked, map(len, ids), strict=True))
+    for row, example in enumerate(examples):
+        if (size := sizes[example.question]) >= room:
+            raise ValueError(
+                f"Row {row} of the {split} data has a question of {size} tokens, which leaves no room for a document "
+                f"in --max_length {max_length}. Raise it, or leave the row out."
+            )
+
+
 def tokenize(
     examples: list[Example], tokenizer: PreTrainedTokenizerBase, args: DataArguments, split: str, trains: bool
 ) -> Dataset:
@@ -211,14 +230,6 @@ def tokenize(
     def encode(batch: dict[str, list[int]]) -> dict[str, list]:
         some = [examples[row] for row in batch["number"]]
         questions, contexts = [x.question for x in some], [x.context for x in some]
-        room = args.max_length - tokenizer.num_special_tokens_to_add(pair=True)
-        asked = tokenizer(questions, add_special_tokens=False, verbose=False)["input_ids"]
-        for row, ids in zip(batch["number"], asked, strict=True):
-            if len(ids) >= room:
-                raise ValueError(
-                    f"Row {row} of the {split} data has a question of {len(ids)} tokens, which leaves no room for "
-                    f"a document in --max_length {args.max_length}. Raise it, or leave the row out."
-                )
         encoded = tokenizer(questions, contexts, truncation="only_second", max_length=args.max_length)
         columns: dict[str, list] = {**encoded, "length": [], "cut": []}
         for example, encoding in zip(some, encoded.encodings, strict=True):
@@ -271,9 +282,16 @@ def report(
         best = [found[0] for found in answers]
         write_rows(folder / f"predictions_{split}.jsonl", map(prediction, some, answers))
         texts = {example.id: answer.text for example, answer in zip(some, best, strict=True)}
-        if len(texts) == len(some):  # as SQuAD's own script reads them
-            (folder / f"predictions_{split}.json").write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
-        shown = [
+        squad = folder / f"predictions_{split}.json"  # as SQuAD's own script reads them
+        if len(texts) == len(some):
+            squad.write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
+        else:
+            squad.unlink(missing_ok=True)  # of an earlier run
+            logger.warning(
+                f"{len(some) - len(texts)} questions of the {split} data have the `id` of another one, so there is no "
+                f"{squad.name}, which knows answers by their ids. All are in predictions_{split}.jsonl."
+            )
+        shown = (
             Highlighted(
                 f"{x.question} → {answer.text or '(no answer)'} ({answer.score:.0%})",
                 x.context,
@@ -281,7 +299,7 @@ def report(
                 [(answer.start, answer.end, "")] if answer.text else [],
             )
             for x, answer in zip(some, best, strict=True)
-        ]
+        )
         write_highlights(folder / f"highlights_{split}.html", f"Answers: {split}", shown)
         if all(x.answers is not None for x in some):
             tables[split] = {"Reformer": score_answers([x.text for x in best], [gold_texts(x) for x in some])}
@@ -312,15 +330,16 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
         for split, rows in data.read().items():
             with data.told(split):
                 found[split] = make_examples(rows, data, split)
-        chosen = data.choose_rows({split: len(some) for split, some in found.items()}, args.seed)
+        groups = [x.context for x in found.get("train", ())]
+        chosen = data.choose_rows({split: len(some) for split, some in found.items()}, args.seed, groups)
         examples = {split: [found[source][i] for i in rows] for split, (source, rows) in chosen.items()}
         texts = list(dict.fromkeys(text for x in examples.get("train", []) for text in (x.question, x.context)))
-        tokenizer = make_tokenizer(model_args, texts, data.max_length)
-        if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} gives no offsets to find answers by. Give a fast tokenizer.")
-        for split, some in examples.items():
+        tokenizer = make_tokenizer(model_args, texts, data.max_length, offsets=True)
+        for split, some in found.items():
             with data.told(split):
-                encoded[split] = tokenize(some, tokenizer, data, split, trains=split == "train")
+                check_questions(some, tokenizer, data.max_length, split)
+        for split, some in examples.items():
+            encoded[split] = tokenize(some, tokenizer, data, split, trains=split == "train")
             if split != "train":
                 encoded[split] = longest_first(encoded[split], len(reader.examples))
                 reader.examples += some

@@ -75,7 +75,7 @@ def load_pairs(args: DataArguments, seed: int) -> DatasetDict:
     for split, dataset in args.read().items():
         with args.told(split):
             pairs[split] = select_columns(dataset, args, split)
-    return args.complete(pairs, seed)
+    return args.complete(pairs, seed, groups=read_column(pairs["train"], "source") if "train" in pairs else None)
 
 
 def select_columns(dataset: Dataset, args: DataArguments, split: str) -> Dataset:

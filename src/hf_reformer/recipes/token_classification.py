@@ -3,9 +3,9 @@
     # column files as of CoNLL: a word a line, its label in the last column, an empty line between sentences
     hf-reformer train token-classification --train_file train.conll --validation_file validation.conll --baselines
 
-    # json or parquet with lists of words and labels; a data set on the Hub
+    # json or parquet with lists of words and labels; a data set on the Hub that names its labels
     hf-reformer train token-classification --train_file train.jsonl --text_column words --label_column tags
-    hf-reformer train token-classification --dataset_name tner/wnut2017 --label_column tags
+    hf-reformer train token-classification --dataset_name unimelb-nlp/wikiann --dataset_config_name en
 
     # a model that was saved by one of these runs: train it further, or only predict
     hf-reformer train token-classification --model_name_or_path runs/token-classification --train_file more.conll
@@ -17,6 +17,7 @@ aggregation_strategy="first")`. All options of `transformers.TrainingArguments` 
 included.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,9 +37,9 @@ from transformers import (
 from transformers.utils import logging
 
 from ..data.column_files import COLUMN_FORMATS, read_column_file
-from ..data.tables import cell_text, check_columns, check_distinct, read_column
+from ..data.tables import cell_text, check_columns, check_distinct, labels_unknown, read_column
 from ..models.losses import IGNORE
-from ..training.classification import draw_confusion_matrix, labels_as_written, shortened
+from ..training.classification import class_names, draw_confusion_matrix, labels_as_written, shortened
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
 from ..training.pretraining import PretrainingArguments, pretrain
 from ..training.reports import (
@@ -49,7 +50,7 @@ from ..training.reports import (
     write_report,
     write_rows,
 )
-from ..training.token_classification import TagScores, entity_spans, most_frequent_labels
+from ..training.token_classification import Tags, TagScores, entity_spans, most_frequent_labels
 from ..training.trainers import GroupedTrainer, build_trainer, longest_first, predict_splits, train_and_save
 
 logger = logging.get_logger(__name__)
@@ -86,11 +87,11 @@ class DataArguments(PretrainingArguments):
         return read_column_file(file) if Path(file).suffix.lower() in COLUMN_FORMATS else super().read_file(file)
 
 
-def find_columns(dataset: Dataset, args: DataArguments) -> tuple[str, str | None]:
+def find_word_columns(dataset: Dataset, args: DataArguments, split: str) -> tuple[str, str | None]:
     """The columns of words and labels: those that are named, or have their usual names; None without labels."""
     names = dataset.column_names
     numbered = names == [str(i) for i in range(1, len(names) + 1)]
-    for given in (args.text_column, args.label_column):
+    for given in (args.text_column, None if split.startswith("test") else args.label_column):
         if given is not None and given not in names:
             raise ValueError(f"There is no column `{given}`. The columns are {names}.")
     usual = ["1"] if numbered else ["tokens", "words"]
@@ -121,7 +122,7 @@ def read_sentences(dataset: Dataset, text: str, label: str | None, split: str) -
         ValueError: words are missing or empty, or words and labels differ in number; the message names the row.
     """
     check_columns(dataset, split, [text], "Name it with --text_column.")
-    if label is None or (label not in dataset.column_names and split.startswith("test")):
+    if label not in dataset.column_names and split.startswith("test"):
         label = None
     if label is None and not split.startswith("test"):
         raise ValueError(
@@ -131,9 +132,7 @@ def read_sentences(dataset: Dataset, text: str, label: str | None, split: str) -
     check_columns(dataset, split, [label], "Name it with --label_column.")
     words = read_column(dataset, text)
     tags: list[Any] = [None] * len(words) if label is None else labels_as_written(dataset, label, False)
-    unknown = all(some is None or all(tag is None for tag in some) for some in tags)
-    if label is not None and unknown and not split.startswith("test"):
-        raise ValueError(f"No row of the {split} data has labels in `{label}`. Name another one with --label_column.")
+    unknown = labels_unknown(split, tags)
     found = []
     for row, (some, labels) in enumerate(zip(words, tags, strict=True)):
         where = f"Row {row} of the {split} data"
@@ -157,19 +156,24 @@ def read_sentences(dataset: Dataset, text: str, label: str | None, split: str) -
     return Sentences(words, None if unknown else found)
 
 
-def label_names(sentences: Sentences, dataset: Dataset, label: str, model_labels: list[str] | None) -> list[str]:
+def names_of_labels(sentences: Sentences, dataset: Dataset, label: str, model_labels: list[str] | None) -> list[str]:
     """The names of all labels: a saved model's if they cover the data, those of a `ClassLabel`, or all that occur."""
     present = {tag for tags in sentences.tags or () for tag in tags}
     if model_labels and present <= set(model_labels):
         return model_labels
     if len(present) < 2:
         raise ValueError(f"All words of the training data have the same label, {sorted(present)}: nothing to learn.")
-    feature: Any = dataset.features[label]
-    names = getattr(getattr(feature, "feature", feature), "names", None)
-    return list(names or sorted(present, key=lambda name: (name != "O", name.partition("-")[::-1])))
+    if names := class_names(dataset.features[label]):
+        return list(names)
+    if all(map(str.isdecimal, present)):
+        logger.warning(
+            f"The labels in `{label}` are numbers without names, {shortened(sorted(present))}, so words are scored, "
+            "and no entities. To score entities, write labels such as B-PER and O."
+        )
+    return sorted(present, key=lambda name: (name != "O", name.partition("-")[::-1]))
 
 
-def check_labels(sentences: Sentences, names: list[str], split: str) -> None:
+def check_known(sentences: Sentences, names: list[str], split: str) -> None:
     """Raise ValueError for labels that the model does not have."""
     for row, tags in enumerate(sentences.tags or ()):
         if unknown := sorted(set(tags) - set(names)):
@@ -177,6 +181,12 @@ def check_labels(sentences: Sentences, names: list[str], split: str) -> None:
                 f"Row {row} of the {split} data has labels that are not among those of training: {shortened(unknown)} "
                 f"not in {shortened(names)}."
             )
+
+
+def cut_off_label(names: Sequence[str], train: Sentences | None) -> str:
+    """The label of words that are not read: O or, where there is none, the most frequent one of training."""
+    counts = Counter(tag for tags in (train and train.tags) or () for tag in tags)
+    return "O" if "O" in names else max(names, key=counts.__getitem__)
 
 
 def space_label(tags: Sequence[str], names: Sequence[str]) -> str:
@@ -224,9 +234,10 @@ def tokenize(
     found = numbers.map(encode, batched=True, batch_size=64, remove_columns=["number"], desc="Tokenizing")
     cut = [first.count(-1) for first in read_column(found, "first")]
     if any(cut):
+        unused = "not learnt" if split == "train" else "neither read nor scored"
         logger.warning(
             f"{np.count_nonzero(cut)} texts of the {split} data are cut to --max_length {max_length} tokens; "
-            f"{sum(cut)} words lie behind it, and get the label {names[0]}."
+            f"{sum(cut)} words lie behind it, which are {unused}."
         )
     return found
 
@@ -235,24 +246,33 @@ def report(
     trainer: Trainer, scores: TagScores, sentences: dict[str, Sentences], encoded: Mapping[str, Dataset],
     args: DataArguments,
 ) -> None:  # fmt: skip
-    """Write labels, pictures and scores of all splits but the training data, and the scores of the baseline."""
+    """Write labels, pictures and scores of all splits but the training data, and the scores of the baseline.
+
+    Words that were cut off get `cut_off_label`, and are not scored.
+    """
     folder, names = Path(str(trainer.args.output_dir)), scores.names
-    tables, parts = {}, []
+    train = sentences.get("train")
+    unread, tables, parts = cut_off_label(names, train), {}, []
     for split, output in predict_splits(trainer, encoded):
         words, true = sentences[split]
         order = np.argsort(read_column(encoded[split], "row"))
         firsts = encoded[split].select_columns("first").select(order)["first"][:]
         predicted = [
-            [names[row[place]] if place >= 0 else names[0] for place in first]
+            [names[row[place]] if place >= 0 else unread for place in first]
             for row, first in zip(output, firsts, strict=True)
         ]
+
+        def read(tags: Tags, firsts: Any = firsts) -> list[list[str]]:
+            both = zip(tags, firsts, strict=True)
+            return [[tag for tag, place in zip(*one, strict=True) if place >= 0] for one in both]
+
         rows = {"words": words, "predictions": predicted} | ({} if true is None else {"labels": true})
         write_rows(
             folder / f"predictions_{split}.jsonl",
             (dict(zip(rows, cells, strict=True)) for cells in zip(*rows.values(), strict=True)),
         )
         known = true if true is not None else [[] for _ in words]
-        shown = [
+        shown = (
             Highlighted(
                 f"{i}",
                 " ".join(some),
@@ -260,15 +280,15 @@ def report(
                 entity_spans(some, found, scores.entities),
             )
             for i, (some, tags, found) in enumerate(zip(words, known, predicted, strict=True))
-        ]
+        )
         write_highlights(folder / f"highlights_{split}.html", f"Labels: {split}", shown)
         if true is None:
             continue
+        true, predicted = read(true), read(predicted)
         tables[split] = {"Reformer": scores.score(true, predicted)}
-        train = sentences.get("train")
         if args.baselines and train is not None and train.tags is not None:
             usual = most_frequent_labels(train.words, train.tags, words)
-            tables[split]["most frequent label of each word"] = scores.score(true, usual)
+            tables[split]["most frequent label of each word"] = scores.score(true, read(usual))
         parts.append(format_tables({split: tables[split]}, {split: words}, "sentences"))
         if entities := scores.by_entity(true, predicted):
             tables[f"{split}, by entity"] = entities
@@ -291,19 +311,20 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
         first = next(iter(splits))
         found, encoded = {}, {}
         with data.told(first):
-            text, label = find_columns(splits[first], data)
+            text, label = find_word_columns(splits[first], data, first)
         for split, rows in splits.items():
             with data.told(split):
                 found[split] = read_sentences(rows, text, label, split)
                 if split == first:
                     trained = label is not None and split == "train"
-                    names = label_names(found[split], rows, str(label), model_labels) if trained else model_labels
-                check_labels(found[split], names, split)
+                    names = names_of_labels(found[split], rows, str(label), model_labels) if trained else model_labels
+                check_known(found[split], names, split)
         sizes = {split: len(some.words) for split, some in found.items()}
-        chosen = data.choose_rows(sizes, args.seed)
+        groups = list(map(tuple, found["train"].words)) if "train" in found else None
+        chosen = data.choose_rows(sizes, args.seed, groups)
         sentences = {split: found[source].select(rows) for split, (source, rows) in chosen.items()}
         texts = [" ".join(words) for words in sentences["train"].words] if "train" in sentences else []
-        tokenizer = make_tokenizer(model_args, texts, data.max_length)
+        tokenizer = make_tokenizer(model_args, texts, data.max_length, offsets=True)
         for split, some in sentences.items():
             encoded[split] = tokenize(some, names, tokenizer, data.max_length, split)
             if split != "train":

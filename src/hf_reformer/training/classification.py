@@ -18,7 +18,7 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from transformers import EvalPrediction
 
-from ..data.tables import Columns, cell_text, is_number, read_column
+from ..data.tables import Columns, cell_text, is_number, labels_unknown, read_column
 
 METRIC_MODULE = str(Path(__file__).with_name("metrics.py"))
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -57,7 +57,7 @@ class Task:
         labels, name = None, self.columns.label
         if name in dataset.column_names:
             cells = labels_as_written(dataset, name, self.multi_hot)
-            if not split.startswith("test") or not all(map(is_missing, cells)):
+            if not labels_unknown(split, cells):
                 labels = self._numbered(check_labels(cells, split), split)
         if "labels" in dataset.column_names:
             dataset = dataset.remove_columns("labels")

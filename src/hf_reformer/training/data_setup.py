@@ -1,9 +1,9 @@
 """What a recipe reads: options for its data and their checks, the splits to read, and what is held out.
 
-The options are those of transformers' own example scripts.
+The options are called as in transformers' own example scripts.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from datasets import Dataset, DatasetDict
 from transformers.utils import logging
 
-from ..data.tables import hold_out, read_examples, read_named_dataset, read_text
+from ..data.tables import hold_out, read_examples, read_named_dataset, read_text, splits_of
 from .model_setup import ModelArguments, option
 
 logger = logging.get_logger(__name__)
@@ -124,7 +124,7 @@ class SplitArguments:
             if file is not None:
                 found = {part: self.read_file(file)}
             else:
-                found = {name: rows for name, rows in source.items() if name.split("_")[0] == part}
+                found = {name: source[name] for name in splits_of(part, source)}
             if not found and (part not in self.held_out or "train" not in splits):
                 raise ValueError(
                     f"The data has no split `{part}`; its splits are {', '.join(source)}. Give --{part}_file, or what "
@@ -145,11 +145,16 @@ class SplitArguments:
             source = f"`{file}`" if file is not None else f"the split `{split}` of `{self.dataset_name}`"
             raise ValueError(f"{error} (This is {source}.)" if file or self.dataset_name else str(error)) from error
 
-    def complete(self, splits: DatasetDict, seed: int, label_column: str | None = None) -> DatasetDict:
-        """Hold out validation data of the training data if there is none, and keep at most the samples asked for."""
+    def complete(
+        self, splits: DatasetDict, seed: int, label_column: str | None = None, groups: Sequence[Any] | None = None
+    ) -> DatasetDict:
+        """Hold out validation data of the training data if there is none, and keep at most the samples asked for.
+
+        Training rows of one of the `groups` stay together (`hold_out`).
+        """
         has_validation = any(split.startswith("validation") for split in splits)
         if "train" in splits and "validation" in self.parts and not has_validation:
-            held_out = hold_out(splits["train"], label_column, self.validation_fraction, seed)
+            held_out = hold_out(splits["train"], label_column, self.validation_fraction, seed, groups)
             splits = DatasetDict({**held_out, **splits, "train": held_out["train"]})
             size = len(splits["validation"])
             logger.warning(f"There is no validation data: {size} of the training examples are held out for it.")
@@ -162,10 +167,12 @@ class SplitArguments:
                 splits[split] = shuffled.select(range(limit))
         return splits
 
-    def choose_rows(self, sizes: Mapping[str, int], seed: int) -> dict[str, tuple[str, list[int]]]:
+    def choose_rows(
+        self, sizes: Mapping[str, int], seed: int, groups: Sequence[Any] | None = None
+    ) -> dict[str, tuple[str, list[int]]]:
         """What `complete` makes of splits of these sizes: for each, the split its rows are of, and their numbers."""
         numbers = {split: Dataset.from_dict({"row": range(size)}) for split, size in sizes.items()}
-        chosen = self.complete(DatasetDict(numbers), seed)
+        chosen = self.complete(DatasetDict(numbers), seed, groups=groups)
         return {split: (split if split in sizes else "train", rows["row"][:]) for split, rows in chosen.items()}
 
     def describe(self) -> str:

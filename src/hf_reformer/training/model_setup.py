@@ -120,7 +120,7 @@ def parse_arguments(
         presets: further defaults, for the case that a flag is given.
 
     Raises:
-        ValueError: a number is outside of its `LIMITS`.
+        ValueError: a number is outside of its `LIMITS`, or evaluation is asked for and forbidden.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if len(arguments) == 1 and arguments[0].lower().endswith((".json", ".yaml", ".yml")):
@@ -135,10 +135,14 @@ def parse_arguments(
         if flag.removeprefix("--") in given:
             parser.set_defaults(**preset)
     told = [given.get(name) for name in ("do_train", "do_eval", "do_predict")]
-    if any(told) and not told[1]:
+    if told[1] is False or (any(told) and not told[1]):
         parser.set_defaults(eval_strategy="no")
     *parsed, args = parser.parse_args_into_dataclasses(arguments)
     args.do_train, args.do_eval, args.do_predict = told  # None: nothing was said
+    if told[1] is False and args.eval_strategy != "no":
+        raise ValueError(
+            f"--eval_strategy {args.eval_strategy.value} evaluates, and --do_eval False does not. Leave one out."
+        )
     if any(told) and args.eval_strategy != "no":
         args.do_eval = True
     for options in (*parsed, args):
@@ -198,13 +202,19 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
     return {name: value(word.strip()) for name, word in assignments}
 
 
-def make_tokenizer(args: ModelArguments, texts: Iterable[str], max_length: int) -> PreTrainedTokenizerBase:
+def make_tokenizer(
+    args: ModelArguments, texts: Iterable[str], max_length: int, offsets: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer that `args` name; it truncates at `max_length`. `texts` are read only to train one.
 
     One without a padding token pads with another special token.
 
+    Args:
+        offsets: places in texts are found by it, so it is to tell which characters its tokens stand for, and pads and
+            truncates on the right.
+
     Raises:
-        ValueError: a directory that `args` name holds links to files elsewhere.
+        ValueError: a directory that `args` name holds links to files elsewhere; it tells no offsets.
     """
     for given in {args.tokenizer, args.model_name_or_path} - {None}:
         if Path(given).is_dir():
@@ -216,6 +226,13 @@ def make_tokenizer(args: ModelArguments, texts: Iterable[str], max_length: int) 
     tokenizer.model_max_length = max_length
     if tokenizer.pad_token is None:
         tokenizer.pad_token_id = separator(tokenizer)
+    if offsets:
+        if not tokenizer.is_fast:
+            raise ValueError(
+                f"{type(tokenizer).__name__} does not tell which characters its tokens stand for. Give a fast "
+                "tokenizer."
+            )
+        tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import (
     AutoModelForMaskedLM,
     PreTrainedTokenizerBase,
+    TrainerState,
     TrainingArguments,
     set_seed,
 )
@@ -16,7 +17,7 @@ from transformers import (
 from ..data.packing import MaskingCollator, packed_dataset
 from .data_setup import SplitArguments
 from .model_setup import ModelArguments, make_model, option
-from .trainers import PRETRAINED, LanguageModelTrainer, build_trainer, train_and_save
+from .trainers import PRETRAINED, STATE, LanguageModelTrainer, build_trainer, train_and_save
 
 
 @dataclass
@@ -34,6 +35,12 @@ class PretrainingArguments(SplitArguments):
             raise ValueError("--pretrain_steps makes a new model. Leave it out, or --model_name_or_path.")
         if self.pretrain_steps and not args.do_train:
             raise ValueError("--pretrain_steps belongs to training, and nothing is trained here. Leave it out.")
+        resumed = args.resume_from_checkpoint
+        if resumed and Path(resumed).parent.name == PRETRAINED and not self.pretrain_steps:
+            raise ValueError(
+                f"--resume_from_checkpoint: {resumed} is a checkpoint of pre-training, and this run has none. Give "
+                "--pretrain_steps as before, or leave the option out to begin from the start."
+            )
 
 
 def pretrain(
@@ -59,6 +66,18 @@ def pretrain(
     if resumed is not None and Path(resumed).parent.name != PRETRAINED:
         if not (folder / "config.json").is_file():
             raise ValueError(f"--resume_from_checkpoint {resumed}: there is no pre-trained model in {folder}.")
+        return result
+    if (
+        resumed is not None
+        and TrainerState.load_from_json(str(Path(resumed, STATE))).global_step >= data.pretrain_steps
+    ):
+        with args.main_process_first(desc="taking the pre-trained model"):
+            if args.process_index == 0:
+                done = replace(result, model_name_or_path=resumed)
+                make_model(AutoModelForMaskedLM, done, tokenizer, max_length).save_pretrained(folder)
+                tokenizer.save_pretrained(folder)
+        args.resume_from_checkpoint = None
+        set_seed(args.seed)
         return result
     length = min(data.pretrain_length, max_length)
     with args.main_process_first(desc="preparing the pre-training"):

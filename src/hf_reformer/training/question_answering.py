@@ -94,7 +94,7 @@ class SpanTrainer(GroupedTrainer):
     """A Trainer whose predictions are the best spans of every document, and whose labels are numbers of examples.
 
     Predictions: (rows, 1 + count, 2) int64, the first and the last character + 1 of every span, best first, after the
-    null position; and (rows, 1 + count) float64, their log-probabilities, -inf where there are fewer spans.
+    null position; and (rows, 1 + count) float32, their log-probabilities, -inf where there are fewer spans.
     """
 
     count = 1
@@ -109,7 +109,7 @@ class SpanTrainer(GroupedTrainer):
             output = model(**prepared)
         loss = output.loss.detach() if "start_positions" in prepared else None
         spans = torch.zeros(len(row), 1 + self.count, 2, dtype=torch.int64)
-        scores = torch.full((len(row), 1 + self.count), -math.inf, dtype=torch.float64)
+        scores = torch.full((len(row), 1 + self.count), -math.inf)
         for i, real in enumerate(prepared["attention_mask"].bool()):
             places = starts[i][real].cpu(), ends[i][real].cpu()
             solid = places[1] > places[0]  # white space is empty

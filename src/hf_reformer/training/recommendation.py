@@ -111,7 +111,7 @@ class ItemCollator:
 class RecommendationTrainer(GroupedTrainer):
     """A Trainer whose predictions rank all items but those that the user had; its labels are the rows' numbers.
 
-    Predictions: (rows) float64, ranks of the targets; (rows, count) int64, the best items, UNKNOWN where there are
+    Predictions: (rows) float32, ranks of the targets; (rows, count) int64, the best items, UNKNOWN where there are
     fewer; (rows, count) float32, their log-probabilities.
     """
 
@@ -141,7 +141,7 @@ class RecommendationTrainer(GroupedTrainer):
         scores = scores.scatter(1, had, -torch.inf)
         scores[:, tokenizer.all_special_ids] = -torch.inf
         own = scores.gather(1, target.clamp(min=0)[:, None])
-        ranks = 1 + (scores > own).sum(1) + ((scores == own).sum(1).double() - 1) / 2
+        ranks = 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
         best, items = scores.topk(min(self.count, scores.shape[1]))
         ranks, items = ranks.masked_fill(~known, MISSED), items.masked_fill(best.isinf(), UNKNOWN)
         return loss, (ranks, items, best), row

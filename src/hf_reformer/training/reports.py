@@ -1,9 +1,10 @@
 """What a recipe leaves at the end: scores, figures, the model card."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from html import escape
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -99,7 +100,7 @@ def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 class Highlighted(NamedTuple):
-    """A text with marked spans, each (start, end, label); those that are true and those that were predicted."""
+    """A text with marked spans, each (start, end, label), none empty; those that are true and those predicted."""
 
     heading: str
     text: str
@@ -114,21 +115,29 @@ _AROUND = 600  # characters that are shown before and after the marked ones
 _SHOWN = 100  # texts on a page
 
 
-def write_highlights(file: Path, title: str, examples: Sequence[Highlighted]) -> None:
+def write_highlights(file: Path, title: str, examples: Iterable[Highlighted]) -> None:
     """A page of texts, the first hundred: what is true is underlined, what was predicted has a background."""
     page = [f"<!doctype html><meta charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style>"]
     page.append(f"<h1>{escape(title)}</h1><p><span class='predicted'>predicted</span>, <span class='true'>true</span>")
-    for heading, text, true, predicted in examples[:_SHOWN]:
-        places = [place for start, end, _ in (*true, *predicted) for place in (start, end)]
+    for heading, text, true, predicted in islice(examples, _SHOWN):
+        kinds = {"true": true, "predicted": predicted}
+        changes = {kind: Counter[int]() for kind in kinds}  # of the number of spans around a character
+        for kind, spans in kinds.items():
+            for start, end, _ in spans:
+                changes[kind].update({start: 1})
+                changes[kind].subtract({end: 1})
+        labels: dict[int, list[str]] = {}  # by where their spans end
+        for _, end, label in predicted:
+            labels.setdefault(end, []).append(label)
+        places = [place for change in changes.values() for place in change]
         low, high = max(0, min(places, default=0) - _AROUND), min(len(text), max(places, default=0) + _AROUND)
         borders = sorted({low, high, *places})
-        pieces = ["…" if low else ""]
+        pieces, around = ["…" if low else ""], Counter[str]()
         for start, end in pairwise(borders):
-            spans = {"true": true, "predicted": predicted}
-            kinds = [kind for kind, some in spans.items() if any(a <= start and end <= b for a, b, _ in some)]
-            piece = escape(text[start:end])
-            pieces.append(f"<span class='{' '.join(kinds)}'>{piece}</span>" if kinds else piece)
-            pieces += [f"<sup>{escape(label)}</sup>" for _, b, label in predicted if b == end and label]
+            around.update({kind: change[start] for kind, change in changes.items()})
+            piece, classes = escape(text[start:end]), " ".join(kind for kind in kinds if around[kind])
+            pieces.append(f"<span class='{classes}'>{piece}</span>" if classes else piece)
+            pieces += [f"<sup>{escape(label)}</sup>" for label in labels.get(end, ()) if label]
         pieces.append("…" if high < len(text) else "")
         page.append(f"<h3>{escape(heading)}</h3><p>{''.join(pieces)}</p>")
     file.write_text("\n".join(page) + "\n", encoding="utf-8")

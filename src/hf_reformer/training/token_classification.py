@@ -20,6 +20,12 @@ def marks_entities(names: Sequence[str]) -> bool:
     return any(name != "O" for name in names) and all(re.fullmatch(r"O|[BIESLU]-.+", name) for name in names)
 
 
+def as_bioes(tags: Tags) -> list[list[str]]:
+    """The labels as seqeval knows them, which are B, I, E, S and O: the L and U of BILOU become E and S."""
+    known = {"L-": "E-", "U-": "S-"}
+    return [[known.get(tag[:2], tag[:2]) + tag[2:] for tag in some] for some in tags]
+
+
 class TagScores:
     """`compute_metrics` for labels that mark entities or, if they do not, for labels of words."""
 
@@ -29,8 +35,8 @@ class TagScores:
 
     def score(self, true: Tags, predicted: Tags) -> dict[str, float]:
         """Precision, recall and F1 of whole entities and the accuracy of words; or accuracy and macro F1 of words."""
-        true, predicted = list(map(list, true)), list(map(list, predicted))
         if self.entities:
+            true, predicted = as_bioes(true), as_bioes(predicted)
             scores = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
             found = {name: score(true, predicted, zero_division=0) for name, score in scores.items()}
             return {name: float(x) for name, x in found.items()} | {"accuracy": accuracy_score(true, predicted)}
@@ -42,7 +48,7 @@ class TagScores:
         """Precision, recall, F1 and number of the entities of every type."""
         if not self.entities:
             return {}
-        table = classification_report(list(true), list(predicted), output_dict=True, zero_division=0)
+        table = classification_report(as_bioes(true), as_bioes(predicted), output_dict=True, zero_division=0)
         rows = {name: row for name, row in table.items() if not name.endswith(" avg")}
         names = {"precision": "precision", "recall": "recall", "f1-score": "f1", "support": "number"}
         return {name: {new: float(row[old]) for old, new in names.items()} for name, row in rows.items()}
@@ -75,7 +81,7 @@ def entity_spans(words: Sequence[str], tags: Sequence[str], entities: bool) -> l
     """The characters of entities, or of words that have a label, in the words joined by spaces; and their types."""
     starts = np.cumsum([0, *(len(word) + 1 for word in words)]).tolist()
     if entities:
-        found = [(first, last, kind) for kind, first, last in get_entities(list(tags))]
+        found = [(first, last, kind) for kind, first, last in get_entities(as_bioes([tags])[0])]
     else:
         found = [(i, i, tag) for i, tag in enumerate(tags)]
     return [(starts[first], starts[last] + len(words[last]), kind) for first, last, kind in found]

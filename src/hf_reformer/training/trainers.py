@@ -42,12 +42,13 @@ def force_cpu_backend() -> None:
 def build_trainer(
     trainer_class: Any, model: Any, args: Any, tokenizer: Any, splits: Mapping[str, Any], **options: Any
 ) -> Any:
-    """A Trainer of the split `train` that evaluates the validation splits, or all others if there are none.
+    """A Trainer of the split `train` that evaluates the validation splits, never test data while it trains.
 
     Where the model hashes, evaluations log what hashing finds (`AttentionFoundCallback`).
     """
     evaluated = {split: part for split, part in splits.items() if split.startswith("validation")}
-    evaluated = evaluated or {split: part for split, part in splits.items() if split != "train"}
+    if "train" not in splits:  # nothing is chosen by what is evaluated
+        evaluated = evaluated or dict(splits)
     options["train_dataset"] = splits.get("train")
     options["eval_dataset"] = evaluated if len(evaluated) > 1 else next(iter(evaluated.values()), None)
     trainer = trainer_class(model=model, args=args, processing_class=tokenizer, **options)
@@ -274,7 +275,20 @@ class GroupedTrainer(RecipeMixin, SequentialEvalMixin, Trainer):
 
 
 class LanguageModelTrainer(RecipeMixin, Trainer):
-    """A Trainer that evaluates sequence by sequence and gives `compute_metrics` the nats and targets of each."""
+    """A Trainer that evaluates sequence by sequence and gives `compute_metrics` the nats and targets of each.
+
+    Texts differ in bytes per token, so every split has `metrics` of its own.
+    """
+
+    metrics: Mapping[str, Any] = {}
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As the library's, with the metrics of the split that `metric_key_prefix` names; `eval`: of validation."""
+        validation = [metric for split, metric in self.metrics.items() if split.startswith("validation")]
+        self.compute_metrics = self.metrics.get(metric_key_prefix.removeprefix("eval_"), next(iter(validation), None))
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         tokenizer: Any = self.processing_class

@@ -217,8 +217,8 @@ def _triton_attention_agrees(
 
 
 def _near(results: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], tolerance: float) -> bool:
-    pairs = zip(results, expected, strict=True)
-    gaps = [(float((a.detach().cpu().double() - b).abs().max()), float(b.abs().max())) for a, b in pairs]
+    pairs = [(a.detach().cpu().double(), b.detach()) for a, b in zip(results, expected, strict=True)]
+    gaps = [(float((a - b).abs().max()), float(b.abs().max())) for a, b in pairs]
     return all(gap <= tolerance * max(1.0, largest) for gap, largest in gaps)
 
 

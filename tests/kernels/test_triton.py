@@ -90,9 +90,9 @@ def test_nothing_is_tuned_while_a_model_runs():
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction, KernelInterface
 
-    from reformer_kernels.triton import backward, forward, pairs
+    from reformer_kernels.triton import backward, forward, hashing, pairs
 
-    found = [x for module in (backward, forward, pairs) for x in vars(module).values()]
+    found = [x for module in (backward, forward, hashing, pairs) for x in vars(module).values()]
     kinds = {type(x) for x in found if isinstance(x, KernelInterface)}  # an autotuner or a heuristic would be another
     assert len(kinds) == 1
     assert kinds < {JITFunction, InterpretedFunction}

@@ -142,7 +142,8 @@ def describe_backends(dtype: str = "float32", size: int = 64) -> dict[str, str]:
     """What "auto" takes on every device for a dtype and head size, and why it is not the compiled kernel."""
     found = {}
     for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
-        kernel, reason = KERNEL_OF_DEVICE[torch.device(device).type], "the package reformer_kernels does not fit"
+        kernel = KERNEL_OF_DEVICE[torch.device(device).type]
+        reason: str | None = "the package reformer_kernels does not fit"
         if kernel in KERNELS:
             like = torch.empty(1, 1, 1, size, dtype=getattr(torch, dtype), device=device)
             reason = unsupported_reason(kernel, like) or (_triton_fault(like) if kernel == "triton" else None)

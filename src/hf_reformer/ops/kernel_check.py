@@ -196,8 +196,10 @@ def _triton_attention_agrees(
     rows = [(_normal(generator, batch, heads, length, n) * n**-0.5).to(dtype) for n in shapes]
     query, value, key, grad = rows
     buckets = torch.randint(0, 3, (batch, heads, 2, length), generator=generator, dtype=torch.int32, device="cpu")
-    mask = torch.rand(batch, length, generator=generator, device="cpu", dtype=torch.float32) > 0.2
-    mask, query_weights, dropout_key = mask if everything else None, None, None
+    real = torch.rand(batch, length, generator=generator, device="cpu", dtype=torch.float32) > 0.2
+    mask: Any = real if everything else None
+    query_weights: Any = None
+    dropout_key: Any = None
     if everything:
         (query_weights, grad_mass), dropout_key = _normal(generator, 2, batch, length), make_key(0, "cpu")
     if rule == "windows":
@@ -208,7 +210,7 @@ def _triton_attention_agrees(
     inputs, dropout = (query, value) if shared else (query, value, key), 0.3 if everything else 0.0
 
     exact = [x.double().requires_grad_() for x in inputs]
-    options = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
+    options: dict[str, Any] = {"causal": causal, "mask": mask, "dropout": dropout, "dropout_key": dropout_key}
     out, weights = attention_with_weights(exact[0], None if shared else scale * exact[2], exact[1], layout, **options)
     results, grads = [out], [grad.double()]
     if everything:
@@ -229,8 +231,9 @@ def _triton_attention_agrees(
 
 
 def _near(results: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], tolerance: float) -> bool:
-    pairs = zip(results, expected, strict=True)
-    return all((a.detach().cpu().double() - b).abs().max() <= tolerance * max(1, b.abs().max()) for a, b in pairs)
+    pairs = [(a.detach().cpu().double(), b.detach()) for a, b in zip(results, expected, strict=True)]
+    gaps = [(float((a - b).abs().max()), float(b.abs().max())) for a, b in pairs]
+    return all(gap <= tolerance * max(1.0, largest) for gap, largest in gaps)
 
 
 # --- comparing

@@ -162,13 +162,13 @@ def remembered(identity: dict[str, Any], check: Callable[[], Verdict]) -> str | 
     for path in paths:
         if stored := _read(path, identity):
             return stored.reason
-    with _locked(paths) as path:
-        if path is not None and (stored := _read(path, identity)):
+    with _locked(paths) as writable:
+        if writable is not None and (stored := _read(writable, identity)):
             return stored.reason
         verdict = check()
-        if path is not None and verdict.lasting:
+        if writable is not None and verdict.lasting:
             with contextlib.suppress(OSError):
-                _store(path, identity, verdict)
+                _store(writable, identity, verdict)
     return verdict.reason
 
 

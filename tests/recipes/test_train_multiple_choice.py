@@ -66,7 +66,7 @@ def test_a_run_leaves_a_model_that_chooses_the_same_when_it_is_reloaded(files):
     scores = json.loads((out / "scores.json").read_text())["validation"]
     assert scores["Reformer"]["accuracy"] == np.mean([row["prediction"] == row["label"] for row in rows])
     assert scores["guessing"]["accuracy"] == pytest.approx(1 / 3)
-    assert scores["the choice likest to the text (TF-IDF)"]["accuracy"] == 1
+    assert scores["the choice most similar to the text (TF-IDF)"]["accuracy"] == 1
 
 
 def test_a_resumed_run_ends_where_the_whole_one_does_and_predicts_a_test_file(files):

@@ -152,7 +152,7 @@ def test_f1_is_symmetric_and_at_least_the_exact_match(a, b):
 def test_baselines_and_kinds_of_questions():
     some = [Example("0", "Where does Ida live?", "Max sings. Ida and Max live in Rio.", [("Rio", 31)])]
     scores = baselines(some, version_2=False)
-    assert scores["the whole document"]["f1"] < scores["the sentence likest to the question (TF-IDF)"]["f1"]
+    assert scores["the whole document"]["f1"] < scores["the sentence most similar to the question (TF-IDF)"]["f1"]
     assert baselines([Example("0", "?", "!", [("!", 0)])], version_2=True) == {}
     kinds = ["Who is it?", "To whom?", "How many are there?", "How?", "Name it."]
     assert list(map(kind_of_question, kinds)) == ["who", "who", "how many", "how", "other"]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import CanineTokenizer, Trainer
+from transformers import AutoTokenizer, CanineTokenizer, Trainer
 
 from hf_reformer.data.bpe_tokenizer import train_bpe_tokenizer
 from hf_reformer.training import trainers
@@ -53,8 +53,8 @@ def test_nothing_of_training_is_float64_on_the_device():
 
 
 def test_a_tokenizer_that_tells_places_pads_and_truncates_on_the_right(tmp_path):
-    left = train_bpe_tokenizer(["a b c"] * 3, 300)
-    left.padding_side = left.truncation_side = "left"
+    train_bpe_tokenizer(["a b c"] * 3, 300).save_pretrained(tmp_path / "left")
+    left = AutoTokenizer.from_pretrained(tmp_path / "left", padding_side="left", truncation_side="left")
     left.save_pretrained(tmp_path / "left")
     args = ModelArguments(tokenizer=str(tmp_path / "left"))
     assert make_tokenizer(args, (), 8).padding_side == "left"

@@ -45,7 +45,7 @@ from ..training.chat import (
     tfidf_ranks,
 )
 from ..training.data_setup import SplitArguments
-from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
+from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, run_recipe
 from ..training.reports import draw_learning_curve, format_tables, write_report, write_rows
 from ..training.trainers import LanguageModelTrainer, build_trainer, train_and_save
 
@@ -93,7 +93,7 @@ def load_conversations(data: DataArguments, seed: int, words: Sequence[str]) -> 
     """The conversations of every split."""
     found = {}
     for split, rows in data.read().items():
-        with data.told(split):
+        with data.naming_source(split):
             check_columns(rows, split, [data.messages_column], "Name it by --messages_column.")
             found[split] = read_conversations(rows, data.messages_column, split, words)
     sizes = {split: len(some) for split, some in found.items()}
@@ -201,8 +201,4 @@ def run(data: DataArguments, model_args: ModelArguments, args: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
-    data, model_args, args = parse_arguments(
-        "chat", __doc__, (DataArguments, ModelArguments, SFTConfig), arguments, DEFAULTS, PRESETS
-    )
-    data.check(model_args, args)
-    run(data, model_args, args)
+    run_recipe("chat", __doc__, (DataArguments, ModelArguments, SFTConfig), run, arguments, DEFAULTS, PRESETS)

@@ -20,6 +20,7 @@ Labels that are numbers with decimals mean regression, lists of labels several l
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ from transformers import (
 from ..data.demo_corpus import clean_source, corpus_file, installed_packages_corpus
 from ..data.tables import check_columns, check_distinct, find_columns, read_column, read_named_dataset, read_text
 from ..training.classification import (
+    MATRIX_LABELS,
     MULTI,
     REGRESSION,
     SINGLE,
@@ -53,7 +55,15 @@ from ..training.classification import (
     write_predictions,
 )
 from ..training.data_setup import SplitsAndFileArguments
-from ..training.model_setup import ModelArguments, load_trained, make_model, make_tokenizer, option, parse_arguments
+from ..training.model_setup import (
+    SAVED_MODEL,
+    ModelArguments,
+    load_trained,
+    make_model,
+    make_tokenizer,
+    option,
+    parse_arguments,
+)
 from ..training.pretraining import PretrainingArguments, pretrain
 from ..training.reports import format_tables, write_report
 from ..training.trainers import GroupedTrainer, build_trainer, longest_first, predict_splits, train_and_save
@@ -68,8 +78,8 @@ DEMO = {  # trained on chunks of the documents, evaluated on whole ones
     "config_overrides": "lsh_window=64,local_window=32",
     "num_train_epochs": 1, "per_device_train_batch_size": 4, "logging_steps": 50, "eval_strategy": "no",
 }  # fmt: skip
-PRESETS: dict[str, dict] = {
-    "--model_name_or_path": {"learning_rate": 2e-4, "num_train_epochs": 3},
+PRESETS: dict[str, dict[str, Any]] = {
+    **SAVED_MODEL,
     "--demo": DEMO,
     "--early_stopping_patience": {"load_best_model_at_end": True},
 }
@@ -118,7 +128,6 @@ class DataArguments(PretrainingArguments, SplitsAndFileArguments):
         return "installed packages" if self.demo else super().describe()
 
 
-MATRIX_LABELS = 100  # a confusion matrix of more can be neither read nor drawn
 NO_LABELS = "To predict texts without labels, give them as --test_file."
 
 
@@ -128,13 +137,13 @@ def prepare_data(
     """Read the data, define the task, number the labels, and hold out validation data if there is none."""
     splits = args.read()
     first = next(iter(splits))
-    with args.told(first):
+    with args.naming_source(first):
         label = args.label_column
         label = None if first.startswith("test") and label not in splits[first].column_names else label
         columns = find_columns(splits[first], args.text_column, args.text_pair_column, label)
         task = define_task(splits[first], columns, first, args.problem_type, model_labels, model_problem_type)
     for split, part in splits.items():
-        with args.told(split):
+        with args.naming_source(split):
             check_columns(part, split, columns[:2] if split.startswith("test") else columns, NO_LABELS)
             splits[split] = task.add_labels(part, split)
     groups = list(zip(*task.texts(splits["train"]), strict=True)) if "train" in splits else None

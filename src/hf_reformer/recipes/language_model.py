@@ -52,7 +52,7 @@ from ..data.packing import (
 from ..data.tables import TABLE_FORMATS, text_encoding
 from ..training.bits_per_byte import BitsPerByte, compressor_baselines
 from ..training.data_setup import SplitArguments
-from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
+from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, run_recipe
 from ..training.reports import draw_learning_curve, format_table, write_report
 from ..training.trainers import LanguageModelTrainer, build_trainer, train_and_save
 
@@ -207,6 +207,4 @@ def run(data: TextArguments, model_args: ModelArguments, args: TrainingArguments
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (TextArguments, ModelArguments, TrainingArguments)
-    data, model_args, args = parse_arguments("language-model", __doc__, classes, arguments, DEFAULTS, PRESETS)
-    data.check(model_args, args)
-    run(data, model_args, args)
+    run_recipe("language-model", __doc__, classes, run, arguments, DEFAULTS, PRESETS)

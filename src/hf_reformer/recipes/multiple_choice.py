@@ -25,7 +25,6 @@ import torch
 from datasets import Dataset
 from matplotlib.figure import Figure
 from scipy.special import softmax
-from sklearn.feature_extraction.text import TfidfVectorizer
 from transformers import (
     AutoModelForMultipleChoice,
     EvalPrediction,
@@ -37,15 +36,15 @@ from transformers import (
 from transformers.utils import logging
 
 from ..data.tables import cell_text, check_columns, check_distinct, labels_unknown, read_column
-from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
+from ..training.model_setup import SAVED_MODEL, ModelArguments, make_model, make_tokenizer, option, run_recipe
 from ..training.pretraining import PretrainingArguments, pretrain
 from ..training.reports import format_tables, write_report, write_rows
+from ..training.similarity import word_similarity
 from ..training.trainers import GroupedTrainer, build_trainer, longest_first, predict_splits, train_and_save
 
 logger = logging.get_logger(__name__)
 
 DEFAULTS = {"output_dir": "runs/multiple-choice", "train_sampling_strategy": "group_by_length"}
-PRESETS = {"--model_name_or_path": {"learning_rate": 2e-4, "num_train_epochs": 3}}
 
 
 @dataclass
@@ -60,7 +59,7 @@ class DataArguments(PretrainingArguments):
     max_length: int = option(
         1024, "Text and choice together; longer ones are truncated.", aliases=["--max_seq_length"]
     )
-    baselines: bool = option(False, "Also score guessing and the choice likest to the text.")
+    baselines: bool = option(False, "Also score guessing and the choice most similar to the text.")
 
     def check(self, model: ModelArguments, args: TrainingArguments) -> None:
         names = ("context_column", "start_column", "endings_column", "label_column")
@@ -182,19 +181,13 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def baselines(questions: list[Question]) -> dict[str, dict[str, float]]:
-    """The accuracy of guessing, and of the choice whose words are likest to those of the text."""
-    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
+    """The accuracy of guessing, and of the choice whose words are most similar to those of the text."""
     found = {"guessing": {"accuracy": 1 / len(questions[0].choices)}}
-    texts = [[question.context, *question.choices] for question in questions]
-    try:
-        vectorizer.fit([text for some in texts for text in some])
-    except ValueError:  # not one word
+    similarity = word_similarity(text for question in questions for text in (question.context, *question.choices))
+    if similarity is None:
         return found
-    right = []
-    for some, question in zip(texts, questions, strict=True):
-        vectors = vectorizer.transform(some)
-        right.append(int(np.asarray((vectors[1:] @ vectors[0].T).todense()).argmax()) == question.label)
-    return found | {"the choice likest to the text (TF-IDF)": {"accuracy": float(np.mean(right))}}
+    right = [int(similarity(x.context, x.choices).argmax()) == x.label for x in questions]
+    return found | {"the choice most similar to the text (TF-IDF)": {"accuracy": float(np.mean(right))}}
 
 
 def draw_choices(file: Path, questions: list[Question], logits: np.ndarray, title: str) -> None:
@@ -254,7 +247,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     found, encoded = {}, {}
     with args.main_process_first(desc="preparing the data"):
         for split, rows in data.read().items():
-            with data.told(split):
+            with data.naming_source(split):
                 found[split] = read_questions(rows, data, split)
         groups = [question.context for question in found.get("train", ())]
         chosen = data.choose_rows({split: len(some) for split, some in found.items()}, args.seed, groups)
@@ -280,6 +273,4 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, TrainingArguments)
-    data, model_args, args = parse_arguments("multiple-choice", __doc__, classes, arguments, DEFAULTS, PRESETS)
-    data.check(model_args, args)
-    run(data, model_args, args)
+    run_recipe("multiple-choice", __doc__, classes, run, arguments, DEFAULTS, SAVED_MODEL)

@@ -39,7 +39,7 @@ from transformers.utils import logging
 
 from ..data.tables import cell_text, check_columns, check_distinct, labels_unknown, read_column
 from ..models.losses import IGNORE
-from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
+from ..training.model_setup import SAVED_MODEL, ModelArguments, make_model, make_tokenizer, option, run_recipe
 from ..training.pretraining import PretrainingArguments, pretrain
 from ..training.question_answering import (
     Example,
@@ -58,7 +58,6 @@ from ..training.trainers import build_trainer, longest_first, predict_splits, tr
 logger = logging.get_logger(__name__)
 
 DEFAULTS = {"output_dir": "runs/question-answering", "train_sampling_strategy": "group_by_length"}
-PRESETS = {"--model_name_or_path": {"learning_rate": 2e-4, "num_train_epochs": 3}}
 
 
 @dataclass
@@ -77,7 +76,7 @@ class DataArguments(PretrainingArguments):
     )
     max_answer_length: int = option(64, "Tokens of the longest answer that is found; bytes need more than words.")
     n_best_size: int = option(3, "Answers that are written for every question.")
-    baselines: bool = option(False, "Also score whole documents, and the sentences likest to the questions.")
+    baselines: bool = option(False, "Also score whole documents, and the sentences most similar to the questions.")
 
     def check(self, model: ModelArguments, args: TrainingArguments) -> None:
         columns = {name: getattr(self, f"{name}_column") for name in ("question", "context", "answers")}
@@ -328,7 +327,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     found, encoded = {}, {}
     with args.main_process_first(desc="preparing the data"):
         for split, rows in data.read().items():
-            with data.told(split):
+            with data.naming_source(split):
                 found[split] = make_examples(rows, data, split)
         groups = [x.context for x in found.get("train", ())]
         chosen = data.choose_rows({split: len(some) for split, some in found.items()}, args.seed, groups)
@@ -336,7 +335,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
         texts = list(dict.fromkeys(text for x in examples.get("train", []) for text in (x.question, x.context)))
         tokenizer = make_tokenizer(model_args, texts, data.max_length, offsets=True)
         for split, some in found.items():
-            with data.told(split):
+            with data.naming_source(split):
                 check_questions(some, tokenizer, data.max_length, split)
         for split, some in examples.items():
             encoded[split] = tokenize(some, tokenizer, data, split, trains=split == "train")
@@ -358,6 +357,4 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, TrainingArguments)
-    data, model_args, args = parse_arguments("question-answering", __doc__, classes, arguments, DEFAULTS, PRESETS)
-    data.check(model_args, args)
-    run(data, model_args, args)
+    run_recipe("question-answering", __doc__, classes, run, arguments, DEFAULTS, SAVED_MODEL)

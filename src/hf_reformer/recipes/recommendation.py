@@ -36,7 +36,7 @@ from ..data.interactions import find_interaction_columns, read_histories, read_i
 from ..data.packing import cut_windows
 from ..data.tables import read_column
 from ..training.data_setup import SplitArguments
-from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
+from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, run_recipe
 from ..training.recommendation import (
     MISSED,
     SPECIAL,
@@ -137,7 +137,7 @@ def load_users(data: DataArguments) -> tuple[dict[str, list[str]], dict[str, lis
     known: dict[str, list[str]] = {}
     given: dict[str, list[User]] = {}
     for split, rows in sorted(splits.items(), key=lambda x: x[0] != "train"):
-        with data.told(split):
+        with data.naming_source(split):
             named = {"user": data.user_column, "item": data.item_column, "time": data.time_column}
             if split != "train":  # which may have other columns
                 named = {kind: name for kind, name in named.items() if name in rows.column_names}
@@ -302,7 +302,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
         if trains:
             encoded["train"] = encode_training(histories, tokenizer, data.max_length)
         for split, some in users.items():
-            with data.told(split):
+            with data.naming_source(split):
                 warn_unknown(some, tokenizer, split)
             encoded[split] = longest_first(encode_users(some, tokenizer, data.max_length))
     fields = FIELDS if model_args.model_name_or_path is None else {}
@@ -325,6 +325,4 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, TrainingArguments)
-    data, model_args, args = parse_arguments("recommendation", __doc__, classes, arguments, DEFAULTS, PRESETS)
-    data.check(model_args, args)
-    run(data, model_args, args)
+    run_recipe("recommendation", __doc__, classes, run, arguments, DEFAULTS, PRESETS)

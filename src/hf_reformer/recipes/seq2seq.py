@@ -73,7 +73,7 @@ def load_pairs(args: DataArguments, seed: int) -> DatasetDict:
     """Splits with the columns `source` and `target`; one of them is `validation` if there is training data."""
     pairs = DatasetDict()
     for split, dataset in args.read().items():
-        with args.told(split):
+        with args.naming_source(split):
             pairs[split] = select_columns(dataset, args, split)
     return args.complete(pairs, seed, groups=read_column(pairs["train"], "source") if "train" in pairs else None)
 

@@ -39,8 +39,8 @@ from transformers.utils import logging
 from ..data.column_files import COLUMN_FORMATS, read_column_file
 from ..data.tables import cell_text, check_columns, check_distinct, labels_unknown, read_column
 from ..models.losses import IGNORE
-from ..training.classification import class_names, draw_confusion_matrix, labels_as_written, shortened
-from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_arguments
+from ..training.classification import MATRIX_LABELS, class_names, draw_confusion_matrix, labels_as_written, shortened
+from ..training.model_setup import SAVED_MODEL, ModelArguments, make_model, make_tokenizer, option, run_recipe
 from ..training.pretraining import PretrainingArguments, pretrain
 from ..training.reports import (
     Highlighted,
@@ -56,8 +56,6 @@ from ..training.trainers import GroupedTrainer, build_trainer, longest_first, pr
 logger = logging.get_logger(__name__)
 
 DEFAULTS = {"output_dir": "runs/token-classification", "train_sampling_strategy": "group_by_length"}
-PRESETS = {"--model_name_or_path": {"learning_rate": 2e-4, "num_train_epochs": 3}}
-MATRIX_LABELS = 40  # a confusion matrix of more can be neither read nor drawn
 
 
 @dataclass
@@ -310,10 +308,10 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
         splits = data.read()
         first = next(iter(splits))
         found, encoded = {}, {}
-        with data.told(first):
+        with data.naming_source(first):
             text, label = find_word_columns(splits[first], data, first)
         for split, rows in splits.items():
-            with data.told(split):
+            with data.naming_source(split):
                 found[split] = read_sentences(rows, text, label, split)
                 if split == first:
                     trained = label is not None and split == "train"
@@ -345,6 +343,4 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, TrainingArguments)
-    data, model_args, args = parse_arguments("token-classification", __doc__, classes, arguments, DEFAULTS, PRESETS)
-    data.check(model_args, args)
-    run(data, model_args, args)
+    run_recipe("token-classification", __doc__, classes, run, arguments, DEFAULTS, SAVED_MODEL)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sklearn.feature_extraction.text import TfidfVectorizer
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from ..data.conversations import Messages
+from .similarity import word_similarity
 
 LAST = 3  # turns that the baseline looks at
 
@@ -107,18 +107,13 @@ def rank_of_first(values: np.ndarray) -> float:
 
 
 def tfidf_ranks(choices: Sequence[Choice], conversations: Sequence[Messages]) -> np.ndarray | None:
-    """The same by the likeness of words to those of the last turns; None if no conversation has a word."""
-    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
-    try:
-        vectorizer.fit(message["content"] for messages in conversations for message in messages)
-    except ValueError:
+    """The same by the similarity of words to those of the last turns; None if no conversation has a word."""
+    similarity = word_similarity(message["content"] for messages in conversations for message in messages)
+    if similarity is None:
         return None
-    ranks = []
-    for before, candidates in choices:
-        asked = vectorizer.transform([" ".join(message["content"] for message in before[-LAST:])])
-        likeness = (vectorizer.transform(candidates) @ asked.T).toarray().ravel()
-        ranks.append(rank_of_first(likeness))
-    return np.array(ranks)
+    last = (" ".join(message["content"] for message in choice.before[-LAST:]) for choice in choices)
+    both = zip(last, choices, strict=True)
+    return np.array([rank_of_first(similarity(text, choice.candidates)) for text, choice in both])
 
 
 def accuracy(ranks: np.ndarray) -> float:

@@ -22,6 +22,7 @@ from ..data.tables import Columns, cell_text, is_number, labels_unknown, read_co
 
 METRIC_MODULE = str(Path(__file__).with_name("metrics.py"))
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+MATRIX_LABELS = 100  # a confusion matrix of more can be neither read nor drawn
 METRICS: dict[str | None, dict[str, dict[str, Any]]] = {  # by GLUE task, else by problem type
     "cola": {"matthews_correlation": {}},
     "mrpc": {"accuracy": {}, "f1": {"average": "binary"}},
@@ -58,7 +59,7 @@ class Task:
         if name in dataset.column_names:
             cells = labels_as_written(dataset, name, self.multi_hot)
             if not labels_unknown(split, cells):
-                labels = self._numbered(check_labels(cells, split), split)
+                labels = self._numbered(check_none_missing(cells, split), split)
         if "labels" in dataset.column_names:
             dataset = dataset.remove_columns("labels")
         return dataset if labels is None else dataset.add_column("labels", labels)
@@ -66,7 +67,7 @@ class Task:
     def _numbered(self, labels: list, split: str) -> list:
         if self.problem_type == REGRESSION:
             return [_number(label, row, split) for row, label in enumerate(labels)]
-        names = label_names(labels, split)
+        names = names_in_labels(labels, split)
         number = {name: i for i, name in enumerate(self.label_names)}
         if unknown := sorted({one for some in names for one in some} - set(number)):
             raise ValueError(
@@ -137,7 +138,7 @@ def is_missing(label: Any) -> bool:
     return label in (None, "") or label != label
 
 
-def check_labels(labels: list, split: str) -> list:
+def check_none_missing(labels: list, split: str) -> list:
     """The labels; ValueError if an example has none."""
     missing = [row for row, label in enumerate(labels) if is_missing(label)]
     if missing:
@@ -148,7 +149,7 @@ def check_labels(labels: list, split: str) -> list:
     return labels
 
 
-def label_names(labels: list, split: str) -> list[list[str]]:
+def names_in_labels(labels: list, split: str) -> list[list[str]]:
     """The names of every example's labels: one, unless it is a multi-label task."""
     return [[_name(one, row, split) for one in (x if isinstance(x, list) else [x])] for row, x in enumerate(labels)]
 
@@ -218,7 +219,7 @@ def define_task(
     if split != "train":
         found = problem_type or model_problem_type or SINGLE
         return Task(columns, found, [] if found == REGRESSION else model_labels or [], multi_hot)
-    labels = check_labels(labels_as_written(dataset, columns.label, multi_hot), split)
+    labels = check_none_missing(labels_as_written(dataset, columns.label, multi_hot), split)
     problem_type = problem_type or _derived_problem_type(labels, model_problem_type == REGRESSION)
     if problem_type == REGRESSION:
         return Task(columns, problem_type)
@@ -227,7 +228,7 @@ def define_task(
         number = name.lstrip("0") if name.isascii() and name.isdigit() else ""
         return (not (name.isascii() and name.isdigit()), len(number), number, name)
 
-    present = {name for names in label_names(labels, split) for name in names}
+    present = {name for names in names_in_labels(labels, split) for name in names}
     if model_labels and present <= set(model_labels):
         return Task(columns, problem_type, model_labels, multi_hot)
     positions = [str(i) for i in range(len(cells[0]))] if multi_hot else None

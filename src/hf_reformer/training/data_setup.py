@@ -136,7 +136,7 @@ class SplitArguments:
         return splits
 
     @contextmanager
-    def told(self, split: str) -> Iterator[None]:
+    def naming_source(self, split: str) -> Iterator[None]:
         """Makes a ValueError about the rows of a split tell where they come from."""
         try:
             yield

@@ -34,6 +34,8 @@ DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16, "per_device_eval_batch_size": 16,
     "logging_steps": 10, "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 2,
 }  # fmt: skip
+# Presets for an encoder that goes on training.
+SAVED_MODEL = {"--model_name_or_path": {"learning_rate": 2e-4, "num_train_epochs": 3}}
 SIZES = (
     "hidden_size", "attn_layers", "num_attention_heads", "attention_head_size", "feed_forward_size", "num_hashes",
     "position_embedding_type", "hidden_dropout_prob",
@@ -150,6 +152,21 @@ def parse_arguments(
     check_report_to(args.report_to)
     args.resume_from_checkpoint = checkpoint_to_resume(args)
     return *parsed, args
+
+
+def run_recipe(
+    recipe: str,
+    description: str | None,
+    classes: Sequence[Any],
+    run: Callable[..., Any],
+    arguments: Sequence[str] | None,
+    defaults: Mapping[str, Any],
+    presets: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Parse the command line (`parse_arguments`), check the options before anything is read, and run a recipe."""
+    data, model, args = parse_arguments(recipe, description, classes, arguments, defaults, presets)
+    data.check(model, args)
+    run(data, model, args)
 
 
 def arguments_of_file(file: Path) -> list[str]:

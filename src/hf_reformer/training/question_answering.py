@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from sklearn.feature_extraction.text import TfidfVectorizer
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from ..hub.pipelines import best_spans, log_probabilities, trimmed
+from .similarity import word_similarity
 from .trainers import GroupedTrainer
 
 
@@ -184,21 +184,18 @@ def sentences(text: str) -> list[str]:
 
 
 def baselines(examples: Sequence[Example], version_2: bool) -> dict[str, dict[str, float]]:
-    """The scores of the whole document, of the sentence likest to the question, and of never answering."""
+    """The scores of the whole document, of the sentence most similar to the question, and of never answering."""
     golds = [gold_texts(example) for example in examples]
-    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
-    try:
-        vectorizer.fit([example.context for example in examples])
-    except ValueError:  # not one word
+    similarity = word_similarity(example.context for example in examples)
+    if similarity is None:
         return {}
-    likest = []
+    most_similar = []
     for example in examples:
         parts = sentences(example.context)
-        likeness = vectorizer.transform(parts) @ vectorizer.transform([example.question]).T
-        likest.append(parts[int(np.asarray(likeness.todense()).argmax())])
+        most_similar.append(parts[int(similarity(example.question, parts).argmax())])
     found = {
         "the whole document": score_answers([example.context for example in examples], golds),
-        "the sentence likest to the question (TF-IDF)": score_answers(likest, golds),
+        "the sentence most similar to the question (TF-IDF)": score_answers(most_similar, golds),
     }
     return found | ({"no answer": score_answers([""] * len(golds), golds)} if version_2 else {})
 

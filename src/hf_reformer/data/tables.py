@@ -490,7 +490,8 @@ def hold_out(
         if 2 * (round(seen * fraction) - len(chosen)) >= len(rows):  # nearer to what is wanted than without them
             chosen.update(rows)
     if not chosen and round(seen * fraction):  # all groups are larger than twice the part
-        chosen.update(min(order, key=lambda rows: len(rows)))
+        smallest = min(order, key=len)
+        chosen.update(smallest)
     if not 0 < len(chosen) < seen:
         raise ValueError(
             f"--validation_fraction {fraction} of {seen} rows are {len(chosen)} rows, so there is nothing to "

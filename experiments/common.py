@@ -304,6 +304,7 @@ def train(
     watch_every: int = 100,
     state: dict[str, Any] | None = None,
     name: str = "",
+    bf16: bool = False,
 ) -> list[float]:
     """Train with AdamW: warm-up, then linear decay to a twentieth. Returns the loss of every step.
 
@@ -312,6 +313,7 @@ def train(
         checkpoint: file that is written every `save_every` steps and at the end; if it exists, training goes on there.
         watch: called every `watch_every` steps with their number and `state`; True ends training.
         state: what `watch` and `batch` keep; part of the checkpoint.
+        bf16: autocast of every forward by itself; a longer one would go on with the weights that it cast first.
     """
     state = {} if state is None else state
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
@@ -333,7 +335,8 @@ def train(
         rate = min(1.0, (step + 1) / max(1, warmup)) * (max(0.05, 1 - step / steps) if decay else 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * rate
-        loss = model(**batch(generator)).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(**batch(generator)).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)

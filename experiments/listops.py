@@ -183,7 +183,7 @@ def learn(
         own = {name: value for name, value in key.items() if name != "steps"}
         train(
             masked, masked_batch, args.pretraining_steps, seed=seed, learning_rate=args.learning_rate,
-            checkpoint=experiment.checkpoint({**own, "phase": "masked"}), name=f"masked, seed {seed}",
+            checkpoint=experiment.checkpoint({**own, "phase": "masked"}), name=f"masked, seed {seed}", bf16=args.bf16,
         )  # fmt: skip
     model = build(ReformerForSequenceClassification, args)
     model.model.load_state_dict(masked.model.state_dict())
@@ -198,7 +198,7 @@ def learn(
     train(
         model, lambda generator: rows.batch(numbers(generator)), args.steps, seed=seed + 10**6,
         learning_rate=args.learning_rate, checkpoint=experiment.checkpoint(key), watch=watch,
-        watch_every=args.eval_every, state=state, name=f"classify, seed {seed}",
+        watch_every=args.eval_every, state=state, name=f"classify, seed {seed}", bf16=args.bf16,
     )  # fmt: skip
     return model, state["history"]
 
@@ -210,8 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows, curves = [], {}
     for seed in args.seeds:
         key = {**fixed, "seed": seed}
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            model, curves[seed] = learn(args, seed, experiment, key)
+        model, curves[seed] = learn(args, seed, experiment, key)
         judged = {"generated": (Rows("test", 0, args).batch, args.test_rows)}
         if args.validation_file is not None:
             judged[args.validation_file.stem] = read_rows(args.validation_file)

@@ -118,10 +118,12 @@ def captured_warnings():
     found = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: found.append(record.getMessage())
-    logger = logging.getLogger("transformers")
+    logger, verbosity = logging.getLogger("transformers"), transformers.logging.get_verbosity()
     logger.addHandler(handler)
+    transformers.logging.set_verbosity_warning()  # others may have said something else: benchmarks do
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         warnings.showwarning = lambda message, category, *_: found.append(f"{category.__name__}: {message}")
         yield found
     logger.removeHandler(handler)
+    transformers.logging.set_verbosity(verbosity)

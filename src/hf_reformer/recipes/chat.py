@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, set_seed
 from transformers.utils import logging
@@ -101,22 +100,20 @@ def load_conversations(data: DataArguments, seed: int, words: Sequence[str]) -> 
     return {split: [found[source][i] for i in rows] for split, (source, rows) in chosen.items()}
 
 
-def sample_dialogue(model: Any, tokenizer: Any, messages: Messages, length: int, seed: int) -> Messages:
+def sample_dialogue(model: Any, tokenizer: Any, messages: Messages, length: int) -> Messages:
     """The model's own answers to what a user said in a conversation, as far as `length` tokens reach."""
     said: Messages = [message for message in messages[:1] if message["role"] == "system"]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for message in [message for message in messages if message["role"] == "user"][:TURNS]:
-            said.append(message)
-            prompt: Any = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
-            inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
-            room = length - inputs["input_ids"].shape[1]
-            if room < 1:
-                return said[:-1]
-            options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": min(200, room)}
-            out = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
-            answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-            said.append({"role": "assistant", "content": answer.strip()})
+    for message in [message for message in messages if message["role"] == "user"][:TURNS]:
+        said.append(message)
+        prompt: Any = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+        room = length - inputs["input_ids"].shape[1]
+        if room < 1:
+            return said[:-1]
+        options = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "max_new_tokens": min(200, room)}
+        out = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
+        answer = tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        said.append({"role": "assistant", "content": answer.strip()})
     return said
 
 
@@ -155,7 +152,7 @@ def report(
             draw_replies(folder / f"replies_{split}.png", choices, reply_bits, ranks, title)
         elif data.max_choices:
             logger.warning(f"The {split} data has too few replies to choose of {data.choices}.")
-        written = sample_dialogue(model, tokenizer, some[0], length, args.seed)
+        written = sample_dialogue(model, tokenizer, some[0], length)
         write_rows(folder / f"dialogue_{split}.jsonl", written)
     if trainer.is_world_process_zero() and "validation" in metrics:
         draw_learning_curve(trainer, "bits_per_byte", metrics["validation"].bits_per_nat)

@@ -334,7 +334,7 @@ def _parameters(fn, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor]
     return saved, dict(zip(fn.names, saved, strict=True))
 
 
-# What CUDA devices have not told yet: whether a reconstruction was wrong, when that is known, and the grid's limit.
+# What CUDA devices have not reported yet: whether a reconstruction was wrong, when that is known, the grid's limit.
 _PENDING: list[tuple[torch.Tensor, Any, float]] = []
 
 
@@ -352,12 +352,12 @@ def warn_if_inexact(before: tuple[torch.Tensor, ...], streams: tuple[torch.Tenso
         known = torch.cuda.Event()
         wrong = (finite & ~same).to("cpu", non_blocking=True)
         known.record()
-        told: list[tuple[torch.Tensor, Any, float]] = []
+        reported: list[tuple[torch.Tensor, Any, float]] = []
         waiting: list[tuple[torch.Tensor, Any, float]] = []
         for pending in _PENDING:
-            (told if pending[1].query() else waiting).append(pending)
+            (reported if pending[1].query() else waiting).append(pending)
         _PENDING[:] = [*waiting, (wrong, known, grid.limit)]
-        for found, _, limit in told:
+        for found, _, limit in reported:
             if bool(found):
                 _warn_of_inexact_gradients(limit)
 

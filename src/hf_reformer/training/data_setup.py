@@ -66,8 +66,8 @@ class SplitArguments:
             ValueError: an option would fail only after training.
         """
         options = ", ".join(f"--{name}" for name in ("train_file", "dataset_name", *self.sources))
-        told = tuple(part for part, action in ACTIONS.items() if getattr(args, action))
-        self.wanted = told or tuple(part for part in self.parts if getattr(args, ACTIONS[part]) is not False)
+        requested = tuple(part for part, action in ACTIONS.items() if getattr(args, action))
+        self.wanted = requested or tuple(part for part in self.parts if getattr(args, ACTIONS[part]) is not False)
         for part, action in ACTIONS.items():
             setattr(args, action, part in self.wanted)
         if not self.wanted and not self.has_inputs():

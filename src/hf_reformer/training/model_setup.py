@@ -136,16 +136,16 @@ def parse_arguments(
     for flag, preset in (presets or {}).items():
         if flag.removeprefix("--") in given:
             parser.set_defaults(**preset)
-    told = [given.get(name) for name in ("do_train", "do_eval", "do_predict")]
-    if told[1] is False or (any(told) and not told[1]):
+    requested = [given.get(name) for name in ("do_train", "do_eval", "do_predict")]
+    if requested[1] is False or (any(requested) and not requested[1]):
         parser.set_defaults(eval_strategy="no")
     *parsed, args = parser.parse_args_into_dataclasses(arguments)
-    args.do_train, args.do_eval, args.do_predict = told  # None: nothing was said
-    if told[1] is False and args.eval_strategy != "no":
+    args.do_train, args.do_eval, args.do_predict = requested  # None: nothing was said
+    if requested[1] is False and args.eval_strategy != "no":
         raise ValueError(
             f"--eval_strategy {args.eval_strategy.value} evaluates, and --do_eval False does not. Leave one out."
         )
-    if any(told) and args.eval_strategy != "no":
+    if any(requested) and args.eval_strategy != "no":
         args.do_eval = True
     for options in (*parsed, args):
         check_options(options)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_reformer import data
-from hf_reformer.data import tables
+from hf_reformer.data import columns, tables
 from hf_reformer.data.conversations import beginnings
 from hf_reformer.data.demo_corpus import _NearDuplicates
 
@@ -456,16 +456,16 @@ def test_parts_of_one_dialogue_are_one_group():
 
 def test_which_splits_are_a_part():
     names = ["train", "train_gen", "test_a", "test_b", "validation"]
-    assert tables.splits_of("train", names) == ["train"]
-    assert tables.splits_of("train", names[1:]) == []
-    assert tables.splits_of("test", names) == ["test_a", "test_b"]
+    assert columns.splits_of("train", names) == ["train"]
+    assert columns.splits_of("train", names[1:]) == []
+    assert columns.splits_of("test", names) == ["test_a", "test_b"]
 
 
 def test_only_a_test_split_without_a_single_label_is_to_be_predicted():
     for label in (None, "", -1, "-1", -1.0, float("nan"), [], [None, -1]):
-        assert tables.labels_unknown("test_a", [label, label])
-        assert not tables.labels_unknown("validation", [label])
-        assert not tables.labels_unknown("test", [label, "x"])
+        assert columns.labels_unknown("test_a", [label, label])
+        assert not columns.labels_unknown("validation", [label])
+        assert not columns.labels_unknown("test", [label, "x"])
 
 
 def test_a_data_set_that_is_a_script_is_refused_with_advice(monkeypatch):

@@ -21,7 +21,7 @@ from hf_reformer import (
     ReformerForMaskedLM,
     ReformerForSequenceClassification,
 )
-from hf_reformer.data.tables import Columns
+from hf_reformer.data.columns import Columns
 from hf_reformer.recipes import classification as recipe
 from hf_reformer.training.classification import METRIC_MODULE, SINGLE, Task
 from hf_reformer.training.model_setup import ModelArguments, make_model, make_tokenizer, parse_overrides

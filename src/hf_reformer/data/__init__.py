@@ -1,8 +1,9 @@
 """Reading tables and texts, packing, tokenizers trained on them."""
 
 from .bpe_tokenizer import train_bpe_tokenizer
+from .columns import Columns, find_columns, hold_out
 from .demo_corpus import CORPUS_PACKAGES, clean_source, corpus_file, installed_packages_corpus, names_a_package
-from .tables import TABLE_FORMATS, Columns, find_columns, hold_out, read_examples, require
+from .tables import TABLE_FORMATS, read_examples, require
 
 __all__ = [
     "CORPUS_PACKAGES",

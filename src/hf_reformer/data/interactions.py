@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from transformers.utils import logging
 
-from .tables import cell_text, check_distinct, open_text, read_column, read_examples, require
+from .columns import check_distinct
+from .tables import cell_text, open_text, read_column, read_examples, require
 
 if TYPE_CHECKING:
     from datasets import Dataset

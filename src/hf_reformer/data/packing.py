@@ -12,7 +12,8 @@ from datasets import Dataset, IterableDataset
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase, TrainerCallback
 
 from ..models.losses import IGNORE
-from .tables import TABLE_FORMATS, cell_text, find_columns, open_text, read_examples, read_named_dataset, splits_of
+from .columns import find_columns, splits_of
+from .tables import TABLE_FORMATS, cell_text, open_text, read_examples, read_named_dataset
 
 READ_SIZE = 2**16  # characters that are read and tokenised at a time, up to the next end of line
 

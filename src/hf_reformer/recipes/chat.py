@@ -31,8 +31,8 @@ from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from ..data.bpe_tokenizer import SPECIAL
+from ..data.columns import check_columns
 from ..data.conversations import Messages, beginnings, conversation_windows, read_conversations, set_chat_template
-from ..data.tables import check_columns
 from ..training.bits_per_byte import compressor_baselines
 from ..training.chat import (
     ReplyBits,

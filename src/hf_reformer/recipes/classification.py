@@ -39,8 +39,9 @@ from transformers import (
     set_seed,
 )
 
+from ..data.columns import check_columns, check_distinct, find_columns
 from ..data.demo_corpus import clean_source, corpus_file, installed_packages_corpus
-from ..data.tables import check_columns, check_distinct, find_columns, read_column, read_named_dataset, read_text
+from ..data.tables import read_column, read_named_dataset, read_text
 from ..training.classification import (
     MATRIX_LABELS,
     MULTI,

@@ -37,7 +37,8 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ..data.tables import cell_text, check_columns, check_distinct, labels_unknown, read_column
+from ..data.columns import check_columns, check_distinct, labels_unknown
+from ..data.tables import cell_text, read_column
 from ..models.losses import IGNORE
 from ..training.model_setup import SAVED_MODEL, ModelArguments, make_model, make_tokenizer, option, run_recipe
 from ..training.pretraining import PretrainingArguments, pretrain

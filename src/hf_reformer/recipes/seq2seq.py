@@ -35,7 +35,8 @@ from transformers import (
     set_seed,
 )
 
-from ..data.tables import cell_text, check_columns, check_distinct, read_column, read_text, require
+from ..data.columns import check_columns, check_distinct
+from ..data.tables import cell_text, read_column, read_text, require
 from ..models.losses import IGNORE
 from ..training.data_setup import SplitsAndFileArguments
 from ..training.model_setup import ModelArguments, load_trained, make_model, make_tokenizer, option, parse_arguments

@@ -18,7 +18,8 @@ from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from transformers import EvalPrediction
 
-from ..data.tables import Columns, cell_text, is_number, labels_unknown, read_column
+from ..data.columns import Columns, is_number, labels_unknown
+from ..data.tables import cell_text, read_column
 
 METRIC_MODULE = str(Path(__file__).with_name("metrics.py"))
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 from datasets import Dataset, DatasetDict
 from transformers.utils import logging
 
-from ..data.tables import hold_out, read_examples, read_named_dataset, read_text, splits_of
+from ..data.columns import hold_out, splits_of
+from ..data.tables import read_examples, read_named_dataset, read_text
 from .model_setup import ModelArguments, option
 
 logger = logging.get_logger(__name__)

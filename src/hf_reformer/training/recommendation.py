@@ -161,6 +161,7 @@ class RankScores:
 # --- baselines
 
 NEAR = 5  # steps within which items are near each other
+RECENT = 10  # items whose neighbours co-occurrence counts
 LAST = 20  # items that item-kNN looks at
 
 Scorer = Callable[[np.ndarray], np.ndarray]
@@ -185,7 +186,8 @@ def baseline_scorers(histories: Sequence[np.ndarray], items: int) -> dict[str, S
     rarely = 1e-9 * popularity  # decides between equal scores
 
     def co_occurrence(had: np.ndarray) -> np.ndarray:
-        return np.asarray(near[had[-NEAR:]].sum(0)).ravel() + rarely
+        last = had[-RECENT:][::-1]
+        return (1 / np.arange(1, len(last) + 1)) @ near[last] + rarely  # the most recent ones count most
 
     def knn(had: np.ndarray) -> np.ndarray:
         last = had[-LAST:]

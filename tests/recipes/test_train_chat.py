@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_reformer import ReformerByteTokenizer
@@ -74,6 +75,14 @@ def tokenizers() -> dict:
 
 
 TOKENIZERS = tokenizers()
+
+
+def test_pre_training_learns_whole_conversations(files):
+    options = ["--pretrain_steps", "1", "--pretrain_length", "16", "--learning_rate", "0", "--max_steps", "1"]
+    recipe.main(arguments(files, *options))
+    weights = [load_file(files / "out" / name / "model.safetensors") for name in ("_pretrained", ".")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_run_leaves_a_model_that_the_command_line_talks_to(files, monkeypatch, capsys):

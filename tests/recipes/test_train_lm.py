@@ -58,7 +58,8 @@ def bits_of(folder: Path) -> float:
 
 def test_packing_concatenates_all_texts(files, monkeypatch):
     monkeypatch.setattr(packing, "READ_SIZE", 300)
-    rows = list(packing.pack(packing.read_documents([str(files / "a.txt"), str(files / "b.txt")]), BYTES, 64))
+    documents = packing.read_documents([str(files / "a.txt"), str(files / "b.txt")])
+    rows = list(packing.pack(packing.token_ids(documents, BYTES), 64))
     assert {len(row["input_ids"]) for row in rows} == {64}
     tokens = [token for row in rows for token in row["input_ids"]]
     expected = []
@@ -70,7 +71,10 @@ def test_packing_concatenates_all_texts(files, monkeypatch):
 
 def test_streamed_sequences_are_those_in_memory_in_another_order(files):
     names = [str(files / "a.txt"), str(files / "b.txt")]
-    whole = [tuple(row["input_ids"]) for row in packing.packed_dataset(packing.read_documents(names), BYTES, 64)]
+    whole = [
+        tuple(row["input_ids"])
+        for row in packing.packed_dataset(packing.token_ids(packing.read_documents(names), BYTES), 64)
+    ]
     stream = packing.packed_stream(lambda: packing.read_documents(names), BYTES, 64, seed=0)
     streamed = [tuple(row["input_ids"]) for row in stream]
     assert streamed != whole

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerFast, Seq2SeqTrainingArguments
 
 from hf_reformer import ReformerByteTokenizer, ReformerConfig, ReformerForMaskedLM
+from hf_reformer.data import packing
 from hf_reformer.recipes import seq2seq as recipe
 from hf_reformer.training.model_setup import ModelArguments, parse_arguments
 
@@ -24,6 +27,7 @@ TINY = [
     *("--max_source_length", "32", "--max_target_length", "8", "--use_cpu", "--disable_tqdm", "True"),
     *("--logging_steps", "1", "--metric", "none", "--max_steps", "2", "--report_to", "none"),
 ]
+COLUMNS = ["--source_column", "document", "--target_column", "summary", "--validation_fraction", "0.25"]
 
 
 def parse(argv):
@@ -44,11 +48,10 @@ def files(tmp_path):
 
 
 def test_a_csv_leaves_everything_behind(files, capsys):
-    columns = ["--source_column", "document", "--target_column", "summary", "--validation_fraction", "0.25"]
     (files / "letter.txt").write_text("abc")
     out = ["--output_dir", str(files / "out"), "--predict_file", str(files / "letter.txt")]
     out += ["--label_smoothing_factor", "0.1"]
-    recipe.main([*TINY, "--train_file", str(files / "train.csv"), *columns, *out])
+    recipe.main([*TINY, "--train_file", str(files / "train.csv"), *COLUMNS, *out])
     assert "validation: exact_match" in capsys.readouterr().out
     names = {path.name for path in (files / "out").iterdir()}
     assert {"model.safetensors", "tokenizer.json", "README.md", "predictions_validation.jsonl"} <= names
@@ -60,6 +63,24 @@ def test_a_csv_leaves_everything_behind(files, capsys):
     card = (files / "out" / "README.md").read_text()
     assert "text2text-generation" in card
     assert "exact_match" in card
+
+
+def test_pre_training_writes_masked_texts_again(files, monkeypatch):
+    options = ["--pretrain_steps", "1", "--pretrain_length", "8", "--learning_rate", "0", "--mlm_probability", "0.5"]
+    batches = []
+    collate = packing.MaskingCollator.__call__
+    monkeypatch.setattr(
+        packing.MaskingCollator, "__call__", lambda *given: batches.append(collate(*given)) or batches[-1]
+    )
+    recipe.main(
+        [*TINY, *options, "--train_file", str(files / "train.csv"), *COLUMNS, "--output_dir", str(files / "out")]
+    )
+    weights = [load_file(files / "out" / name / "model.safetensors") for name in ("_pretrained", ".")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for batch in batches:
+        hidden = batch["input_ids"] != batch["labels"]
+        assert 0 < hidden.sum() < hidden.numel()
+        assert (batch["labels"] >= 0).all()
 
 
 def test_a_saved_model_is_evaluated_on_translations(files):

@@ -102,17 +102,15 @@ def token_ids(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Itera
             yield tokenizer(chunk, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
 
-def pack(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, option: str = "--sequence_length"
-) -> Iterator[dict[str, Any]]:
-    """Concatenate all documents and cut them into sequences of `length` tokens; an incomplete last one is dropped.
+def pack(pieces: Iterable[list[int]], length: int, option: str = "--sequence_length") -> Iterator[dict[str, Any]]:
+    """Concatenate pieces of token ids and cut them into sequences of `length`; an incomplete last one is dropped.
 
     Raises:
-        ValueError: the documents do not fill one sequence; the message names the option that sets its length.
+        ValueError: they do not fill one sequence; the message names the option that sets its length.
     """
     rest: list[int] = []
     empty = True
-    for ids in token_ids(documents, tokenizer):
+    for ids in pieces:
         rest += ids
         if full := len(rest) // length * length:
             for start in range(0, full, length):
@@ -125,11 +123,9 @@ def pack(
         )
 
 
-def packed_dataset(
-    documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, option: str = "--sequence_length"
-) -> Dataset:
+def packed_dataset(pieces: Iterable[list[int]], length: int, option: str = "--sequence_length") -> Dataset:
     """The sequences of `pack`, in memory."""
-    sequences = [np.asarray(row["input_ids"], dtype=np.int32) for row in pack(documents, tokenizer, length, option)]
+    sequences = [np.asarray(row["input_ids"], dtype=np.int32) for row in pack(pieces, length, option)]
     return Dataset.from_dict({"input_ids": sequences})
 
 
@@ -139,7 +135,7 @@ def packed_stream(
     """The sequences of `pack`, read again in every epoch and shuffled in a buffer of 256."""
 
     def sequences() -> Iterator[dict[str, Any]]:
-        return pack(open_documents(), tokenizer, length)
+        return pack(token_ids(open_documents(), tokenizer), length)
 
     next(sequences())  # raises at once if the texts are too short
     return IterableDataset.from_generator(sequences).shuffle(seed=seed, buffer_size=256)
@@ -194,11 +190,14 @@ class MaskingCollator(TrainerCallback):
 
     What is masked depends on a sequence, the epoch and the seed alone, so that a resumed run masks what the whole one
     does: batches are made ahead of their step.
+
+    Args:
+        whole: labels are all tokens, not only those that are masked: for a decoder that writes the text again.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int, whole: bool = False) -> None:
         self.mask = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=probability, seed=seed)
-        self.seed, self.epoch = seed, 0
+        self.seed, self.epoch, self.whole = seed, 0, whole
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.epoch = int(state.epoch or 0)
@@ -209,7 +208,8 @@ class MaskingCollator(TrainerCallback):
             ids = np.asarray(example["input_ids"], dtype=np.int64)
             key = zlib.crc32(ids.tobytes(), zlib.crc32(f"{self.seed} {self.epoch}".encode()))
             self.mask.generator = torch.Generator().manual_seed(key)
-            batches.append(self.mask([{"input_ids": ids.tolist()}]))
+            batch = self.mask([{"input_ids": ids.tolist()}])
+            batches.append({**batch, "labels": torch.from_numpy(ids)[None]} if self.whole else batch)
         return {name: torch.cat([batch[name] for batch in batches]) for name in ("input_ids", "labels")}
 
 

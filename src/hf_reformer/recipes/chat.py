@@ -32,7 +32,14 @@ from trl import SFTConfig, SFTTrainer
 
 from ..data.bpe_tokenizer import SPECIAL
 from ..data.columns import check_columns
-from ..data.conversations import Messages, beginnings, conversation_windows, read_conversations, set_chat_template
+from ..data.conversations import (
+    Messages,
+    beginnings,
+    conversation_windows,
+    encode_conversation,
+    read_conversations,
+    set_chat_template,
+)
 from ..training.bits_per_byte import compressor_baselines
 from ..training.chat import (
     ReplyBits,
@@ -43,8 +50,8 @@ from ..training.chat import (
     replies,
     tfidf_ranks,
 )
-from ..training.data_setup import SplitArguments
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, run_recipe
+from ..training.pretraining import PretrainingArguments, pretrain
 from ..training.reports import draw_learning_curve, format_tables, write_report, write_rows
 from ..training.trainers import LanguageModelTrainer, build_trainer, train_and_save
 
@@ -61,7 +68,7 @@ TURNS = 4  # of the dialogue that is written
 
 
 @dataclass
-class DataArguments(SplitArguments):
+class DataArguments(PretrainingArguments):
     """Where conversations come from, and how replies are judged."""
 
     messages_column: str = option("messages", "Lists of messages, each with a role and a content.")
@@ -181,6 +188,9 @@ def run(data: DataArguments, model_args: ModelArguments, args: Any) -> None:
                 metrics[split] = ReplyBits(some, windows["labels"])
             splits[split] = Dataset.from_dict(windows)
     trains = "train" in splits
+    if trains:  # what users say is language, too
+        pieces = (encode_conversation(messages, tokenizer)[0] for messages in conversations["train"])
+        model_args = pretrain(data, model_args, args, tokenizer, pieces, args.max_length, AutoModelForCausalLM)
     model = make_model(AutoModelForCausalLM, model_args, tokenizer, args.max_length, trains)
     if trains and model.config.tie_word_embeddings:
         raise ValueError(

@@ -41,6 +41,7 @@ from transformers import (
 
 from ..data.columns import check_columns, check_distinct, find_columns
 from ..data.demo_corpus import clean_source, corpus_file, installed_packages_corpus
+from ..data.packing import token_ids
 from ..data.tables import read_column, read_named_dataset, read_text
 from ..training.classification import (
     MATRIX_LABELS,
@@ -65,7 +66,7 @@ from ..training.model_setup import (
     option,
     parse_arguments,
 )
-from ..training.pretraining import PretrainingArguments, pretrain
+from ..training.pretraining import MaskedPretrainingArguments, pretrain
 from ..training.reports import format_tables, write_report
 from ..training.trainers import GroupedTrainer, build_trainer, longest_first, predict_splits, train_and_save
 
@@ -87,7 +88,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class DataArguments(PretrainingArguments, SplitsAndFileArguments):
+class DataArguments(MaskedPretrainingArguments, SplitsAndFileArguments):
     """Where the texts come from."""
 
     sources = ("demo", "task_name")
@@ -241,7 +242,8 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     names = dict(enumerate(task.label_names or ["score"]))
     fields = {"problem_type": task.problem_type, "id2label": names, "label2id": {n: i for i, n in names.items()}}
     trains = "train" in splits
-    model_args = pretrain(data, model_args, args, tokenizer, train_texts, data.max_length)
+    pieces = token_ids(([text] for text in train_texts), tokenizer)
+    model_args = pretrain(data, model_args, args, tokenizer, pieces, data.max_length)
     model = make_model(AutoModelForSequenceClassification, model_args, tokenizer, data.max_length, trains, **fields)
     patience = data.early_stopping_patience
     options = {"data_collator": DataCollatorWithPadding(tokenizer), "compute_metrics": metrics}

@@ -48,6 +48,7 @@ from ..data.packing import (
     packed_stream,
     read_documents,
     scoring_windows,
+    token_ids,
 )
 from ..data.tables import TABLE_FORMATS, text_encoding
 from ..training.bits_per_byte import BitsPerByte, compressor_baselines
@@ -169,7 +170,7 @@ def run(data: TextArguments, model_args: ModelArguments, args: TrainingArguments
         if data.streaming:
             splits["train"], amount = packed_stream(stream, tokenizer, length, args.seed), "streamed"
         elif train:
-            splits["train"] = packed_dataset([[text] for text in train], tokenizer, length)
+            splits["train"] = packed_dataset(token_ids([[text] for text in train], tokenizer), length)
             amount = f"{len(splits['train']):,} sequences of {length} tokens"
         for split, held_out in texts.items():
             if data.masked:

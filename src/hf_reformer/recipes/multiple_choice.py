@@ -36,9 +36,10 @@ from transformers import (
 from transformers.utils import logging
 
 from ..data.columns import check_columns, check_distinct, labels_unknown
+from ..data.packing import token_ids
 from ..data.tables import cell_text, read_column
 from ..training.model_setup import SAVED_MODEL, ModelArguments, make_model, make_tokenizer, option, run_recipe
-from ..training.pretraining import PretrainingArguments, pretrain
+from ..training.pretraining import MaskedPretrainingArguments, pretrain
 from ..training.reports import format_tables, write_report, write_rows
 from ..training.similarity import word_similarity
 from ..training.trainers import GroupedTrainer, build_trainer, longest_first, predict_splits, train_and_save
@@ -49,7 +50,7 @@ DEFAULTS = {"output_dir": "runs/multiple-choice", "train_sampling_strategy": "gr
 
 
 @dataclass
-class DataArguments(PretrainingArguments):
+class DataArguments(MaskedPretrainingArguments):
     """Where questions and choices come from."""
 
     context_column: str = option("sent1", "The texts, or questions.")
@@ -260,7 +261,8 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
             if split != "train":
                 encoded[split] = longest_first(encoded[split])
     trains = "train" in questions
-    model_args = pretrain(data, model_args, args, tokenizer, texts, data.max_length)
+    pieces = token_ids(([text] for text in texts), tokenizer)
+    model_args = pretrain(data, model_args, args, tokenizer, pieces, data.max_length)
     model = make_model(AutoModelForMultipleChoice, model_args, tokenizer, data.max_length, trains)
     options = {"data_collator": ChoiceCollator(tokenizer), "compute_metrics": accuracy}
     trainer = build_trainer(GroupedTrainer, model, args, tokenizer, encoded, **options)

@@ -38,10 +38,11 @@ from transformers import (
 from transformers.utils import logging
 
 from ..data.columns import check_columns, check_distinct, labels_unknown
+from ..data.packing import token_ids
 from ..data.tables import cell_text, read_column
 from ..models.losses import IGNORE
 from ..training.model_setup import SAVED_MODEL, ModelArguments, make_model, make_tokenizer, option, run_recipe
-from ..training.pretraining import PretrainingArguments, pretrain
+from ..training.pretraining import MaskedPretrainingArguments, pretrain
 from ..training.question_answering import (
     Example,
     Reader,
@@ -62,7 +63,7 @@ DEFAULTS = {"output_dir": "runs/question-answering", "train_sampling_strategy": 
 
 
 @dataclass
-class DataArguments(PretrainingArguments):
+class DataArguments(MaskedPretrainingArguments):
     """Where questions, documents and answers come from."""
 
     question_column: str = option("question", "The questions.")
@@ -344,7 +345,8 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
                 encoded[split] = longest_first(encoded[split], len(reader.examples))
                 reader.examples += some
     trains = "train" in examples
-    model_args = pretrain(data, model_args, args, tokenizer, texts, data.max_length)
+    pieces = token_ids(([text] for text in texts), tokenizer)
+    model_args = pretrain(data, model_args, args, tokenizer, pieces, data.max_length)
     model = make_model(AutoModelForQuestionAnswering, model_args, tokenizer, data.max_length, trains)
     options = {"data_collator": SpanCollator(tokenizer), "compute_metrics": reader}
     trainer = build_trainer(SpanTrainer, model, args, tokenizer, encoded, **options)

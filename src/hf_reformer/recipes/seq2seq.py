@@ -16,7 +16,7 @@ All options of `transformers.Seq2SeqTrainingArguments` work, `--resume_from_chec
 `--generation_num_beams` included.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,12 @@ from transformers import (
 )
 
 from ..data.columns import check_columns, check_distinct
+from ..data.packing import token_ids
 from ..data.tables import cell_text, read_column, read_text, require
 from ..models.losses import IGNORE
 from ..training.data_setup import SplitsAndFileArguments
 from ..training.model_setup import ModelArguments, load_trained, make_model, make_tokenizer, option, parse_arguments
+from ..training.pretraining import MaskedPretrainingArguments, pretrain
 from ..training.reports import write_report, write_rows
 from ..training.trainers import SequentialSeq2SeqTrainer, build_trainer, predict_splits, train_and_save
 
@@ -47,7 +49,7 @@ DEFAULTS = {"output_dir": "runs/seq2seq", "predict_with_generate": True}
 
 
 @dataclass
-class DataArguments(SplitsAndFileArguments):
+class DataArguments(MaskedPretrainingArguments, SplitsAndFileArguments):
     """Where the pairs of texts come from."""
 
     source_column: str = option("source", "The input texts.")
@@ -146,9 +148,12 @@ def make_trainer(
 ) -> tuple[Seq2SeqTrainer, dict[str, Dataset]]:
     """A trainer that evaluates generated texts, and the tokens of all splits."""
     max_length = max(data.max_source_length, data.max_target_length + 1)
+
+    def texts() -> Iterator[str]:
+        return (text for row in pairs.get("train", []) for text in (row["source"], row["target"]))
+
     with args.main_process_first(desc="preparing the data"):
-        texts = (text for row in pairs.get("train", []) for text in (row["source"], row["target"]))
-        tokenizer = make_tokenizer(model_args, texts, max_length)
+        tokenizer = make_tokenizer(model_args, texts(), max_length)
         if tokenizer.eos_token is None:
             if tokenizer.sep_token is None:
                 raise ValueError(
@@ -157,6 +162,8 @@ def make_trainer(
                 )
             tokenizer.eos_token = tokenizer.sep_token
         encoded = {split: tokenize(dataset, tokenizer, data) for split, dataset in pairs.items()}
+    pieces = token_ids(([text] for text in texts()), tokenizer)
+    model_args = pretrain(data, model_args, args, tokenizer, pieces, max_length, AutoModelForSeq2SeqLM)
     model = make_model(AutoModelForSeq2SeqLM, model_args, tokenizer, max_length, trains="train" in pairs)
     args.generation_max_length = args.generation_max_length or data.max_target_length + 1  # and the start token
 

@@ -38,11 +38,12 @@ from transformers.utils import logging
 
 from ..data.column_files import COLUMN_FORMATS, read_column_file
 from ..data.columns import check_columns, check_distinct, labels_unknown
+from ..data.packing import token_ids
 from ..data.tables import cell_text, read_column
 from ..models.losses import IGNORE
 from ..training.classification import MATRIX_LABELS, class_names, draw_confusion_matrix, labels_as_written, shortened
 from ..training.model_setup import SAVED_MODEL, ModelArguments, make_model, make_tokenizer, option, run_recipe
-from ..training.pretraining import PretrainingArguments, pretrain
+from ..training.pretraining import MaskedPretrainingArguments, pretrain
 from ..training.reports import (
     Highlighted,
     format_table,
@@ -60,7 +61,7 @@ DEFAULTS = {"output_dir": "runs/token-classification", "train_sampling_strategy"
 
 
 @dataclass
-class DataArguments(PretrainingArguments):
+class DataArguments(MaskedPretrainingArguments):
     """Where words and their labels come from."""
 
     train_file: str | None = option(
@@ -330,7 +331,8 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
                 encoded[split] = longest_first(encoded[split])
     scores, trains = TagScores(names), "train" in sentences
     fields = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    model_args = pretrain(data, model_args, args, tokenizer, texts, data.max_length)
+    pieces = token_ids(([text] for text in texts), tokenizer)
+    model_args = pretrain(data, model_args, args, tokenizer, pieces, data.max_length)
     model = make_model(AutoModelForTokenClassification, model_args, tokenizer, data.max_length, trains, **fields)
     options: dict[str, Any] = {"data_collator": DataCollatorForTokenClassification(tokenizer)}
     options |= {"compute_metrics": scores, "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)}

@@ -1,4 +1,4 @@
-"""Pre-training of an encoder on the inputs of its own task, by masked tokens; then the task goes on from there."""
+"""Pre-training on the texts of a task: masked tokens, next tokens or denoising; then the task goes on from there."""
 
 from collections.abc import Iterable
 from copy import copy
@@ -8,13 +8,14 @@ from typing import Any
 
 from transformers import (
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
     PreTrainedTokenizerBase,
     TrainerState,
     TrainingArguments,
     set_seed,
 )
 
-from ..data.packing import MaskingCollator, packed_dataset
+from ..data.packing import MaskingCollator, causal_lm_collator, packed_dataset
 from .data_setup import SplitArguments
 from .model_setup import ModelArguments, make_model, option
 from .trainers import PRETRAINED, STATE, LanguageModelTrainer, build_trainer, train_and_save
@@ -22,12 +23,11 @@ from .trainers import PRETRAINED, STATE, LanguageModelTrainer, build_trainer, tr
 
 @dataclass
 class PretrainingArguments(SplitArguments):
-    """Options of a recipe whose model is an encoder."""
+    """Options of a recipe that can begin with pre-training."""
 
-    pretrain_steps: int = option(0, "First so many steps of filling in masked tokens of the training inputs.")
+    pretrain_steps: int = option(0, "First so many steps of language modelling on the training texts.")
     pretrain_length: int = option(512, "Tokens of a sequence in pre-training.")
     pretrain_learning_rate: float = option(2e-3, "The learning rate of pre-training.")
-    mlm_probability: float = option(0.15, "Share of tokens masked in pre-training.")
 
     def check(self, model: ModelArguments, args: TrainingArguments) -> None:
         super().check(model, args)
@@ -43,20 +43,32 @@ class PretrainingArguments(SplitArguments):
             )
 
 
+@dataclass
+class MaskedPretrainingArguments(PretrainingArguments):
+    """Options of a recipe whose model has an encoder, which pre-training gives masked texts."""
+
+    mlm_probability: float = option(0.15, "Share of tokens masked in pre-training.")
+
+
 def pretrain(
     data: PretrainingArguments,
     model_args: ModelArguments,
     args: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    pieces: Iterable[list[int]],
     max_length: int,
+    head: Any = AutoModelForMaskedLM,
 ) -> ModelArguments:
-    """Pre-train a model on these texts, and name it as the saved model to start from. Without steps: nothing changes.
+    """Pre-train a model on pieces of token ids, and name it as the one to start from. Without steps: nothing changes.
 
     It lies below the directory of the run. A run that is resumed goes on with its pre-training, or uses its result.
 
+    Args:
+        head: decides what is learnt. `AutoModelForMaskedLM`: masked tokens; `AutoModelForCausalLM`: the next token;
+            `AutoModelForSeq2SeqLM`: to write the whole text from a masked one (denoising).
+
     Raises:
-        ValueError: the texts are too short, the tokenizer has no mask token, or there is no result to go on from.
+        ValueError: the pieces are too short, the tokenizer has no mask token, or there is no result to go on from.
     """
     if not data.pretrain_steps:
         return model_args
@@ -74,23 +86,26 @@ def pretrain(
         with args.main_process_first(desc="taking the pre-trained model"):
             if args.process_index == 0:
                 done = replace(result, model_name_or_path=resumed)
-                make_model(AutoModelForMaskedLM, done, tokenizer, max_length).save_pretrained(folder)
+                make_model(head, done, tokenizer, max_length).save_pretrained(folder)
                 tokenizer.save_pretrained(folder)
         args.resume_from_checkpoint = None
         set_seed(args.seed)
         return result
     length = min(data.pretrain_length, max_length)
     with args.main_process_first(desc="preparing the pre-training"):
-        sequences = packed_dataset([[text] for text in texts], tokenizer, length, "--pretrain_length")
+        sequences = packed_dataset(pieces, length, "--pretrain_length")
     options: Any = copy(args)
     options.output_dir, options.max_steps = str(folder), data.pretrain_steps
     options.learning_rate, options.label_smoothing_factor = data.pretrain_learning_rate, 0.0
     options.eval_strategy, options.load_best_model_at_end, options.push_to_hub = "no", False, False
     options.train_sampling_strategy, options.remove_unused_columns = "random", True
-    model = make_model(AutoModelForMaskedLM, model_args, tokenizer, max_length)
-    collator, splits = MaskingCollator(tokenizer, data.mlm_probability, args.seed), {"train": sequences}
-    both: dict[str, Any] = {"data_collator": collator, "callbacks": [collator]}
-    trainer = build_trainer(LanguageModelTrainer, model, options, tokenizer, splits, **both)
+    model = make_model(head, model_args, tokenizer, max_length)
+    parts: dict[str, Any] = {"data_collator": causal_lm_collator}
+    if isinstance(data, MaskedPretrainingArguments):
+        denoises = head is AutoModelForSeq2SeqLM
+        collator = MaskingCollator(tokenizer, data.mlm_probability, args.seed, whole=denoises)
+        parts = {"data_collator": collator, "callbacks": [collator]}
+    trainer = build_trainer(LanguageModelTrainer, model, options, tokenizer, {"train": sequences}, **parts)
     train_and_save(trainer, f"Pre-training: {len(sequences):,} sequences of {length} tokens")
     trainer.accelerator.wait_for_everyone()
     args.resume_from_checkpoint = None

@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
+    TrainingArguments,
     set_seed,
 )
 
@@ -64,7 +65,7 @@ class DataArguments(MaskedPretrainingArguments, SplitsAndFileArguments):
     metric: str = option("bleu", "bleu and chrf, or rouge.", choices=("bleu", "chrf", "rouge", "none"))
     predict_file: str | None = option(None, "A text file to generate the target of at the end.", aliases=["--write"])
 
-    def check(self, model: ModelArguments, args: Seq2SeqTrainingArguments) -> None:
+    def check(self, model: ModelArguments, args: TrainingArguments) -> None:
         check_distinct({"--source_column": self.source_column, "--target_column": self.target_column})
         check_distinct({"--source_lang": self.source_lang, "--target_lang": self.target_lang})
         if (self.source_lang is None) != (self.target_lang is None):

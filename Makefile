@@ -19,7 +19,7 @@ MEET_FILES = $(foreach name,$(MEET_TRANSFORMERS),$(or $(wildcard tests/test_$(na
     $(error MEET_TRANSFORMERS names $(name), and there is no tests/*/test_$(name).py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-notebooks test-newest lint format bench bench-gpu evidence-short clean
+.PHONY: help demo test test-slow test-notebooks test-newest lint format bench bench-gpu evidence-short docs dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,15 @@ EVIDENCE := attention_variants exact_then_windows bucket_balance recall duplicat
     reversible_and_shared step_time defaults
 evidence-short: $(READY) ## run every experiment of docs/evidence.md in a tiny version, in some minutes
 	set -e; for name in $(EVIDENCE); do $(BIN)/python experiments/$$name.py --short; done
+
+docs: $(READY) ## build the documentation site into build/site; a warning is an error
+	$(BIN)/zensical build --strict --clean
+
+dist: $(READY) ## build sdist and wheel, check them, and try the wheel in an empty environment; HF_REFORMER_PREBUILT=1: with kernels
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python dev/try_wheel.py dist/*.whl
 
 clean: ## remove build products and caches; the virtual environment and runs/ stay
 	rm -rf build dist src/*.egg-info .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

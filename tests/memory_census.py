@@ -1,12 +1,9 @@
 """Memory of a training step: bytes of the storages that live, the same numbers in every run and on every machine."""
 
-import weakref
-
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hf_reformer import ReformerConfig, ReformerForCausalLM
+from hf_reformer.analysis.memory import Census
 
 
 def make(depth, path="reversible", **changes):
@@ -28,33 +25,6 @@ def loss_of(model, length):
 
 def size_of_gradients(model):
     return sum(p.numel() * p.element_size() for p in model.parameters())
-
-
-class Census(TorchDispatchMode):
-    """Bytes of the storages that operations have returned and that still live: `now`, and their `peak`."""
-
-    def __init__(self, *ignored):
-        super().__init__()
-        self.alive = {x.untyped_storage()._cdata: 0 for x in ignored}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.count(x.untyped_storage())
-        return out
-
-    def count(self, storage):
-        name = storage._cdata
-        if name not in self.alive:
-            self.alive[name] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self.forget, name)
-
-    def forget(self, name):
-        self.now -= self.alive.pop(name)
 
 
 def census_of(model, length):

@@ -44,6 +44,16 @@ def test_functorch_transforms_are_noticed():
     assert not compat.in_functorch_transform()
 
 
+def test_fake_tensors_have_shapes_alone():
+    with compat.fake_tensors():
+        assert compat.in_fake_mode()
+        assert not compat.values_are_known()
+        x = torch.zeros(2**20, 2**20)
+        assert (x @ x).shape == x.shape
+    assert not compat.in_fake_mode()
+    assert compat.values_are_known()
+
+
 class Probe(torch.autograd.Function):
     """The identity; its backward asks the engine."""
 

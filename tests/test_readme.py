@@ -1,19 +1,26 @@
-"""The README's code runs as it stands, and its commands exist."""
+"""The code of README and docs runs as it stands, their commands exist, and their links lead somewhere."""
 
+import contextlib
+import io
+import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from hf_reformer.ops.dispatch import unsupported_reason
+from reformer_cli.main import RECIPES, main, make_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Where torchao is installed, transformers imports it, and it may tell of its own binaries and of torch's news.
 FROM_TORCHAO = re.compile(r"torchao|Calling register_constant\(\) on Enum")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")), *DOCS]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -32,10 +39,95 @@ def test_python_blocks_run_as_they_stand(number, tmp_path):
     assert not printed, "the first snippet a user tries prints no warning"
 
 
+RUN_PAGES = """
+import io, json, os, sys, traceback, warnings
+from contextlib import redirect_stdout
+warnings.simplefilter("ignore")
+failed = []
+for page, blocks in json.load(open(sys.argv[1])):
+    names = {"__name__": "__main__"}
+    for line, block in blocks:
+        try:
+            with redirect_stdout(io.StringIO()):
+                exec(compile("\\n" * line + block, page, "exec"), names)
+        except Exception:
+            failed.append(traceback.format_exc())
+print("\\n".join(failed))
+"""
+NOT_RUN = re.compile(r"<!-- not run: (.+) -->\n```python\n")
+BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
+
+
+def blocks_of(page):
+    """Line and text of the Python blocks of a page but those whose comment says why they are not run."""
+    text = NOT_RUN.sub("```text\n", page.read_text(encoding="utf-8"))
+    return [(text[: found.start(1)].count("\n"), found[1]) for found in BLOCK.finditer(text)]
+
+
+def test_python_blocks_of_the_docs_run(tmp_path):
+    """A page's blocks one after the other, as a reader would."""
+    pages = [(page.name, found) for page in DOCS if (found := blocks_of(page))]
+    assert sum(len(found) for _, found in pages) > 15
+    (tmp_path / "pages.json").write_text(json.dumps(pages), encoding="utf-8")
+    command = [sys.executable, "-c", RUN_PAGES, "pages.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stdout + done.stderr
+
+
+def commands_of(page):
+    """The lines of shell blocks, without comments; a backslash joins two."""
+    for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("hf-reformer "):
+                yield shlex.split(line, comments=True)[1:]
+
+
+def test_commands_of_the_pages_take_their_options():
+    commands = [(page, words) for page in PAGES for words in commands_of(page)]
+    assert len(commands) > 30
+    helps = {}
+    for page, words in commands:
+        told = f"{page.name}: hf-reformer {shlex.join(words)}"
+        if words[0] != "train":
+            try:
+                make_parser().parse_args(words)
+            except SystemExit as end:
+                raise AssertionError(told) from end
+            continue
+        recipe, options = words[1], [word for word in words if word.startswith("--")]
+        assert recipe in RECIPES, told
+        if recipe not in helps:
+            with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+                main(["train", recipe, "--help"])
+            helps[recipe] = set(re.findall(r"--\w+", printed.getvalue()))
+        assert set(options) <= helps[recipe], f"{told}: no {set(options) - helps[recipe]}"
+
+
+def anchors_of(page):
+    """What `#…` can name on a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_local_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
-        assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        target, _, anchor = link.partition("#")
+        file = (page.parent / target) if target else page
+        assert "://" in link or file.exists(), f"{page.name} links to {link}"
+        if anchor and "://" not in link and file.suffix == ".md":
+            assert anchor in anchors_of(file), f"{page.name} links to {link}"
+
+
+def test_the_site_has_every_page_and_leaves_it_nowhere():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    named = re.findall(r"[\w/]+\.md", str(site["nav"]))
+    assert sorted(named) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in DOCS)
+    for page in DOCS:
+        for link in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            inside = (page.parent / link).resolve().is_relative_to(ROOT / "docs")
+            assert "://" in link or inside, f"{page.name} links to {link}, which the site does not have"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
@@ -54,7 +146,7 @@ def test_contributing_names_every_room():
     assert set(re.findall(r"^  ([\w./]+)", tree, flags=re.MULTILINE)) == rooms - {"__main__.py"}
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+@pytest.mark.parametrize("page", DOCS, ids=lambda p: p.name)
 def test_named_tests_exist(page):
     for file, name in re.findall(r"`(test_\w+\.py)::(\w+)`", page.read_text(encoding="utf-8")):
         (found,) = (ROOT / "tests").rglob(file)

@@ -1,5 +1,6 @@
 """Reformer for Hugging Face transformers: long sequences on little memory."""
 
+from .analysis.memory import MemoryEstimate, estimate_memory
 from .configuration_reformer import ReformerConfig
 from .hub.pipelines import LongDocumentQuestionAnswering
 from .hub.registration import register
@@ -16,10 +17,11 @@ from .models.seq2seq import ReformerForConditionalGeneration
 from .moved import register_moved_modules
 from .tokenization_reformer import ReformerByteTokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "LongDocumentQuestionAnswering",
+    "MemoryEstimate",
     "ReformerByteTokenizer",
     "ReformerConfig",
     "ReformerForCausalLM",
@@ -32,6 +34,7 @@ __all__ = [
     "ReformerModel",
     "ReformerModelWithLMHead",
     "ReformerPreTrainedModel",
+    "estimate_memory",
     "register",
 ]
 

@@ -39,9 +39,21 @@ def in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def in_fake_mode() -> bool:
+    """Whether tensors are made without memory or values (FakeTensorMode), to learn what a computation would take."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Within it tensors are made without memory or values; operations on them give those of the right shapes."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
 def values_are_known() -> bool:
     """Whether code may look at what tensors hold: not in a compiled graph, nor of a sample that vmap hides."""
-    return not torch.compiler.is_compiling() and not in_vmap()
+    return not torch.compiler.is_compiling() and not in_vmap() and not in_fake_mode()
 
 
 def may_look_at(x: torch.Tensor) -> bool:

@@ -59,7 +59,7 @@ class ReformerByteTokenizer(TokenizersBackend):
     Raises:
         ValueError: The files belong to another tokenizer.
 
-    Example:
+    Examples:
         >>> tokenizer = ReformerByteTokenizer()
         >>> tokenizer("Hé")["input_ids"]
         [74, 197, 171]

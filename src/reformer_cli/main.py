@@ -1,11 +1,10 @@
-"""The command line: `hf-reformer train`, `generate`, `chat`, `export`, `convert` and `env`.
+"""The command line: `hf-reformer train`, `generate`, `chat`, `serve`, `export` and all others.
 
 What a command needs is imported in its `run_…`.
 """
 
 import argparse
 import inspect
-import json
 import os
 import re
 import sys
@@ -15,9 +14,10 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from .inputs import check_stdout, checked, json_fields, positive, read_prompt
+from .measuring import PLOTS, run_bench, run_memory, run_plot
 from .streams import Lasting, discard, finish_output, prepare_streams
 
-LONGEST = 2**26  # characters of a prompt
 COLD = 1e-5  # a lower temperature leaves the most likely token alone, and logits divided by it may overflow
 LOST_PEER = (
     "Another process of this run has ended or cannot be reached, so this one ends, too. What the other one wrote last "
@@ -53,6 +53,15 @@ def run_train(args: argparse.Namespace) -> None:
             raise
         except BrokenPipeError as error:  # not of stdout, which lasts
             raise RuntimeError(f"A pipe between processes broke: {error}") from error
+
+
+def run_demo(args: argparse.Namespace) -> None:
+    """Train and use a classifier of the installed Python packages' source files: no download, some minutes.
+
+    It is `hf-reformer train classification --demo`, and takes its options.
+    """
+    args.recipe, args.arguments = "classification", ["--demo", *args.arguments]
+    run_train(args)
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
@@ -137,6 +146,26 @@ def run_chat(args: argparse.Namespace) -> None:
             print(one_line(error), file=sys.stderr)
 
 
+def run_serve(args: argparse.Namespace) -> None:
+    """Serve a causal language model with transformers' own OpenAI-compatible server.
+
+    Clients of OpenAI's interface find it at http://HOST:PORT/v1: chat completions, completions and responses, streamed
+    or not. There is neither a password nor encryption: let others in through a proxy that has both.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import openai  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"`hf-reformer serve` needs `{error.name}`. In a clone: pip install -e '.[serve]'."
+        ) from error
+    from .serving import make_server
+
+    names = ("device", "dtype", "trust_remote_code", "conversations", "enable_cors", "log_level")
+    make_server(args.model, args.host, args.port, **{name: getattr(args, name) for name in names}).run()
+
+
 def run_export(args: argparse.Namespace) -> None:
     """Write a directory for the Hub: weights, their code, and a model card.
 
@@ -175,21 +204,6 @@ def report_missing_tokenizer(folder: Path) -> None:
         print(f"There was no tokenizer. Save one to {folder} by `tokenizer.save_pretrained`: pipelines need it.")
 
 
-def json_fields(text: str | None) -> dict[str, Any] | None:
-    """The fields of a JSON object, which the text is or names the file of."""
-    if text is None:
-        return None
-    try:
-        fields = json.loads(text if text.lstrip()[:1] in ("{", "[") else Path(text).read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"--fields is no JSON: {error}.") from error
-    except OSError as error:
-        raise ValueError(f"--fields {text} is neither a JSON object nor a file that can be read.") from error
-    if not isinstance(fields, dict):
-        raise ValueError('--fields must be a JSON object, such as {"num_buckets": 64}.')
-    return fields
-
-
 def run_env(args: argparse.Namespace) -> None:
     """Print versions, devices and what computes attention on them, for bug reports.
 
@@ -221,56 +235,25 @@ def run_env(args: argparse.Namespace) -> None:
         print(f"{name}: {value}")
 
 
-def read_prompt(args: argparse.Namespace) -> str:
-    """The text to continue, with \\n for \\r\\n; without a byte order mark, and without a newline at its end."""
-    name = args.prompt_file or "The prompt"
-    if args.prompt is not None:
-        return checked(args.prompt, name)
-    if args.prompt_file is not None:
-        with open(args.prompt_file, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            text = file.read(LONGEST + 4)  # with a byte order mark and an end of line
-    elif sys.stdin is None:
-        raise ValueError("stdin is closed. Give the text by --prompt or --prompt_file.")
-    else:
-        text = sys.stdin.read(LONGEST + 4)
-    return checked(text.removeprefix("\ufeff").replace("\r\n", "\n").removesuffix("\n"), name)
-
-
-def checked(text: str, name: str) -> str:
-    """A text from outside. Bytes that Python could not read in the locale's encoding are read as UTF-8.
-
-    Raises:
-        ValueError: they are no UTF-8, or the text is too long to be a prompt.
-    """
-    if len(text) > LONGEST:
-        raise ValueError(f"{name} has more than {LONGEST:,} characters, which is more than a prompt can have.")
-    try:
-        return text.encode(errors="surrogateescape").decode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name} is not UTF-8: it has the lone surrogate {text[error.start]!a}.") from error
-    except UnicodeDecodeError as error:
-        found = error.object[error.start : error.start + 1]
-        raise ValueError(f"{name} is not UTF-8: byte {found!r} at position {error.start}.") from error
-
-
-def check_stdout() -> None:
-    """Raise ValueError if there is no stdout, for commands whose result is a text."""
-    if sys.stdout is None:
-        raise ValueError("stdout is closed, and the text would be lost. Redirect it to a file, or to /dev/null.")
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
+def add_text(parser: argparse.ArgumentParser, name: str, help: str) -> None:
+    """Options --name and --name_file, for `read_prompt`."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(f"--{name}", dest="prompt", metavar="TEXT", help=help)
+    told = "a file with the text; a newline at its end is dropped"
+    group.add_argument(f"--{name}_file", dest="prompt_file", metavar="FILE", help=told)
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `run`, the function that runs it."""
+    loading = argparse.ArgumentParser(add_help=False)
+    add = loading.add_argument
+    add("--model", required=True, metavar="PATH", help="directory or Hub name of a causal language model")
+    add("--device", default="auto", help="cpu, cuda:1, …; auto: an accelerator, else the CPU")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", default="auto", choices=dtypes, help="dtype of the weights; auto: as saved")
+    add("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
-    add("--model", required=True, metavar="PATH", help="directory or Hub name of a causal language model")
     add("--max_new_tokens", type=positive, default=256, metavar="N", help="at most this many tokens (256)")
     add("--temperature", type=float, metavar="T", help="divides the logits; 0 is --greedy; default: the model's own")
     add("--top_p", type=float, metavar="P", help="sample from the most likely tokens whose probabilities add up to P")
@@ -278,11 +261,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--greedy", action="store_true", help="always take the most likely token instead of sampling")
     add("--seed", type=int, metavar="S", help="makes sampling reproducible")
     add("--prefill_chunk_size", type=positive, metavar="N", help="read the prompt in chunks of N tokens")
-    add("--device", default="auto", help="cpu, cuda:1, …; auto: an accelerator, else the CPU")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", default="auto", choices=dtypes, help="dtype of the weights; auto: as saved")
     add("--no_stream", action="store_true", help="print the text only when it is complete")
-    add("--trust_remote_code", action="store_true", help="run the code that comes with the model")
 
     parser = argparse.ArgumentParser(prog="hf-reformer", description="Reformer models on the command line.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -297,15 +276,24 @@ def make_parser() -> argparse.ArgumentParser:
     train = command("train", run_train, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=recipes)
     train.add_argument("recipe", nargs="?", choices=RECIPES, metavar="RECIPE", help="one of the recipes below")
     train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the options of the recipe")
-    generate = command("generate", run_generate, parents=[shared])
-    prompt = generate.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help="the text to continue")
-    prompt.add_argument("--prompt_file", metavar="FILE", help="a file with the text; a newline at its end is dropped")
+    demo = command("demo", run_demo)
+    demo.add_argument(
+        "arguments", nargs=argparse.REMAINDER, metavar="...", help="options of the recipe classification"
+    )
+    generate = command("generate", run_generate, parents=[loading, shared])
+    add_text(generate, "prompt", "the text to continue")
     generate.add_argument("--no_bos", action="store_true", help="do not put the bos token before the prompt")
     generate.add_argument("--no_cache", action="store_true", help="recompute all tokens for every new one")
     generate.add_argument("--num_return_sequences", type=positive, default=1, metavar="N", help="number of texts")
-    chat = command("chat", run_chat, parents=[shared])
+    chat = command("chat", run_chat, parents=[loading, shared])
     chat.add_argument("--system", metavar="TEXT", help="the system message")
+    add = command("serve", run_serve, parents=[loading]).add_argument
+    add("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone; 0.0.0.0: all)")
+    add("--port", type=int, default=8000, help="port to listen at (8000)")
+    add("--conversations", type=int, default=4, metavar="N", help="caches to keep between requests (4)")
+    add("--enable_cors", action="store_true", help="let web pages of any site send requests")
+    levels = ("error", "warning", "info")
+    add("--log_level", default="info", choices=levels, help="info: the address and every request (info)")
     add = command("export", run_export).add_argument
     add("--model", required=True, metavar="SOURCE", help="a checkpoint directory, or a name on the Hub")
     add("--output", required=True, metavar="DIRECTORY", help="where to write")
@@ -327,6 +315,31 @@ def make_parser() -> argparse.ArgumentParser:
     add("--attention_mode", choices=("chunk", "window"), help="window: convert a model of chunk mode to window mode")
     add("--fields", metavar="JSON", help="an object or its file: config fields that SOURCE lacks, or for window mode")
     add("--no_lm_bias", action="store_true", help="set the head's bias to 0, as transformers 5.0 to 5.23 compute")
+    sizes = argparse.ArgumentParser(add_help=False)
+    add = sizes.add_argument
+    add("--length", required=True, nargs="+", type=positive, metavar="N", help="tokens of a sequence")
+    add("--batch_size", type=positive, default=1, metavar="N", help="sequences (1)")
+    add("--model", metavar="PATH", help="a checkpoint directory, or a name on the Hub; default: a new config")
+    add("--fields", metavar="JSON", help='an object or its file: config fields, such as {"hidden_size": 512}')
+    add("--head", metavar="CLASS", help="ReformerForCausalLM, …; default: the class that the config says")
+    add = command("memory", run_memory, parents=[sizes]).add_argument
+    add("--inference", action="store_true", help="a forward pass instead of a training step")
+    add("--use_cache", action="store_true", help="a forward pass that reads a prompt into a cache")
+    add("--dtype", choices=dtypes[1:], default="float32", help="dtype of the weights (float32)")
+    add("--bf16", action="store_true", help="compute in bfloat16 by autocast, as --bf16 of training does")
+    add("--optimizer_states", type=int, choices=range(4), default=2, help="numbers for each weight (2: AdamW)")
+    add = command("bench", run_bench, parents=[sizes]).add_argument
+    add("--repeats", type=positive, default=3, metavar="N", help="steps to take the median of, after one more (3)")
+    add("--no_baseline", action="store_true", help="leave out exact attention, whose time grows with the square")
+    plot = command("plot", run_plot)
+    add_text(plot, "text", "the text to look at")
+    add = plot.add_argument
+    add("--model", required=True, metavar="PATH", help="a checkpoint directory, or a name on the Hub")
+    add("--output", required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
+    add("--kind", choices=PLOTS, default="pairs", help="what to show (pairs)")
+    add("--layer", type=int, metavar="N", help="number of the layer; default: the first one that hashes, else 0")
+    add("--head", type=int, default=0, metavar="N", help="number of the head (0)")
+    add("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     command("env", run_env)
     return parser
 

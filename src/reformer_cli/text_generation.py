@@ -87,6 +87,40 @@ def prompt_ids(model: Any, tokenizer: Any, text: str, bos: bool = True) -> list[
     return ids
 
 
+def room_for_new_tokens(model: Any, length: int) -> int | None:
+    """How many tokens can follow `length` others; None: any number.
+
+    Raises:
+        ValueError: none can.
+    """
+    config = model.config.get_text_config()
+    rotary = getattr(config, "position_embedding_type", None) == "rotary" or getattr(config, "rope_parameters", None)
+    positions = None if rotary else getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions <= length:
+        raise ValueError(
+            f"The input has {length} tokens, and the model covers {positions} positions "
+            "(`max_position_embeddings`), so none is left for new ones. Shorten the text, or begin a new conversation."
+        )
+    return None if positions is None else positions - length
+
+
+def common_length(a: list[int], b: list[int]) -> int:
+    """How many ids two lists begin with alike."""
+    longest = min(len(a), len(b))
+    return next((i for i in range(longest) if a[i] != b[i]), longest)
+
+
+def cache_for(cache: Any, cached_ids: list[int], ids: list[int]) -> Any:
+    """A cache of `cached_ids`, cropped to the tokens that it shares with `ids` but the last; None: begin a new one."""
+    shared = common_length(cached_ids, ids[:-1])
+    try:
+        if 0 < shared < len(cached_ids):
+            cache.crop(shared - len(cached_ids))
+    except (AttributeError, RuntimeError):  # it cannot be cropped, or a layer has evicted tokens
+        return None
+    return cache if shared else None
+
+
 def generate(
     model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int = 256, stream: bool = True, **options: Any
 ) -> Any:
@@ -95,17 +129,13 @@ def generate(
     Raises:
         ValueError: the model has no position left for a new token.
     """
-    config = model.config.get_text_config()
-    rotary = getattr(config, "position_embedding_type", None) == "rotary" or getattr(config, "rope_parameters", None)
-    positions = None if rotary else getattr(config, "max_position_embeddings", None)
-    capacity = max_new_tokens if positions is None else positions - len(ids)
-    if capacity < 1:
-        raise ValueError(
-            f"The input has {len(ids)} tokens, and the model covers {positions} positions "
-            "(`max_position_embeddings`), so none is left for new ones. Shorten the text, or begin a new conversation."
-        )
+    room = room_for_new_tokens(model, len(ids))
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
-    options |= {"max_new_tokens": min(capacity, max_new_tokens), "streamer": streamer, "return_dict_in_generate": True}
+    options |= {
+        "max_new_tokens": max_new_tokens if room is None else min(room, max_new_tokens),
+        "streamer": streamer,
+        "return_dict_in_generate": True,
+    }
     input_ids = torch.tensor([ids], device=model.device)
     try:
         out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
@@ -116,7 +146,8 @@ def generate(
     new = out.sequences[:, len(ids) :]
     if not stream:
         print("\n---\n".join(tokenizer.batch_decode(new, skip_special_tokens=True)), flush=True)
-    if new.shape[1] == capacity < max_new_tokens:
+    if room is not None and new.shape[1] == room < max_new_tokens:
+        positions = len(ids) + room
         logger.warning(f"The text ends here, as the model covers {positions} positions (`max_position_embeddings`).")
     return out
 
@@ -155,7 +186,7 @@ class Conversation:
         except Exception as error:  # a template is a program of someone else
             raise ValueError(f"The chat template raises an error: {type(error).__name__}: {error}") from error
         ids = token_ids(self.tokenizer, text)
-        cache = self._cache_for(ids)
+        cache = cache_for(self.cache, self.cached_ids, ids)
         self.cache, self.cached_ids = None, []  # until it holds this turn, too
         out = generate(self.model, self.tokenizer, ids, **{CACHE_NAME: cache}, **self.options)
         self.cache = getattr(out, CACHE_NAME)
@@ -164,17 +195,6 @@ class Conversation:
         answer = self.tokenizer.decode(out.sequences[0, len(ids) :], skip_special_tokens=True)
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
-
-    def _cache_for(self, ids: list[int]) -> Any:
-        """The cache, cropped to the tokens that it shares with `ids` but the last; None: start with a new one."""
-        longest = min(len(self.cached_ids), len(ids) - 1)
-        shared = next((i for i in range(longest) if self.cached_ids[i] != ids[i]), longest)
-        try:
-            if 0 < shared < len(self.cached_ids):
-                self.cache.crop(shared - len(self.cached_ids))
-        except (AttributeError, RuntimeError):  # it cannot be cropped, or a layer has evicted tokens
-            return None
-        return self.cache if shared else None
 
     def save(self, path: str) -> None:
         """Write the turns as lines of JSON."""

@@ -3,6 +3,7 @@
 import io
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -23,7 +24,8 @@ from hf_reformer import (
     ReformerForSequenceClassification,
 )
 from hf_reformer.hub import export
-from reformer_cli.main import RECIPES, main
+from reformer_cli.main import RECIPES, main, make_parser
+from reformer_cli.measuring import PLOTS
 from reformer_cli.text_generation import Conversation, load, special_ids
 
 TEMPLATE = (
@@ -33,6 +35,7 @@ TEMPLATE = (
 )
 WORDS = "on a wide, calm sea – ein Schiff, 海の上 – "  # characters of one, two and three bytes
 PROMPT = "What is that?"
+COMMANDS = re.findall(r"^ {4}(\w+) ", make_parser().format_help(), flags=re.MULTILINE)
 GREEDY = ["--greedy", "--max_new_tokens", "24"]
 
 
@@ -473,7 +476,53 @@ def test_mistakes_end_in_one_line(tmp_path, line):
         assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["chat"], ["export"], ["convert"], ["env"]])
+def test_memory_prints_a_column_for_each_length(line, tmp_path):
+    fields = '{"hidden_size": 32, "num_attention_heads": 1, "attn_layers": ["local", "lsh"]}'
+    status, out, _ = line("memory", "--fields", fields, "--length", 256, 512, "--batch_size", 2)
+    rows = {name: numbers for name, *numbers in map(str.split, out.splitlines())}
+    assert status == 0
+    assert rows["MiB"] == ["256", "512"]
+    assert 0 < float(rows["total"][0]) < float(rows["total"][1])
+    make_model().save_pretrained(tmp_path)
+    status, out, _ = line("memory", "--model", tmp_path, "--length", 64, "--use_cache")
+    assert status == 0
+    assert "cache" in out
+    assert "gradients" not in out
+    for message, argv in {
+        "no field num_hash": ["--fields", '{"num_hash": 3}'],
+        "is none of ReformerModel": ["--head", "BertModel"],
+        "causal models": ["--use_cache"],
+    }.items():
+        status, out, err = line("memory", "--length", 64, *argv)
+        assert (status, out) == (2, "")
+        assert message in err
+
+
+def test_bench_measures_beside_exact_attention(line):
+    fields = '{"hidden_size": 32, "num_attention_heads": 1, "attn_layers": ["local", "lsh"]}'
+    status, out, _ = line("bench", "--fields", fields, "--length", 64, 128, "--repeats", 1)
+    assert status == 0
+    rows = [row.split()[:2] for row in out.splitlines()[1:]]
+    assert rows == [["64", "hf-reformer"], ["64", "exact"], ["128", "hf-reformer"], ["128", "exact"]]
+    status, out, _ = line("bench", "--fields", fields, "--length", 64, "--repeats", 1, "--no_baseline")
+    assert len(out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("kind", PLOTS)
+def test_plot_draws_a_text(kind, line, folder, tmp_path):
+    status, _, err = line("plot", "--model", folder, "--text", WORDS, "--kind", kind, "--output", tmp_path / "a.png")
+    assert (status, err) == (0, "")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_refuses_layers_and_heads_that_are_not_there(line, folder, tmp_path):
+    for message, argv in {"--layer 7": ["--layer", 7], "--head 2": ["--head", 2]}.items():
+        status, _, err = line("plot", "--model", folder, "--text", "x", "--output", tmp_path / "a.png", *argv)
+        assert status == 2
+        assert message in err
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)], ids=" ".join)
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([*command, "--help"])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from fuzzing import seeds
 
-from reformer_kernels.cpu import build, library
+from reformer_kernels.cpu import build, library, sources
 
 ATTEND = """
 import torch
@@ -99,6 +99,45 @@ def small_library(tmp_path, monkeypatch, needs_compiler):
 
 def number() -> int:
     return build.load_library(VARIANT).hf_sizeof(b"")
+
+
+@pytest.fixture
+def bundled(small_library, monkeypatch, tmp_path) -> Path:
+    """Where a wheel has the variant; there it is, as setup.py compiles it."""
+    monkeypatch.setattr(build, "PREBUILT", tmp_path / "prebuilt")
+    path = sources.prebuilt_path(VARIANT, build.PREBUILT, build.SOURCES)
+    number()  # compiled, and stored in the cache
+    library = small_library.read_bytes()[:-32]
+    small_library.unlink()
+    path.parent.mkdir()
+    path.write_bytes(library + sources.seal(path.name, library))
+    return path
+
+
+def test_a_library_that_came_with_the_package_needs_no_compiler(bundled, small_library, monkeypatch, tmp_path, caplog):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert number() == 7
+    assert not small_library.exists()
+    assert not caplog.records
+
+
+def test_a_library_of_other_sources_is_not_used(bundled, small_library):
+    (build.SOURCES / "api.cpp").write_text('extern "C" long hf_sizeof(const char*) { return 8; }')
+    assert number() == 8
+
+
+def test_a_bundled_library_that_is_damaged_is_compiled_anew(bundled, small_library, caplog):
+    bundled.write_bytes(bundled.read_bytes()[:-40])
+    assert number() == 7
+    assert "is damaged" in caplog.text
+    assert small_library.exists()
+
+
+def test_a_compiler_that_is_asked_for_compiles(bundled, small_library, monkeypatch):
+    monkeypatch.setenv("CXX", build.compiler()[0])
+    assert number() == 7
+    assert list(small_library.parent.glob("*.so"))
 
 
 def script(path: Path, text: str) -> str:

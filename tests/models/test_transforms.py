@@ -5,7 +5,7 @@ import torch
 from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
-from hf_reformer import ReformerForCausalLM, ReformerForSequenceClassification
+from hf_reformer import ReformerForCausalLM, ReformerForSequenceClassification, ReformerModel
 
 IDS = make_ids(3, 12)
 MASK = torch.ones_like(IDS)
@@ -95,6 +95,30 @@ def test_onnx_of_every_kind_of_layer_gives_the_same(tmp_path):
     found = torch.from_numpy(session.run(None, {name: x.numpy() for name, x in inputs.items()})[0])
     with torch.no_grad():
         assert max_abs_diff(found[MASK.bool()], model(**inputs).logits[MASK.bool()]) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # those of the exporter
+@pytest.mark.parametrize("cls", [ReformerForSequenceClassification, ReformerModel], ids=lambda cls: cls.__name__)
+def test_onnx_of_any_batch_and_length(cls, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    layers = ["full", "lsh"] if cls is ReformerModel else ["local", "lsh"]
+    model = make_model(cls, dtype=torch.float32, attn_layers=layers, **SMALL_WINDOWS)
+    shape = {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=256)}
+    torch.onnx.export(
+        model, (), str(tmp_path / "x.onnx"), kwargs={"input_ids": IDS, "attention_mask": MASK}, dynamo=True,
+        dynamic_shapes={"input_ids": shape, "attention_mask": shape}, verbose=False,
+    )  # fmt: skip
+    session = onnxruntime.InferenceSession(tmp_path / "x.onnx")
+    for size in ((2, 50), (3, 77), (1, 19), (2, 2), (1, 256)):
+        ids, mask = make_ids(*size), torch.ones(size, dtype=torch.long)
+        mask[0, size[1] // 2 :] = 0
+        found = torch.from_numpy(session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0])
+        with torch.no_grad():
+            expected = model(ids, mask)[0]
+        real = mask.bool() if found.dim() == 3 else slice(None)
+        assert max_abs_diff(found[real], expected[real]) < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")

@@ -16,6 +16,7 @@ from ..compat import (
     in_functorch_transform,
     in_graph_capture,
     reparametrize_module,
+    values_are_known,
     version_of,
 )
 
@@ -158,7 +159,7 @@ class ReplayState:
         with autocast_again(self.device, self.autocast), torch.set_grad_enabled(recording):
             yield
         after = _generator_state(self.device)
-        drawn = any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        drawn = values_are_known() and any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
         self.states[part] = before if drawn else None
 
     @contextlib.contextmanager

@@ -347,7 +347,7 @@ def warn_if_inexact(before: tuple[torch.Tensor, ...], streams: tuple[torch.Tenso
     if may_look_at(same):
         if not bool(same) and all(bool(x.isfinite().all()) for x in streams):
             _warn_of_inexact_gradients(grid.limit)
-    elif not in_graph_capture():
+    elif same.is_cuda and not in_graph_capture():
         finite = torch.stack([x.sum() for x in streams]).isfinite().all()
         known = torch.cuda.Event()
         wrong = (finite & ~same).to("cpu", non_blocking=True)

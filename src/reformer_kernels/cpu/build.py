@@ -1,7 +1,8 @@
-"""Compiling the C++ kernels on first use: one shared library per vector width, kept in the user's cache.
+"""The compiled C++ kernels: those that came with the package, or compiled on first use and kept in the user's cache.
 
-A stored library ends with a digest of its name and bytes. What is loaded is what was read and compared with it, from
-memory: so neither a file that was cut short nor one that changes later can end the process.
+There is one shared library per vector width. A stored library ends with a digest of its name and bytes. What is loaded
+is what was read and compared with it, from memory: so neither a file that was cut short nor one that changes later can
+end the process.
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import json
 import logging
 import math
 import os
-import platform
 import shlex
 import shutil
 import signal
@@ -28,16 +28,10 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from .sources import FLAGS, PREBUILT, SOURCES, VARIANTS, library_prefix, prebuilt_path, seal
+
 logger = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared"]
-# What each variant asks of the compiler; every processor runs the last one.
-VARIANTS = {
-    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"],
-    "avx2": ["-mavx2", "-mfma"],
-    "portable": [],
-}
 COMPILE_SECONDS = 120  # longer than that, something is wrong
 ANSWER_SECONDS = 10  # the same of a compiler's version, and of loading what it wrote
 MAX_BYTES = 2**26  # of a library
@@ -151,11 +145,7 @@ def library_path(variant: str) -> Path:
     Raises:
         KernelBuildError: no compiler, nor a library of these sources that one compiled before.
     """
-    digest = hashlib.sha256()
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    digest.update(" ".join([*FLAGS, *VARIANTS[variant], platform.machine()]).encode())
-    prefix, folders = f"kernels-{variant}-{digest.hexdigest()[:16]}-", cache_folders()
+    prefix, folders = library_prefix(variant, SOURCES), cache_folders()
     try:
         command = compiler()
         version, fault = _version(tuple(command))
@@ -237,10 +227,6 @@ def _read_file(path: Path) -> bytes:
         return file.read()
 
 
-def _digest(path: Path, library: bytes) -> bytes:
-    return hashlib.sha256(path.name.encode() + b"\0" + library).digest()
-
-
 def _read_stored(path: Path) -> bytes | None:
     """The library stored there, None if there is none; only its own name fits its digest.
 
@@ -253,20 +239,29 @@ def _read_stored(path: Path) -> bytes | None:
         if os.path.isfile(path):
             raise KernelBuildError(f"{path} cannot be read ({error})") from error
         return None
+    return _unsealed(path, stored)
+
+
+def _unsealed(path: Path, stored: bytes) -> bytes:
     library, digest = stored[:-32], stored[-32:]
-    if _digest(path, library) != digest:
+    if seal(path.name, library) != digest:
         raise KernelBuildError(f"{path} is damaged, or another library")
     return library
+
+
+def _read_prebuilt(path: Path) -> bytes | None:
+    """The library that a wheel brought, None if it brought none. It is trusted as the Python files beside it are."""
+    return _unsealed(path, path.read_bytes()) if path.is_file() else None
 
 
 def _store(path: Path, library: bytes, folder: Path) -> None:
     """By way of a file in `folder`, beside it, so that it appears whole."""
     written = folder / "stored"
     with open(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
-        file.write(library + _digest(path, library))
+        file.write(library + seal(path.name, library))
         file.flush()
         os.fsync(file.fileno())
-    if _read_file(written) != library + _digest(path, library):
+    if _read_file(written) != library + seal(path.name, library):
         raise OSError("it is not what was written")
     written.replace(path)
 
@@ -280,7 +275,7 @@ def load_library(
     compile_missing: bool = True,
     rehearsal: str | None = None,
 ) -> ctypes.CDLL:
-    """The compiled variant, from the cache or compiled now.
+    """The compiled variant: unless CXX is set, the one that came with the package; from the cache; or compiled now.
 
     Args:
         check: raises KernelBuildError for a library that cannot be used: a stored one is then compiled anew, and a new
@@ -292,6 +287,10 @@ def load_library(
     Raises:
         KernelBuildError: no compiler, or it fails, or its library cannot be used.
     """
+    if not os.environ.get("CXX"):
+        prebuilt = prebuilt_path(variant, PREBUILT, SOURCES)
+        if library := _load_stored(prebuilt, check, warn=True, read=_read_prebuilt):
+            return library
     path = library_path(variant)
     try:
         if compile_missing:
@@ -310,10 +309,16 @@ def load_library(
         ) from error
 
 
-def _load_stored(path: Path, check: Callable[[ctypes.CDLL], None], *, warn: bool) -> ctypes.CDLL | None:
+def _load_stored(
+    path: Path,
+    check: Callable[[ctypes.CDLL], None],
+    *,
+    warn: bool,
+    read: Callable[[Path], bytes | None] = _read_stored,
+) -> ctypes.CDLL | None:
     """None: there is none, or it cannot be used, which `warn` says."""
     try:
-        stored = _read_stored(path)
+        stored = read(path)
         if stored is None:
             return None
         library = _load(stored)

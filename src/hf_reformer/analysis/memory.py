@@ -1,0 +1,310 @@
+"""What a step takes of memory: the model runs with tensors that have shapes, but neither memory nor values."""
+
+import math
+import operator
+import warnings
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ..cache.cache import CACHE_NAME
+from ..compat import fake_tensors
+from ..configuration_reformer import ReformerConfig
+from ..models.heads_text import (
+    ReformerForMultipleChoice,
+    ReformerForQuestionAnswering,
+    ReformerForSequenceClassification,
+    ReformerForTokenClassification,
+)
+from ..models.language_models import ReformerForCausalLM, ReformerForMaskedLM
+from ..models.losses import MAX_LOGITS
+from ..models.modeling_reformer import ReformerModel
+from ..models.pretrained import ReformerPreTrainedModel
+from ..models.seq2seq import ReformerForConditionalGeneration
+from ..ops.dispatch import unsupported_reason
+from ..reversible.chunking import CHUNK_ELEMENTS
+
+MODELS: dict[str, type[ReformerPreTrainedModel]] = {
+    model.__name__: model
+    for model in (
+        ReformerModel,
+        ReformerForCausalLM,
+        ReformerForMaskedLM,
+        ReformerForSequenceClassification,
+        ReformerForTokenClassification,
+        ReformerForQuestionAnswering,
+        ReformerForMultipleChoice,
+        ReformerForConditionalGeneration,
+    )
+}
+CHOICES = 2  # of a question, in multiple choice
+# The moments of a step, in turn. What is made at "loss" are logits, losses and their gradients.
+FORWARD, LOSS, BACKWARD, UPDATE = "forward", "loss", "backward", "update"
+
+
+class Living(NamedTuple):
+    """A storage that lives; `number` tells it from a later one at the same address."""
+
+    number: int
+    size: int
+    moment: str  # when it was made
+
+
+class Census(TorchDispatchMode):
+    """Bytes of the storages that operations have returned and that still live: `now`, and their `peak`.
+
+    Attributes:
+        moment: a name for what happens now; `at_peak` has what lived at the peak of each.
+    """
+
+    def __init__(self, *ignored: torch.Tensor):
+        super().__init__()
+        self.alive = {x.untyped_storage()._cdata: Living(0, 0, "") for x in ignored}
+        self.moment = ""
+        self.now = self.peak = self.count = 0
+        self.peaks: dict[str, int] = {}
+        self.at_peak: dict[str, list[Living]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self._add(x.untyped_storage())
+        return out
+
+    def _add(self, storage: Any) -> None:
+        name = storage._cdata
+        if name in self.alive:
+            return
+        self.count += 1
+        self.alive[name] = Living(self.count, storage.nbytes(), self.moment)
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        if self.now > self.peaks.get(self.moment, -1):
+            self.peaks[self.moment], self.at_peak[self.moment] = self.now, list(self.alive.values())
+        weakref.finalize(storage, self._forget, name)
+
+    def _forget(self, name: int) -> None:
+        self.now -= self.alive.pop(name).size
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes at that moment of a step at which it takes most, without what Python and libraries take.
+
+    Attributes:
+        weights: all parameters and buffers.
+        gradients: those of parameters that there are by then.
+        optimizer: its states.
+        kept: what the forward kept for the backward, as far as it is still there: the residual streams after the last
+            layer and the hidden states that the head reads; without reversible layers, the activations of all.
+        layers: what one layer, or its backward, works with; in backward, with the streams that it rebuilds.
+        logits: logits and loss, their gradients and what they come from.
+        cache: keys, values and buckets for the tokens to be generated.
+        moment: `"forward"`, `"loss"` (its backward included), `"backward"` or `"update"`.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    kept: int = 0
+    layers: int = 0
+    logits: int = 0
+    cache: int = 0
+    moment: str = ""
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by part."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "moment"}
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts."""
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        return format_memory({"": self})
+
+
+def format_memory(estimates: dict[str, MemoryEstimate]) -> str:
+    """A table of estimates in MiB, a column for each under its name."""
+    rows = [["MiB", *estimates]]
+    for part in MemoryEstimate().parts:
+        sizes = [estimate.parts[part] for estimate in estimates.values()]
+        rows += [[part, *(f"{size / 2**20:,.1f}" for size in sizes)]] if any(sizes) else []
+    rows += [["total", *(f"{estimate.total / 2**20:,.1f}" for estimate in estimates.values())]]
+    rows += [["most at", *(estimate.moment for estimate in estimates.values())]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    first, *rest = widths
+    lines = [[row[0].ljust(first), *map(str.rjust, row[1:], rest)] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def estimate_memory(
+    config: ReformerConfig,
+    batch_size: int,
+    length: int,
+    training: bool = True,
+    *,
+    model_class: type[ReformerPreTrainedModel] | None = None,
+    use_cache: bool = False,
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+    optimizer_states: int = 2,
+) -> MemoryEstimate:
+    """What a training step, or a forward pass, of `batch_size` sequences of `length` tokens takes on a CPU.
+
+    Nothing is computed: the model runs with tensors that have shapes alone, and every storage is counted from when it
+    is made until it is freed. Long sequences are extrapolated from shorter ones. What the compiled kernel allocates
+    for itself, about a hundredth, is not counted.
+
+    Args:
+        training: a step: forward, backward, update. Otherwise a forward pass without gradients.
+        model_class: default: the class that `config.architectures` names; else `ReformerForConditionalGeneration`,
+            `ReformerForCausalLM` or, for an encoder, `ReformerForMaskedLM`.
+        use_cache: of a forward pass: it reads a prompt, as `generate` does, fills a cache and gives the last token's
+            logits.
+        dtype: of the weights, and of what is computed outside of autocast.
+        autocast: the dtype of `torch.autocast`, as the Trainer's `bf16=True` has bfloat16; None: there is none.
+        optimizer_states: numbers that the optimizer keeps for each weight: 2 for AdamW, 0 for plain SGD.
+
+    Raises:
+        ValueError: sizes that the model cannot take, or options that exclude each other.
+    """
+    if not isinstance(config, ReformerConfig):
+        raise ValueError(
+            f"The config is a {type(config).__name__}; the memory of {ReformerConfig.__name__}'s models is known."
+        )
+    batch_size, length = operator.index(batch_size), operator.index(length)
+    if min(batch_size, length) < 1 or length > config.covered_positions:
+        raise ValueError(
+            f"batch_size={batch_size}, length={length}: both must be at least 1, and the config's position embeddings "
+            f"cover {config.covered_positions} tokens (`max_position_embeddings`, `axial_pos_shape`)."
+        )
+    model_class = default_class(config) if model_class is None else model_class
+    causal = model_class is ReformerForCausalLM or (model_class is ReformerModel and config.is_decoder)
+    if use_cache and (training or not causal):
+        raise ValueError("`use_cache=True` is for causal models (`config.is_decoder`) with `training=False`.")
+    unsupported_reason("cpu")  # compiles and checks the kernel, if that is still to be done
+    run = partial(_run, config, model_class, batch_size, training, use_cache, dtype, autocast, optimizer_states)
+    # Chunks of tokens, and of logits, are of fixed sizes; beyond some of them memory grows linearly.
+    chunk = CHUNK_ELEMENTS // (batch_size * config.hidden_size)
+    short = 2 * max(1, chunk, MAX_LOGITS // (2 * batch_size * config.vocab_size))
+    long = short + 2 * max(1, chunk)
+    if length <= long:
+        estimates = run(length)
+    else:
+        first, second = run(short), run(long)
+        estimates = [_extrapolate(a, b, (length - long) / (long - short)) for a, b in zip(first, second, strict=True)]
+    return max(estimates, key=lambda estimate: estimate.total)
+
+
+def default_class(config: ReformerConfig) -> type[ReformerPreTrainedModel]:
+    """The class that `config.architectures` names; otherwise a language model's, of the kind that the config says."""
+    for name in config.architectures or []:
+        if name in MODELS:
+            return MODELS[name]
+    if config.is_encoder_decoder:
+        return ReformerForConditionalGeneration
+    return ReformerForCausalLM if config.is_decoder else ReformerForMaskedLM
+
+
+def _extrapolate(first: MemoryEstimate, second: MemoryEstimate, steps: float) -> MemoryEstimate:
+    """What follows after so many steps as that from `first` to `second`."""
+    grown = {name: size + steps * (size - first.parts[name]) for name, size in second.parts.items()}
+    return MemoryEstimate(**{name: max(0, math.ceil(size)) for name, size in grown.items()}, moment=second.moment)
+
+
+def _run(
+    config: ReformerConfig, model_class: Callable[..., Any], batch: int, training: bool, use_cache: bool,
+    dtype: torch.dtype, autocast: torch.dtype | None, optimizer_states: int, length: int,
+) -> list[MemoryEstimate]:  # fmt: skip
+    """An estimate for each moment."""
+    with fake_tensors(), warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # those of the model itself come when it runs, and a fake tensor has no address
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # a fake parameter cannot be given another later
+        try:
+            model = model_class(config).train(training)
+        finally:
+            torch.set_default_dtype(before)
+        inputs = example_inputs(model, batch, length, training)
+        inputs |= {"use_cache": True, "logits_to_keep": 1} if use_cache else {}
+        census = Census(*model.parameters(), *model.buffers(), *filter(torch.is_tensor, inputs.values()))
+        census.moment = FORWARD
+
+        def at_backbones_end(module: Any, args: Any, output: Any) -> None:
+            census.moment = LOSS
+            if output.last_hidden_state.requires_grad:
+                output.last_hidden_state.register_hook(lambda grad: setattr(census, "moment", BACKWARD))
+
+        (model.get_decoder() if model.config.is_encoder_decoder else model.base_model).register_forward_hook(
+            at_backbones_end
+        )
+        amp = torch.autocast("cpu", dtype=autocast, enabled=autocast is not None)
+        with census, torch.set_grad_enabled(training):
+            with amp:
+                out = model(**inputs, return_dict=True)
+                loss = (
+                    (out.last_hidden_state.sum() if model_class is ReformerModel else out.loss) if training else None
+                )
+            cache = getattr(out, CACHE_NAME, None) if use_cache else None
+            del out
+            lasting = {x.number for x in census.alive.values() if x.moment == FORWARD}
+            if training:
+                loss.backward()
+        trained = [x for x in model.parameters() if x.grad is not None]
+        grads = {census.alive[x.grad.untyped_storage()._cdata].number for x in trained}
+        del cache
+    weights = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
+    states = optimizer_states * sum(x.numel() * x.element_size() for x in trained)
+    estimates = []
+    for moment, living in census.at_peak.items():
+        sizes = {
+            "weights": weights,
+            "optimizer": states,
+            "gradients": 0,
+            "kept": 0,
+            "cache": 0,
+            "layers": 0,
+            "logits": 0,
+        }
+        for x in living:
+            lasts = "kept" if training else "cache"
+            made = "logits" if x.moment == LOSS else "layers"
+            sizes["gradients" if x.number in grads else lasts if x.number in lasting else made] += x.size
+        estimates.append(MemoryEstimate(**sizes, moment=moment))
+    if training:  # AdamW works on one parameter after the other, with two more numbers for each of its weights
+        largest = max(x.numel() * x.element_size() for x in trained)
+        all_grads = sum(x.numel() * x.element_size() for x in trained)
+        estimates.append(MemoryEstimate(weights, all_grads, states + 2 * largest, moment=UPDATE))
+    return estimates
+
+
+def example_inputs(model: Any, batch: int, length: int, training: bool) -> dict[str, Any]:
+    """Token ids for a model, and in training labels."""
+    config, kind = model.config, type(model)
+    shape = (batch, CHOICES, length) if kind is ReformerForMultipleChoice else (batch, length)
+    inputs: dict[str, Any] = {"input_ids": torch.ones(shape, dtype=torch.int64)}
+    if kind is ReformerForConditionalGeneration:
+        inputs["decoder_input_ids"] = torch.ones(shape, dtype=torch.int64)
+    if not training or kind is ReformerModel:
+        return inputs
+    if kind is ReformerForQuestionAnswering:
+        return inputs | {name: torch.ones(batch, dtype=torch.int64) for name in ("start_positions", "end_positions")}
+    if kind is ReformerForSequenceClassification and config.num_labels > 1:
+        return inputs | {"labels": torch.ones(batch, dtype=torch.int64)}
+    if kind is ReformerForSequenceClassification:
+        return inputs | {"labels": torch.ones(batch)}
+    if kind is ReformerForMultipleChoice:
+        return inputs | {"labels": torch.ones(batch, dtype=torch.int64)}
+    return inputs | {"labels": torch.ones(shape, dtype=torch.int64)}

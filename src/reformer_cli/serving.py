@@ -1,0 +1,159 @@
+"""transformers' own OpenAI-compatible server (`transformers serve`) with one of our models, and caches that last."""
+
+from typing import Any, NamedTuple
+
+import torch
+import uvicorn
+from fastapi import HTTPException, Request
+from fastapi.responses import JSONResponse
+from transformers.cli.serving.chat_completion import ChatCompletionHandler
+from transformers.cli.serving.completion import CompletionHandler
+from transformers.cli.serving.model_manager import ModelManager
+from transformers.cli.serving.response import ResponseHandler
+from transformers.cli.serving.server import build_server
+from transformers.cli.serving.systemone import SystemOneHandler
+from transformers.cli.serving.transcription import TranscriptionHandler
+from transformers.cli.serving.utils import GenerateManager, GenerationState
+
+from hf_reformer.cache.cache import CACHE_NAME
+
+from .text_generation import cache_for, common_length, load, room_for_new_tokens, special_ids
+
+
+class OneModel(ModelManager):
+    """The library's manager with one model, which is loaded as `hf-reformer generate` loads it.
+
+    The library looks the class up by its name in transformers itself, where ours is not, or another of that name.
+    """
+
+    def __init__(self, name: str, device: str, dtype: str, trust_remote_code: bool):
+        self.options = device, dtype, trust_remote_code
+        self.tokenizer: Any = None
+        super().__init__(force_model=name, trust_remote_code=trust_remote_code)
+
+    def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None) -> Any:
+        model, tokenizer = load(self.force_model, *self.options)
+        for field, value in special_ids(model, tokenizer).items():
+            setattr(model.generation_config, field, value)
+        self.model, self.tokenizer = model, tokenizer
+        return tokenizer
+
+    def _load_model(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model
+
+    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
+        """What `/v1/models` lists."""
+        return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "hf-reformer"}]
+
+
+class Turn(NamedTuple):
+    """A cache and the ids of the tokens in it."""
+
+    cache: Any
+    ids: list[int]
+
+
+class Remembering:
+    """A model whose `generate` continues the cache of an earlier call that began with the same tokens.
+
+    Args:
+        turns: of earlier calls, the latest last; `most` of them are kept. A call takes the cache that it continues
+            away, and puts it back when it is complete.
+    """
+
+    def __init__(self, model: Any, turns: list[Turn], most: int):
+        self.model, self.turns, self.most = model, turns, most
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def generate(self, input_ids: torch.Tensor, generation_config: Any, **options: Any) -> torch.Tensor:
+        """Ids of the prompt (1, T) → of prompt and answer.
+
+        Raises:
+            HTTPException: the prompt leaves no room for an answer.
+        """
+        try:
+            room = room_for_new_tokens(self.model, input_ids.shape[1])
+        except ValueError as error:
+            raise HTTPException(400, str(error)) from error
+        if room is not None:
+            generation_config.max_new_tokens = min(room, generation_config.max_new_tokens)
+        beams, uncached = generation_config.num_beams or 1, generation_config.use_cache is False
+        if beams > 1 or uncached or input_ids.shape[0] > 1 or not self.most:
+            return self.model.generate(input_ids, generation_config=generation_config, **options)
+        cache = self._take(input_ids[0].tolist())
+        options |= {CACHE_NAME: cache, "return_dict_in_generate": True}
+        out = self.model.generate(input_ids, generation_config=generation_config, **options)
+        cache = getattr(out, CACHE_NAME)
+        if cache is not None:
+            self.turns.append(Turn(cache, out.sequences[0, : cache.get_seq_length()].tolist()))
+            del self.turns[: -self.most]
+        return out.sequences
+
+    def _take(self, ids: list[int]) -> Any:
+        """The cache that shares most tokens with `ids`, at least half of its own, cropped to them; otherwise None."""
+        shared = [common_length(ids, turn.ids) for turn in self.turns]
+        best = max(range(len(shared)), key=shared.__getitem__, default=None)
+        if best is None or 2 * shared[best] < len(self.turns[best].ids):
+            return None
+        return cache_for(*self.turns.pop(best), ids)
+
+
+class RememberingManager(GenerateManager):
+    """The library's, which calls `model.generate` in a thread of its own, one request after the other."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.turns: list[Turn] = []
+        self.most = most
+
+    def generate_streaming(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().generate_streaming(Remembering(model, self.turns, self.most), *args, **kwargs)
+
+    async def generate_non_streaming(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        return await super().generate_non_streaming(Remembering(model, self.turns, self.most), *args, **kwargs)
+
+
+class Chat(ChatCompletionHandler):
+    """The library's, that tells a client why a model cannot chat."""
+
+    async def handle_request(self, body: dict, request_id: str) -> Any:
+        if self.model_manager.tokenizer.chat_template is None:
+            raise HTTPException(
+                400,
+                "The model's tokenizer has no chat template. Send texts to /v1/completions, or save a template.",
+            )
+        return await super().handle_request(body, request_id)
+
+
+async def _tell(request: Request, error: Any) -> JSONResponse:
+    """An error in the form in which OpenAI's clients look for it."""
+    body = {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": None}
+    return JSONResponse({"error": body}, status_code=error.status_code)
+
+
+def make_server(
+    name: str, host: str, port: int, *, device: str, dtype: str, trust_remote_code: bool, conversations: int,
+    enable_cors: bool = False, log_level: str = "info",
+) -> uvicorn.Server:  # fmt: skip
+    """A server of one model that is ready to run.
+
+    Args:
+        conversations: caches to keep between requests, each as large as its conversation; 0: none.
+
+    Raises:
+        OSError, ValueError: the model cannot be loaded or is not a causal language model, or a number cannot be right.
+    """
+    if conversations < 0:
+        raise ValueError(f"--conversations {conversations}: it must be at least 0.")
+    manager, state = OneModel(name, device, dtype, trust_remote_code), GenerationState()
+    generate = RememberingManager(conversations)
+    state.get_manager = lambda model_id, use_cb=False: generate  # type: ignore[method-assign]
+    shared: Any = {"model_manager": manager, "generation_state": state}
+    app = build_server(
+        manager, Chat(**shared), CompletionHandler(**shared), ResponseHandler(**shared),
+        TranscriptionHandler(manager, state), SystemOneHandler(**shared, decision_config=None), state, enable_cors,
+    )  # fmt: skip
+    app.add_exception_handler(HTTPException, _tell)
+    return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level=log_level))

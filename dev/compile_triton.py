@@ -26,17 +26,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from hf_reformer.ops.bucket_tables import BucketChains
 from hf_reformer.ops.layout import chunk_layout, window_layout
 from hf_reformer.ops.prng import make_key
 from reformer_kernels.attention_op import AttentionArgs
-from reformer_kernels.triton import hash_launch, launch
+from reformer_kernels.contract import CacheTensors
+from reformer_kernels.triton import decode_launch, hash_launch, launch
 from reformer_kernels.triton.tiles import Tiles, choose_tiles
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SHARED_LIMIT = 99 * 1024  # bytes a block may have on sm_86, sm_89 and sm_120, the tightest of the supported GPUs
 # With so many registers a thread, one more block fits on a multiprocessor. To get there, the assembler gives up a few
 # of its own accord, in some kinds of call that cost less than others: it has registers left, so no tile is too large.
-STEPS, GIVEN_UP = (128, 168), 32  # registers and bytes a thread
+STEPS, GIVEN_UP = (48, 128, 168), 32  # registers and bytes a thread
 
 
 class Case(NamedTuple):
@@ -104,9 +106,14 @@ def launches_of(case: Case, kernels: list[str]) -> Iterator[tuple[str, dict, Nee
         mock.patch.object(JITFunction, "__getitem__", compile_instead),
         mock.patch.object(launch, "capability_of", return_value=divmod(case.arch, 10)),
         mock.patch.object(hash_launch, "capability_of", return_value=divmod(case.arch, 10)),
+        mock.patch.object(decode_launch, "capability_of", return_value=divmod(case.arch, 10)),
     ):
         for causal, of in itertools.product((True, False), (None, samples)):
             hash_launch.run_hashing(query, rotations, [32], True, causal, mask, of, None, None)
+        for cache in caches_of(case, rotations):
+            token, index = query[:, :, :1], torch.zeros(1, 1, dtype=torch.int64)
+            vectors = None if cache.rotations is None else token
+            decode_launch.run_decode_attention(token, token, token, vectors, index, cache, 128, 1.0)
         launch_args = launch.prepare(args)
         out, row_max, row_sum, mass = launch.run_forward(launch_args)
         for grad_mass in (None, mass):
@@ -116,6 +123,16 @@ def launches_of(case: Case, kernels: list[str]) -> Iterator[tuple[str, dict, Nee
         if compiled.hash not in seen:
             seen.add(compiled.hash)
             yield name.removesuffix("_round"), options, needs_of(compiled)
+
+
+def caches_of(case: Case, rotations: torch.Tensor) -> list[CacheTensors]:
+    """Of a local layer, and of an lsh layer."""
+    rows, rounds, capacity = (1, case.heads), (1, case.heads, case.rounds), 256
+    keys = torch.zeros(*rows, capacity, case.size, dtype=case.dtype)
+    chains = BucketChains(rounds, 32, capacity, keys.device)
+    buckets, sums = torch.zeros(*rounds, capacity, dtype=torch.int32), torch.zeros(*rows, case.size).double()
+    of_buckets = buckets, chains.newest, chains.previous, rotations, (4, 8), 64, sums
+    return [CacheTensors(keys, keys), CacheTensors(keys, keys, *of_buckets)]
 
 
 def needs_of(compiled) -> Needs:
@@ -144,7 +161,7 @@ def cases_of(archs: list[int], dtypes: list[torch.dtype], sizes: list[int], ever
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["forward", "backward_queries", "backward_keys", "sweep_queries", "sweep_keys", "invert_permutations"]
-    names += ["sum_tiles", "hash_tokens"]
+    names += ["sum_tiles", "hash_tokens", "place_tokens", "attend_to_cache"]
     parser.add_argument("--all", action="store_true", help="every kind of call and dtype; takes ten minutes")
     parser.add_argument("--kernels", nargs="+", default=names, choices=names)
     parser.add_argument("--archs", nargs="+", type=int, default=[80, 90], help="compute capabilities, times ten")
@@ -161,7 +178,11 @@ def main() -> int:
         "kernel              sm  dtype     size  keys    rule    dropout round   tiles            REG  STACK  shared"
     )
     cases = cases_of(options.archs, [getattr(torch, name) for name in dtypes], options.sizes, options.all)
-    with mock.patch.object(launch, "choose_tiles", choose), mock.patch.object(hash_launch, "choose_tiles", choose):
+    with (
+        mock.patch.object(launch, "choose_tiles", choose),
+        mock.patch.object(hash_launch, "choose_tiles", choose),
+        mock.patch.object(decode_launch, "choose_tiles", choose),
+    ):
         for case in cases:
             for name, arguments, needs in launches_of(case, options.kernels):
                 failures += needs.too_much
@@ -169,8 +190,8 @@ def main() -> int:
                 if kind is not None:
                     tiles = f"{kind.queries.value}x{kind.keys.value} {arguments['num_warps']}w "
                     tiles += f"{arguments['num_stages']}s"
-                elif "TILE" in arguments:
-                    tiles = f"{arguments['TILE']}x{arguments.get('COLUMNS', '')} {arguments['num_warps']}w "
+                elif "num_warps" in arguments:
+                    tiles = f"{arguments.get('TILE', '')}x{arguments.get('COLUMNS', '')} {arguments['num_warps']}w "
                     tiles += f"{arguments['num_stages']}s"
                 print(
                     f"{name:19} {case.arch}  {str(case.dtype)[6:]:9} {case.size:4}  "

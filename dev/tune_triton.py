@@ -18,13 +18,16 @@ from unittest import mock
 
 import torch
 
+from hf_reformer.ops.bucket_tables import BucketChains
 from hf_reformer.ops.layout import window_layout
+from hf_reformer.ops.lsh import lsh_buckets
 from hf_reformer.ops.prng import make_key
 from reformer_kernels.attention_op import AttentionArgs
-from reformer_kernels.triton import hash_launch, launch
+from reformer_kernels.contract import CacheTensors
+from reformer_kernels.triton import decode_launch, hash_launch, launch
 from reformer_kernels.triton.tiles import Tiles, choose_tiles
 
-KERNELS = ("forward", "backward_queries", "backward_keys", "hash")
+KERNELS = ("forward", "backward_queries", "backward_keys", "hash", "decode")
 DTYPES = {"half": torch.bfloat16, "single": torch.float32}
 
 
@@ -52,11 +55,31 @@ def call_of(kernel: str, args: AttentionArgs) -> Callable[[], object]:
         return lambda: hash_launch.run_hashing(
             args.query, rotations, [128], True, True, None, None, None, None
         )  # fmt: skip
+    if kernel == "decode":
+        return decode_step(args.query, args.value)
     if kernel == "forward":
         return lambda: launch.run_forward(launch.prepare(args))
     prepared = launch.prepare(args)
     out, row_max, row_sum, _ = launch.run_forward(prepared)
     return lambda: launch.run_backward(prepared, out, row_max, row_sum, out, None)
+
+
+def decode_step(keys: torch.Tensor, values: torch.Tensor) -> Callable[[], object]:
+    """The last token again, after all others, with two hash rounds of windows of 64 and the last 128."""
+    (batch, heads, length, size), device = keys.shape, keys.device
+    rotations, sums = (torch.randn(*shape, device=device) for shape in ((heads, size, 2, 64), (batch, heads, size)))
+    buckets = lsh_buckets(keys, rotations, 128)
+    chains = BucketChains((batch, heads, 2), 128, length, device)
+    chains.add(buckets[..., :-1], torch.arange(length - 1, device=device).expand(batch, -1))
+    token, value = keys[:, :, -1:], values[:, :, -1:]
+    index = torch.full((batch, 1), length - 1, device=device)
+
+    def call() -> torch.Tensor:
+        kept = buckets, chains.newest.clone(), chains.previous, rotations, (128,), 64, sums.double()
+        cache = CacheTensors(keys, values, *kept)
+        return decode_launch.run_decode_attention(token, token, value, token, index, cache, 128, size**-0.5)
+
+    return call
 
 
 def milliseconds(call: Callable[[], object], repeats: int, device: str) -> float:
@@ -84,7 +107,11 @@ def measure(kernel: str, dtype: torch.dtype, size: int, options: argparse.Namesp
         def choose(name, *rest, tiles=tiles):
             return tiles if name == kernel else choose_tiles(name, *rest)
 
-        with mock.patch.object(launch, "choose_tiles", choose), mock.patch.object(hash_launch, "choose_tiles", choose):
+        with (
+            mock.patch.object(launch, "choose_tiles", choose),
+            mock.patch.object(hash_launch, "choose_tiles", choose),
+            mock.patch.object(decode_launch, "choose_tiles", choose),
+        ):
             try:
                 found.append((milliseconds(call_of(kernel, args), options.repeats, options.device), tiles))
             except Exception as error:  # too large for this GPU, or for its compiler
@@ -108,7 +135,7 @@ def main() -> None:
         options.length, options.repeats = 40, 1
     print(f"# compute capability {launch.capability_of(torch.device(options.device))}, torch {torch.__version__}")
     for precision, kernel in itertools.product(options.precisions, options.kernels):
-        if kernel == "hash" and precision == "half":
+        if kernel in ("hash", "decode") and precision == "half":
             continue  # it computes in float32 whatever it is given
         for size in options.sizes:
             times = measure(kernel, DTYPES[precision], size, options)

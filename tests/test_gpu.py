@@ -10,6 +10,8 @@ from conftest import REPEATABLE, SMALL_WINDOWS, make_ids, make_model, max_abs_di
 from transformers import Trainer, TrainingArguments, set_seed
 
 from hf_reformer import ReformerForCausalLM, ReformerForMaskedLM, ReformerForSequenceClassification
+from hf_reformer.cache import ReformerCache
+from hf_reformer.models.recorded_step import RecordedStep
 from hf_reformer.ops import lsh
 from hf_reformer.ops.dispatch import describe_backends, lsh_buckets, select_backend, windowed_attention
 from hf_reformer.ops.prng import make_key
@@ -181,6 +183,19 @@ def test_graphs_of_compiled_models():
             torch.compiler.cudagraph_mark_step_begin()
             found = compiled(ids).logits.clone()
     assert max_abs_diff(found, expected) <= 1e-3
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@torch.no_grad()
+def test_a_graph_records_a_decode_step(padded):
+    model, ids, mask = make(), ids_of(2, 40), torch.ones(2, 40, dtype=torch.int64, device=DEVICE)
+    mask[0, :5] = 0 if padded else 1
+    expected = model(ids, attention_mask=mask).logits[:, 30:]
+    cache = ReformerCache(model.config, max_cache_len=40)
+    model(ids[:, :30], attention_mask=mask[:, :30], cache=cache)
+    step = RecordedStep(model, cache)
+    found = torch.cat([step(ids[:, at : at + 1]) for at in range(30, 40)], dim=1)
+    assert max_abs_diff(found, expected) <= 1e-3 * max(1, expected.abs().max().item())
 
 
 # --- training

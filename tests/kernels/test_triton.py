@@ -4,6 +4,7 @@ Triton decides at import whether it interprets, so the checks of the kernels run
 the functions named `check_…`, which pytest collects only there.
 """
 
+import copy
 import importlib.util
 import os
 import random
@@ -20,6 +21,8 @@ from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_reformer import ReformerForCausalLM
+from hf_reformer.cache.cache import CACHE_NAME, ReformerCache
+from hf_reformer.layers import cached_attention
 from hf_reformer.ops import dispatch, kernel_check, lsh, reference
 from hf_reformer.ops.dispatch import select_backend, windowed_attention
 from hf_reformer.ops.prng import make_key
@@ -51,7 +54,7 @@ def run_checks(*arguments: str, interpret: bool = True) -> None:
 
 @NEEDS_TRITON
 def test_a_small_case_in_the_interpreter():
-    run_checks("-k", "check_a_small_case or check_centered_buckets")
+    run_checks("-k", "check_a_small_case or check_centered_buckets or check_decode_steps")
 
 
 @NEEDS_TRITON
@@ -90,9 +93,9 @@ def test_nothing_is_tuned_while_a_model_runs():
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction, KernelInterface
 
-    from reformer_kernels.triton import backward, forward, hashing, pairs
+    from reformer_kernels.triton import backward, decoding, forward, hashing, pairs
 
-    found = [x for module in (backward, forward, hashing, pairs) for x in vars(module).values()]
+    found = [x for module in (backward, decoding, forward, hashing, pairs) for x in vars(module).values()]
     kinds = {type(x) for x in found if isinstance(x, KernelInterface)}  # an autotuner or a heuristic would be another
     assert len(kinds) == 1
     assert kinds < {JITFunction, InterpretedFunction}
@@ -293,6 +296,83 @@ def check_no_tensor_of_hashing_holds_a_number_for_every_bucket():
     with Sizes():
         backend.lsh_buckets(vectors.to(DEVICE), rotations.to(DEVICE), [128], True, *lsh.Centering(True))
     assert max(sizes) <= max(vectors.numel(), rotations.numel())
+
+
+# --- generation
+
+
+def drawn_steps(count: int) -> list:
+    draw = random.Random(0)
+    options = {
+        "kind": ["lsh", "lsh", "local"], "dtype": [torch.float32, *HALF], "heads": [1, 3], "size": [8, 24, 40, 64],
+        "rows": [1, 3], "padded": [True, False], "prompt": [1, 7, 30], "pieces": [(1, 1, 1), (3, 8, 1), (20, 1)],
+        "num_hashes": [1, 2, 3], "num_buckets": [4, 16, [2, 4], [2, 2, 4]], "lsh_window": [1, 4, 6, 40],
+        "local_window": [1, 3, 6, 40], "lsh_include_local": [True, True, False], "lsh_centering": [True, True, False],
+        "lsh_rotary": [0.0, 0.5, 1.0], "capacity": [0, 64],
+    }  # fmt: skip
+    return [{name: draw.choice(values) for name, values in options.items()} for _ in range(count)]
+
+
+@torch.no_grad()
+def assert_decoded_as_in_torch(
+    monkeypatch, kind, dtype, heads, size, rows, padded, prompt, pieces, capacity, **changes
+):
+    """What follows a prompt, in pieces; the prompt itself is taken in by the torch backend."""
+    monkeypatch.setitem(dispatch.KERNELS, "triton", backend)
+    monkeypatch.setattr(cached_attention, "prefers_decode", lambda *_: True)
+    sizes = {"hidden_size": heads * size, "num_attention_heads": heads, "attention_head_size": size}
+    model = make_model(
+        ReformerForCausalLM, dtype=dtype, attn_layers=[kind, kind], attention_backend="torch", is_decoder=True,
+        initializer_range=0.6 * sizes["hidden_size"] ** -0.5, position_embedding_type="rotary", **sizes, **changes,
+    ).to(DEVICE)  # fmt: skip
+    ids, mask = make_ids(rows, prompt + sum(pieces)).to(DEVICE), torch.ones(rows, prompt + sum(pieces), device=DEVICE)
+    if padded:
+        mask[0, -2], mask[-1, : prompt // 2] = 0, 0
+    filled = model(ids[:, :prompt], attention_mask=mask[:, :prompt], cache=ReformerCache(model.config, capacity))
+    found = {}
+    for name in ("torch", "triton"):
+        for layer in model.base_model.layers:
+            layer.attention.backend = name
+        kept, at, logits = copy.deepcopy(filled[CACHE_NAME]), prompt, []
+        for piece in pieces:
+            at += piece
+            out = model(ids[:, at - piece : at], attention_mask=mask[:, :at], cache=kept)
+            logits.append(out.logits)
+        found[name] = torch.cat(logits, dim=1).float()[mask[:, prompt:] == 1], kept.layers
+    (expected, expected_layers), (logits, layers) = found["torch"], found["triton"]
+    assert max_abs_diff(logits, expected) <= TOLERANCES[dtype] * max(1, expected.abs().max().item())
+    ours, theirs = layers[0], expected_layers[0]  # later ones hold what earlier ones rounded
+    assert torch.equal(ours.lengths, theirs.lengths)
+    keys, values, numbers = ours.last_tokens(min(ours.capacity, ours.seen_tokens))
+    real = (numbers >= 0)[:, None].expand(-1, heads, -1)
+    for a, b in zip((keys, values), theirs.last_tokens(numbers.shape[1]), strict=False):
+        assert torch.equal(a[real], b[real])
+    if kind == "lsh":
+        real = (torch.arange(ours.seen_tokens, device=DEVICE) < ours.lengths[:, None])[:, None, None]
+        real = real.expand_as(ours.buckets[..., : ours.seen_tokens])
+        assert torch.equal(*(x.buckets[..., : ours.seen_tokens][real] for x in (ours, theirs)))
+        assert torch.equal(ours.chains.newest, theirs.chains.newest)
+    if ours.sums is not None:
+        assert max_abs_diff(ours.sums, theirs.sums) <= 1e-4
+
+
+@pytest.mark.parametrize("kind", ["lsh", "local"])
+def check_decode_steps(kind, monkeypatch):
+    given = {"heads": 2, "size": 8, "rows": 2, "padded": True, "prompt": 9, "pieces": (1, 4), "capacity": 0}
+    assert_decoded_as_in_torch(monkeypatch, kind, torch.float32, **given, **SMALL_WINDOWS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("drawn", drawn_steps(40), ids=str)
+def check_many_decode_steps(drawn, monkeypatch):
+    assert_decoded_as_in_torch(monkeypatch, **drawn)
+
+
+def check_tokens_that_do_not_fit_a_cache_are_refused():
+    row = torch.zeros(1, 2, 1, 8, device=DEVICE)
+    cache, index = backend.CacheTensors(row[:, :1], row[:, :1]), torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match=r"A cache of \(1, 1, 1, 8\) cannot take tokens of \(1, 2, 1, 8\)"):
+        backend.decode_attention(row, row, row, None, index, cache, 4, 1.0)
 
 
 # Of every option these values, equally often, in cases that are otherwise thrown together at random.

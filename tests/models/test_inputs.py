@@ -401,9 +401,26 @@ def test_no_forward_backward_or_step_waits_for_a_device(monkeypatch, mode):
     expected = run_all()
     for name in LOOKING:
         monkeypatch.setattr(f"hf_reformer.{name}.may_look_at", lambda x: False)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: pytest.fail("waited for"))
     with NobodyWaits():
         found = run_all()
     assert all(max_abs_diff(a, b) <= 1e-10 for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["axial", "learned"])
+def test_on_a_device_padding_beyond_the_positions_is_no_reason_to_wait(monkeypatch, kind):
+    model = make_model(ReformerModel, position_embedding_type=kind, max_position_embeddings=16, axial_pos_shape=(4, 4))
+    ids, mask = make_ids(2, 20), torch.ones(2, 20, dtype=torch.int64)
+    mask[:, 12:] = 0
+    expected = model(ids, attention_mask=mask).last_hidden_state
+    for name in LOOKING:
+        monkeypatch.setattr(f"hf_reformer.{name}.may_look_at", lambda x: False)
+    with NobodyWaits():
+        found = model(ids, attention_mask=mask).last_hidden_state
+    assert max_abs_diff(found[:, :12], expected[:, :12]) <= 1e-10
+    mask[0, 12:17] = 1
+    with pytest.raises(RuntimeError, match="covers 16 positions"):
+        model(ids, attention_mask=mask)
 
 
 def test_bad_values_on_a_device_are_refused_when_it_comes_to_them(monkeypatch):

@@ -1,5 +1,8 @@
 """What generation keeps: projected keys and values, and per head the newest members of every hash bucket.
 
+A decode step changes tensors where they lie, so that a CUDA graph may record it (`models.recorded_step`): only growth
+and changes of the sequences bring new ones.
+
 A layer numbers the real tokens of a sequence 0, 1, 2 … and keeps them by that number: padding takes no memory, and the
 sequences of a batch may differ in length. A decode step then reads the last `lsh_window` members of the new token's
 buckets and the last `local_window` tokens, whatever the length. In chunk mode a step sorts the buckets of all tokens.
@@ -86,6 +89,14 @@ class ReformerCacheLayer(CacheLayerMixin):
         """Whether new tokens replace the oldest."""
         return self.kind == "local" and not self.record_past
 
+    @property
+    def largest_capacity(self) -> float:
+        return 2 * self.local_window if self.is_ring_buffer else math.inf
+
+    def has_room(self, new: int) -> bool:
+        """Whether so many new tokens fit into the memory that there is."""
+        return self.capacity >= min(self.seen_tokens + new, self.largest_capacity)
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.device, self.dtype = key_states.device, key_states.dtype
         batch, heads, _, size = key_states.shape
@@ -96,7 +107,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         if self.centered:
             self.sums = torch.zeros(batch, heads, size, dtype=sum_dtype(self.device), device=self.device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        self.longest = self.oldest = self.lengths
+        self.longest, self.oldest = self.lengths.clone(), self.lengths.clone()
         self.is_initialized = True
 
     def append(
@@ -111,13 +122,13 @@ class ReformerCacheLayer(CacheLayerMixin):
             self.lazy_initialization(keys, values)
         keys, values = (x.detach().to(self.keys.dtype) for x in (keys, values))
         if self.sums is not None:
-            self.sums = self.sums + unit_sums(keys, mask)
+            self.sums += unit_sums(keys, mask)
         numbers = self.reserve(keys.shape[2], mask)
         if self.attention_mask is None and not self.is_ring_buffer:  # the same slots in every sequence
-            own = slice(self.seen_tokens, self.seen_tokens + keys.shape[2])
-            self.keys[:, :, own], self.values[:, :, own] = keys, values
+            self.keys.index_copy_(2, numbers[0], keys)
+            self.values.index_copy_(2, numbers[0], values)
             if buckets is not None:
-                self.buckets[..., own] = buckets
+                self.buckets.index_copy_(3, numbers[0], buckets)
         else:
             self._write(numbers, keys, values, buckets)
         if self.chains is not None:
@@ -127,8 +138,8 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     def reserve(self, new: int, mask: torch.Tensor | None) -> torch.Tensor:
         """Numbers (B, N) of N new tokens, with memory for them."""
-        numbers = self.lengths[:, None]
-        numbers = numbers if new == 1 else numbers + torch.arange(new, device=self.device)
+        numbers = self.lengths[:, None]  # which `commit` changes
+        numbers = numbers.clone() if new == 1 else numbers + torch.arange(new, device=self.device)
         if mask is not None or self.attention_mask is not None:
             mask = torch.ones_like(numbers, dtype=torch.bool) if mask is None else mask
             before = self.mask_so_far()
@@ -140,9 +151,8 @@ class ReformerCacheLayer(CacheLayerMixin):
             if self.makes_chains:
                 num_buckets = num_buckets_total(self.hasher.num_buckets)
                 self.chains = BucketChains(rounds, num_buckets, self.capacity, self.device)
-        most = 2 * self.local_window if self.is_ring_buffer else math.inf
-        if self.capacity < min(self.seen_tokens + new, most):
-            capacity = int(min(max(self.seen_tokens + new, self.capacity * GROWTH + 1), most))
+        if not self.has_room(new):
+            capacity = int(min(max(self.seen_tokens + new, self.capacity * GROWTH + 1), self.largest_capacity))
             self.keys, self.values = (_extend(x, capacity, dim=2) for x in (self.keys, self.values))
             self.buckets = None if self.buckets is None else _extend(self.buckets, capacity, dim=3)
             if self.chains is not None:
@@ -153,9 +163,14 @@ class ReformerCacheLayer(CacheLayerMixin):
         """The tokens of these numbers are kept now."""
         self.seen_tokens += numbers.shape[1]
         if self.attention_mask is None:
-            self.lengths = numbers[:, -1] + 1
+            self.lengths += numbers.shape[1]
         else:
-            self.lengths = torch.maximum(self.lengths, numbers.amax(-1) + 1)
+            self.lengths.copy_(torch.maximum(self.lengths, numbers.amax(-1) + 1))
+
+    def changed_in_place(self) -> list[torch.Tensor]:
+        """The tensors that a decode step writes to."""
+        chains = [] if self.chains is None else [self.chains.newest, self.chains.previous]
+        return [x for x in (self.keys, self.values, self.buckets, self.sums, self.lengths, *chains) if x is not None]
 
     def mask_so_far(self) -> torch.Tensor:
         """(B, seen_tokens) bool, which tokens were real."""
@@ -200,7 +215,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         """
         visible = []
         if self.local_reach:
-            count = min(self.local_reach, self.seen_tokens)
+            count = min(self.local_reach, self.capacity)
             near = own[:, None] - torch.arange(count, device=own.device)  # (B, W)
             visible.append(near[:, None].clamp(min=-1))
         if buckets is not None:
@@ -347,15 +362,14 @@ class ChunkCacheLayer(ReformerCacheLayer):
         self.chunk = getattr(config, f"{self.kind}_attn_chunk_length")
         self.before = getattr(config, f"{self.kind}_num_chunks_before") or 0
         self.local_window = (self.before + 1) * self.chunk
+        # Up to so many tokens, neither they nor the first step after them are cut into chunks.
+        self.uncut = max(n for n in range(self.chunk + 1) if padded_length(config, n) <= self.chunk)
 
     def commit(self, numbers: torch.Tensor) -> None:
         super().commit(numbers)
         if self.kind == "lsh" and self.seen_tokens == numbers.shape[1]:  # the first tokens
-            chunks_from = []
-            for length in self.lengths.tolist():
-                cut = padded_length(self.config, length) > self.chunk  # else neither it nor the first step after it
-                chunks_from.append(min(length, self.chunk) if cut else max(length + 1, self.chunk))
-            self.chunks_from = torch.tensor(chunks_from, device=self.device)
+            after_cut, after_uncut = self.lengths.clamp(max=self.chunk), (self.lengths + 1).clamp(min=self.chunk)
+            self.chunks_from = torch.where(self.lengths > self.uncut, after_cut, after_uncut)
 
     def visible_tokens(self, own: torch.Tensor, buckets: torch.Tensor | None) -> torch.Tensor:
         """The chunk that the newest token falls into, of the sequence or of each round's sort order, and those before.

@@ -41,7 +41,7 @@ def plan_fused_decode(layers: Any, ctx: ForwardContext, like: torch.Tensor, dtyp
         if steps[-1] is None:
             return None
     kernel = decode_kernel(layers[0].attention.backend, steps[0][0].keys)
-    if kernel is None:
+    if not hasattr(kernel, "decode_layers"):
         return None
 
     def run(x1: torch.Tensor, x2: torch.Tensor, *unused: Any) -> tuple[torch.Tensor, torch.Tensor, list]:

@@ -89,15 +89,20 @@ def _check_positions_cover(config: Any, length: int, attention_mask: torch.Tenso
     kind, covered = config.position_embedding_type, config.covered_positions
     if kind == "rotary" or length <= covered:
         return
+    lengths = None
     if config.attention_mode == "window" and attention_mask is not None and values_are_known():
-        length = int((attention_mask != 0).sum(-1).max())  # padding has no position
-    if length > covered:
-        name = "axial_pos_shape" if kind == "axial" else "max_position_embeddings"
-        raise ValueError(
-            f"`{name}={getattr(config, name)}` covers {covered} positions but the input has {length} tokens. Make the "
-            "model with a larger `max_position_embeddings`, shorten the input, or set "
-            '`position_embedding_type="rotary"`.'
-        )
+        lengths = (attention_mask != 0).sum(-1)  # padding has no position
+        length = int(lengths.max()) if may_look_at(lengths) else length
+    name = "axial_pos_shape" if kind == "axial" else "max_position_embeddings"
+    message = (
+        f"`{name}={getattr(config, name)}` covers {covered} positions but the input has {length} tokens. Make the "
+        "model with a larger `max_position_embeddings`, shorten the input, or set "
+        '`position_embedding_type="rotary"`.'
+    )
+    if lengths is not None:
+        refuse_values(lengths <= covered, message)
+    elif length > covered:
+        raise ValueError(message)
 
 
 def _check_values(

@@ -303,12 +303,14 @@ class ReformerModel(ReformerPreTrainedModel):
         """The context of this forward, and the position ids (B or 1, T)."""
         config, device = self.config, embeds.device
         positions = torch.arange(length, device=device)[None]
-        mask = None if attention_mask is None else attention_mask.to(device) != 0
+        mask = None if attention_mask is None else attention_mask != 0
         if mask is not None and cache is None and values_are_known():
-            # Exact attention is so much faster without a mask that even a CUDA device is waited for, once.
+            # With a mask exact attention has no flash kernel and makes a matrix of all pairs: so much slower that even
+            # a CUDA device is waited for, once.
             waits = mask.is_cuda and "full" in config.attn_layers and not in_graph_capture()
             looks = may_look_at(mask) or waits
             mask = None if looks and bool(mask.all()) else mask
+        mask = None if mask is None else mask.to(device)
         before: torch.Tensor | int = 0
         num_hashes = num_hashes or config.num_hashes
         num_buckets = config.num_buckets if num_buckets is None else num_buckets

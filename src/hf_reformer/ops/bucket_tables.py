@@ -29,7 +29,7 @@ class BucketChains:
         previous = torch.where(begins, newest.gather(-1, buckets), members.roll(1, -1))
         previous = torch.where(members > 0, previous, 0)
         self.previous.scatter_(-1, members.long(), previous)
-        self.newest = newest.scatter_reduce_(-1, buckets, members, "amax")[..., :-1].contiguous()
+        self.newest.copy_(newest.scatter_reduce_(-1, buckets, members, "amax")[..., :-1])
 
     def last(self, buckets: torch.Tensor, window: int) -> torch.Tensor:
         """The newest `window` members of one bucket per round, (B, H, R) → (B, H, R * K) int64; -1: fewer.

@@ -34,7 +34,7 @@ try:
     from reformer_kernels.contract import CONTRACT
 
     # A copy of this file that came with a model may meet kernels of another version.
-    KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton} if CONTRACT == 7 else {}
+    KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton} if CONTRACT == 8 else {}
 except ImportError:  # a model loaded with trust_remote_code, without the package
     KERNELS = {}
 
@@ -157,13 +157,14 @@ def _warn_once(reason: str) -> None:
 
 
 def decode_kernel(choice: str, cached_keys: torch.Tensor) -> Any:
-    """`reformer_kernels.cpu`, if it serves a cache of keys like these, (B, H, capacity, D), outside of a trace.
+    """The module of `KERNELS` whose `decode_attention` serves a cache of keys like these, (B, H, capacity, D).
 
-    Its `decode_attention` takes float32 and bfloat16, its `decode_layers` float32. Else None.
+    None inside of a trace, and where there is none.
     """
-    if torch.compiler.is_compiling() or cached_keys.dtype not in (torch.float32, torch.bfloat16):
+    if torch.compiler.is_compiling():
         return None
-    return KERNELS["cpu"] if select_backend(choice, cached_keys) == "cpu" else None
+    name = select_backend(choice, cached_keys)
+    return KERNELS[name] if name in KERNELS and cached_keys.dtype in KERNELS[name].DECODED_DTYPES else None
 
 
 def transform_needs_reference() -> bool:

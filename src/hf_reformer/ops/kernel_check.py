@@ -104,24 +104,43 @@ def _tells_what_is_not_finite(kernels, query, value) -> bool:
     return True
 
 
-def _decode_attention_agrees(kernels, query, value) -> bool:
-    """Each of several new tokens attends to what the definition shows it."""
+def _decode_attention_agrees(kernels, query, value, device="cpu") -> bool:
+    """New tokens, one or several at once, attend to what the definition shows: by bucket, and in a local layer's ring.
+
+    query, value: (B, H, T, D), T at least 13.
+    """
     batch, heads, length, size = query.shape
-    num_buckets, window, local_window = 6, 5, 7
-    chains = BucketChains((batch, heads, 2), num_buckets, length, query.device)
-    rotations = _normal(torch.Generator("cpu").manual_seed(1), heads, size, 2, num_buckets // 2)
-    keys, values = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (query, value))
-    buckets = torch.zeros(batch, heads, 2, length, dtype=torch.int32)
-    sums = torch.zeros(batch, heads, size, dtype=torch.float64)
-    cache = kernels.CacheTensors(
-        keys, values, buckets, chains.newest, chains.previous, rotations, (num_buckets,), window, sums
+    num_buckets, factors, window, local_window, scale = 8, (2, 4), 5, 7, size**-0.5
+    pieces = 1, 1, length - 12, 10
+    generator = torch.Generator("cpu").manual_seed(1)
+    rotations, key = _normal(generator, heads, size, 2, sum(factors) // 2), _normal(generator, *query.shape)
+    key = key.to(query.dtype)
+    chains = BucketChains((batch, heads, 2), num_buckets, length, device)
+    keys, values = (torch.zeros(query.shape, dtype=query.dtype, device=device) for _ in range(2))
+    ring = [x[:, :, : 2 * local_window].clone() for x in (keys, values)]
+    buckets = torch.zeros(batch, heads, 2, length, dtype=torch.int32, device=device)
+    sums = torch.zeros(batch, heads, size, dtype=torch.float64, device=device)
+    by_bucket = kernels.CacheTensors(
+        keys, values, buckets, chains.newest, chains.previous, rotations.to(device), factors, window, sums
     )
-    indices = torch.arange(length).expand(batch, -1)
-    out = kernels.decode_attention(query, query, value, query, indices, cache, local_window, size**-0.5)
+    indices = torch.arange(length, device=device).expand(batch, -1)
+    there, outputs = [x.to(device).split(pieces, 2) for x in (query, key, value)], []
+    for q, k, v, new in zip(*there, indices.split(pieces, 1), strict=True):
+        outputs.append(
+            (
+                kernels.decode_attention(q, q, v, q, new, by_bucket, local_window, scale),
+                kernels.decode_attention(q, k, v, None, new, kernels.CacheTensors(*ring), local_window, scale),
+            )
+        )
+    found, buckets = [torch.cat(x, dim=2) for x in zip(*outputs, strict=True)], buckets.cpu()
     groups = [(buckets[:, :, :1] * 0, 1, local_window), (buckets, num_buckets, window)]
-    expected, _ = attention_with_weights(query, None, value, window_layout(groups, True, None), causal=True)
-    expected_buckets = lsh_buckets(query, rotations, num_buckets, Centering(causal=True))
-    return _same_buckets(buckets, expected_buckets) and _close([out], [expected])
+    exact = query.double(), key.double() * scale, value.double()
+    expected = [
+        attention_with_weights(exact[0], keys, exact[2], window_layout(shown, True, None), causal=True)[0]
+        for keys, shown in ((None, groups), (exact[1], groups[:1]))
+    ]
+    expected_buckets = lsh_buckets(query, rotations, factors, Centering(causal=True))
+    return _same_buckets(buckets, expected_buckets) and _near(found, expected, TOLERANCES[query.dtype])
 
 
 def _decode_layers_agree(kernels) -> bool:
@@ -163,8 +182,10 @@ def triton_agrees(
 
     kernels: `reformer_kernels.triton`, or what stands for it.
     """
-    return _triton_hashing_agrees(kernels, device, dtype, size, length) and all(
-        _triton_attention_agrees(kernels, device, dtype, size, value_size, length, *kind) for kind in kinds
+    return (
+        _triton_hashing_agrees(kernels, device, dtype, size, length)
+        and (size != value_size or _triton_decoding_agrees(kernels, device, dtype, size, length))
+        and all(_triton_attention_agrees(kernels, device, dtype, size, value_size, length, *kind) for kind in kinds)
     )
 
 
@@ -185,6 +206,12 @@ def _triton_hashing_agrees(kernels, device, dtype, size, length) -> bool:
         if not _same_buckets(kernels.lsh_buckets(*inputs, *center).cpu(), expected):
             return False
     return True
+
+
+def _triton_decoding_agrees(kernels, device, dtype, size, length) -> bool:
+    generator = torch.Generator("cpu").manual_seed(0)
+    rows = [_normal(generator, 2, 2, length, size).to(dtype) for _ in range(2)]
+    return _decode_attention_agrees(kernels, *rows, device)
 
 
 def _triton_attention_agrees(

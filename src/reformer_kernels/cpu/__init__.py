@@ -3,16 +3,19 @@
 import torch
 
 from ..attention_op import AttentionArgs
+from ..contract import CacheTensors
 from . import bindings
 from .bindings import attention, lsh_buckets, normal_rows, rotate, sort_by_bucket
-from .decode import CacheTensors, DecodeLayer, decode_attention, decode_layers
+from .decode import DecodeLayer, decode_attention, decode_layers
 from .library import choose_library, current_variant
 
 __all__ = [
-    "AttentionArgs", "CacheTensors", "DecodeLayer", "attention", "bindings", "choose_library", "current_variant",
-    "decode_attention", "decode_layers", "lsh_buckets", "normal_rows", "rotate", "sort_by_bucket",
+    "DECODED_DTYPES", "AttentionArgs", "CacheTensors", "DecodeLayer", "attention", "bindings", "choose_library",
+    "current_variant", "decode_attention", "decode_layers", "lsh_buckets", "normal_rows", "rotate", "sort_by_bucket",
     "unsupported_reason",
 ]  # fmt: skip
+
+DECODED_DTYPES = tuple(bindings.DTYPES)  # of a cache that `decode_attention` serves
 
 
 def unsupported_reason(*tensors: torch.Tensor) -> str | None:

@@ -6,33 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..contract import MAX_POSITIONS
+from ..contract import MAX_POSITIONS, CacheTensors, check_fits
 from .bindings import DTYPES, pointer, readable, strided
 from .library import DecodeParams, LayerParams, StackParams, current_library
-
-
-class CacheTensors(NamedTuple):
-    """What a layer's cache holds. The kernels write new tokens to its tensors.
-
-    Attributes:
-        keys, values: (B, H, capacity, D) contiguous, by a token's index modulo the capacity.
-        buckets: (B, H, R, capacity) int32; this and the following are those of LSH layers alone.
-        newest, previous: of `bucket_tables.BucketChains`.
-        rotations: (H, D, R, sum(factors) / 2) float32.
-        factors: bucket factors.
-        window: newest members of every bucket that a token attends to.
-        sums: (B, H, D) float64, the unit vectors so far, added up; None: vectors are hashed without a mean taken off.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    buckets: torch.Tensor | None = None
-    newest: torch.Tensor | None = None
-    previous: torch.Tensor | None = None
-    rotations: torch.Tensor | None = None
-    factors: tuple[int, ...] = ()
-    window: int = 0
-    sums: torch.Tensor | None = None
 
 
 class DecodeLayer(NamedTuple):
@@ -97,8 +73,7 @@ def decode_attention(
         (B, H, T, D) in value's dtype.
     """
     batch, heads, length, size = query.shape
-    if cache.keys.shape[:2] != (batch, heads) or cache.keys.shape[3] != size or indices.shape != (batch, length):
-        raise ValueError(f"A cache of {tuple(cache.keys.shape)} cannot take tokens of {tuple(query.shape)}.")
+    check_fits(cache, query, indices)
     rows = readable(query, key, value, vectors, dtype=cache.keys.dtype)
     out = query.new_empty(batch, heads, length, size, dtype=torch.float32)
     params = _decode_params(cache, indices, local_window, scale)

@@ -9,17 +9,18 @@ import os
 import torch
 
 from ..attention_op import AttentionArgs
-from .torch_ops import attention, compute_dtype, lsh_buckets
+from ..contract import CacheTensors
+from .torch_ops import attention, compute_dtype, decode_attention, lsh_buckets
 from .verdicts import Subject, Verdict, fault, judge
 
 __all__ = [
-    "AttentionArgs", "Subject", "Verdict", "attention", "compute_dtype", "fault", "judge", "lsh_buckets",
-    "unsupported_reason",
+    "DECODED_DTYPES", "AttentionArgs", "CacheTensors", "Subject", "Verdict", "attention", "compute_dtype",
+    "decode_attention", "fault", "judge", "lsh_buckets", "unsupported_reason",
 ]  # fmt: skip
 
 MAX_HEAD_SIZE = 128
 MIN_CAPABILITY = (8, 0)  # compute capability; the tiles are chosen for its shared memory and its bfloat16 products
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DECODED_DTYPES = _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported_reason(*tensors: torch.Tensor) -> str | None:

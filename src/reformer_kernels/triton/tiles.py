@@ -15,14 +15,15 @@ import torch
 class Tiles(NamedTuple):
     """A kernel's configuration; both numbers of rows are powers of two, 16 or more (what a tensor core takes)."""
 
-    queries: int  # tokens, where a kernel hashes
-    keys: int  # columns of a rotation, where a kernel hashes
+    queries: int  # tokens, where a kernel hashes; cached tokens at a time, in a decode step
+    keys: int  # columns of a rotation, where a kernel hashes, and in a decode step
     warps: int
     stages: int
 
 
 def choose_tiles(kernel: str, dtype: torch.dtype, size: int, capability: tuple[int, int]) -> Tiles:
-    """Tiles of `kernel`: "forward", "backward_queries", "backward_keys", "sweep_queries", "sweep_keys" or "hash".
+    """Tiles of `kernel`: "forward", "backward_queries", "backward_keys", "sweep_queries", "sweep_keys", "hash" or
+    "decode".
 
     Args:
         dtype: of query, key and value.
@@ -49,6 +50,7 @@ TABLE: dict[tuple[int, int], dict[str, dict[str, tuple[Tiles, Tiles]]]] = {
             "backward_queries": (Tiles(16, 32, 8, 1), Tiles(16, 64, 8, 1)),
             "backward_keys": (Tiles(16, 16, 4, 1), Tiles(16, 16, 8, 1)),
             "hash": (Tiles(32, 16, 8, 1), Tiles(32, 16, 8, 1)),
+            "decode": (Tiles(64, 16, 8, 1), Tiles(32, 16, 8, 1)),
         },
     },
 }

@@ -1,8 +1,9 @@
-"""The Triton kernels as a torch op. Triton is imported on the first call."""
+"""The Triton kernels as torch ops, and those of generation. Triton is imported on the first call."""
 
 import torch
 
 from ..attention_op import AttentionArgs, register_attention
+from ..contract import CacheTensors, check_fits
 
 
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
@@ -54,3 +55,26 @@ def lsh_buckets(
 def _(vectors, rotations, factors, centered, causal, mask, samples, sums, counts):
     batch, heads, length = vectors.shape[:3]
     return vectors.new_empty(batch, heads, rotations.shape[2], length, dtype=torch.int32)
+
+
+def decode_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vectors: torch.Tensor | None, indices: torch.Tensor,
+    cache: CacheTensors, local_window: int, scale: float,
+) -> torch.Tensor:  # fmt: skip
+    """Write new tokens to the cache and attend from each, as `reformer_kernels.cpu.decode_attention` does.
+
+    The device is not waited for. Not for a trace, which would not see what is written.
+    """
+    from .decode_launch import run_decode_attention
+
+    check_fits(cache, query, indices)
+    capacity = cache.keys.shape[2]
+    # A ring holds the windows of so many tokens at once; what is kept by buckets is no ring.
+    piece = query.shape[2] if cache.newest is not None else capacity - min(local_window, capacity) + 1
+    parts = []
+    with torch.cuda.device_of(query):
+        for first in range(0, query.shape[2], piece):
+            own = slice(first, first + piece)
+            some = [None if x is None else x[:, :, own] for x in (query, key, value, vectors)]
+            parts.append(run_decode_attention(*some, indices[:, own], cache, local_window, scale))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -1,0 +1,89 @@
+"""Generation by a CUDA graph: a decode step is recorded once and replayed for every further token."""
+
+from typing import Any
+
+import torch
+
+from ..cache.cache import CACHE_NAME, to_reformer_cache
+from .input_checks import check_inputs
+
+
+class RecordedStep:
+    """Decode steps on top of one cache. The first runs as ever, the second is recorded, and from then on replayed.
+
+    A graph writes to the tensors that it was recorded with. So the cache needs memory for all tokens to come, and
+    after its sequences were selected, repeated or cropped, a step is recorded anew.
+
+    Args:
+        model: a causal Reformer on a CUDA device, in window mode, without "full" layers.
+        cache: a `ReformerCache(model.config, max_cache_len=...)` that holds a prompt.
+
+    Raises:
+        ValueError: another kind of model.
+    """
+
+    def __init__(self, model: Any, cache: Any):
+        if model.device.type != "cuda":
+            raise ValueError(f"A CUDA graph records what a CUDA device does, but the model is on {model.device}.")
+        if model.config.attention_mode != "window" or "full" in model.config.attn_layers:
+            raise ValueError(
+                "A CUDA graph has tensors of fixed shapes, but with `attention_mode='chunk'` and in 'full' layers "
+                "they grow with the context. Call the model itself."
+            )
+        self.model, self.cache = model, to_reformer_cache(cache, model.config)
+        self.is_warm, self.graph = False, None
+        self.recorded: list[torch.Tensor] = []  # what the graph writes to
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """One more token for every sequence, (B, 1) int64 and none of them padding → its logits (B, 1, V).
+
+        Raises:
+            ValueError: another shape, an empty cache, or one without room.
+        """
+        self._check(input_ids)
+        if not self.is_warm:  # compiles kernels
+            self.is_warm = True
+            return self._logits(input_ids)
+        if self.graph is None or list(map(id, self.recorded)) != list(map(id, self._changed())):
+            self._record(input_ids)
+        self.input_ids.copy_(input_ids)
+        self.graph.replay()
+        for layer in self.cache.layers:
+            layer.seen_tokens += 1
+            if layer.attention_mask is not None:
+                layer.attention_mask = torch.nn.functional.pad(layer.attention_mask, (0, 1), value=True)
+        return self.logits.clone()
+
+    def _logits(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids, **{CACHE_NAME: self.cache}).logits
+
+    def _changed(self) -> list[torch.Tensor]:
+        return [x for layer in self.cache.layers for x in layer.changed_in_place()]
+
+    def _check(self, input_ids: torch.Tensor) -> None:
+        layers: list[Any] = self.cache.layers
+        seen, batch = layers[0].seen_tokens, layers[0].batch_size
+        if not seen or tuple(input_ids.shape) != (batch, 1):
+            raise ValueError(
+                f"`input_ids` have shape {tuple(input_ids.shape)}, and the cache holds {seen} tokens of {batch} "
+                "sequences. Call the model with the prompt; from then on give one token for each sequence."
+            )
+        if not all(layer.has_room(1) for layer in layers):
+            raise ValueError(
+                f"The cache holds {seen} tokens and has no memory for another, which a CUDA graph cannot add. Make it "
+                "with a larger `max_cache_len`."
+            )
+        check_inputs(self.model.config, input_ids, None, None, None, None, None, seen)
+
+    def _record(self, input_ids: torch.Tensor) -> None:
+        """While a graph records nothing is computed, so what the host counts is put back."""
+        counted = [(layer.seen_tokens, layer.attention_mask) for layer in self.cache.layers]
+        self.recorded, self.input_ids, self.graph = self._changed(), input_ids.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self._logits(self.input_ids)
+        for layer, (seen, mask) in zip(self.cache.layers, counted, strict=True):
+            layer.seen_tokens, layer.attention_mask = seen, mask
+
+
+__all__ = ["RecordedStep"]

@@ -32,6 +32,13 @@ TINY = {
     "feed_forward_size": 24,
     "attn_layers": ["local", "lsh"],
     "max_position_embeddings": 256,
+    # of signals
+    "frame_size": 8,
+    "frame_stride": 4,
+    "patch_length": 4,
+    "context_length": 18,
+    "prediction_length": 6,
+    "input_size": 2,
 }
 SMALL_WINDOWS = {"lsh_window": 6, "local_window": 6, "num_buckets": 4}  # so that they bite in a short input
 needs_fullgraph = pytest.mark.skipif(torch.__version__ < "2.13", reason="whole models as one graph need torch 2.13")

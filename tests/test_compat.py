@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import tiny_config
 from safetensors.torch import load_file
 from torch import nn
@@ -209,6 +210,12 @@ def test_weights_are_loaded_by_one_step(tmp_path, monkeypatch):
     _, report = ReformerForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert len(calls) == 1
     assert not report["missing_keys"]
+
+
+def test_a_pipeline_task_has_a_class_and_auto_classes():
+    entry = compat.pipeline_entry("audio-classification")
+    assert issubclass(entry["impl"], transformers.pipelines.AudioClassificationPipeline)
+    assert entry["pt"] == (transformers.AutoModelForAudioClassification,)
 
 
 LIBRARIES = {"torch", "transformers", "peft", "trl", "accelerate", "tokenizers"}

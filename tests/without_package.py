@@ -28,6 +28,10 @@ def observe(model) -> dict:
     """Outputs, a text generated with a cache, and the outputs after one training step."""
     ids = (torch.arange(60).view(2, 30) * 7) % 37 + 2
     ids = ids[None] if "MultipleChoice" in type(model).__name__ else ids
+    name = type(model).__name__
+    if model.main_input_name != "input_ids":
+        ids = ids / 10 - 2
+        ids = ids.view(2, 3, 5, 2) if "Image" in name else ids.view(2, 15, 2) if "TimeSeries" in name else ids
     found = {"class": type(model).__name__, "outputs": outputs(model.eval(), ids)}
     if model.can_generate():
         found["text"] = model.generate(ids, max_new_tokens=12, do_sample=False)

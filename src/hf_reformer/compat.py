@@ -156,6 +156,13 @@ def register_pipeline_task(task: str, entry: dict[str, Any]) -> None:
     PIPELINE_REGISTRY.supported_tasks[task] = entry
 
 
+def pipeline_entry(task: str) -> dict[str, Any]:
+    """What the library knows of a pipeline's task: the class, Auto classes, default models."""
+    from transformers.pipelines import PIPELINE_REGISTRY
+
+    return PIPELINE_REGISTRY.supported_tasks[task]
+
+
 # ---- peft
 
 PEFT_TABLES = "peft.utils.constants"

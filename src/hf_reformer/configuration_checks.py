@@ -21,16 +21,26 @@ MAX_NUMBERS = {
     "lsh_attn_chunk_length": 2**30, "local_attn_chunk_length": 2**30,
     "lsh_num_chunks_before": 2**10, "local_num_chunks_before": 2**10, "lsh_num_chunks_after": 2**10,
     "local_num_chunks_after": 2**10, "chunk_size_feed_forward": 2**62, "chunk_size_lm_head": 2**62,
+    "frame_size": 2**24, "frame_stride": 2**24, "num_input_features": 2**20, "num_channels": 2**16,
+    "patch_size": 2**12,
+    "prediction_length": 2**24, "context_length": 2**24, "patch_length": 2**24, "input_size": 2**20,
+    "num_time_features": 2**16, "num_parallel_samples": 2**24,
     "pad_token_id": 2**31, "bos_token_id": 2**31, "eos_token_id": 2**31, "decoder_start_token_id": 2**31,
 }  # fmt: skip
 MAX_ENTRIES = {
     "attn_layers": 2**11, "decoder_attn_layers": 2**11, "num_buckets": 20, "axial_pos_shape": 16,
-    "axial_pos_embds_dim": 16, "id2label": 2**18, "label2id": 2**18, "eos_token_id": 2**10,
+    "axial_pos_embds_dim": 16, "rotary_shape": 16, "series_mean": 2**20, "series_std": 2**20,
+    "id2label": 2**18, "label2id": 2**18, "eos_token_id": 2**10,
 }  # fmt: skip
 CHOICES = {
     "attention_mode": ("window", "chunk"),
     "position_embedding_type": ("axial", "learned", "rotary"),
     "residual_precision": ("float64", "float32"),
+    "frame_transform": ("linear", "spectrum"),
+    "ctc_loss_reduction": ("mean", "sum"),
+    "scaling": ("std", "last", "mean", None),
+    "loss": ("nll", "mse", "mae"),
+    "distribution_output": ("student_t", "normal", "negative_binomial"),
     "classifier_pooling": ("mean", "last", "first", None),
     "problem_type": ("regression", "single_label_classification", "multi_label_classification", None),
 }
@@ -72,6 +82,9 @@ def check_fields(config: Any) -> None:
         _check_numbers,
         _check_positions,
         _check_axial_positions,
+        _check_rotary_shape,
+        _check_signals,
+        _check_series,
         _check_chunks,
         _check_decoder,
         _check_size,
@@ -127,9 +140,11 @@ def _check_numbers(config: Any) -> None:
     kinds = ("lsh", "local")
     positive = ["vocab_size", "hidden_size", "num_attention_heads", "attention_head_size", "feed_forward_size"]
     positive += ["max_position_embeddings", "num_hashes", "lsh_window", "local_window"]
+    positive += ["frame_size", "frame_stride", "num_input_features", "num_channels", "patch_size", "input_size"]
+    positive += ["prediction_length", "context_length", "patch_length", "num_parallel_samples"]
     if config.attention_mode == "chunk":
         positive += [f"{kind}_attn_chunk_length" for kind in kinds if kind in config.attn_layers]
-    not_negative = ["lsh_exploration_orders", "chunk_size_feed_forward", "chunk_size_lm_head"]
+    not_negative = ["num_time_features", "lsh_exploration_orders", "chunk_size_feed_forward", "chunk_size_lm_head"]
     not_negative += [f"{kind}_num_chunks_{side}" for kind in kinds for side in ("before", "after")]
     shares = [
         "hidden_dropout_prob",
@@ -161,6 +176,10 @@ def _check_size(config: Any) -> None:
         tables += sum(
             size * dim for size, dim in zip(config.axial_pos_shape, config.axial_pos_embds_dim, strict=False)
         )
+    frame = config.frame_size * config.num_input_features
+    patch = config.patch_length * (2 * config.input_size + config.num_time_features)
+    pixels = config.num_channels * config.patch_size**2
+    tables += max(config.hidden_size * max(frame, patch, pixels), config.context_length * config.prediction_length)
     parameters = tables + layer * (len(config.attn_layers) + len(config.decoder_attn_layers or ()))
     if parameters > MAX_PARAMETERS:
         raise ValueError(
@@ -204,6 +223,60 @@ def _check_axial_positions(config: Any) -> None:
             f"`axial_pos_shape={shape}` covers {covered} positions, fewer than `max_position_embeddings="
             f'{config.max_position_embeddings}`. Enlarge or omit it, or use `position_embedding_type="rotary"`.'
         )
+
+
+def _check_rotary_shape(config: Any) -> None:
+    shape = config.rotary_shape
+    if shape is None:
+        return
+    if config.position_embedding_type != "rotary":
+        raise ValueError(
+            f"`rotary_shape={shape}` is for rotary positions, but `position_embedding_type="
+            f"{config.position_embedding_type!r}`. Leave one of the two out; axial ones have `axial_pos_shape`."
+        )
+    if not shape or any(type(size) is not int or not 1 <= size < 2**31 for size in shape):
+        raise ValueError(f"`rotary_shape={shape}` must hold sizes of at least 1, such as (28, 28).")
+    if 2 * len(shape) > config.attention_head_size:
+        raise ValueError(
+            f"`rotary_shape={shape}` has {len(shape)} axes, and `attention_head_size={config.attention_head_size}` "
+            "has fewer pairs of dimensions. Enlarge the heads."
+        )
+
+
+def _check_signals(config: Any) -> None:
+    if config.frame_stride > config.frame_size:
+        raise ValueError(
+            f"`frame_stride={config.frame_stride}` is more than `frame_size={config.frame_size}`, so nothing would "
+            "hear the samples between the frames. Lower it."
+        )
+    if config.frame_transform == "spectrum" and config.num_input_features > 1:
+        raise ValueError(
+            f"`frame_transform='spectrum'` is of a waveform, but there are `num_input_features="
+            f"{config.num_input_features}`. Use 'linear'."
+        )
+
+
+def _check_series(config: Any) -> None:
+    for name in ("series_mean", "series_std"):
+        values = getattr(config, name)
+        if values is None:
+            continue
+        numbers = all(type(x) in (int, float) and -sys.float_info.max <= x <= sys.float_info.max for x in values)
+        if not numbers or not values or (name == "series_std" and min(values) <= 0):
+            raise ValueError(f"`{name}` must hold finite numbers, one for every series, deviations above 0.")
+        if config.input_size not in (1, len(values)):
+            raise ValueError(f"`{name}` has {len(values)} numbers, but `input_size={config.input_size}` series.")
+    if (config.series_mean is None) != (config.series_std is None) or (
+        config.series_mean is not None and len(config.series_mean) != len(config.series_std)
+    ):
+        raise ValueError("Give `series_mean` and `series_std` for the same series, or neither of the two.")
+    if config.distribution_output == "negative_binomial" and config.loss == "nll":
+        shifted = config.scaling not in ("mean", None) or config.series_mean is not None
+        if shifted or config.linear_skip:
+            raise ValueError(
+                "`distribution_output='negative_binomial'` is of counts, which cannot be shifted. Set "
+                "`scaling='mean'` or None, and leave out `series_mean`, `series_std` and `linear_skip`."
+            )
 
 
 def _check_chunks(config: Any) -> None:

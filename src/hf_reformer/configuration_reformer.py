@@ -27,6 +27,8 @@ _BUILTIN_DEFAULTS = {
     "num_attention_heads": 12,
     "num_hashes": 1,
 }
+_SEQUENCES = ("attn_layers", "decoder_attn_layers", "num_buckets", "axial_pos_shape", "axial_pos_embds_dim",
+              "rotary_shape", "series_mean", "series_std")  # fmt: skip
 
 
 def from_builtin(config: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +86,9 @@ class ReformerConfig(PreTrainedConfig):
         axial_norm_std (`float`, defaults to 0.02):
             Standard deviation of new axial tables. With the built-in's 1.0, models from scratch learn far more slowly.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
+        rotary_shape (`list[int]`, *optional*):
+            Positions count through a grid of this shape in row-major order, such as (28, 28) for the pixels of a
+            picture, and rotary positions turn an equal share of each head along every axis. The first has no end.
         classifier_pooling (`str`, *optional*):
             Pooling of sequence classification: `"mean"` over the real tokens (default when bidirectional), the
             `"last"` real token (default when causal) or the `"first"` one (converted checkpoints).
@@ -115,6 +120,39 @@ class ReformerConfig(PreTrainedConfig):
         tie_encoder_decoder (`bool`, defaults to `False`):
             Encoder and decoder share all but cross-attention. Token embeddings are always shared.
         decoder_start_token_id (`int`, *optional*): Defaults to `pad_token_id`, or else `bos_token_id`.
+        frame_size, frame_stride (`int`, defaults to 320 and 160):
+            Speech and audio: samples (or steps of `input_features`) of a frame, and from one frame to the next; 20 and
+            10 ms at 16 kHz. A frame is a token.
+        frame_transform (`str`, defaults to `"linear"`):
+            What is mapped linearly to the embedding of a frame: `"linear"`: its samples; `"spectrum"`: the logarithms
+            of its power spectrum, under a Hann window.
+        num_input_features (`int`, defaults to 1): Numbers at each step of `input_features`; 1 for waveforms.
+        ctc_loss_reduction (`str`, defaults to `"mean"`), ctc_zero_infinity (`bool`, defaults to `False`):
+            As of `torch.nn.CTCLoss`. The blank is `pad_token_id`.
+        num_channels (`int`, defaults to 3), patch_size (`int`, defaults to 1):
+            Pictures: their channels, and the side of the squares that are tokens; 1 for pixels.
+        prediction_length, context_length (`int`, defaults to 24 and 96):
+            Time series: steps that are predicted, and the steps before them that are looked at; later ones of a longer
+            past. A shorter past is taken as it is.
+        patch_length (`int`, defaults to 8): Steps of a time series that are one token.
+        input_size (`int`, defaults to 1):
+            Number of series. With 1, any number is predicted, each by itself; with more, each has an embedding of its
+            own, too.
+        mix_series (`bool`, defaults to `False`): A token holds a patch of all `input_size` series, not of one.
+        num_time_features (`int`, defaults to 0): Numbers known of every step, past and future, such as the hour.
+        scaling (`str`, *optional*, defaults to `"std"`):
+            What is taken off each series' window before all else, and what it is divided by: its mean and deviation
+            (`"std"`), its last value and deviation (`"last"`), nothing and its mean absolute value (`"mean"`), or
+            neither (`None`).
+        series_mean, series_std (`list[float]`, *optional*):
+            Of every series in the training data. The model standardises by them, and its loss is of standardised
+            values; what it predicts is in the units of the data.
+        loss (`str`, defaults to `"nll"`):
+            `"nll"`: negative log-likelihood under `distribution_output`; `"mse"` or `"mae"`: of one forecast.
+        distribution_output (`str`, defaults to `"student_t"`): Or `"normal"`, `"negative_binomial"` (of counts).
+        linear_skip (`bool`, defaults to `False`):
+            Adds to forecasts a linear map of the context, which is shared by all series and is 0 at first.
+        num_parallel_samples (`int`, defaults to 100): Samples that `generate` draws of every time series.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: a field has the wrong type, or fields contradict each other.
@@ -163,6 +201,7 @@ class ReformerConfig(PreTrainedConfig):
     axial_pos_embds_dim: list[int] | tuple[int, ...] | None = None
     axial_norm_std: float | int = 0.02
     rope_theta: float | int = 10000.0
+    rotary_shape: list[int] | tuple[int, ...] | None = None
 
     hidden_dropout_prob: float | int = 0.0
     lsh_attention_probs_dropout_prob: float | int | None = 0.0
@@ -188,13 +227,37 @@ class ReformerConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = 1
 
+    frame_size: int = 320
+    frame_stride: int = 160
+    frame_transform: str = "linear"
+    num_input_features: int = 1
+    ctc_loss_reduction: str = "mean"
+    ctc_zero_infinity: bool = False
+
+    num_channels: int = 3
+    patch_size: int = 1
+
+    prediction_length: int = 24
+    context_length: int = 96
+    patch_length: int = 8
+    input_size: int = 1
+    mix_series: bool = False
+    num_time_features: int = 0
+    scaling: str | None = "std"
+    series_mean: list[float | int] | tuple[float | int, ...] | None = None
+    series_std: list[float | int] | tuple[float | int, ...] | None = None
+    loss: str = "nll"
+    distribution_output: str = "student_t"
+    linear_skip: bool = False
+    num_parallel_samples: int = 100
+
     def __post_init__(self, **kwargs: Any) -> None:
         try:
             check_limits(self, **kwargs)
         except ValueError as error:
             raise StrictDataclassClassValidationError("limits", error) from error
         self.lsh_window, self.local_window = (min(x, MAX_WINDOW) for x in (self.lsh_window, self.local_window))
-        for name in ("attn_layers", "decoder_attn_layers", "num_buckets", "axial_pos_shape", "axial_pos_embds_dim"):
+        for name in _SEQUENCES:
             if isinstance(getattr(self, name), list):
                 setattr(self, name, tuple(getattr(self, name)))
         if self.attn_layers is None:
@@ -274,6 +337,17 @@ class ReformerConfig(PreTrainedConfig):
             return math.inf
         axial = self.position_embedding_type == "axial"
         return math.prod(self.axial_pos_shape) if axial else self.max_position_embeddings
+
+    @property
+    def inputs_to_logits_ratio(self) -> int:
+        """Samples of a recording for each of the logits of `ReformerForCTC`, by its name in the library."""
+        return self.frame_stride
+
+    @property
+    def grid_width(self) -> int | None:
+        """Columns of the grid that positions count through, of `rotary_shape` or axial positions; None for no grid."""
+        shape = {"rotary": self.rotary_shape, "axial": self.axial_pos_shape}.get(self.position_embedding_type)
+        return None if shape is None or len(shape) < 2 else shape[-1]
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -36,12 +36,16 @@ from without_package import load, observe, observe_tokenizer
 
 from hf_reformer import (
     ReformerByteTokenizer,
+    ReformerForAudioClassification,
     ReformerForCausalLM,
     ReformerForConditionalGeneration,
+    ReformerForCTC,
+    ReformerForImageClassification,
     ReformerForMaskedLM,
     ReformerForMultipleChoice,
     ReformerForQuestionAnswering,
     ReformerForSequenceClassification,
+    ReformerForTimeSeriesPrediction,
     ReformerForTokenClassification,
     ReformerModel,
 )
@@ -782,11 +786,15 @@ def test_the_head_gives_the_task():
     expected = {
         ReformerModel: "feature-extraction",
         ReformerForCausalLM: "text-generation",
+        ReformerForAudioClassification: "audio-classification",
+        ReformerForCTC: "automatic-speech-recognition",
         ReformerForConditionalGeneration: "text2text-generation",
+        ReformerForImageClassification: "image-classification",
         ReformerForMaskedLM: "fill-mask",
         ReformerForMultipleChoice: "multiple-choice",
         ReformerForQuestionAnswering: "question-answering",
         ReformerForSequenceClassification: "text-classification",
+        ReformerForTimeSeriesPrediction: "time-series-forecasting",
         ReformerForTokenClassification: "token-classification",
     }
     assert {cls: model_card(make(cls), "x").data.pipeline_tag for cls in HEADS} == expected

@@ -74,7 +74,9 @@ def test_trainer_and_model_card_find_our_names():
 
     tasks = {
         "text-generation": "ReformerForCausalLM",
+        "audio-classification": "ReformerForAudioClassification",
         "fill-mask": "ReformerForMaskedLM",
+        "image-classification": "ReformerForImageClassification",
         "question-answering": "ReformerForQuestionAnswering",
         "text2text-generation": "ReformerForConditionalGeneration",
         "text-classification": "ReformerForSequenceClassification",

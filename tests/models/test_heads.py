@@ -3,16 +3,19 @@
 import pytest
 import torch
 from conftest import REPEATABLE, VOCAB, make_ids, make_model, max_abs_diff
-from head_cases import ENDS, HEADS, HOLES, IDS, MASK, STARTS, heads, inputs_of, make_head
+from head_cases import ENDS, HEADS, HOLES, IDS, MASK, STARTS, heads, inputs_of, make_head, text_heads
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_reformer import (
+    ReformerForAudioClassification,
     ReformerForCausalLM,
+    ReformerForCTC,
     ReformerForMaskedLM,
     ReformerForMultipleChoice,
     ReformerForQuestionAnswering,
     ReformerForSequenceClassification,
+    ReformerForTimeSeriesPrediction,
     ReformerForTokenClassification,
     ReformerModel,
     ReformerModelWithLMHead,
@@ -20,6 +23,11 @@ from hf_reformer import (
 from hf_reformer.models.heads_text import pool
 from hf_reformer.models.losses import chunked_cross_entropy, cross_entropy
 
+SIGNAL_TOKENS = {  # (B, T, D): frames of recordings, patches of two series each
+    ReformerForAudioClassification: (3, 10, 16),
+    ReformerForCTC: (3, 10, 16),
+    ReformerForTimeSeriesPrediction: (6, 7, 16),
+}
 LANGUAGE_MODELS = [ReformerForCausalLM, ReformerForMaskedLM]
 
 language_models = pytest.mark.parametrize("cls", LANGUAGE_MODELS, ids=lambda cls: cls.__name__)
@@ -56,7 +64,7 @@ def test_gradients_pass_through_the_hidden_states_returned(dtype):
 # --- losses
 
 
-@heads
+@text_heads
 def test_the_loss_is_that_of_computing_by_hand(cls):
     model, labels = make_head(cls), HEADS[cls]
     out = model(**inputs_of(cls), **labels)
@@ -366,9 +374,11 @@ def test_hidden_states_are_one_more_than_layers_and_carry_gradients(cls, trainin
     model = make_head(cls, attn_layers=["local", "lsh", "full"], hidden_dropout_prob=0.0).train(training)
     states = model(**inputs_of(cls), output_hidden_states=True).hidden_states
     assert len(states) == 4
-    assert all(state.shape == (3, 20, 16) and state.dtype == torch.float64 for state in states)
+    shape = SIGNAL_TOKENS.get(cls, (3, 20, 16))
+    assert all(state.shape == shape and state.dtype == torch.float64 for state in states)
+    weight = next(model.get_input_embeddings().parameters())
     for index, state in enumerate(states):
-        (grad,) = torch.autograd.grad(state.square().sum(), model.get_input_embeddings().weight, retain_graph=True)
+        (grad,) = torch.autograd.grad(state.square().sum(), weight, retain_graph=True)
         assert grad.any(), index
     assert model(**inputs_of(cls)).hidden_states is None
 
@@ -385,7 +395,7 @@ def test_hidden_states_lead_to_the_last_one():
     assert len(quiet(IDS).hidden_states) == 3  # by the config
 
 
-@heads
+@text_heads
 def test_embeddings_may_be_given_instead_of_ids(cls):
     model = make_head(cls)
     inputs = inputs_of(cls)

@@ -29,9 +29,11 @@ def require(module: str) -> ModuleType:
         while cause is not None and getattr(cause, "name", None) is None:  # transformers' lazy imports hide it
             cause = cause.__cause__
         missing = module if cause is None else cause.name
-        raise ImportError(f"This needs `{missing}`. Install it with `pip install 'hf_reformer[train]'`.") from error
+        extra = "signals" if missing in _OF_SIGNALS else "train"
+        raise ImportError(f"This needs `{missing}`. Install it with `pip install 'hf_reformer[{extra}]'`.") from error
 
 
+_OF_SIGNALS = {"PIL", "jiwer", "scoringrules", "soundfile"}  # of an extra of their own
 TABLE_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 _BATCH = 10_000  # rows of a table that are converted at a time
 _MANY_NAMES = 1000  # of the objects of a column; where more are mostly absent, they are data

@@ -17,13 +17,23 @@ from .registration import AUTO_CLASSES
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 PIPELINE_TAGS = {
     "AutoModel": "feature-extraction",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForCTC": "automatic-speech-recognition",
     "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageClassification": "image-classification",
     "AutoModelForMaskedLM": "fill-mask",
     "AutoModelForMultipleChoice": "multiple-choice",
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForSeq2SeqLM": "text2text-generation",
     "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTimeSeriesPrediction": "time-series-forecasting",
     "AutoModelForTokenClassification": "token-classification",
+}
+SIGNAL_TAGS = {
+    "audio-classification",
+    "automatic-speech-recognition",
+    "image-classification",
+    "time-series-forecasting",
 }
 LAYER_NUMBERS = "attention_found|bucket_entropy|fullest_bucket|received_entropy|reached_share"  # of the callbacks
 NON_METRICS = re.compile(rf"(.*_)?(runtime|({LAYER_NUMBERS})(_layer_\d+)?)|.*_per_second|.*_time")
@@ -105,6 +115,24 @@ def _in_a_line(text: str) -> str:
 
 def _listed(value: Any) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
+
+
+def example_inputs(config: Any, task: str) -> str | None:
+    """Noise as the inputs of a model of signals, in Python; None for others."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    if task in ("audio-classification", "automatic-speech-recognition"):
+        features = config.num_input_features
+        shapes = {"input_values": (1, 16000)} if features == 1 else {"input_features": (1, 1000, features)}
+    elif task == "image-classification":
+        side = 28 if config.grid_width is None else config.grid_width * config.patch_size
+        shapes = {"pixel_values": (1, config.num_channels, side, side)}
+    elif task == "time-series-forecasting":
+        series = config.input_size if config.series_mean is None else len(config.series_mean)
+        shapes = {"past_values": (1, config.context_length, series)}
+        if config.num_time_features:
+            shapes["past_time_features"] = (1, config.context_length, config.num_time_features)
+            shapes["future_time_features"] = (1, config.prediction_length, config.num_time_features)
+    return ", ".join(f"{name}=torch.randn{shape}" for name, shape in shapes.items()) or None
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:
@@ -192,7 +220,8 @@ def model_card(
         parameters=f"{model.num_parameters():,}",
         layers=list(config.attn_layers),
         decoder_layers=list(config.decoder_attn_layers) if hasattr(model, "decoder") else [],
-        has_tokenizer=tokenizer is not None,
+        example_inputs=example_inputs(config, task),
+        has_tokenizer=tokenizer is not None and task not in SIGNAL_TAGS,
         has_mask=getattr(tokenizer, "mask_token", None) is not None,
         has_chat_template=getattr(tokenizer, "chat_template", None) is not None,
         with_code=with_code,

@@ -10,22 +10,29 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ..compat import register_model_name
 from ..configuration_reformer import ReformerConfig
+from ..models.heads_image import ReformerForImageClassification
+from ..models.heads_speech import ReformerForAudioClassification, ReformerForCTC
 from ..models.heads_text import (
     ReformerForMultipleChoice,
     ReformerForQuestionAnswering,
     ReformerForSequenceClassification,
     ReformerForTokenClassification,
 )
+from ..models.heads_time_series import ReformerForTimeSeriesPrediction
 from ..models.language_models import ReformerForCausalLM, ReformerForMaskedLM
 from ..models.modeling_reformer import ReformerModel
 from ..models.seq2seq import ReformerForConditionalGeneration
 from ..tokenization_reformer import ReformerByteTokenizer
 from .peft_targets import register_adapters
 from .pipelines import register_pipelines
+from .signal_pipelines import register_signal_pipelines
 
 AUTO_CLASSES = {
     transformers.AutoModel: ReformerModel,
+    transformers.AutoModelForAudioClassification: ReformerForAudioClassification,
+    transformers.AutoModelForCTC: ReformerForCTC,
     transformers.AutoModelForCausalLM: ReformerForCausalLM,
+    transformers.AutoModelForImageClassification: ReformerForImageClassification,
     transformers.AutoModelForMaskedLM: ReformerForMaskedLM,
     transformers.AutoModelForMultipleChoice: ReformerForMultipleChoice,
     transformers.AutoModelForPreTraining: ReformerForCausalLM,
@@ -33,6 +40,7 @@ AUTO_CLASSES = {
     transformers.AutoModelForSeq2SeqLM: ReformerForConditionalGeneration,
     transformers.AutoModelForSequenceClassification: ReformerForSequenceClassification,
     transformers.AutoModelForTextEncoding: ReformerModel,
+    transformers.AutoModelForTimeSeriesPrediction: ReformerForTimeSeriesPrediction,
     transformers.AutoModelForTokenClassification: ReformerForTokenClassification,
 }
 MODEL_CLASSES = {cls.__name__: cls for cls in AUTO_CLASSES.values()}
@@ -43,7 +51,7 @@ def register(replace_builtin: bool = False) -> None:
 
     Importing the package calls this once; calling it again changes nothing. Configs, models and tokenizers of
     transformers' own Reformer still give the built-in classes. Our models' default targets are registered with peft,
-    and the question-answering pipeline with `pipeline`.
+    with `pipeline` the question-answering one, and those of sound that need no ffmpeg.
 
     Args:
         replace_builtin: also return our classes, in this process, for a checkpoint whose config says
@@ -60,5 +68,6 @@ def register(replace_builtin: bool = False) -> None:
         register_model_name(auto_class, name, model_class.__name__)
     register_adapters()
     register_pipelines()
+    register_signal_pipelines()
     if replace_builtin:
         CONFIG_MAPPING.register("reformer", ReformerConfig, exist_ok=True)  # `AutoConfig.register` wants its own name

@@ -1,10 +1,11 @@
 """Axial position embeddings (Trax). Rotary ones are `ops.rotary`."""
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import nn
+
+from ..ops.axes import along_axes
 
 
 class _Tables(nn.ParameterList):
@@ -35,9 +36,7 @@ class AxialPositionEmbeddings(nn.Module):
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         """(B or 1, T) int64 → (B or 1, T, sum(dims))"""
-        parts, stride = [], math.prod(self.shape)
-        for size, weight in zip(self.shape, self.weights(), strict=True):
-            stride //= size
-            index = position_ids.div(stride, rounding_mode="floor") % size
-            parts.append(nn.functional.embedding(index, weight.view(size, -1)))
+        parts = []
+        for index, size, weight in zip(along_axes(position_ids, self.shape), self.shape, self.weights(), strict=True):
+            parts.append(nn.functional.embedding(index % size, weight.view(size, -1)))
         return torch.cat(parts, dim=-1)

@@ -25,7 +25,7 @@ class ClassificationHead(nn.Module):
 
     def __init__(self, config: ReformerConfig, classes: int):
         super().__init__()
-        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.dropout = nn.Dropout(classifier_dropout(config))
         self.dense = nn.Linear(2 * config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, classes)
 
@@ -59,7 +59,7 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling, shard))
-        loss = None if labels is None else _classification_loss(self.config, logits, labels.to(logits.device))
+        loss = None if labels is None else classification_loss(self.config, logits, labels.to(logits.device))
         return self._head_output(ReformerSequenceClassifierOutput, outputs, loss, logits=logits)
 
 
@@ -70,7 +70,7 @@ class ReformerForTokenClassification(ReformerPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = ReformerModel(config)
-        self.dropout = nn.Dropout(_classifier_dropout(config))
+        self.dropout = nn.Dropout(classifier_dropout(config))
         self.classifier = nn.Linear(2 * config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -197,11 +197,11 @@ def pool(
     return pooled if attention_mask is None else torch.where(mask.any(-1, keepdim=True), pooled, 0)
 
 
-def _classifier_dropout(config: ReformerConfig) -> float:
+def classifier_dropout(config: ReformerConfig) -> float:
     return config.hidden_dropout_prob if config.classifier_dropout is None else config.classifier_dropout
 
 
-def _classification_loss(config: ReformerConfig, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def classification_loss(config: ReformerConfig, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Chosen by `config.problem_type`, else by the number and dtype of the labels. The config is not changed."""
     several = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
     kind = config.problem_type or ("regression" if config.num_labels == 1 else several)

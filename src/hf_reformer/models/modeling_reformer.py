@@ -334,7 +334,7 @@ class ReformerModel(ReformerPreTrainedModel):
             position_ids = ranks if config.attention_mode == "window" else positions + past
         rotary = None
         if config.position_embedding_type == "rotary":
-            rotary = rotary_tables(position_ids, config.attention_head_size, config.rope_theta)
+            rotary = rotary_tables(position_ids, config.attention_head_size, config.rope_theta, config.rotary_shape)
         training = self.training and cache is None
         # Dropout alone may be in training: many evaluations then are a sample of models (Gal and Ghahramani 2016).
         drops = training or (cache is None and any(isinstance(m, Dropout) and m.rate for m in self.modules()))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import modeling_outputs
+from transformers.utils import ModelOutput
 
 from ..layers.forward_context import Sorting
 
@@ -46,6 +47,34 @@ class ReformerQuestionAnsweringOutput(modeling_outputs.QuestionAnsweringModelOut
 
 @dataclass
 class ReformerMultipleChoiceOutput(modeling_outputs.MultipleChoiceModelOutput):
+    coverage_loss: torch.Tensor | None = None
+
+
+@dataclass
+class ReformerCTCOutput(modeling_outputs.CausalLMOutput):
+    coverage_loss: torch.Tensor | None = None
+
+
+@dataclass
+class ReformerImageClassifierOutput(modeling_outputs.ImageClassifierOutput):
+    coverage_loss: torch.Tensor | None = None
+
+
+@dataclass
+class ReformerTimeSeriesOutput(ModelOutput):
+    """Of `ReformerForTimeSeriesPrediction`; P steps are predicted, of S series where the past has that axis.
+
+    `prediction_outputs`: (B, P[, S]) forecasts, the means of the distributions, in the units of the data. `params`:
+    those of the distributions, (B, P[, S]) each, of values less `loc` and divided by `scale`, (B, 1[, S]).
+    """
+
+    loss: torch.Tensor | None = None
+    prediction_outputs: torch.Tensor | None = None
+    params: tuple[torch.Tensor, ...] | None = None
+    loc: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
     coverage_loss: torch.Tensor | None = None
 
 

@@ -50,6 +50,10 @@ MOST_PARAMETERS = 2**28  # more of them are loaded only from files that hold a g
 DECODER_KEY_PATTERN = r"^(decoder|lm_head|merge_streams)\."
 
 
+class ZeroLinear(nn.Linear):
+    """A linear map whose new weights are 0, so that what it is added to is unchanged at first."""
+
+
 class ReformerPreTrainedModel(PreTrainedModel):
     """Weights, their initialisation, and loading, also from folders of transformers' own Reformer."""
 
@@ -159,7 +163,10 @@ class ReformerPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, nn.Linear):
+        if isinstance(module, ZeroLinear):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)

@@ -1,14 +1,30 @@
-"""Rotary position embeddings (Su et al. 2021)."""
+"""Rotary position embeddings (Su et al. 2021), along one axis or several."""
+
+from collections.abc import Sequence
 
 import torch
+
+from .axes import along_axes
 
 CosAndSin = tuple[torch.Tensor, torch.Tensor]  # cos and sin
 
 
-def rotary_tables(position_ids: torch.Tensor, head_size: int, theta: float) -> CosAndSin:
-    """cos and sin, each (B or 1, 1, T, D) float32: angles p * theta^(-2i / D) (Su et al. 2021, 3.2.2)."""
-    exponent = torch.arange(0, head_size, 2, dtype=torch.float32, device=position_ids.device) / head_size
-    angles = position_ids[:, None, :, None].float() * theta**-exponent  # (B, 1, T, D / 2)
+def rotary_tables(
+    position_ids: torch.Tensor, head_size: int, theta: float, shape: Sequence[int] | None = None
+) -> CosAndSin:
+    """cos and sin, each (B or 1, 1, T, D) float32: angles p * theta^(-2i / D) (Su et al. 2021, 3.2.2).
+
+    Args:
+        shape: positions count through a grid of this shape, in row-major order. Each axis turns an equal share of the
+            pairs by its own coordinate; where they cannot be shared equally, the last axes have one more.
+    """
+    axes = [position_ids] if shape is None else along_axes(position_ids, shape)
+    pairs, parts = head_size // 2, []
+    for axis, coordinate in enumerate(axes):
+        share = (pairs + axis) // len(axes)
+        exponent = torch.arange(share, dtype=torch.float32, device=position_ids.device) / share
+        parts.append(coordinate[:, None, :, None].float() * theta**-exponent)  # (B, 1, T, share)
+    angles = torch.cat(parts, dim=-1)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 

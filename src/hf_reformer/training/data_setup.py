@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from ..data.columns import hold_out, splits_of
 from ..data.tables import read_examples, read_named_dataset, read_text
-from .model_setup import ModelArguments, option
+from .model_setup import option
 
 logger = logging.get_logger(__name__)
 
@@ -57,7 +57,7 @@ class SplitArguments:
         """Which options name data for a split: its file, a data set, or the recipe's own sources."""
         return [name for name in (file, "dataset_name", *self.sources) if getattr(self, name)]
 
-    def check(self, model: ModelArguments, args: Any) -> None:
+    def check(self, model: Any, args: Any) -> None:
         """Choose what to do, where nothing was said: train and evaluate, and predict a test file.
 
         To be called before anything is read. `args.do_train`, `do_eval` and `do_predict` say afterwards what is done.
@@ -191,7 +191,7 @@ class SplitsAndFileArguments(SplitArguments):
     def has_inputs(self) -> bool:
         return self.predict_file is not None
 
-    def check(self, model: ModelArguments, args: Any) -> None:
+    def check(self, model: Any, args: Any) -> None:
         super().check(model, args)
         if self.predict_file is None:
             return

@@ -46,7 +46,17 @@ _AT_LEAST_1 = (
     *("max_train_samples", "max_eval_samples", "max_predict_samples", "max_length", "train_length"),
     *("max_answer_length", "n_best_size"),
     *("max_source_length", "hidden_size", "early_stopping_patience", "tokenizer_vocab_size", "num_attention_heads"),
-    *("attention_head_size", "num_hashes", "feed_forward_size", "generation_num_beams"),
+    *("attention_head_size", "num_hashes", "feed_forward_size", "generation_num_beams", "patch_size", "image_size"),
+    *(
+        "sampling_rate",
+        "prediction_length",
+        "context_length",
+        "patch_length",
+        "window_stride",
+        "eval_stride",
+        "season",
+    ),
+    *("draw_samples",),
     *("gradient_accumulation_steps", "eval_accumulation_steps"),
     *("per_device_train_batch_size", "per_device_eval_batch_size"),
 )
@@ -56,7 +66,7 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("at least 0 and below 1", lambda x: 0 <= x < 1, ("item_dropout",)),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, ("mlm_probability",)),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, ("hidden_dropout_prob",)),
-    ("above 0", lambda x: x > 0, ("num_train_epochs",)),
+    ("above 0", lambda x: x > 0, ("num_train_epochs", "frame_ms", "stride_ms")),
     ("a number of at least 0", lambda x: 0 <= x < math.inf, ("learning_rate", "pretrain_learning_rate")),
     ("at least 1", lambda x: x >= 1, _AT_LEAST_1),
     ("at least 0", lambda x: x >= 0, ("pretrain_steps",)),
@@ -80,16 +90,10 @@ def option(default: Any, help: str, choices: Sequence[str] | None = None, aliase
 
 
 @dataclass
-class ModelArguments:
+class BackboneArguments:
     """A saved model to start from, or the sizes of a new one."""
 
     model_name_or_path: str | None = option(None, "A saved model to start from.")
-    tokenizer: str | None = option(
-        None,
-        "bytes; train (a byte-level BPE on the training texts); or a name or path. "
-        "Default: the saved model's own, or train.",
-    )
-    tokenizer_vocab_size: int = option(8192, "For --tokenizer train.")
     hidden_size: int = option(128, "Width of the model.")
     attn_layers: list[str] = option(["local", "lsh", "local", "lsh"], "Attention type of every layer.")
     num_attention_heads: int = option(2, "Attention heads of every layer.")
@@ -99,6 +103,18 @@ class ModelArguments:
     position_embedding_type: str = option("rotary", "axial, learned or rotary.")
     hidden_dropout_prob: float = option(0.05, "Dropout of a new model; 0 for texts that are seen once.")
     config_overrides: str | None = option(None, 'Any other field of ReformerConfig: "lsh_window=64,reversible=False".')
+
+
+@dataclass
+class ModelArguments(BackboneArguments):
+    """The same, and a tokenizer."""
+
+    tokenizer: str | None = option(
+        None,
+        "bytes; train (a byte-level BPE on the training texts); or a name or path. "
+        "Default: the saved model's own, or train.",
+    )
+    tokenizer_vocab_size: int = option(8192, "For --tokenizer train.")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -255,8 +271,8 @@ def make_tokenizer(
 
 def make_model(
     auto_class: Any,
-    args: ModelArguments,
-    tokenizer: PreTrainedTokenizerBase,
+    args: BackboneArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
     max_length: int,
     trains: bool = True,
     **fields: Any,
@@ -264,6 +280,7 @@ def make_model(
     """The saved model with the head of `auto_class`, or a new one for sequences of up to `max_length` tokens.
 
     Args:
+        tokenizer: None: the model reads no text.
         trains: False: a saved model must have all weights, since none is learnt.
         fields: further fields of the config, such as labels.
 
@@ -277,22 +294,21 @@ def make_model(
         raise ValueError(f"--config_overrides: {type(base).__name__} has no field {', '.join(unknown)}.")
     if name is not None:
         config = AutoConfig.from_pretrained(name, **fields, **overrides)
-        if len(tokenizer) > config.vocab_size:
+        if tokenizer is not None and len(tokenizer) > config.vocab_size:
             raise ValueError(
                 f"The tokenizer has {len(tokenizer)} tokens, but `{name}` has only {config.vocab_size}. Leave out "
                 "`--tokenizer` to use the model's own."
             )
         if overrides:
             _check_overrides(auto_class, name, AutoConfig.from_pretrained(name, **fields), config)
-        if config.pad_token_id is None:
+        if config.pad_token_id is None and tokenizer is not None:
             config.pad_token_id = tokenizer.pad_token_id
         return _load_saved(auto_class, name, config, base.num_labels, trains)
-    sizes: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": max_length,
-        **{size: getattr(args, size) for size in SIZES},
-        **{f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")},
-    }
+    sizes: dict[str, Any] = {size: getattr(args, size) for size in SIZES}
+    sizes["max_position_embeddings"] = max_length
+    if tokenizer is not None:
+        sizes["vocab_size"] = len(tokenizer)
+        sizes |= {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
     return auto_class.from_config(ReformerConfig(**{**sizes, **fields, **overrides}))
 
 

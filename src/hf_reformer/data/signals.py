@@ -1,0 +1,189 @@
+"""Tables of recordings and pictures: which column holds them, and reading what is in it, or in files that it names."""
+
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..hub.audio import waveform
+from .tables import TABLE_FORMATS, read_examples, require
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+AUDIO_COLUMNS = ("audio", "waveform", "speech", "recording", "sound", "file", "path")
+IMAGE_COLUMNS = ("image", "img", "picture", "pixels", "pixel_values", "file", "path")
+RATE_COLUMNS = ("sampling_rate", "sample_rate", "rate")
+SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".au")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
+
+
+def read_signals(path: str | Path, suffixes: Sequence[str]) -> "Dataset":
+    """One split: a table, or a folder with one sub-folder of files per label.
+
+    Files that a table names are looked for beside it. Rows of a folder have `path`, `file` and `label`.
+
+    Raises:
+        FileNotFoundError, ValueError: as of `read_examples`; or the folder holds no such files.
+    """
+    datasets, path = require("datasets"), Path(path)
+    if not path.is_dir():
+        if path.suffix.lower() not in TABLE_FORMATS:
+            raise ValueError(
+                f"`{path}` has an unknown extension. Give a file ending in {', '.join(TABLE_FORMATS)}, or a folder "
+                f"that holds one sub-folder per label, with files ending in {', '.join(suffixes)}."
+            )
+        dataset = read_examples(path)
+        for name in set(dataset.column_names) & {"file", "path"}:
+            if dataset.features[name].dtype == "string":
+                beside = [cell if cell is None or Path(cell).is_absolute() else str(path.parent / cell)
+                          for cell in dataset[name][:]]  # fmt: skip
+                dataset = dataset.remove_columns(name).add_column(name, beside)
+        return dataset
+    files = [file for file in sorted(path.glob("*/**/*")) if file.suffix.lower() in suffixes and file.is_file()]
+    rows = [
+        {"path": str(file), "file": file.relative_to(path).as_posix(), "label": file.relative_to(path).parts[0]}
+        for file in files
+        if not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    if not rows:
+        raise ValueError(
+            f"`{path}` holds no files ending in {', '.join(suffixes)}. A folder needs one sub-folder per label, with "
+            "such files in it."
+        )
+    return datasets.Dataset.from_list(rows)
+
+
+def find_signal_column(dataset: "Dataset", name: str | None, usual: Sequence[str], option: str) -> str:
+    """The column that is named, or the one of a usual name, of sounds or pictures by its kind first.
+
+    Raises:
+        ValueError: there is no such column, or none of a usual name.
+    """
+    names, listed = dataset.column_names, ", ".join(f"`{name}`" for name in dataset.column_names)
+    if name is not None:
+        if name not in names:
+            raise ValueError(f"There is no column `{name}`. The columns are {listed}.")
+        return name
+    kinds = [key for key in names if type(dataset.features[key]).__name__ in ("Audio", "Image")]
+    found = next(iter(kinds), None) or next((key for key in usual if key in names), None)
+    if found is None:
+        raise ValueError(f"Which column holds the data? The columns are {listed}. Name it with `{option}`.")
+    return found
+
+
+def undecoded(dataset: "Dataset", column: str) -> "Dataset":
+    """Cells of sounds and pictures as bytes or paths: the decoders of `datasets` may not be installed."""
+    datasets = require("datasets")
+    kind = type(dataset.features[column]).__name__
+    if kind in ("Audio", "Image"):
+        return dataset.cast_column(column, getattr(datasets, kind)(decode=False))
+    return dataset
+
+
+def stored_rate(dataset: "Dataset", column: str, rate_column: str | None) -> int | None:
+    """The sampling rate of the first recording, if it is told: by a column, by the cell, or by its file."""
+    dataset = undecoded(dataset, column)
+    if rate_column is not None:
+        return int(dataset[0][rate_column])
+    cell = dataset[0][column]
+    if isinstance(cell, dict) and cell.get("sampling_rate"):
+        return int(cell["sampling_rate"])
+    source = cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
+    if isinstance(source, (str, bytes)):
+        soundfile = require("soundfile")
+        try:
+            return int(soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source).samplerate)
+        except (RuntimeError, ValueError):
+            return None  # reading it says what is wrong
+    return None
+
+
+def recordings(dataset: "Dataset", column: str, rate: int, rate_column: str | None) -> Iterator[np.ndarray]:
+    """(N) float32 samples of every row, at the sampling rate `rate`.
+
+    Raises:
+        ValueError: a recording is none; the message names its row.
+    """
+    dataset = undecoded(dataset, column).select_columns([column, *([rate_column] if rate_column else [])])
+    listed = type(dataset.features[column]).__name__ in ("List", "LargeList", "Sequence")
+    width = getattr(getattr(dataset.features[column], "feature", None), "dtype", "")
+    for number, row in enumerate(dataset.with_format("numpy") if listed else dataset):
+        cell = row[column]
+        if cell is not None and str(width).startswith(("int", "uint")):  # numpy's format widens it
+            cell = np.asarray(cell).astype(width)
+        try:
+            if cell is None or (isinstance(cell, str) and not cell):
+                raise ValueError("There is no recording.")
+            yield waveform(cell, rate, int(row[rate_column]) if rate_column else None)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"Row {number}: {error}") from error
+
+
+def pictures(dataset: "Dataset", column: str) -> Iterator[Any]:
+    """An RGB picture of PIL of every row: of files, bytes, arrays of numbers from 0 to 255, or square lists of them.
+
+    Raises:
+        ValueError: a picture is none; the message names its row.
+    """
+    dataset = undecoded(dataset, column).select_columns(column)
+    listed = type(dataset.features[column]).__name__ not in ("Value", "Image")
+    for number, row in enumerate(dataset.with_format("numpy") if listed else dataset):
+        try:
+            yield picture(row[column])
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"Row {number}: {error}") from error
+
+
+def picture(source: Any) -> Any:
+    """One picture, as of `pictures`. Arrays of decimals up to 1 reach from black to white; transparent is white."""
+    image_module = require("PIL.Image")
+    name = f"`{source}`" if isinstance(source, str) else "The picture"
+    if isinstance(source, dict):
+        source = source.get("bytes") or source.get("path")
+    if source is None or (isinstance(source, (str, bytes)) and not source):
+        raise ValueError("There is no picture.")
+    if isinstance(source, (str, bytes)):
+        if isinstance(source, str) and not Path(source).is_file():
+            raise FileNotFoundError(f"There is no picture {name}.")
+        try:
+            found = image_module.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            found.load()
+        except (OSError, SyntaxError, image_module.DecompressionBombError) as error:
+            raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+    elif isinstance(source, image_module.Image):
+        found = source
+    else:
+        found = image_module.fromarray(_pixels(np.asarray(source), name))
+    if found.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in found.info:
+        found = found.convert("RGBA")
+        found = image_module.alpha_composite(image_module.new("RGBA", found.size, "white"), found)
+    if found.mode.startswith("I"):  # 16 bits, of which PIL would cut off what is above 255
+        values = np.asarray(found, dtype=np.float64)
+        found = image_module.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
+    return found.convert("RGB")
+
+
+def _pixels(values: np.ndarray, name: str) -> np.ndarray:
+    """(H, W) or (H, W, 3 or 4) uint8; a row of S² numbers is a square."""
+    if values.dtype.kind not in "iufb" or not values.size:
+        raise ValueError(f"{name} is an array of {values.dtype}, shape {values.shape}; pixels are numbers.")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError(f"{name} holds NaN or infinity.")
+    if values.min() < 0 or values.max() > 255:
+        raise ValueError(f"{name} has values from {values.min()} to {values.max()}; pixels are 0 … 255.")
+    if values.ndim == 1:
+        side = round(len(values) ** 0.5)
+        if side * side != len(values):
+            raise ValueError(f"{name} is a list of {len(values)} numbers, which is no square. Give rows of pixels.")
+        values = values.reshape(side, side)
+    if values.ndim == 3 and values.shape[0] in (1, 3, 4) and values.shape[2] not in (1, 3, 4):
+        values = np.moveaxis(values, 0, -1)
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[..., 0]
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)):
+        raise ValueError(f"{name} has the shape {values.shape}; it must be rows and columns, and 1, 3 or 4 channels.")
+    scale = 255 if values.dtype.kind == "f" and values.max() <= 1 else 1
+    return (values * scale).round().astype(np.uint8)

@@ -1,0 +1,50 @@
+"""The library's pipelines that hear, for models of ours: files are read by soundfile, and any sampling rate is taken.
+
+The library's own need ffmpeg for files and torchaudio for other sampling rates. Other models go their usual way.
+"""
+
+from typing import Any
+
+from transformers.pipelines import AudioClassificationPipeline, AutomaticSpeechRecognitionPipeline
+
+from ..compat import pipeline_entry, register_pipeline_task
+from ..configuration_reformer import ReformerConfig
+from .audio import waveform
+
+
+class SpeechRecognition(AutomaticSpeechRecognitionPipeline):
+    """`pipeline("automatic-speech-recognition")`: a whole recording in one pass, however long, unless `chunk_length_s`
+    cuts it."""
+
+    def preprocess(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if _reads(self.model, inputs):
+            rate, heard = self.feature_extractor.sampling_rate, {}
+            if isinstance(inputs, dict) and inputs.get("stride") is not None:
+                ratio = rate / inputs.get("sampling_rate", rate)
+                heard["stride"] = tuple(round(samples * ratio) for samples in inputs["stride"])
+            inputs = {"raw": waveform(inputs, rate), "sampling_rate": rate, **heard}
+        yield from super().preprocess(inputs, *args, **kwargs)
+
+
+class AudioClassification(AudioClassificationPipeline):
+    """`pipeline("audio-classification")`."""
+
+    def preprocess(self, inputs: Any) -> Any:
+        if _reads(self.model, inputs):
+            inputs = waveform(inputs, self.feature_extractor.sampling_rate)
+        return super().preprocess(inputs)
+
+
+def register_signal_pipelines() -> None:
+    """Make `pipeline` take these for their tasks. Doing it again changes nothing."""
+    for task, ours in (
+        ("automatic-speech-recognition", SpeechRecognition),
+        ("audio-classification", AudioClassification),
+    ):
+        register_pipeline_task(task, {**pipeline_entry(task), "impl": ours})
+
+
+def _reads(model: Any, inputs: Any) -> bool:
+    """Whether the model is one of ours, and the recording no address on the web, which is left to the library."""
+    on_the_web = isinstance(inputs, str) and inputs.startswith(("http://", "https://"))
+    return model.config.model_type == ReformerConfig.model_type and not on_the_web

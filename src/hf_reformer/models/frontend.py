@@ -1,0 +1,161 @@
+"""From signals to embeddings: linear maps of the frames of a recording and of the patches of a picture.
+
+What they give is the `inputs_embeds` of the one `ReformerModel`; each takes the place of its token embeddings.
+"""
+
+import torch
+from torch import nn
+
+from ..compat import may_look_at, values_are_known
+from ..configuration_reformer import ReformerConfig
+from .input_checks import check_mask_values, refuse_values
+
+SPECTRUM_FLOOR = 1e-4  # of the power in a spectrum, where that of a normalised waveform is about 1
+
+
+class FrameEmbeddings(nn.Module):
+    """Frames of `frame_size` steps, `frame_stride` apart, of a signal (B, N, F): each frame an embedding.
+
+    The first frame begins with the signal, and the last one that holds something of it may go on in silence: a
+    recording of any length is heard to its end.
+    """
+
+    def __init__(self, config: ReformerConfig):
+        super().__init__()
+        self.size, self.stride, self.transform = config.frame_size, config.frame_stride, config.frame_transform
+        width = self.size // 2 + 1 if self.transform == "spectrum" else self.size * config.num_input_features
+        self.projection = nn.Linear(width, config.hidden_size)
+
+    def forward(self, signal: torch.Tensor) -> torch.Tensor:
+        """(B, N, F), zeros where it is padded → (B, frames, D)"""
+        count, dtype = self.count(signal.shape[1]), self.projection.weight.dtype
+        if count == 0:
+            return self.projection(
+                torch.zeros(len(signal), 0, self.projection.in_features, dtype=dtype).to(signal.device)
+            )
+        missing = self.stride * (count - 1) + self.size - signal.shape[1]
+        signal = nn.functional.pad(signal.to(dtype), (0, 0, 0, max(0, missing)))
+        frames = signal.unfold(1, self.size, self.stride).transpose(-1, -2)  # (B, frames, size, F)
+        if self.transform == "spectrum":
+            return self.projection(log_spectrum(frames[..., 0]))
+        return self.projection(frames.flatten(-2))
+
+    def count(self, steps: int) -> int:
+        """Number of frames of a signal."""
+        return 0 if steps == 0 else max(0, -(-(steps - self.size) // self.stride)) + 1
+
+    def mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(B, N) mask of steps, ones first → (B, frames), of the frames that begin and belong to the signal."""
+        lengths = attention_mask.long().sum(-1, keepdim=True)
+        counts = (lengths - self.size + self.stride - 1).div(self.stride, rounding_mode="floor").clamp(min=0) + 1
+        counts = torch.where(lengths > 0, counts, 0)
+        return (torch.arange(self.count(attention_mask.shape[1]), device=counts.device) < counts).long()
+
+
+def log_spectrum(frames: torch.Tensor) -> torch.Tensor:
+    """(…, size) samples → (…, size // 2 + 1) logarithms (base 10) of their power, in at least float32."""
+    x = frames.to(torch.promote_types(frames.dtype, torch.float32))
+    size = x.shape[-1]
+    spectrum = torch.fft.rfft(x * torch.hann_window(size, dtype=x.dtype, device=x.device))
+    power = (spectrum.real.square() + spectrum.imag.square()) / size
+    return (power + SPECTRUM_FLOOR).log10().to(frames.dtype)
+
+
+def checked_signal(
+    config: ReformerConfig,
+    input_values: torch.Tensor | None,
+    input_features: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """The signal of a head that hears, (B, N, F), with zeros where it is masked.
+
+    Args:
+        input_values: (B, N) samples of waveforms; or
+        input_features: (B, N, F) numbers at every step.
+        attention_mask: (B, N), 1 for real steps, which come first.
+
+    Raises:
+        ValueError: shapes, masks or numbers that cannot be right; the message says which and why.
+    """
+    if (input_values is None) == (input_features is None):
+        raise ValueError("Give exactly one of `input_values`, waveforms, and `input_features`.")
+    signal, name, axes = input_features, "input_features", "(batch, steps, features)"
+    if input_values is not None:
+        signal, name, axes = input_values, "input_values", "(batch, samples)"
+    if signal.dim() != len(axes.split()):
+        advice = " Average the channels of stereo recordings." if name == "input_values" else ""
+        raise ValueError(f"`{name}` has shape {tuple(signal.shape)}; it must be {axes}.{advice}")
+    signal = signal[..., None] if input_values is not None else signal
+    if signal.shape[2] != config.num_input_features:
+        raise ValueError(
+            f"`{name}` has {signal.shape[2]} numbers a step, but `num_input_features={config.num_input_features}`."
+        )
+    if attention_mask is not None:
+        if attention_mask.shape != signal.shape[:2]:
+            raise ValueError(
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}, but `{name}` are "
+                f"{tuple(signal.shape[:2])} steps. Give a 1 or 0 for each."
+            )
+        check_mask_values(attention_mask)
+        if values_are_known() and attention_mask.shape[1]:
+            refuse_values(
+                attention_mask[:, 1:] <= attention_mask[:, :-1],
+                "`attention_mask` has ones after zeros. Pad recordings at their ends: frames are counted from where "
+                "they begin.",
+            )
+        signal = signal.masked_fill(attention_mask.to(signal.device)[..., None] == 0, 0)
+    check_finite(signal, name)
+    return signal
+
+
+def check_finite(x: torch.Tensor, name: str) -> None:
+    """Raise ValueError for NaN and infinity; in eager mode only."""
+    if values_are_known() and x.is_floating_point() and x.numel():
+        where = ""
+        if may_look_at(x) and not (right := x.isfinite()).all():
+            where = f", first in row {int((~right).nonzero()[0, 0])}"
+        refuse_values(x.isfinite(), f"`{name}` hold NaN or infinity{where}. Repair the data, or leave such rows out.")
+
+
+class PatchEmbeddings(nn.Module):
+    """Squares of `patch_size` pixels of a picture, row by row: each an embedding. A size of 1 means pixels."""
+
+    def __init__(self, config: ReformerConfig):
+        super().__init__()
+        self.size, self.channels, self.grid_width = config.patch_size, config.num_channels, config.grid_width
+        self.projection = nn.Linear(self.channels * self.size**2, config.hidden_size)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, C, height, width) → (B, patches, D); patches over the edge go on in zeros."""
+        height, width = (-(-side // self.size) * self.size for side in pixel_values.shape[2:])
+        missing = (0, width - pixel_values.shape[3], 0, height - pixel_values.shape[2])
+        x = nn.functional.pad(pixel_values.to(self.projection.weight.dtype), missing)
+        x = x.unflatten(3, (-1, self.size)).unflatten(2, (-1, self.size))  # (B, C, rows, size, columns, size)
+        return self.projection(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+
+    def position_ids(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
+        """(1, patches), counted through the grid of the model's positions; None where that is from patch to patch."""
+        rows, columns = (-(-side // self.size) for side in pixel_values.shape[2:])
+        if self.grid_width in (None, columns):
+            return None
+        row, column = (torch.arange(count, device=pixel_values.device) for count in (rows, columns))
+        return (row[:, None] * self.grid_width + column).flatten()[None]
+
+
+def check_pixels(config: ReformerConfig, pixel_values: torch.Tensor | None) -> None:
+    """Raise ValueError for pictures that cannot be right; the message says why."""
+    shape = None if pixel_values is None else tuple(pixel_values.shape)
+    if shape is None or len(shape) != 4:
+        raise ValueError(f"`pixel_values` has shape {shape}; it must be (batch, channels, height, width).")
+    if shape[1] != config.num_channels:
+        raise ValueError(
+            f"`pixel_values` has {shape[1]} channels, but `num_channels={config.num_channels}`. The image processor "
+            "makes grey pictures and those with transparency RGB by `do_convert_rgb=True`."
+        )
+    columns = -(-shape[3] // config.patch_size)
+    if config.grid_width is not None and columns > config.grid_width:
+        raise ValueError(
+            f"Pictures are {columns} patches wide, but the grid of positions has {config.grid_width} columns. Make "
+            "them smaller, or the model with a wider `rotary_shape` or `axial_pos_shape`."
+        )
+    check_finite(pixel_values, "pixel_values")

@@ -154,53 +154,29 @@ def test_registering_again_changes_nothing():
     assert hf_reformer.__name__  # importing the package is what registered first
 
 
-def in_a_fresh_process(code: str, *arguments: str) -> None:
-    """Run code whose effects on the Auto classes must not outlive it."""
-    source = os.path.dirname(os.path.dirname(hf_reformer.__file__))
-    path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *arguments], check=True, env={**os.environ, "PYTHONPATH": path}
-    )
-
-
-def test_importing_the_package_registers():
-    in_a_fresh_process("""
-        import hf_reformer
-        from transformers import AutoConfig
-        assert type(AutoConfig.for_model("hf_reformer")) is hf_reformer.ReformerConfig
-    """)
-
-
-def test_without_the_package_the_saved_tokenizer_works_the_same(tmp_path):
-    tiny(AutoModel).save_pretrained(tmp_path)
-    ReformerByteTokenizer().save_pretrained(tmp_path)
-    in_a_fresh_process(
-        """
-        import sys
-        from transformers import AutoTokenizer, TokenizersBackend
-
-        tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
-        assert type(tokenizer) is TokenizersBackend
-        assert tokenizer("é", "b")["input_ids"] == [197, 171, 1, 100]
-        assert tokenizer.decode([197, 171, 1, 100], skip_special_tokens=True) == "éb"
-        """,
-        str(tmp_path),
-    )
-
-
-def test_replacing_the_builtin(tmp_path):
+def test_before_the_package_is_imported_and_after_and_with_the_builtin_replaced(tmp_path):
+    """In one fresh process, as what is done to the Auto classes must not outlive it."""
+    tiny(AutoModel).save_pretrained(tmp_path / "ours")
+    ReformerByteTokenizer().save_pretrained(tmp_path / "ours")
     transformers.ReformerConfig(**TINY).save_pretrained(tmp_path / "model")
     transformers.ReformerConfig(**TINY).save_pretrained(tmp_path / "with_tokenizer")
     builtin_tokenizer().save_pretrained(tmp_path / "with_tokenizer")
-    in_a_fresh_process(
-        """
+    code = """
         import sys
         import transformers
-        from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoTokenizer, TokenizersBackend
+
+        folder = sys.argv[1]
+        tokenizer = AutoTokenizer.from_pretrained(folder + "/ours")
+        assert type(tokenizer) is TokenizersBackend
+        assert tokenizer("é", "b")["input_ids"] == [197, 171, 1, 100]
+        assert tokenizer.decode([197, 171, 1, 100], skip_special_tokens=True) == "éb"
+        assert "hf_reformer" not in sys.modules
+
         import hf_reformer
         from hf_reformer.hub.registration import register
 
-        folder = sys.argv[1]
+        assert type(AutoConfig.for_model("hf_reformer")) is hf_reformer.ReformerConfig
         assert type(AutoConfig.from_pretrained(folder + "/model")) is transformers.ReformerConfig
         for _ in range(2):
             register(replace_builtin=True)
@@ -217,6 +193,8 @@ def test_replacing_the_builtin(tmp_path):
 
         builtin = transformers.ReformerConfig.from_pretrained(folder + "/model")
         assert type(AutoModel.from_config(builtin)) is transformers.ReformerModel
-        """,
-        str(tmp_path),
-    )
+    """
+    source = os.path.dirname(os.path.dirname(hf_reformer.__file__))
+    path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path})

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from attention_cases import Case, assert_equals_reference, cases, make_case
+from attention_cases import Case, assert_equals_reference, cases, make_case, reference_of
 from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,14 +26,29 @@ except build.KernelBuildError as error:
 FOUR_TILES = {"length": 250, "num_buckets": 3}
 
 
-@pytest.fixture(params=build.supported_variants(), autouse=True)
-def variant(request, monkeypatch):
+@pytest.fixture(scope="module", params=build.supported_variants(), autouse=True)
+def variant(request):
     """Every test runs with every variant that this processor knows."""
-    monkeypatch.setenv("HF_REFORMER_CPU_VARIANT", request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_REFORMER_CPU_VARIANT", request.param)
+        dispatch.check_library.cache_clear()
+        assert dispatch.check_library() is None
+        yield request.param
     dispatch.check_library.cache_clear()
-    assert dispatch.check_library() is None
-    yield request.param
+
+
+@pytest.fixture
+def checked_again():
+    """The library is checked when the test first uses it, and again when the next one does."""
     dispatch.check_library.cache_clear()
+    yield
+    dispatch.check_library.cache_clear()
+
+
+def check(dtype: torch.dtype = torch.float32, **options) -> None:
+    """Values and gradients are those of the reference, which is the same for all variants."""
+    options["dtype"] = dtype
+    assert_equals_reference(Case(**options), "cpu", dtype, reference_of(**options))
 
 
 def test_the_variant_is_the_one_that_was_asked_for(variant):
@@ -63,17 +78,15 @@ def test_it_equals_the_reference_over_many_tiles(drawn, size, length, window):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_it_equals_the_reference_at_usual_sizes(mode, causal, shared, dropout):
-    case = Case(
+    check(
         mode=mode, causal=causal, shared=shared, dropout=dropout, length=512, batch=1, size=64, value_size=64,
-        num_buckets=4, window=64, padding=0.1, dtype=torch.float32,
+        num_buckets=4, window=64, padding=0.1,
     )  # fmt: skip
-    assert_equals_reference(case, "cpu", torch.float32)
 
 
 @pytest.mark.parametrize("window", [1, 63, 64, 65, 250, 2000])
 def test_any_window(window):
-    case = Case(window=window, size=8, value_size=16, dtype=torch.float32, **FOUR_TILES)
-    assert_equals_reference(case, "cpu", torch.float32)
+    check(window=window, size=8, value_size=16, **FOUR_TILES)
 
 
 @pytest.fixture
@@ -89,21 +102,17 @@ def two_threads():
 )
 def test_chunks_far_longer_than_the_kernels_tiles(chunk, length, shared, two_threads):
     """A chunk sees the one before it, and one that is as long as the input sees itself."""
-    case = Case(
-        mode="chunk", window=chunk, length=length, shared=shared, rounds=1, batch=1, heads=1, size=8, value_size=8,
-        dtype=torch.float32,
-    )  # fmt: skip
-    assert_equals_reference(case, "cpu", torch.float32)
+    check(mode="chunk", window=chunk, length=length, shared=shared, rounds=1, batch=1, heads=1, size=8, value_size=8)
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
-def test_the_default_dtype_does_not_matter(default, monkeypatch):
+def test_the_default_dtype_does_not_matter(default, checked_again):
     case = Case(length=200, size=8, value_size=8, dtype=torch.float32)
     expected = case.values_and_gradients("cpu")
     normals = cpu.normal_rows(make_key(0)[None], 100)
     torch.set_default_dtype(default)
+    dispatch.check_library.cache_clear()
     try:
-        dispatch.check_library.cache_clear()  # the library is checked again
         assert all(map(torch.equal, case.values_and_gradients("cpu"), expected))
         assert torch.equal(cpu.normal_rows(make_key(0)[None], 100), normals)
     finally:
@@ -114,8 +123,7 @@ def test_the_default_dtype_does_not_matter(default, monkeypatch):
 @pytest.mark.parametrize("mode", ["window", "chunk"])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_half_precision_accumulates_in_float32(dtype, mode, dropout):
-    case = Case(mode=mode, length=60, size=16, value_size=16, dropout=dropout, dtype=dtype)
-    assert_equals_reference(case, "cpu", dtype)
+    check(dtype, mode=mode, length=60, size=16, value_size=16, dropout=dropout)
 
 
 @pytest.mark.parametrize("mode", ["window", "chunk"])
@@ -357,9 +365,8 @@ def test_a_key_of_another_dtype_is_not_narrowed():
     assert select_backend("auto", query, query, query.double()) == "torch"
 
 
-def test_a_kernel_that_disagrees_is_not_used(monkeypatch, caplog):
+def test_a_kernel_that_disagrees_is_not_used(monkeypatch, caplog, checked_again):
     monkeypatch.setattr(dispatch, "agrees", lambda kernels: False)
-    dispatch.check_library.cache_clear()
     single = torch.zeros(1, 1, 4, 8)
     with caplog.at_level(logging.WARNING):
         assert select_backend("auto", single, single) == "torch"
@@ -379,14 +386,13 @@ def test_the_check_sees_a_wrong_result(monkeypatch):
     assert not kernel_check.agrees(cpu)
 
 
-def test_kernels_of_another_structure_are_not_used(monkeypatch, caplog):
+def test_kernels_of_another_structure_are_not_used(monkeypatch, caplog, checked_again):
     """A field that only one side has would be silent memory corruption."""
     fields = [*library.SortParams._fields_, ("one_more", library.ctypes.c_int64)]
     longer = type("SortParams", (library.ctypes.Structure,), {"_fields_": fields})
     present = library.current_library()
     monkeypatch.setattr(build, "_compile", lambda variant, path, check, *_: check(present))  # the same comes out again
     monkeypatch.setitem(library.FUNCTIONS, "hf_sort", longer)
-    dispatch.check_library.cache_clear()
     dispatch._warn_once.cache_clear()
     single = torch.zeros(1, 1, 4, 8)
     with caplog.at_level(logging.WARNING):

@@ -21,9 +21,9 @@ TOLERANCE = 1e-10
 SHORT = (1, 2, 63, 64, 65, 127)
 
 STACKS = {
-    "local": ["local"] * 4,
-    "lsh": ["lsh"] * 4,
-    "full": ["full"] * 4,
+    "local": ["local"] * 2,
+    "lsh": ["lsh"] * 2,
+    "full": ["full"] * 2,
     "mixed": ["local", "lsh", "full", "lsh"],
 }
 WINDOWS = {
@@ -75,7 +75,7 @@ all_cases = pytest.mark.parametrize(
 )
 stacks_and_rounds = pytest.mark.parametrize(
     ("stack", "rounds"),
-    [("local", 1), ("full", 1), ("lsh", 1), ("lsh", 2), ("lsh", 4), ("lsh", 8), ("mixed", 4)],
+    [("local", 1), ("full", 1), ("lsh", 1), ("lsh", 2), ("lsh", 8), ("mixed", 4)],
 )
 few_cases = pytest.mark.parametrize("case", FEW_CASES, ids=str)
 
@@ -264,7 +264,7 @@ def test_a_mask_of_ones_is_no_mask():
     causal=st.booleans(),
     training=st.booleans(),
 )
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_a_row_with_holes_equals_the_row_without_those_tokens(length, hidden, seed, case, causal, training):
     model = model_of(*case, causal)
     generator = torch.Generator().manual_seed(seed)

@@ -1,5 +1,6 @@
 """The registry of recipes: scripts and `hf-reformer train NAME` run the same `main`, also without the repository."""
 
+import json
 import os
 import runpy
 import subprocess
@@ -37,16 +38,19 @@ def test_help_shows_examples_and_options(name, capsys):
     assert "--resume_from_checkpoint" in printed.split("options:")[1]
 
 
-def test_recipes_need_no_repository(tmp_path):
-    """From a copy of the package alone, in an empty folder."""
+def test_recipes_need_no_repository_and_no_network(tmp_path):
+    """As a module, from a copy of the package alone, in an empty folder, and metrics with an empty cache."""
     (tmp_path / "site").mkdir()
     (tmp_path / "empty").mkdir()
     for package in ("hf_reformer", "reformer_cli", "reformer_kernels"):
         (tmp_path / "site" / package).symlink_to(ROOT / "src" / package)
-    (tmp_path / "text.txt").write_text("again and again " * 40)
-    command = [sys.executable, "-m", "hf_reformer", "train", "language-model", "--train_file", "../text.txt"]
-    command += ["--sequence_length", "64", "--hidden_size", "16", "--attn_layers", "local", "--max_steps", "1"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path / "site")}
+    (tmp_path / "table.csv").write_text("text,label\n" + "again,a\nand again,b\n" * 20)
+    command = [sys.executable, "-m", "hf_reformer", "train", "classification", "--train_file", "../table.csv"]
+    command += ["--hidden_size", "16", "--attn_layers", "local", "--tokenizer", "bytes", "--max_steps", "1"]
+    paths = {"PYTHONPATH": str(tmp_path / "site"), "HF_HOME": str(tmp_path / "cache")}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **paths}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path / "empty", env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "empty" / "runs" / "lm" / "model.safetensors").exists()
+    (out,) = (tmp_path / "empty" / "runs").iterdir()
+    assert (out / "model.safetensors").exists()
+    assert {"accuracy", "f1"} <= set(json.loads((out / "scores.json").read_text())["validation"]["Reformer"])

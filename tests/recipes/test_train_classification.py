@@ -122,17 +122,16 @@ def test_test_file_without_labels_is_predicted(files):
     assert len(predictions) == 6
 
 
-@pytest.mark.parametrize("stop", [2, 3, 5])
-def test_resumed_run_equals_uninterrupted_run(files, stop):
+def test_resumed_run_equals_uninterrupted_run(files):
     """4 batches an epoch, so the checkpoints lie inside the first epoch, inside the second, and behind odd lengths."""
     options = ["--per_device_train_batch_size", "16", "--save_strategy", "steps", "--save_steps", "1"]
     options += ["--num_train_epochs", "2", "--save_total_limit", "9", "--eval_strategy", "no"]
     recipe.main(arguments(files, *options, out="whole"))
-    checkpoint = str(files / "whole" / f"checkpoint-{stop}")
-    recipe.main(arguments(files, *options, "--resume_from_checkpoint", checkpoint, out="resumed"))
-    assert not (files / "resumed" / f"checkpoint-{stop}").exists()
-    whole, resumed = ((files / run / "model.safetensors").read_bytes() for run in ("whole", "resumed"))
-    assert whole == resumed
+    for stop in (2, 3, 5):
+        checkpoint, out = str(files / "whole" / f"checkpoint-{stop}"), files / f"resumed{stop}"
+        recipe.main(arguments(files, *options, "--resume_from_checkpoint", checkpoint, out=out.name))
+        assert not (out / f"checkpoint-{stop}").exists()
+        assert (files / "whole" / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
 
 
 def test_last_checkpoint_is_found(files):
@@ -308,20 +307,6 @@ def test_metrics_agree_with_their_definitions():
     assert score("pearsonr", [1.0, 1.0], [2.0, 4.0]) == 0
     with pytest.raises(ValueError, match=r"no metric 'bleu'.*accuracy"):
         score("bleu", [0], [0])
-
-
-def test_metrics_load_offline_with_an_empty_cache(tmp_path):
-    code = f"""
-import evaluate
-for name in ("accuracy", "f1", "matthews_correlation", "pearsonr", "spearmanr"):
-    print(evaluate.load({METRIC_MODULE!r}, name).compute(predictions=[0, 1, 1], references=[0, 1, 0]))
-"""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", code]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment).stdout
-    assert [list(eval(line)) for line in printed.splitlines()] == [
-        ["accuracy"], ["f1"], ["matthews_correlation"], ["pearsonr"], ["spearmanr"]
-    ]  # fmt: skip
 
 
 def test_order_of_batches_depends_on_seed_and_epoch_alone():

@@ -214,6 +214,10 @@ MEMBERS: dict[str, dict[str, str]] = {
         "_sanitize_parameters(self)": "the library's protocol for pipelines",
         "_forward(self, input_tensors)": "the library's protocol for pipelines",
     },
+    "transformers.cli.serving.model_manager.ModelManager": {
+        "_load_model(self, model_id_and_revision)": "the server looks our classes up in transformers itself",
+        "_load_processor(self, model_id_and_revision)": "as `_load_model`",
+    },
     "transformers.Trainer": {
         "_get_dataloader(self, dataset, description, batch_size, sampler_fn, is_training, dataloader_key)": (
             "processes that share sequences must get the same batches"

@@ -29,6 +29,8 @@ class OneModel(ModelManager):
     def __init__(self, name: str, device: str, dtype: str, trust_remote_code: bool):
         self.options = device, dtype, trust_remote_code
         self.tokenizer: Any = None
+        listed = [{"id": name, "object": "model", "created": 0, "owned_by": "hf-reformer"}]
+        self.get_gen_models: Any = lambda: listed  # what `/v1/models` lists
         super().__init__(force_model=name, trust_remote_code=trust_remote_code)
 
     def _load_processor(self, model_id_and_revision: str, gguf_file: str | None = None) -> Any:
@@ -40,10 +42,6 @@ class OneModel(ModelManager):
 
     def _load_model(self, *args: Any, **kwargs: Any) -> Any:
         return self.model
-
-    def get_gen_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
-        """What `/v1/models` lists."""
-        return [{"id": self.force_model, "object": "model", "created": 0, "owned_by": "hf-reformer"}]
 
 
 class Turn(NamedTuple):
@@ -108,15 +106,20 @@ class RememberingManager(GenerateManager):
         self.turns: list[Turn] = []
         self.most = most
 
+    def _remembering(self, model: Any) -> Any:
+        return Remembering(model, self.turns, self.most)
+
     def generate_streaming(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().generate_streaming(Remembering(model, self.turns, self.most), *args, **kwargs)
+        return super().generate_streaming(self._remembering(model), *args, **kwargs)
 
     async def generate_non_streaming(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-        return await super().generate_non_streaming(Remembering(model, self.turns, self.most), *args, **kwargs)
+        return await super().generate_non_streaming(self._remembering(model), *args, **kwargs)
 
 
 class Chat(ChatCompletionHandler):
     """The library's, that tells a client why a model cannot chat."""
+
+    model_manager: OneModel
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
         if self.model_manager.tokenizer.chat_template is None:

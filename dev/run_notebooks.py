@@ -3,14 +3,16 @@
 python dev/run_notebooks.py                                    # all of them
 python dev/run_notebooks.py notebooks/01_quickstart.ipynb      # some
 
-Dropped are: progress bars and warnings (stderr, widgets), the times of cells, the version of Python, and colors of
+Dropped are: progress bars and warnings (stderr, widgets), how long they took, the version of Python, and colors of
 pictures beyond 256. Cells tagged `skip-execution` are left as they are. tests/test_notebooks.py checks what is kept.
 """
 
 import argparse
 import base64
 import os
+import re
 import resource
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -23,11 +25,20 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+PROGRESS = re.compile(r"<div>\s*<progress.*?</div>", re.DOTALL)  # what the Trainer shows above its table
 
 
-def is_kept(output: nbformat.NotebookNode) -> bool:
-    """Whether an output is one for readers: no warning, no progress bar."""
-    return output.get("name") != "stderr" and not any("widget" in kind for kind in output.get("data", {}))
+def kept(outputs: list[nbformat.NotebookNode]) -> Iterator[nbformat.NotebookNode]:
+    """The outputs for readers: no warning, no progress bar, small pictures."""
+    for output in outputs:
+        data = output.get("data", {})
+        if "text/html" in data:
+            data["text/html"] = PROGRESS.sub("", data["text/html"]).strip()
+        if "image/png" in data:
+            data["image/png"] = smaller(data["image/png"])
+        is_bar = data.get("text/html") == "" or any("widget" in kind for kind in data)
+        if output.get("name") != "stderr" and not is_bar:
+            yield output
 
 
 def smaller(picture: str) -> str:
@@ -45,10 +56,7 @@ def run(file: Path) -> None:
     notebook.metadata = nbformat.from_dict(METADATA)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if is_kept(output)]
-            for output in cell.outputs:
-                if "image/png" in output.get("data", {}):
-                    output.data["image/png"] = smaller(output.data["image/png"])
+            cell.outputs = list(kept(cell.outputs))
     nbformat.write(notebook, file)
 
 

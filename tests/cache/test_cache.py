@@ -79,11 +79,11 @@ def test_pieces_equal_the_whole(kinds, pieces, masked):
     ids=str,
 )
 def test_pieces_equal_the_whole_in_any_configuration(changes):
-    model = make(**changes)
+    model = make(["local", "lsh", "lsh"], **changes)
     with torch.no_grad():
         expected = model(IDS, attention_mask=MASK).logits
-    for pieces in PIECES.values():
-        found, _ = run(model, pieces, mask=MASK)
+    for pieces in ("prompt", "any"):
+        found, _ = run(model, PIECES[pieces], mask=MASK)
         assert max_abs_diff(found[MASK == 1], expected[MASK == 1]) <= 1e-5
 
 

@@ -25,7 +25,7 @@ KINDS = {
     "local": ["local"],
     "lsh": ["lsh"],
     "full": ["full"],
-    "mixed": ["local", "lsh", "full", "lsh", "local", "lsh"],
+    "mixed": ["local", "lsh", "full", "lsh"],
 }
 PIECES = {"one by one": [1] * LENGTH, "sevens": [7] * 10, "prompt": [20] + [1] * 50, "halves": [33, 37],
           "any": [5, 9, 21, 35]}  # fmt: skip

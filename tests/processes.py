@@ -8,11 +8,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+# Processes are forked from one that has done nothing but import what takes seconds.
+torch.multiprocessing.set_forkserver_preload(["hf_reformer.models.seq2seq", "transformers.trainer"])
+
 
 def run_in_processes(function: Callable, size: int, *args) -> list:
     """What `function(*args)` returned in every process, by rank. It lives at the top of its module."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_enter, (function, size, folder, args), nprocs=size)
+        torch.multiprocessing.start_processes(
+            _enter, (function, size, folder, args), nprocs=size, start_method="forkserver"
+        )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 

@@ -74,7 +74,13 @@ def test_checks_hold_every_kind_of_call():
             assert len(kinds) == (0 if (rule, extra) == (checks.CHUNKS, checks.PACKED) else 4), (rule, extra)
 
 
-CALLS = [group.entries[0] for group in checks.groups("cpu", 128) if group.entries[0].impl == "torch"]
+# In bfloat16 the causal ones, in float32 the others; `tests/ops/test_dispatch.py` has both in both.
+CALLS = [
+    group.entries[0]
+    for group in checks.groups("cpu", 128)
+    if group.entries[0].impl == "torch"
+    and (group.entries[0].case.layers or group.entries[0].case.causal == (group.entries[0].case.dtype == "bfloat16"))
+]
 
 
 @pytest.mark.parametrize("entry", CALLS, ids=lambda entry: f"{entry.case.work} {entry.case.causal} {entry.case.dtype}")

@@ -25,7 +25,7 @@ KINDS = {
     "local": ["local"],
     "lsh": ["lsh"],
     "full": ["full"],
-    "mixed": ["local", "lsh", "full", "lsh", "local", "lsh"],
+    "mixed": ["local", "lsh", "full", "lsh"],
 }
 PIECES = {"one by one": [1] * LENGTH, "sevens": [7] * 10, "prompt": [20] + [1] * 50, "halves": [33, 37],
           "any": [5, 9, 21, 35]}  # fmt: skip
@@ -79,11 +79,11 @@ def test_pieces_equal_the_whole(kinds, pieces, masked):
     ids=str,
 )
 def test_pieces_equal_the_whole_in_any_configuration(changes):
-    model = make(**changes)
+    model = make(["local", "lsh", "lsh"], **changes)
     with torch.no_grad():
         expected = model(IDS, attention_mask=MASK).logits
-    for pieces in PIECES.values():
-        found, _ = run(model, pieces, mask=MASK)
+    for pieces in ("prompt", "any"):
+        found, _ = run(model, PIECES[pieces], mask=MASK)
         assert max_abs_diff(found[MASK == 1], expected[MASK == 1]) <= 1e-5
 
 

@@ -181,11 +181,14 @@ def test_every_auto_class_works_without_the_package(exports, other_python, plain
     assert found["example.py"].startswith("Once upon a time")
 
 
-def test_every_auto_class_works_where_the_package_is_not_imported(exports, other_python, monkeypatch):
-    """The code of the directory runs, on the installed kernels; the package itself stays out."""
+def test_the_code_of_a_directory_works_where_the_package_is_not_imported(exports, other_python, monkeypatch):
+    """It runs on the installed kernels; the package itself stays out."""
     backend = "torch" if KERNELS["cpu"].unsupported_reason() else "cpu"
     monkeypatch.setenv("HF_REFORMER_BACKEND", backend)
     home, arguments = exports
+    some = "AutoModelForCausalLM=", "AutoModelForSeq2SeqLM=", "AutoModelForPreTraining=chunks"  # all kinds of layers
+    arguments = {name: folder for name, folder in arguments.items() if name.startswith(some)}
+    assert len(arguments) == 5
     found = other_python(home, *arguments, installed=True, HF_REFORMER_BACKEND=backend)
     assert found["installed"] == ["hf_reformer", "reformer_kernels"]
     assert found["imported"] == ["reformer_kernels"]
@@ -198,7 +201,8 @@ def test_every_auto_class_gives_the_classes_of_an_imported_package(trust, export
         for folder in ("AutoModelForMaskedLM", auto_class.__name__):
             loaded = auto_class.from_pretrained(exports[0] / folder, trust_remote_code=trust)
             assert type(loaded) is cls
-        assert same(observe(loaded), observe(make(cls)))
+        if trust:
+            assert same(observe(loaded), observe(make(cls)))
     tokenizer = AutoTokenizer.from_pretrained(exports[0] / "AutoModel", trust_remote_code=trust)
     assert type(tokenizer) is ReformerByteTokenizer
 

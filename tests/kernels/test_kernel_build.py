@@ -1,38 +1,49 @@
 """Compiling the C++ kernel on first use: once, announced, and never a reason to fail."""
 
+import ctypes
 import logging
 import multiprocessing
 import os
 import random
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from fuzzing import seeds
 
-from reformer_kernels.cpu import build, library, sources
-
-ATTEND = """
-import torch
+from hf_reformer.ops import dispatch
 from hf_reformer.ops.dispatch import select_backend, windowed_attention
 from hf_reformer.ops.layout import window_layout
-x = torch.randn(1, 1, 4, 8)
-layout = window_layout([(torch.zeros(1, 1, 1, 4, dtype=torch.int32), 1, 2)], True, None)
-assert windowed_attention(x, None, x, layout, causal=True)[0].isfinite().all()
-print(select_backend("auto", x, x))
-"""
+from reformer_kernels.cpu import build, library, sources
+
 VARIANT = build.supported_variants()[-1]
 
 
-def attend(cache, **environment) -> subprocess.CompletedProcess:
-    """Attention in a fresh process, with a cache of its own."""
-    own = {"HF_REFORMER_CACHE": str(cache), "HF_REFORMER_CPU_VARIANT": VARIANT, **environment}
-    return subprocess.run(
-        [sys.executable, "-c", ATTEND], capture_output=True, text=True, check=False, env={**os.environ, **own}
-    )
+@pytest.fixture
+def attend(monkeypatch, caplog):
+    """Attention as where it is first used, with a cache of its own: which backend served, and what was logged."""
+
+    def forget():
+        dispatch.check_library.cache_clear()
+        dispatch._warn_once.cache_clear()
+
+    def run(cache: Path, **environment: str) -> tuple[str, str]:
+        own = {"HF_REFORMER_CACHE": str(cache), "HF_REFORMER_CPU_VARIANT": VARIANT}
+        for name, value in {**own, **environment}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(library, "_library", None)
+        forget()
+        caplog.clear()
+        x = torch.randn(1, 1, 4, 8)
+        layout = window_layout([(torch.zeros(1, 1, 1, 4, dtype=torch.int32), 1, 2)], True, None)
+        assert windowed_attention(x, None, x, layout, causal=True)[0].isfinite().all()
+        return select_backend("auto", x, x), caplog.text
+
+    yield run
+    forget()
 
 
 @pytest.fixture
@@ -43,17 +54,16 @@ def needs_compiler():
         pytest.skip(str(error))
 
 
-def test_without_a_compiler_everything_runs_in_pytorch(tmp_path):
-    done = attend(tmp_path, PATH=str(tmp_path), CXX="")
-    assert done.stdout.strip() == "torch", done.stderr
-    assert done.stderr.count("there is no C++ compiler") == 1
+def test_without_a_compiler_everything_runs_in_pytorch(tmp_path, attend):
+    backend, told = attend(tmp_path, PATH=str(tmp_path), CXX="")
+    assert backend == "torch"
+    assert told.count("there is no C++ compiler") == 1
 
 
-@pytest.mark.slow
-def test_a_compiler_that_is_not_there_is_told_about(tmp_path):
-    done = attend(tmp_path, CXX="no-such-compiler")
-    assert done.stdout.strip() == "torch", done.stderr
-    assert done.stderr.count("CXX='no-such-compiler' cannot be found") == 1
+def test_a_compiler_that_is_not_there_is_told_about(tmp_path, attend):
+    backend, told = attend(tmp_path, CXX="no-such-compiler")
+    assert backend == "torch"
+    assert told.count("CXX='no-such-compiler' cannot be found") == 1
 
 
 def test_a_compiler_may_bring_arguments(monkeypatch, needs_compiler):
@@ -62,26 +72,24 @@ def test_a_compiler_may_bring_arguments(monkeypatch, needs_compiler):
     assert build.compiler() == [path, "-g0"]
 
 
-@pytest.mark.slow
-def test_a_compiler_that_fails_is_told_about(tmp_path):
-    done = attend(tmp_path, CXX=shutil.which("false"))
-    assert done.stdout.strip() == "torch", done.stderr
-    assert done.stderr.count("compiling failed") == 1
+def test_a_compiler_that_fails_is_told_about(tmp_path, attend):
+    backend, told = attend(tmp_path, CXX=shutil.which("false"))
+    assert backend == "torch"
+    assert told.count("compiling failed") == 1
 
 
-@pytest.mark.slow
-def test_an_unwritable_cache_is_told_about(tmp_path, needs_compiler):
+def test_an_unwritable_cache_is_told_about(tmp_path, needs_compiler, attend):
     (tmp_path / "file").write_text("not a folder")
-    done = attend(tmp_path / "file")
-    assert done.stdout.strip() == "torch", done.stderr
-    assert done.stderr.count("cannot be stored in") == 1
+    backend, told = attend(tmp_path / "file")
+    assert backend == "torch"
+    assert told.count("cannot be stored in") == 1
 
 
 @pytest.mark.slow
-def test_it_is_compiled_once_and_says_so(tmp_path, needs_compiler):
+def test_it_is_compiled_once_and_says_so(tmp_path, needs_compiler, attend):
     found = [attend(tmp_path) for _ in range(2)]
-    assert [done.stdout.strip() for done in found] == ["cpu", "cpu"], found
-    assert [done.stderr.count("compiling the") for done in found] == [1, 0]
+    assert [backend for backend, _ in found] == ["cpu", "cpu"], found
+    assert [told.count("compiling the") for _, told in found] == [1, 0]
 
 
 NUMBER = 'extern "C" long hf_sizeof(const char*) { return 7; }'  # the least that is taken for a library
@@ -426,23 +434,34 @@ def test_a_variant_that_the_processor_does_not_run_is_refused(variant, monkeypat
         build.supported_variants()
 
 
-def test_a_kernel_is_rehearsed_wherever_modules_are_looked_for(monkeypatch, tmp_path, needs_compiler):
-    """Python passes over entries of its path that are no strings."""
+def stub(trap: str | None = None) -> str:
+    """Source of a library that fits this package and compiles at once. Its functions do nothing; one may trap."""
+    structures = {x.__name__: ctypes.sizeof(x) for x in (*library.STRUCTURES.values(), *library.FUNCTIONS.values())}
+    sizes = "".join(f'if (!strcmp(name, "{name}")) return {size};\n' for name, size in structures.items())
+    functions = "".join(
+        f"int {name}(const void*) {{ {'__builtin_trap();' if name == trap else 'return 0;'} }}\n"
+        for name in library.FUNCTIONS
+    )
+    size_of = f"long long hf_sizeof(const char* name) {{\n{sizes}return 0;\n}}\n"
+    variant = f'const char* hf_variant() {{ return "{VARIANT}"; }}\n'
+    return f'#include <cstring>\nextern "C" {{\n{size_of}{variant}{functions}}}\n'
+
+
+def test_a_kernel_is_rehearsed_wherever_modules_are_looked_for(small_library, monkeypatch, tmp_path):
+    """Python passes over entries of its path that are no strings; the other process does not."""
+    (tmp_path / "csrc" / "api.cpp").write_text(stub())
+    called = "kernels.library.current_library().hf_hash(None)"
+    seen = "pathlib.Path(__file__).with_suffix('.seen').touch()"
+    (tmp_path / "made_up_check.py").write_text(f"import pathlib\ndef agrees(kernels):\n    {called}\n    {seen}\n")
     monkeypatch.setattr(sys, "path", [*sys.path, tmp_path])
-    monkeypatch.setenv("HF_REFORMER_CACHE", str(tmp_path / "cache"))
-    assert build.load_library("portable", rehearsal="hf_reformer.ops.kernel_check")
+    assert build.load_library(VARIANT, rehearsal="made_up_check")
+    assert (tmp_path / "made_up_check.seen").exists()
 
 
-def test_a_kernel_that_ends_the_process_when_it_is_called_is_left_alone(tmp_path, needs_compiler):
+def test_a_kernel_that_ends_the_process_when_it_is_called_is_left_alone(small_library, tmp_path, attend):
     """Such as one with instructions that this processor lacks: they trap when they come."""
-    path, *_ = build.compiler()
-    trap, source = tmp_path / "c++", tmp_path / "trap.cpp"
-    renamed = f'#define hf_hash another\n#include "{build.SOURCES / "api.cpp"}"\n#undef hf_hash\n'
-    source.write_text(renamed + 'extern "C" int hf_hash(const void*) { __builtin_trap(); }')
-    swap = f'for x do shift; case "$x" in */api.cpp) x={source};; esac; set -- "$@" "$x"; done'
-    trap.write_text(f'#!/bin/sh\n{swap}\nexec {path} "$@" -O0\n')
-    trap.chmod(0o755)
-    done = attend(tmp_path / "cache", CXX=str(trap))
-    assert done.stdout.strip() == "torch", done.stderr
-    assert done.stderr.count("calling it ends a process") == 1
+    (tmp_path / "csrc" / "api.cpp").write_text(stub(trap="hf_hash"))
+    backend, told = attend(tmp_path / "cache")
+    assert backend == "torch"
+    assert told.count("calling it ends a process") == 1
     assert not list(tmp_path.glob("cache/*.so"))

@@ -57,7 +57,7 @@ def one_by_one(model, ids, mask=None) -> torch.Tensor:
     mask = torch.ones_like(ids) if mask is None else mask
     out = model(ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], use_cache=True)
     logits = [out.logits]
-    for end in range(PROMPT + 1, TOKENS + 1):
+    for end in range(PROMPT + 1, ids.shape[1] + 1):
         out = model(ids[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=out.past_key_values)
         logits.append(out.logits)
     return torch.cat(logits, dim=1)
@@ -148,7 +148,7 @@ class Wrapper(nn.Module):
 
 
 def test_a_wrapped_layer_takes_its_modules(steps):
-    model, ids = make_model(), tokens()
+    model, ids = make_model(), tokens()[:, : PROMPT + 3]
     layers = model.base_model.layers
     layers[0] = Wrapper(layers[0])
     layers[1] = torch.compile(layers[1], backend="eager")

@@ -17,6 +17,7 @@ from hf_reformer.training.data_setup import SplitArguments
 from hf_reformer.training.model_setup import ModelArguments, arguments_of_file, parse_arguments
 from reformer_cli.main import RECIPES
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 TINY = [
     *("--tokenizer", "bytes", "--hidden_size", "16", "--attn_layers", "local", "--num_attention_heads", "1"),
     *("--attention_head_size", "16", "--feed_forward_size", "16", "--use_cpu", "--disable_tqdm", "True"),

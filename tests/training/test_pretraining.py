@@ -14,6 +14,7 @@ from hf_reformer.training.model_setup import ModelArguments
 from hf_reformer.training.pretraining import PretrainingArguments
 
 pytest.importorskip("evaluate")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 TINY = [
     *("--tokenizer", "bytes", "--hidden_size", "16", "--attn_layers", "local", "--num_attention_heads", "1"),
@@ -46,16 +47,16 @@ def test_the_task_starts_from_the_pre_trained_encoder(run, tmp_path):
     assert not all(torch.equal(task[name], other[name]) for name in shared)
 
 
-@pytest.mark.parametrize("killed", ["while pre-training", "in between", "in the task"])
-def test_a_killed_run_ends_where_the_whole_one_does(run, tmp_path, killed):
+def test_a_killed_run_ends_where_the_whole_one_does(run, tmp_path):
+    """While pre-training, in between, and in the task."""
     options = ["--pretrain_steps", "4", "--lr_scheduler_type", "constant"]  # a step too many would be seen
     whole = run("out", *options)
-    (tmp_path / "killed").mkdir()
-    done = {"while pre-training": ["_pretrained/checkpoint-2"], "in between": ["_pretrained/checkpoint-4"]}
-    for name in done.get(killed, ["_pretrained", "checkpoint-2"]):
-        shutil.copytree(tmp_path / "out" / name, tmp_path / "killed" / name)
-    resumed = run("killed", *options, "--resume_from_checkpoint", "last")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for done in (["_pretrained/checkpoint-2"], ["_pretrained/checkpoint-4"], ["_pretrained", "checkpoint-2"]):
+        shutil.rmtree(tmp_path / "killed", ignore_errors=True)
+        for name in done:
+            shutil.copytree(tmp_path / "out" / name, tmp_path / "killed" / name)
+        resumed = run("killed", *options, "--resume_from_checkpoint", "last")
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole), done
 
 
 def test_a_checkpoint_of_pre_training_needs_its_steps(tmp_path):

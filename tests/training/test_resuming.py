@@ -1,5 +1,6 @@
 """Runs that are killed at any moment, or whose files are damaged, go on from their newest whole checkpoint."""
 
+import functools
 import json
 import multiprocessing
 import random
@@ -20,6 +21,7 @@ from reformer_cli.main import main
 
 pd = pytest.importorskip("pandas")
 pytest.importorskip("evaluate")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 TINY = [
     *("--hidden_size", "16", "--attn_layers", "local", "lsh", "--num_attention_heads", "1", "--num_hashes", "1"),
@@ -85,38 +87,55 @@ def kill_while_saving(monkeypatch, name: str, *arguments) -> None:
             run(*arguments)
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The folder of a recipe's run of three whole checkpoints."""
+
+    @functools.cache
+    def make(recipe: str) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        run(recipe, folder, "out")
+        assert checkpoints(folder / "out") == {"checkpoint-2": None, "checkpoint-4": None, "checkpoint-6": None}
+        return folder / "out"
+
+    return make
+
+
 @pytest.mark.parametrize(
     ("recipe", "name"),
-    [*(("language-model", name) for name in FILES), ("classification", "optimizer.pt"), ("seq2seq", "rng_state.pth")],
+    [
+        *(("language-model", name) for name in ("model.safetensors", "scheduler.pt", "trainer_state.json")),
+        ("classification", "optimizer.pt"),
+        ("seq2seq", "rng_state.pth"),
+    ],
 )
-def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(recipe, name, tmp_path, monkeypatch, caplog):
-    run(recipe, tmp_path, "whole")
+def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(
+    recipe, name, tmp_path, whole_run, monkeypatch, caplog
+):
     kill_while_saving(monkeypatch, name, recipe, tmp_path, "killed")
     damage = checkpoints(tmp_path / "killed")
     assert list(damage) == ["checkpoint-2", "checkpoint-4"]
     assert damage["checkpoint-2"] is None
     run(recipe, tmp_path, "killed", "--resume_from_checkpoint", "last")
     assert f"checkpoint-4 is passed over: {damage['checkpoint-4']}" in caplog.text
-    assert same_model(tmp_path / "whole", tmp_path / "killed")
+    assert same_model(whole_run(recipe), tmp_path / "killed")
     assert not any(checkpoints(tmp_path / "killed").values())
 
 
 @pytest.mark.parametrize("recipe", ["language-model", "classification"])
 def test_evaluations_leave_training_as_it_is(recipe, tmp_path):
     options = ["--config_overrides", "lsh_window=16,local_window=8,hidden_dropout_prob=0.2"]
-    options += ["--validation_file", str(tmp_path / ("book.txt" if recipe == "language-model" else "table.csv"))]
+    (tmp_path / "few.txt").write_text("A line of a small book.\n" * 10)
+    (tmp_path / "few.csv").write_text("source,target\n" + "abcab,a\nbcabc,b\ncabca,c\n" * 3)
+    options += ["--validation_file", str(tmp_path / ("few.txt" if recipe == "language-model" else "few.csv"))]
     run(recipe, tmp_path, "without", *options, "--do_train")
     run(recipe, tmp_path, "with", *options, "--eval_strategy", "steps", "--eval_steps", "1")
     assert same_model(tmp_path / "with", tmp_path / "without")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run of three whole checkpoints."""
-    folder = tmp_path_factory.mktemp("run")
-    run("language-model", folder, "out")
-    assert checkpoints(folder / "out") == {"checkpoint-2": None, "checkpoint-4": None, "checkpoint-6": None}
-    return folder / "out"
+def whole(whole_run):
+    return whole_run("language-model")
 
 
 def last(folder: Path) -> str:

@@ -30,8 +30,10 @@ class RecordedStep:
                 "A CUDA graph has tensors of fixed shapes, but with `attention_mode='chunk'` and in 'full' layers "
                 "they grow with the context. Call the model itself."
             )
-        self.model, self.cache = model, to_reformer_cache(cache, model.config)
-        self.is_warm, self.graph = False, None
+        self.model: Any = model
+        self.cache: Any = to_reformer_cache(cache, model.config)
+        self.is_warm = False
+        self.graph: torch.cuda.CUDAGraph | None = None
         self.recorded: list[torch.Tensor] = []  # what the graph writes to
 
     @torch.no_grad()

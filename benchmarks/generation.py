@@ -7,6 +7,9 @@ import torch
 from torch import nn
 from transformers.models.reformer.modeling_reformer import ReformerDynamicCache
 
+from hf_reformer.cache import ReformerCache
+from hf_reformer.models.recorded_step import RecordedStep
+
 from .cases import NEXT, PREFILL, Case, Entry, Group, Run, Settings
 from .models import (
     HEAD_SIZE,
@@ -20,6 +23,8 @@ from .models import (
     hf_reformer_model,
     transformers_model,
 )
+
+MOST_STEPS = 4096  # sixteen in a row, repeated
 
 
 def groups(settings: Settings) -> list[Group]:
@@ -44,7 +49,8 @@ def make(case: Case, impl: str) -> Run:
     """The step after `length` tokens. Filling a cache is not timed; what the baselines' caches hold doesn't matter."""
     torch.manual_seed(0)
     makers: dict[str, Callable[[Case], tuple[Callable[[], Any], Any]]] = {
-        "hf-reformer": hf_reformer_step, "transformers": transformers_step, "full": full_step
+        "hf-reformer": hf_reformer_step, "hf-reformer recorded": recorded_step, "transformers": transformers_step,
+        "full": full_step,
     }  # fmt: skip
     with torch.no_grad():
         call, kept = makers[impl](case)
@@ -90,6 +96,17 @@ def hf_reformer_step(case: Case) -> tuple[Callable[[], Any], Any]:
     token = torch.tensor([[2]], device=case.device)
     cache = model(context, use_cache=True, logits_to_keep=1).past_key_values
     return lambda: model(token, past_key_values=cache).logits, cache.layers
+
+
+def recorded_step(case: Case) -> tuple[Callable[[], Any], Any]:
+    """The same as a CUDA graph, with memory for as many tokens as are ever measured."""
+    model = ready(hf_reformer_model(2 * case.length, case.layers), case)
+    context = torch.randint(2, VOCABULARY, (1, case.length), device=case.device)
+    token = torch.tensor([[2]], device=case.device)
+    cache = ReformerCache(model.config, max_cache_len=case.length + MOST_STEPS)
+    model(context, cache=cache, logits_to_keep=1)
+    step = RecordedStep(model, cache)
+    return lambda: step(token), cache.layers
 
 
 def transformers_step(case: Case) -> tuple[Callable[[], Any], Any]:

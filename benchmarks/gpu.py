@@ -112,6 +112,7 @@ def model_groups(section: str, device: str, tiny: bool) -> list[Group]:
     elif section == "classifier":
         impls = tuple(impl for impl in rivals.CLASSIFIERS if impl != "mamba")
     if section == "generation":
+        impls += ("hf-reformer recorded",) if device != "cpu" else ()  # as a CUDA graph
         lengths, cases = (256,) if tiny else (1024, 16384, 65536, 262144), [replace(case, work=NEXT)]
     else:
         lengths, cases = (384 if section == "classifier" else 256,) if tiny else (16384, 65536), [case]

@@ -19,6 +19,7 @@ STYLES = {
     "hf-reformer window": Style("hf-reformer, windows", "#0b5d7a"),
     "hf-reformer chunk": Style("hf-reformer, chunks", "#3fa0c0"),
     "hf-reformer": Style("hf-reformer", "#0b5d7a"),
+    "hf-reformer recorded": Style("hf-reformer, CUDA graph", "#3fa0c0"),
     "hf-reformer plain": Style("hf-reformer, not reversible", "#3fa0c0"),
     "hf-reformer window torch": Style("windows, PyTorch alone", "#0b5d7a", ":"),
     "hf-reformer chunk torch": Style("chunks, PyTorch alone", "#3fa0c0", ":"),

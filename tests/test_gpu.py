@@ -145,6 +145,26 @@ def test_a_decode_step_does_not_wait_for_the_device():
         model(ids[:, 98:99], past_key_values=cache, use_cache=True)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_mode": "chunk"},
+        {"position_embedding_type": "axial", "axial_pos_shape": (8, 8), "max_position_embeddings": 64},
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_filling_a_cache_does_not_wait_for_the_device(changes):
+    model, ids = make(**changes), ids_of(2, 80)
+    options = {"use_cache": True}
+    if "axial_pos_shape" in changes:  # which covers no more than the real tokens
+        options["attention_mask"] = torch.ones_like(ids).index_fill(1, torch.arange(60, 80, device=DEVICE), 0)
+    model(ids, **options)
+    torch.cuda.synchronize()
+    with no_waiting():
+        model(ids, **options)
+
+
 # --- CUDA graphs
 
 

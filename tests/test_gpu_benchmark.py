@@ -42,6 +42,7 @@ def test_the_plan_holds_every_table(planned):
     for impl in ("hf-reformer", "transformers", "full"):
         assert lengths(planned, "step", impl, work=STEP, layers=6) == {16 * K, 64 * K}
         assert {K, 256 * K} <= lengths(planned, "generation", impl, work=NEXT)
+    assert {K, 256 * K} <= lengths(planned, "generation", "hf-reformer recorded", work=NEXT)
     for impl in ("longformer", "bigbird", "modernbert"):
         assert lengths(planned, "classifier", impl, work=STEP, causal=False) == {16 * K, 64 * K}
     for impl in ("llama", "mistral", "mistral flex"):

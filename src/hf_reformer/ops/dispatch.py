@@ -6,6 +6,7 @@ Everything here takes `backend`: `config.attention_backend`. "torch" and "refere
 
 import functools
 import logging
+import math
 import operator
 import os
 from collections.abc import Callable, Sequence
@@ -221,7 +222,7 @@ def windowed_attention(
         rest = *layout[:3], mask, dropout_key, query_weights, *layout[3:], causal, dropout, scale
         if name == "cpu":
             out, _, row_sum, mass = kernel(query, key, value, *rest)
-            if not values_are_known() or bool(row_sum.sum().isfinite()):  # NaN where it read what is not finite
+            if not values_are_known() or math.isfinite(row_sum.sum()):  # NaN where it read what is not finite
                 return out.to(value.dtype), None if query_weights is None else mass
 
         def attend(query: torch.Tensor, key: Any, value: torch.Tensor) -> tuple[torch.Tensor, Any]:

@@ -19,7 +19,8 @@ MEET_FILES = $(foreach name,$(MEET_TRANSFORMERS),$(or $(wildcard tests/test_$(na
     $(error MEET_TRANSFORMERS names $(name), and there is no tests/*/test_$(name).py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-notebooks test-newest lint format bench bench-gpu evidence-short docs dist clean
+.PHONY: help demo demo-speech demo-image demo-forecast test test-slow test-notebooks test-newest lint format bench bench-gpu \
+    evidence-short docs dist clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +34,15 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY) ## train a small classifier end to end, without a download
 	$(BIN)/python scripts/train_classification.py --demo --output_dir runs/demo $(DEMO_ARGS)
+
+demo-speech: $(READY) ## train a small speech recogniser on made-up words
+	$(BIN)/python scripts/train_speech_recognition.py --demo --output_dir runs/demo-speech $(DEMO_ARGS)
+
+demo-image: $(READY) ## train a small classifier of handwritten digits
+	$(BIN)/python scripts/train_image_classification.py --demo --output_dir runs/demo-image $(DEMO_ARGS)
+
+demo-forecast: $(READY) ## forecast the made-up load of a grid
+	$(BIN)/python scripts/train_forecasting.py --demo --output_dir runs/demo-forecast $(DEMO_ARGS)
 
 test: $(READY) ## run the fast tests
 	$(PYTEST) $(PYTEST_ARGS)

@@ -179,7 +179,10 @@ def _check_size(config: Any) -> None:
     frame = config.frame_size * config.num_input_features
     patch = config.patch_length * (2 * config.input_size + config.num_time_features)
     pixels = config.num_channels * config.patch_size**2
-    tables += max(config.hidden_size * max(frame, patch, pixels), config.context_length * config.prediction_length)
+    tables += config.hidden_size * max(frame, patch, pixels)
+    if config.linear_skip:
+        mixed = config.input_size if config.mix_series else 1
+        tables += config.context_length * config.prediction_length * mixed**2
     parameters = tables + layer * (len(config.attn_layers) + len(config.decoder_attn_layers or ()))
     if parameters > MAX_PARAMETERS:
         raise ValueError(

@@ -151,7 +151,8 @@ class ReformerConfig(PreTrainedConfig):
             `"nll"`: negative log-likelihood under `distribution_output`; `"mse"` or `"mae"`: of one forecast.
         distribution_output (`str`, defaults to `"student_t"`): Or `"normal"`, `"negative_binomial"` (of counts).
         linear_skip (`bool`, defaults to `False`):
-            Adds to forecasts a linear map of the context, which is shared by all series and is 0 at first.
+            Adds to forecasts a linear map of the context, which is 0 at first: one that is shared by all series, or,
+            with `mix_series`, one from all of them to all.
         num_parallel_samples (`int`, defaults to 100): Samples that `generate` draws of every time series.
 
     Raises:

@@ -33,6 +33,11 @@ RECIPES = {  # a module of `hf_reformer.recipes` each
     "multiple-choice": "choose the right one of several endings or answers",
     "recommendation": "recommend the next item to every user",
     "chat": "answer in conversations, which `hf-reformer chat` then holds",
+    "speech-recognition": "write down what is said, in recordings of any length",
+    "audio-classification": "label recordings: words, sounds, speakers",
+    "image-classification": "label pictures, by their pixels or patches",
+    "image-generation": "draw pictures pixel by pixel, evaluated in bits per dimension",
+    "forecasting": "forecast time series, several at once, and the ways of cars",
 }
 CARD = ("language", "license", "datasets", "base_model", "tags", "dataset_name")
 
@@ -200,7 +205,10 @@ def run_convert(args: argparse.Namespace) -> None:
 
 def report_missing_tokenizer(folder: Path) -> None:
     """Print a line if the directory was written without a tokenizer."""
-    if not any((folder / name).exists() for name in ("tokenizer_config.json", "processor_config.json")):
+    if not any(
+        (folder / name).exists()
+        for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
+    ):
         print(f"There was no tokenizer. Save one to {folder} by `tokenizer.save_pretrained`: pipelines need it.")
 
 

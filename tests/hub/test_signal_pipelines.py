@@ -146,11 +146,17 @@ def test_pictures_of_every_mode_and_size(mode, tmp_path):
         classify(str(tmp_path / "cut.png"))
 
 
-def test_an_exported_folder_keeps_its_processor_beside_it(tmp_path):
-    """`export` writes the model; processors are saved into the same folder."""
-    export(make_model(ReformerForCTC, dtype=torch.float32), tmp_path / "model")
-    Wav2Vec2FeatureExtractor(sampling_rate=RATE).save_pretrained(tmp_path / "model")
-    assert AutoFeatureExtractor.from_pretrained(tmp_path / "model").sampling_rate == RATE
+def test_an_exported_folder_serves_the_pipeline(speech, tmp_path):
+    """Of a folder, the tokenizer and the feature extractor go along."""
+    export(speech, tmp_path / "model")
+    found = pipeline("automatic-speech-recognition", model=str(tmp_path / "model"), trust_remote_code=True)(TONE)
+    assert found == pipeline("automatic-speech-recognition", model=str(speech))(TONE)
+    processor = ViTImageProcessorPil(size={"height": 6, "width": 5})
+    export(make_model(ReformerForImageClassification), tmp_path / "image", processor=processor)
+    assert AutoImageProcessor.from_pretrained(tmp_path / "image").size == {"height": 6, "width": 5}
+    (tmp_path / "image" / "preprocessor_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"preprocessor_config.json cannot be read"):
+        export(tmp_path / "image", tmp_path / "again")
 
 
 # --- reading sound

@@ -363,6 +363,20 @@ def test_a_linear_skip_is_nothing_at_first_and_then_a_linear_map_of_the_context(
     assert max_abs_diff(added, (model.skip.weight @ scaled)) <= 1e-6
 
 
+def test_a_linear_skip_of_mixed_series_is_one_map_of_all():
+    model = forecaster(loss="mse", linear_skip=True, mix_series=True)
+    plain = forecaster(loss="mse", mix_series=True)
+    plain.load_state_dict({name: x for name, x in model.state_dict().items() if "skip" not in name})
+    with torch.no_grad():
+        model.skip.bias.zero_()
+        model.skip.weight.copy_(noise(6 * 2, 18 * 2))
+    past = noise(1, 18, 2)
+    out = plain(past)
+    added = (forecast(model, past) - forecast(plain, past)) / out.scale
+    scaled = ((past - out.loc) / out.scale).flatten()
+    assert max_abs_diff(added[0], (model.skip.weight @ scaled).view(6, 2)) <= 1e-6
+
+
 def test_horizons_may_be_longer_than_the_context():
     assert forecast(forecaster(context_length=3, prediction_length=50)).shape == (3, 50, 2)
 

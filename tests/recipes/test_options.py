@@ -1,6 +1,7 @@
 """What every recipe takes from the command line: the options of transformers' own example scripts."""
 
 import json
+import math
 import os
 import random
 import re
@@ -19,20 +20,45 @@ from reformer_cli.main import RECIPES
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 TINY = [
-    *("--tokenizer", "bytes", "--hidden_size", "16", "--attn_layers", "local", "--num_attention_heads", "1"),
+    *("--hidden_size", "16", "--attn_layers", "local", "--num_attention_heads", "1"),
     *("--attention_head_size", "16", "--feed_forward_size", "16", "--use_cpu", "--disable_tqdm", "True"),
     *("--max_steps", "1", "--save_strategy", "no"),
 ]
+BYTES = ["--tokenizer", "bytes"]
 OWN = {
-    "classification": [],
-    "language-model": ["--sequence_length", "16"],
-    "seq2seq": ["--source_column", "text", "--target_column", "label", "--metric", "none", "--max_target_length", "8"],
-    "question-answering": ["--question_column", "text", "--context_column", "words", "--answers_column", "label"],
-    "token-classification": ["--text_column", "list", "--label_column", "labels"],
-    "multiple-choice": ["--context_column", "text", "--endings_column", "list", "--label_column", "number"],
+    "classification": BYTES,
+    "language-model": [*BYTES, "--sequence_length", "16"],
+    "seq2seq": [
+        *BYTES,
+        "--source_column",
+        "text",
+        "--target_column",
+        "label",
+        "--metric",
+        "none",
+        "--max_target_length",
+        "8",
+    ],
+    "question-answering": [
+        *BYTES,
+        "--question_column",
+        "text",
+        "--context_column",
+        "words",
+        "--answers_column",
+        "label",
+    ],
+    "token-classification": [*BYTES, "--text_column", "list", "--label_column", "labels"],
+    "multiple-choice": [*BYTES, "--context_column", "text", "--endings_column", "list", "--label_column", "number"],
     "recommendation": ["--tokenizer", "items", "--top_k", "2"],
-    "chat": ["--max_length", "64", "--max_choices", "0"],
+    "chat": [*BYTES, "--max_length", "64", "--max_choices", "0"],
+    "speech-recognition": [],
+    "audio-classification": [],
+    "image-classification": [],
+    "image-generation": ["--draw_samples", "1"],
+    "forecasting": [],
 }
+SIGNALS = [name for name in OWN if name.startswith(("speech", "audio", "image", "forecast"))]
 
 
 def example(recipe: str, row: int) -> dict:
@@ -42,6 +68,11 @@ def example(recipe: str, row: int) -> dict:
     if recipe == "chat":
         said = zip(("user", "assistant"), draw.choices(("Hello.", "Yes.", "No."), k=2), strict=True)
         return {"messages": [{"role": role, "content": content} for role, content in said]}
+    if recipe in SIGNALS:
+        tone = [round(8000 * math.sin(i * (1 + row % 2))) for i in range(400 + row)]
+        signal = {"audio": tone, "sampling_rate": 4000, "pixels": [draw.randrange(256) for _ in range(16)]}
+        steps = [float(row % 5 + i) for i in range(6)]
+        return {**signal, "label": "xy"[row % 2], "text": "ab"[row % 2], "obs_a": steps[:4], "fut_a": steps[4:]}
     answers = {"words": "x or y", "list": ["x", "y"], "labels": ["X", "Y"], "number": row % 2}
     return {"text": " ".join(draw.choices("abcdef", k=9)), "label": "xy"[row % 2], **answers}
 
@@ -94,12 +125,15 @@ class Hub:
 
 def test_what_is_said_is_done_and_nothing_else_on_a_folder_that_is_a_data_set(recipe, folder, monkeypatch):
     monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
-    encoder = recipe not in ("language-model", "seq2seq", "chat", "recommendation")
+    encoder = recipe not in ("language-model", "seq2seq", "chat", "recommendation", *SIGNALS)
     more = ["--pretrain_steps", "1", "--pretrain_length", "8"] if encoder else []
     left = run(recipe, folder, "--dataset_name", str(folder), "--do_train", "--push_to_hub", *more)
     assert ("_pretrained" in left) == encoder
     assert scored(folder) == []
-    assert {"model.safetensors", "tokenizer.json", "README.md", "scores.json"} <= set(Hub.files)
+    assert {"model.safetensors", "README.md", "scores.json"} <= set(Hub.files)
+    assert ("tokenizer.json" in Hub.files) == (recipe not in SIGNALS)
+    hears_or_sees = recipe in SIGNALS and recipe not in ("forecasting", "image-generation")
+    assert ("preprocessor_config.json" in Hub.files) == hears_or_sees
     assert b"- hf_reformer\n" in Hub.files["README.md"]  # the card of the report, not the Trainer's
     saved = ["--model_name_or_path", str(folder.parent / "out"), "--dataset_name", str(folder)]
     out = run(recipe, folder, *saved, "--do_eval", "--do_predict", out="evaluated")

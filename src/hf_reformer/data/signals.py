@@ -13,8 +13,8 @@ from .tables import TABLE_FORMATS, read_examples, require
 if TYPE_CHECKING:
     from datasets import Dataset
 
-AUDIO_COLUMNS = ("audio", "waveform", "speech", "recording", "sound", "file", "path")
-IMAGE_COLUMNS = ("image", "img", "picture", "pixels", "pixel_values", "file", "path")
+AUDIO_COLUMNS = ("audio", "waveform", "speech", "recording", "sound", "path", "file")
+IMAGE_COLUMNS = ("image", "img", "picture", "pixels", "pixel_values", "path", "file")
 RATE_COLUMNS = ("sampling_rate", "sample_rate", "rate")
 SOUNDS = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff", ".au")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm")
@@ -94,6 +94,8 @@ def stored_rate(dataset: "Dataset", column: str, rate_column: str | None) -> int
     source = cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
     if isinstance(source, (str, bytes)):
         soundfile = require("soundfile")
+        if isinstance(source, str) and not Path(source).is_file():
+            raise FileNotFoundError(f"Row 0: There is no sound file `{source}`.")
         try:
             return int(soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source).samplerate)
         except (RuntimeError, ValueError):

@@ -5,6 +5,7 @@ model in that code. `save_pretrained` and the Trainer write no code.
 """
 
 import copy
+import json
 import tempfile
 from os import PathLike
 from pathlib import Path
@@ -14,7 +15,13 @@ import torch
 from huggingface_hub import CommitInfo, create_branch, create_repo, snapshot_download, upload_folder
 from huggingface_hub.utils import validate_repo_id
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerState,
+)
 
 from ..configuration_reformer import ReformerConfig
 from ..ops.dispatch import BACKENDS
@@ -32,7 +39,8 @@ from .model_folder import (
 from .registration import AUTO_CLASSES, MODEL_CLASSES
 
 # Files of an earlier model in the same place, which the new model may not overwrite.
-MODEL_FILE_PATTERNS = [*MODEL_FILES, *TOKENIZER_FILES, "additional_chat_templates/*"]
+PROCESSOR_FILE = "preprocessor_config.json"
+MODEL_FILE_PATTERNS = [PROCESSOR_FILE, *MODEL_FILES, *TOKENIZER_FILES, "additional_chat_templates/*"]
 READ_FROM_HUB = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 
 Source = PreTrainedModel | str | PathLike
@@ -43,6 +51,7 @@ def export(
     folder: str | PathLike,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    processor: Any = None,
     state: TrainerState | None = None,
     name: str | None = None,
     overwrite: bool = False,
@@ -54,10 +63,11 @@ def export(
     dtype. If the config names a compiled backend, the exported config says "auto" instead.
 
     Args:
-        model: one of our models; or a checkpoint directory or Hub repository, whose tokenizer and
+        model: one of our models; or a checkpoint directory or Hub repository, whose tokenizer, processor and
             `trainer_state.json` are then included.
         folder: the directory to write. It must be empty or not exist.
         tokenizer: is saved with the model.
+        processor: what prepares recordings or pictures, a feature extractor or image processor, is saved with it, too.
         state: `trainer.state`, for the scores on the model card.
         name: the name people will load it by, for the model card. Default: the name of the directory.
         overwrite: replace the model in a directory that is not empty, in one step; other files in it stay.
@@ -79,10 +89,10 @@ def export(
         raise ValueError(f"{folder} cannot be exported into itself. Name another directory.")
     if not overwrite and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty. Name another one, or pass `overwrite=True` (--overwrite).")
-    loaded, tokenizer, state = _loaded(model, tokenizer, state)
+    loaded, tokenizer, state, processor = _loaded(model, tokenizer, state, processor)
     readme = model_card(loaded, name or folder.name, tokenizer, state, **card)
     with written_whole(folder, MODEL_FILE_PATTERNS) as new:
-        _write(loaded, tokenizer, new)
+        _write(loaded, tokenizer, processor, new)
         readme.save(new / "README.md")
     return folder
 
@@ -92,6 +102,7 @@ def push_to_hub(
     repo_id: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
+    processor: Any = None,
     state: TrainerState | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
@@ -104,7 +115,7 @@ def push_to_hub(
     Files of a previously uploaded model are deleted or replaced, and so is its model card.
 
     Args:
-        model, tokenizer, state, card: as in `export`, and so are errors, which come before anything is sent.
+        model, tokenizer, processor, state, card: as in `export`, and so are errors, which come before all is sent.
         repo_id: "user/name", or "name" for your own account.
         private: visibility of a new repository. Default: the owner's setting.
         token: default: that of `hf auth login`.
@@ -115,7 +126,7 @@ def push_to_hub(
         huggingface_hub.errors.HfHubHTTPError: the Hub rejects the request.
     """
     validate_repo_id(repo_id)
-    loaded, tokenizer, state = _loaded(model, tokenizer, state)
+    loaded, tokenizer, state, processor = _loaded(model, tokenizer, state, processor)
     model_card(loaded, repo_id, tokenizer, state, **card)  # raises before a repository is created
     repo_id = create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
     if revision is not None:
@@ -123,7 +134,7 @@ def push_to_hub(
     with tempfile.TemporaryDirectory() as scratch:
         return upload_folder(
             repo_id=repo_id,
-            folder_path=export(loaded, scratch, tokenizer, state=state, name=repo_id, **card),
+            folder_path=export(loaded, scratch, tokenizer, processor=processor, state=state, name=repo_id, **card),
             commit_message=commit_message,
             token=token,
             revision=revision,
@@ -131,8 +142,8 @@ def push_to_hub(
         )
 
 
-def read(source: str | PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, TrainerState | None]:
-    """Model, tokenizer and Trainer state of a checkpoint directory or Hub repository; None for what is not there.
+def read(source: str | PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, TrainerState | None, Any]:
+    """Model, tokenizer, Trainer state and processor of a checkpoint directory or Hub repository, or None each.
 
     A ValueError says why the model cannot be read.
     """
@@ -158,7 +169,19 @@ def read(source: str | PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
         if keys := report[f"{kind}_keys"]:
             raise ValueError(f"The weights in {source} do not fit {name}: {min(keys)} is {kind}.")
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer_config.json").exists() else None
-    return model, tokenizer, saved_state(folder)
+    return model, tokenizer, saved_state(folder), saved_processor(folder)
+
+
+def saved_processor(folder: Path) -> Any:
+    """What prepares recordings or pictures, if it is in a checkpoint directory; ValueError if it is damaged."""
+    file = folder / PROCESSOR_FILE
+    if not file.exists():
+        return None
+    try:
+        sees = "image_processor_type" in json.loads(file.read_text(encoding="utf-8"))
+        return (AutoImageProcessor if sees else AutoFeatureExtractor).from_pretrained(folder)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{file} cannot be read: {error}. Mend or remove it.") from error
 
 
 def saved_state(folder: Path) -> TrainerState | None:
@@ -229,13 +252,14 @@ def check_model(model: Any) -> None:
         )
 
 
-def _loaded(model: Any, tokenizer: Any, state: Any) -> tuple[Any, Any, Any]:
-    """The three of them, read from a directory or repository if `model` names one; arguments take precedence."""
+def _loaded(model: Any, tokenizer: Any, state: Any, processor: Any) -> tuple[Any, Any, Any, Any]:
+    """The four of them, read from a directory or repository if `model` names one; arguments take precedence."""
     if isinstance(model, (str, PathLike)):
         model, *saved = read(model)
-        tokenizer, state = (old if new is None else new for new, old in zip((tokenizer, state), saved, strict=True))
+        given = (tokenizer, state, processor)
+        tokenizer, state, processor = (old if new is None else new for new, old in zip(given, saved, strict=True))
     check_model(model)
-    return model, tokenizer, state
+    return model, tokenizer, state, processor
 
 
 def code_files() -> dict[str, str]:
@@ -250,7 +274,7 @@ def auto_map() -> dict[str, str]:
     return {auto: f"{short_name(cls.__module__)}.{cls.__name__}" for auto, cls in classes.items()}
 
 
-def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, processor: Any, folder: Path) -> None:
     model.save_pretrained(folder)
     config = copy.deepcopy(model.config)
     config.auto_map = auto_map()
@@ -259,5 +283,7 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, fo
     config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
     for name, text in code_files().items():
         (folder / name).write_text(text, encoding="utf-8")

@@ -117,7 +117,8 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         names = ["value"] if self.distribution is None else list(self.distribution.args_dim)
         self.parameters_proj = nn.ModuleDict({name: nn.Linear(2 * config.hidden_size, outputs) for name in names})
         if config.linear_skip:
-            self.skip = ZeroLinear(config.context_length, config.prediction_length)
+            series = config.input_size if config.mix_series else 1
+            self.skip = ZeroLinear(config.context_length * series, config.prediction_length * series)
         self.post_init()
 
     @can_return_tuple
@@ -247,12 +248,17 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
                 x = x.flatten(2).transpose(1, 2)
             x = x[:, :steps]
             if name in ("loc", "value") and self.config.linear_skip:
-                skip = self.skip(window.values.transpose(1, 2).to(self.dtype))
-                x = x + skip.to(x.dtype).transpose(1, 2)
+                x = x + self._skip(window.values.to(self.dtype)).to(x.dtype)
             params.append(x)
         if self.distribution is None:
             return tuple(params)
         return tuple(self.distribution.domain_map(*(x[..., None] for x in params)))
+
+    def _skip(self, values: torch.Tensor) -> torch.Tensor:
+        """(B, N, S) → (B, P, S), by a map of every series, or of all of them together."""
+        if self.config.mix_series:
+            return self.skip(values.flatten(1)).unflatten(1, (self.config.prediction_length, -1))
+        return self.skip(values.transpose(1, 2)).transpose(1, 2)
 
     def _distribution(self, params: tuple, loc: torch.Tensor, scale: torch.Tensor) -> Distribution | torch.Tensor:
         if self.distribution is None:

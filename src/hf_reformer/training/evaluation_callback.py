@@ -8,6 +8,8 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+SIGNALS = ("input_values", "input_features", "pixel_values", "past_values", "past_observed_mask", "past_time_features",
+           "future_time_features")  # fmt: skip
 
 
 class EvaluationCallback(TrainerCallback, ABC):

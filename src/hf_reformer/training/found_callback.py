@@ -9,7 +9,7 @@ from transformers.utils import logging
 from ..analysis.found import attention_found
 from ..layers.attention import ReformerAttention
 from ..models.losses import IGNORE
-from .evaluation_callback import INPUTS, EvaluationCallback
+from .evaluation_callback import INPUTS, SIGNALS, EvaluationCallback
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +50,7 @@ class AttentionFoundCallback(EvaluationCallback):
         self.warned: set[int] = set()
 
     def layer_numbers(self, model: torch.nn.Module, batch: dict[str, Any]) -> dict[int, torch.Tensor]:
-        names: tuple[str, ...] = INPUTS
+        names: tuple[str, ...] = (*INPUTS, *SIGNALS)
         config: Any = model.config
         if config.is_encoder_decoder:
             names = (*INPUTS, "decoder_input_ids", "decoder_attention_mask", "labels")

@@ -1,0 +1,336 @@
+"""Time series: tables with a row a step, and tables with a row a window; both become windows of past and future."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from .columns import is_number
+from .tables import cell_text, read_column, require
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TIME_COLUMNS = ("time", "date", "datetime", "timestamp", "ds", "day", "month")
+MOST_MISSING = 100  # times as many steps as rows, which no table with gaps has
+
+
+@dataclass
+class SeriesTable:
+    """Series by step, NaN where not observed, (N, S); `times`: (N) datetime64, or None."""
+
+    names: list[str]
+    values: np.ndarray
+    times: np.ndarray | None
+
+    @property
+    def step(self) -> np.timedelta64 | None:
+        return None if self.times is None or len(self.times) < 2 else self.times[1] - self.times[0]
+
+
+def read_table(dataset: "Dataset", time_column: str | None, series: Sequence[str] | None) -> SeriesTable:
+    """A table with a row a step, its steps in order and evenly apart; steps that are missing become NaN.
+
+    Args:
+        time_column: default: found by its name; none: rows are steps.
+        series: default: all columns of numbers.
+
+    Raises:
+        ValueError: there is no such column, a cell is no number or time, or times are not in order or uneven.
+    """
+    names = dataset.column_names
+    if missing := [name for name in (time_column, *(series or ())) if name is not None and name not in names]:
+        raise ValueError(f"There is no column {missing}. The columns are {names}.")
+    time = time_column or next((name for name in TIME_COLUMNS if name in names), None)
+    columns, chosen = [], []
+    for name in series or [name for name in names if name != time]:
+        values = numbers(read_column(dataset, name), name, strict=series is not None)
+        if values is not None:
+            columns.append(values)
+            chosen.append(name)
+    if not columns:
+        raise ValueError(f"No column holds numbers. The columns are {names}. Name the series by --series.")
+    table = np.stack(columns, axis=1)
+    if time is None:
+        return SeriesTable(chosen, table, None)
+    return _regular(SeriesTable(chosen, table, _times(read_column(dataset, time), time)))
+
+
+def numbers(cells: Sequence[Any], name: str, strict: bool) -> np.ndarray | None:
+    """(N) float64, NaN for empty cells; None for a column that holds something else, or ValueError if `strict`."""
+    found = np.full(len(cells), np.nan)
+    for row, cell in enumerate(cells):
+        if isinstance(cell, (list, dict, bytes)):
+            return None
+        text = cell_text(cell)
+        if text is None or not text.strip():
+            continue
+        if not is_number(text):
+            if strict:
+                raise ValueError(f"Row {row} of the column `{name}` holds {text[:40]!r}, which is no number.")
+            return None
+        found[row] = float(text)
+    if np.isinf(found).any():
+        raise ValueError(f"Row {int(np.isinf(found).argmax())} of the column `{name}` is infinite. Leave it empty.")
+    return found
+
+
+def _times(cells: Sequence[Any], name: str) -> np.ndarray:
+    pandas = require("pandas")
+    try:
+        found = (
+            pandas.to_datetime(pandas.Series(list(cells)), utc=True).dt.tz_localize(None).to_numpy("datetime64[ns]")
+        )
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f"The column `{name}` holds no times: {error}") from error
+    if np.isnat(found).any():
+        raise ValueError(f"Row {int(np.isnat(found).argmax())} has no time. Leave it out.")
+    return found
+
+
+def _regular(table: SeriesTable) -> SeriesTable:
+    """With a row for every step, NaN where there was none."""
+    gaps = np.diff(table.times)
+    if not len(gaps):
+        return table
+    if (gaps <= np.timedelta64(0)).any():
+        row = int((gaps <= np.timedelta64(0)).argmax()) + 1
+        kind = (
+            "has the time of the row before it"
+            if gaps[row - 1] == np.timedelta64(0)
+            else "is earlier than the row before it"
+        )
+        raise ValueError(f"Row {row} ({table.times[row]}) {kind}. Sort the rows by time, one for each step.")
+    step = np.median(gaps.astype(np.int64)).astype(np.int64)
+    counts, rest = np.divmod(gaps.astype(np.int64), step)
+    if rest.any():
+        row = int((rest != 0).argmax()) + 1
+        raise ValueError(
+            f"Steps are not even: most are {np.timedelta64(int(step), 'ns').astype('timedelta64[s]')}, but row {row} "
+            f"({table.times[row]}) comes {gaps[row - 1].astype('timedelta64[s]')} after the row before it. Resample "
+            "the data, such as by pandas' `resample(…).mean()`."
+        )
+    if counts.sum() > MOST_MISSING * len(gaps):
+        raise ValueError(f"Of {int(counts.sum()) + 1} steps only {len(table.values)} are there. Resample the data.")
+    places = np.concatenate([[0], counts.cumsum()])
+    values = np.full((places[-1] + 1, table.values.shape[1]), np.nan)
+    values[places] = table.values
+    times = table.times[0] + np.arange(len(values)) * np.timedelta64(int(step), "ns")
+    return SeriesTable(table.names, values, times)
+
+
+def follows(first: SeriesTable, second: SeriesTable) -> int | None:
+    """How many steps after the end of one table another begins, 1 at least; None if they are not of one course."""
+    if first.times is None or second.times is None or first.step is None or second.times[0] <= first.times[-1]:
+        return None
+    steps, rest = divmod(int(second.times[0] - first.times[-1]), int(first.step))
+    return None if rest or steps > MOST_MISSING * len(first.times) else steps
+
+
+def joined(first: SeriesTable, second: SeriesTable, steps: int) -> SeriesTable:
+    """Two tables, of which the second begins `steps` after the end of the first."""
+    between = np.full((steps - 1, len(first.names)), np.nan)
+    values = np.concatenate([first.values, between, second.values])
+    times = first.times[0] + np.arange(len(values)) * first.step
+    return SeriesTable(first.names, values, times)
+
+
+def calendar(times: np.ndarray) -> np.ndarray:
+    """(N, 4) float32: where each time stands in its day and in its week, as points on two circles."""
+    seconds = times.astype("datetime64[s]").astype(np.int64)
+    day, week = seconds / 86400.0, (seconds / 86400.0 + 3) / 7  # 1970 began on a Thursday
+    angles = 2 * np.pi * np.stack([day % 1, week % 1], axis=1)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+
+
+class RowWindows(NamedTuple):
+    """A window a row: past (M, L, S) and future (M, P, S), NaN where there is none, in `names`' order of series."""
+
+    names: list[str]
+    predicted: list[str]
+    past: np.ndarray
+    future: np.ndarray
+
+
+def has_row_windows(dataset: "Dataset", past: str) -> bool:
+    """Whether cells hold lists, in columns that begin with the prefix `past`."""
+    return any(name.startswith(past) for name in dataset.column_names)
+
+
+def read_row_windows(
+    dataset: "Dataset",
+    past: str,
+    future: str,
+    steps: tuple[int, int] | None = None,
+    series: Sequence[str] | None = None,
+) -> RowWindows:
+    """Windows of a table with lists in its cells.
+
+    Columns `past` + name and `future` + name are one series. Other lists of as many steps as the past are series that
+    are known of the past alone, such as those of another car.
+
+    Args:
+        steps: those of past and future that a model takes; else those of the first row.
+        series: the names to take; default: all.
+
+    Raises:
+        ValueError: rows differ in length, or hold something else than numbers.
+    """
+    names = dataset.column_names
+    own = [name.removeprefix(past) for name in names if name.startswith(past)]
+    predicted = [name for name in own if future + name in names] or own
+    first = dataset[0]
+    length = steps[0] if steps else len(first[past + own[0]])
+    ahead = next((len(first[future + name]) for name in predicted if first.get(future + name)), None)
+    ahead = steps[1] if steps else ahead
+    if ahead is None:
+        raise ValueError(
+            f"No column begins with {future!r}, so there is no future to learn. Name it by --future_prefix."
+        )
+    others = [name for name in names if not name.startswith((past, future)) and isinstance(first[name], list)]
+    others = [
+        name for name in others if len(first[name]) == length and all(isinstance(x, (int, float)) for x in first[name])
+    ]
+    order = [*predicted, *(name for name in own if name not in predicted), *others]
+    if series is not None:
+        if unknown := [name for name in series if name not in order]:
+            raise ValueError(f"There is no series {unknown}. The series are {order}.")
+        order, predicted = [name for name in order if name in series], [name for name in predicted if name in series]
+        if not predicted:
+            raise ValueError(f"None of the series {list(series)} has a future. Name one that is to be predicted.")
+
+    def column(name: str, size: int) -> np.ndarray:
+        if name not in names:
+            return np.full((len(dataset), size), np.nan)
+        rows = read_column(dataset, name)
+        for row, cell in enumerate(rows):
+            if not isinstance(cell, list) or len(cell) != size:
+                found = f"{len(cell)} steps" if isinstance(cell, list) else repr(cell)[:40]
+                raise ValueError(f"Row {row} of the column `{name}` has {found}, where others have {size} steps.")
+        try:
+            values = np.array(rows, dtype=np.float64)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"The column `{name}` holds something else than numbers: {error}") from error
+        if np.isinf(values).any():
+            raise ValueError(f"Row {int(np.isinf(values).any(1).argmax())} of the column `{name}` is infinite.")
+        return values
+
+    before = [column(past + name if name in own else name, length) for name in order]
+    behind = [column(future + name if name in predicted else "", ahead) for name in order]
+    return RowWindows(order, predicted, np.stack(before, axis=2), np.stack(behind, axis=2))
+
+
+class Frame(NamedTuple):
+    """Where positions of each row are seen from: its last place (M, 2), and the way it goes, (M, 2, 2) rotations."""
+
+    origin: np.ndarray
+    rotation: np.ndarray
+
+    def enter(self, points: np.ndarray) -> np.ndarray:
+        """(M, N, 2) as seen from there, the way it goes being the first axis."""
+        return (points - self.origin[:, None]) @ self.rotation.transpose(0, 2, 1)
+
+    def leave(self, points: np.ndarray) -> np.ndarray:
+        return points @ self.rotation + self.origin[:, None]
+
+
+def position_pairs(names: Sequence[str]) -> list[tuple[int, int]]:
+    """Which series are the two coordinates of one thing: those that end in x and y, of one prefix."""
+    return [
+        (names.index(name), names.index(name[:-1] + "y"))
+        for name in names
+        if name.endswith("x") and name[:-1] + "y" in names
+    ]
+
+
+def moving_frame(past: np.ndarray, reach: int = 5) -> Frame:
+    """The frame of (M, L, 2) positions: the last of them, and the way of the last `reach` steps, or of all."""
+    last = past[:, -1]
+    ways = [last - past[:, -1 - min(reach, past.shape[1] - 1)], last - past[:, 0]]
+    sizes = [np.linalg.norm(way, axis=1) for way in ways]
+    way = np.where((sizes[0] > 0.1)[:, None], ways[0], ways[1])
+    size = np.linalg.norm(way, axis=1)
+    unit = np.where((size > 1e-6)[:, None], way / np.maximum(size, 1e-6)[:, None], [1.0, 0.0])
+    cos, sin = unit[:, 0], unit[:, 1]
+    return Frame(last, np.stack([np.stack([cos, sin], 1), np.stack([-sin, cos], 1)], axis=1))
+
+
+class Windows(torch.utils.data.Dataset):
+    """Windows of a course of series: the past before each of `ends`, and the steps from there on.
+
+    Args:
+        values: (N, S), NaN where not observed; features: (N + P at most, F) known of every step, or None.
+        lengths: steps of the past and of the future. A past that begins before the course has NaN there.
+        first: the course of each window begins there, (windows), where a table holds several.
+    """
+
+    def __init__(
+        self, values: np.ndarray, ends: np.ndarray, lengths: tuple[int, int], features: np.ndarray | None = None,
+        first: np.ndarray | None = None,
+    ):  # fmt: skip
+        self.values, self.features = values.astype(np.float32), features
+        self.ends, self.lengths = ends, lengths
+        self.first = np.zeros_like(ends) if first is None else first
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        (before, ahead), end = self.lengths, int(self.ends[number])
+        begin = max(end - before, int(self.first[number]))
+        row = {
+            "past_values": _padded(self.values[begin:end], before - (end - begin), 0, np.nan),
+            "future_values": _padded(self.values[end : end + ahead], 0, end + ahead - len(self.values), np.nan),
+        }
+        if self.features is not None:
+            row["past_time_features"] = _padded(self.features[begin:end], before - (end - begin), 0, 0.0)
+            row["future_time_features"] = self.features[end : end + ahead]
+        return {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in row.items()}
+
+    def select(self, numbers: Sequence[int] | np.ndarray) -> "Windows":
+        numbers = np.asarray(numbers, dtype=np.int64)
+        return Windows(self.values, self.ends[numbers], self.lengths, self.features, self.first[numbers])
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """All of past and future, (windows, L, S) and (windows, P, S)."""
+        rows = [self[number] for number in range(len(self))]
+        return tuple(np.stack([row[name].numpy() for row in rows]) for name in ("past_values", "future_values"))  # type: ignore[return-value]
+
+
+def _padded(x: np.ndarray, before: int, behind: int, value: float) -> np.ndarray:
+    if before <= 0 and behind <= 0:
+        return x
+    return np.pad(x, ((max(0, before), max(0, behind)), (0, 0)), constant_values=value)
+
+
+def windows_of_rows(rows: RowWindows) -> Windows:
+    """The windows of a table with a window a row, one course each."""
+    count, before, ahead = len(rows.past), rows.past.shape[1], rows.future.shape[1]
+    values = np.concatenate([rows.past, rows.future], axis=1).reshape(count * (before + ahead), -1)
+    first = np.arange(count) * (before + ahead)
+    return Windows(values, first + before, (before, ahead), None, first)
+
+
+def filled_forward(past: np.ndarray) -> np.ndarray:
+    """(M, L, S) with the last observed value where there is none; what comes before the first one is that, or 0."""
+    found = past.copy()
+    for step in range(1, found.shape[1]):
+        found[:, step] = np.where(np.isnan(found[:, step]), found[:, step - 1], found[:, step])
+    for step in range(found.shape[1] - 2, -1, -1):
+        found[:, step] = np.where(np.isnan(found[:, step]), found[:, step + 1], found[:, step])
+    return np.nan_to_num(found)
+
+
+def describe_rows(rows: Iterator[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows as JSON writes them: numbers rounded, None for NaN."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.ndarray):
+            return [plain(x) for x in value.tolist()]
+        if isinstance(value, dict):
+            return {name: plain(x) for name, x in value.items()}
+        return (None if value != value else round(value, 5)) if isinstance(value, float) else value
+
+    return [{name: plain(value) for name, value in row.items()} for row in rows]

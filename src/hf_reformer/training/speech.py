@@ -1,0 +1,130 @@
+"""Speech recognition: characters and their tokenizer, error rates, baselines, pictures of what was heard."""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+import jiwer
+import numpy as np
+import torch
+from datasets import Dataset
+from matplotlib.figure import Figure
+from sklearn.neighbors import NearestNeighbors
+from transformers import EvalPrediction, Wav2Vec2CTCTokenizer
+
+from ..models.frontend import log_spectrum
+
+BLANK, UNKNOWN, SPACE = "<pad>", "<unk>", "|"
+MOST_CHARACTERS = 20_000
+SHOWN = 4  # recordings of a picture
+
+
+def character_tokenizer(texts: Sequence[str]) -> Wav2Vec2CTCTokenizer:
+    """One token for every character of the texts, behind the blank, which is the padding token, and the unknown.
+
+    Raises:
+        ValueError: a text holds the character that stands for a space, or there are too many characters.
+    """
+    characters = Counter(character for text in texts for character in text)
+    if SPACE in characters:
+        raise ValueError(f"Transcripts hold {SPACE!r}, by which the tokenizer writes a space. Replace it.")
+    if len(characters) > MOST_CHARACTERS:
+        raise ValueError(f"Transcripts hold {len(characters):,} characters; at most {MOST_CHARACTERS:,} can be told.")
+    names = [BLANK, UNKNOWN, *sorted({SPACE if character == " " else character for character in characters})]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "vocab.json")
+        file.write_text(json.dumps({name: i for i, name in enumerate(names)}), encoding="utf-8")
+        return Wav2Vec2CTCTokenizer(
+            str(file), unk_token=UNKNOWN, pad_token=BLANK, bos_token=None, eos_token=None, word_delimiter_token=SPACE
+        )
+
+
+def normalised(text: str) -> str:
+    """A transcript with single spaces, none around it."""
+    return " ".join(text.split())
+
+
+def check_lengths(labels: Sequence[Sequence[int]], frames: Sequence[int], split: str) -> None:
+    """Raise ValueError for transcripts that are longer than their recordings: no frames could give them."""
+    for row, (ids, count) in enumerate(zip(labels, frames, strict=True)):
+        needed = len(ids) + sum(a == b for a, b in pairwise(ids))  # a blank between equal ones
+        if needed > count:
+            raise ValueError(
+                f"Row {row} of the {split} data has a transcript of {len(ids)} characters, but its recording only "
+                f"{count} frames. Is it the right one? Otherwise lower --stride_ms, or leave the row out."
+            )
+
+
+class ErrorRates:
+    """`compute_metrics` for the Trainer: word and character error rate of the likeliest character of every frame."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def texts(self, frames: np.ndarray) -> list[str]:
+        """The transcripts of (rows, frames) ids; -100 stands for no frame."""
+        ids = np.where(frames < 0, self.tokenizer.pad_token_id, frames)
+        return [normalised(text) for text in self.tokenizer.batch_decode(ids)]
+
+    def references(self, labels: np.ndarray) -> list[str]:
+        rows = [[token for token in row if token >= 0] for row in labels.tolist()]
+        return [normalised(self.tokenizer.decode(row, group_tokens=False)) for row in rows]
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        return error_rates(
+            self.references(np.asarray(prediction.label_ids)), self.texts(np.asarray(prediction.predictions))
+        )
+
+
+def error_rates(references: Sequence[str], found: Sequence[str]) -> dict[str, float]:
+    """By jiwer, over all texts together, and the share of texts that are wholly right."""
+    right = sum(a == b for a, b in zip(references, found, strict=True)) / len(references)
+    return {"wer": jiwer.wer(list(references), list(found)), "cer": jiwer.cer(list(references), list(found)),
+            "exact": right}  # fmt: skip
+
+
+def likeliest(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`preprocess_logits_for_metrics` of the Trainer: (B, frames, characters) → (B, frames)."""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
+def nearest_recordings(train: Dataset, unknown: Dataset, texts: Sequence[str], features: Any) -> list[str]:
+    """A simple baseline: the transcript of the training recording that sounds most alike."""
+    x, y = features(train), features(unknown)
+    scale = x.std(0) + 1e-6
+    _, found = NearestNeighbors(n_neighbors=1).fit(x / scale).kneighbors(y / scale)
+    return [texts[row] for row in found[:, 0]]
+
+
+def draw_heard(
+    file: Path, encoded: Dataset, frames: np.ndarray, texts: Sequence[str | None], tokenizer: Any, rate: int,
+    stride: int, title: str,
+) -> None:  # fmt: skip
+    """Spectra of the first recordings over time, and the characters that were heard where they were heard."""
+    count = min(SHOWN, len(encoded))
+    figure = Figure(figsize=(10, 2.2 * count), layout="constrained")
+    for axes, row in zip(np.atleast_1d(figure.subplots(count)), range(count), strict=True):
+        x = torch.from_numpy(np.array(encoded[row]["input_values"], dtype=np.float32))
+        size = max(2, round(rate * 0.025))
+        x = torch.nn.functional.pad(x, (0, max(0, size - len(x))))
+        spectra = log_spectrum(x.unfold(0, size, max(1, size // 3))).T.numpy()
+        axes.imshow(spectra, origin="lower", aspect="auto", cmap="magma", extent=(0, len(x) / rate, 0, rate / 2000))
+        place = 0
+        for token, run in groupby(frames[row].tolist()):
+            if token >= 0 and token != tokenizer.pad_token_id:
+                name = tokenizer.convert_ids_to_tokens(token)
+                axes.text(place * stride / rate, rate / 2000 * 0.9, "␣" if name == SPACE else name, color="white")
+            place += len(list(run))
+        true = f"true: {texts[row]}" if texts[row] is not None else ""
+        axes.set(ylabel="kHz", title=true, xlim=(0, len(x) / rate))
+    figure.suptitle(title)
+    figure.supxlabel("seconds")
+    figure.savefig(file, dpi=110)
+
+
+def label_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    return [tokenizer(text)["input_ids"] for text in texts]

@@ -10,8 +10,9 @@ BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
-# One torch thread per worker, so that they do not fight for the cores; and no test may reach for the Hub unasked.
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# One torch thread per worker, so that they do not fight for the cores; and no test may reach for the Hub unasked. A worker
+# that has done its share takes half of what the other has left: files stay together but for a few, and both end at once.
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # constraints.txt pins the oldest transformers that is supported, and the newest that peft knows; this is the newest.
 NEWEST := transformers==5.24.0
 MEET_TRANSFORMERS := compat full_attention generation heads hub pipelines registration save_load seq2seq trainer
@@ -25,11 +26,13 @@ MEET_FILES = $(foreach name,$(MEET_TRANSFORMERS),$(or $(wildcard tests/test_$(na
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# torch first and pinned: nothing that depends on it may choose another.
+# torch first and pinned: nothing that depends on it may choose another. pip would compile to bytecode on one core; a few files
+# are templates, or for other versions of Python, and cannot be compiled.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt torch
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --no-compile -c constraints.txt torch
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 demo: $(READY) ## train a small classifier end to end, without a download

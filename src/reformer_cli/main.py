@@ -158,7 +158,7 @@ def run_serve(args: argparse.Namespace) -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"`hf-reformer serve` needs `{error.name}`. In a clone: pip install -e '.[serve]'."
+            f"`hf-reformer serve` needs `{error.name}`. In a clone: `pip install -e '.[serve]'`."
         ) from error
     from .serving import make_server
 

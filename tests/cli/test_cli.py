@@ -7,6 +7,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -495,6 +496,14 @@ def test_memory_prints_a_column_for_each_length(line, tmp_path):
         status, out, err = line("memory", "--length", 64, *argv)
         assert (status, out) == (2, "")
         assert message in err
+
+
+def test_demo_is_the_demo_of_classification(line, monkeypatch):
+    ran = []
+    recipe = SimpleNamespace(main=ran.append)
+    monkeypatch.setattr("hf_reformer.recipes.load_recipe", {"classification": recipe}.__getitem__)
+    assert line("demo") == (0, "", "")
+    assert ran == [["--demo"]]
 
 
 def test_bench_measures_beside_exact_attention(line):

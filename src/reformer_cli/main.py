@@ -63,9 +63,9 @@ def run_train(args: argparse.Namespace) -> None:
 def run_demo(args: argparse.Namespace) -> None:
     """Train and use a classifier of the installed Python packages' source files: no download, some minutes.
 
-    It is `hf-reformer train classification --demo`, and takes its options.
+    It is `hf-reformer train classification --demo`, which has options, and writes to runs/demo.
     """
-    args.recipe, args.arguments = "classification", ["--demo", *args.arguments]
+    args.recipe, args.arguments = "classification", ["--demo"]
     run_train(args)
 
 
@@ -163,7 +163,7 @@ def run_serve(args: argparse.Namespace) -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"`hf-reformer serve` needs `{error.name}`. In a clone: pip install -e '.[serve]'."
+            f"`hf-reformer serve` needs `{error.name}`. In a clone: `pip install -e '.[serve]'`."
         ) from error
     from .serving import make_server
 
@@ -284,10 +284,7 @@ def make_parser() -> argparse.ArgumentParser:
     train = command("train", run_train, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=recipes)
     train.add_argument("recipe", nargs="?", choices=RECIPES, metavar="RECIPE", help="one of the recipes below")
     train.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="the options of the recipe")
-    demo = command("demo", run_demo)
-    demo.add_argument(
-        "arguments", nargs=argparse.REMAINDER, metavar="...", help="options of the recipe classification"
-    )
+    command("demo", run_demo)
     generate = command("generate", run_generate, parents=[loading, shared])
     add_text(generate, "prompt", "the text to continue")
     generate.add_argument("--no_bos", action="store_true", help="do not put the bos token before the prompt")

@@ -25,18 +25,17 @@ def config_and_class(args: argparse.Namespace) -> tuple[Any, Any]:
     from transformers import AutoConfig
 
     from hf_reformer import ReformerConfig
-    from hf_reformer.analysis.memory import MODELS
+    from hf_reformer.analysis.memory import known_class
     from hf_reformer.hub.model_folder import readable
 
     fields = {"max_position_embeddings": max(args.length)} if args.model is None else {}
     fields |= json_fields(args.fields) or {}
     if unknown := [name for name in fields if not hasattr(ReformerConfig(), name)]:
         raise ValueError(f"--fields: ReformerConfig has no field {', '.join(unknown)}.")
-    if args.head is not None and args.head not in MODELS:
-        raise ValueError(f"--head {args.head} is none of {', '.join(MODELS)}.")
+    model_class = None if args.head is None else known_class(args.head)
     with readable(args.model or "--fields"):
         config = ReformerConfig(**fields) if args.model is None else AutoConfig.from_pretrained(args.model, **fields)
-    return config, None if args.head is None else MODELS[args.head]
+    return config, model_class
 
 
 def run_memory(args: argparse.Namespace) -> None:

@@ -107,12 +107,12 @@ def test_every_head_trains_in_what_is_estimated(name, global_generator_untouched
 
 def test_a_long_sequence_is_extrapolated(monkeypatch):
     for module in ("models.losses.MAX_LOGITS", "reversible.chunking.CHUNK_ELEMENTS"):
-        monkeypatch.setattr(f"hf_reformer.{module}", 2**17)
+        monkeypatch.setattr(f"hf_reformer.{module}", 2**16)
     config = ReformerConfig(**CAUSAL)
-    whole = estimate_memory(config, 1, 6000)
+    whole = estimate_memory(config, 1, 3000)
     for name in ("MAX_LOGITS", "CHUNK_ELEMENTS"):
-        monkeypatch.setattr(f"hf_reformer.analysis.memory.{name}", 2**17)
-    extrapolated = estimate_memory(config, 1, 6000)  # from 2048 and 4096
+        monkeypatch.setattr(f"hf_reformer.analysis.memory.{name}", 2**16)
+    extrapolated = estimate_memory(config, 1, 3000)  # from 1024 and 2048
     assert extrapolated != whole
     assert extrapolated.total == pytest.approx(whole.total, rel=0.02)
 
@@ -148,6 +148,7 @@ def test_the_class_is_the_one_that_the_config_names():
         ({"position_embedding_type": "learned", "max_position_embeddings": 256}, (1, 257), {}, "cover 256 tokens"),
         ({"is_decoder": True}, (1, 128), {"use_cache": True}, "training=False"),
         ({}, (1, 128), {"use_cache": True, "training": False}, "causal models"),
+        ({"architectures": ["ReformerForCTC"]}, (1, 128), {}, "not for ReformerForCTC"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(fields, sizes, options, told):

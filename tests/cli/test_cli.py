@@ -7,6 +7,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -405,7 +406,7 @@ def test_mistakes_of_train_end_in_one_line(line, tmp_path, monkeypatch):
     for library in ("accelerate", "evaluate"):
         monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
         recipe = "seq2seq" if library == "accelerate" else "classification"
-        message = f"hf-reformer: This needs `{library}`. Install it with `pip install 'hf_reformer[train]'`.\n"
+        message = f"hf-reformer: This needs `{library}`. In a clone: `pip install -e '.[train]'`.\n"
         assert line("train", recipe, *files) == (2, "", message)
 
 
@@ -489,12 +490,20 @@ def test_memory_prints_a_column_for_each_length(line, tmp_path):
     assert "gradients" not in out
     for message, argv in {
         "no field num_hash": ["--fields", '{"num_hash": 3}'],
-        "is none of ReformerModel": ["--head", "BertModel"],
+        "not for BertModel": ["--head", "BertModel"],
         "causal models": ["--use_cache"],
     }.items():
         status, out, err = line("memory", "--length", 64, *argv)
         assert (status, out) == (2, "")
         assert message in err
+
+
+def test_demo_is_the_demo_of_classification(line, monkeypatch):
+    ran = []
+    recipe = SimpleNamespace(main=ran.append)
+    monkeypatch.setattr("hf_reformer.recipes.load_recipe", {"classification": recipe}.__getitem__)
+    assert line("demo") == (0, "", "")
+    assert ran == [["--demo"]]
 
 
 def test_bench_measures_beside_exact_attention(line):

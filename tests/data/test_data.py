@@ -142,7 +142,7 @@ def test_without_the_extra_the_module_imports_and_its_functions_name_the_extra(m
     monkeypatch.setitem(sys.modules, "sklearn", None)
     tables, corpus = (runpy.run_module(f"hf_reformer.data.{name}") for name in ("tables", "demo_corpus"))
     for call in (corpus["installed_packages_corpus"], lambda: tables["read_examples"]("table.csv")):
-        with pytest.raises(ImportError, match=r"`datasets`.*pip install 'hf_reformer\[train\]'"):
+        with pytest.raises(ImportError, match=r"`datasets`.*pip install -e '\.\[train\]'"):
             call()
 
 

@@ -188,7 +188,7 @@ def estimate_memory(
             f"batch_size={batch_size}, length={length}: both must be at least 1, and the config's position embeddings "
             f"cover {config.covered_positions} tokens (`max_position_embeddings`, `axial_pos_shape`)."
         )
-    model_class = default_class(config) if model_class is None else model_class
+    model_class = default_class(config) if model_class is None else known_class(model_class.__name__)
     causal = model_class is ReformerForCausalLM or (model_class is ReformerModel and config.is_decoder)
     if use_cache and (training or not causal):
         raise ValueError("`use_cache=True` is for causal models (`config.is_decoder`) with `training=False`.")
@@ -206,11 +206,25 @@ def estimate_memory(
     return max(estimates, key=lambda estimate: estimate.total)
 
 
+def known_class(name: str) -> type[ReformerPreTrainedModel]:
+    """The class of that name.
+
+    Raises:
+        ValueError: its inputs are no tokens, or it is none of this package.
+    """
+    if name not in MODELS:
+        raise ValueError(
+            f"Memory is estimated for {', '.join(MODELS)}, not for {name}. Give one of them as `model_class`: for "
+            "signals ReformerForSequenceClassification comes near, which has the same layers; `length` is then the "
+            "number of frames or patches."
+        )
+    return MODELS[name]
+
+
 def default_class(config: ReformerConfig) -> type[ReformerPreTrainedModel]:
     """The class that `config.architectures` names; otherwise a language model's, of the kind that the config says."""
-    for name in config.architectures or []:
-        if name in MODELS:
-            return MODELS[name]
+    if config.architectures:
+        return known_class(config.architectures[0])
     if config.is_encoder_decoder:
         return ReformerForConditionalGeneration
     return ReformerForCausalLM if config.is_decoder else ReformerForMaskedLM

@@ -206,7 +206,7 @@ def _axes(ax: Any) -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
-        raise ImportError("Plots need matplotlib, which `pip install 'hf-reformer[train]'` brings.") from error
+        raise ImportError("Plots need matplotlib. In a clone: `pip install -e '.[train]'`.") from error
     return plt.subplots(layout="constrained")[1]
 
 

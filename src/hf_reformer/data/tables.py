@@ -30,7 +30,7 @@ def require(module: str) -> ModuleType:
             cause = cause.__cause__
         missing = module if cause is None else cause.name
         extra = "signals" if missing in _OF_SIGNALS else "train"
-        raise ImportError(f"This needs `{missing}`. Install it with `pip install 'hf_reformer[{extra}]'`.") from error
+        raise ImportError(f"This needs `{missing}`. In a clone: `pip install -e '.[{extra}]'`.") from error
 
 
 _OF_SIGNALS = {"PIL", "jiwer", "scoringrules", "soundfile"}  # of an extra of their own

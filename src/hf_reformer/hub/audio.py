@@ -118,6 +118,4 @@ def _needed(module: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise ImportError(
-            f"`{package}` is needed {purpose}. Install it with `pip install 'hf_reformer[signals]'`."
-        ) from error
+        raise ImportError(f"`{package}` is needed {purpose}. In a clone: `pip install -e '.[signals]'`.") from error

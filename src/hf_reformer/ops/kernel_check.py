@@ -210,8 +210,8 @@ def _triton_hashing_agrees(kernels, device, dtype, size, length) -> bool:
 
 def _triton_decoding_agrees(kernels, device, dtype, size, length) -> bool:
     generator = torch.Generator("cpu").manual_seed(0)
-    rows = [_normal(generator, 2, 2, length, size).to(dtype) for _ in range(2)]
-    return _decode_attention_agrees(kernels, *rows, device)
+    query, value = (_normal(generator, 2, 2, length, size).to(dtype) for _ in range(2))
+    return _decode_attention_agrees(kernels, query, value, device)
 
 
 def _triton_attention_agrees(

@@ -75,6 +75,8 @@ def decode_attention(
     with torch.cuda.device_of(query):
         for first in range(0, query.shape[2], piece):
             own = slice(first, first + piece)
-            some = [None if x is None else x[:, :, own] for x in (query, key, value, vectors)]
-            parts.append(run_decode_attention(*some, indices[:, own], cache, local_window, scale))
+            some_query, some_key, some_value = (x[:, :, own] for x in (query, key, value))
+            hashed = None if vectors is None else vectors[:, :, own]
+            inputs = some_query, some_key, some_value, hashed, indices[:, own]
+            parts.append(run_decode_attention(*inputs, cache, local_window, scale))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

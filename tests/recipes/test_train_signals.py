@@ -265,9 +265,11 @@ def test_handwritten_digits_are_learnt(tmp_path):
     assert scores["Reformer"]["accuracy"] > 0.8
 
 
-def test_bits_per_dimension_and_pictures_that_are_drawn(digits):
+@pytest.mark.parametrize("kind", ["rotary", "axial"])
+def test_bits_per_dimension_and_pictures_that_are_drawn(kind, digits):
     options = ["--train_file", str(digits / "train.parquet"), "--validation_file", str(digits / "validation.parquet")]
     options += ["--output_dir", str(digits / "out"), "--max_steps", "2", "--baselines", "--draw_samples", "2"]
+    options += ["--position_embedding_type", kind]
     image_generation.main([*TINY, *options])
     assert {"drawn.png", "predictions_validation.jsonl"} <= files(digits / "out")
     scores = json.loads((digits / "out" / "scores.json").read_text())["validation"]

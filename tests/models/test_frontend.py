@@ -87,6 +87,19 @@ def test_a_pixel_has_one_place_in_pictures_of_every_size(kind):
     assert patches.position_ids(noise(1, 3, 2, 3)).tolist() == [[0, 1, 2, 8, 9, 10]]
 
 
+def test_a_grid_tells_every_pixel_where_it_is():
+    """Beside rotary positions, which tell distances alone: an even picture is not the same everywhere."""
+    patches = PatchEmbeddings(tiny_config(rotary_shape=(4, 5)))
+    torch.nn.init.normal_(patches.places.weights[0])
+    torch.nn.init.normal_(patches.places.weights[1])
+    even = torch.ones(1, 3, 3, 2)
+    found = patches(even).view(3, 2, 16)
+    for row in range(3):
+        for column in range(2):
+            table = torch.cat([patches.places.weights[0][row, 0], patches.places.weights[1][0, column]])
+            assert max_abs_diff(found[row, column], patches.projection(torch.ones(3)) + table) <= 1e-6
+
+
 def test_a_narrow_picture_is_the_corner_of_a_wide_one():
     """What a pixel is told of its place does not depend on the size of the picture."""
     fields = {"rotary_shape": (6, 6), "attn_layers": ["full"]}

@@ -143,7 +143,9 @@ def test_what_is_said_is_done_and_nothing_else_on_a_folder_that_is_a_data_set(re
 
 @pytest.mark.slow
 @pytest.mark.multi_process
-@pytest.mark.parametrize("recipe", ["question-answering", "token-classification", "multiple-choice"])
+@pytest.mark.parametrize(
+    "recipe", ["question-answering", "token-classification", "multiple-choice", "speech-recognition"]
+)
 def test_two_processes_predict_every_row_once(recipe, folder):
     """The last batch has fewer rows than the processes would take."""
     data = ["--dataset_name", str(folder)]

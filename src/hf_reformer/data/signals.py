@@ -40,7 +40,8 @@ def read_signals(path: str | Path, suffixes: Sequence[str]) -> "Dataset":
             if dataset.features[name].dtype == "string":
                 beside = [cell if cell is None or Path(cell).is_absolute() else str(path.parent / cell)
                           for cell in dataset[name][:]]  # fmt: skip
-                dataset = dataset.remove_columns(name).add_column(name, beside)
+                old = f"{name} as written"
+                dataset = dataset.rename_column(name, old).add_column(name, beside).remove_columns(old)
         return dataset
     files = [file for file in sorted(path.glob("*/**/*")) if file.suffix.lower() in suffixes and file.is_file()]
     rows = [

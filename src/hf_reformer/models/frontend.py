@@ -8,6 +8,7 @@ from torch import nn
 
 from ..compat import may_look_at, values_are_known
 from ..configuration_reformer import ReformerConfig
+from ..layers.position_embeddings import AxialPositionEmbeddings
 from .input_checks import check_mask_values, refuse_values
 
 SPECTRUM_FLOOR = 1e-4  # of the power in a spectrum, where that of a normalised waveform is about 1
@@ -118,12 +119,20 @@ def check_finite(x: torch.Tensor, name: str) -> None:
 
 
 class PatchEmbeddings(nn.Module):
-    """Squares of `patch_size` pixels of a picture, row by row: each an embedding. A size of 1 means pixels."""
+    """Squares of `patch_size` pixels of a picture, row by row: each an embedding. A size of 1 means pixels.
+
+    Rotary positions tell how far apart patches are. With `rotary_shape`, tables of rows and columns tell where they
+    are, too, as axial positions do.
+    """
 
     def __init__(self, config: ReformerConfig):
         super().__init__()
         self.size, self.channels, self.grid_width = config.patch_size, config.num_channels, config.grid_width
         self.projection = nn.Linear(self.channels * self.size**2, config.hidden_size)
+        self.places = None
+        if config.rotary_shape is not None and len(config.rotary_shape) == 2:
+            half = config.hidden_size // 2
+            self.places = AxialPositionEmbeddings(config.rotary_shape, (half, config.hidden_size - half))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(B, C, height, width) → (B, patches, D); patches over the edge go on in zeros."""
@@ -131,7 +140,11 @@ class PatchEmbeddings(nn.Module):
         missing = (0, width - pixel_values.shape[3], 0, height - pixel_values.shape[2])
         x = nn.functional.pad(pixel_values.to(self.projection.weight.dtype), missing)
         x = x.unflatten(3, (-1, self.size)).unflatten(2, (-1, self.size))  # (B, C, rows, size, columns, size)
-        return self.projection(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+        x = self.projection(x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+        if self.places is None:
+            return x
+        positions = self.position_ids(pixel_values)
+        return x + self.places(torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions)
 
     def position_ids(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
         """(1, patches), counted through the grid of the model's positions; None where that is from patch to patch."""
@@ -152,10 +165,16 @@ def check_pixels(config: ReformerConfig, pixel_values: torch.Tensor | None) -> N
             f"`pixel_values` has {shape[1]} channels, but `num_channels={config.num_channels}`. The image processor "
             "makes grey pictures and those with transparency RGB by `do_convert_rgb=True`."
         )
-    columns = -(-shape[3] // config.patch_size)
+    rows, columns = (-(-side // config.patch_size) for side in shape[2:])
     if config.grid_width is not None and columns > config.grid_width:
         raise ValueError(
             f"Pictures are {columns} patches wide, but the grid of positions has {config.grid_width} columns. Make "
             "them smaller, or the model with a wider `rotary_shape` or `axial_pos_shape`."
+        )
+    grid = config.rotary_shape
+    if grid is not None and len(grid) == 2 and rows > grid[0]:
+        raise ValueError(
+            f"Pictures are {rows} patches high, but `rotary_shape={grid}` has {grid[0]} rows. Make them smaller, or "
+            "the model with a higher one."
         )
     check_finite(pixel_values, "pixel_values")

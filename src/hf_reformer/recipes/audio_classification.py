@@ -20,7 +20,14 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForAudioClassification, TrainingArguments, pipeline, set_seed
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModelForAudioClassification,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
 
 from ..data.demo_signals import spoken_tones
 from ..data.tables import read_column
@@ -72,7 +79,8 @@ class DataArguments(AudioArguments):
 def predict_files(files: Sequence[str], folder: str) -> None:
     """Print the most probable labels of sound files."""
     model = load_trained(AutoModelForAudioClassification, folder)
-    classifier = pipeline("audio-classification", model=model, feature_extractor=folder)
+    extractor = AutoFeatureExtractor.from_pretrained(folder)
+    classifier = pipeline("audio-classification", model=model, feature_extractor=extractor)
     for file in files:
         print(f"\n{file}")
         for answer in classifier(file, top_k=5):

@@ -135,7 +135,9 @@ class DataArguments(SignalArguments):
 def predict_files(files: Sequence[str], folder: str) -> None:
     """Print the most probable labels of pictures."""
     model = load_trained(AutoModelForImageClassification, folder)
-    classifier = pipeline("image-classification", model=model, image_processor=folder)
+    classifier = pipeline(
+        "image-classification", model=model, image_processor=AutoImageProcessor.from_pretrained(folder)
+    )
     for file in files:
         print(f"\n{file}")
         for answer in classifier(picture(file), top_k=5):

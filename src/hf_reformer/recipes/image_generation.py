@@ -157,8 +157,9 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
     with args.main_process_first(desc="preparing the data"):
         splits = data.complete(data.read(), args.seed)
         first = next(iter(splits.values()))
-        if saved is not None and saved.rotary_shape is not None:
-            size = tuple(saved.rotary_shape)
+        if saved is not None and saved.grid_width is not None:
+            axial = saved.position_embedding_type == "axial"  # whose grid has a row more, for the start
+            size = (saved.axial_pos_shape[0] - 1, saved.grid_width) if axial else tuple(saved.rotary_shape)
         elif data.image_size is not None:
             size = (data.image_size, data.image_size)
         else:
@@ -172,7 +173,9 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
     fields: dict[str, Any] = {}
     if saved is None:
         fields = {"vocab_size": VALUES + 1, "bos_token_id": START, "eos_token_id": None, "pad_token_id": None}
-        fields |= {"is_decoder": True, "rotary_shape": size}
+        axial = model_args.position_embedding_type == "axial"
+        fields |= {"is_decoder": True, **({"axial_pos_shape": (size[0] + 1, size[1])} if axial else {})}
+        fields |= {"rotary_shape": size} if model_args.position_embedding_type == "rotary" else {}
     model = make_model(AutoModelForCausalLM, model_args, None, pixels + 1, trains, **fields)
     options = {"data_collator": collate, "compute_metrics": lambda found: bits_per_dimension(found, pixels)}
     trainer = build_trainer(DrawingTrainer, model, args, None, encoded, **options)

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, DatasetDict
 from transformers import (
+    AutoFeatureExtractor,
     AutoModelForCTC,
     AutoTokenizer,
     Trainer,
@@ -169,7 +170,8 @@ def report(
 def predict_files(files: Sequence[str], folder: str) -> None:
     """Print what is heard in sound files, each in one pass."""
     model = load_trained(AutoModelForCTC, folder)
-    listen = pipeline("automatic-speech-recognition", model=model, feature_extractor=folder, tokenizer=folder)
+    extractor, tokenizer = AutoFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    listen = pipeline("automatic-speech-recognition", model=model, feature_extractor=extractor, tokenizer=tokenizer)
     for file in files:
         print(f"\n{file}\n  {normalised(listen(file)['text'])}")
 

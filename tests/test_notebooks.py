@@ -57,7 +57,7 @@ def printed(text, name="stdout"):
         code(1, [printed("slow", "stderr")]),
         code(1, [{"output_type": "error", "evalue": "1 / 0"}]),
         code(1, [printed("saved in /tmp/x/model")]),
-        code(1, [{"output_type": "execute_result", "data": {"text/plain": ["Path('/home/model')"]}}]),
+        code(1, [{"output_type": "execute_result", "data": {"text/plain": ["Path('/var/model')"]}}]),
     ],
 )
 def test_a_bad_cell_is_caught(cell):

@@ -30,10 +30,10 @@ class RecordedStep:
                 "A CUDA graph has tensors of fixed shapes, but with `attention_mode='chunk'` and in 'full' layers "
                 "they grow with the context. Call the model itself."
             )
-        self.model: Any = model
-        self.cache: Any = to_reformer_cache(cache, model.config)
+        self.model, self.cache = model, to_reformer_cache(cache, model.config)
+        self.layers: list[Any] = self.cache.layers
         self.is_warm = False
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph: Any = None
         self.recorded: list[torch.Tensor] = []  # what the graph writes to
 
     @torch.no_grad()
@@ -51,7 +51,7 @@ class RecordedStep:
             self._record(input_ids)
         self.input_ids.copy_(input_ids)
         self.graph.replay()
-        for layer in self.cache.layers:
+        for layer in self.layers:
             layer.seen_tokens += 1
             if layer.attention_mask is not None:
                 layer.attention_mask = torch.nn.functional.pad(layer.attention_mask, (0, 1), value=True)
@@ -61,17 +61,16 @@ class RecordedStep:
         return self.model(input_ids, **{CACHE_NAME: self.cache}).logits
 
     def _changed(self) -> list[torch.Tensor]:
-        return [x for layer in self.cache.layers for x in layer.changed_in_place()]
+        return [x for layer in self.layers for x in layer.changed_in_place()]
 
     def _check(self, input_ids: torch.Tensor) -> None:
-        layers: list[Any] = self.cache.layers
-        seen, batch = layers[0].seen_tokens, layers[0].batch_size
+        seen, batch = self.layers[0].seen_tokens, self.layers[0].batch_size
         if not seen or tuple(input_ids.shape) != (batch, 1):
             raise ValueError(
                 f"`input_ids` have shape {tuple(input_ids.shape)}, and the cache holds {seen} tokens of {batch} "
                 "sequences. Call the model with the prompt; from then on give one token for each sequence."
             )
-        if not all(layer.has_room(1) for layer in layers):
+        if not all(layer.has_room(1) for layer in self.layers):
             raise ValueError(
                 f"The cache holds {seen} tokens and has no memory for another, which a CUDA graph cannot add. Make it "
                 "with a larger `max_cache_len`."
@@ -80,12 +79,13 @@ class RecordedStep:
 
     def _record(self, input_ids: torch.Tensor) -> None:
         """While a graph records nothing is computed, so what the host counts is put back."""
-        counted = [(layer.seen_tokens, layer.attention_mask) for layer in self.cache.layers]
-        self.recorded, self.input_ids, self.graph = self._changed(), input_ids.clone(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = self._logits(self.input_ids)
-        for layer, (seen, mask) in zip(self.cache.layers, counted, strict=True):
+        counted = [(layer.seen_tokens, layer.attention_mask) for layer in self.layers]
+        recorded, ids, graph = self._changed(), input_ids.clone(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._logits(ids)
+        for layer, (seen, mask) in zip(self.layers, counted, strict=True):
             layer.seen_tokens, layer.attention_mask = seen, mask
+        self.recorded, self.input_ids, self.graph, self.logits = recorded, ids, graph, logits
 
 
 __all__ = ["RecordedStep"]

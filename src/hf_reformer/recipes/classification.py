@@ -65,6 +65,7 @@ from ..training.model_setup import (
     make_tokenizer,
     option,
     parse_arguments,
+    with_defaults,
 )
 from ..training.pretraining import MaskedPretrainingArguments, pretrain
 from ..training.reports import format_tables, write_report
@@ -74,6 +75,7 @@ DEFAULTS = {  # one layer and few epochs: from scratch, on hundreds or thousands
     "output_dir": "runs/classification", "train_sampling_strategy": "group_by_length",
     "attn_layers": ["lsh"], "num_train_epochs": 3, "per_device_train_batch_size": 4,
 }  # fmt: skip
+COMPARING = {"lsh_rotary": 0.5}  # of pairs: half of the heads find what both texts say, wherever it stands
 DEMO = {  # trained on chunks of the documents, evaluated on whole ones
     "output_dir": "runs/demo", "baselines": True, "max_length": 6144, "train_length": 512,
     "attn_layers": ["lsh"], "attention_head_size": 32, "feed_forward_size": 128, "num_hashes": 1,
@@ -242,6 +244,8 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     names = dict(enumerate(task.label_names or ["score"]))
     fields = {"problem_type": task.problem_type, "id2label": names, "label2id": {n: i for i, n in names.items()}}
     trains = "train" in splits
+    if task.columns.pair is not None:
+        model_args = with_defaults(model_args, **COMPARING)
     pieces = token_ids(([text] for text in train_texts), tokenizer)
     model_args = pretrain(data, model_args, args, tokenizer, pieces, data.max_length)
     model = make_model(AutoModelForSequenceClassification, model_args, tokenizer, data.max_length, trains, **fields)

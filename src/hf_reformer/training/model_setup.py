@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +267,14 @@ def make_tokenizer(
             )
         tokenizer.padding_side = tokenizer.truncation_side = "right"
     return tokenizer
+
+
+def with_defaults(args: ModelArguments, **fields: Any) -> ModelArguments:
+    """The same with other defaults for fields of a new model's config; `--config_overrides` replace them."""
+    if args.model_name_or_path is not None:
+        return args
+    assignments = [f"{name}={value}" for name, value in fields.items()]
+    return replace(args, config_overrides=",".join([*assignments, args.config_overrides or ""]).rstrip(","))
 
 
 def make_model(

@@ -281,7 +281,7 @@ def test_what_does_not_exist_says_so(monkeypatch):
             call()
     assert not plt.get_fignums(), "what cannot be drawn opens no figure"
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    with pytest.raises(ImportError, match=r"hf-reformer\[train\]"):
+    with pytest.raises(ImportError, match=r"\.\[train\]"):
         visualize.plot_pairs(hashed)
 
 

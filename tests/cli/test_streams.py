@@ -14,8 +14,8 @@ from test_cli import GREEDY, PROMPT, make_model, save
 from transformers import TextStreamer
 
 from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM, recipes
+from reformer_cli import inputs, text_generation
 from reformer_cli import main as command_line
-from reformer_cli import text_generation
 from reformer_cli.main import main
 
 
@@ -208,7 +208,7 @@ def test_endless_and_huge_prompts_are_refused_before_they_fill_the_memory(folder
     with open(tmp_path / "huge", "wb") as file:
         file.truncate(600 * 2**20)
     fails(line("generate", "--model", folder, "--prompt_file", tmp_path / "huge"), "more than 67,108,864 characters")
-    monkeypatch.setattr(command_line, "LONGEST", 1000)
+    monkeypatch.setattr(inputs, "LONGEST", 1000)
     if Path("/dev/zero").exists():
         fails(line("generate", "--model", folder, "--prompt_file", "/dev/zero"), "more than 1,000 characters")
     fails(line("generate", "--model", folder, stdin=b"a" * 1001), "more than 1,000 characters")

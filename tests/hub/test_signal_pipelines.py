@@ -231,5 +231,5 @@ def test_a_missing_file_and_a_missing_library_are_named(monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"There is no sound file `nowhere\.wav`"):
         waveform("nowhere.wav", RATE)
     monkeypatch.setitem(__import__("sys").modules, "soundfile", None)
-    with pytest.raises(ImportError, match=r"hf_reformer\[signals\]"):
+    with pytest.raises(ImportError, match=r"\.\[signals\]"):
         waveform(b"RIFF", RATE)

@@ -22,6 +22,7 @@ from torch.autograd.graph import get_gradient_edge
 from ..compat import (
     current_graph_task_id,
     has_gradient_hooks,
+    in_fake_mode,
     in_graph_capture,
     may_look_at,
     parametrization_cache_enabled,
@@ -347,7 +348,7 @@ def warn_if_inexact(before: tuple[torch.Tensor, ...], streams: tuple[torch.Tenso
     if may_look_at(same):
         if not bool(same) and all(bool(x.isfinite().all()) for x in streams):
             _warn_of_inexact_gradients(grid.limit)
-    elif same.is_cuda and not in_graph_capture():
+    elif not in_graph_capture() and not in_fake_mode():
         finite = torch.stack([x.sum() for x in streams]).isfinite().all()
         known = torch.cuda.Event()
         wrong = (finite & ~same).to("cpu", non_blocking=True)

@@ -39,7 +39,7 @@ class ForecastTrainer(RecipeMixin, SequentialEvalMixin, Trainer):
                 known = {name: x for name, x in inputs.items() if not name.startswith("future_v")}
                 drawn = unwrapped.generate(**known, num_parallel_samples=SAMPLES).sequences.float()
                 low, high = drawn.quantile(torch.tensor(BAND, device=drawn.device), dim=1)
-                truth, ensemble = future.cpu().double().numpy(), drawn.movedim(1, -1).cpu().double().numpy()
+                truth, ensemble = future.cpu().numpy().astype(float), drawn.movedim(1, -1).cpu().numpy().astype(float)
                 crps = torch.from_numpy(scoringrules.crps_ensemble(truth, ensemble)).to(forecast)
         return out.loss.detach(), (forecast, low, high, crps), future
 

@@ -25,6 +25,12 @@ BUILTIN_HEADS["ReformerForCausalLM"] = transformers.ReformerModelWithLMHead
 COPIED = [*TOKENIZER_FILES, "tokenizer.*.json", "tokenization_*.py"]
 DERIVED_FIELDS = {"attention_mode", "position_embedding_type", "classifier_pooling", "num_hidden_layers"}  # no loss
 DERIVED_FIELDS |= {"lsh_centering", "lsh_rotary"}  # nor these: chunks are hashed as they are, without rotary positions
+SIGNAL_FIELDS = {  # nor these: no head of the built-in reads signals
+    "frame_size", "frame_stride", "frame_transform", "num_input_features", "ctc_loss_reduction", "ctc_zero_infinity",
+    "num_channels", "patch_size", "prediction_length", "context_length", "patch_length", "input_size", "mix_series",
+    "num_time_features", "scaling", "series_mean", "series_std", "loss", "distribution_output", "linear_skip",
+    "num_parallel_samples",
+}  # fmt: skip
 READ_ERRORS = (OSError, MemoryError, StrictDataclassError, zipfile.BadZipFile, *LOAD_ERRORS)
 
 
@@ -226,7 +232,7 @@ def to_builtin(model: Any) -> tuple[Any, list[str]]:
     for field, described in ReformerConfig.__dataclass_fields__.items():
         if field in transformers.ReformerConfig.__dataclass_fields__ or field in DERIVED_FIELDS:
             continue
-        if old.pop(field, described.default) != described.default:
+        if old.pop(field, described.default) != described.default and field not in SIGNAL_FIELDS:
             lost.append(f"{field}={getattr(config, field)}")
     fields = {key: value for key, value in old.items() if key not in {*DERIVED_FIELDS, "model_type", "architectures"}}
     for key, described in transformers.ReformerConfig.__dataclass_fields__.items():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 MOST_BYTES = 300_000
 AGAIN = "Run `python dev/run_notebooks.py` on it."
+FOLDER = Path(tempfile.gettempdir(), "model")
 MACHINE_PATH = re.compile(r"(?<![\w/.:])/(?:tmp|var|home|root|usr|opt|mnt|Users|work|private)/[\w.-]+")
 
 
@@ -56,8 +58,8 @@ def printed(text, name="stdout"):
         code(1, execution={"iopub.execute_input": "2026-01-01"}),
         code(1, [printed("slow", "stderr")]),
         code(1, [{"output_type": "error", "evalue": "1 / 0"}]),
-        code(1, [printed("saved in /tmp/x/model")]),
-        code(1, [{"output_type": "execute_result", "data": {"text/plain": ["Path('/var/model')"]}}]),
+        code(1, [printed(f"saved in {FOLDER}")]),
+        code(1, [{"output_type": "execute_result", "data": {"text/plain": [f"Path('{FOLDER}')"]}}]),
     ],
 )
 def test_a_bad_cell_is_caught(cell):

@@ -247,8 +247,8 @@ def add_text(parser: argparse.ArgumentParser, name: str, help: str) -> None:
     """Options --name and --name_file, for `read_prompt`."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(f"--{name}", dest="prompt", metavar="TEXT", help=help)
-    told = "a file with the text; a newline at its end is dropped"
-    group.add_argument(f"--{name}_file", dest="prompt_file", metavar="FILE", help=told)
+    file_help = "a file with the text; a newline at its end is dropped"
+    group.add_argument(f"--{name}_file", dest="prompt_file", metavar="FILE", help=file_help)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -170,6 +170,13 @@ def test_transcripts_of_the_recipe_are_those_of_the_pipeline(speech, capsys):
     assert scores == pytest.approx(error_rates([x["true"] for x in rows], [x["predicted"] for x in rows]))
 
 
+@pytest.mark.slow
+def test_made_up_words_are_written_down(tmp_path):
+    speech_recognition.main(["--demo", "--use_cpu", "--disable_tqdm", "True", "--output_dir", str(tmp_path)])
+    scores = json.loads((tmp_path / "scores.json").read_text())["validation"]
+    assert scores["Reformer"]["wer"] < 0.5
+
+
 @pytest.mark.parametrize(
     ("texts", "message"),
     [

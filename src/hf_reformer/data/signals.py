@@ -85,7 +85,7 @@ def undecoded(dataset: "Dataset", column: str) -> "Dataset":
 
 
 def stored_rate(dataset: "Dataset", column: str, rate_column: str | None) -> int | None:
-    """The sampling rate of the first recording, if it is told: by a column, by the cell, or by its file."""
+    """The sampling rate of the first recording, if it is known: by a column, by the cell, or by its file."""
     dataset = undecoded(dataset, column)
     if rate_column is not None:
         return int(dataset[0][rate_column])

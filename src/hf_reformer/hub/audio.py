@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-CHANNELS = 8  # a recording has at most so many; which axis they are is told by it
+CHANNELS = 8  # a recording has at most so many; that tells which axis they are
 
 
 def waveform(source: Any, sampling_rate: int, from_rate: int | None = None) -> np.ndarray:

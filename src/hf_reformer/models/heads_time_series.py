@@ -28,7 +28,7 @@ SCALERS = {"std": TimeSeriesStdScaler, "last": TimeSeriesStdScaler, "mean": Time
 
 
 class SeriesEmbeddings(nn.Module):
-    """Patches of time series, past and future: each an embedding. What is not observed is 0, and told to be."""
+    """Patches of time series, past and future: each an embedding. What is not observed is 0 and marked as such."""
 
     def __init__(self, config: ReformerConfig):
         super().__init__()

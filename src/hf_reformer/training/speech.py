@@ -33,7 +33,7 @@ def character_tokenizer(texts: Sequence[str]) -> Wav2Vec2CTCTokenizer:
     if SPACE in characters:
         raise ValueError(f"Transcripts hold {SPACE!r}, by which the tokenizer writes a space. Replace it.")
     if len(characters) > MOST_CHARACTERS:
-        raise ValueError(f"Transcripts hold {len(characters):,} characters; at most {MOST_CHARACTERS:,} can be told.")
+        raise ValueError(f"Transcripts hold {len(characters):,} characters; at most {MOST_CHARACTERS:,} are possible.")
     names = [BLANK, UNKNOWN, *sorted({SPACE if character == " " else character for character in characters})]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "vocab.json")

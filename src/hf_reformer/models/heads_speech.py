@@ -51,10 +51,7 @@ class ReformerForCTC(ReformerPreTrainedModel):
             padding, those of all characters but the blank are the lowest number of the dtype.
         """
         signal = checked_signal(self.config, input_values, input_features, attention_mask)
-        embeds = self.model.embed_tokens(signal)
-        mask = None if attention_mask is None else self.model.embed_tokens.mask(attention_mask)
-        outputs = self.model(inputs_embeds=embeds, attention_mask=mask, return_dict=True, **kwargs)
-        shard = self.model.shard(embeds.shape[1])
+        outputs, mask, shard = listen(self.model, signal, attention_mask, **kwargs)
         logits = gather_sequence(self.lm_head(self.dropout(outputs.last_hidden_state)), shard)
         loss = None if labels is None else ctc_loss(self.config, logits, mask, labels)
         blank = self.config.pad_token_id
@@ -95,13 +92,21 @@ class ReformerForAudioClassification(ReformerPreTrainedModel):
             labels: (B) int64 classes; floats, (B) or (B, num_labels), for regression or several labels.
         """
         signal = checked_signal(self.config, input_values, input_features, attention_mask)
-        embeds = self.model.embed_tokens(signal)
-        mask = None if attention_mask is None else self.model.embed_tokens.mask(attention_mask)
-        outputs = self.model(inputs_embeds=embeds, attention_mask=mask, return_dict=True, **kwargs)
-        pooled = pool(outputs.last_hidden_state, mask, self.config.pooling, self.model.shard(embeds.shape[1]))
+        outputs, mask, shard = listen(self.model, signal, attention_mask, **kwargs)
+        pooled = pool(outputs.last_hidden_state, mask, self.config.pooling, shard)
         logits = self.classifier(pooled)
         loss = None if labels is None else classification_loss(self.config, logits, labels.to(logits.device))
         return self._head_output(ReformerSequenceClassifierOutput, outputs, loss, logits=logits)
+
+
+def listen(
+    model: ReformerModel, signal: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
+) -> tuple[Any, torch.Tensor | None, Any]:
+    """What the backbone makes of a signal (B, N, F), the mask (B, frames) of its frames, and the process's share."""
+    embeds = model.embed_tokens(signal)
+    mask = None if attention_mask is None else model.embed_tokens.mask(attention_mask)
+    outputs = model(inputs_embeds=embeds, attention_mask=mask, return_dict=True, **kwargs)
+    return outputs, mask, model.shard(embeds.shape[1])
 
 
 def ctc_loss(

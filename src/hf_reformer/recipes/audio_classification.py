@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
     AutoFeatureExtractor,
     AutoModelForAudioClassification,
     TrainingArguments,
@@ -31,7 +30,7 @@ from transformers import (
 
 from ..data.demo_signals import spoken_tones
 from ..data.tables import read_column
-from ..training.classification import REGRESSION, Metrics, shortened
+from ..training.classification import Metrics, shortened, task_of_model
 from ..training.model_setup import SAVED_MODEL, BackboneArguments, load_trained, make_model, option, parse_arguments
 from ..training.signals import (
     AudioArguments,
@@ -90,11 +89,7 @@ def predict_files(files: Sequence[str], folder: str) -> None:
 def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArguments) -> bool:
     """Read the data, train, evaluate and report. Returns whether a model was trained."""
     set_seed(args.seed)
-    model_labels = model_problem_type = None
-    if model_args.model_name_or_path is not None:
-        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
-        model_labels = list(config.id2label.values())
-        model_problem_type = config.problem_type or (REGRESSION if len(model_labels) == 1 else None)
+    model_labels, model_problem_type = task_of_model(model_args.model_name_or_path)
     with args.main_process_first(desc="preparing the data"):
         splits, task = label_splits(
             data, lambda part: data.columns(part)[0], model_labels, args.seed, model_problem_type

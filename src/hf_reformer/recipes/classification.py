@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import (
-    AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -54,6 +53,7 @@ from ..training.classification import (
     define_task,
     draw_confusion_matrix,
     shortened,
+    task_of_model,
     write_predictions,
 )
 from ..training.data_setup import SplitsAndFileArguments
@@ -225,11 +225,7 @@ def predict_file(file: Path, folder: str, clean: bool) -> None:
 def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments) -> bool:
     """Read the data, train, evaluate and report. Returns whether a model was trained."""
     set_seed(args.seed)
-    model_labels = model_problem_type = None
-    if model_args.model_name_or_path is not None:
-        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
-        model_labels = list(config.id2label.values())
-        model_problem_type = config.problem_type or (REGRESSION if len(model_labels) == 1 else None)
+    model_labels, model_problem_type = task_of_model(model_args.model_name_or_path)
     with args.main_process_first(desc="preparing the data"):
         splits, task = prepare_data(data, model_labels, args.seed, model_problem_type)
         train_texts = [text for texts in task.texts(splits["train"]) for text in texts] if "train" in splits else []

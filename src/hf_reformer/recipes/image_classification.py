@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     TrainingArguments,
@@ -37,7 +36,7 @@ from transformers.models.vit import ViTImageProcessorPil
 from ..data.demo_signals import handwritten_digits
 from ..data.signals import IMAGE_COLUMNS, PICTURES, find_signal_column, picture, pictures
 from ..hub.model_folder import check_own_files
-from ..training.classification import REGRESSION, Metrics, shortened
+from ..training.classification import Metrics, shortened, task_of_model
 from ..training.model_setup import SAVED_MODEL, BackboneArguments, load_trained, make_model, option, parse_arguments
 from ..training.signals import (
     AugmentingCollator,
@@ -152,11 +151,7 @@ def pixels(encoded: Dataset) -> np.ndarray:
 def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArguments) -> bool:
     """Read the data, train, evaluate and report. Returns whether a model was trained."""
     set_seed(args.seed)
-    model_labels = model_problem_type = None
-    if model_args.model_name_or_path is not None:
-        config = AutoConfig.from_pretrained(model_args.model_name_or_path)
-        model_labels = list(config.id2label.values())
-        model_problem_type = config.problem_type or (REGRESSION if len(model_labels) == 1 else None)
+    model_labels, model_problem_type = task_of_model(model_args.model_name_or_path)
     with args.main_process_first(desc="preparing the data"):
         splits, task = label_splits(data, data.column, model_labels, args.seed, model_problem_type)
         processor = data.processor(model_args, next(iter(splits.values())))

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
-from transformers import EvalPrediction
+from transformers import AutoConfig, EvalPrediction
 
 from ..data.columns import Columns, is_number, labels_unknown
 from ..data.tables import cell_text, read_column
@@ -196,6 +196,15 @@ def _derived_problem_type(labels: list, was_regression: bool) -> str:
         return MULTI
     decimals = was_regression or any(isinstance(x, float) or (isinstance(x, str) and "." in x) for x in labels)
     return REGRESSION if decimals and all(map(_is_numeric, labels)) else SINGLE
+
+
+def task_of_model(name: str | None) -> tuple[list[str] | None, str | None]:
+    """Label names and kind of task of a saved model; None where they are still to be found, as without a model."""
+    if name is None:
+        return None, None
+    config = AutoConfig.from_pretrained(name)
+    labels = list(config.id2label.values())
+    return labels, config.problem_type or (REGRESSION if len(labels) == 1 else None)
 
 
 def define_task(

@@ -86,7 +86,7 @@ docs: $(READY) ## build the documentation site into build/site; a warning is an 
 	$(BIN)/zensical build --strict --clean
 
 dist: $(READY) ## build sdist and wheel, check them, and try the wheel in an empty environment; HF_REFORMER_PREBUILT=1: with kernels
-	rm -rf build dist
+	rm -rf build/lib build/bdist.* dist
 	$(BIN)/python -m build --outdir dist .
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python dev/try_wheel.py dist/*.whl

@@ -30,11 +30,13 @@ def config_and_class(args: argparse.Namespace) -> tuple[Any, Any]:
 
     fields = {"max_position_embeddings": max(args.length)} if args.model is None else {}
     fields |= json_fields(args.fields) or {}
-    if unknown := [name for name in fields if not hasattr(ReformerConfig(), name)]:
+    if unknown := [name for name in fields if name not in ReformerConfig().to_dict()]:
         raise ValueError(f"--fields: ReformerConfig has no field {', '.join(unknown)}.")
     model_class = None if args.head is None else known_class(args.head)
     with readable(args.model or "--fields"):
         config = ReformerConfig(**fields) if args.model is None else AutoConfig.from_pretrained(args.model, **fields)
+    if not isinstance(config, ReformerConfig):
+        raise ValueError(f"`{args.model}` is of type {config.model_type}, not a Reformer of this package.")
     return config, model_class
 
 
@@ -71,6 +73,8 @@ def run_bench(args: argparse.Namespace) -> None:
     config, model_class = config_and_class(args)
     exact = copy.deepcopy(config)
     exact.attn_layers, exact.reversible = ("full",) * len(config.attn_layers), False
+    if exact.is_encoder_decoder:
+        exact.decoder_attn_layers = ("full",) * len(exact.decoder_attn_layers)
     models = {"hf-reformer": config} | ({} if args.no_baseline else {"exact attention": exact})
     print(f"{'tokens':>9}  {'':15}  {'training step':>13}  {'forward':>9}  {'memory':>11}")
     for length in args.length:

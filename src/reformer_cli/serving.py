@@ -76,7 +76,7 @@ class Remembering:
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         if room is not None:
-            generation_config.max_new_tokens = min(room, generation_config.max_new_tokens)
+            generation_config.max_new_tokens = min(room, generation_config.max_new_tokens or room)
         beams, uncached = generation_config.num_beams or 1, generation_config.use_cache is False
         if beams > 1 or uncached or input_ids.shape[0] > 1 or not self.most:
             return self.model.generate(input_ids, generation_config=generation_config, **options)

@@ -43,6 +43,6 @@ def _seconds(model: Any, inputs: dict[str, Any], optimizer: Any) -> float:
         optimizer.zero_grad()
         (out.last_hidden_state.sum() if type(model) is MODELS["ReformerModel"] else out.loss).backward()
         optimizer.step()
-    if out[0].is_cuda:
-        torch.cuda.synchronize()
+    if out[0].device.type != "cpu":
+        torch.accelerator.synchronize()
     return time.perf_counter() - begin

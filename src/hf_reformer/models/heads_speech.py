@@ -103,8 +103,9 @@ def listen(
     model: ReformerModel, signal: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
 ) -> tuple[Any, torch.Tensor | None, Any]:
     """What the backbone makes of a signal (B, N, F), the mask (B, frames) of its frames, and the process's share."""
-    embeds = model.embed_tokens(signal)
-    mask = None if attention_mask is None else model.embed_tokens.mask(attention_mask)
+    frames: Any = model.embed_tokens
+    embeds = frames(signal)
+    mask = None if attention_mask is None else frames.mask(attention_mask)
     outputs = model(inputs_embeds=embeds, attention_mask=mask, return_dict=True, **kwargs)
     return outputs, mask, model.shard(embeds.shape[1])
 

@@ -34,7 +34,10 @@ class RecordedStep:
         self.layers: list[Any] = self.cache.layers
         self.is_warm = False
         self.graph: Any = None
-        self.recorded: list[torch.Tensor] = []  # what the graph writes to
+        self.recorded: list[
+            torch.Tensor
+        ] = []  # what the graph writes to; kept, so that no other takes an id of theirs
+        self.path: list[Any] = []
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -47,7 +50,7 @@ class RecordedStep:
         if not self.is_warm:  # compiles kernels
             self.is_warm = True
             return self._logits(input_ids)
-        if self.graph is None or list(map(id, self.recorded)) != list(map(id, self._changed())):
+        if self.graph is None or self.path != self._path():
             self._record(input_ids)
         self.input_ids.copy_(input_ids)
         self.graph.replay()
@@ -62,6 +65,10 @@ class RecordedStep:
 
     def _changed(self) -> list[torch.Tensor]:
         return [x for layer in self.layers for x in layer.changed_in_place()]
+
+    def _path(self) -> list[Any]:
+        """What decides which operations a step is: the tensors that it changes, and whether tokens were masked."""
+        return [*map(id, self._changed()), *(layer.attention_mask is None for layer in self.layers)]
 
     def _check(self, input_ids: torch.Tensor) -> None:
         seen, batch = self.layers[0].seen_tokens, self.layers[0].batch_size
@@ -80,12 +87,13 @@ class RecordedStep:
     def _record(self, input_ids: torch.Tensor) -> None:
         """While a graph records nothing is computed, so what the host counts is put back."""
         counted = [(layer.seen_tokens, layer.attention_mask) for layer in self.layers]
-        recorded, ids, graph = self._changed(), input_ids.clone(), torch.cuda.CUDAGraph()
+        recorded, path = self._changed(), self._path()
+        ids, graph = input_ids.clone(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = self._logits(ids)
         for layer, (seen, mask) in zip(self.layers, counted, strict=True):
             layer.seen_tokens, layer.attention_mask = seen, mask
-        self.recorded, self.input_ids, self.graph, self.logits = recorded, ids, graph, logits
+        self.recorded, self.path, self.input_ids, self.graph, self.logits = recorded, path, ids, graph, logits
 
 
 __all__ = ["RecordedStep"]

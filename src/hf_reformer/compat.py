@@ -31,7 +31,8 @@ def functorch_levels() -> list[str]:
 
 
 def in_vmap() -> bool:
-    return "Vmap" in functorch_levels()
+    """Whether `torch.vmap` runs; False in a graph that dynamo traces, which cannot ask."""
+    return not torch.compiler.is_compiling() and "Vmap" in functorch_levels()
 
 
 def in_forward_mode() -> bool:

@@ -648,11 +648,12 @@ def share_of_right_texts(model, rows):
 @pytest.mark.slow
 @EITHER
 def test_it_learns_to_reverse(tied):
-    """99 of 100 texts, all letters right: after 600 steps tied, after 1000 untied, with these seeds."""
+    """99 of 100 texts, all letters right: after 800 steps, tied or untied, with these seeds."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 22, "hidden_size": 64, "num_attention_heads": 4, "attention_head_size": 16}
     sizes |= {"feed_forward_size": 128, "attn_layers": ["local", "lsh"], "max_position_embeddings": 32}
     sizes |= {"lsh_window": 16, "local_window": 16, "num_buckets": 2, "hidden_dropout_prob": 0.0}
+    sizes |= {"position_embedding_type": "axial", "axial_pos_shape": (4, 8), "initializer_range": 0.02}
     model = ReformerForConditionalGeneration(ReformerConfig(**sizes, tie_encoder_decoder=tied))
     generator, best = torch.Generator().manual_seed(1), 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

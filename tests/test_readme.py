@@ -20,7 +20,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Where torchao is installed, transformers imports it, and it may tell of its own binaries and of torch's news.
 FROM_TORCHAO = re.compile(r"torchao|Calling register_constant\(\) on Enum")
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
-PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")), *DOCS]
+CARDS = sorted((ROOT / "examples" / "models").rglob("README.md"))
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")), *CARDS, *DOCS]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -110,7 +111,7 @@ def anchors_of(page):
     return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_local_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         target, _, anchor = link.partition("#")
@@ -130,7 +131,7 @@ def test_the_site_has_every_page_and_leaves_it_nowhere():
             assert "://" in link or inside, f"{page.name} links to {link}, which the site does not have"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_named_files_and_targets_exist(page):
     makefile, text = ((path).read_text(encoding="utf-8") for path in (ROOT / "Makefile", page))
     for target in re.findall(r"`make ([a-z-]+)", text):

@@ -320,6 +320,20 @@ def make_model(
     return auto_class.from_config(ReformerConfig(**{**sizes, **fields, **overrides}))
 
 
+def check_same_as_saved(name: str, given: Any, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError for options, attributes of `given`, that are given and are not those of the saved model `name`.
+
+    Its weights and its data would not fit together otherwise, and what cannot be followed is not passed over.
+    """
+    for option, value in saved.items():
+        wanted = getattr(given, option)
+        if wanted is not None and wanted != value:
+            raise ValueError(
+                f"--{option} {wanted}: that of the saved model `{name}` is {value}. Leave the option out, or leave "
+                "out --model_name_or_path to train a new model."
+            )
+
+
 def load_trained(auto_class: Any, name: str) -> PreTrainedModel:
     """A saved model that answers as it is.
 

@@ -17,31 +17,31 @@ ADVICE = "Name another column by --time_column; where rows are steps one after t
 class Step(NamedTuple):
     """From one row to the next: nanoseconds, or months, of times that lie alike in each, by its begin or its end."""
 
-    count: int
+    size: int
     unit: str  # "ns", "months", "month ends"
 
     @property
     def is_long(self) -> bool:
         """A week or longer."""
-        return self.unit != "ns" or self.count >= 7 * DAY
+        return self.unit != "ns" or self.size >= 7 * DAY
 
     def after(self, start: np.datetime64, numbers: np.ndarray) -> np.ndarray:
         """The times so many steps after `start`."""
         if self.unit == "ns":
-            return start + numbers * np.timedelta64(self.count, "ns")
+            return start + numbers * np.timedelta64(self.size, "ns")
         first = start.astype("datetime64[M]") + (self.unit == "month ends")
-        return (first + numbers * self.count).astype("datetime64[ns]") + (start - first.astype("datetime64[ns]"))
+        return (first + numbers * self.size).astype("datetime64[ns]") + (start - first.astype("datetime64[ns]"))
 
     def between(self, start: np.datetime64, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How many steps after `start` each time is, and whether it is so many exactly."""
         unit = f"datetime64[{'ns' if self.unit == 'ns' else 'M'}]"
-        numbers = (times.astype(unit) - start.astype(unit)).astype(np.int64) // self.count
+        numbers = (times.astype(unit) - start.astype(unit)).astype(np.int64) // self.size
         return numbers, self.after(start, numbers) == times
 
     def __str__(self) -> str:
         if self.unit != "ns":
-            return "a month" if self.count == 1 else f"{self.count} months"
-        return str(require("pandas").Timedelta(self.count, "ns"))
+            return "a month" if self.size == 1 else f"{self.size} months"
+        return str(require("pandas").Timedelta(self.size, "ns"))
 
 
 def step_of(times: np.ndarray) -> Step:

@@ -68,7 +68,7 @@ from ..training.model_setup import (
     load_trained,
     make_model,
     option,
-    parse_arguments,
+    run_recipe,
 )
 from ..training.reports import format_tables, write_report, write_rows
 from ..training.trainers import build_trainer, train_and_save
@@ -455,11 +455,12 @@ def _lines(
     return describe_rows(iter(rows))
 
 
-def predict_file(file: str, folder: str, output: Path, data: DataArguments) -> None:
+def predict_file(data: DataArguments, folder: str, args: TrainingArguments) -> None:
     """Forecast what comes after the end of a table, or of each of its rows: print the first steps, and write all to
     `forecast.csv`."""
     model = load_trained(AutoModelForTimeSeriesPrediction, folder).eval()
     config: Any = model.config
+    file, output = str(data.predict_file), Path(str(args.output_dir))
     ahead, dataset = config.prediction_length, data.read_file(file)
     frame: Frame | None = None
     if has_row_windows(dataset, data.past_prefix):
@@ -524,9 +525,4 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (DataArguments, BackboneArguments, TrainingArguments)
-    data, model_args, args = parse_arguments("forecasting", __doc__, classes, arguments, DEFAULTS, PRESETS)
-    data.check(model_args, args)
-    trained = bool(data.parts) and run(data, model_args, args)
-    if data.predict_file is not None and args.process_index == 0:
-        folder = args.output_dir if trained else model_args.model_name_or_path
-        predict_file(data.predict_file, str(folder), Path(str(args.output_dir)), data)
+    run_recipe("forecasting", __doc__, classes, run, arguments, DEFAULTS, PRESETS, predict_file)

@@ -178,11 +178,20 @@ def run_recipe(
     arguments: Sequence[str] | None,
     defaults: Mapping[str, Any],
     presets: Mapping[str, Mapping[str, Any]],
+    predict: Callable[[Any, str, Any], None] | None = None,
 ) -> None:
-    """Parse the command line (`parse_arguments`), check the options before anything is read, and run a recipe."""
+    """Parse the command line (`parse_arguments`), check the options before anything is read, and run a recipe.
+
+    Args:
+        run: reads the data, trains and reports; of a recipe with `predict`, returns whether a model was trained.
+        predict: (options of the data, folder of the model that was trained or given, `TrainingArguments`) → prints
+            what that model says of `--predict_file`, by the main process.
+    """
     data, model, args = parse_arguments(recipe, description, classes, arguments, defaults, presets)
     data.check(model, args)
-    run(data, model, args)
+    trained = (predict is None or bool(data.parts)) and run(data, model, args)
+    if predict is not None and data.predict_file is not None and args.process_index == 0:
+        predict(data, str(args.output_dir if trained else model.model_name_or_path), args)
 
 
 def arguments_of_file(file: Path) -> list[str]:

@@ -30,6 +30,7 @@ MAX_NUMBERS = {
 MAX_ENTRIES = {
     "attn_layers": 2**11, "decoder_attn_layers": 2**11, "num_buckets": 20, "axial_pos_shape": 16,
     "axial_pos_embds_dim": 16, "rotary_shape": 16, "series_mean": 2**20, "series_std": 2**20,
+    "series_names": 2**20, "predicted_series": 2**20,
     "id2label": 2**18, "label2id": 2**18, "eos_token_id": 2**10,
 }  # fmt: skip
 CHOICES = {
@@ -273,6 +274,12 @@ def _check_series(config: Any) -> None:
         config.series_mean is not None and len(config.series_mean) != len(config.series_std)
     ):
         raise ValueError("Give `series_mean` and `series_std` for the same series, or neither of the two.")
+    names, count = config.series_names, config.input_size if config.series_mean is None else len(config.series_mean)
+    any_number = config.series_mean is None and config.input_size == 1
+    if names is not None and (len(set(names)) < len(names) or not (any_number or len(names) == count)):
+        raise ValueError(f"`series_names` are {list(names)}; give one name of its own for each of the series.")
+    if unknown := sorted(set(config.predicted_series or ()) - set(names or ())):
+        raise ValueError(f"`predicted_series` holds {unknown}, which are none of the `series_names`.")
     if config.distribution_output == "negative_binomial" and config.loss == "nll":
         shifted = config.scaling not in ("mean", None) or config.series_mean is not None
         if shifted or config.linear_skip:

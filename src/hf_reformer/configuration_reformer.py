@@ -28,7 +28,7 @@ _BUILTIN_DEFAULTS = {
     "num_hashes": 1,
 }
 _SEQUENCES = ("attn_layers", "decoder_attn_layers", "num_buckets", "axial_pos_shape", "axial_pos_embds_dim",
-              "rotary_shape", "series_mean", "series_std")  # fmt: skip
+              "rotary_shape", "series_mean", "series_std", "series_names", "predicted_series")  # fmt: skip
 
 
 def from_builtin(config: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +147,12 @@ class ReformerConfig(PreTrainedConfig):
         series_mean, series_std (`list[float]`, *optional*):
             Of every series in the training data. The model standardises by them, and its loss is of standardised
             values; what it predicts is in the units of the data.
+        series_names, predicted_series (`list[str]`, *optional*):
+            What the series are called, in the model's order, and which of them it was taught to predict; others are
+            known of the past alone. The recipe finds the columns of a table by them.
+        relative_positions (`bool`, defaults to `False`):
+            The series whose names end in x and y, of one prefix, are positions seen from the last place of the first
+            pair, turned into the way that it goes. Who calls the model turns them there, and its forecasts back.
         loss (`str`, defaults to `"nll"`):
             `"nll"`: negative log-likelihood under `distribution_output`; `"mse"` or `"mae"`: of one forecast.
         distribution_output (`str`, defaults to `"student_t"`): Or `"normal"`, `"negative_binomial"` (of counts).
@@ -247,6 +253,9 @@ class ReformerConfig(PreTrainedConfig):
     scaling: str | None = "std"
     series_mean: list[float | int] | tuple[float | int, ...] | None = None
     series_std: list[float | int] | tuple[float | int, ...] | None = None
+    series_names: list[str] | tuple[str, ...] | None = None
+    predicted_series: list[str] | tuple[str, ...] | None = None
+    relative_positions: bool = False
     loss: str = "nll"
     distribution_output: str = "student_t"
     linear_skip: bool = False

@@ -43,7 +43,7 @@ class FrameEmbeddings(nn.Module):
 
     def count(self, steps: int) -> int:
         """Number of frames of a signal."""
-        return 0 if steps == 0 else max(0, -(-(steps - self.size) // self.stride)) + 1
+        return count_frames(steps, self.size, self.stride)
 
     def mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
         """(B, N) mask of steps, ones first → (B, frames), of the frames that begin and belong to the signal."""
@@ -51,6 +51,11 @@ class FrameEmbeddings(nn.Module):
         counts = (lengths - self.size + self.stride - 1).div(self.stride, rounding_mode="floor").clamp(min=0) + 1
         counts = torch.where(lengths > 0, counts, 0)
         return (torch.arange(self.count(attention_mask.shape[1]), device=counts.device) < counts).long()
+
+
+def count_frames(steps: int, size: int, stride: int) -> int:
+    """Number of frames of a signal: those that begin in it, but for those that hold nothing new."""
+    return 0 if steps == 0 else max(0, -(-(steps - size) // stride)) + 1
 
 
 def log_spectrum(frames: torch.Tensor) -> torch.Tensor:

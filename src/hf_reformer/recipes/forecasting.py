@@ -32,14 +32,15 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.utils import logging
 
 from ..data.demo_signals import seasonal_load
 from ..data.series import (
+    NONE,
     Frame,
     RowWindows,
     SeriesTable,
     Windows,
-    calendar,
     describe_rows,
     follows,
     has_row_windows,
@@ -50,6 +51,7 @@ from ..data.series import (
     read_table,
     windows_of_rows,
 )
+from ..data.times import calendar
 from ..training.data_setup import SplitArguments
 from ..training.forecasting import (
     BAND,
@@ -59,9 +61,19 @@ from ..training.forecasting import (
     draw_forecasts,
     draw_trajectories,
 )
-from ..training.model_setup import SAVED_MODEL, BackboneArguments, load_trained, make_model, option, parse_arguments
+from ..training.model_setup import (
+    SAVED_MODEL,
+    BackboneArguments,
+    check_same_as_saved,
+    load_trained,
+    make_model,
+    option,
+    run_recipe,
+)
 from ..training.reports import format_tables, write_report, write_rows
 from ..training.trainers import build_trainer, train_and_save
+
+logger = logging.get_logger(__name__)
 
 DEFAULTS = {
     "output_dir": "runs/forecasting", "attn_layers": ["local", "lsh"], "hidden_dropout_prob": 0.1,
@@ -74,7 +86,7 @@ DEMO = {
     "eval_strategy": "no", "window_stride": 2, "eval_stride": 4,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {**SAVED_MODEL, "--demo": DEMO}
-NONE = "none"
+COUNTS = "negative_binomial"
 
 
 @dataclass
@@ -85,13 +97,16 @@ class DataArguments(SplitArguments):
 
     demo: bool = option(False, "Complete run without a download: the made-up load of a grid.")
     train_file: str | None = option(None, "csv, tsv, json, jsonl or parquet file: a row a step, or a window a row.")
-    time_column: str | None = option(None, "Default: found by its name; without one, rows are steps.")
+    time_column: str | None = option(
+        None, "Default: found by its name; without one, or by none, rows are steps, and each file is a course."
+    )
     series: list[str] | None = option(None, "Names of the series. Default: all columns of numbers.")
     past_prefix: str = option("obs_", "Of a table with a window a row: what columns of the past begin with.")
     future_prefix: str = option("fut_", "What columns of the future begin with.")
-    relative_positions: bool = option(
-        True, "Of a window a row: see series x and y from the last place, turned into the way that it goes."
-    )
+    relative_positions: bool | None = option(
+        None, "Of a window a row: see series x and y from the last place, turned into the way that it goes. "
+        "Default: do, or as the saved model."
+    )  # fmt: skip
     context_length: int | None = option(None, "Steps that a forecast looks back. Default: 96; of rows: all.")
     prediction_length: int | None = option(None, "Steps to forecast. Default: 24; of rows: all.")
     patch_length: int | None = option(None, "Steps of a token. Default: a twenty-fourth of the context.")
@@ -100,16 +115,24 @@ class DataArguments(SplitArguments):
     mix_series: bool | None = option(
         None, "A token holds all series, not one: where series explain each other. Default: for a window a row."
     )
-    time_features: bool = option(True, "Tell the model the time of day and of the week, where there are times.")
+    time_features: bool | None = option(
+        None,
+        "Tell the model the time of day and week, or of year where steps are long. Default: where there are times.",
+    )
     scaling: str | None = option(
-        None, "What each window is scaled by: std, last, mean, none. Default: std; for a window a row: none.",
-        choices=["std", "last", "mean", NONE],
+        None, "What each window is scaled by: std, last, mean, none. Default: std; for a window a row: none; of "
+        "counts: mean.", choices=["std", "last", "mean", NONE],
     )  # fmt: skip
-    loss: str = option("nll", "nll: learn a distribution; mse or mae: a number.", choices=["nll", "mse", "mae"])
-    distribution: str = option(
-        "student_t", "Of --loss nll.", choices=["student_t", "normal", "negative_binomial"]
+    loss: str | None = option(
+        None, "nll: learn a distribution; mse or mae: a number. Default: nll.", choices=["nll", "mse", "mae"]
+    )
+    distribution: str | None = option(
+        None, "Of --loss nll: student_t, normal, or negative_binomial, of counts. Default: student_t.",
+        choices=["student_t", "normal", COUNTS],
     )  # fmt: skip
-    linear_skip: bool = option(True, "Add a linear map of the context to forecasts.")
+    linear_skip: bool | None = option(
+        None, "Add a linear map of the context to forecasts. Default: do, but not for counts."
+    )
     season: int | None = option(None, "Steps of a season, for the baseline that repeats the last one.")
     baselines: bool = option(False, "Also evaluate simple models on the same windows.")
     predict_file: str | None = option(None, "A table: forecast what comes after its end.")
@@ -127,11 +150,38 @@ class DataArguments(SplitArguments):
         super().check(model, args)
         if self.predict_file is not None and not Path(self.predict_file).is_file():
             raise ValueError(f"--predict_file: there is no table `{self.predict_file}`.")
-        if model.model_name_or_path is not None and (self.context_length or self.prediction_length):
+        if self.distribution is not None and self.loss not in (None, "nll"):
             raise ValueError(
-                "--context_length and --prediction_length are those of the saved model. Leave them out, or leave out "
-                "--model_name_or_path to train a new one."
+                f"--distribution {self.distribution}: --loss {self.loss} learns a number, no distribution. Leave one "
+                "of the two out."
             )
+        if self.distribution == COUNTS and (self.scaling in ("std", "last") or self.linear_skip):
+            wrong = "--linear_skip" if self.linear_skip else f"--scaling {self.scaling}"
+            raise ValueError(f"{wrong} shifts values, and counts ({COUNTS}) cannot be shifted. Leave it out.")
+
+    def check_saved(self, name: str, saved: Any) -> None:
+        """Raise ValueError for options that say something else than the config of the saved model `name`."""
+        scaling = NONE if saved.scaling is None else saved.scaling
+        fields = {"distribution": saved.distribution_output, "scaling": scaling}
+        fields |= {"time_features": saved.num_time_features > 0}
+        same = ("context_length", "prediction_length", "patch_length", "mix_series", "loss", "linear_skip")
+        fields |= {option: getattr(saved, option) for option in (*same, "relative_positions")}
+        check_same_as_saved(name, self, fields)
+
+    def names_of(self, saved: Any) -> list[str] | None:
+        """The series to read, in the order of the saved model; None: those that are found."""
+        if saved is None or saved.series_names is None:
+            return self.series
+        if self.series is not None and set(self.series) != set(saved.series_names):
+            raise ValueError(
+                f"--series {' '.join(self.series)}: the saved model is of {', '.join(saved.series_names)}. Leave the "
+                "option out, or leave out --model_name_or_path to train a new model."
+            )
+        return list(saved.series_names)
+
+    def uses_frames(self, saved: Any) -> bool:
+        """Whether positions of rows are relative."""
+        return self.relative_positions is not False if saved is None else saved.relative_positions
 
 
 class Series(NamedTuple):
@@ -143,8 +193,7 @@ class Series(NamedTuple):
     by_row: bool
     mean: np.ndarray  # (S), of the training data
     std: np.ndarray
-    frames: dict[str, Frame]  # of rows whose positions are relative
-    tables: dict[str, SeriesTable]
+    frames: dict[str, Frame | None]  # of rows whose positions are relative
 
 
 def load(data: DataArguments, saved: Any, seed: int) -> Series:
@@ -153,49 +202,95 @@ def load(data: DataArguments, saved: Any, seed: int) -> Series:
     first = next(iter(splits.values()))
     if has_row_windows(first, data.past_prefix):
         return _load_rows(data, splits, saved, seed)
-    tables = {}
+    tables: dict[str, SeriesTable] = {}
+    names = data.names_of(saved)
     for split, part in splits.items():
         with data.naming_source(split):
-            tables[split] = read_table(part, data.time_column, data.series)
-    return _load_tables(data, tables, saved)
+            tables[split] = read_steps(part, data, saved, names)
+        names = tables[split].names
+    return _load_tables(data, tables, saved, seed)
+
+
+def read_steps(part: Dataset, data: DataArguments, saved: Any, names: Sequence[str] | None) -> SeriesTable:
+    """A table with a row a step, for a saved model or a new one.
+
+    Args:
+        names: of the series, which the model or an earlier split has; None: those that are found.
+    """
+    if saved is not None and saved.relative_positions:
+        raise ValueError(
+            "The model sees positions from where each window ends, so it takes a table with a window a row: lists in "
+            f"columns that begin with {data.past_prefix!r}. The columns are {part.column_names}."
+        )
+    if names is not None and (missing := [name for name in names if name not in part.column_names]):
+        raise ValueError(
+            f"There is no column {missing}. The series are {list(names)}, and are found by their names; the columns "
+            f"are {part.column_names}. Rename them, or train another model."
+        )
+    return read_table(part, data.time_column, names)
+
+
+def read_rows(
+    part: Dataset, data: DataArguments, saved: Any, known: RowWindows | None
+) -> tuple[RowWindows, Frame | None]:
+    """Windows of a table with a window a row, for a saved model or a new one; their frame, if positions are relative.
+
+    Args:
+        known: an earlier split, whose series and lengths this one is to have.
+    """
+    if known is not None:
+        steps, names, predicted = (known.past.shape[1], known.future.shape[1]), known.names, known.predicted
+    else:
+        steps = None if saved is None else (saved.context_length, saved.prediction_length)
+        names = data.names_of(saved)
+        predicted = None if saved is None else saved.predicted_series
+    rows = read_row_windows(part, data.past_prefix, data.future_prefix, steps, names, predicted)
+    pairs = position_pairs(rows.names) if data.uses_frames(saved) else []
+    if not pairs:
+        return rows, None
+    frame, past, future = moving_frame(rows.past[..., list(pairs[0])]), rows.past.copy(), rows.future.copy()
+    for pair in map(list, pairs):
+        past[..., pair], future[..., pair] = frame.enter(past[..., pair]), frame.enter(future[..., pair])
+    return rows._replace(past=past, future=future), frame
 
 
 def _load_rows(data: DataArguments, splits: Mapping[str, Dataset], saved: Any, seed: int) -> Series:
-    steps = None if saved is None else (saved.context_length, saved.prediction_length)
-    rows: dict[str, RowWindows] = {}
+    rows: dict[str, tuple[RowWindows, Frame | None]] = {}
+    known: RowWindows | None = None
     for split, part in splits.items():
         with data.naming_source(split):
-            rows[split] = read_row_windows(part, data.past_prefix, data.future_prefix, steps, data.series)
-            steps = (rows[split].past.shape[1], rows[split].future.shape[1])
-    names, predicted = next(iter(rows.values()))[:2]
-    for split, part in rows.items():
-        if part.names != names:
-            raise ValueError(f"The {split} data has the series {part.names}, not {names}.")
+            rows[split] = read_rows(part, data, saved, known)
+            known = rows[split][0]
+            unknown = np.isnan(known.future).all(axis=(1, 2))
+            if unknown.any() and not split.startswith("test"):
+                raise ValueError(
+                    f"{unknown.sum()} rows of the {split} data have no future; the first is row {unknown.argmax()}. "
+                    "Leave such rows out. To forecast rows without a future, give them as --test_file."
+                )
+    names, predicted = next(iter(rows.values()))[0][:2]
     frames, windows = {}, {}
-    chosen = data.choose_rows({split: len(part.past) for split, part in rows.items()}, seed)
+    chosen = data.choose_rows({split: len(part.past) for split, (part, _) in rows.items()}, seed)
     for split, (source, numbers) in chosen.items():
-        part = rows[source]
-        part = part._replace(past=part.past[numbers], future=part.future[numbers])
-        pairs = position_pairs(names) if data.relative_positions else []
-        if pairs:
-            frame = frames[split] = moving_frame(part.past[..., list(pairs[0])])
-            past, future = part.past.copy(), part.future.copy()
-            for pair in map(list, pairs):
-                past[..., pair], future[..., pair] = frame.enter(past[..., pair]), frame.enter(future[..., pair])
-            part = part._replace(past=past, future=future)
-        windows[split] = windows_of_rows(part)
+        part, frame = rows[source]
+        windows[split] = windows_of_rows(part._replace(past=part.past[numbers], future=part.future[numbers]))
+        frames[split] = None if frame is None else Frame(frame.origin[numbers], frame.rotation[numbers])
     mean, std = _units(saved, windows["train"].values if "train" in windows else None, names)
-    return Series(names, predicted, windows, True, mean, std, frames, {})
+    return Series(names, predicted, windows, True, mean, std, frames)
 
 
-def _load_tables(data: DataArguments, tables: dict[str, SeriesTable], saved: Any) -> Series:
-    names = next(iter(tables.values())).names
+def _load_tables(data: DataArguments, tables: dict[str, SeriesTable], saved: Any, seed: int) -> Series:
+    first = next(iter(tables))
+    names = tables[first].names
     for split, table in tables.items():
-        if table.names != names:
-            raise ValueError(f"The {split} data has the series {table.names}, not {names}.")
+        if None not in (table.step, tables[first].step) and table.step != tables[first].step:
+            raise ValueError(
+                f"From row to row of the {split} data are {table.step}, of the {first} data {tables[first].step}. "
+                "Resample one of them, such as by pandas' `resample(…).mean()`."
+            )
     before = data.context_length or 96 if saved is None else saved.context_length
     ahead = data.prediction_length or 24 if saved is None else saved.prediction_length
-    if "train" in tables and "validation" in data.parts and "validation" not in tables:
+    held_out = "train" in tables and "validation" in data.parts and "validation" not in tables
+    if held_out:
         whole = tables["train"]
         cut = round(len(whole.values) * (1 - data.validation_fraction))
         parts = {"train": slice(0, cut), "validation": slice(cut, None)}
@@ -204,39 +299,56 @@ def _load_tables(data: DataArguments, tables: dict[str, SeriesTable], saved: Any
             for split, part in parts.items()
         }
         tables = {**held, **{split: table for split, table in tables.items() if split != "train"}}
-    uses_times = data.time_features if saved is None else saved.num_time_features > 0
-    uses_times = uses_times and all(table.times is not None for table in tables.values())
-    windows: dict[str, Windows] = {}
+    courses: dict[str, SeriesTable] = {}
+    ends: dict[str, np.ndarray] = {}
     history: SeriesTable | None = None
-    limits = {"train": data.max_train_samples, "test": data.max_predict_samples}
     for split, table in tables.items():
-        start = 0
-        steps: int | None = None if history is None else follows(history, table)
-        if history is not None and table.times is None and "train" in tables and data.validation_file is None:
-            steps = 1  # what was held out
-        if history is not None and steps is not None:  # the past may reach back
-            start = len(history.values) + steps - 1
-            whole = joined(history, table, steps) if table.times is not None else SeriesTable(
-                names, np.concatenate([history.values, table.values]), None
-            )  # fmt: skip
-        else:
-            whole = table
-        history = whole
-        earliest = start if start else min(before, max(1, len(table.values) - ahead))
-        stride = data.window_stride if split == "train" else data.eval_stride
-        ends = np.arange(earliest, len(whole.values) - ahead + 1, stride)
-        if not len(ends):
+        steps = None if history is None else follows(history, table)
+        if held_out and split == "validation":
+            steps = 1
+        elif history is not None and table.times is None:
+            logger.warning(
+                f"The {split} data have no times, so nothing tells whether they go on where others end: they are "
+                "taken as a course of their own, whose first steps are only looked at."
+            )
+        joins = history is not None and steps is not None  # then the past may reach back
+        history = courses[split] = joined(history, table, steps) if joins else table
+        count = len(history.values)
+        earliest = count - len(table.values) if joins else min(before, max(1, count - ahead))
+        found = np.arange(earliest, count - ahead + 1, data.window_stride if split == "train" else data.eval_stride)
+        if not len(found):
             raise ValueError(
                 f"The {split} data has {len(table.values)} steps, too few for a window of {ahead} steps to predict. "
                 "Give more, or lower --prediction_length."
             )
-        limit = limits.get(split.split("_")[0], data.max_eval_samples)
-        if limit is not None and limit < len(ends):
-            ends = ends[np.linspace(0, len(ends) - 1, limit).astype(int)]
-        features = calendar(whole.times) if uses_times and whole.times is not None else None
-        windows[split] = Windows(whole.values, ends, (before, ahead), features)
+        if not split.startswith("test"):  # from a future that nobody knows nothing is learnt
+            known = np.append(0, np.cumsum(~np.isnan(history.values).all(axis=1)))
+            found = found[known[found + ahead] > known[found]]
+            if not len(found):
+                raise ValueError(f"The {split} data holds no value to predict: all are empty.")
+        ends[split] = found
+    windows: dict[str, Windows] = {}
+    for split, (_, numbers) in data.choose_rows({split: len(found) for split, found in ends.items()}, seed).items():
+        features = _features(courses[split], data, saved, all(table.times is not None for table in tables.values()))
+        windows[split] = Windows(courses[split].values, ends[split][np.sort(numbers)], (before, ahead), features)
     mean, std = _units(saved, tables["train"].values if "train" in tables else None, names)
-    return Series(names, list(names), windows, False, mean, std, {}, tables)
+    return Series(names, list(names), windows, False, mean, std, {})
+
+
+def _features(table: SeriesTable, data: DataArguments, saved: Any, have_times: bool) -> np.ndarray | None:
+    """What the model is told of every step; None where it is told nothing."""
+    wanted = data.time_features is not False if saved is None else saved.num_time_features > 0
+    if saved is not None and wanted and not have_times:
+        raise ValueError("The model was trained with times, and there are none. Name their column by --time_column.")
+    if not wanted or not have_times or table.times is None or table.step is None:
+        return None
+    features = calendar(table.times, table.step)
+    if saved is not None and features.shape[1] != saved.num_time_features:
+        raise ValueError(
+            f"Of steps of {table.step} the model would be told {features.shape[1]} numbers, but it was trained on "
+            f"steps with {saved.num_time_features}. Resample the data, or train another model."
+        )
+    return features
 
 
 def _units(saved: Any, train: np.ndarray | None, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -261,27 +373,28 @@ def fields_of(series: Series, data: DataArguments) -> dict[str, Any]:
     window = next(iter(series.windows.values()))
     before, ahead = window.lengths
     mix = series.by_row if data.mix_series is None else data.mix_series
-    scaling = data.scaling or (NONE if series.by_row else "std")
-    counts = data.loss == "nll" and data.distribution == "negative_binomial"
+    counts = data.distribution == COUNTS
+    scaling = data.scaling or ("mean" if counts else NONE if series.by_row else "std")
     fields = {
         "context_length": before, "prediction_length": ahead,
         "patch_length": data.patch_length or max(1, before // 24), "input_size": len(series.names), "mix_series": mix,
-        "loss": data.loss, "distribution_output": data.distribution,
-        "scaling": None if scaling == NONE else scaling, "linear_skip": data.linear_skip and not counts,
+        "loss": data.loss or "nll", "distribution_output": data.distribution or "student_t",
+        "scaling": None if scaling == NONE else scaling, "linear_skip": data.linear_skip is not False and not counts,
         "num_time_features": 0 if window.features is None else window.features.shape[1],
+        "series_names": series.names, "predicted_series": series.predicted,
+        "relative_positions": any(frame is not None for frame in series.frames.values()),
     }  # fmt: skip
     if counts:
-        return {**fields, "scaling": "mean"}
+        return fields
     return {**fields, "series_mean": series.mean.tolist(), "series_std": series.std.tolist()}
 
 
-def in_data_units(x: np.ndarray, series: Series, split: str) -> np.ndarray:
+def in_data_units(x: np.ndarray, names: Sequence[str], frame: Frame | None) -> np.ndarray:
     """(rows, N, S) with positions as the data has them, not relative ones."""
-    frame = series.frames.get(split)
     if frame is None:
         return x
     x = np.array(x, dtype=np.float64)
-    for pair in map(list, position_pairs(series.names)):
+    for pair in map(list, position_pairs(names)):
         x[..., pair] = frame.leave(x[..., pair])
     return x
 
@@ -293,11 +406,13 @@ def report(trainer: Any, scores: ForecastScores, series: Series, data: DataArgum
         if split == "train":
             continue
         output = trainer.predict(windows, metric_key_prefix=split)
+        past, truth = windows.arrays()
+        if np.isnan(truth).all(axis=(1, 2)).any():  # of windows without a future it is no loss, but 0
+            output.metrics.pop(f"{split}_loss", None)
         trainer.save_metrics(split, output.metrics)
         if not trainer.is_world_process_zero():
             continue
         forecast, low, high, crps = (np.asarray(x) for x in output.predictions)
-        past, truth = windows.arrays()
         found = {"forecast": forecast, "low": low, "high": high}
         if not np.isnan(truth).all():
             tables[split] = {"Reformer": scores.of(forecast, truth, crps)}
@@ -322,10 +437,11 @@ def _lines(
 ) -> list[dict[str, Any]]:
     """A line for every row, or for windows that follow each other: forecast, and true values where they are known."""
     chosen = [series.names.index(name) for name in series.predicted]
-    moved = {name: in_data_units(x, series, split) for name, x in found.items()}
-    if series.frames:  # a band of turned coordinates is none of the coordinates
+    frame = series.frames.get(split)
+    moved = {name: in_data_units(x, series.names, frame) for name, x in found.items()}
+    if frame is not None:  # a band of turned coordinates is none of the coordinates
         moved = {"forecast": moved["forecast"]}
-    true, rows, next_end = in_data_units(truth, series, split), [], 0
+    true, rows, next_end = in_data_units(truth, series.names, frame), [], 0
     for number, end in enumerate(windows.ends.tolist()):
         if not series.by_row and end < next_end:
             continue
@@ -339,33 +455,44 @@ def _lines(
     return describe_rows(iter(rows))
 
 
-def predict_file(file: str, folder: str, output: Path, data: DataArguments) -> None:
-    """Forecast what comes after the end of a table: print the first steps, and write all to `forecast.csv`."""
+def predict_file(data: DataArguments, folder: str, args: TrainingArguments) -> None:
+    """Forecast what comes after the end of a table, or of each of its rows: print the first steps, and write all to
+    `forecast.csv`."""
     model = load_trained(AutoModelForTimeSeriesPrediction, folder).eval()
     config: Any = model.config
-    table = read_table(data.read_file(file), data.time_column, data.series)
-    ahead, uses_times = config.prediction_length, config.num_time_features > 0
-    if uses_times and (table.times is None or table.step is None):
-        raise ValueError(f"`{file}` has no times, and the model was trained with times. Name them by --time_column.")
-    index: Any = np.arange(len(table.values), len(table.values) + ahead)
-    features = None
-    if table.times is not None and table.step is not None:
-        index = table.times[-1] + np.arange(1, ahead + 1) * table.step
-        features = calendar(np.concatenate([table.times, index])) if uses_times else None
-    row = Windows(table.values, np.array([len(table.values)]), (config.context_length, ahead), features)[0]
-    known = {name: x[None] for name, x in row.items() if name != "future_values"}
-    with torch.no_grad():
-        columns = {"forecast": model(**known).prediction_outputs[0].numpy()}
-        if config.loss == "nll":
-            drawn = model.generate(**known).sequences[0]
-            columns |= {f"{round(100 * q)} %": drawn.quantile(q, dim=0).numpy() for q in BAND}
+    file, output = str(data.predict_file), Path(str(args.output_dir))
+    ahead, dataset = config.prediction_length, data.read_file(file)
+    frame: Frame | None = None
+    if has_row_windows(dataset, data.past_prefix):
+        rows, frame = read_rows(dataset, data, config, None)
+        names, predicted, windows = rows.names, rows.predicted, windows_of_rows(rows)
+        index: Any = pd.MultiIndex.from_product([range(len(windows)), range(ahead)], names=["row", "step"])
+        what = f"{ahead} steps after the end of each row"
+    else:
+        table = read_steps(dataset, data, config, data.names_of(config))
+        names, predicted = table.names, table.names
+        whole = joined(table, SeriesTable(names, np.full((ahead, len(names)), np.nan), None), 1)
+        features = _features(whole, data, config, whole.times is not None and whole.step is not None)
+        windows = Windows(whole.values, np.array([len(table.values)]), (config.context_length, ahead), features)
+        steps, name = (range(len(whole.values)), "step") if whole.times is None else (whole.times, "time")
+        index, what = pd.Index(steps[-ahead:], name=name), f"{ahead} steps after its end"
+    columns: dict[str, list[np.ndarray]] = {}
+    for row in (windows[number] for number in range(len(windows))):
+        known = {name: x[None] for name, x in row.items() if name != "future_values"}
+        with torch.no_grad():
+            columns.setdefault("forecast", []).append(model(**known).prediction_outputs[0].numpy())
+            if config.loss == "nll" and frame is None:  # a band of turned coordinates is none of the coordinates
+                drawn = model.generate(**known).sequences[0]
+                for q in BAND:
+                    columns.setdefault(f"{round(100 * q)} %", []).append(drawn.quantile(q, dim=0).numpy())
+    moved = {kind: in_data_units(np.stack(x), names, frame) for kind, x in columns.items()}
     found = pd.DataFrame(
-        {f"{name} {kind}": x[:, number] for number, name in enumerate(table.names) for kind, x in columns.items()},
-        index=pd.Index(index, name="time" if table.times is not None else "step"),
+        {f"{name} {kind}": x[..., names.index(name)].reshape(-1) for name in predicted for kind, x in moved.items()},
+        index=index,
     )
     output.mkdir(parents=True, exist_ok=True)
     found.to_csv(output / "forecast.csv")
-    print(f"\n{file}: {ahead} steps after its end, in {output / 'forecast.csv'}\n{found.head(12).to_string()}")
+    print(f"\n{file}: {what}, in {output / 'forecast.csv'}\n{found.head(12).to_string()}")
 
 
 def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArguments) -> bool:
@@ -374,6 +501,8 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
     saved = (
         None if model_args.model_name_or_path is None else AutoConfig.from_pretrained(model_args.model_name_or_path)
     )
+    if saved is not None:
+        data.check_saved(str(model_args.model_name_or_path), saved)
     series = load(data, saved, args.seed)
     trains = "train" in series.windows
     fields = fields_of(series, data) if saved is None else {}
@@ -396,9 +525,4 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (DataArguments, BackboneArguments, TrainingArguments)
-    data, model_args, args = parse_arguments("forecasting", __doc__, classes, arguments, DEFAULTS, PRESETS)
-    data.check(model_args, args)
-    trained = bool(data.parts) and run(data, model_args, args)
-    if data.predict_file is not None and args.process_index == 0:
-        folder = args.output_dir if trained else model_args.model_name_or_path
-        predict_file(data.predict_file, str(folder), Path(str(args.output_dir)), data)
+    run_recipe("forecasting", __doc__, classes, run, arguments, DEFAULTS, PRESETS, predict_file)

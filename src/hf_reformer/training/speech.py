@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from sklearn.neighbors import NearestNeighbors
 from transformers import EvalPrediction, Wav2Vec2CTCTokenizer
 
 from ..models.frontend import log_spectrum
+from .signals import Change, vary_recording
 
 BLANK, UNKNOWN, SPACE = "<pad>", "<unk>", "|"
 MOST_CHARACTERS = 20_000
@@ -48,11 +49,15 @@ def normalised(text: str) -> str:
     return " ".join(text.split())
 
 
+def frames_of(ids: Sequence[int]) -> int:
+    """The fewest frames that can give these characters: one each, and a blank between equal ones."""
+    return len(ids) + sum(a == b for a, b in pairwise(ids))
+
+
 def check_lengths(labels: Sequence[Sequence[int]], frames: Sequence[int], split: str) -> None:
     """Raise ValueError for transcripts that are longer than their recordings: no frames could give them."""
     for row, (ids, count) in enumerate(zip(labels, frames, strict=True)):
-        needed = len(ids) + sum(a == b for a, b in pairwise(ids))  # a blank between equal ones
-        if needed > count:
+        if frames_of(ids) > count:
             raise ValueError(
                 f"Row {row} of the {split} data has a transcript of {len(ids)} characters, but its recording only "
                 f"{count} frames. Is it the right one? Otherwise lower --stride_ms, or leave the row out."
@@ -78,6 +83,16 @@ class ErrorRates:
         return error_rates(
             self.references(np.asarray(prediction.label_ids)), self.texts(np.asarray(prediction.predictions))
         )
+
+
+def vary_speech(size: int, stride: int) -> Change:
+    """`vary_recording`, but never so short that the frames, of `size` samples, could not give the transcript."""
+
+    def change(samples: np.ndarray, draw: np.random.Generator, row: Mapping[str, Any]) -> np.ndarray:
+        frames = frames_of(row["labels"])
+        return vary_recording(samples, draw, row, shortest=1 if frames < 2 else stride * (frames - 2) + size + 1)
+
+    return change
 
 
 def error_rates(references: Sequence[str], found: Sequence[str]) -> dict[str, float]:

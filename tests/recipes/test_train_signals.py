@@ -43,6 +43,8 @@ TINY = [
     *("--eval_strategy", "no"),
 ]
 
+EXTRACTOR = Wav2Vec2FeatureExtractor(sampling_rate=8000, return_attention_mask=True)
+
 
 def wav(path, word: int, seed: int, rate: int = 8000) -> None:
     samples = spoken_tones(word + 1, 1)["train"]["audio"][word][: 800 + seed]
@@ -154,10 +156,9 @@ def test_samples_without_a_rate_need_one(tmp_path):
 def test_samples_without_a_rate_are_resampled_from_the_rate_that_is_given():
     data = audio_classification.DataArguments(sampling_rate=4000)
     table = Dataset.from_dict({"audio": [np.arange(100, dtype=np.float32)]})
-    extractor = Wav2Vec2FeatureExtractor(sampling_rate=8000)
-    assert data.encode(table, extractor)["length"][:] == [200]
+    assert data.encode(table, EXTRACTOR)["length"][:] == [200]
     with pytest.raises(ValueError, match="without a sampling rate"):
-        audio_classification.DataArguments().encode(table, extractor)
+        audio_classification.DataArguments().encode(table, EXTRACTOR)
 
 
 @pytest.mark.parametrize("kind", ["learned", "axial"])
@@ -168,7 +169,7 @@ def test_there_is_a_position_for_every_frame_of_varied_recordings(kind, stride_m
     sizes = {"hidden_size": 16, "attn_layers": ["local"], "num_attention_heads": 1, "attention_head_size": 16}
     options = BackboneArguments(position_embedding_type=kind, feed_forward_size=16, **sizes)
     encoded = {"train": Dataset.from_dict({"length": [50, 9000]})}
-    model = data.hearing_model(AutoModelForCTC, options, None, encoded, 8000, vocab_size=5)
+    model = data.hearing_model(AutoModelForCTC, options, None, encoded, EXTRACTOR, vocab_size=5)
     samples = np.zeros(9000, dtype=np.float32)
     longest = max(len(vary_recording(samples, np.random.default_rng(seed), {})) for seed in range(200))
     assert longest > 10000
@@ -186,7 +187,7 @@ def test_recordings_beyond_the_positions_of_a_saved_model_are_refused(tmp_path):
     options, data = BackboneArguments(model_name_or_path=str(tmp_path)), speech_recognition.DataArguments()
     encoded = {"test": Dataset.from_dict({"length": [6000]})}
     with pytest.raises(ValueError, match=r"has 74 frames, and the model positions for 50"):
-        data.hearing_model(AutoModelForCTC, options, None, encoded, 8000)
+        data.hearing_model(AutoModelForCTC, options, None, encoded, EXTRACTOR)
 
 
 def test_a_resumed_run_ends_where_the_whole_one_does(sounds):
@@ -432,6 +433,58 @@ def test_tones_are_written_down(tmp_path):
     rows = Dataset.from_dict({**rows, "sampling_rate": [8000] * 16})
     frames = ["--frame_ms", "50", "--stride_ms", "50", "--max_steps", "60"]
     assert scores_of(speech_recognition, rows, tmp_path, *frames)["cer"] < 0.1
+
+
+def test_features_train_predict_and_serve_a_pipeline(speech):
+    """Log-mel features, whose extractor is saved: transcripts of the recipe are those of the pipeline, at any rate."""
+    options = ["--train_file", str(speech / "train.parquet"), "--validation_file", str(speech / "validation.parquet")]
+    options += ["--output_dir", str(speech / "out"), "--max_steps", "8", "--baselines", "--features", "log_mel"]
+    options += ["--frame_ms", "40", "--stride_ms", "40"]
+    speech_recognition.main([*TINY, *LEARNING, *options])
+    model = AutoModelForCTC.from_pretrained(speech / "out")
+    assert (model.config.num_input_features, model.config.frame_size, model.config.frame_stride) == (80, 4, 4)
+    rows = [json.loads(line) for line in (speech / "out" / "predictions_validation.jsonl").read_text().splitlines()]
+    listen = pipeline("automatic-speech-recognition", model=str(speech / "out"))
+    for row, samples in zip(rows, spoken_strings(8, 3)["validation"]["audio"][:], strict=True):
+        heard = listen({"raw": np.asarray(samples, dtype=np.float32), "sampling_rate": 8000})["text"]
+        assert " ".join(heard.split()) == row["predicted"]
+    assert any(row["predicted"] for row in rows)
+    for option in ({"chunk_length_s": 1}, {"return_timestamps": "char"}):
+        with pytest.raises(ValueError, match="counts samples, and this model hears features"):
+            listen(np.zeros(16000, dtype=np.float32), **option)
+    saved = ["--model_name_or_path", str(speech / "out"), "--test_file", str(speech / "validation.parquet")]
+    speech_recognition.main([*TINY, *saved, "--output_dir", str(speech / "again")])
+    again = [json.loads(line) for line in (speech / "again" / "predictions_test.jsonl").read_text().splitlines()]
+    assert [row["predicted"] for row in again] == [row["predicted"] for row in rows]
+    with pytest.raises(ValueError, match=r"--features waveform: that of the saved model .* is log_mel"):
+        speech_recognition.main([*TINY, *saved, "--features", "waveform"])
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_features_of_tones_are_told_apart(tmp_path):
+    heights = [500, 2000] * 8
+    rows = {"audio": [tones(x + 5 * i) for i, x in enumerate(heights)], "label": ["low", "high"] * 8}
+    rows = Dataset.from_dict({**rows, "sampling_rate": [8000] * 16})
+    options = ["--max_steps", "20", "--features", "log_mel", "--position_embedding_type", "learned"]
+    assert scores_of(audio_classification, rows, tmp_path, *options)["accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--frame_transform", "spectrum"], "--features log_mel are spectra"),
+        (["--stride_ms", "40"], "--stride_ms 40 is more than --frame_ms 10"),
+        (["--frame_ms", "25"], "--frame_ms 25: log_mel features are 10 ms apart"),
+        (["--sampling_rate", "8000"], "--sampling_rate 8000: log_mel hears 16000 Hz"),
+        ([], "Row 1: The recording is shorter than 25 ms"),
+    ],
+)
+def test_features_that_cannot_be_are_refused(more, message, tmp_path):
+    rows = {"audio": [np.zeros(8000), np.zeros(100)], "sampling_rate": [8000] * 2, "label": ["a", "b"]}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    options = ["--do_train", "--train_file", str(tmp_path / "train.parquet"), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match=message):
+        audio_classification.main([*TINY, *options, "--features", "log_mel", *more])
 
 
 @pytest.mark.usefixtures("undrawn")

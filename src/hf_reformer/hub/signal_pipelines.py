@@ -16,6 +16,16 @@ class SpeechRecognition(AutomaticSpeechRecognitionPipeline):
     """`pipeline("automatic-speech-recognition")`: a whole recording in one pass, however long, unless `chunk_length_s`
     cuts it."""
 
+    def _sanitize_parameters(self, **kwargs: Any) -> Any:
+        config: Any = self.model.config
+        wanted = [name for name in ("chunk_length_s", "return_timestamps") if kwargs.get(name)]
+        if wanted and config.model_type == ReformerConfig.model_type and config.num_input_features > 1:
+            raise ValueError(
+                f"`{wanted[0]}` counts samples, and this model hears features of many samples each. Leave it out: a "
+                "recording of any length is transcribed in one pass."
+            )
+        return super()._sanitize_parameters(**kwargs)
+
     def preprocess(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if _reads(self.model, inputs):
             rate, heard = self.feature_extractor.sampling_rate, {}

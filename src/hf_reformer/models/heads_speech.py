@@ -25,6 +25,7 @@ class ReformerForCTC(ReformerPreTrainedModel):
 
     def __init__(self, config: ReformerConfig):
         super().__init__(config)
+        self.main_input_name = "input_values" if config.num_input_features == 1 else "input_features"
         self.model = ReformerModel(config)
         self.model.set_input_embeddings(FrameEmbeddings(config))
         self.dropout = nn.Dropout(classifier_dropout(config))
@@ -70,6 +71,7 @@ class ReformerForAudioClassification(ReformerPreTrainedModel):
 
     def __init__(self, config: ReformerConfig):
         super().__init__(config)
+        self.main_input_name = "input_values" if config.num_input_features == 1 else "input_features"
         self.num_labels = config.num_labels
         self.model = ReformerModel(config)
         self.model.set_input_embeddings(FrameEmbeddings(config))

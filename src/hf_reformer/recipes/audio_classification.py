@@ -32,16 +32,14 @@ from ..data.demo_signals import spoken_tones
 from ..data.tables import read_column
 from ..training.classification import Metrics, label_fields, shortened, task_of_model
 from ..training.model_setup import SAVED_MODEL, BackboneArguments, load_trained, option, run_recipe
+from ..training.signal_classes import label_columns, label_splits, report_classes
+from ..training.signal_options import AudioArguments, LabelArguments
 from ..training.signals import (
-    AudioArguments,
     AudioCollator,
     AugmentingCollator,
-    LabelArguments,
     SignalTrainer,
-    label_columns,
-    label_splits,
     mean_spectra,
-    report_classes,
+    steps_per_second,
     vary_recording,
 )
 from ..training.trainers import build_trainer, longest_first, train_and_save
@@ -98,15 +96,16 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
             with data.naming_source(split):
                 rows = data.encode(part, extractor, label_columns(part))
             encoded[split] = rows if split == "train" else longest_first(rows)
-    metrics, trains, rate = Metrics(task, None), "train" in splits, extractor.sampling_rate
-    model = data.hearing_model(AutoModelForAudioClassification, model_args, None, encoded, rate, **label_fields(task))
+    metrics, trains, fields = Metrics(task, None), "train" in splits, label_fields(task)
+    model = data.hearing_model(AutoModelForAudioClassification, model_args, None, encoded, extractor, **fields)
     collate = AudioCollator(extractor)
-    augmenting = AugmentingCollator(collate, "input_values", vary_recording, args.seed) if data.augment else None
+    rate, name, width = extractor.sampling_rate, extractor.model_input_names[0], extractor.feature_size
+    augmenting = AugmentingCollator(collate, name, vary_recording, args.seed, width) if data.augment else None
     options = {"data_collator": collate, "compute_metrics": metrics, "callbacks": [augmenting] if augmenting else None}
     trainer = build_trainer(SignalTrainer, model, args, extractor, encoded, **options)
     trainer.augmenting = augmenting
     counts = ", ".join(f"{split} {len(part)}" for split, part in splits.items())
-    seconds = np.mean(read_column(next(iter(encoded.values())), "length")) / rate
+    seconds = np.mean(read_column(next(iter(encoded.values())), "length")) / steps_per_second(extractor)
     labels = shortened(task.label_names) if task.label_names else task.problem_type
     train_and_save(trainer, f"Recordings: {counts}; {seconds:.2f} s on average, {rate} Hz. Labels: {labels}")
     features = mean_spectra(round(rate * 0.025) or 1)

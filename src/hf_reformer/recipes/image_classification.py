@@ -46,18 +46,9 @@ from ..training.model_setup import (
     option,
     run_recipe,
 )
-from ..training.signals import (
-    AugmentingCollator,
-    LabelArguments,
-    PictureArguments,
-    PictureCollator,
-    SignalTrainer,
-    in_memory,
-    label_columns,
-    label_splits,
-    report_classes,
-    vary_picture,
-)
+from ..training.signal_classes import label_columns, label_splits, report_classes
+from ..training.signal_options import LabelArguments, PictureArguments
+from ..training.signals import AugmentingCollator, PictureCollator, SignalTrainer, in_memory, vary_picture
 from ..training.trainers import build_trainer, longest_first, train_and_save
 
 DEFAULTS = {

@@ -30,7 +30,8 @@ from ..data.signals import pictures
 from ..data.tables import read_column
 from ..training.model_setup import BackboneArguments, make_model, option, run_recipe
 from ..training.reports import format_tables, write_report, write_rows
-from ..training.signals import PictureArguments, in_memory
+from ..training.signal_options import PictureArguments
+from ..training.signals import in_memory
 from ..training.trainers import RecipeMixin, SequentialEvalMixin, build_trainer, train_and_save
 
 VALUES = 256

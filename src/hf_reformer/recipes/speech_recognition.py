@@ -38,13 +38,8 @@ from ..data.tables import cell_text, read_column
 from ..models.frontend import count_frames
 from ..training.model_setup import SAVED_MODEL, BackboneArguments, load_trained, option, run_recipe
 from ..training.reports import format_tables, write_report, write_rows
-from ..training.signals import (
-    AudioArguments,
-    AudioCollator,
-    AugmentingCollator,
-    SignalTrainer,
-    mean_spectra,
-)
+from ..training.signal_options import AudioArguments
+from ..training.signals import AudioCollator, AugmentingCollator, SignalTrainer, mean_spectra, steps_per_second
 from ..training.speech import (
     ErrorRates,
     character_tokenizer,
@@ -187,7 +182,7 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
             tokenizer: Any = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
         else:
             tokenizer = character_tokenizer(read_column(splits["train"], "transcript"))
-        frame = data.frame_fields(model_args, extractor.sampling_rate)
+        frame = data.frame_fields(model_args, extractor)
         framing = (frame["frame_size"], frame["frame_stride"])
         encoded = {}
         for split, part in splits.items():
@@ -202,25 +197,24 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
                     frames = [count_frames(int(length), *framing) for length in read_column(rows, "length")]
                     check_lengths(known["labels"], frames, split)
             encoded[split] = rows if split == "train" else longest_first(rows)
-    model = data.hearing_model(AutoModelForCTC, model_args, tokenizer, encoded, extractor.sampling_rate)
+    model = data.hearing_model(AutoModelForCTC, model_args, tokenizer, encoded, extractor)
     rates, collate = ErrorRates(tokenizer), AudioCollator(extractor)
-    augmenting = (
-        AugmentingCollator(collate, "input_values", vary_speech(*framing), args.seed) if data.augment else None
-    )
+    vary, name, width = vary_speech(*framing), extractor.model_input_names[0], extractor.feature_size
+    augmenting = AugmentingCollator(collate, name, vary, args.seed, width) if data.augment else None
     callbacks: list[Any] = [SaveTokenizer(tokenizer), *([augmenting] if augmenting else [])]
     options = {"data_collator": collate, "compute_metrics": rates, "callbacks": callbacks}
     options["preprocess_logits_for_metrics"] = likeliest
     trainer = build_trainer(SignalTrainer, model, args, extractor, encoded, **options)
     trainer.augmenting = augmenting
     counts = ", ".join(f"{split} {len(part)}" for split, part in splits.items())
-    seconds = np.mean(read_column(next(iter(encoded.values())), "length")) / extractor.sampling_rate
+    seconds = np.mean(read_column(next(iter(encoded.values())), "length")) / steps_per_second(extractor)
     train_and_save(
         trainer,
         f"Recordings: {counts}; {seconds:.2f} s on average, {extractor.sampling_rate} Hz; {len(tokenizer)} characters",
     )
     if trains and trainer.is_world_process_zero():
         tokenizer.save_pretrained(str(args.output_dir))
-    report(trainer, rates, splits, encoded, data, extractor.sampling_rate)
+    report(trainer, rates, splits, encoded, data, steps_per_second(extractor))
     return trains
 
 

@@ -153,8 +153,8 @@ class ReformerConfig(PreTrainedConfig):
             Statistics of every series in the training data. The model standardizes its inputs with them and computes
             its loss on standardized values; predictions are in the units of the data.
         series_names, predicted_series (`list[str]`, *optional*):
-            Names of the series, in the model's order, and which of them the model was trained to predict; the others are
-            known for the past only. The recipe uses them to find the columns of a table.
+            Names of the series, in the model's order, and which of them the model was trained to predict; only
+            the past of the others is known. The recipe uses them to find the columns of a table.
         relative_positions (`bool`, defaults to `False`):
             Series whose names share a prefix and end in x and y are positions relative to the last place of the first
             such pair, rotated into its direction of travel. The caller transforms inputs, and forecasts back.

@@ -7,11 +7,6 @@ import torch
 from torch import nn
 from torch.distributions import Distribution
 from transformers.modeling_outputs import SampleTSPredictionOutput
-from transformers.models.time_series_transformer.modeling_time_series_transformer import (
-    TimeSeriesMeanScaler,
-    TimeSeriesNOPScaler,
-    TimeSeriesStdScaler,
-)
 from transformers.time_series_utils import NegativeBinomialOutput, NormalOutput, StudentTOutput
 from transformers.utils import can_return_tuple
 
@@ -23,8 +18,17 @@ from .outputs import ReformerTimeSeriesOutput
 from .pretrained import ReformerPreTrainedModel, ZeroLinear
 
 DISTRIBUTIONS = {"student_t": StudentTOutput, "normal": NormalOutput, "negative_binomial": NegativeBinomialOutput}
-SCALERS = {"std": TimeSeriesStdScaler, "last": TimeSeriesStdScaler, "mean": TimeSeriesMeanScaler,
-           None: TimeSeriesNOPScaler}  # fmt: skip
+SCALERS = {
+    "std": "TimeSeriesStdScaler", "last": "TimeSeriesStdScaler", "mean": "TimeSeriesMeanScaler",
+    None: "TimeSeriesNOPScaler",
+}  # fmt: skip
+
+
+def _make_scaler(scaling: str | None) -> Any:
+    """transformers' own. Its module needs docstrings, which `python -OO` drops, so other heads do without it."""
+    from transformers.models.time_series_transformer import modeling_time_series_transformer as library
+
+    return getattr(library, SCALERS[scaling])(SimpleNamespace(default_scale=1.0))  # else that of others in the batch
 
 
 class SeriesEmbeddings(nn.Module):
@@ -196,9 +200,7 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         x, observed = (
             nn.functional.pad(value[:, -size:], (0, 0, max(0, size - value.shape[1]), 0)) for value in (x, observed)
         )
-        settings: Any = SimpleNamespace(default_scale=1.0)  # else that of others in the batch
-        scaler = SCALERS[self.config.scaling](settings)
-        _, loc, scale = scaler(x, observed)
+        _, loc, scale = _make_scaler(self.config.scaling)(x, observed)
         if self.config.scaling == "last":
             last = size - 1 - observed.flip(1).argmax(1, keepdim=True)
             loc = x.gather(1, last)

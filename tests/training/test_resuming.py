@@ -140,6 +140,18 @@ def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(
     assert not any(checkpoints(tmp_path / "killed").values())
 
 
+@pytest.mark.parametrize("recipe", ["language-model", "seq2seq"])
+def test_a_run_killed_after_its_last_step_is_trained_no_further(recipe, tmp_path, whole_run):
+    """With a rate that is not 0 at the end, a step more would change the weights."""
+    out = Path(shutil.copytree(whole_run(recipe), tmp_path / "out"))
+    (out / "model.safetensors").unlink()
+    scheduler = torch.load(out / "checkpoint-6" / "scheduler.pt")
+    torch.save(scheduler | {"last_epoch": 0}, out / "checkpoint-6" / "scheduler.pt")
+    run(recipe, tmp_path, "out", "--resume_from_checkpoint", "last")
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 6
+    assert same_model(whole_run(recipe), out)
+
+
 @pytest.mark.parametrize("recipe", ["language-model", "classification"])
 def test_evaluations_leave_training_as_it_is(recipe, tmp_path):
     options = ["--config_overrides", "lsh_window=16,local_window=8,hidden_dropout_prob=0.2"]

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -105,11 +106,16 @@ class Settings:
             if value is _ABSENT:
                 self.own.pop(name, None)
             else:
-                self.own[name] = value
+                self.own[name] = copy.copy(value) if type(value) in _EMPTY else value
+
+
+_EMPTY: dict[type, Any] = {kind: kind() for kind in (dict, OrderedDict, list, set)}  # modules hold many of these
 
 
 def _copy(value: Any) -> Any:
-    return copy.copy(value) if isinstance(value, dict | list | set) else value
+    if not isinstance(value, dict | list | set):
+        return value
+    return copy.copy(value) if value else _EMPTY.get(type(value), copy.copy(value))
 
 
 def _same(now: Any, before: Any) -> bool:

@@ -18,6 +18,7 @@ from hf_reformer.training.speech import ErrorRates, character_tokenizer, check_l
 
 soundfile = pytest.importorskip("soundfile")
 pd = pytest.importorskip("pandas")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 TINY = [
     *("--hidden_size", "16", "--attn_layers", "local", "--num_attention_heads", "1", "--attention_head_size", "16"),

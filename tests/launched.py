@@ -91,8 +91,8 @@ def weights_after_resuming(accelerator: Accelerator, folder: Path) -> list[dict[
     return found
 
 
-def main() -> None:
-    out, *options = sys.argv[1:]
+def results(out: str, *options: str) -> dict:
+    """What this process of several finds."""
     pretend_to_have_gpus()
     flags = {option[2:]: True for option in options if option in ("--find_unused_parameters", "--static_graph")}
     accelerator = Accelerator(kwargs_handlers=[DistributedDataParallelKwargs(**flags)])
@@ -107,9 +107,15 @@ def main() -> None:
     if plugin is not None and plugin.fsdp_version == 2:
         accelerator.free_memory()
         found["resumed"] = weights_after_resuming(accelerator, Path(out) / "checkpoint")
-    torch.save(found, Path(out) / f"{accelerator.process_index}.pt")
-    accelerator.end_training()
+    return found
+
+
+def results_in(environment: dict[str, str], out: str) -> dict:
+    """The same where no command has set the environment."""
+    os.environ.update(environment)
+    return results(out)
 
 
 if __name__ == "__main__":
-    main()
+    torch.save(results(*sys.argv[1:]), Path(sys.argv[1]) / f"{PartialState().process_index}.pt")
+    Accelerator().end_training()

@@ -41,22 +41,54 @@ def test_help_and_mistakes_import_nothing_but_python(argv, bare):
     assert others == {"reformer_cli"}
 
 
-@pytest.mark.parametrize("missing", [set(), OPTIONAL], ids=["all libraries", "required libraries"])
-def test_the_package_imports_nothing_slow_that_transformers_does_not(missing):
+IMPORT_PACKAGE = """
+import json, os, sys
+import torch  # once for all that are forked from here
+
+def found():
+    return [name for name, module in sys.modules.items() if module is not None]
+
+for missing in json.loads(sys.argv[1]):
+    if os.fork():
+        os.wait()
+        continue
+    if missing is None:
+        import reformer_kernels.cpu, reformer_kernels.triton
+        print(json.dumps(found()), flush=True)
+        os._exit(0)
+    sys.modules.update(dict.fromkeys(missing))  # as if they were not installed
+    import transformers.modeling_utils
+    before = found()
+    from hf_reformer import *
+    from hf_reformer import ReformerConfig
+    print(json.dumps([before, found()]), flush=True)
+    os._exit(0)
+"""
+CASES = {"all libraries": [], "required libraries": sorted(OPTIONAL), "kernels alone": None}
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """What each case of one process's children has imported."""
+    command = [sys.executable, "-c", IMPORT_PACKAGE, json.dumps(list(CASES.values()))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    return dict(zip(CASES, map(json.loads, lines), strict=True))
+
+
+@pytest.mark.parametrize("case", ["all libraries", "required libraries"])
+def test_the_package_imports_nothing_slow_that_transformers_does_not(case, modules):
     """A time would depend on the machine; `dev/import_time.py` takes it."""
-    code = (
-        f"import json, sys; sys.modules.update(dict.fromkeys({sorted(missing)}))\n"  # as if they were not installed
-        "def found(): return [name for name, module in sys.modules.items() if module is not None]\n"
-        "import torch, transformers.modeling_utils; before = found()\n"
-        "from hf_reformer import *; from hf_reformer import ReformerConfig; after = found()\n"
-        "print(json.dumps([before, after]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
-    before, after = map(set, json.loads(done.stdout.splitlines()[-1]))
+    before, after = map(set, modules[case])
     added = after - before
     assert {"hf_reformer", "hf_reformer.models.seq2seq", "reformer_kernels.cpu"} <= added
     assert not added & SLOW
     assert len(added) < 0.15 * len(before)
+
+
+def test_kernels_import_neither_models_nor_transformers(modules):
+    assert {"reformer_kernels.cpu", "reformer_kernels.triton"} <= set(modules["kernels alone"])
+    assert not {"hf_reformer", "transformers"} & set(modules["kernels alone"])
 
 
 def test_ctrl_c_while_a_command_imports_ends_it_without_a_traceback():

@@ -82,9 +82,8 @@ def test_pieces_equal_the_whole_in_any_configuration(changes):
     model = make(["local", "lsh", "lsh"], **changes)
     with torch.no_grad():
         expected = model(IDS, attention_mask=MASK).logits
-    for pieces in ("prompt", "any"):
-        found, _ = run(model, PIECES[pieces], mask=MASK)
-        assert max_abs_diff(found[MASK == 1], expected[MASK == 1]) <= 1e-5
+    found, _ = run(model, [20, *[1] * 15, 9, 26], mask=MASK)
+    assert max_abs_diff(found[MASK == 1], expected[MASK == 1]) <= 1e-5
 
 
 @pytest.mark.slow
@@ -163,7 +162,7 @@ def test_a_cache_goes_with_its_last_reference():
 def test_tokens_taken_back_leave_no_trace(kinds, removed, masked):
     model, mask = make(KINDS[kinds]), MASK if masked else None
     other = make_ids(4, LENGTH, seed=1)
-    expected, _ = run(model, [50, *[1] * 20], mask=mask)
+    expected, _ = run(model, [50, *[1] * 8], mask=mask)
     _, kept = run(model, [50], mask=mask)
     for _ in range(3):
         at = kept.get_seq_length()
@@ -171,20 +170,20 @@ def test_tokens_taken_back_leave_no_trace(kinds, removed, masked):
         with torch.no_grad():
             model(other[:, :removed], attention_mask=part, past_key_values=kept)
         kept.crop(-removed)
-    found, _ = run(model, [1] * 20, mask=mask, kept=kept)
-    real = MASK[:, 50:].bool() if masked else slice(None)
+    found, _ = run(model, [1] * 8, mask=mask, kept=kept)
+    real = MASK[:, 50:58].bool() if masked else slice(None)
     assert max_abs_diff(found[real], expected[:, 50:][real]) <= 1e-10
 
 
 @pytest.mark.parametrize("kinds", ["lsh", "full", "mixed"])
 def test_any_number_may_be_taken_back_once_the_past_is_recorded(kinds):
     model = make(KINDS[kinds])
-    expected, _ = run(model, [10, *[1] * 60])
+    expected, _ = run(model, [10, *[1] * 25])
     _, kept = run(model, [10])
     kept.activate_past_recording()
     run(model, [50], kept=kept)
     kept.crop(-45)
-    found, _ = run(model, [5, *[1] * 50], kept=kept)
+    found, _ = run(model, [5, *[1] * 15], kept=kept)
     assert max_abs_diff(found, expected[:, 15:]) <= 1e-10
 
 

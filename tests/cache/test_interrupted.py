@@ -52,24 +52,29 @@ def interrupt(call: Callable, at: int) -> bool:
     return False
 
 
-def make(kind: str, dtype=torch.float32):
+@functools.cache
+def model_of(cls, **options):
+    """One for all that is broken off: what an interruption leaves behind in a model shows in the next."""
+    return make_model(cls, dtype=torch.float32, **options)
+
+
+def make(kind: str):
     """A model, a new cache of it, and what takes pieces of its tokens and a cache and gives the logits."""
-    layers = {"encoder-decoder": ["local", "lsh"]}.get(kind, ["local", "lsh", "full"])
-    layers = ["local", "lsh"] if kind in ("fused", "chunk", "static") else layers
+    layers = ("local", "lsh") if kind in ("encoder-decoder", "fused", "chunk", "static") else ("local", "lsh", "full")
     mode = {"attention_mode": "chunk", "num_buckets": None} if kind == "chunk" else {"lsh_centering": True}
     options = {**SMALL_WINDOWS, "attn_layers": layers, **mode}
     mask = MASK if kind in ("padded", "pieces") else None
     if kind == "torch":
         options["attention_backend"] = "torch"
     if kind == "backbone":
-        model = make_model(ReformerModel, dtype=dtype, is_decoder=True, **options)
+        model = model_of(ReformerModel, is_decoder=True, **options)
         return (
             model,
             ReformerCache(model.config),
             lambda ids, cache, seen: model(ids, past_key_values=cache, use_cache=True).last_hidden_state,
         )
     if kind == "encoder-decoder":
-        model = make_model(ReformerForConditionalGeneration, dtype=dtype, is_encoder_decoder=True, **options)
+        model = model_of(ReformerForConditionalGeneration, is_encoder_decoder=True, **options)
         source = make_ids(2, 20, seed=1)
         states = model.model(source)
         return (
@@ -79,7 +84,7 @@ def make(kind: str, dtype=torch.float32):
                 model(encoder_outputs=states, decoder_input_ids=ids, past_key_values=cache, use_cache=True).logits
             ),
         )
-    model = make_model(ReformerForCausalLM, dtype=dtype, **options)
+    model = model_of(ReformerForCausalLM, **options)
     caches = {"static": lambda: StaticCache(model.config, max_cache_len=40), "empty": DynamicCache}
     cache = caches.get(kind, lambda: ReformerCache(model.config))()
 

@@ -4,7 +4,6 @@ import itertools
 import random
 import re
 import string
-from pathlib import Path
 
 import pytest
 import torch
@@ -34,19 +33,6 @@ def save(folder, model, tokenizer=None) -> str:
     model.save_pretrained(folder)
     (tokenizer or ReformerByteTokenizer(model_max_length=4096)).save_pretrained(folder)
     return str(folder)
-
-
-DOCS = (Path(__file__).parents[2] / "docs" / "pipelines.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", DOCS, flags=re.DOTALL)
-
-
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_the_code_of_the_docs_runs(number, tmp_path, monkeypatch, captured_warnings):
-    if "sentence_transformers" in BLOCKS[number]:
-        pytest.importorskip("sentence_transformers")
-    monkeypatch.chdir(tmp_path)
-    exec(BLOCKS[number], {})
-    assert not captured_warnings
 
 
 # --- the library's own

@@ -30,6 +30,8 @@ pytest.importorskip("trl")
 from hf_reformer.recipes import chat as recipe
 from reformer_cli.main import main as command_line
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = [
     *("--tokenizer", "bytes", "--hidden_size", "16", "--attn_layers", "local", "lsh", "--num_attention_heads", "1"),
     *("--attention_head_size", "16", "--feed_forward_size", "16", "--num_hashes", "1", "--max_length", "64"),

@@ -29,6 +29,7 @@ from hf_reformer.training.trainers import EpochLengthSampler
 
 pd = pytest.importorskip("pandas")
 evaluate = pytest.importorskip("evaluate")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "scripts" / "train_classification.py")
 TINY = [

@@ -12,6 +12,8 @@ from hf_reformer.data.series import RowWindows, Windows, windows_of_rows
 from hf_reformer.recipes import forecasting as recipe
 from hf_reformer.training.forecasting import baseline_forecasts, score
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = [
     *("--hidden_size", "16", "--attn_layers", "full", "--num_attention_heads", "1", "--attention_head_size", "16"),
     *("--feed_forward_size", "16", "--use_cpu", "--disable_tqdm", "True", "--save_strategy", "no"),

@@ -20,6 +20,8 @@ from hf_reformer import ReformerByteTokenizer, ReformerConfig, ReformerForCausal
 from hf_reformer.data import packing
 from hf_reformer.recipes import language_model as recipe
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
     *("--hidden_size", "16", "--attn_layers", "local", "lsh", "--num_attention_heads", "1", "--num_hashes", "1"),

@@ -12,6 +12,7 @@ from hf_reformer import ReformerByteTokenizer
 from hf_reformer.recipes import multiple_choice as recipe
 
 pd = pytest.importorskip("pandas")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 TINY = [
     *("--tokenizer", "bytes", "--hidden_size", "16", "--attn_layers", "local", "lsh", "--num_attention_heads", "1"),

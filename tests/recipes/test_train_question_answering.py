@@ -23,6 +23,8 @@ from hf_reformer.training.question_answering import (
     score_answers,
 )
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = [
     *("--tokenizer", "train", "--tokenizer_vocab_size", "300", "--hidden_size", "16", "--attn_layers", "local", "lsh"),
     *("--num_attention_heads", "1", "--attention_head_size", "16", "--feed_forward_size", "16", "--num_hashes", "1"),

@@ -22,6 +22,8 @@ from hf_reformer.training.recommendation import (
     scores_at,
 )
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = [
     *("--hidden_size", "16", "--attn_layers", "local", "--num_attention_heads", "1", "--attention_head_size", "16"),
     *("--feed_forward_size", "16", "--use_cpu", "--disable_tqdm", "True", "--save_strategy", "no"),

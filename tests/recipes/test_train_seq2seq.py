@@ -19,6 +19,7 @@ from hf_reformer.recipes import seq2seq as recipe
 from hf_reformer.training.model_setup import ModelArguments, parse_arguments
 
 pd = pytest.importorskip("pandas")
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 TINY = [

@@ -15,6 +15,8 @@ from hf_reformer.data.column_files import read_column_file
 from hf_reformer.recipes import token_classification as recipe
 from hf_reformer.training.token_classification import TagScores, entity_spans, marks_entities, most_frequent_labels
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 TINY = [
     *("--tokenizer", "train", "--tokenizer_vocab_size", "300", "--hidden_size", "16", "--attn_layers", "local", "lsh"),
     *("--num_attention_heads", "1", "--attention_head_size", "16", "--feed_forward_size", "16", "--num_hashes", "1"),

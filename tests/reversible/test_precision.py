@@ -76,9 +76,9 @@ def test_losses_and_gradients_under_autocast_are_close_to_float32(cls, dtype, re
 def test_a_gradient_scaler_trains_in_float16(cls, windows):
     torch.manual_seed(0)
     model = make_head(cls, hidden_dropout_prob=0.05, **windows).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scaler, losses = torch.amp.GradScaler("cpu", init_scale=2.0**12), []
-    for _ in range(30):
+    for _ in range(15):
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.float16):
             loss = model(**inputs_of(cls), **HEADS[cls]).loss
@@ -100,7 +100,7 @@ def test_a_scale_too_large_skips_the_step_and_is_lowered(cls):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**28)
     taken = []
-    for _ in range(24):
+    while not any(taken) and len(taken) < 24:
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.float16):
             loss = model(**inputs_of(cls), **HEADS[cls]).loss
@@ -175,9 +175,9 @@ def test_outputs_of_half_precision_weights_are_close_to_float32(cls, dtype):
 def test_bfloat16_weights_train(cls, windows):
     torch.manual_seed(0)
     model = make_head(cls, hidden_dropout_prob=0.05, **windows).to(torch.bfloat16).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(30):
+    for _ in range(15):
         optimizer.zero_grad()
         loss = model(**inputs_of(cls), **HEADS[cls]).loss
         loss.backward()

@@ -35,11 +35,12 @@ from hf_reformer.reversible.reversible import ReversibleFunction, StreamHandoff,
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 KINDS = ("local", "lsh", "full")
+DEEP = KINDS * 2
 EXACT = 1e-6  # gradients differ by the order of a few additions, where at all
 IDS = torch.arange(2 * 50).mul_(37).remainder_(39).add_(1).view(2, 50)
 
 
-def make(layers=KINDS * 2, **changes):
+def make(layers=KINDS, **changes):
     """A small causal model in training, with every kind of dropout."""
     fields = {"vocab_size": 40, "hidden_size": 32, "num_attention_heads": 2, "attention_head_size": 8}
     fields |= {"feed_forward_size": 48, "max_position_embeddings": 64, "attn_layers": layers, "is_decoder": True}
@@ -131,7 +132,7 @@ def with_adapters(model):
     ("order", "bf16"), [("together", False), ("together", True), ("first first", False), ("second first", False)]
 )
 def test_two_forwards_before_one_backward(order, bf16):
-    model = make(KINDS * 3)
+    model = make()
     found = {}
     for name, each in (("reversible", model), ("plain", twin_of(model))):
         losses = []
@@ -163,16 +164,16 @@ CHANGES = {
 
 @pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
 def test_every_kind_of_model(changes):
-    model = make(KINDS, **changes)
+    model = make(**changes)
     assert gap(step(model), step(twin_of(model))) <= EXACT
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 33, 99], ids=str)
 def test_automatic_slices_change_nothing(tokens, monkeypatch):
-    whole = make(KINDS)
+    whole = make()
     expected = step(whole)
     values = hidden_of(whole.double())
-    sliced = make(KINDS)
+    sliced = make()
     monkeypatch.setattr("hf_reformer.reversible.chunking.CHUNK_ELEMENTS", tokens * sliced.config.hidden_size)
     assert gap(step(sliced), step(twin_of(sliced))) <= EXACT
     assert gap(step(sliced), expected) <= 1e-5  # other matrix products
@@ -186,7 +187,7 @@ def test_automatic_slices_change_nothing(tokens, monkeypatch):
 def test_padding(hold):
     mask = torch.ones_like(IDS)
     mask[0, {"left": slice(0, 20), "right": slice(30, None), "holes": slice(5, None, 3)}[hold]] = 0
-    model, inputs = make(KINDS), {"input_ids": IDS, "attention_mask": mask}
+    model, inputs = make(), {"input_ids": IDS, "attention_mask": mask}
     assert gap(step(model, **inputs), step(twin_of(model), **inputs)) <= EXACT
 
 
@@ -220,7 +221,7 @@ def test_bf16_weights():
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16 autocast"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_values_are_equal_bit_for_bit_on_every_path(training, bf16, precision):
-    model = make(KINDS, residual_precision=precision).train(training)
+    model = make(residual_precision=precision).train(training)
     checkpointed = copy.deepcopy(model)
     checkpointed.activation_checkpointing_enable()
     with autocast(bf16):
@@ -267,8 +268,8 @@ def test_asking_for_hidden_states_takes_the_plain_path():
 
 @pytest.mark.parametrize("chunk", [3, 7, 49, 50, 64])
 def test_chunks_of_the_feed_forward_change_nothing(chunk):
-    model = make(KINDS, chunk_size_feed_forward=chunk)
-    whole = make(KINDS)
+    model = make(chunk_size_feed_forward=chunk)
+    whole = make()
     assert torch.allclose(hidden_of(model), hidden_of(whole), atol=1e-6)
     assert gap(step(model), step(whole)) <= 1e-5  # other matrix products
 
@@ -312,7 +313,7 @@ def test_leaving_the_range_is_told(precision):
 
 
 def test_leaving_the_range_is_told_though_the_lowest_layers_are_frozen():
-    model = beyond_the_range(make(residual_precision="float32")).requires_grad_(False)
+    model = beyond_the_range(make(DEEP, residual_precision="float32")).requires_grad_(False)
     model.layers[3:].requires_grad_(True)
     with pytest.warns(RuntimeWarning, match="did not reconstruct its input exactly"):
         loss_of(hidden_of(model)).backward()
@@ -537,7 +538,7 @@ def test_gradients_of_all_parameters_or_of_one():
 
 
 def test_nothing_is_left_over_where_gradients_stop_halfway(handoffs):
-    model = make()
+    model = make(DEEP)
     loss = loss_of(hidden_of(model))
     torch.autograd.grad(loss, list(model.layers[3].parameters()), retain_graph=True)
     assert not handoffs[0]()._pending
@@ -550,7 +551,7 @@ def test_nothing_is_left_over_where_gradients_stop_halfway(handoffs):
 @pytest.mark.parametrize(("during", "after"), [(False, False), (True, False), (False, True)])
 def test_backward_restores_the_flags_of_its_forward(during, after, adapters, chunk):
     """`eval()` or `train()` between forward and backward changes nothing, and stays in force."""
-    model = make(KINDS, chunk_size_feed_forward=chunk)
+    model = make(chunk_size_feed_forward=chunk)
     model = with_adapters(model) if adapters else model
     expected = step(twin_of(model.train(during)))
     loss = loss_of(hidden_of(model))
@@ -572,7 +573,7 @@ FROZEN = {
 
 @pytest.mark.parametrize("frozen", FROZEN.values(), ids=FROZEN)
 def test_frozen_parts(frozen):
-    model = make(position_embedding_type="axial")
+    model = make(DEEP, position_embedding_type="axial")
     for part in frozen(model):
         part.requires_grad_(False)
     found = step(model)
@@ -592,7 +593,7 @@ def test_gradients_of_inputs_alone(transposed):
 
 
 def test_parts_may_be_shared_between_layers():
-    model = make()
+    model = make(DEEP)
     for layer, donor in ((3, 0), (4, 1), (5, 0)):
         model.layers[layer].feed_forward = model.layers[donor].feed_forward
     model.layers[3].attention = model.layers[0].attention
@@ -602,7 +603,7 @@ def test_parts_may_be_shared_between_layers():
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 0, 1, 2], [2, 3, 4], [0, 1, 4, 5]], ids=str)
 def test_whole_layers_may_be_repeated_or_left_out(order):
-    model = make()
+    model = make(DEEP)
     model.layers = nn.ModuleList(model.layers[i] for i in order)
     assert gap(step(model), step(twin_of(model))) <= EXACT
 
@@ -618,7 +619,7 @@ def test_weights_changed_before_backward_are_refused():
     model = make()
     loss = loss_of(hidden_of(model))
     with torch.no_grad():
-        model.layers[2].feed_forward.up_proj.weight.add_(1)
+        model.layers[1].feed_forward.up_proj.weight.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
@@ -627,7 +628,7 @@ def test_weights_changed_before_the_plain_path_recomputes_are_refused():
     model = make(reversible=False, chunk_size_feed_forward=7)
     loss = loss_of(hidden_of(model))
     with torch.no_grad():
-        model.layers[2].feed_forward.up_proj.weight.mul_(3)
+        model.layers[1].feed_forward.up_proj.weight.mul_(3)
     with pytest.raises(
         RuntimeError, match=r"modified (by an inplace operation|in place between forward and backward)"
     ):
@@ -780,7 +781,7 @@ def test_what_reaches_into_a_layer_in_forward_alone(reach, chunk):
     """Gradients are those of a model that keeps everything, whether a hook changes values or gradients, or looks."""
     found = []
     for reversible in (True, False):
-        model = make(KINDS, chunk_size_feed_forward=chunk, reversible=reversible)
+        model = make(chunk_size_feed_forward=chunk, reversible=reversible)
         torch.manual_seed(1)  # of pruning
         leave = reach(model)
         loss = loss_of(hidden_of(model))
@@ -808,7 +809,7 @@ ARRIVALS = {
 def test_what_comes_before_backward_changes_nothing(arrive, chunk):
     found = []
     for reversible in (True, False):
-        model = make(KINDS, chunk_size_feed_forward=chunk * reversible, reversible=reversible)
+        model = make(chunk_size_feed_forward=chunk * reversible, reversible=reversible)
         loss = loss_of(hidden_of(model))
         leave = arrive(model)
         loss.backward()
@@ -857,7 +858,7 @@ SETTINGS = {
 def test_settings_changed_before_backward_change_nothing_and_stay(change, chunk):
     found = []
     for reversible in (True, False):
-        model = make(KINDS, chunk_size_feed_forward=chunk * reversible, reversible=reversible)
+        model = make(chunk_size_feed_forward=chunk * reversible, reversible=reversible)
         module = model.layers[1].feed_forward.up_proj = Scaled(up_proj(model))
         loss = loss_of(hidden_of(model))
         change(module)
@@ -971,22 +972,22 @@ def test_saved_tensors_moved_elsewhere(chunk):
 
 
 def halve_a_stream(model):
-    model.layers[2].register_forward_hook(lambda module, args, out: (out[0] * 0.5, out[1]))
+    model.layers[1].register_forward_hook(lambda module, args, out: (out[0] * 0.5, out[1]))
 
 
 def cast_the_streams(model):
     def cast(module, args):
         return (*(x.bfloat16().to(x.dtype) for x in args[:2]), *args[2:])
 
-    model.layers[2].register_forward_pre_hook(cast)
+    model.layers[1].register_forward_pre_hook(cast)
 
 
 def swap_the_streams(model):
-    model.layers[2].register_forward_hook(lambda module, args, out: (out[1], out[0]))
+    model.layers[1].register_forward_hook(lambda module, args, out: (out[1], out[0]))
 
 
 def stop_a_gradient(model):
-    model.layers[2].register_forward_hook(lambda module, args, out: (out[0].detach(), out[1]))
+    model.layers[1].register_forward_hook(lambda module, args, out: (out[0].detach(), out[1]))
 
 
 @pytest.mark.parametrize("hook", [halve_a_stream, cast_the_streams, swap_the_streams, stop_a_gradient])
@@ -1001,7 +1002,7 @@ def test_hooks_may_replace_streams(hook, precision):
 
 def test_a_stream_changed_in_place_is_refused():
     model = make()
-    model.layers[2].register_forward_hook(lambda module, args, out: (out[0].mul_(0.5), out[1]))
+    model.layers[1].register_forward_hook(lambda module, args, out: (out[0].mul_(0.5), out[1]))
     with pytest.raises(RuntimeError, match="modified in place"):
         hidden_of(model)
 
@@ -1031,9 +1032,9 @@ def test_tensor_hooks_see_the_same_gradients():
 
 
 def inner_streams(model):
-    """The streams that leave layer 2, and the last hidden state."""
+    """The streams that leave layer 1, and the last hidden state."""
     kept = []
-    handle = model.layers[2].register_forward_hook(lambda module, args, out: kept.extend(out))
+    handle = model.layers[1].register_forward_hook(lambda module, args, out: kept.extend(out))
     hidden = hidden_of(model)
     handle.remove()
     return kept, hidden
@@ -1084,7 +1085,7 @@ def test_foreign_dropout_is_replayed_in_adapters_of_frozen_weights():
 @pytest.mark.parametrize("adapters", [False, True], ids=["bare", "adapters"])
 @pytest.mark.parametrize("flipped", [False, True], ids=["train", "eval before backward"])
 def test_threads_may_walk_one_graph(flipped, adapters):
-    model = with_adapters(make(KINDS)) if adapters else make(KINDS)
+    model = with_adapters(make()) if adapters else make()
     expected = step(twin_of(model))
     loss, parameters = loss_of(hidden_of(model)), trainable(model)
     model.train(not flipped)

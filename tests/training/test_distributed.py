@@ -12,8 +12,10 @@ import accelerate
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.commands import launch as launching
+from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import SMALL_WINDOWS, make_ids, make_model, max_abs_diff, relative_error
-from launched import batch_of, model_of, whole
+from launched import batch_of, model_of, results_in, whole
 from processes import run_in_processes
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -89,14 +91,42 @@ def launch(tmp_path_factory):
     return run
 
 
-WAYS = [("ddp",), ("ddp", "--find_unused_parameters"), ("ddp", "--static_graph"), ("fsdp1",)]
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory):
+    """The same of `fsdp2`, quicker: as accelerate's command tells processes, in forks that have imported all."""
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launching, "multi_gpu_launcher", lambda args: told.append(prepare_multi_gpu_env(args)))
+        config = ROOT / "examples" / "accelerate" / "fsdp2.yaml"
+        arguments = ["--main_process_port", "0", "--config_file", str(config), "launched.py"]
+        launching.launch_command(launching.launch_command_parser().parse_args(arguments))
+    (environment,) = told
+    own = {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    return run_in_processes(results_in, 2, own, str(tmp_path_factory.mktemp("forked")))
+
+
+WAYS = [("fsdp2",), ("ddp",), ("ddp", "--find_unused_parameters"), ("ddp", "--static_graph"), ("fsdp1",)]
 
 
 @pytest.mark.multi_process
-@pytest.mark.parametrize(
-    "way", [("fsdp2",), *(pytest.param(way, marks=pytest.mark.slow) for way in WAYS)], ids=" ".join
-)
-@pytest.mark.parametrize("case", ["plain", *(pytest.param(case, marks=pytest.mark.slow) for case in [*CASES][1:])])
+def test_gradients_of_fsdp2_are_the_mean_of_both_processes(forked):
+    for case, changes in CASES.items():
+        expected = mean_of_both(**changes)
+        for found in forked:
+            assert relative_error(found[case]["gradients"], expected) <= 1e-5
+
+
+@pytest.mark.multi_process
+def test_training_resumes_from_checkpoints_of_fsdp2(forked):
+    for result in forked:
+        once, again = result["resumed"]
+        assert all(torch.equal(again[name], once[name]) for name in once)
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize("way", WAYS, ids=" ".join)
+@pytest.mark.parametrize("case", CASES)
 def test_gradients_are_the_mean_of_both_processes(way, case, launch):
     expected = mean_of_both(**CASES[case])
     for found in launch(*way):
@@ -117,10 +147,9 @@ def test_fsdp2_in_bfloat16(options, launch):
         assert all("fsdp_policy" in text for text in warned)
 
 
+@pytest.mark.slow
 @pytest.mark.multi_process
-@pytest.mark.parametrize(
-    ("config", "options"), [("fsdp2", ()), pytest.param("fsdp2_bf16", ("--flat_policy",), marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("config", "options"), [("fsdp2", ()), ("fsdp2_bf16", ("--flat_policy",))])
 def test_training_resumes_from_full_and_from_sharded_checkpoints(config, options, launch):
     for result in launch(config, *options):
         once, again = result["resumed"]

@@ -143,9 +143,6 @@ class DataArguments(SplitArguments):
     def describe(self) -> str:
         return "the made-up load of a grid" if self.demo else super().describe()
 
-    def has_inputs(self) -> bool:
-        return self.predict_file is not None
-
     def check(self, model: BackboneArguments, args: Any) -> None:
         super().check(model, args)
         if self.predict_file is not None and not Path(self.predict_file).is_file():

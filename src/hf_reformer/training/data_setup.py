@@ -98,8 +98,8 @@ class SplitArguments:
             )
 
     def has_inputs(self) -> bool:
-        """Whether there is something to predict besides the splits."""
-        return False
+        """Whether there is something to predict besides the splits: a recipe may have an option `--predict_file`."""
+        return getattr(self, "predict_file", None) is not None
 
     def read_source(self) -> Mapping[str, Dataset]:
         """All splits of the data set, or of another source that a recipe has; none where there are only files."""
@@ -196,9 +196,6 @@ class SplitsAndFileArguments(SplitArguments):
     """The same, and a file of text to predict at the end, with or without any other data."""
 
     predict_file: str | None = option(None, "A text file to predict at the end.")
-
-    def has_inputs(self) -> bool:
-        return self.predict_file is not None
 
     def check(self, model: Any, args: Any) -> None:
         super().check(model, args)

@@ -58,7 +58,12 @@ class SignalArguments(SplitArguments):
 
     def read_file(self, file: str) -> Dataset:
         dataset = read_signals(file, self.suffixes)
-        return dataset if Path(file).is_dir() else files_beside(dataset, self.column(dataset), Path(file).parent)
+        if Path(file).is_dir():
+            return dataset
+        try:
+            return files_beside(dataset, self.column(dataset), Path(file).parent)
+        except ValueError as error:
+            raise ValueError(f"{error} (This is `{file}`.)") from error
 
     def column(self, dataset: Dataset) -> str:
         """The column of the recordings or pictures, or of the names of their files."""
@@ -74,9 +79,6 @@ class InputArguments(SignalArguments):
 
     augment: bool = option(True, "Change the training data a little in every epoch; see the documentation.")
     predict_file: str | None = option(None, "A file, or a folder of files, to predict at the end.")
-
-    def has_inputs(self) -> bool:
-        return self.predict_file is not None
 
     def check(self, model: BackboneArguments, args: Any) -> None:
         super().check(model, args)

@@ -339,7 +339,7 @@ def test_export_of_packed_samples_of_any_length():
     model = make(is_decoder=True).eval()
     shape = {1: torch.export.Dim("length", min=3, max=256)}
     inputs = {"input_ids": make_ids(1, 24), "position_ids": torch.cat([torch.arange(10), torch.arange(14)])[None]}
-    exported = torch.export.export(model, (), inputs, dynamic_shapes={name: shape for name in inputs})
+    exported = torch.export.export(model, (), inputs, dynamic_shapes=dict.fromkeys(inputs, shape))
     for sizes in ((24,), (20, 4), (5, 30, 2)):
         ids, places = make_ids(1, sum(sizes)), torch.cat([torch.arange(size) for size in sizes])[None]
         found = exported.module()(input_ids=ids, position_ids=places).logits

@@ -36,7 +36,6 @@ from hf_reformer.training.speech import (
 soundfile = pytest.importorskip("soundfile")
 image_module = pytest.importorskip("PIL.Image")
 pd = pytest.importorskip("pandas")
-pytestmark = pytest.mark.usefixtures("undrawn")
 
 TINY = [
     *("--hidden_size", "16", "--attn_layers", "local", "--num_attention_heads", "1", "--attention_head_size", "16"),

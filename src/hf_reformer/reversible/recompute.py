@@ -106,7 +106,7 @@ class Settings:
             if value is _ABSENT:
                 self.own.pop(name, None)
             else:
-                self.own[name] = copy.copy(value) if type(value) in _EMPTY else value
+                self.own[name] = value
 
 
 _EMPTY: dict[type, Any] = {kind: kind() for kind in (dict, OrderedDict, list, set)}  # modules hold many of these
@@ -185,7 +185,7 @@ class ReplayState:
                 stack.enter_context(reparametrize_module(self.layer, tensors))
             for settings, now in changed:
                 stack.callback(settings.put, now)
-                settings.put({name: settings.before.get(name, _ABSENT) for name in now})
+                settings.put({name: _copy(settings.before.get(name, _ABSENT)) for name in now})
             yield
 
     @contextlib.contextmanager

@@ -378,6 +378,30 @@ def test_a_linear_skip_of_mixed_series_is_one_map_of_all():
     assert max_abs_diff(added[0], (model.skip.weight @ scaled).view(6, 2)) <= 1e-6
 
 
+@pytest.mark.parametrize("scaling", [None, "std"])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("loss", ["mse", "nll"])
+def test_a_fitted_skip_forecasts_what_is_linear(mixed, scaling, loss):
+    """Before any training, and with gaps, which tell nothing."""
+    settings = {"linear_skip": True, "mix_series": mixed, "scaling": scaling, "loss": loss, "input_size": 2}
+    settings |= {"context_length": 18, "prediction_length": 6, "series_mean": [1.0, -1.0], "series_std": [2.0, 0.5]}
+    model = make_model(ReformerForTimeSeriesPrediction, dtype=torch.float32, **SMALL_WINDOWS, **settings).eval()
+    waves = torch.sin(torch.arange(24) * 0.7 + 7 * noise(400, 1)) * noise(400, 1).exp()
+    series = torch.stack([waves, waves.roll(1, 0) * 3 if mixed else waves * 3], dim=-1) + torch.tensor([1.0, -1.0])
+    past, future = series[:, :18], series[:, 18:].clone()
+    future[::7, 2:, 1] = torch.nan
+    future[::11, :, 0] = torch.nan
+    model.fit_skip([{"past_values": past[a : a + 100], "future_values": future[a : a + 100]} for a in (0, 100, 200)])
+    error = forecast(model, past[300:]) - series[300:, 18:]
+    assert error.square().mean() < 0.05 * (series[300:, 18:] - series[300:, 17:18]).square().mean()
+    assert forecast(model, past.roll(5, 1)).isfinite().all()
+
+
+def test_a_model_without_a_skip_has_none_to_fit():
+    with pytest.raises(ValueError, match="linear_skip=True"):
+        forecaster().fit_skip([{"past_values": PAST, "future_values": FUTURE}])
+
+
 def test_horizons_may_be_longer_than_the_context():
     assert forecast(forecaster(context_length=3, prediction_length=50)).shape == (3, 50, 2)
 

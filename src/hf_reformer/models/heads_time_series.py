@@ -1,5 +1,6 @@
 """Time series forecasting in one pass: all steps to predict are query tokens appended to the past."""
 
+from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from .outputs import ReformerTimeSeriesOutput
 from .pretrained import ReformerPreTrainedModel, ZeroLinear
 
 DISTRIBUTIONS = {"student_t": StudentTOutput, "normal": NormalOutput, "negative_binomial": NegativeBinomialOutput}
+MEANS = ("loc", "value")  # the parameters that are shifted with the values
 SCALERS = {
     "std": "TimeSeriesStdScaler", "last": "TimeSeriesStdScaler", "mean": "TimeSeriesMeanScaler",
     None: "TimeSeriesNOPScaler",
@@ -119,7 +121,11 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         self.distribution = DISTRIBUTIONS[config.distribution_output]() if config.loss == "nll" else None
         outputs = config.patch_length * (config.input_size if config.mix_series else 1)
         names = ["value"] if self.distribution is None else list(self.distribution.args_dim)
-        self.parameters_proj = nn.ModuleDict({name: nn.Linear(2 * config.hidden_size, outputs) for name in names})
+        # forecasts begin as those of the linear map alone
+        kinds = {name: ZeroLinear if config.linear_skip and name in MEANS else nn.Linear for name in names}
+        self.parameters_proj = nn.ModuleDict(
+            {name: kind(2 * config.hidden_size, outputs) for name, kind in kinds.items()}
+        )
         if config.linear_skip:
             series = config.input_size if config.mix_series else 1
             self.skip = ZeroLinear(config.context_length * series, config.prediction_length * series)
@@ -249,7 +255,7 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
             else:
                 x = x.flatten(2).transpose(1, 2)
             x = x[:, :steps]
-            if name in ("loc", "value") and self.config.linear_skip:
+            if name in MEANS and self.config.linear_skip:
                 x = x + self._skip(window.values.to(self.dtype)).to(x.dtype)
             params.append(x)
         if self.distribution is None:
@@ -261,6 +267,48 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         if self.config.mix_series:
             return self.skip(values.flatten(1)).unflatten(1, (self.config.prediction_length, -1))
         return self.skip(values.transpose(1, 2)).transpose(1, 2)
+
+    @torch.no_grad()
+    def fit_skip(self, batches: Iterable[Mapping[str, torch.Tensor]], ridge: float = 10.0) -> None:
+        """Set the linear map of the context to a ridge regression, so that training starts from its forecasts.
+
+        Args:
+            batches: `past_values`, `future_values` and their masks, as for a call. A missing future value counts as
+                the one before it; a window's series without any future is left out.
+            ridge: penalty on the weights, in the scale that the model sees.
+
+        Raises:
+            ValueError: the model has no such map (`config.linear_skip`).
+        """
+        if not self.config.linear_skip:
+            raise ValueError("The model has no linear map to fit. Make it with `linear_skip=True`.")
+        weight, bias = self.skip.weight, self.skip.bias
+        size = weight.shape[1] + 1  # with a constant for the bias
+        products = weight.new_zeros(size, size, dtype=torch.float64)
+        targets = weight.new_zeros(size, weight.shape[0], dtype=torch.float64)
+        for batch in batches:
+            past, _ = self._with_series_axis(batch["past_values"], "past_values")
+            future, _ = self._with_series_axis(batch["future_values"], "future_values")
+            window = self._window(past, batch.get("past_observed_mask"))
+            observed = _observed(future, batch.get("future_observed_mask"), "future").bool()
+            mean, std = self._units(past)
+            wanted = ((future.nan_to_num() - mean) / std - window.loc) / window.scale
+            steps = [window.values[:, -1]]
+            for step in range(wanted.shape[1]):
+                steps.append(torch.where(observed[:, step], wanted[:, step], steps[-1]))
+            wanted, known = torch.stack(steps[1:], dim=1), observed.any(1)  # (B, P, S), (B, S)
+            if self.config.mix_series:
+                x, y = window.values.flatten(1), (wanted * known[:, None]).flatten(1)
+            else:
+                x, y = window.values.transpose(1, 2)[known], wanted.transpose(1, 2)[known]
+            x = nn.functional.pad(x, (0, 1), value=1.0).double()
+            products += x.T @ x
+            targets += x.T @ y.double()
+        penalty = ridge * torch.eye(size, dtype=torch.float64, device=weight.device)
+        penalty[-1, -1] = 1e-6  # the bias is free
+        fitted = torch.linalg.solve(products + penalty, targets).T
+        weight.copy_(fitted[:, :-1])
+        bias.copy_(fitted[:, -1])
 
     def _distribution(self, params: tuple, loc: torch.Tensor, scale: torch.Tensor) -> Distribution | torch.Tensor:
         if self.distribution is None:

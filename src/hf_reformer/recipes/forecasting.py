@@ -51,6 +51,7 @@ from ..training.forecasting import (
     baseline_forecasts,
     draw_forecasts,
     draw_trajectories,
+    fit_skip,
 )
 from ..training.forecasting_data import (
     Series,
@@ -205,6 +206,8 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
     model = make_model(
         AutoModelForTimeSeriesPrediction, model_args, None, max(256, sum(window.lengths)), trains, **fields
     )
+    if saved is None and model.config.linear_skip:
+        fit_skip(model, series.windows["train"])
     scores = ForecastScores(series.std, series.names, series.predicted, series.by_row)
     options = {"data_collator": default_data_collator, "compute_metrics": scores}
     trainer = build_trainer(ForecastTrainer, model, args, None, series.windows, **options)

@@ -124,7 +124,7 @@ def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(
 
 @pytest.mark.parametrize("recipe", ["language-model", "classification"])
 def test_evaluations_leave_training_as_it_is(recipe, tmp_path):
-    options = ["--config_overrides", "lsh_window=16,local_window=8,hidden_dropout_prob=0.2"]
+    options = ["--config_overrides", "lsh_window=16,local_window=8,hidden_dropout_prob=0.2", "--max_steps", "3"]
     (tmp_path / "few.txt").write_text("A line of a small book.\n" * 10)
     (tmp_path / "few.csv").write_text("source,target\n" + "abcab,a\nbcabc,b\ncabca,c\n" * 3)
     options += ["--validation_file", str(tmp_path / ("few.txt" if recipe == "language-model" else "few.csv"))]

@@ -20,7 +20,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Where torchao is installed, transformers imports it, and it may tell of its own binaries and of torch's news.
 FROM_TORCHAO = re.compile(r"torchao|Calling register_constant\(\) on Enum")
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
-PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")), *DOCS]
+CARDS = sorted((ROOT / "examples" / "models").rglob("README.md"))
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")), *CARDS, *DOCS]
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -128,7 +129,7 @@ def test_no_two_headings_of_a_page_have_one_anchor(page):
     assert not twice, f"{page.name} has these headings twice, so a link leads to the first alone: {twice}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_local_links_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         target, _, anchor = link.partition("#")
@@ -148,7 +149,7 @@ def test_the_site_has_every_page_and_leaves_it_nowhere():
             assert "://" in link or inside, f"{page.name} links to {link}, which the site does not have"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_named_files_and_targets_exist(page):
     makefile, text = ((path).read_text(encoding="utf-8") for path in (ROOT / "Makefile", page))
     for target in re.findall(r"`make ([a-z-]+)", text):

@@ -30,6 +30,7 @@ MAX_NUMBERS = {
 MAX_ENTRIES = {
     "attn_layers": 2**11, "decoder_attn_layers": 2**11, "num_buckets": 20, "axial_pos_shape": 16,
     "axial_pos_embds_dim": 16, "rotary_shape": 16, "series_mean": 2**20, "series_std": 2**20,
+    "series_names": 2**20, "predicted_series": 2**20,
     "id2label": 2**18, "label2id": 2**18, "eos_token_id": 2**10,
 }  # fmt: skip
 CHOICES = {
@@ -47,7 +48,7 @@ CHOICES = {
 
 
 def check_limits(config: Any, num_labels: Any = None, torch_dtype: Any = None, **kwargs: Any) -> None:
-    """Raise ValueError for what would take too long, or fail, before the fields can be checked together."""
+    """Raise ValueError for values that would take too long, or fail, before the fields can be checked together."""
     for name, limit in MAX_ENTRIES.items():
         value = getattr(config, name)
         kinds = dict if name in ("id2label", "label2id") else (list, tuple, int)
@@ -75,7 +76,7 @@ def check_limits(config: Any, num_labels: Any = None, torch_dtype: Any = None, *
 
 
 def check_fields(config: Any) -> None:
-    """Raise ValueError where fields are out of their bounds, or contradict each other."""
+    """Raise ValueError for fields that are out of bounds or contradict each other."""
     for check in (
         _check_choices,
         _check_layers,
@@ -119,8 +120,8 @@ def _check_decoder(config: Any) -> None:
         return
     if config.is_decoder:
         raise ValueError(
-            "`is_decoder=True` makes one causal stack, but `is_encoder_decoder=True` asks for a bidirectional "
-            "encoder and a decoder. Set one of the two to False."
+            "`is_decoder=True` gives a single causal stack, but `is_encoder_decoder=True` a bidirectional encoder and "
+            "a decoder. Set one of the two to False."
         )
     kinds, start = config.decoder_attn_layers, config.decoder_start_token_id
     if config.tie_encoder_decoder and kinds != config.attn_layers:
@@ -200,7 +201,7 @@ def _check_positions(config: Any) -> None:
         )
     if kind == "rotary" and config.attention_head_size % 2:
         raise ValueError(
-            f"`attention_head_size={config.attention_head_size}` is odd, but rotary positions turn pairs of "
+            f"`attention_head_size={config.attention_head_size}` is odd, but rotary positions rotate pairs of "
             "dimensions. Choose an even size or another `position_embedding_type`."
         )
 
@@ -249,8 +250,8 @@ def _check_rotary_shape(config: Any) -> None:
 def _check_signals(config: Any) -> None:
     if config.frame_stride > config.frame_size:
         raise ValueError(
-            f"`frame_stride={config.frame_stride}` is more than `frame_size={config.frame_size}`, so nothing would "
-            "hear the samples between the frames. Lower it."
+            f"`frame_stride={config.frame_stride}` is more than `frame_size={config.frame_size}`, so the samples "
+            "between frames would be ignored. Lower it."
         )
     if config.frame_transform == "spectrum" and config.num_input_features > 1:
         raise ValueError(
@@ -273,11 +274,17 @@ def _check_series(config: Any) -> None:
         config.series_mean is not None and len(config.series_mean) != len(config.series_std)
     ):
         raise ValueError("Give `series_mean` and `series_std` for the same series, or neither of the two.")
+    names, count = config.series_names, config.input_size if config.series_mean is None else len(config.series_mean)
+    any_number = config.series_mean is None and config.input_size == 1
+    if names is not None and (len(set(names)) < len(names) or not (any_number or len(names) == count)):
+        raise ValueError(f"`series_names` are {list(names)}; give one name of its own for each of the series.")
+    if unknown := sorted(set(config.predicted_series or ()) - set(names or ())):
+        raise ValueError(f"`predicted_series` holds {unknown}, which are none of the `series_names`.")
     if config.distribution_output == "negative_binomial" and config.loss == "nll":
         shifted = config.scaling not in ("mean", None) or config.series_mean is not None
         if shifted or config.linear_skip:
             raise ValueError(
-                "`distribution_output='negative_binomial'` is of counts, which cannot be shifted. Set "
+                "`distribution_output='negative_binomial'` is for counts, which cannot be shifted. Set "
                 "`scaling='mean'` or None, and leave out `series_mean`, `series_std` and `linear_skip`."
             )
 

@@ -1,4 +1,4 @@
-"""ReformerConfig: all hyperparameters of a Reformer model, checked together when a config is made."""
+"""ReformerConfig: all hyperparameters of a Reformer model, validated together when a config is created."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from .configuration_checks import MAX_WINDOW, check_fields, check_limits
 
 logger = logging.get_logger(__name__)
 
-# Defaults of transformers' own Reformer that differ from ours; its config.json leaves them out.
+# Defaults of transformers' own Reformer that differ from ours; its config.json omits them.
 _BUILTIN_DEFAULTS = {
     "axial_norm_std": 1.0,
     "axial_pos_embds": True,
@@ -28,7 +28,7 @@ _BUILTIN_DEFAULTS = {
     "num_hashes": 1,
 }
 _SEQUENCES = ("attn_layers", "decoder_attn_layers", "num_buckets", "axial_pos_shape", "axial_pos_embds_dim",
-              "rotary_shape", "series_mean", "series_std")  # fmt: skip
+              "rotary_shape", "series_mean", "series_std", "series_names", "predicted_series")  # fmt: skip
 
 
 def from_builtin(config: dict[str, Any]) -> dict[str, Any]:
@@ -45,41 +45,43 @@ def from_builtin(config: dict[str, Any]) -> dict[str, Any]:
 @strict
 class ReformerConfig(PreTrainedConfig):
     r"""
-    Names are those of transformers' own Reformer. Listed here are the fields that are new or have another meaning.
+    Names follow transformers' own Reformer. This list contains the fields that are new or have a different meaning.
 
     Args:
         attn_layers (`list[str]`, *optional*):
             Kind of each layer: `"local"` (a window over the sequence), `"lsh"` (windows inside hash buckets, shared
-            query and key) or `"full"` (exact attention). Defaults to `num_hidden_layers` (6), local and lsh in turn.
+            query and key) or `"full"` (exact attention). Default: `num_hidden_layers` (6) alternating local and lsh.
         attention_mode (`str`, defaults to `"window"`):
             `"window"`: every token attends to the union of its windows over several sort orders; each pair counts
-            once. `"chunk"`: the legacy chunked rule of Trax and transformers, for old checkpoints.
+            once. `"chunk"`: the legacy chunk rule of Trax and transformers, for old checkpoints.
         lsh_window, local_window (`int`, defaults to 128):
-            Window mode: positions that a token sees in a sort order or in the sequence. Causal: itself and the
-            `window - 1` before it; bidirectional: itself and `window // 2` on either side. At most 2^30, which every
-            larger number becomes.
-        lsh_include_local (`bool`, defaults to `True`): Window mode: lsh layers also see their `local_window`.
+            Window mode: positions that a token attends to in a hash order or in the sequence. Causal: itself and the
+            `window - 1` before it; bidirectional: itself and `window // 2` on either side. Values above 2^30 are
+            reduced to 2^30.
+        lsh_include_local (`bool`, defaults to `True`): Window mode: lsh layers also attend to their `local_window`.
         lsh_centering (`bool`, *optional*):
-            Window mode: hash vectors as they are scored (turned by rotary positions, at unit length) less their mean
+            Window mode: hash the vectors used in scores (with rotary positions, at unit length), minus their mean
             over the sample, in causal models up to the token. Otherwise they are hashed as projected, and nearly all
-            tokens share a few buckets. Default: True, except in models that version 0.1 saved.
+            tokens share a few buckets. Default: True, except in models saved by version 0.1.
         lsh_rotary (`float`, defaults to 1.0):
-            Share of the heads of lsh layers that rotary positions turn, the first ones, at least one if it is above 0.
+            Share of the heads of lsh layers that use rotary positions: the first ones, and at least one if above 0.
             The others compare content alone, at any distance.
         lsh_exploration_orders (`int`, defaults to 1):
-            Window mode, training only: sort orders with random buckets, so that every pair can learn to attend.
-        resample_rotations (`bool`, defaults to `True`): New hash rotations in every training forward, or evaluation's.
+            Window mode, training only: additional orders with random buckets, so that every pair can learn to attend.
+        resample_rotations (`bool`, defaults to `True`):
+            Draw new hash rotations in every training forward pass; otherwise use those of evaluation.
         hash_seed (`int`, *optional*):
-            Seed of the rotations of evaluation (`None`: 0); in chunk mode, if it is given, also of training.
+            Seed of the rotations in evaluation (`None`: 0); in chunk mode, if given, also in training.
         num_buckets (`int` or `list[int]`, *optional*):
             Number of hash buckets, even, or a list of even factors. Default: the power of two nearest to
-            `max_position_embeddings / lsh_window`, two factors above 128; in chunk mode by the length of the input.
+            `max_position_embeddings / lsh_window`, as two factors above 128; in chunk mode it depends on the input
+            length.
         initializer_range (`float`, *optional*):
-            Standard deviation of new weights. Default: 0.6 / sqrt(hidden_size), 0.053 for a width of 128.
+            Standard deviation of new weights. Default: 0.6 / sqrt(hidden_size), which is 0.053 for a width of 128.
         position_embedding_type (`str`, *optional*):
             `"rotary"` (default), `"axial"` (default in chunk mode, whose old checkpoints have no rotary positions, for
-            odd head sizes, and where `axial_pos_shape` or `axial_pos_embds_dim` is given) or `"learned"`. The older
-            flag `axial_pos_embds` means `"axial"` if it is true and `"learned"` if it is false.
+            odd head sizes, and if `axial_pos_shape` or `axial_pos_embds_dim` is given) or `"learned"`. The older
+            flag `axial_pos_embds` means `"axial"` if true and `"learned"` if false.
         axial_pos_shape, axial_pos_embds_dim (`list[int]`, *optional*):
             Sizes and widths of any number of axes. Default: two powers of two that cover `max_position_embeddings`,
             the first with a quarter of the hidden size.
@@ -87,73 +89,82 @@ class ReformerConfig(PreTrainedConfig):
             Standard deviation of new axial tables. With the built-in's 1.0, models from scratch learn far more slowly.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
         rotary_shape (`list[int]`, *optional*):
-            Positions count through a grid of this shape in row-major order, such as (28, 28) for the pixels of a
-            picture, and rotary positions turn an equal share of each head along every axis. The first has no end.
+            Positions run through a grid of this shape in row-major order, such as (28, 28) for the pixels of an
+            image, and rotary positions rotate an equal share of each head along every axis. The first axis is
+            unbounded.
         classifier_pooling (`str`, *optional*):
             Pooling of sequence classification: `"mean"` over the real tokens (default when bidirectional), the
             `"last"` real token (default when causal) or the `"first"` one (converted checkpoints).
         reversible (`bool`, defaults to `True`):
-            Recompute activations from layer outputs in backward, so that memory does not grow with depth.
+            Recompute activations from layer outputs in backward, so that activation memory does not grow with depth.
         residual_precision (`str`, defaults to `"float64"`):
             Residual streams as `"float64"` on a grid of 2^-32 (range 2^21) or `"float32"` on a grid of 2^-16 (exact
             while |stream| <= 256; less memory, for the longest sequences and for devices without float64).
         hidden_dropout_prob (`float`, defaults to 0.0):
-            Dropout of embeddings, of what branches add to the streams, inside feed-forward layers and of the last
-            hidden states. For texts that are seen several times; it slows learning on those that are seen once.
+            Dropout of embeddings, of branch outputs, inside feed-forward layers and of the last hidden states. Use
+            it for texts that are seen several times; it slows learning on texts that are seen once.
         attention_backend (`str`, defaults to `"auto"`):
             `"auto"` uses the compiled kernel on a CPU if it is available, else pure PyTorch; `"cpu"`, `"torch"`,
-            `"triton"` and `"reference"` raise where they cannot run. The environment variable `HF_REFORMER_BACKEND`
-            overrides it.
+            `"triton"` and `"reference"` raise an error where they cannot run. The environment variable
+            `HF_REFORMER_BACKEND` overrides this field.
         tie_word_embeddings (`bool`, defaults to `False`):
-            The language-model head shares the weight of the embeddings, after a projection that merges the streams.
+            The language-model head shares the embedding weights, after a projection that merges the streams.
         chunk_size_feed_forward, chunk_size_lm_head (`int`, defaults to 0):
-            Tokens at a time in the token-wise parts of a layer and in the language-model loss; they need not divide
-            the sequence length. 0: automatic. Otherwise the feed-forward is recomputed in backward even with
-            `reversible=False`.
+            Tokens processed at a time in the token-wise parts of a layer and in the language-model loss; they need
+            not divide the sequence length. 0: automatic. Otherwise the feed-forward is recomputed in backward even
+            with `reversible=False`.
         coverage_loss_weight (`float`, defaults to 0.0):
-            Weight in a head's loss of the coverage loss, a KL penalty that is low when every token receives attention.
-            Outputs hold it as `coverage_loss` (layers), unweighted.
+            Weight of the coverage loss in a head's loss, a KL penalty that is low when every token receives attention.
+            Outputs contain it as `coverage_loss` (layers), unweighted.
         is_decoder (`bool`, defaults to `False`): Causal attention. `ReformerForCausalLM` always sets it.
         is_encoder_decoder (`bool`, defaults to `False`):
-            A bidirectional encoder and a causal decoder: `ReformerForConditionalGeneration`; others use the encoder.
+            A bidirectional encoder and a causal decoder, used by `ReformerForConditionalGeneration`. Other classes
+            use only the encoder.
         decoder_attn_layers (`list[str]`, *optional*): Kind of each decoder layer. Defaults to `attn_layers`.
         tie_encoder_decoder (`bool`, defaults to `False`):
-            Encoder and decoder share all but cross-attention. Token embeddings are always shared.
+            Encoder and decoder share everything but cross-attention. Token embeddings are always shared.
         decoder_start_token_id (`int`, *optional*): Defaults to `pad_token_id`, or else `bos_token_id`.
         frame_size, frame_stride (`int`, defaults to 320 and 160):
-            Speech and audio: samples (or steps of `input_features`) of a frame, and from one frame to the next; 20 and
-            10 ms at 16 kHz. A frame is a token.
+            Speech and audio: length of a frame, and distance between frames, in samples (or steps of
+            `input_features`); 20 and 10 ms at 16 kHz. A frame is a token.
         frame_transform (`str`, defaults to `"linear"`):
-            What is mapped linearly to the embedding of a frame: `"linear"`: its samples; `"spectrum"`: the logarithms
-            of its power spectrum, under a Hann window.
-        num_input_features (`int`, defaults to 1): Numbers at each step of `input_features`; 1 for waveforms.
+            What is mapped linearly to a frame's embedding: `"linear"`: its samples; `"spectrum"`: its log power
+            spectrum, with a Hann window.
+        num_input_features (`int`, defaults to 1): Size of each step of `input_features`; 1 for waveforms.
         ctc_loss_reduction (`str`, defaults to `"mean"`), ctc_zero_infinity (`bool`, defaults to `False`):
-            As of `torch.nn.CTCLoss`. The blank is `pad_token_id`.
+            As in `torch.nn.CTCLoss`. The blank is `pad_token_id`.
         num_channels (`int`, defaults to 3), patch_size (`int`, defaults to 1):
-            Pictures: their channels, and the side of the squares that are tokens; 1 for pixels.
+            Images: number of channels, and side length of the square patches that are tokens; 1 for pixels.
         prediction_length, context_length (`int`, defaults to 24 and 96):
-            Time series: steps that are predicted, and the steps before them that are looked at; later ones of a longer
-            past. A shorter past is taken as it is.
-        patch_length (`int`, defaults to 8): Steps of a time series that are one token.
+            Time series: number of steps to predict, and number of past steps used, the last ones of a longer past.
+            A shorter past is used as it is.
+        patch_length (`int`, defaults to 8): Number of time steps in one token.
         input_size (`int`, defaults to 1):
-            Number of series. With 1, any number is predicted, each by itself; with more, each has an embedding of its
-            own, too.
+            Number of series. With 1, any number of series is predicted, each independently; with more, each series
+            also has its own embedding.
         mix_series (`bool`, defaults to `False`): A token holds a patch of all `input_size` series, not of one.
-        num_time_features (`int`, defaults to 0): Numbers known of every step, past and future, such as the hour.
+        num_time_features (`int`, defaults to 0): Number of features known for every step, past and future, such as
+            the hour.
         scaling (`str`, *optional*, defaults to `"std"`):
-            What is taken off each series' window before all else, and what it is divided by: its mean and deviation
-            (`"std"`), its last value and deviation (`"last"`), nothing and its mean absolute value (`"mean"`), or
-            neither (`None`).
+            What is first subtracted from each series' window, and what it is then divided by: its mean and standard
+            deviation (`"std"`), its last value and standard deviation (`"last"`), nothing and its mean absolute value
+            (`"mean"`), or neither (`None`).
         series_mean, series_std (`list[float]`, *optional*):
-            Of every series in the training data. The model standardises by them, and its loss is of standardised
-            values; what it predicts is in the units of the data.
+            Statistics of every series in the training data. The model standardizes its inputs with them and computes
+            its loss on standardized values; predictions are in the units of the data.
+        series_names, predicted_series (`list[str]`, *optional*):
+            Names of the series, in the model's order, and which of them the model was trained to predict; only
+            the past of the others is known. The recipe uses them to find the columns of a table.
+        relative_positions (`bool`, defaults to `False`):
+            Series whose names share a prefix and end in x and y are positions relative to the last place of the first
+            such pair, rotated into its direction of travel. The caller transforms inputs, and forecasts back.
         loss (`str`, defaults to `"nll"`):
-            `"nll"`: negative log-likelihood under `distribution_output`; `"mse"` or `"mae"`: of one forecast.
-        distribution_output (`str`, defaults to `"student_t"`): Or `"normal"`, `"negative_binomial"` (of counts).
+            `"nll"`: negative log-likelihood under `distribution_output`; `"mse"` or `"mae"`: of a point forecast.
+        distribution_output (`str`, defaults to `"student_t"`): Or `"normal"`, `"negative_binomial"` (for counts).
         linear_skip (`bool`, defaults to `False`):
-            Adds to forecasts a linear map of the context, which is 0 at first: one that is shared by all series, or,
-            with `mix_series`, one from all of them to all.
-        num_parallel_samples (`int`, defaults to 100): Samples that `generate` draws of every time series.
+            Adds a linear map of the context, initialized to zero, to forecasts: one shared by all series, or, with
+            `mix_series`, one from all series to all.
+        num_parallel_samples (`int`, defaults to 100): Number of samples that `generate` draws for every time series.
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: a field has the wrong type, or fields contradict each other.
@@ -247,6 +258,9 @@ class ReformerConfig(PreTrainedConfig):
     scaling: str | None = "std"
     series_mean: list[float | int] | tuple[float | int, ...] | None = None
     series_std: list[float | int] | tuple[float | int, ...] | None = None
+    series_names: list[str] | tuple[str, ...] | None = None
+    predicted_series: list[str] | tuple[str, ...] | None = None
+    relative_positions: bool = False
     loss: str = "nll"
     distribution_output: str = "student_t"
     linear_skip: bool = False
@@ -277,7 +291,7 @@ class ReformerConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def validate_fields(self) -> None:
-        """Called by `validate`, which `strict` adds and calls."""
+        """Called by `validate`, which the `strict` decorator adds and calls."""
         check_fields(self)
 
     def _resolve_positions(self) -> None:
@@ -341,12 +355,12 @@ class ReformerConfig(PreTrainedConfig):
 
     @property
     def inputs_to_logits_ratio(self) -> int:
-        """Samples of a recording for each of the logits of `ReformerForCTC`, by its name in the library."""
+        """Samples of a recording per logit of `ReformerForCTC`; transformers uses this name."""
         return self.frame_stride
 
     @property
     def grid_width(self) -> int | None:
-        """Columns of the grid that positions count through, of `rotary_shape` or axial positions; None for no grid."""
+        """Columns of the position grid, from `rotary_shape` or axial positions; None without a grid."""
         shape = {"rotary": self.rotary_shape, "axial": self.axial_pos_shape}.get(self.position_embedding_type)
         return None if shape is None or len(shape) < 2 else shape[-1]
 
@@ -357,7 +371,7 @@ class ReformerConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Overrides in `kwargs` are checked too, and replace saved fields that were derived from them."""
+        """Overrides in `kwargs` are also validated, and replace saved fields that were derived from them."""
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in ReformerConfig.__annotations__}
         derived = {"attn_layers": "num_hidden_layers", "num_hidden_layers": "attn_layers"}
         derived |= {"position_embedding_type": "axial_pos_embds", "axial_pos_embds": "position_embedding_type"}
@@ -380,13 +394,13 @@ def _tell_kept_num_buckets(config: ReformerConfig) -> None:
     if config.attention_mode == "window" and "lsh" in config.attn_layers and config.num_buckets != fresh:
         logger.warning_once(
             f"`num_buckets={config.num_buckets}` stays as saved. A new config of `max_position_embeddings="
-            f"{config.max_position_embeddings}` and `lsh_window={config.lsh_window}` would have {fresh}: give "
-            "`num_buckets`, too, to change it."
+            f"{config.max_position_embeddings}` and `lsh_window={config.lsh_window}` would have {fresh}: also give "
+            "`num_buckets` to change it."
         )
 
 
 def padded_length(config: ReformerConfig, length: int) -> int:
-    """Chunk rule: the multiple of all chunk lengths that a longer input is padded to; else the length itself."""
+    """Chunk mode: the common multiple of chunk lengths that a longer input is padded to; else the length itself."""
     kinds = {kind for kind in config.attn_layers if kind != "full"}
     chunks = [getattr(config, f"{kind}_attn_chunk_length") for kind in kinds]
     if config.attention_mode == "window" or not chunks or length <= min(chunks):

@@ -1,4 +1,4 @@
-"""What commands take: texts and files from outside, numbers, and an output to write to."""
+"""What commands accept: texts, files, numbers, and an output to write to."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ LONGEST = 2**26  # characters of a prompt
 
 
 def json_fields(text: str | None) -> dict[str, Any] | None:
-    """The fields of a JSON object, which the text is or names the file of."""
+    """The fields of a JSON object, given as text or as the name of a file."""
     if text is None:
         return None
     try:
@@ -25,7 +25,7 @@ def json_fields(text: str | None) -> dict[str, Any] | None:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The text to continue, with \\n for \\r\\n; without a byte order mark, and without a newline at its end."""
+    """The text to continue, with \\n for \\r\\n, without a byte order mark and without a final newline."""
     name = args.prompt_file or "The prompt"
     if args.prompt is not None:
         return checked(args.prompt, name)
@@ -40,10 +40,10 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def checked(text: str, name: str) -> str:
-    """A text from outside. Bytes that Python could not read in the locale's encoding are read as UTF-8.
+    """A text from the user. Bytes that Python could not decode in the locale's encoding are read as UTF-8.
 
     Raises:
-        ValueError: they are no UTF-8, or the text is too long to be a prompt.
+        ValueError: they are not UTF-8, or the text is too long for a prompt.
     """
     if len(text) > LONGEST:
         raise ValueError(f"{name} has more than {LONGEST:,} characters, which is more than a prompt can have.")
@@ -57,7 +57,7 @@ def checked(text: str, name: str) -> str:
 
 
 def check_stdout() -> None:
-    """Raise ValueError if there is no stdout, for commands whose result is a text."""
+    """Raise ValueError if there is no stdout; for commands whose result is text."""
     if sys.stdout is None:
         raise ValueError("stdout is closed, and the text would be lost. Redirect it to a file, or to /dev/null.")
 

@@ -1,6 +1,6 @@
-"""The command line: `hf-reformer train`, `generate`, `chat`, `serve`, `export` and all others.
+"""The command line: `hf-reformer train`, `generate`, `chat`, `serve`, `export` and the other commands.
 
-What a command needs is imported in its `run_…`.
+Each command imports what it needs in its `run_…` function.
 """
 
 import argparse
@@ -18,26 +18,26 @@ from .inputs import check_stdout, checked, json_fields, positive, read_prompt
 from .measuring import PLOTS, run_bench, run_memory, run_plot
 from .streams import Lasting, discard, finish_output, prepare_streams
 
-COLD = 1e-5  # a lower temperature leaves the most likely token alone, and logits divided by it may overflow
+COLD = 1e-5  # below this temperature only the most likely token is left, and logits divided by it may overflow
 LOST_PEER = (
-    "Another process of this run has ended or cannot be reached, so this one ends, too. What the other one wrote last "
-    "says why; the run goes on from its newest checkpoint with --resume_from_checkpoint last. (Found: {})"
+    "Another process of this run has ended or cannot be reached, so this one ends, too. The last output of the other "
+    "process says why. Resume from the newest checkpoint with --resume_from_checkpoint last. (Found: {})"
 )
 SAMPLING = ("temperature", "top_p", "top_k")
 RECIPES = {  # a module of `hf_reformer.recipes` each
     "classification": "label texts or pairs of texts, or predict a number for them",
     "language-model": "causal and masked language models, evaluated in bits per byte",
-    "seq2seq": "translation, summarisation, any text to any other",
+    "seq2seq": "translation, summarization and other text-to-text tasks",
     "question-answering": "find the answer to a question in a document",
     "token-classification": "label every word: names, parts of speech",
-    "multiple-choice": "choose the right one of several endings or answers",
+    "multiple-choice": "choose the correct one of several endings or answers",
     "recommendation": "recommend the next item to every user",
-    "chat": "answer in conversations, which `hf-reformer chat` then holds",
-    "speech-recognition": "write down what is said, in recordings of any length",
+    "chat": "answer in conversations; talk to the model with `hf-reformer chat`",
+    "speech-recognition": "transcribe speech, in recordings of any length",
     "audio-classification": "label recordings: words, sounds, speakers",
-    "image-classification": "label pictures, by their pixels or patches",
-    "image-generation": "draw pictures pixel by pixel, evaluated in bits per dimension",
-    "forecasting": "forecast time series, several at once, and the ways of cars",
+    "image-classification": "label images, by their pixels or patches",
+    "image-generation": "generate images pixel by pixel, evaluated in bits per dimension",
+    "forecasting": "forecast time series, one or several at once, and vehicle trajectories",
 }
 CARD = ("language", "license", "datasets", "base_model", "tags", "dataset_name")
 
@@ -61,9 +61,9 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    """Train and use a classifier of the installed Python packages' source files: no download, some minutes.
+    """Train and use a classifier of the installed Python packages' source files: no download, a few minutes.
 
-    It is `hf-reformer train classification --demo`, which has options, and writes to runs/demo.
+    Short for `hf-reformer train classification --demo`, which also takes options; writes to runs/demo.
     """
     args.recipe, args.arguments = "classification", ["--demo"]
     run_train(args)
@@ -98,8 +98,8 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
 def run_generate(args: argparse.Namespace) -> None:
     """Continue a text, by default the one on stdin.
 
-    The tokenizer's bos token, if it has one, is put before the prompt, as `hf-reformer train language-model` puts it
-    before each document; like eos, it ends the new text.
+    The tokenizer's BOS token, if it has one, is prepended to the prompt, as `hf-reformer train language-model`
+    prepends it to each document. Like EOS, it ends the new text.
     """
     from .text_generation import generate, prompt_ids, special_ids
 
@@ -114,9 +114,9 @@ def run_generate(args: argparse.Namespace) -> None:
 
 
 def run_chat(args: argparse.Namespace) -> None:
-    """Talk to a model, a line per turn, with its tokenizer's chat template.
+    """Talk to a model, one line per turn, using its tokenizer's chat template.
 
-    /reset forgets all turns, /save FILE writes them as lines of JSON, /quit or ctrl-D ends the chat.
+    /reset forgets all turns, /save FILE writes them as JSON lines, /quit or Ctrl-D ends the chat.
     """
     from .text_generation import Conversation, special_ids
 
@@ -154,8 +154,8 @@ def run_chat(args: argparse.Namespace) -> None:
 def run_serve(args: argparse.Namespace) -> None:
     """Serve a causal language model with transformers' own OpenAI-compatible server.
 
-    Clients of OpenAI's interface find it at http://HOST:PORT/v1: chat completions, completions and responses, streamed
-    or not. There is neither a password nor encryption: let others in through a proxy that has both.
+    OpenAI clients find it at http://HOST:PORT/v1: chat completions, completions and responses, streamed or not. It
+    has neither authentication nor encryption: give others access only through a proxy that provides both.
     """
     try:
         import fastapi  # noqa: F401
@@ -187,9 +187,9 @@ def run_export(args: argparse.Namespace) -> None:
 
 
 def run_convert(args: argparse.Namespace) -> None:
-    """Convert an old checkpoint to this package's Reformer or to the one of transformers.
+    """Convert an old checkpoint to this package's Reformer, or to that of transformers.
 
-    Differences between the two models are printed, one per line.
+    Prints the differences between the two models, one per line.
     """
     from hf_reformer.hub.convert import convert
     from hf_reformer.hub.model_folder import quiet
@@ -209,13 +209,13 @@ def report_missing_tokenizer(folder: Path) -> None:
         (folder / name).exists()
         for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json")
     ):
-        print(f"There was no tokenizer. Save one to {folder} by `tokenizer.save_pretrained`: pipelines need it.")
+        print(f"There was no tokenizer. Save one to {folder} with `tokenizer.save_pretrained`: pipelines need it.")
 
 
 def run_env(args: argparse.Namespace) -> None:
-    """Print versions, devices and what computes attention on them, for bug reports.
+    """Print versions, devices and their attention backends, for bug reports.
 
-    On a GPU whose kernels nothing has used yet they are checked first, which takes a minute or two.
+    On a GPU whose kernels have not been used yet, the kernels are checked first, which takes a minute or two.
     """
     import platform
 
@@ -238,7 +238,7 @@ def run_env(args: argparse.Namespace) -> None:
         "compiled CPU kernel": f"none: {reason}" if reason else KERNELS["cpu"].current_variant(),
         "devices": ", ".join(["cpu", *devices]),
         **{f"attention on {device}": backend for device, backend in describe_backends().items()},
-        "HF_REFORMER_BACKEND": f"{chosen}, which overrules these" if chosen else "not set",
+        "HF_REFORMER_BACKEND": f"{chosen}, which overrides these" if chosen else "not set",
     }.items():
         print(f"{name}: {value}")
 
@@ -247,16 +247,16 @@ def add_text(parser: argparse.ArgumentParser, name: str, help: str) -> None:
     """Options --name and --name_file, for `read_prompt`."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(f"--{name}", dest="prompt", metavar="TEXT", help=help)
-    file_help = "a file with the text; a newline at its end is dropped"
+    file_help = "a file with the text; a final newline is dropped"
     group.add_argument(f"--{name}_file", dest="prompt_file", metavar="FILE", help=file_help)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets `run`, the function that runs it."""
+    """The parser for all commands; each sets `run`, the function that runs it."""
     loading = argparse.ArgumentParser(add_help=False)
     add = loading.add_argument
     add("--model", required=True, metavar="PATH", help="directory or Hub name of a causal language model")
-    add("--device", default="auto", help="cpu, cuda:1, …; auto: an accelerator, else the CPU")
+    add("--device", default="auto", help="cpu, cuda:1, …; auto: an accelerator if there is one, else the CPU")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", default="auto", choices=dtypes, help="dtype of the weights; auto: as saved")
     add("--trust_remote_code", action="store_true", help="run the code that comes with the model")
@@ -264,7 +264,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = shared.add_argument
     add("--max_new_tokens", type=positive, default=256, metavar="N", help="at most this many tokens (256)")
     add("--temperature", type=float, metavar="T", help="divides the logits; 0 is --greedy; default: the model's own")
-    add("--top_p", type=float, metavar="P", help="sample from the most likely tokens whose probabilities add up to P")
+    add("--top_p", type=float, metavar="P", help="sample from the most likely tokens whose probabilities sum to P")
     add("--top_k", type=int, metavar="K", help="sample from the K most likely tokens; 0: from all")
     add("--greedy", action="store_true", help="always take the most likely token instead of sampling")
     add("--seed", type=int, metavar="S", help="makes sampling reproducible")
@@ -287,62 +287,62 @@ def make_parser() -> argparse.ArgumentParser:
     command("demo", run_demo)
     generate = command("generate", run_generate, parents=[loading, shared])
     add_text(generate, "prompt", "the text to continue")
-    generate.add_argument("--no_bos", action="store_true", help="do not put the bos token before the prompt")
+    generate.add_argument("--no_bos", action="store_true", help="do not prepend the BOS token to the prompt")
     generate.add_argument("--no_cache", action="store_true", help="recompute all tokens for every new one")
     generate.add_argument("--num_return_sequences", type=positive, default=1, metavar="N", help="number of texts")
     chat = command("chat", run_chat, parents=[loading, shared])
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     add = command("serve", run_serve, parents=[loading]).add_argument
-    add("--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine alone; 0.0.0.0: all)")
-    add("--port", type=int, default=8000, help="port to listen at (8000)")
-    add("--conversations", type=int, default=4, metavar="N", help="caches to keep between requests (4)")
-    add("--enable_cors", action="store_true", help="let web pages of any site send requests")
+    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1: this machine only; 0.0.0.0: all)")
+    add("--port", type=int, default=8000, help="port to listen on (8000)")
+    add("--conversations", type=int, default=4, metavar="N", help="number of caches to keep between requests (4)")
+    add("--enable_cors", action="store_true", help="let web pages from any site send requests")
     levels = ("error", "warning", "info")
     add("--log_level", default="info", choices=levels, help="info: the address and every request (info)")
     add = command("export", run_export).add_argument
     add("--model", required=True, metavar="SOURCE", help="a checkpoint directory, or a name on the Hub")
     add("--output", required=True, metavar="DIRECTORY", help="where to write")
-    add("--overwrite", action="store_true", help="write into a directory that is not empty; replace the model in it")
+    add("--overwrite", action="store_true", help="write into a non-empty directory and replace the model in it")
     add("--name", help="user/name on the Hub, for the model card; default: the name of DIRECTORY")
     add("--language", nargs="+", metavar="CODE", help="languages of the texts: en, de, …")
     add("--license", metavar="ID", help="license of the weights: apache-2.0, cc-by-4.0, …")
-    add("--datasets", nargs="+", metavar="NAME", help="data sets on the Hub that it was trained on")
-    add("--base_model", metavar="NAME", help="model on the Hub that it was trained from")
+    add("--datasets", nargs="+", metavar="NAME", help="datasets on the Hub that it was trained on")
+    add("--base_model", metavar="NAME", help="model on the Hub that it was fine-tuned from")
     add("--tags", nargs="+", metavar="TAG", help="tags for the model card")
     add("--dataset_name", metavar="TEXT", help="what it was evaluated on, in words")
     add = command("convert", run_convert).add_argument
-    add("source", metavar="SOURCE", help="a checkpoint directory, or a file of weights")
-    add("output", metavar="OUTPUT", help="a directory that is empty or does not exist yet")
+    add("source", metavar="SOURCE", help="a checkpoint directory, or a weights file")
+    add("output", metavar="OUTPUT", help="an empty directory, or one that does not exist yet")
     kinds = ("builtin", "reformer-pytorch", "trax", "hf_reformer")
     add("--from", dest="kind", choices=kinds, help="format of SOURCE; detected if possible")
     add("--to", choices=("hf_reformer", "builtin"), default="hf_reformer", help="format of OUTPUT (hf_reformer)")
-    add("--head", metavar="CLASS", help="ReformerForCausalLM, …; default: the class that SOURCE was saved from")
-    add("--attention_mode", choices=("chunk", "window"), help="window: convert a model of chunk mode to window mode")
-    add("--fields", metavar="JSON", help="an object or its file: config fields that SOURCE lacks, or for window mode")
-    add("--no_lm_bias", action="store_true", help="set the head's bias to 0, as transformers 5.0 to 5.23 compute")
+    add("--head", metavar="CLASS", help="ReformerForCausalLM, …; default: the class that saved SOURCE")
+    add("--attention_mode", choices=("chunk", "window"), help="window: convert a chunk-mode model to window mode")
+    add("--fields", metavar="JSON", help="object or file name: config fields that SOURCE lacks, or for window mode")
+    add("--no_lm_bias", action="store_true", help="set the head's bias to 0, like transformers 5.0 to 5.23")
     sizes = argparse.ArgumentParser(add_help=False)
     add = sizes.add_argument
-    add("--length", required=True, nargs="+", type=positive, metavar="N", help="tokens of a sequence")
-    add("--batch_size", type=positive, default=1, metavar="N", help="sequences (1)")
+    add("--length", required=True, nargs="+", type=positive, metavar="N", help="tokens per sequence")
+    add("--batch_size", type=positive, default=1, metavar="N", help="number of sequences (1)")
     add("--model", metavar="PATH", help="a checkpoint directory, or a name on the Hub; default: a new config")
-    add("--fields", metavar="JSON", help='an object or its file: config fields, such as {"hidden_size": 512}')
-    add("--head", metavar="CLASS", help="ReformerForCausalLM, …; default: the class that the config says")
+    add("--fields", metavar="JSON", help='object or file name: config fields, such as {"hidden_size": 512}')
+    add("--head", metavar="CLASS", help="ReformerForCausalLM, …; default: the class named in the config")
     add = command("memory", run_memory, parents=[sizes]).add_argument
     add("--inference", action="store_true", help="a forward pass instead of a training step")
-    add("--use_cache", action="store_true", help="a forward pass that reads a prompt into a cache")
+    add("--use_cache", action="store_true", help="a forward pass that prefills a cache")
     add("--dtype", choices=dtypes[1:], default="float32", help="dtype of the weights (float32)")
-    add("--bf16", action="store_true", help="compute in bfloat16 by autocast, as --bf16 of training does")
-    add("--optimizer_states", type=int, choices=range(4), default=2, help="numbers for each weight (2: AdamW)")
+    add("--bf16", action="store_true", help="compute in bfloat16 by autocast, like --bf16 in training")
+    add("--optimizer_states", type=int, choices=range(4), default=2, help="numbers per weight (2: AdamW)")
     add = command("bench", run_bench, parents=[sizes]).add_argument
-    add("--repeats", type=positive, default=3, metavar="N", help="steps to take the median of, after one more (3)")
-    add("--no_baseline", action="store_true", help="leave out exact attention, whose time grows with the square")
+    add("--repeats", type=positive, default=3, metavar="N", help="median of this many steps, after a warm-up (3)")
+    add("--no_baseline", action="store_true", help="skip exact attention, whose time is quadratic in the length")
     plot = command("plot", run_plot)
     add_text(plot, "text", "the text to look at")
     add = plot.add_argument
     add("--model", required=True, metavar="PATH", help="a checkpoint directory, or a name on the Hub")
-    add("--output", required=True, metavar="FILE", help="the picture: .png, .svg or .pdf")
-    add("--kind", choices=PLOTS, default="pairs", help="what to show (pairs)")
-    add("--layer", type=int, metavar="N", help="number of the layer; default: the first one that hashes, else 0")
+    add("--output", required=True, metavar="FILE", help="the image file: .png, .svg or .pdf")
+    add("--kind", choices=PLOTS, default="pairs", help="what to plot (pairs)")
+    add("--layer", type=int, metavar="N", help="number of the layer; default: the first LSH layer, else 0")
     add("--head", type=int, default=0, metavar="N", help="number of the head (0)")
     add("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     command("env", run_env)
@@ -350,7 +350,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error in one line; for one that is not foreseen, with its type and where it was raised."""
+    """The message of an error in one line; for an unexpected error, with its type and where it was raised."""
     text = " ".join(str(error).split())
     if not isinstance(error, ImportError | OSError | ValueError | SystemExit):
         frames = traceback.extract_tb(error.__traceback__)
@@ -359,7 +359,7 @@ def one_line(error: BaseException) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. The exit status is 2 for an error, 130 for ctrl-C.
+    """Run a command. The exit status is 2 for an error, 130 for Ctrl-C.
 
     TRANSFORMERS_VERBOSITY=debug shows where an error was raised.
     """

@@ -1,4 +1,4 @@
-"""Commands that look at a model: what it takes of memory and time, and what its attention does."""
+"""Commands that inspect a model: its memory, its speed, and its attention."""
 
 import argparse
 from typing import Any
@@ -17,7 +17,7 @@ PLOTS = {  # a function of `hf_reformer.analysis` each
 
 
 def config_and_class(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The config that --model, --fields and --length say, and the class that --head names, or None.
+    """The config given by --model, --fields and --length, and the class that --head names, or None.
 
     Raises:
         ValueError: there is no such field, class or model.
@@ -41,9 +41,9 @@ def config_and_class(args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def run_memory(args: argparse.Namespace) -> None:
-    """Tell what a training step, or a forward pass, takes of memory on a CPU, without running it.
+    """Estimate the memory of a training step, or of a forward pass, on a CPU, without running it.
 
-    A column for each length, a row for each part (`hf_reformer.estimate_memory`).
+    One column per length, one row per part (`hf_reformer.estimate_memory`).
     """
     check_stdout()
     import torch
@@ -60,9 +60,9 @@ def run_memory(args: argparse.Namespace) -> None:
 
 
 def run_bench(args: argparse.Namespace) -> None:
-    """Measure training steps and forward passes of a new model here, beside exact attention of the same size.
+    """Measure training steps and forward passes of a new model on this machine, compared with exact attention.
 
-    Seconds, medians; and what a training step takes of memory (`hf-reformer memory`).
+    Prints median seconds, and the estimated memory of a training step (`hf-reformer memory`).
     """
     check_stdout()
     import copy
@@ -90,11 +90,11 @@ def run_bench(args: argparse.Namespace) -> None:
 
 
 def run_plot(args: argparse.Namespace) -> None:
-    """Draw what the attention of a layer does with a text, into a file.
+    """Plot what a layer's attention does with a text, and save it to a file.
 
-    Which tokens attend to which (pairs), the bucket of each token (buckets), how full buckets are (bucket_sizes), how
-    many near neighbours share one (round_agreement), the weights (attention), what each token receives
-    (attention_mass), how much of exact attention hashing finds (found).
+    Kinds: which tokens attend to which (pairs), the bucket of each token (buckets), how full buckets are
+    (bucket_sizes), how many nearest neighbors share a bucket (round_agreement), the weights (attention), the attention
+    that each token receives (attention_mass), how much of exact attention hashing finds (found).
     """
     text = read_prompt(args)
     import torch
@@ -111,11 +111,11 @@ def run_plot(args: argparse.Namespace) -> None:
     layer = (kinds.index("lsh") if "lsh" in kinds else 0) if args.layer is None else args.layer
     if not 0 <= layer < len(kinds):
         raise ValueError(
-            f"--layer {layer}: the model has {len(kinds)} layers, from 0 on, of attention that can be drawn."
+            f"--layer {layer}: the model has {len(kinds)} layers of attention that can be plotted, numbered from 0."
         )
     heads = model.config.num_attention_heads
     if not 0 <= args.head < heads:
-        raise ValueError(f"--head {args.head}: a layer has {heads} heads, from 0 on.")
+        raise ValueError(f"--head {args.head}: a layer has {heads} heads, numbered from 0.")
     inputs = {"input_ids": torch.tensor([tokenizer(text)["input_ids"]])}
     draw = getattr(analysis, PLOTS[args.kind])
     if args.kind == "found":

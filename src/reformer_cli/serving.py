@@ -1,4 +1,4 @@
-"""transformers' own OpenAI-compatible server (`transformers serve`) with one of our models, and caches that last."""
+"""transformers' own OpenAI-compatible server (`transformers serve`) with one of our models and persistent caches."""
 
 from typing import Any, NamedTuple
 
@@ -21,9 +21,9 @@ from .text_generation import cache_for, common_length, load, room_for_new_tokens
 
 
 class OneModel(ModelManager):
-    """The library's manager with one model, which is loaded as `hf-reformer generate` loads it.
+    """transformers' manager with one model, loaded as by `hf-reformer generate`.
 
-    The library looks the class up by its name in transformers itself, where ours is not, or another of that name.
+    transformers looks the class up by name within itself, where ours is missing, or another class has its name.
     """
 
     def __init__(self, name: str, device: str, dtype: str, trust_remote_code: bool):
@@ -55,8 +55,8 @@ class Remembering:
     """A model whose `generate` continues the cache of an earlier call that began with the same tokens.
 
     Args:
-        turns: of earlier calls, the latest last; `most` of them are kept. A call takes the cache that it continues
-            away, and puts it back when it is complete.
+        turns: of earlier calls, the latest last; at most `most` are kept. A call removes the cache that it continues
+            and puts it back when it is complete.
     """
 
     def __init__(self, model: Any, turns: list[Turn], most: int):
@@ -66,7 +66,7 @@ class Remembering:
         return getattr(self.model, name)
 
     def generate(self, input_ids: torch.Tensor, generation_config: Any, **options: Any) -> torch.Tensor:
-        """Ids of the prompt (1, T) → of prompt and answer.
+        """Ids of the prompt (1, T) → ids of prompt and answer.
 
         Raises:
             HTTPException: the prompt leaves no room for an answer.
@@ -90,7 +90,7 @@ class Remembering:
         return out.sequences
 
     def _take(self, ids: list[int]) -> Any:
-        """The cache that shares most tokens with `ids`, at least half of its own, cropped to them; otherwise None."""
+        """The cache that shares the most tokens with `ids`, and at least half of its own, cropped to them; or None."""
         shared = [common_length(ids, turn.ids) for turn in self.turns]
         best = max(range(len(shared)), key=shared.__getitem__, default=None)
         if best is None or 2 * shared[best] < len(self.turns[best].ids):
@@ -99,7 +99,7 @@ class Remembering:
 
 
 class RememberingManager(GenerateManager):
-    """The library's, which calls `model.generate` in a thread of its own, one request after the other."""
+    """transformers' manager, which calls `model.generate` in a separate thread, one request at a time."""
 
     def __init__(self, most: int):
         super().__init__()
@@ -117,7 +117,7 @@ class RememberingManager(GenerateManager):
 
 
 class Chat(ChatCompletionHandler):
-    """The library's, that tells a client why a model cannot chat."""
+    """transformers' handler, which tells clients if a model cannot chat."""
 
     model_manager: OneModel
 
@@ -131,7 +131,7 @@ class Chat(ChatCompletionHandler):
 
 
 async def _tell(request: Request, error: Any) -> JSONResponse:
-    """An error in the form in which OpenAI's clients look for it."""
+    """An error in the format that OpenAI clients expect."""
     body = {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": None}
     return JSONResponse({"error": body}, status_code=error.status_code)
 
@@ -140,13 +140,13 @@ def make_server(
     name: str, host: str, port: int, *, device: str, dtype: str, trust_remote_code: bool, conversations: int,
     enable_cors: bool = False, log_level: str = "info",
 ) -> uvicorn.Server:  # fmt: skip
-    """A server of one model that is ready to run.
+    """A server for one model, ready to run.
 
     Args:
-        conversations: caches to keep between requests, each as large as its conversation; 0: none.
+        conversations: number of caches to keep between requests, each as large as its conversation; 0: none.
 
     Raises:
-        OSError, ValueError: the model cannot be loaded or is not a causal language model, or a number cannot be right.
+        OSError, ValueError: the model cannot be loaded or is not a causal language model, or a number is invalid.
     """
     if conversations < 0:
         raise ValueError(f"--conversations {conversations}: it must be at least 0.")

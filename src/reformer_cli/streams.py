@@ -8,10 +8,10 @@ from typing import Any
 
 
 def prepare_streams() -> None:
-    """Make stdin and the outputs work in any encoding, and closed ones harmless.
+    """Make stdin and the outputs work in any encoding, and closed streams harmless.
 
-    A character that the encoding of an output lacks is written as its number, such as \\xe9. The number of a closed
-    stream is taken: a file that is opened later would get it, and in the file would stand what libraries print.
+    Characters missing from an output's encoding are escaped, such as \\xe9. The descriptor of a closed stream is
+    reserved: otherwise a file opened later would get it and receive what libraries print.
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -27,12 +27,12 @@ def prepare_streams() -> None:
 
 
 def discard(stream: Any) -> None:
-    """Write what the stream still holds, and what follows, to nowhere."""
+    """Discard what the stream still buffers, and everything written later."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def finish_output() -> None:
-    """Write what stdout still holds now: while Python shuts down, an error could not be handled."""
+    """Flush stdout now: while Python shuts down, an error could not be handled."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -42,7 +42,7 @@ def finish_output() -> None:
 
 
 class Lasting:
-    """A stream that discards what cannot be written, and says so once, so that a long run outlives its terminal."""
+    """A stream that discards what cannot be written, and says so once, so that a long run survives its terminal."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -51,14 +51,14 @@ class Lasting:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write to the stream while it can be written to."""
+        """Write to the stream as long as possible."""
         try:
             return self.stream.write(text)
         except OSError as error:
             return self._discard(error, len(text))
 
     def flush(self) -> None:
-        """Flush the stream while it can be written to."""
+        """Flush the stream as long as possible."""
         try:
             self.stream.flush()
         except OSError as error:

@@ -1,4 +1,4 @@
-"""Streamed text of causal language models, and conversations that keep their cache from turn to turn."""
+"""Streamed text from causal language models, and conversations that keep their cache between turns."""
 
 import json
 from pathlib import Path
@@ -14,11 +14,11 @@ from hf_reformer.models.language_models import ReformerForCausalLM
 
 logger = logging.get_logger(__name__)
 
-PIECE = 2**20  # characters that are tokenised at once: a tokenizer takes up to 300 bytes of memory for each
+PIECE = 2**20  # characters that are tokenized at once: a tokenizer takes up to 300 bytes of memory for each
 
 
 def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Model and tokenizer of a checkpoint directory or Hub repository; loads transformers' Reformer, too.
+    """Model and tokenizer of a checkpoint directory or Hub repository; also loads transformers' Reformer.
 
     Raises:
         OSError, ValueError: they cannot be loaded, or the model is not a causal language model.
@@ -57,7 +57,7 @@ def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code
 
 
 def special_ids(model: Any, tokenizer: Any, *more_eos: int | None) -> dict[str, Any]:
-    """For `model.generate`: the ids that end a text, those of `more_eos` included, and the id to pad with."""
+    """For `model.generate`: the ids that end a text, including `more_eos`, and the id to pad with."""
     eos = model.generation_config.eos_token_id
     eos = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *more_eos]
     eos = [token_id for token_id in eos if token_id is not None]
@@ -66,7 +66,7 @@ def special_ids(model: Any, tokenizer: Any, *more_eos: int | None) -> dict[str, 
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text, without special tokens around it. More than `PIECE` characters are cut at ends of lines."""
+    """The ids of a text, without special tokens. Texts longer than `PIECE` characters are split at line ends."""
     ids: list[int] = []
     start = 0
     while start < len(text):
@@ -77,13 +77,13 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def prompt_ids(model: Any, tokenizer: Any, text: str, bos: bool = True) -> list[int]:
-    """The ids of a text, with the bos token in front (if the model has one), as the recipe language-model trains."""
+    """The ids of a text after the BOS token (if the model has one), as in training with the language-model recipe."""
     ids = token_ids(tokenizer, text)
     bos_id = tokenizer.bos_token_id
     if bos and bos_id is not None and bos_id < model.get_input_embeddings().num_embeddings and ids[:1] != [bos_id]:
         ids = [bos_id, *ids]
     if not ids:
-        raise ValueError("The prompt is empty, and there is no bos token to start from.")
+        raise ValueError("The prompt is empty, and there is no bos token to start with.")
     return ids
 
 
@@ -91,7 +91,7 @@ def room_for_new_tokens(model: Any, length: int) -> int | None:
     """How many tokens can follow `length` others; None: any number.
 
     Raises:
-        ValueError: none can.
+        ValueError: there is no room for any.
     """
     config = model.config.get_text_config()
     rotary = getattr(config, "position_embedding_type", None) == "rotary" or getattr(config, "rope_parameters", None)
@@ -99,19 +99,19 @@ def room_for_new_tokens(model: Any, length: int) -> int | None:
     if positions is not None and positions <= length:
         raise ValueError(
             f"The input has {length} tokens, and the model covers {positions} positions "
-            "(`max_position_embeddings`), so none is left for new ones. Shorten the text, or begin a new conversation."
+            "(`max_position_embeddings`), so none is left for new ones. Shorten the text, or start a new conversation."
         )
     return None if positions is None else positions - length
 
 
 def common_length(a: list[int], b: list[int]) -> int:
-    """How many ids two lists begin with alike."""
+    """Length of the common prefix of two lists of ids."""
     longest = min(len(a), len(b))
     return next((i for i in range(longest) if a[i] != b[i]), longest)
 
 
 def cache_for(cache: Any, cached_ids: list[int], ids: list[int]) -> Any:
-    """A cache of `cached_ids`, cropped to the tokens that it shares with `ids` but the last; None: begin a new one."""
+    """A cache of `cached_ids`, cropped to its common prefix with `ids[:-1]`; None: start a new one."""
     shared = common_length(cached_ids, ids[:-1])
     try:
         if 0 < shared < len(cached_ids):
@@ -124,7 +124,7 @@ def cache_for(cache: Any, cached_ids: list[int], ids: list[int]) -> Any:
 def generate(
     model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int = 256, stream: bool = True, **options: Any
 ) -> Any:
-    """`model.generate` from a list of ids; prints the new text to stdout, as it is generated or when it is complete.
+    """`model.generate` from a list of ids; prints the new text to stdout while it is generated, or when complete.
 
     Raises:
         ValueError: the model has no position left for a new token.
@@ -179,7 +179,7 @@ class Conversation:
         self.cached_ids: list[int] = []
 
     def answer(self, text: str) -> str:
-        """The model's answer to the user's next turn. Both join the conversation, unless there is an error."""
+        """The model's answer to the user's next turn. Both are added to the conversation, unless there is an error."""
         messages = [*self.messages, {"role": "user", "content": text}]
         try:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -197,6 +197,6 @@ class Conversation:
         return answer
 
     def save(self, path: str) -> None:
-        """Write the turns as lines of JSON."""
+        """Write the turns as JSON lines."""
         lines = [json.dumps(message, ensure_ascii=False) + "\n" for message in self.messages]
         Path(path).write_text("".join(lines), encoding="utf-8")

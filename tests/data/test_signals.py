@@ -4,13 +4,14 @@ import io
 
 import numpy as np
 import pytest
-from datasets import Audio, Dataset, Image
+from datasets import Audio, Dataset, Image, Value
 
 from hf_reformer.data.signals import (
     AUDIO_COLUMNS,
     IMAGE_COLUMNS,
     PICTURES,
     SOUNDS,
+    files_beside,
     find_signal_column,
     picture,
     pictures,
@@ -50,7 +51,7 @@ def test_recordings_of_every_kind_of_column(kind, tmp_path):
         for row, samples in enumerate(SAMPLES):
             (tmp_path / f"{row}.wav").write_bytes(wave(samples))
         Dataset.from_dict({"file": ["0.wav", "1.wav"], "label": ["a", "b"]}).to_csv(tmp_path / "table.csv")
-        table = read_signals(tmp_path / "table.csv", SOUNDS)
+        table = files_beside(read_signals(tmp_path / "table.csv", SOUNDS), "file", tmp_path)
     else:
         cells = [{"bytes": wave(x), "path": None} for x in SAMPLES]
         table = Dataset.from_dict({"audio": cells})
@@ -82,6 +83,39 @@ def test_pictures_of_every_kind_of_column(kind, tmp_path):
     (found,) = pictures(table, column)
     assert found.mode == "RGB"
     assert (np.asarray(found) == pixels[..., None]).all()
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "dict", "Audio", "bytes"])
+def test_files_are_looked_for_beside_their_table_whatever_the_column(kind, tmp_path):
+    """Empty cells stay empty, and are named by their row."""
+    (tmp_path / "a.wav").write_bytes(wave(SAMPLES[0]))
+    names = ["a.wav", str(tmp_path / "a.wav"), ""]
+    if kind in ("dict", "Audio", "bytes"):
+        cells = [{"bytes": wave(SAMPLES[0]) if kind == "bytes" else None, "path": name} for name in names]
+        table = Dataset.from_dict({"clip": cells, "label": [1, 2, 3]})
+        table = table.cast_column("clip", Audio()) if kind != "dict" else table
+    else:
+        table = Dataset.from_dict({"clip": names, "label": [1, 2, 3]}).cast_column("clip", Value(kind))
+    found = files_beside(table, "clip", tmp_path)
+    assert found.features["clip"] == table.features["clip"]
+    assert found["label"][:] == [1, 2, 3]
+    assert stored_rate(found, "clip", None) == 8000
+    heard = recordings(found, "clip", 8000, None)
+    for _ in range(2):
+        assert np.abs(next(heard) - SAMPLES[0] / 32768).max() < 1e-6
+    if kind != "bytes":
+        with pytest.raises(ValueError, match="Row 2: "):
+            next(heard)
+        with pytest.raises(ValueError, match="Row 0: There is no recording"):
+            stored_rate(found.select([2]), "clip", None)
+
+
+def test_recordings_without_a_rate_have_that_of_all(tmp_path):
+    table = Dataset.from_dict({"audio": SAMPLES, "rate": [8000, None]})
+    assert stored_rate(table, "audio", None) is None
+    assert [len(x) for x in recordings(table, "audio", 16000, None, 8000)] == [20, 14]
+    with pytest.raises(ValueError, match="Row 1: There is no sampling rate"):
+        list(recordings(table, "audio", 8000, "rate"))
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".png"])

@@ -294,6 +294,14 @@ def test_options_that_cannot_work(files, options, words):
         recipe.main(arguments(files, *options))
 
 
+def test_tied_weights_are_refused_before_anything_is_computed(files, monkeypatch):
+    monkeypatch.setattr(recipe, "pretrain", None)  # nothing is read or computed before
+    monkeypatch.setattr(recipe, "load_conversations", None)
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        recipe.main(arguments(files, "--config_overrides", "tie_word_embeddings=True", "--pretrain_steps", "2"))
+    assert not (files / "out").exists()
+
+
 def test_templates_of_others():
     tokenizer = ReformerByteTokenizer(eos_token=None)
     if tokenizer.eos_token is None:

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from transformers import AutoModelForTimeSeriesPrediction
 
-from hf_reformer.data.series import Windows
+from hf_reformer.data.series import RowWindows, Windows, windows_of_rows
 from hf_reformer.recipes import forecasting as recipe
 from hf_reformer.training.forecasting import baseline_forecasts, score
 
@@ -58,6 +58,88 @@ def test_a_table_is_forecast_and_goes_on_where_it_ends(tmp_path, capsys):
     assert config.series_std[2] == 1  # of a constant series
 
 
+def test_a_saved_model_finds_its_series_by_their_names(tmp_path):
+    write(tmp_path / "train.csv", 60)
+    saved = ["--model_name_or_path", str(tmp_path / "out"), "--output_dir", str(tmp_path / "again")]
+    files = ["--train_file", str(tmp_path / "train.csv"), "--predict_file", str(tmp_path / "train.csv")]
+    recipe.main([*TINY, *files, "--output_dir", str(tmp_path / "out"), *LENGTHS])
+    whole = pd.read_csv(tmp_path / "train.csv")
+    whole[["time", "still", "b", "a"]].to_csv(tmp_path / "turned.csv", index=False)
+    recipe.main([*TINY, *saved, "--predict_file", str(tmp_path / "turned.csv")])
+    first, again = (pd.read_csv(tmp_path / name / "forecast.csv") for name in ("out", "again"))
+    forecasts = [name for name in first if name.endswith("forecast")]
+    assert np.abs(first[forecasts] - again[forecasts]).to_numpy().max() < 1e-4
+    assert first["b forecast"].mean() > 10 + first["a forecast"].mean()
+    whole.rename(columns={"a": "c"}).to_csv(tmp_path / "other.csv", index=False)
+    for option in ("--predict_file", "--test_file", "--train_file"):
+        with pytest.raises(ValueError, match=r"no column \['a'\].*found by their names"):
+            recipe.main([*TINY, *saved, option, str(tmp_path / "other.csv")])
+    with pytest.raises(ValueError, match="--series a: the saved model is of a, b, still"):
+        recipe.main([*TINY, *saved, "--test_file", str(tmp_path / "train.csv"), "--series", "a"])
+    whole.drop(columns="time").to_csv(tmp_path / "untimed.csv", index=False)
+    with pytest.raises(ValueError, match="trained with times, and there are none"):
+        recipe.main([*TINY, *saved, "--predict_file", str(tmp_path / "untimed.csv")])
+
+
+def test_months_are_forecast(tmp_path):
+    months = pd.date_range("2019-01-31", periods=60, freq="ME").strftime("%Y-%m-%d")
+    pd.DataFrame({"month": months, "a": np.arange(60.0)}).to_csv(tmp_path / "train.csv", index=False)
+    files = ["--train_file", str(tmp_path / "train.csv"), "--predict_file", str(tmp_path / "train.csv")]
+    recipe.main([*TINY, *files, "--output_dir", str(tmp_path / "out"), *LENGTHS])
+    assert pd.read_csv(tmp_path / "out" / "forecast.csv")["time"].tolist() == [
+        "2024-01-31", "2024-02-29", "2024-03-31", "2024-04-30",
+    ]  # fmt: skip
+    assert AutoModelForTimeSeriesPrediction.from_pretrained(tmp_path / "out").config.num_time_features == 2
+
+
+def load(tmp_path, **options):
+    """The windows of a table of 60 steps to train on, and of one of 30 to predict."""
+    write(tmp_path / "train.csv", 60)
+    write(tmp_path / "test.csv", 30, start="2024-01-03 12:00", gap=False)
+    files = {"train_file": str(tmp_path / "train.csv"), "test_file": str(tmp_path / "test.csv")}
+    options = {"context_length": 12, "prediction_length": 4, **options}
+    return recipe.load(recipe.DataArguments(**files, **options), None, 0)
+
+
+def test_without_times_a_file_is_a_course_of_its_own(tmp_path, caplog):
+    timed = load(tmp_path).windows["test"]
+    assert timed.ends.tolist() == list(range(60, 87))  # the past reaches back into the training data
+    untimed = load(tmp_path, time_column="none").windows
+    assert untimed["test"].ends.tolist() == list(range(12, 27))
+    assert len(untimed["test"].values) == 30
+    assert untimed["validation"].ends.tolist() == list(range(54, 57))  # what was held out goes on, as it must
+    assert "The test data have no times" in caplog.text
+    assert "validation data" not in caplog.text
+
+
+def test_of_test_windows_the_first_are_predicted(tmp_path):
+    options = {"max_predict_samples": 5, "max_train_samples": 6}
+    found = load(tmp_path, **options).windows
+    assert found["test"].ends.tolist() == list(range(60, 65))
+    train = found["train"].ends
+    assert (len(train), train[-1] - train[0] > 10) == (6, True)  # drawn from all of them
+    assert (np.diff(train) > 0).all()
+
+
+def test_steps_of_several_lengths_are_refused(tmp_path):
+    write(tmp_path / "train.csv", 60)
+    days = pd.DataFrame({"time": pd.date_range("2024-02-01", periods=30), "a": 1.0, "b": 1.0, "still": 3.0})
+    days.to_csv(tmp_path / "test.csv", index=False)
+    data = recipe.DataArguments(train_file=str(tmp_path / "train.csv"), test_file=str(tmp_path / "test.csv"))
+    with pytest.raises(ValueError, match=r"of the test data are 1 days.*of the train data 0 days 01:00:00"):
+        recipe.load(data, None, 0)
+
+
+def test_windows_without_a_future_teach_and_score_nothing(tmp_path):
+    frame = pd.DataFrame({"a": np.arange(60.0)})
+    frame.loc[20:30, "a"] = np.nan
+    frame.to_csv(tmp_path / "train.csv", index=False)
+    data = recipe.DataArguments(train_file=str(tmp_path / "train.csv"), context_length=12, prediction_length=4)
+    ends = recipe.load(data, None, 0).windows["train"].ends.tolist()
+    assert not set(ends) & set(range(20, 28))
+    assert {19, 28} <= set(ends)
+
+
 def test_validation_data_look_back_into_training_data(tmp_path):
     write(tmp_path / "train.csv", 60)
     write(tmp_path / "validation.csv", 8, start="2024-01-03 12:00", gap=False)
@@ -69,7 +151,7 @@ def test_validation_data_look_back_into_training_data(tmp_path):
     recipe.main([*TINY, *saved, "--output_dir", str(tmp_path / "again"), "--do_eval"])
     scores = json.loads((tmp_path / "again" / "scores.json").read_text())["validation"]["Reformer"]
     assert scores["crps"] == pytest.approx(scores["mae"])  # of one number
-    with pytest.raises(ValueError, match="those of the saved model"):
+    with pytest.raises(ValueError, match=r"--context_length 5: that of the saved model .* is 12"):
         recipe.main([*TINY, *saved, "--context_length", "5", "--do_eval"])
 
 
@@ -100,6 +182,8 @@ def test_rows_are_forecast_in_their_own_coordinates(tmp_path):
     rows = lines(tmp_path / "out" / "predictions_validation.jsonl")
     truth = cars(9, 1)
     assert len(rows) == 9
+    config = AutoModelForTimeSeriesPrediction.from_pretrained(tmp_path / "out").config
+    assert (config.series_names, config.predicted_series, config.relative_positions) == (("x", "y"), ("x", "y"), True)
     distances = []
     for row, car in zip(rows, truth, strict=True):
         assert row["x"]["true"] == pytest.approx(car["fut_x"], abs=1e-3)
@@ -108,15 +192,47 @@ def test_rows_are_forecast_in_their_own_coordinates(tmp_path):
     assert scores["Reformer"]["ade"] == pytest.approx(np.mean(distances), abs=1e-2)  # turning changes no distance
 
 
-def test_test_rows_need_no_future(tmp_path):
-    cars(20, 0).to_parquet(tmp_path / "train.parquet")
-    cars(3, 1).remove_columns(["fut_x", "fut_y"]).to_parquet(tmp_path / "test.parquet")
+@pytest.mark.parametrize("relative", [True, False])
+def test_rows_without_a_future_are_forecast_alike_by_the_run_and_by_its_saved_model(relative, tmp_path):
+    """Also by --predict_file, and whatever the order of the columns; nothing is scored."""
+    train, test = (cars(count, seed).add_column("obs_speed", [[5.0] * 6] * count) for count, seed in ((20, 0), (3, 1)))
+    train.to_parquet(tmp_path / "train.parquet")
+    test.select_columns(["obs_speed", "obs_y", "obs_x"]).to_parquet(tmp_path / "test.parquet")
     options = ["--train_file", str(tmp_path / "train.parquet"), "--test_file", str(tmp_path / "test.parquet")]
+    options += ["--relative_positions", str(relative), "--predict_file", str(tmp_path / "test.parquet")]
     recipe.main([*TINY, *options, "--output_dir", str(tmp_path / "out")])
-    rows = lines(tmp_path / "out" / "predictions_test.jsonl")
-    assert len(rows) == 3
+    saved = ["--model_name_or_path", str(tmp_path / "out"), "--test_file", str(tmp_path / "test.parquet")]
+    recipe.main([*TINY, *saved, "--output_dir", str(tmp_path / "again")])
+    rows, again = (lines(tmp_path / name / "predictions_test.jsonl") for name in ("out", "again"))
+    assert len(rows) == len(again) == 3
+    assert set(rows[0]) == {"row", "x", "y"}  # the speed has no future in training
     assert "true" not in rows[0]["x"]
-    assert "test" not in json.loads((tmp_path / "out" / "scores.json").read_text())
+    table = pd.read_csv(tmp_path / "out" / "forecast.csv").set_index(["row", "step"])
+    for number in range(3):
+        for name in "xy":
+            forecast = rows[number][name]["forecast"]
+            assert again[number][name]["forecast"] == pytest.approx(forecast, abs=1e-3)
+            assert table.loc[number][f"{name} forecast"].tolist() == pytest.approx(forecast, abs=1e-3)
+    for name in ("out", "again"):
+        assert "test" not in json.loads((tmp_path / name / "scores.json").read_text())
+        found = json.loads((tmp_path / name / "test_results.json").read_text())
+        assert not [name for name in found if not name.endswith(("_time", "_runtime", "_per_second"))]
+    if relative:
+        steps = pd.DataFrame({name: np.arange(20.0) for name in ("x", "y", "speed")})
+        steps.to_csv(tmp_path / "steps.csv", index=False)
+        with pytest.raises(ValueError, match="it takes a table with a window a row"):
+            recipe.main([*TINY, *saved[:2], "--test_file", str(tmp_path / "steps.csv")])
+    else:
+        with pytest.raises(ValueError, match=r"--relative_positions True: that of the saved model .* is False"):
+            recipe.main([*TINY, *saved, "--relative_positions", "True"])
+
+
+def test_rows_to_learn_from_need_a_future(tmp_path):
+    rows = cars(4, 0).to_dict()
+    rows["fut_x"][2] = rows["fut_y"][2] = [None] * 4
+    Dataset.from_dict(rows).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="1 rows of the train data have no future; the first is row 2"):
+        recipe.load(recipe.DataArguments(train_file=str(tmp_path / "train.parquet")), None, 0)
 
 
 def test_scores_by_hand():
@@ -128,6 +244,9 @@ def test_scores_by_hand():
     assert (found["ade"], found["fde"]) == (3.0, 1.0)
     assert found["rmse x"] == pytest.approx(np.sqrt(4.5))
     assert "rmse v" not in found
+    truth[..., 1] = np.nan  # nothing is known of y, so it has no score
+    found = score(forecast, truth, np.array([1.0, 2, 1]), ["x", "y", "v"], ["x", "y"], by_series=True)
+    assert set(found) == {"mse", "mae", "crps", "rmse x"}
 
 
 def test_baselines_continue_what_they_can():
@@ -144,6 +263,25 @@ def test_baselines_continue_what_they_can():
     assert np.abs(by_row["ridge regression"] - truth).max() < 0.5
 
 
+def test_a_gap_does_not_switch_ridge_regression_off():
+    draw = np.random.default_rng(0)
+    past = draw.normal(size=(200, 6, 1))
+    rows = RowWindows(["a"], ["a"], past, past[:, 1:4] * 2)  # not what a last value could tell
+    rows.future[7, 1] = np.nan
+    windows = windows_of_rows(rows)
+    found = baseline_forecasts(windows, windows, None, rows=True)
+    error = {name: np.nanmean((x - rows.future) ** 2) for name, x in found.items()}
+    assert error["ridge regression"] < 0.01 * error["last value"]
+
+
+@pytest.mark.parametrize(("scaling", "expected"), [(None, "mean"), ("mean", "mean"), ("none", None)])
+def test_counts_are_scaled_as_they_can_be(scaling, expected, tmp_path):
+    series = load(tmp_path, distribution="negative_binomial", scaling=scaling)
+    data = recipe.DataArguments(distribution="negative_binomial", scaling=scaling)
+    fields = recipe.fields_of(series, data)
+    assert (fields["scaling"], fields["linear_skip"]) == (expected, False)
+
+
 @pytest.mark.slow
 def test_the_load_of_a_grid_is_learnt(tmp_path):
     recipe.main(["--demo", "--use_cpu", "--disable_tqdm", "True", "--output_dir", str(tmp_path)])
@@ -158,6 +296,9 @@ def test_the_load_of_a_grid_is_learnt(tmp_path):
         (["--series", "c"], r"no column \['c'\]"),
         (["--prediction_length", "0"], "--prediction_length 0 must be at least 1"),
         (["--predict_file", "nowhere.csv"], "there is no table"),
+        (["--distribution", "negative_binomial", "--scaling", "std"], "--scaling std shifts values"),
+        (["--distribution", "negative_binomial", "--linear_skip", "True"], "--linear_skip shifts values"),
+        (["--distribution", "normal", "--loss", "mse"], "--loss mse learns a number"),
     ],
 )
 def test_tables_that_cannot_be_forecast_are_refused_before_training(more, message, tmp_path):

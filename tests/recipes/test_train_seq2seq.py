@@ -64,6 +64,8 @@ def test_a_csv_leaves_everything_behind(files, capsys):
     card = (files / "out" / "README.md").read_text()
     assert "text2text-generation" in card
     assert "exact_match" in card
+    assert "name: train.csv\n" in card
+    assert f"{files}/train.csv" not in card
 
 
 def test_pre_training_writes_masked_texts_again(files, monkeypatch):

@@ -19,6 +19,7 @@ import pytest
 import torch
 from memory_census import Census, census_of, loss_of, make, size_of_gradients
 
+TESTS = Path(__file__).parents[1]
 CLEAR_REFS = Path("/proc/self/clear_refs")
 MIB = 2**20
 
@@ -122,6 +123,7 @@ def in_a_process(*runs):
     if not CLEAR_REFS.exists():
         pytest.skip("needs Linux's /proc")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
     environment |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, __file__, json.dumps(runs)]
     return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)

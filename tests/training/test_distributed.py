@@ -215,7 +215,7 @@ def fsdp2_in_many_ways() -> dict:
             fully_shard(layer, **({} if policy is None else {"mp_policy": policy}))
         fully_shard(model, **({} if policy is None else {"mp_policy": policy}))
         model(ids, labels=ids).loss.backward()
-        result[name] = len(CountingChain.last._kept)
+        result[name] = len(CountingChain.last._originals)
     model, ids = model_of(), batch_of(dist.get_rank())
     for layer in model.model.layers:
         fully_shard(layer.feed_forward)  # within a layer

@@ -15,6 +15,7 @@ from fuzzing import seeds
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerState, TrainingArguments
 
+from hf_reformer.data.demo_signals import handwritten_digits, seasonal_load, spoken_strings
 from hf_reformer.recipes import load_recipe
 from hf_reformer.training.trainers import checkpoint_damage, checkpoint_to_resume
 from reformer_cli.main import main
@@ -27,26 +28,40 @@ TINY = [
     *("--hidden_size", "16", "--attn_layers", "local", "lsh", "--num_attention_heads", "1", "--num_hashes", "1"),
     *("--attention_head_size", "16", "--feed_forward_size", "16"),
     *("--config_overrides", "lsh_window=16,local_window=8"),
-    *("--tokenizer", "bytes", "--per_device_train_batch_size", "4", "--use_cpu", "--disable_tqdm", "True"),
+    *("--per_device_train_batch_size", "4", "--use_cpu", "--disable_tqdm", "True"),
     *("--report_to", "none", "--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "2"),
     *("--save_total_limit", "3", "--max_steps", "6"),
 ]
+BYTES = ["--tokenizer", "bytes"]
 OWN = {
-    "language-model": ["--train_file", "book.txt", "--sequence_length", "64"],
-    "classification": ["--train_file", "table.csv", "--text_column", "source", "--label_column", "target"],
-    "seq2seq": ["--train_file", "table.csv", "--metric", "none", "--max_target_length", "8"],
+    "language-model": ["--train_file", "book.txt", "--sequence_length", "64", *BYTES],
+    "classification": ["--train_file", "table.csv", "--text_column", "source", "--label_column", "target", *BYTES],
+    "seq2seq": ["--train_file", "table.csv", "--metric", "none", "--max_target_length", "8", *BYTES],
+    "speech-recognition": ["--train_file", "speech.parquet", "--do_train"],  # whose data are varied in every epoch
+    "image-classification": ["--train_file", "digits.parquet", "--do_train", "--flip"],
+    "forecasting": ["--train_file", "load.csv", "--context_length", "24", "--prediction_length", "6"],
+}
+FILES_OF_RUNS = {
+    "book.txt": lambda path: path.write_text("".join(f"Line {i} of a small book.\n" for i in range(200))),
+    "table.csv": lambda path: words().to_csv(path, index=False),
+    "speech.parquet": lambda path: spoken_strings(12, 1)["train"].to_parquet(path),
+    "digits.parquet": lambda path: handwritten_digits()["train"].select(range(12)).to_parquet(path),
+    "load.csv": lambda path: seasonal_load(60).to_csv(path),
 }
 FILES = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
 
 
+def words() -> "pd.DataFrame":
+    found = ["".join(random.Random(i).choices("abc", k=9)) for i in range(40)]
+    return pd.DataFrame({"source": found, "target": [word[0] for word in found]})
+
+
 def run(recipe: str, folder: Path, out: str, *more: str) -> None:
     """A recipe, on files that are written at the first call."""
-    if not (folder / "book.txt").exists():
-        words = ["".join(random.Random(i).choices("abc", k=9)) for i in range(40)]
-        table = pd.DataFrame({"source": words, "target": [word[0] for word in words]})
-        table.to_csv(folder / "table.csv", index=False)
-        (folder / "book.txt").write_text("".join(f"Line {i} of a small book.\n" for i in range(200)))
-    own = [str(folder / word) if word in ("book.txt", "table.csv") else word for word in OWN[recipe]]
+    for name in set(FILES_OF_RUNS) & set(OWN[recipe]):
+        if not (folder / name).exists():
+            FILES_OF_RUNS[name](folder / name)
+    own = [str(folder / word) if word in FILES_OF_RUNS else word for word in OWN[recipe]]
     load_recipe(recipe).main([*TINY, *own, "--output_dir", str(folder / out), *more])
 
 
@@ -107,6 +122,9 @@ def whole_run(tmp_path_factory):
         *(("language-model", name) for name in ("model.safetensors", "scheduler.pt", "trainer_state.json")),
         ("classification", "optimizer.pt"),
         ("seq2seq", "rng_state.pth"),
+        ("speech-recognition", "optimizer.pt"),
+        ("image-classification", "model.safetensors"),
+        ("forecasting", "scheduler.pt"),
     ],
 )
 def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(
@@ -120,6 +138,18 @@ def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(
     assert f"checkpoint-4 is passed over: {damage['checkpoint-4']}" in caplog.text
     assert same_model(whole_run(recipe), tmp_path / "killed")
     assert not any(checkpoints(tmp_path / "killed").values())
+
+
+@pytest.mark.parametrize("recipe", ["language-model", "seq2seq"])
+def test_a_run_killed_after_its_last_step_is_trained_no_further(recipe, tmp_path, whole_run):
+    """With a rate that is not 0 at the end, a step more would change the weights."""
+    out = Path(shutil.copytree(whole_run(recipe), tmp_path / "out"))
+    (out / "model.safetensors").unlink()
+    scheduler = torch.load(out / "checkpoint-6" / "scheduler.pt")
+    torch.save(scheduler | {"last_epoch": 0}, out / "checkpoint-6" / "scheduler.pt")
+    run(recipe, tmp_path, "out", "--resume_from_checkpoint", "last")
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 6
+    assert same_model(whole_run(recipe), out)
 
 
 @pytest.mark.parametrize("recipe", ["language-model", "classification"])
@@ -200,7 +230,7 @@ def test_a_full_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch, capsys)
         save(value, file, **options)
 
     run("language-model", tmp_path, "other", "--max_steps", "1")
-    arguments = [*TINY, "--train_file", str(tmp_path / "book.txt"), "--sequence_length", "64"]
+    arguments = [*TINY, *BYTES, "--train_file", str(tmp_path / "book.txt"), "--sequence_length", "64"]
     arguments += ["--output_dir", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", full)

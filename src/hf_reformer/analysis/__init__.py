@@ -1,4 +1,4 @@
-"""What LSH attention does, in numbers and in plots."""
+"""Statistics and plots of LSH attention."""
 
 from ..ops.coverage import covered_fraction, mass_entropy
 from .found import AttentionFound, attention_found, format_found

@@ -1,4 +1,4 @@
-"""What hashing finds of exact attention, as a number."""
+"""How much of exact attention hashing finds."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,19 +11,19 @@ from .lsh_stats import LayerView, bucket_balance_by_head, view_layers
 
 
 class AttentionFound(NamedTuple):
-    """What an lsh layer shows of exact attention, for every head: (H) float64 each, over the queries looked at.
+    """How much of exact attention an lsh layer covers, per head: (H) float64 each, over the selected queries.
 
-    The mass is that of the exact softmax: the layer's own scores over all keys that a query may see. The local window
-    is the position order's; without a position order it is the token itself.
+    The mass is that of the exact softmax: the layer's own scores over all keys that a query may attend to. The local
+    window is that of the position order; without a position order it is the token itself.
 
     Attributes:
-        layer: its number, a decoder's behind those of its encoder.
-        found: share of all mass that falls on pairs that the layer shows, by whatever order.
+        layer: number of the layer; a decoder's layers follow those of its encoder.
+        found: share of all mass on pairs that are visible in any order.
         beyond: share of all mass that lies beyond the local window.
-        hashed: share of the mass beyond that the hash orders show; 1 where there is none, like the next three.
-        more_local, random, best: the same if each query were shown as many other keys beyond its window: the next
-            ones, random ones (the expectation), those of the largest weights.
-        keys: how many keys beyond its window the hash orders show a query, on average.
+        hashed: share of `beyond` that the hash orders find; 1 if there is none, as for the next three.
+        more_local, random, best: the same for an equal number of other keys beyond the window: the next ones, random
+            ones (in expectation), or those with the largest weights.
+        keys: average number of keys per query that the hash orders add beyond the window.
         bucket_entropy, fullest_bucket: "entropy" and "largest" of `bucket_balance`.
     """
 
@@ -43,26 +43,28 @@ class AttentionFound(NamedTuple):
 def attention_found(
     model: torch.nn.Module, inputs: Mapping[str, Any], queries: int = 256, **more: Any
 ) -> list[AttentionFound]:
-    """How much of exact attention each lsh layer shows, beside simpler choices of as many keys.
+    """How much of exact attention each lsh layer covers, compared with simpler choices of the same number of keys.
 
     Args:
-        model: any model of this package, in window or chunk mode. In training mode `found` counts exploration orders.
-        inputs: as the model takes them: `input_ids`, `attention_mask`, …
-        queries: for how many real tokens of a sequence, evenly spaced, exact attention is computed. Memory grows with
-            this number times the length.
-        more: what else the model takes, `num_hashes` for example.
+        model: any model of this package, in window or chunk mode. In training mode `found` includes exploration
+            orders.
+        inputs: the model's inputs: `input_ids`, `attention_mask`, …
+        queries: number of real tokens per sequence, evenly spaced, for which exact attention is computed. Memory grows
+            with this number times the length.
+        more: other arguments of the model, such as `num_hashes`.
 
     Returns:
-        One `AttentionFound` per layer that hashes; none for one that sees its whole input (chunk mode, short inputs).
+        One `AttentionFound` per layer that hashes; none for a layer that sees its whole input (chunk mode, short
+        inputs).
     """
     if queries < 1:
-        raise ValueError(f"`queries={queries}` leaves nothing to look at. Give at least 1.")
+        raise ValueError(f"`queries={queries}` leaves nothing to examine. Give at least 1.")
     views = view_layers(model, **{**inputs, **more})
     return [_layer_found(view, layer, queries) for layer, view in enumerate(views) if view.buckets is not None]
 
 
 def format_found(layers: Sequence[AttentionFound]) -> str:
-    """A table of what `attention_found` returned, a line per head."""
+    """A table of the result of `attention_found`, one line per head."""
     names = AttentionFound._fields[1:]
     lines = ["layer  head  " + "  ".join(f"{name.replace('_', ' '):>5}" for name in names)]
     for layer in layers:
@@ -82,7 +84,7 @@ def _layer_found(view: LayerView, layer: int, queries: int) -> AttentionFound:
 
 
 def _row_sums(view: LayerView, row: int, queries: int) -> torch.Tensor:
-    """Sums over the chosen queries of a sequence, (8, H) float64: how many there are, then as in `AttentionFound`."""
+    """Sums over the selected queries of a sequence, (8, H) float64: their number, then as in `AttentionFound`."""
     real = view.mask[row]
     tokens, rank = real.nonzero().squeeze(-1), real.cumsum(-1)
     count = min(queries, len(tokens))
@@ -110,7 +112,7 @@ def _row_sums(view: LayerView, row: int, queries: int) -> torch.Tensor:
     nearest = step.topk(most, largest=False).indices.expand(len(mass), -1, -1)
 
     def sum_of_first(weights: torch.Tensor) -> torch.Tensor:
-        """Of so many weights (H, Q, most) as hash orders show keys: (H, Q)"""
+        """Sum of the first weights (H, Q, most), as many as the hash orders show keys: (H, Q)"""
         return torch.nn.functional.pad(weights.cumsum(-1), (1, 0)).gather(-1, number[..., None]).squeeze(-1)
 
     sums = [
@@ -127,7 +129,7 @@ def _row_sums(view: LayerView, row: int, queries: int) -> torch.Tensor:
 
 
 def _shown_by_order(view: LayerView, row: int, queries: torch.Tensor) -> torch.Tensor:
-    """Which tokens the windows of some tokens hold, order by order: (R, H, Q, T) bool."""
+    """Which tokens are in the windows of the given tokens, per order: (R, H, Q, T) bool."""
     perm, start, end = (x.expand(len(view.mask), view.heads, -1, -1)[row][None] for x in view.layout[:3])
     listed = visible_tokens(view.layout._replace(perm=perm, window_start=start, window_end=end), queries)[0]
     listed = listed.unflatten(-1, (len(view.names), -1)).movedim(-2, 0)  # (R, H, Q, width)

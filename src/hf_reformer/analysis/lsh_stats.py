@@ -1,4 +1,4 @@
-"""What LSH attention does, in numbers: buckets, visible pairs, attention mass."""
+"""Statistics of LSH attention: buckets, visible pairs, attention mass."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,12 +12,12 @@ from ..ops.layout import AttentionLayout
 
 
 class LayerView(NamedTuple):
-    """How one layer arranged its tokens in one forward.
+    """How one layer sorted its tokens in one forward pass.
 
     Attributes:
         kind: "local", "lsh" or "full".
-        causal: whether tokens see only what is before them.
-        names: of the sort orders: "position", "hash 1", …, "exploration 1", …
+        causal: whether tokens attend only to earlier ones.
+        names: names of the sort orders: "position", "hash 1", …, "exploration 1", …
         heads, layout, mask, vectors, buckets, num_buckets, samples, query: as in `forward_context.Sorting`.
     """
 
@@ -40,17 +40,18 @@ class LayerView(NamedTuple):
 
 
 def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **inputs: Any) -> LayerView:
-    """Run the model and keep how one of its layers arranged the tokens.
+    """Run the model and record how one of its layers sorted the tokens.
 
     Args:
-        model: any model of this package. In training mode rotations are this forward's own, and there are exploration
+        model: any model of this package. In training mode, uses rotations of this forward pass, and exploration
             orders.
         input_ids: (B, T) int64.
         layer: number of the layer, from 0; a decoder's layers follow those of its encoder.
-        inputs: what else the model takes, `attention_mask` or `num_hashes`, for example.
+        inputs: other arguments of the model, such as `attention_mask` or `num_hashes`.
 
     Raises:
-        ValueError: there is no such layer; or a cache is given, by which a forward sorts its tokens only in part.
+        ValueError: there is no such layer; or a cache is given, with which a forward pass sorts only part of the
+            tokens.
     """
     views = view_layers(model, input_ids=input_ids, **inputs)
     check_index(layer=(layer, len(views)))
@@ -59,7 +60,7 @@ def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **in
 
 @torch.no_grad()
 def view_layers(model: torch.nn.Module, **inputs: Any) -> list[LayerView]:
-    """Run the model once and keep how each of its layers arranged the tokens; as `view_layer` does for one."""
+    """Run the model once and record how each of its layers sorted the tokens; see `view_layer`."""
     stacks = [module for module in model.modules() if isinstance(module, ReformerModel)]
     check_index(layer=(0, sum(len(stack.layers) for stack in stacks)))
     for name in ("cache", "past_key_values"):
@@ -83,7 +84,7 @@ def _view(attention: Any, sorting: Any) -> LayerView:
 
 
 def stack_outputs(model: torch.nn.Module, stacks: Sequence[ReformerModel], **inputs: Any) -> list[ReformerModelOutput]:
-    """What some of the model's stacks return in a forward of the model, whatever its head returns of it."""
+    """The outputs of the given stacks in a forward pass of the model, regardless of what its head returns."""
     outputs: dict[torch.nn.Module, ReformerModelOutput] = {}
     hooks = [stack.register_forward_hook(lambda stack, _, output: outputs.update({stack: output})) for stack in stacks]
     try:
@@ -95,24 +96,25 @@ def stack_outputs(model: torch.nn.Module, stacks: Sequence[ReformerModel], **inp
 
 
 def bucket_sizes(view: LayerView) -> torch.Tensor:
-    """How many real tokens every bucket holds, (B, H, R, num_buckets) int64."""
+    """Number of real tokens in every bucket, (B, H, R, num_buckets) int64."""
     buckets = buckets_of(view).long()
     sizes = buckets.new_zeros(*buckets.shape[:3], view.num_buckets)
     return sizes.scatter_add_(-1, buckets, view.mask[:, None, None].expand_as(buckets).long())
 
 
 def bucket_balance(view: LayerView) -> dict[str, float]:
-    """How evenly tokens spread over buckets, for logs; means over sequences, heads and rounds.
+    """How evenly tokens are spread over buckets, for logging; means over sequences, heads and rounds.
 
     Returns:
-        "largest": tokens in the largest bucket, as a multiple of an even share; "used": share of buckets that hold any
-        token; "entropy": that of the bucket of a token, 1 if all are equally full and 0 if all tokens share one.
+        "largest": number of tokens in the largest bucket, as a multiple of an even share; "used": share of non-empty
+        buckets; "entropy": normalized entropy of a token's bucket, 1 if all are equally full and 0 if all tokens share
+        one.
     """
     return {name: heads.mean().item() for name, heads in bucket_balance_by_head(view).items()}
 
 
 def bucket_balance_by_head(view: LayerView) -> dict[str, torch.Tensor]:
-    """The numbers of `bucket_balance` for every head, (H) float64 each; sequences of padding alone do not count."""
+    """The numbers of `bucket_balance` per head, (H) float64 each; sequences of only padding do not count."""
     sizes = bucket_sizes(view)[view.mask.any(-1)].cpu().double()
     share = sizes / sizes.sum(-1, keepdim=True).clamp(min=1)
     entropy = torch.special.entr(share).sum(-1) / torch.log(torch.tensor(view.num_buckets).double())
@@ -121,14 +123,14 @@ def bucket_balance_by_head(view: LayerView) -> dict[str, torch.Tensor]:
 
 
 def round_agreement(view: LayerView, neighbours: int = 8, queries: int = 256) -> torch.Tensor:
-    """Share of near neighbours that hashing brings together: in one of the first round, of the first two, and so on.
+    """Share of nearest neighbors that share a bucket in the first round, in one of the first two, and so on.
 
     Args:
-        neighbours: how many real tokens of the same sequence and head, of the smallest angles, count as near.
-        queries: for how many tokens of a sequence, evenly spaced, they are looked for.
+        neighbours: number of nearest neighbors, by angle, among the real tokens of the same sequence and head.
+        queries: number of tokens per sequence, evenly spaced, whose neighbors are used.
 
     Returns:
-        (R) float64, never falling: the more rounds, the more pairs share a bucket somewhere.
+        (R) float64, non-decreasing: the more rounds, the more pairs share a bucket in one of them.
     """
     buckets, vectors, length = buckets_of(view), view.vectors, view.mask.shape[1]
     chosen = torch.linspace(0, length - 1, min(queries, length), device=vectors.device).long()
@@ -145,12 +147,12 @@ def round_agreement(view: LayerView, neighbours: int = 8, queries: int = 256) ->
 
 
 def attention_mass(attention: AttentionWeights, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The share of all attention that every token receives, (B, H, length); each head's add up to 1.
+    """The share of all attention that every token receives, (B, H, length); sums to 1 for each head.
 
     Args:
-        attention: one layer's, as `output_attentions` gives it: `SparseAttention`, or weights (B, H, T, length).
-        mask: (B, T), 1 for real tokens: the attention of others does not count. Needed in chunk mode alone, where
-            padding attends too.
+        attention: that of one layer from `output_attentions`: `SparseAttention`, or weights (B, H, T, length).
+        mask: (B, T), 1 for real tokens: attention from other tokens does not count. Needed only in chunk mode, where
+            padding also attends.
     """
     tokens, weights, length = as_lists(attention, mask)
     mass = weights.new_zeros(*weights.shape[:2], length)
@@ -162,7 +164,7 @@ def visible_pairs(view: LayerView, row: int = 0, head: int = 0) -> tuple[torch.T
     """All pairs in a head's windows, as often as they occur.
 
     Returns:
-        Query, key, and the number (of `names`) of the sort order whose window it is, (N) int64 each.
+        Query, key, and the index (in `names`) of the sort order whose window contains the pair, (N) int64 each.
     """
     check_index(row=(row, len(view.mask)), head=(head, view.heads))
     real, layout = view.mask[row], view.layout
@@ -185,7 +187,7 @@ def buckets_of(view: LayerView) -> torch.Tensor:
 
 
 def check_index(**indices: tuple[int, int]) -> None:
-    """Raise ValueError unless each index is below its count; by the names of the arguments."""
+    """Raise ValueError, naming the argument, unless each index is below its count."""
     for name, (index, count) in indices.items():
         if not 0 <= index < count:
             allowed = f"0 to {count - 1} are possible" if count else "the model has none of this package's layers"
@@ -193,7 +195,7 @@ def check_index(**indices: tuple[int, int]) -> None:
 
 
 def as_lists(attention: AttentionWeights, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The fields of `SparseAttention`, padding's own attention 0, and how many tokens may be attended to."""
+    """The fields of `SparseAttention`, with padding's own attention 0, and the number of tokens to attend to."""
     if isinstance(attention, torch.Tensor):
         tokens = torch.arange(attention.shape[-1], device=attention.device).expand(attention.shape)
         attention = SparseAttention(tokens, attention)

@@ -1,4 +1,4 @@
-"""What a step takes of memory: the model runs with tensors that have shapes, but neither memory nor values."""
+"""Estimate the memory of a step: the model runs with tensors that have shapes, but neither memory nor values."""
 
 import math
 import operator
@@ -49,7 +49,7 @@ FORWARD, LOSS, BACKWARD, UPDATE = "forward", "loss", "backward", "update"
 
 
 class Living(NamedTuple):
-    """A storage that lives; `number` tells it from a later one at the same address."""
+    """A live storage; `number` distinguishes it from a later one at the same address."""
 
     number: int
     size: int
@@ -57,10 +57,10 @@ class Living(NamedTuple):
 
 
 class Census(TorchDispatchMode):
-    """Bytes of the storages that operations have returned and that still live: `now`, and their `peak`.
+    """Bytes of the live storages returned by operations: `now`, and their `peak`.
 
     Attributes:
-        moment: a name for what happens now; `at_peak` has what lived at the peak of each.
+        moment: name of the current phase; `at_peak` holds what was live at the peak of each phase.
     """
 
     def __init__(self, *ignored: torch.Tensor):
@@ -96,18 +96,18 @@ class Census(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes at that moment of a step at which it takes most, without what Python and libraries take.
+    """Bytes at the peak of a step, without those of Python and its libraries.
 
     Attributes:
         weights: all parameters and buffers.
-        gradients: those of parameters that there are by then.
-        optimizer: its states.
-        kept: what the forward kept for the backward, as far as it is still there: the residual streams after the last
-            layer and the hidden states that the head reads; without reversible layers, the activations of all.
-        layers: what one layer, or its backward, works with; in backward, with the streams that it rebuilds.
-        logits: logits and loss, their gradients and what they come from.
-        cache: keys, values and buckets for the tokens to be generated.
-        moment: `"forward"`, `"loss"` (its backward included), `"backward"` or `"update"`.
+        gradients: parameter gradients that exist at that point.
+        optimizer: optimizer states.
+        kept: what forward stored for backward and is still needed: the residual streams after the last layer and the
+            hidden states that the head reads; without reversible layers, the activations of all layers.
+        layers: working memory of one layer, or of its backward pass, including the streams that it reconstructs.
+        logits: logits and loss, their gradients and what they are computed from.
+        cache: keys, values and buckets of the cached tokens.
+        moment: when the peak occurs: `"forward"`, `"loss"` (including its backward), `"backward"` or `"update"`.
     """
 
     weights: int = 0
@@ -134,7 +134,7 @@ class MemoryEstimate:
 
 
 def format_memory(estimates: dict[str, MemoryEstimate]) -> str:
-    """A table of estimates in MiB, a column for each under its name."""
+    """A table of estimates in MiB, one named column for each."""
     rows = [["MiB", *estimates]]
     for part in MemoryEstimate().parts:
         sizes = [estimate.parts[part] for estimate in estimates.values()]
@@ -159,28 +159,28 @@ def estimate_memory(
     autocast: torch.dtype | None = None,
     optimizer_states: int = 2,
 ) -> MemoryEstimate:
-    """What a training step, or a forward pass, of `batch_size` sequences of `length` tokens takes on a CPU.
+    """Memory of a training step, or a forward pass, of `batch_size` sequences of `length` tokens on a CPU.
 
-    Nothing is computed: the model runs with tensors that have shapes alone, and every storage is counted from when it
-    is made until it is freed. Long sequences are extrapolated from shorter ones. What the compiled kernel allocates
-    for itself, about a hundredth, is not counted.
+    Nothing is computed: the model runs with tensors that only have shapes, and every storage is counted from its
+    allocation until it is freed. Long sequences are extrapolated from shorter ones. Internal allocations of the
+    compiled kernel, about a hundredth, are not counted.
 
     Args:
-        training: a step: forward, backward, update. Otherwise a forward pass without gradients.
+        training: a training step: forward, backward, update. Otherwise a forward pass without gradients.
         model_class: default: the class that `config.architectures` names; else `ReformerForConditionalGeneration`,
             `ReformerForCausalLM` or, for an encoder, `ReformerForMaskedLM`.
-        use_cache: of a forward pass: it reads a prompt, as `generate` does, fills a cache and gives the last token's
+        use_cache: for a forward pass: prefill a cache with a prompt, as `generate` does, and compute the last token's
             logits.
-        dtype: of the weights, and of what is computed outside of autocast.
-        autocast: the dtype of `torch.autocast`, as the Trainer's `bf16=True` has bfloat16; None: there is none.
-        optimizer_states: numbers that the optimizer keeps for each weight: 2 for AdamW, 0 for plain SGD.
+        dtype: dtype of the weights, and of computations outside of autocast.
+        autocast: the dtype of `torch.autocast`, bfloat16 for the Trainer's `bf16=True`; None: no autocast.
+        optimizer_states: numbers that the optimizer stores per weight: 2 for AdamW, 0 for plain SGD.
 
     Raises:
         ValueError: sizes that the model cannot take, or options that exclude each other.
     """
     if not isinstance(config, ReformerConfig):
         raise ValueError(
-            f"The config is a {type(config).__name__}; the memory of {ReformerConfig.__name__}'s models is known."
+            f"The config is a {type(config).__name__}; memory is estimated only for a {ReformerConfig.__name__}."
         )
     batch_size, length = operator.index(batch_size), operator.index(length)
     if min(batch_size, length) < 1 or length > config.covered_positions:
@@ -210,19 +210,19 @@ def known_class(name: str) -> type[ReformerPreTrainedModel]:
     """The class of that name.
 
     Raises:
-        ValueError: its inputs are no tokens, or it is none of this package.
+        ValueError: its inputs are not tokens, or it is not a class of this package.
     """
     if name not in MODELS:
         raise ValueError(
-            f"Memory is estimated for {', '.join(MODELS)}, not for {name}. Give one of them as `model_class`: for "
-            "signals ReformerForSequenceClassification comes near, which has the same layers; `length` is then the "
-            "number of frames or patches."
+            f"Memory is estimated for {', '.join(MODELS)}, not for {name}. Give one of them as `model_class`. For "
+            "signals use ReformerForSequenceClassification, which has the same layers; `length` is then the number "
+            "of frames or patches."
         )
     return MODELS[name]
 
 
 def default_class(config: ReformerConfig) -> type[ReformerPreTrainedModel]:
-    """The class that `config.architectures` names; otherwise a language model's, of the kind that the config says."""
+    """The class that `config.architectures` names; otherwise the language model that fits the config."""
     if config.architectures:
         return known_class(config.architectures[0])
     if config.is_encoder_decoder:
@@ -231,7 +231,7 @@ def default_class(config: ReformerConfig) -> type[ReformerPreTrainedModel]:
 
 
 def _extrapolate(first: MemoryEstimate, second: MemoryEstimate, steps: float) -> MemoryEstimate:
-    """What follows after so many steps as that from `first` to `second`."""
+    """Extrapolate linearly: `steps` times the step from `first` to `second`, beyond `second`."""
     grown = {name: size + steps * (size - first.parts[name]) for name, size in second.parts.items()}
     return MemoryEstimate(**{name: max(0, math.ceil(size)) for name, size in grown.items()}, moment=second.moment)
 
@@ -240,7 +240,7 @@ def _run(
     config: ReformerConfig, model_class: Callable[..., Any], batch: int, training: bool, use_cache: bool,
     dtype: torch.dtype, autocast: torch.dtype | None, optimizer_states: int, length: int,
 ) -> list[MemoryEstimate]:  # fmt: skip
-    """An estimate for each moment."""
+    """One estimate for each phase."""
     with fake_tensors(), warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"

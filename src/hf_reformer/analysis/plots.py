@@ -1,6 +1,6 @@
-"""Plots of what LSH attention does: buckets, visible pairs, attention weights, attention mass.
+"""Plots of LSH attention: buckets, visible pairs, attention weights, attention mass.
 
-The numbers come from the model's own forward (`view_layer`, or `output_attentions`). Every plot is drawn into the
+The numbers come from the model's own forward pass (`view_layer`, or `output_attentions`). Every plot is drawn into the
 given Axes, or into a new figure, and returned as Axes; nothing is shown or saved.
 """
 
@@ -28,7 +28,7 @@ MAX_LABELS = 64  # tokens whose text can still be read along an axis
 
 
 def plot_buckets(view: LayerView, hash_round: int = 0, row: int = 0, head: int = 0, ax: Any = None) -> Any:
-    """Which bucket every real token falls into, over its position, in one hash round."""
+    """The bucket of every real token over its position, in one hash round."""
     buckets = buckets_of(view)
     batch, heads, rounds, _ = buckets.shape
     check_index(row=(row, batch), head=(head, heads), hash_round=(hash_round, rounds))
@@ -42,10 +42,10 @@ def plot_buckets(view: LayerView, hash_round: int = 0, row: int = 0, head: int =
 
 
 def plot_pairs(view: LayerView, row: int = 0, head: int = 0, ax: Any = None, side: int = SIDE) -> Any:
-    """Who sees whom: every token's windows, each pair in the colour of the first order that shows it.
+    """Which tokens attend to which: every token's windows, each pair in the color of the first order that contains it.
 
-    Where the input is longer than `side`, a pixel stands for a block of tokens, and has the colour of the first order
-    that shows any of its pairs.
+    If the input is longer than `side`, a pixel represents a block of tokens, in the color of the first order that
+    contains any of its pairs.
     """
     query, key, order = visible_pairs(view, row, head)
     length, count = view.mask.shape[1], len(view.names)
@@ -76,13 +76,13 @@ def plot_attention(
     ax: Any = None,
     side: int = SIDE,
 ) -> Any:
-    """The attention weights of a head, one row of pixels for every token that attends.
+    """The attention weights of a head, one row of pixels per query token.
 
     Args:
         attention, mask: as for `attention_mass`.
-        tokens: texts of the tokens, to be written along both axes; for short inputs.
-        side: where there are more tokens, a pixel stands for a block of them: how much of their attention its tokens
-            pay to its other tokens, so that every row still adds up to 1.
+        tokens: texts of the tokens, as labels on both axes; for short inputs.
+        side: if there are more tokens, a pixel represents a block of them: the share of attention that the tokens of
+            its row give to those of its column, so that every row still sums to 1.
     """
     image, steps = attention_image(attention, row, head, mask, side)
     columns = as_lists(attention)[2]
@@ -109,7 +109,7 @@ def plot_attention(
 def attention_image(
     attention: AttentionWeights, row: int = 0, head: int = 0, mask: torch.Tensor | None = None, side: int = SIDE
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The weights of a head in at most `side` rows and columns, and how many tokens a row and a column stand for."""
+    """The weights of a head in at most `side` rows and columns, and the number of tokens per row and column."""
     tokens, weights, columns = as_lists(attention, mask)
     check_index(row=(row, len(tokens)), head=(head, tokens.shape[1]))
     tokens, weights = tokens[row, head].clamp(min=0), weights[row, head]  # (T, K)
@@ -127,10 +127,10 @@ def plot_attention_mass(
     ax: Any = None,
     causal: bool | None = None,
 ) -> Any:
-    """The share of attention that every token receives, a line per head; arguments as for `attention_mass`.
+    """The share of attention that every token receives, one line per head; arguments as for `attention_mass`.
 
-    causal: whether the layer is; then a dashed line shows the mass of evenly spread attention, the target of the
-    coverage loss. Not with packed samples.
+    causal: whether the layer is causal; if given, a dashed line shows the mass under uniform attention, the target of
+    the coverage loss. Not with packed samples.
     """
     mass = attention_mass(attention, mask)
     check_index(row=(row, len(mass)))
@@ -147,7 +147,7 @@ def plot_attention_mass(
 
 
 def plot_bucket_sizes(view: LayerView, ax: Any = None) -> Any:
-    """How many buckets are how full, over all sequences, heads and rounds; the line is where all are equally full."""
+    """Histogram of bucket sizes over all sequences, heads and rounds; the line marks an even share."""
     sizes = bucket_sizes(view).double()
     even = view.mask.sum(-1).clamp(min=1)[:, None, None, None] / view.num_buckets
     ax = _axes(ax)
@@ -159,7 +159,7 @@ def plot_bucket_sizes(view: LayerView, ax: Any = None) -> Any:
 
 
 def plot_round_agreement(view: LayerView, neighbours: int = 8, ax: Any = None) -> Any:
-    """Share of near neighbours that share a bucket, over the number of rounds; `view_layer` takes `num_hashes`."""
+    """Share of nearest neighbors that share a bucket, over the number of rounds; `view_layer` accepts `num_hashes`."""
     share = round_agreement(view, neighbours).cpu()
     rounds = torch.arange(1, len(share) + 1)
     ax = _axes(ax)
@@ -172,10 +172,10 @@ def plot_round_agreement(view: LayerView, neighbours: int = 8, ax: Any = None) -
 
 
 def plot_attention_found(layers: Sequence[AttentionFound], ax: Any = None) -> Any:
-    """Of the exact attention beyond the local window, the share that hash orders show, beside as many other keys.
+    """Share of exact attention beyond the local window that hash orders find, compared with as many other keys.
 
-    A group of bars per head, of what `attention_found` returned. Below each is the share of all its attention that
-    lies beyond the window: what is at stake.
+    One group of bars per head, from the result of `attention_found`. Below each is the share of all its attention that
+    lies beyond the window.
     """
     if not layers:
         raise ValueError("There is nothing to plot: no layer hashed this input.")
@@ -218,7 +218,7 @@ def _show(ax: Any, image: torch.Tensor, row_step: int, column_step: int, **optio
 
 
 def _colour(name: str) -> Any:
-    """Grey for the position order, colours for hash rounds, black and near it for exploration."""
+    """Gray for the position order, colors for hash rounds, black and dark gray for exploration."""
     from matplotlib import colormaps
 
     kind, _, number = name.partition(" ")

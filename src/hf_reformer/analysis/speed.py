@@ -1,4 +1,4 @@
-"""How long a training step or a forward pass takes on this machine."""
+"""Measure the time of a training step or a forward pass on this machine."""
 
 import statistics
 import time
@@ -20,11 +20,11 @@ def measure_seconds(
     repeats: int = 3,
     device: str | torch.device = "cpu",
 ) -> float:
-    """Median of the seconds that a step of a new model takes, after one that warms up.
+    """Median time of a step of a new model in seconds, after a warm-up step.
 
     Args:
-        training: forward, backward and AdamW's update; otherwise a forward pass without gradients.
-        model_class: as `estimate_memory` takes it.
+        training: forward, backward and an AdamW update; otherwise a forward pass without gradients.
+        model_class: as in `estimate_memory`.
     """
     model_class = default_class(config) if model_class is None else model_class
     with torch.random.fork_rng():

@@ -1,4 +1,4 @@
-"""What generation keeps of earlier tokens."""
+"""The cache that generation uses for earlier tokens."""
 
 from .cache import ReformerCache
 

@@ -1,4 +1,4 @@
-"""The cache of a causal Reformer: its layers, and what a model checks before it uses one."""
+"""The cache of a causal Reformer: its layers, and the checks before a model uses one."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -15,11 +15,11 @@ CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ 
 
 
 class ReformerCache(Cache):
-    """The cache of a causal Reformer, a layer for each of its own.
+    """The cache of a causal Reformer, one cache layer per model layer.
 
     Args:
-        config: the model's.
-        max_cache_len: tokens to allocate memory for at once; it grows when there are more.
+        config: the model's config.
+        max_cache_len: number of tokens to allocate memory for in advance; the cache grows beyond that if needed.
     """
 
     def __init__(self, config: ReformerConfig, max_cache_len: int = 0, **options: Any):
@@ -35,10 +35,10 @@ class ReformerCache(Cache):
 
 
 def to_reformer_cache(cache: Any, config: ReformerConfig) -> Cache:
-    """A cache that a Reformer filled, or an empty one of the library's (dynamic or static) with its layers replaced.
+    """Return a cache filled by a Reformer as is, or an empty transformers cache (dynamic or static) with our layers.
 
     Raises:
-        ValueError: it is neither, or was left half changed.
+        ValueError: it is neither, or an earlier change to it was interrupted.
     """
     if isinstance(getattr(cache, "layers", None), list):
         if [layer.signature for layer in cache.layers if isinstance(layer, ReformerCacheLayer)] == signatures(config):
@@ -71,10 +71,10 @@ def _check_whole(layers: list[Any]) -> None:
 
 
 def check_call(cache: Cache, batch: int, num_hashes: int, num_buckets: Any) -> None:
-    """Before any layer writes to the cache.
+    """Checks before any layer writes to the cache.
 
     Raises:
-        ValueError: it holds other sequences, or its tokens were hashed otherwise.
+        ValueError: it holds other sequences, or its tokens were hashed with other settings.
     """
     layers: list[Any] = cache.layers
     if layers[0].seen_tokens and layers[0].batch_size != batch:
@@ -94,15 +94,15 @@ def check_call(cache: Cache, batch: int, num_hashes: int, num_buckets: Any) -> N
 
 
 def whole_step(cache: Any) -> Any:
-    """Around all that a call does from its first layer to its end: if it breaks off, the cache is refused afterwards.
+    """Wraps a call from its first layer to its end: if the call is interrupted, the cache is refused afterwards.
 
-    The outermost of several counts: tokens are kept, yet of no use to whoever has no output.
+    When nested, the outermost counts: tokens may be cached, but are of no use to a caller that got no output.
     """
     return nullcontext() if cache is None or torch.compiler.is_compiling() else WholeStep(cache)
 
 
 def begin_writing(cache: Any) -> None:
-    """From here on a `whole_step` that breaks off leaves a cache that is refused."""
+    """From here on, an interrupted `whole_step` leaves a cache that is refused."""
     if not torch.compiler.is_compiling():  # a graph changes the cache at its end
         cache.layers[0].half_done = True
 

@@ -1,9 +1,9 @@
-"""What generation keeps: projected keys and values, and per head the newest members of every hash bucket.
+"""Cache layers: projected keys and values, and per head the newest members of every hash bucket.
 
-A decode step changes tensors where they lie, so that a CUDA graph may record it (`models.recorded_step`): only growth
-and changes of the sequences bring new ones.
+A decode step changes tensors in place, so that a CUDA graph may record it (`models.recorded_step`). Only growth and
+changes to the sequences create new tensors.
 
-A layer numbers the real tokens of a sequence 0, 1, 2 … and keeps them by that number: padding takes no memory, and the
+A layer numbers the real tokens of a sequence 0, 1, 2 … and stores them by number: padding takes no memory, and the
 sequences of a batch may differ in length. A decode step then reads the last `lsh_window` members of the new token's
 buckets and the last `local_window` tokens, whatever the length. In chunk mode a step sorts the buckets of all tokens.
 """
@@ -25,7 +25,7 @@ GROWTH = 1.125  # of the capacity, when it is full
 
 
 class ReformerCacheLayer(CacheLayerMixin):
-    """The tokens of one layer, by their numbers; local layers keep the last ones alone, by number modulo capacity."""
+    """The tokens of one layer, by number; local layers keep only the last ones, by number modulo capacity."""
 
     is_croppable = True
     # None until there are tokens:
@@ -71,7 +71,7 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Around a change of several tensors: unless it comes to its end, the layer is not used again."""
+        """Wraps a change of several tensors: if it is interrupted, the layer cannot be used again."""
         before, self.half_done = self.half_done, True
         yield
         self.half_done = before
@@ -94,7 +94,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         return 2 * self.local_window if self.is_ring_buffer else math.inf
 
     def has_room(self, new: int) -> bool:
-        """Whether so many new tokens fit into the memory that there is."""
+        """Whether this number of new tokens fits into the allocated memory."""
         return self.capacity >= min(self.seen_tokens + new, self.largest_capacity)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -113,7 +113,7 @@ class ReformerCacheLayer(CacheLayerMixin):
     def append(
         self, keys: torch.Tensor, values: torch.Tensor, buckets: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Keep new tokens, (B, H, N, D) each; buckets (B, H, R, N); mask (B, N) bool, None: all are real.
+        """Store new tokens, (B, H, N, D) each; buckets (B, H, R, N); mask (B, N) bool, None: all are real.
 
         Returns:
             (B, N) int64, their numbers; -1 for padding.
@@ -160,7 +160,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         return numbers
 
     def commit(self, numbers: torch.Tensor) -> None:
-        """The tokens of these numbers are kept now."""
+        """Mark the tokens with these numbers as stored."""
         self.seen_tokens += numbers.shape[1]
         if self.attention_mask is None:
             self.lengths += numbers.shape[1]
@@ -179,7 +179,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         return torch.ones(self.batch_size, self.seen_tokens, dtype=torch.bool, device=self.device)
 
     def _write(self, numbers: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, buckets: Any = None) -> None:
-        """Into the slots of these numbers; not those of padding, nor what a ring buffer would overwrite at once."""
+        """Write to the slots of these numbers, except padding and what a ring buffer would overwrite at once."""
         newest, last = numbers.max(-1, keepdim=True)  # (B, 1)
         written = (numbers >= 0) & (numbers > newest - self.capacity)
         # The others are written as the newest is, so that nobody has to count; without any, what is there is.
@@ -198,7 +198,7 @@ class ReformerCacheLayer(CacheLayerMixin):
             write(self.buckets.transpose(2, 3), buckets.transpose(2, 3))
 
     def all_tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Keys and values (B, H, T, D), buckets (B, H, R, T) or None, and where sequences differ, (B, T) bool."""
+        """Keys and values (B, H, T, D), buckets (B, H, R, T) or None, and if lengths differ, a (B, T) bool mask."""
         length = self.seen_tokens
         if self.attention_mask is not None and may_look_at(self.lengths):
             length = max(1, int(self.lengths.max()))
@@ -209,7 +209,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         return self.keys[:, :, :length], self.values[:, :, :length], buckets, mask
 
     def visible_tokens(self, own: torch.Tensor, buckets: torch.Tensor | None) -> torch.Tensor:
-        """Numbers of the tokens that the newest token of every sequence sees, (B, H or 1, K) int64; -1: none.
+        """Numbers of the tokens that the newest token of every sequence attends to, (B, H or 1, K) int64; -1: none.
 
         own: (B) int64, its number; buckets: (B, H, R, 1).
         """
@@ -224,7 +224,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         return torch.cat(visible, dim=-1)
 
     def input_positions(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Where the tokens of these numbers (B, H, N, K) stand among all that were given; -1 stays."""
+        """Positions of the tokens with these numbers (B, H, N, K) among all input tokens; -1 stays."""
         if self.attention_mask is None:
             return numbers
         positions = (~self.attention_mask).long().argsort(dim=-1, stable=True)[:, None, None]  # real tokens first
@@ -254,7 +254,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         return self.seen_tokens + query_length, 0
 
     def activate_past_recording(self) -> None:
-        """Keep every token from now on, so that any number can be cropped."""
+        """Store every token from now on, so that any number can be cropped."""
         if self.kind == "local" and self.seen_tokens and not self.record_past:
             with self._changing():
                 self._keep_by_number()
@@ -272,7 +272,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         return self.lengths - self.mask_so_far()[:, -count:].sum(-1)
 
     def has_evicted(self, count: int) -> bool:
-        """Whether tokens are gone that would be seen again if the last `count` tokens were cropped."""
+        """Whether cropping the last `count` tokens would bring evicted tokens back into a window."""
         if self.kind != "local" or not self.is_initialized:
             return False
         oldest = torch.maximum(self.longest, self.lengths) - self.capacity if self.is_ring_buffer else self.oldest
@@ -283,8 +283,7 @@ class ReformerCacheLayer(CacheLayerMixin):
 
         Raises:
             ValueError: a positive number, or more tokens than there are.
-            RuntimeError: a local layer has evicted tokens that would come back into its window. No layer of the cache
-                is changed then.
+            RuntimeError: a local layer has evicted tokens that would return into its window. The cache is unchanged.
         """
         count = -tokens_to_remove
         if count == 0 or not self.is_initialized:
@@ -350,7 +349,7 @@ class ReformerCacheLayer(CacheLayerMixin):
 
 
 class ChunkCacheLayer(ReformerCacheLayer):
-    """The tokens of one lsh or local layer in chunk mode. Every sequence counts alone, without padding."""
+    """The tokens of one lsh or local layer in chunk mode. Every sequence is treated alone, without padding."""
 
     chunks_from: Any  # (B) int64, lsh layers: a new token with fewer tokens before it sees all of them
     makes_chains = False  # a decode step sorts all tokens
@@ -372,9 +371,9 @@ class ChunkCacheLayer(ReformerCacheLayer):
             self.chunks_from = torch.where(self.lengths > self.uncut, after_cut, after_uncut)
 
     def visible_tokens(self, own: torch.Tensor, buckets: torch.Tensor | None) -> torch.Tensor:
-        """The chunk that the newest token falls into, of the sequence or of each round's sort order, and those before.
+        """The newest token's chunk in the sequence, or in each round's sort order, and the chunks before it.
 
-        A round wraps around at its end, so that a token may come up several times. It counts as often as it does.
+        A round wraps around at its end, so a token may occur several times. It counts as often as it occurs.
         """
         window = torch.arange(self.local_window, device=own.device)
         if buckets is None:
@@ -394,7 +393,7 @@ class ChunkCacheLayer(ReformerCacheLayer):
 
 
 def _extend(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
-    """x with `size` entries along a dimension, zeros behind its own."""
+    """x padded with zeros to `size` entries along a dimension."""
     shape = list(x.shape)
     shape[dim] = size
     extended = x.new_zeros(shape)

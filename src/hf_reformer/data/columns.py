@@ -24,7 +24,7 @@ _PAIR_COLUMNS = (
     ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "sentence"), ("question1", "question2"),
     ("text1", "text2"), ("query", "document"), ("question", "context"),
 )  # fmt: skip
-_LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "score")
+LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "score")
 
 
 def find_columns(
@@ -41,7 +41,7 @@ def find_columns(
         if name is not None and name not in names:
             raise ValueError(f"There is no column `{name}`. The columns are {listed}.")
     check_distinct({"--text_column": text, "--text_pair_column": pair, "--label_column": label})
-    label = label or next((name for name in _LABEL_COLUMNS if name in names and name not in (text, pair)), None)
+    label = label or next((name for name in LABEL_COLUMNS if name in names and name not in (text, pair)), None)
     if text is None and pair is None and "text" not in names:
         text, pair = next((both for both in _PAIR_COLUMNS if {*both} <= {*names} - {label}), (None, None))
     if text is None:
@@ -50,7 +50,7 @@ def find_columns(
         text = next((name for name in _TEXT_COLUMNS if kinds.get(name) is not None), None)
         strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
         if text is None and len(strings) > 1:  # of a csv file all columns are strings
-            strings = [x for x in strings if x not in _LABEL_COLUMNS and not _holds_numbers(dataset, x)]
+            strings = [x for x in strings if x not in LABEL_COLUMNS and not _holds_numbers(dataset, x)]
         text = text or (strings[0] if len(strings) == 1 else None)
     if text is None:
         raise ValueError(f"Which column holds the text? The columns are {listed}. Name it with `--text_column`.")

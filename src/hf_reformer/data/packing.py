@@ -185,22 +185,31 @@ def masked_windows(
     return Dataset.from_dict(windows)
 
 
-class MaskingCollator(TrainerCallback):
-    """Batches of sequences of one length with masked tokens. To be a callback of the Trainer as well.
+class EpochCollator(TrainerCallback):
+    """A collator that draws anew in every epoch, and knows which one it is. To be a callback of the Trainer as well.
 
-    What is masked depends on a sequence, the epoch and the seed alone, so that a resumed run masks what the whole one
-    does: batches are made ahead of their step.
+    What it draws depends on a row, the epoch and the seed alone, so that a resumed run sees what the whole one does:
+    batches are made ahead of their step.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.epoch = seed, 0
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.epoch = int(state.epoch or 0)
+
+
+class MaskingCollator(EpochCollator):
+    """Batches of sequences of one length with masked tokens.
 
     Args:
         whole: labels are all tokens, not only those that are masked: for a decoder that writes the text again.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int, whole: bool = False) -> None:
+        super().__init__(seed)
         self.mask = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=probability, seed=seed)
-        self.seed, self.epoch, self.whole = seed, 0, whole
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.epoch = int(state.epoch or 0)
+        self.whole = whole
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batches = []

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 
 from .columns import is_number
-from .tables import cell_text, read_column, require
+from .tables import cell_text, read_column
+from .times import ADVICE, Step, read_times, step_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 TIME_COLUMNS = ("time", "date", "datetime", "timestamp", "ds", "day", "month")
+NONE = "none"
 MOST_MISSING = 100  # times as many steps as rows, which no table with gaps has
 
 
@@ -26,24 +28,26 @@ class SeriesTable:
     times: np.ndarray | None
 
     @property
-    def step(self) -> np.timedelta64 | None:
-        return None if self.times is None or len(self.times) < 2 else self.times[1] - self.times[0]
+    def step(self) -> Step | None:
+        return None if self.times is None or len(self.times) < 2 else step_of(self.times)
 
 
 def read_table(dataset: "Dataset", time_column: str | None, series: Sequence[str] | None) -> SeriesTable:
     """A table with a row a step, its steps in order and evenly apart; steps that are missing become NaN.
 
     Args:
-        time_column: default: found by its name; none: rows are steps.
-        series: default: all columns of numbers.
+        time_column: default: found by its name; without one, or by "none": rows are steps.
+        series: which to read, in this order; default: all columns of numbers.
 
     Raises:
         ValueError: there is no such column, a cell is no number or time, or times are not in order or uneven.
     """
     names = dataset.column_names
+    without = time_column == NONE and NONE not in names
+    time_column = None if without else time_column
     if missing := [name for name in (time_column, *(series or ())) if name is not None and name not in names]:
         raise ValueError(f"There is no column {missing}. The columns are {names}.")
-    time = time_column or next((name for name in TIME_COLUMNS if name in names), None)
+    time = time_column or next((name for name in TIME_COLUMNS if name in names and not without), None)
     columns, chosen = [], []
     for name in series or [name for name in names if name != time]:
         values = numbers(read_column(dataset, name), name, strict=series is not None)
@@ -55,7 +59,7 @@ def read_table(dataset: "Dataset", time_column: str | None, series: Sequence[str
     table = np.stack(columns, axis=1)
     if time is None:
         return SeriesTable(chosen, table, None)
-    return _regular(SeriesTable(chosen, table, _times(read_column(dataset, time), time)))
+    return _regular(SeriesTable(chosen, table, read_times(read_column(dataset, time), time)))
 
 
 def numbers(cells: Sequence[Any], name: str, strict: bool) -> np.ndarray | None:
@@ -63,6 +67,10 @@ def numbers(cells: Sequence[Any], name: str, strict: bool) -> np.ndarray | None:
     found = np.full(len(cells), np.nan)
     for row, cell in enumerate(cells):
         if isinstance(cell, (list, dict, bytes)):
+            if strict:
+                raise ValueError(
+                    f"Row {row} of the column `{name}` holds a {type(cell).__name__}, which is no number."
+                )
             return None
         text = cell_text(cell)
         if text is None or not text.strip():
@@ -74,19 +82,6 @@ def numbers(cells: Sequence[Any], name: str, strict: bool) -> np.ndarray | None:
         found[row] = float(text)
     if np.isinf(found).any():
         raise ValueError(f"Row {int(np.isinf(found).argmax())} of the column `{name}` is infinite. Leave it empty.")
-    return found
-
-
-def _times(cells: Sequence[Any], name: str) -> np.ndarray:
-    pandas = require("pandas")
-    try:
-        found = (
-            pandas.to_datetime(pandas.Series(list(cells)), utc=True).dt.tz_localize(None).to_numpy("datetime64[ns]")
-        )
-    except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f"The column `{name}` holds no times: {error}") from error
-    if np.isnat(found).any():
-        raise ValueError(f"Row {int(np.isnat(found).argmax())} has no time. Leave it out.")
     return found
 
 
@@ -103,46 +98,38 @@ def _regular(table: SeriesTable) -> SeriesTable:
             else "is earlier than the row before it"
         )
         raise ValueError(f"Row {row} ({table.times[row]}) {kind}. Sort the rows by time, one for each step.")
-    step = np.median(gaps.astype(np.int64)).astype(np.int64)
-    counts, rest = np.divmod(gaps.astype(np.int64), step)
-    if rest.any():
-        row = int((rest != 0).argmax()) + 1
+    step = step_of(table.times)
+    places, exact = step.between(table.times[0], table.times)
+    if not exact.all():
+        row = int(exact.argmin())
         raise ValueError(
-            f"Steps are not even: most are {np.timedelta64(int(step), 'ns').astype('timedelta64[s]')}, but row {row} "
-            f"({table.times[row]}) comes {gaps[row - 1].astype('timedelta64[s]')} after the row before it. Resample "
-            "the data, such as by pandas' `resample(…).mean()`."
+            f"Steps are not even: most are {step}, but row {row} ({table.times[row]}) comes "
+            f"{gaps[row - 1].astype('timedelta64[s]')} after the row before it. Resample the data, such as by pandas' "
+            f"`resample(…).mean()`. {ADVICE}"
         )
-    if counts.sum() > MOST_MISSING * len(gaps):
-        raise ValueError(f"Of {int(counts.sum()) + 1} steps only {len(table.values)} are there. Resample the data.")
-    places = np.concatenate([[0], counts.cumsum()])
+    if places[-1] > MOST_MISSING * len(gaps):
+        raise ValueError(f"Of {int(places[-1]) + 1} steps only {len(table.values)} are there. Resample the data.")
     values = np.full((places[-1] + 1, table.values.shape[1]), np.nan)
     values[places] = table.values
-    times = table.times[0] + np.arange(len(values)) * np.timedelta64(int(step), "ns")
-    return SeriesTable(table.names, values, times)
+    return SeriesTable(table.names, values, step.after(table.times[0], np.arange(len(values))))
 
 
 def follows(first: SeriesTable, second: SeriesTable) -> int | None:
     """How many steps after the end of one table another begins, 1 at least; None if they are not of one course."""
     if first.times is None or second.times is None or first.step is None or second.times[0] <= first.times[-1]:
         return None
-    steps, rest = divmod(int(second.times[0] - first.times[-1]), int(first.step))
-    return None if rest or steps > MOST_MISSING * len(first.times) else steps
+    (steps,), (exact,) = first.step.between(first.times[-1], second.times[:1])
+    return int(steps) if exact and steps <= MOST_MISSING * len(first.times) else None
 
 
 def joined(first: SeriesTable, second: SeriesTable, steps: int) -> SeriesTable:
-    """Two tables, of which the second begins `steps` after the end of the first."""
+    """Two tables, of which the second begins `steps` after the end of the first, whose times go on."""
     between = np.full((steps - 1, len(first.names)), np.nan)
     values = np.concatenate([first.values, between, second.values])
-    times = first.times[0] + np.arange(len(values)) * first.step
+    step, times = first.step, None
+    if first.times is not None and step is not None:
+        times = step.after(first.times[0], np.arange(len(values)))
     return SeriesTable(first.names, values, times)
-
-
-def calendar(times: np.ndarray) -> np.ndarray:
-    """(N, 4) float32: where each time stands in its day and in its week, as points on two circles."""
-    seconds = times.astype("datetime64[s]").astype(np.int64)
-    day, week = seconds / 86400.0, (seconds / 86400.0 + 3) / 7  # 1970 began on a Thursday
-    angles = 2 * np.pi * np.stack([day % 1, week % 1], axis=1)
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
 
 
 class RowWindows(NamedTuple):
@@ -165,6 +152,7 @@ def read_row_windows(
     future: str,
     steps: tuple[int, int] | None = None,
     series: Sequence[str] | None = None,
+    predicted: Sequence[str] | None = None,
 ) -> RowWindows:
     """Windows of a table with lists in its cells.
 
@@ -173,17 +161,21 @@ def read_row_windows(
 
     Args:
         steps: those of past and future that a model takes; else those of the first row.
-        series: the names to take; default: all.
+        series: the names to take; default: all, those with a future first.
+        predicted: those of `series` that are to be predicted, where that is known: then the series keep their order,
+            and a future may be missing.
 
     Raises:
-        ValueError: rows differ in length, or hold something else than numbers.
+        ValueError: rows differ in length, or hold something else than numbers; there is no such series.
     """
     names = dataset.column_names
     own = [name.removeprefix(past) for name in names if name.startswith(past)]
-    predicted = [name for name in own if future + name in names] or own
+    if not own:
+        raise ValueError(f"No column begins with {past!r}, so there is no past. Name it by --past_prefix.")
+    given = [name for name in own if future + name in names]
     first = dataset[0]
     length = steps[0] if steps else len(first[past + own[0]])
-    ahead = next((len(first[future + name]) for name in predicted if first.get(future + name)), None)
+    ahead = next((len(first[future + name]) for name in given if first.get(future + name)), None)
     ahead = steps[1] if steps else ahead
     if ahead is None:
         raise ValueError(
@@ -191,15 +183,21 @@ def read_row_windows(
         )
     others = [name for name in names if not name.startswith((past, future)) and isinstance(first[name], list)]
     others = [
-        name for name in others if len(first[name]) == length and all(isinstance(x, (int, float)) for x in first[name])
+        name
+        for name in others
+        if len(first[name]) == length and all(isinstance(x, (int, float, type(None))) for x in first[name])
     ]
-    order = [*predicted, *(name for name in own if name not in predicted), *others]
-    if series is not None:
-        if unknown := [name for name in series if name not in order]:
-            raise ValueError(f"There is no series {unknown}. The series are {order}.")
-        order, predicted = [name for name in order if name in series], [name for name in predicted if name in series]
-        if not predicted:
-            raise ValueError(f"None of the series {list(series)} has a future. Name one that is to be predicted.")
+    order = [*given, *(name for name in own if name not in given), *others]
+    found = order if predicted is None else [*order, *(set(names) - set(order))]
+    if series is not None and (unknown := [name for name in series if name not in found]):
+        raise ValueError(f"There is no series {unknown}. The series are {order}.")
+    if predicted is not None:
+        order = list(order if series is None else series)
+    else:
+        order = [name for name in order if series is None or name in series]
+        predicted = [name for name in given or own if name in order]
+    if not predicted:
+        raise ValueError(f"None of the series {order} has a future. Name one that is to be predicted.")
 
     def column(name: str, size: int) -> np.ndarray:
         if name not in names:
@@ -219,7 +217,7 @@ def read_row_windows(
 
     before = [column(past + name if name in own else name, length) for name in order]
     behind = [column(future + name if name in predicted else "", ahead) for name in order]
-    return RowWindows(order, predicted, np.stack(before, axis=2), np.stack(behind, axis=2))
+    return RowWindows(order, list(predicted), np.stack(before, axis=2), np.stack(behind, axis=2))
 
 
 class Frame(NamedTuple):
@@ -246,7 +244,11 @@ def position_pairs(names: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def moving_frame(past: np.ndarray, reach: int = 5) -> Frame:
-    """The frame of (M, L, 2) positions: the last of them, and the way of the last `reach` steps, or of all."""
+    """The frame of (M, L, 2) positions: the last of them, and the way of the last `reach` steps, or of all.
+
+    What was not observed is where it was last.
+    """
+    past = filled_forward(past)
     last = past[:, -1]
     ways = [last - past[:, -1 - min(reach, past.shape[1] - 1)], last - past[:, 0]]
     sizes = [np.linalg.norm(way, axis=1) for way in ways]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..hub.audio import waveform
-from .tables import TABLE_FORMATS, read_examples, require
+from .tables import TABLE_FORMATS, read_column, read_examples, require
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,7 +23,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 def read_signals(path: str | Path, suffixes: Sequence[str]) -> "Dataset":
     """One split: a table, or a folder with one sub-folder of files per label.
 
-    Files that a table names are looked for beside it. Rows of a folder have `path`, `file` and `label`.
+    Rows of a folder have `path`, `file` and `label`. For files that a table names, see `files_beside`.
 
     Raises:
         FileNotFoundError, ValueError: as of `read_examples`; or the folder holds no such files.
@@ -35,14 +35,7 @@ def read_signals(path: str | Path, suffixes: Sequence[str]) -> "Dataset":
                 f"`{path}` has an unknown extension. Give a file ending in {', '.join(TABLE_FORMATS)}, or a folder "
                 f"that holds one sub-folder per label, with files ending in {', '.join(suffixes)}."
             )
-        dataset = read_examples(path)
-        for name in set(dataset.column_names) & {"file", "path"}:
-            if dataset.features[name].dtype == "string":
-                beside = [cell if cell is None or Path(cell).is_absolute() else str(path.parent / cell)
-                          for cell in dataset[name][:]]  # fmt: skip
-                old = f"{name} as written"
-                dataset = dataset.rename_column(name, old).add_column(name, beside).remove_columns(old)
-        return dataset
+        return read_examples(path)
     files = [file for file in sorted(path.glob("*/**/*")) if file.suffix.lower() in suffixes and file.is_file()]
     rows = [
         {"path": str(file), "file": file.relative_to(path).as_posix(), "label": file.relative_to(path).parts[0]}
@@ -55,6 +48,38 @@ def read_signals(path: str | Path, suffixes: Sequence[str]) -> "Dataset":
             "such files in it."
         )
     return datasets.Dataset.from_list(rows)
+
+
+def files_beside(dataset: "Dataset", column: str, folder: Path) -> "Dataset":
+    """The files that a column names, or its cells with a `path` and no `bytes`, looked for in the folder of the table.
+
+    Empty cells stay empty.
+    """
+    feature, dataset = dataset.features[column], undecoded(dataset, column)
+    kind = dataset.features[column]
+    if getattr(kind, "dtype", None) not in ("string", "large_string"):
+        pa, cells = require("pyarrow"), dataset.data.column(column)
+        fields = [field.name for field in cells.type] if pa.types.is_struct(cells.type) else []
+        holds_all = "bytes" in fields and not require("pyarrow.compute").struct_field(cells, "bytes").null_count
+        if "path" not in fields or holds_all:
+            return dataset.cast_column(column, feature)
+
+    def beside(cell: Any) -> Any:
+        if isinstance(cell, dict):
+            return cell if cell.get("bytes") else {**cell, "path": beside(cell["path"])}
+        if cell is None or not cell.strip():
+            return None
+        return cell if Path(cell).is_absolute() else str(folder / cell)
+
+    found = [beside(cell) for cell in read_column(dataset, column)]
+    old = f"{column} as written"
+    dataset = dataset.rename_column(column, old).add_column(column, found, feature=kind).remove_columns(old)
+    return dataset.cast_column(column, feature)
+
+
+def holds_samples(dataset: "Dataset", column: str) -> bool:
+    """Whether cells are lists of samples, which do not tell their sampling rate."""
+    return type(dataset.features[column]).__name__ in ("List", "LargeList", "Sequence")
 
 
 def find_signal_column(dataset: "Dataset", name: str | None, usual: Sequence[str], option: str) -> str:
@@ -85,33 +110,52 @@ def undecoded(dataset: "Dataset", column: str) -> "Dataset":
 
 
 def stored_rate(dataset: "Dataset", column: str, rate_column: str | None) -> int | None:
-    """The sampling rate of the first recording, if it is known: by a column, by the cell, or by its file."""
-    dataset = undecoded(dataset, column)
-    if rate_column is not None:
-        return int(dataset[0][rate_column])
-    cell = dataset[0][column]
-    if isinstance(cell, dict) and cell.get("sampling_rate"):
-        return int(cell["sampling_rate"])
+    """The sampling rate of the first recording: by a column, by the cell, or by its file; None of bare samples.
+
+    Raises:
+        ValueError: there is no first recording, or it cannot be read.
+    """
+    row = undecoded(dataset, column)[0]
+    cell = row[column]
     source = cell.get("bytes") or cell.get("path") if isinstance(cell, dict) else cell
-    if isinstance(source, (str, bytes)):
-        soundfile = require("soundfile")
-        if isinstance(source, str) and not Path(source).is_file():
-            raise FileNotFoundError(f"Row 0: There is no sound file `{source}`.")
+    try:
+        if rate_column is not None:
+            return _rate(row[rate_column])
+        if isinstance(cell, dict) and cell.get("sampling_rate"):
+            return _rate(cell["sampling_rate"])
+        if holds_samples(dataset, column):
+            return None
+        if not source:
+            raise ValueError("There is no recording.")
         try:
-            return int(soundfile.info(io.BytesIO(source) if isinstance(source, bytes) else source).samplerate)
-        except (RuntimeError, ValueError):
-            return None  # reading it says what is wrong
-    return None
+            sound = io.BytesIO(source) if isinstance(source, bytes) else source
+            return int(require("soundfile").info(sound).samplerate)
+        except (RuntimeError, ValueError, TypeError):
+            waveform(source, 1)  # says what is wrong
+            raise
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"Row 0: {error}") from error
 
 
-def recordings(dataset: "Dataset", column: str, rate: int, rate_column: str | None) -> Iterator[np.ndarray]:
+def _rate(cell: Any) -> int:
+    if cell is None or (isinstance(cell, str) and not cell.strip()) or cell != cell:
+        raise ValueError("There is no sampling rate.")
+    return int(cell)
+
+
+def recordings(
+    dataset: "Dataset", column: str, rate: int, rate_column: str | None, from_rate: int | None = None
+) -> Iterator[np.ndarray]:
     """(N) float32 samples of every row, at the sampling rate `rate`.
+
+    Args:
+        from_rate: of samples that tell none, by a column or by themselves.
 
     Raises:
         ValueError: a recording is none; the message names its row.
     """
     dataset = undecoded(dataset, column).select_columns([column, *([rate_column] if rate_column else [])])
-    listed = type(dataset.features[column]).__name__ in ("List", "LargeList", "Sequence")
+    listed = holds_samples(dataset, column)
     width = getattr(getattr(dataset.features[column], "feature", None), "dtype", "")
     for number, row in enumerate(dataset.with_format("numpy") if listed else dataset):
         cell = row[column]
@@ -120,7 +164,7 @@ def recordings(dataset: "Dataset", column: str, rate: int, rate_column: str | No
         try:
             if cell is None or (isinstance(cell, str) and not cell):
                 raise ValueError("There is no recording.")
-            yield waveform(cell, rate, int(row[rate_column]) if rate_column else None)
+            yield waveform(cell, rate, _rate(row[rate_column]) if rate_column else from_rate)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"Row {number}: {error}") from error
 

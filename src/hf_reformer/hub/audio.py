@@ -1,4 +1,4 @@
-"""Sound of every kind, as a model hears it: one channel of float32 samples at its sampling rate."""
+"""Convert audio of any kind to what models expect: one channel of float32 samples at the model's sampling rate."""
 
 import importlib
 import io
@@ -18,13 +18,14 @@ def waveform(source: Any, sampling_rate: int, from_rate: int | None = None) -> n
 
     Args:
         source: a file's path or its bytes (wav, flac, ogg, mp3: what soundfile reads); samples as an array, tensor or
-            list, integers of any width or floats; a mapping of `array` (or `raw`) and `sampling_rate`, or of `bytes`
-            or `path`, as columns of `datasets` hold; what has `get_all_samples`, such as torchcodec's decoders.
-        from_rate: the rate of samples that are given; None: `sampling_rate`.
+            list, integers of any width or floats; a mapping with `array` (or `raw`) and `sampling_rate`, or with
+            `bytes` or `path`, as in columns of `datasets`; or an object with `get_all_samples`, such as torchcodec's
+            decoders.
+        from_rate: the sampling rate of given samples; None: `sampling_rate`.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: there is no such file, or it is no sound, is empty, holds NaN, or
-            has axes that could be either channels or samples.
+        FileNotFoundError, ImportError, ValueError: there is no such file, or it is not audio, is empty, contains NaN,
+            or has axes that could be either channels or samples.
     """
     name = "The recording"
     if isinstance(source, Mapping):
@@ -35,7 +36,7 @@ def waveform(source: Any, sampling_rate: int, from_rate: int | None = None) -> n
                 f"A recording is {sorted(source)}; it needs `array` and `sampling_rate`, `bytes` or `path`."
             )
         if kind in ("array", "raw") and "sampling_rate" not in source:
-            raise ValueError(f"A recording has `{kind}` but no `sampling_rate`, without which it is no sound.")
+            raise ValueError(f"A recording has `{kind}` but no `sampling_rate`, without which it cannot be used.")
         source, from_rate = source[kind], source.get("sampling_rate", from_rate)
     if hasattr(source, "get_all_samples"):
         decoded = source.get_all_samples()
@@ -56,9 +57,9 @@ def waveform(source: Any, sampling_rate: int, from_rate: int | None = None) -> n
 
 
 def resampled(samples: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
-    """(N) float32 samples at another rate, by a polyphase filter."""
+    """(N) float32 samples resampled by a polyphase filter."""
     if from_rate < 1 or to_rate < 1:
-        raise ValueError(f"Sampling rates of {from_rate} and {to_rate} Hz cannot be. Give numbers of at least 1.")
+        raise ValueError(f"Sampling rates of {from_rate} and {to_rate} Hz are not possible. Give at least 1.")
     if from_rate == to_rate:
         return samples
     signal = _needed("scipy.signal", f"to change the sampling rate from {from_rate} to {to_rate} Hz")
@@ -82,7 +83,7 @@ def _read(source: Any, name: str) -> tuple[np.ndarray, int]:
 
 
 def _as_floats(source: Any, name: str) -> np.ndarray:
-    """Integers become numbers between -1 and 1."""
+    """Scale integers to numbers between -1 and 1."""
     try:
         samples = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source)
     except ValueError as error:
@@ -107,8 +108,7 @@ def _mixed(samples: np.ndarray, name: str) -> np.ndarray:
     few = [axis for axis in (0, 1) if samples.shape[axis] <= CHANNELS]
     if len(few) != 1:
         raise ValueError(
-            f"{name} has the shape {samples.shape}, of which neither axis, or either, could be the channels. Give one "
-            "channel."
+            f"{name} has the shape {samples.shape}, in which the channel axis is not clear. Give one channel."
         )
     return samples.mean(axis=few[0])
 

@@ -1,7 +1,7 @@
 """Share a model as a directory or a Hub repository that also works where this package is not installed.
 
-The directory holds the weights, the modelling code, and a config whose `auto_map` says where each Auto class finds its
-model in that code. `save_pretrained` and the Trainer write no code.
+The directory contains the weights, the modeling code, and a config whose `auto_map` says where each Auto class finds
+its model in that code. `save_pretrained` and the Trainer write no code.
 """
 
 import copy
@@ -59,18 +59,18 @@ def export(
 ) -> Path:
     """Write a directory that `from_pretrained(folder, trust_remote_code=True)` reads without this package.
 
-    Every Auto class that supports our models can read it, not only the class of its own head. Weights keep their
+    Every Auto class that supports our models can load it, not only the class of its own head. Weights keep their
     dtype. If the config names a compiled backend, the exported config says "auto" instead.
 
     Args:
         model: one of our models; or a checkpoint directory or Hub repository, whose tokenizer, processor and
             `trainer_state.json` are then included.
         folder: the directory to write. It must be empty or not exist.
-        tokenizer: is saved with the model.
-        processor: what prepares recordings or pictures, a feature extractor or image processor, is saved with it, too.
+        tokenizer: saved with the model.
+        processor: a feature extractor or image processor, also saved with the model.
         state: `trainer.state`, for the scores on the model card.
-        name: the name people will load it by, for the model card. Default: the name of the directory.
-        overwrite: replace the model in a directory that is not empty, in one step; other files in it stay.
+        name: the name under which people will load it, for the model card. Default: the name of the directory.
+        overwrite: replace the model in a non-empty directory in one step; other files in it stay.
         card: further fields of the model card, see `model_card`: `language`, `license`, `datasets`, `base_model`,
             `tags`, `dataset_name`, `notes`.
 
@@ -79,8 +79,8 @@ def export(
 
     Raises:
         FileExistsError: `folder` is not empty, or a file.
-        ValueError: the model cannot be exported, for example with unmerged adapters or without values; the message
-            says what to do first. Nothing is written.
+        ValueError: the model cannot be exported, for example because of unmerged adapters or weights without values;
+            the message says what to do first. Nothing is written.
     """
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
@@ -110,15 +110,15 @@ def push_to_hub(
     commit_message: str = "Upload a model",
     **card: Any,
 ) -> CommitInfo:
-    """Upload what `export` writes to a repository of the Hub, which is created if necessary.
+    """Upload what `export` writes to a Hub repository, which is created if necessary.
 
-    Files of a previously uploaded model are deleted or replaced, and so is its model card.
+    Files of a previously uploaded model, and its model card, are deleted or replaced.
 
     Args:
-        model, tokenizer, processor, state, card: as in `export`, and so are errors, which come before all is sent.
+        model, tokenizer, processor, state, card: as in `export`; its errors are raised before anything is uploaded.
         repo_id: "user/name", or "name" for your own account.
         private: visibility of a new repository. Default: the owner's setting.
-        token: default: that of `hf auth login`.
+        token: default: the one from `hf auth login`.
         revision: the branch to upload to, created if necessary.
         commit_message: first line of the commit message.
 
@@ -143,7 +143,7 @@ def push_to_hub(
 
 
 def read(source: str | PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, TrainerState | None, Any]:
-    """Model, tokenizer, Trainer state and processor of a checkpoint directory or Hub repository, or None each.
+    """Model, tokenizer, Trainer state and processor of a checkpoint directory or Hub repository; None if missing.
 
     A ValueError says why the model cannot be read.
     """
@@ -173,7 +173,7 @@ def read(source: str | PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 
 
 def saved_processor(folder: Path) -> Any:
-    """What prepares recordings or pictures, if it is in a checkpoint directory; ValueError if it is damaged."""
+    """The feature extractor or image processor in a checkpoint directory, or None; ValueError if it is damaged."""
     file = folder / PROCESSOR_FILE
     if not file.exists():
         return None
@@ -181,18 +181,18 @@ def saved_processor(folder: Path) -> Any:
         sees = "image_processor_type" in json.loads(file.read_text(encoding="utf-8"))
         return (AutoImageProcessor if sees else AutoFeatureExtractor).from_pretrained(folder)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read: {error}. Mend or remove it.") from error
+        raise ValueError(f"{file} cannot be read: {error}. Repair or remove it.") from error
 
 
 def saved_state(folder: Path) -> TrainerState | None:
-    """The Trainer's record in a checkpoint directory, if there is one; ValueError if it is none."""
+    """The Trainer's state in a checkpoint directory, or None; ValueError if it is invalid."""
     file = folder / "trainer_state.json"
     if not file.exists():
         return None
     try:
         state = TrainerState.load_from_json(str(file))
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{file} is no record of the Trainer: {error}. Mend or remove it.") from error
+        raise ValueError(f"{file} is no record of the Trainer: {error}. Repair or remove it.") from error
     entries = state.log_history if isinstance(state.log_history, list) else [None]
     numbers = [state.global_step, state.epoch or 0, state.train_batch_size or 0, state.best_global_step or 0]
     listed = all(isinstance(entry, dict) and _is_count(entry.get("step")) for entry in entries)
@@ -206,7 +206,7 @@ def _is_count(value: Any) -> bool:
 
 
 def check_model(model: Any) -> None:
-    """Raise ValueError for a model that could not be saved in an exported directory, or not be loaded from it."""
+    """Raise ValueError for a model that could not be saved in an exported directory, or loaded from it."""
     if hasattr(model, "peft_config"):
         raise ValueError(
             "The model has adapters attached. Merge them, `model = model.merge_and_unload()`, or share only the "
@@ -215,7 +215,7 @@ def check_model(model: Any) -> None:
     tensors = model.state_dict() if isinstance(model, torch.nn.Module) else {}
     if sharded := [name for name, x in tensors.items() if isinstance(x, DTensor)]:
         raise ValueError(
-            f"`{sharded[0]}` is distributed over processes. Save the whole model with the Trainer, then export that "
+            f"`{sharded[0]}` is distributed over processes. Save the full model with the Trainer, then export that "
             "checkpoint from one process."
         )
     if type(model) not in MODEL_CLASSES.values():
@@ -237,7 +237,7 @@ def check_model(model: Any) -> None:
     if quantized := [name for name, x in tensors.items() if type(x.data) is not torch.Tensor]:
         raise ValueError(
             f"`{quantized[0]}` is a {type(tensors[quantized[0]].data).__name__}, quantized in place without a record "
-            "in the config. Export the original, or quantize by `from_pretrained(..., quantization_config=...)`."
+            "in the config. Export the original, or quantize with `from_pretrained(..., quantization_config=...)`."
         )
     with torch.device("meta"):  # what the class creates from the config is what the directory must hold
         from_config = type(model)(copy.deepcopy(model.config)).state_dict()
@@ -253,7 +253,7 @@ def check_model(model: Any) -> None:
 
 
 def _loaded(model: Any, tokenizer: Any, state: Any, processor: Any) -> tuple[Any, Any, Any, Any]:
-    """The four of them, read from a directory or repository if `model` names one; arguments take precedence."""
+    """The same four, read from a directory or repository if `model` names one; arguments take precedence."""
     if isinstance(model, (str, PathLike)):
         model, *saved = read(model)
         given = (tokenizer, state, processor)
@@ -263,7 +263,7 @@ def _loaded(model: Any, tokenizer: Any, state: Any, processor: Any) -> tuple[Any
 
 
 def code_files() -> dict[str, str]:
-    """Names and texts of the exported code: the modules of our classes, and all that they import."""
+    """File names and texts of the exported code: the modules of our classes, and everything they import."""
     classes = (ReformerConfig, *MODEL_CLASSES.values())
     return flatten({cls.__module__.partition(".")[2] for cls in classes})  # dotted names within the package
 

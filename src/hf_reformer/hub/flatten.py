@@ -1,5 +1,5 @@
-"""The modelling code as one flat directory, because the Hub's copier follows `from .name import x` between files that
-lie side by side, and nothing else.
+"""The modeling code as one flat directory: the Hub's copier only follows `from .name import x` between files in one
+directory.
 
 Every module that the exported classes depend on is written under its short name, with the module part of its relative
 imports rewritten; the rest of the text stays.
@@ -21,8 +21,8 @@ def flatten(entries: set[str]) -> dict[str, str]:
         entries: dotted names of modules within the package; everything that they import relatively is added.
 
     Raises:
-        ValueError: two modules have the same short name, or a file imports a module from a room, a name from a
-            room's `__init__`, or the package by its absolute name.
+        ValueError: two modules have the same short name, or a file imports a module from a subpackage, a name from a
+            subpackage's `__init__`, or the package by its absolute name.
     """
     origins: dict[str, str] = {}
     files: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Model cards: the README.md of a model, made of its config and of what the Trainer recorded."""
+"""Model cards: a model's README.md, generated from its config and the Trainer's records."""
 
 import inspect
 import json
@@ -45,7 +45,7 @@ FIELDS = {
 
 
 class Evaluation(NamedTuple):
-    """Scores of one evaluation by the Trainer. `final`: it was run after training, on the final weights."""
+    """Scores of one evaluation by the Trainer. `final`: run after training, on the final weights."""
 
     step: int
     scores: dict[str, float]
@@ -70,7 +70,7 @@ def evaluations(history: list[dict[str, Any]]) -> list[Evaluation]:
 
 
 def _in_a_cell(name: str) -> str:
-    """A metric's name in one line of plain text: a record may come from anybody, and a card is a page."""
+    """A metric's name as one line of plain text: a record may come from anyone, and a card is a web page."""
     return " ".join(re.sub(r"[^\w@%.,:;/()=+-]+", " ", name).split())[:80]
 
 
@@ -80,10 +80,10 @@ def _is_score(value: Any) -> bool:
 
 
 def evaluation_of_weights(state: TrainerState, found: list[Evaluation]) -> Evaluation | None:
-    """The evaluation of the weights that the state was saved with, or None if the record leaves a doubt.
+    """The evaluation of the weights that the state was saved with, or None if the record is ambiguous.
 
-    It is one after training, or one at the last step. If training has ended and an earlier step was better, Trainer
-    may have loaded that one (`load_best_model_at_end`), which it does not record.
+    It is one after training, or one at the last step. If training has ended and an earlier step was better, the
+    Trainer may have loaded that step (`load_best_model_at_end`), which it does not record.
     """
     if not found:
         return None
@@ -118,7 +118,7 @@ def _listed(value: Any) -> list[str]:
 
 
 def example_inputs(config: Any, task: str) -> str | None:
-    """Noise as the inputs of a model of signals, in Python; None for others."""
+    """Python code for random inputs of a signal model; None for others."""
     shapes: dict[str, tuple[int, ...]] = {}
     if task in ("audio-classification", "automatic-speech-recognition"):
         features = config.num_input_features
@@ -138,7 +138,7 @@ def example_inputs(config: Any, task: str) -> str | None:
 def check_metadata(metadata: Mapping[str, Any]) -> None:
     """Raise ValueError for metadata that the Hub would reject."""
     if unknown := sorted(set(metadata) - FIELDS):
-        raise ValueError(f"A model card has no field {', '.join(unknown)}. There are {', '.join(sorted(FIELDS))}.")
+        raise ValueError(f"A model card has no field {', '.join(unknown)}. Its fields: {', '.join(sorted(FIELDS))}.")
     for language in _listed(metadata.get("language")):
         if not re.fullmatch(r"[a-z]{2,3}|code|multilingual", language):
             raise ValueError(f"`language={language!r}` is no code of ISO 639 like 'en', nor 'multilingual' or 'code'.")
@@ -174,10 +174,10 @@ def model_card(
 
     Args:
         model: one of our models.
-        name: the name it is loaded by in the example: a Hub repository or a directory.
+        name: the name to load in the example: a Hub repository or a directory.
         tokenizer: the tokenizer of the example.
         state: `trainer.state`, the source of all scores.
-        with_code: whether the modelling code is exported with the model.
+        with_code: whether the modeling code is exported with the model.
         dataset_name: the evaluation dataset, in words. Scores are part of the metadata if this or `datasets` is given.
         training: settings to list. Default: those in `state`.
         notes: Markdown for the end of the card.
@@ -185,7 +185,7 @@ def model_card(
             `tags`.
 
     Raises:
-        ValueError: the Hub would reject the metadata, or the model is none of ours.
+        ValueError: the Hub would reject the metadata, or the model is not one of ours.
     """
     check_metadata(metadata)
     auto_class = next((auto.__name__ for auto, ours in AUTO_CLASSES.items() if isinstance(model, ours)), None)

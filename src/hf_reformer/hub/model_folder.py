@@ -1,4 +1,4 @@
-"""Checkpoint directories: reading one, with clear errors if it is damaged or inconsistent, and replacing one whole."""
+"""Checkpoint directories: reading them, with clear errors if damaged, and replacing them atomically."""
 
 import ctypes
 import fnmatch
@@ -42,9 +42,9 @@ def readable(source: Any) -> Iterator[None]:
 
 
 def check_own_files(folder: Path) -> None:
-    """Raise ValueError if a file of a directory is a link to elsewhere, or its config or index names one elsewhere.
+    """Raise ValueError if a directory contains a link to a file elsewhere, or its config or index names one.
 
-    In the Hub's cache, files are links to the repository's own blobs. Pipes and devices are refused, too.
+    In the Hub's cache, links to the repository's own blobs are allowed. Pipes and devices are also refused.
     """
     own = [folder.resolve()]
     if own[0].parent.name == "snapshots":
@@ -58,7 +58,7 @@ def check_own_files(folder: Path) -> None:
             raise ValueError(f"{path} is a link to itself.") from error
         if not any(target.is_relative_to(place) for place in own):
             raise ValueError(
-                f"{path} is {target}, outside of the directory, and is not read. Copy it there if it belongs there."
+                f"{path} is {target}, outside of the directory, and is not read. Copy it in if it belongs there."
             )
         if target.exists() and not target.is_file() and target != templates.resolve():
             raise ValueError(f"{path} is no file, but a pipe, a device or a directory. Remove it.")
@@ -68,7 +68,7 @@ def saved_config(folder: Path) -> dict[str, Any]:
     """The contents of a checkpoint directory's config.json.
 
     Raises:
-        ValueError: it is missing or holds no JSON object, the directory holds an adapter, or files from elsewhere.
+        ValueError: it is missing or not a JSON object, or the directory contains an adapter or files from elsewhere.
     """
     file = folder / "config.json"
     if folder.is_dir():
@@ -91,7 +91,7 @@ def saved_config(folder: Path) -> dict[str, Any]:
 
 
 def load_model(model_class: Any, source: Any, dtype: str = "auto", **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A checkpoint's model and the loading report; RuntimeError if weights have other sizes than the config says."""
+    """A checkpoint's model and the loading report; RuntimeError if weights differ in size from the config."""
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = model_class.from_pretrained(source, dtype=dtype, **options)
     for key, saved, expected in sorted(report["mismatched_keys"]):
@@ -100,7 +100,7 @@ def load_model(model_class: Any, source: Any, dtype: str = "auto", **options: An
 
 
 def other_task(model: PreTrainedModel) -> str | None:
-    """The class that saved a model, if that was one for another task: its weights may fit, but answer at random."""
+    """The class that saved a model, if it is for another task: the weights may fit, but outputs would be random."""
 
     def task(name: str) -> str | None:
         found = re.search(r"For[A-Z]\w*$", name)
@@ -121,19 +121,19 @@ def load_tokenizer(source: Any, **options: Any) -> Any:
     except Exception as error:  # whatever was raised on the way
         raise ValueError(
             f"The tokenizer in {source} cannot be read: {type(error).__name__}: {error}. Its files are damaged: save "
-            "it again by `tokenizer.save_pretrained`."
+            "it again with `tokenizer.save_pretrained`."
         ) from error
 
 
 @contextmanager
 def written_whole(folder: Path, replaced: list[str] | None = None) -> Iterator[Path]:
-    """A directory to write into that appears as `folder` in one step when the block ends, or not at all.
+    """A directory to write into that atomically becomes `folder` when the block ends, or not at all.
 
-    Where `folder` exists, other files in it stay: all but those that are written, and that match a pattern of
-    `replaced`. They are linked into the new directory, which is then exchanged for the old one.
+    If `folder` exists, its files stay, except those that are written again or match a pattern in `replaced`. They are
+    linked into the new directory, which is then exchanged with the old one.
 
     Raises:
-        OSError: the directory cannot be replaced, because it is the current one, or a file system of its own.
+        OSError: the directory cannot be replaced, because it is the current one or a mount point.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     others = list(folder.iterdir()) if folder.exists() else []
@@ -162,9 +162,9 @@ def written_whole(folder: Path, replaced: list[str] | None = None) -> Iterator[P
 
 
 def _link(source: Path, target: Path) -> None:
-    """The same file, or directory of files, by a further name, unless that is taken.
+    """Hard-link a file, or the files of a directory, under another name, unless that is taken.
 
-    A copy, where the file system has no such names.
+    Copies if the file system does not support hard links.
     """
 
     def link(source: Any, target: Any) -> None:
@@ -183,7 +183,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _exchange(new: Path, folder: Path) -> None:
-    """Swap two directories: in one step on Linux, else in two, of which the first is undone if the second fails."""
+    """Swap two directories: atomically on Linux, else in two steps; the first is undone if the second fails."""
     libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     here, both_ways = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     if hasattr(libc, "renameat2") and not libc.renameat2(here, os.fsencode(new), here, os.fsencode(folder), both_ways):
@@ -199,7 +199,7 @@ def _exchange(new: Path, folder: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No loading report of the library; what matters in it is raised as an error."""
+    """Suppress transformers' loading report; what matters in it is raised as an error."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -1,7 +1,7 @@
 """Default target modules of our models for peft, so that `LoraConfig()` needs no `target_modules`.
 
-peft has a table for each kind of adapter, from a model type to names of modules, and no way to register an entry. So
-the entries are written into its tables: now if peft is imported already, else when it is. It is never imported here.
+For each kind of adapter, peft has a table from model types to module names, and no way to register an entry. So the
+entries are written into its tables: now if peft is already imported, else when it is. It is never imported here.
 """
 
 import sys
@@ -27,7 +27,7 @@ TARGETS_BY_METHOD = {
 
 
 def register_adapters() -> None:
-    """Enter our models in peft's tables, now or as soon as peft is imported. Doing it again changes nothing."""
+    """Add our models to peft's tables, now or as soon as peft is imported. Calling it again changes nothing."""
     if PEFT_TABLES in sys.modules:
         fill_tables()
     elif not any(isinstance(finder, _FillWhenImported) for finder in sys.meta_path):
@@ -35,13 +35,13 @@ def register_adapters() -> None:
 
 
 def fill_tables() -> None:
-    """Enter our models in all of peft's tables; existing entries stay."""
+    """Add our models to all of peft's tables; existing entries stay."""
     for kind, table in peft_target_tables():
         table.setdefault(ReformerConfig.model_type, list(TARGETS_BY_METHOD.get(kind, QUERIES_AND_VALUES)))
 
 
 class _FillWhenImported(MetaPathFinder):
-    """Finds peft's module of tables as Python does, and fills the tables once the module has been executed."""
+    """Finds peft's module of tables like Python does, and fills the tables once the module has been executed."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if fullname != PEFT_TABLES:

@@ -1,4 +1,4 @@
-"""Question answering over whole documents, as a pipeline; transformers 5 has none, earlier versions read in chunks."""
+"""A question-answering pipeline for whole documents; transformers 5 has none, earlier versions read in chunks."""
 
 import inspect
 import math
@@ -17,17 +17,17 @@ TASK = "long-document-question-answering"
 class LongDocumentQuestionAnswering(Pipeline):
     """Finds the answer to a question in a document, in one pass over the whole document.
 
-    The tokenizer joins the two as a pair, the question first. An answer is a span of the document that neither starts
-    nor ends with white space. Its score is the probability of its first token as the start times that of its last
-    token as the end. Both are normalized over the tokens of the document that are not white space and the *null
-    position*, the first token of the input, where training data marks a question without an answer.
+    The tokenizer encodes the two as a pair, question first. An answer is a span of the document that neither starts
+    nor ends with whitespace. Its score is the probability of its first token as the start times that of its last
+    token as the end. Both are normalized over the document's non-whitespace tokens and the *null position*, the first
+    token of the input, which training data uses for questions without an answer.
 
     Works with every question-answering head of transformers and every fast tokenizer. Batching changes no result.
 
     Args:
         model: A model for question answering.
         tokenizer: Its fast tokenizer.
-        kwargs: Arguments of every pipeline (`device`, `batch_size` …), and the options of a call.
+        kwargs: Arguments common to all pipelines (`device`, `batch_size` …), and the options of a call.
 
     Raises:
         ValueError: The model has no question-answering head, or the tokenizer is missing or gives no offsets.
@@ -100,7 +100,7 @@ class LongDocumentQuestionAnswering(Pipeline):
                 '`max_position_embeddings` or with `position_embedding_type="rotary"`.'
             )
         if encoded[0].sequence_ids.count(0) == 0 or not any(solid_tokens(encoded[0], context)):
-            raise ValueError("The tokenizer makes no token of the question, or none of the document. Give more text.")
+            raise ValueError("The tokenizer gives no token for the question or the document. Give more text.")
         return {**encoded, "encoding": encoded[0], "context": context}
 
     def _forward(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class LongDocumentQuestionAnswering(Pipeline):
 
 
 def register_pipelines() -> None:
-    """Make `pipeline("long-document-question-answering", …)` known. Doing it again changes nothing."""
+    """Register `pipeline("long-document-question-answering", …)`. Calling it again changes nothing."""
     entry = {"impl": LongDocumentQuestionAnswering, "pt": (AutoModelForQuestionAnswering,), "default": {}}
     register_pipeline_task(TASK, {**entry, "type": "text"})
 
@@ -150,13 +150,13 @@ def best_spans(
 ) -> Iterator[tuple[int, int, float]]:
     """First token, last token and score of the best spans, none of which shares a character with a better one.
 
-    Time grows with T · `max_length`, memory with T. Of equal spans the earliest is the better one, then the shortest.
+    Time grows with T · `max_length`, memory with T. Ties go to the earliest span, then to the shortest.
 
     Args:
-        starts, ends: (T) scores of every token as first and last one, -inf where no span begins or ends.
-        inside: (T) bool, the tokens of which spans are made.
-        offsets: the characters that every token stands for.
-        count, max_length: the largest number of spans, and of tokens of a span.
+        starts, ends: (T) scores of every token as first and last one, -inf where no span may start or end.
+        inside: (T) bool, the tokens that spans may contain.
+        offsets: the character range of every token.
+        count, max_length: maximum number of spans, and of tokens in a span.
     """
     free = inside.clone()
     scores, lasts = _best_lasts(starts, ends, free, max_length)
@@ -180,7 +180,7 @@ def best_spans(
 def _best_lasts(
     starts: torch.Tensor, ends: torch.Tensor, free: torch.Tensor, max_length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For every first token, (T), the score of its best span over `free` tokens, and where that ends."""
+    """For every first token, (T), the score of its best span over `free` tokens, and the end of that span."""
     length = len(starts)
     best = torch.full_like(starts, -math.inf)
     lasts = torch.arange(length)
@@ -196,23 +196,23 @@ def _best_lasts(
 
 
 def trimmed(context: str, start: int, end: int) -> tuple[str, int]:
-    """The text from `start` to `end` without the white space around it, and where that begins."""
+    """The text from `start` to `end` without surrounding whitespace, and where it starts."""
     span = context[start:end]
     return span.strip(), start + len(span) - len(span.lstrip())
 
 
 def log_probabilities(logits: torch.Tensor, solid: torch.Tensor) -> torch.Tensor:
-    """(T) logits → (T) log-probabilities among the first token and the `solid` ones; elsewhere -inf."""
+    """(T) logits → (T) log-probabilities over the first token and the `solid` ones; -inf elsewhere."""
     taking_part = solid.clone()
     taking_part[0] = True
     found = logits.double().masked_fill(~taking_part, -math.inf).log_softmax(-1)
     if found.isnan().any():
-        raise ValueError("The model's scores are NaN or infinite. Look at its weights, or load it in float32.")
+        raise ValueError("The model's scores are NaN or infinite. Check its weights, or load it in float32.")
     return found
 
 
 def solid_tokens(encoding: Any, context: str) -> list[bool]:
-    """Which tokens stand for more of the document than white space, so that an answer may begin or end there."""
+    """Which tokens of the document contain more than whitespace, so that an answer may start or end there."""
     return [
         sequence == 1 and not (context[start:end].isspace() or start == end)
         for sequence, (start, end) in zip(encoding.sequence_ids, encoding.offsets, strict=True)

@@ -1,6 +1,6 @@
 """Register our models with transformers' Auto classes.
 
-Auto classes fall back to comparing config classes by name, and transformers' own Reformer has a `ReformerConfig` too.
+Auto classes fall back to comparing config classes by name, and transformers' own Reformer also has a `ReformerConfig`.
 So ours is registered with every Auto class that supports the built-in; otherwise an Auto class would build the
 built-in's head from our config.
 """
@@ -50,8 +50,8 @@ def register(replace_builtin: bool = False) -> None:
     """Make `AutoConfig`, `AutoModel…` and `AutoTokenizer` return our classes for `model_type: hf_reformer`.
 
     Importing the package calls this once; calling it again changes nothing. Configs, models and tokenizers of
-    transformers' own Reformer still give the built-in classes. Our models' default targets are registered with peft,
-    with `pipeline` the question-answering one, and those of sound that need no ffmpeg.
+    transformers' own Reformer still give the built-in classes. Also registers our models' default targets with peft,
+    and with `pipeline` the question-answering pipeline and audio pipelines that need no ffmpeg.
 
     Args:
         replace_builtin: also return our classes, in this process, for a checkpoint whose config says

@@ -1,6 +1,6 @@
-"""The library's pipelines that hear, for models of ours: files are read by soundfile, and any sampling rate is taken.
+"""transformers' audio pipelines for our models: soundfile reads files, and any sampling rate is accepted.
 
-The library's own need ffmpeg for files and torchaudio for other sampling rates. Other models go their usual way.
+transformers' own versions need ffmpeg for files and torchaudio for resampling. Other models are unaffected.
 """
 
 from typing import Any
@@ -13,8 +13,18 @@ from .audio import waveform
 
 
 class SpeechRecognition(AutomaticSpeechRecognitionPipeline):
-    """`pipeline("automatic-speech-recognition")`: a whole recording in one pass, however long, unless `chunk_length_s`
-    cuts it."""
+    """`pipeline("automatic-speech-recognition")`: a recording of any length in one pass, unless `chunk_length_s`
+    splits it."""
+
+    def _sanitize_parameters(self, **kwargs: Any) -> Any:
+        config: Any = self.model.config
+        wanted = [name for name in ("chunk_length_s", "return_timestamps") if kwargs.get(name)]
+        if wanted and config.model_type == ReformerConfig.model_type and config.num_input_features > 1:
+            raise ValueError(
+                f"`{wanted[0]}` counts samples, and this model hears features of many samples each. Leave it out: a "
+                "recording of any length is transcribed in one pass."
+            )
+        return super()._sanitize_parameters(**kwargs)
 
     def preprocess(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if _reads(self.model, inputs):
@@ -36,7 +46,7 @@ class AudioClassification(AudioClassificationPipeline):
 
 
 def register_signal_pipelines() -> None:
-    """Make `pipeline` take these for their tasks. Doing it again changes nothing."""
+    """Make `pipeline` use these for their tasks. Calling it again changes nothing."""
     for task, ours in (
         ("automatic-speech-recognition", SpeechRecognition),
         ("audio-classification", AudioClassification),
@@ -45,6 +55,6 @@ def register_signal_pipelines() -> None:
 
 
 def _reads(model: Any, inputs: Any) -> bool:
-    """Whether the model is one of ours, and the recording no address on the web, which is left to the library."""
+    """Whether the model is one of ours and the recording is not a URL, which is left to transformers."""
     on_the_web = isinstance(inputs, str) and inputs.startswith(("http://", "https://"))
     return model.config.model_type == ReformerConfig.model_type and not on_the_web

@@ -1,4 +1,4 @@
-"""The decoder of an encoder-decoder: a causal Reformer whose layers attend to the encoder's states, too."""
+"""The decoder of an encoder-decoder: a causal Reformer whose layers also attend to the encoder's states."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ from .outputs import ReformerModelOutput
 
 
 class ReformerDecoderLayer(ReformerLayer):
-    """A causal layer whose f is self-attention plus cross-attention, side by side, each behind its own norm."""
+    """A causal layer whose f is self-attention plus cross-attention, in parallel, each with its own norm."""
 
     def __init__(self, config: ReformerConfig, layer: int):
         super().__init__(config, layer)
@@ -48,7 +48,7 @@ class ReformerDecoderLayer(ReformerLayer):
 
 
 class ReformerDecoder(ReformerModel):
-    """A causal Reformer whose layers attend to an encoder's states, too; of the config `config.decoder_config()`."""
+    """A causal Reformer whose layers also attend to an encoder's states; its config is `config.decoder_config()`."""
 
     layer_class = ReformerDecoderLayer
     _no_split_modules = ["ReformerDecoderLayer"]
@@ -71,16 +71,16 @@ class ReformerDecoder(ReformerModel):
             encoder_hidden_states: (B, S, 2 D), the encoder's last hidden state.
             encoder_attention_mask: (B, S), 1 for real tokens of the source.
             cache, past_key_values: two names for an `EncoderDecoderCache`.
-            others: as `ReformerModel` takes them.
+            others: as in `ReformerModel`.
 
         Raises:
-            ValueError: states, masks or caches that cannot be right.
+            ValueError: invalid states, masks or caches.
         """
         if cache is not None and past_key_values is not None:
             raise ValueError("`cache` and `past_key_values` are two names for one argument. Give one of them.")
         states: Any = encoder_hidden_states
         batch = given_shape(input_ids, inputs_embeds)[0]
-        if has_no_token(states):  # a source without a token is one of padding
+        if has_no_token(states):  # treat a source without tokens as one of padding
             states = nn.functional.pad(states, (0, 0, 0, 1))
             encoder_attention_mask = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
         self._check_source(states, encoder_attention_mask, batch)
@@ -107,7 +107,7 @@ class ReformerDecoder(ReformerModel):
     def _coverage(
         self, reports: list[AttentionReport], target: CoverageTarget, encoder: EncoderContext | None
     ) -> torch.Tensor:
-        """Of every layer, the sum of the losses over tokens of the target and over those of the source, (layers)."""
+        """Per layer, the sum of the losses over the target's tokens and over the source's, (layers)."""
         own = super()._coverage(reports, target, encoder)
         cross = torch.stack([report.encoder_mass for report in reports])
         real = (target.query_weights > 0).any(-1, keepdim=True).expand(cross.shape[1:])  # sequences with a target
@@ -130,7 +130,7 @@ class ReformerDecoder(ReformerModel):
             )
 
     def _both_caches(self, cache: Any, use_cache: bool | None, states: torch.Tensor) -> EncoderDecoderCache | None:
-        """Of the target's tokens, and of the source's keys and values, which begin anew with the target."""
+        """Caches of the target's tokens and of the source's keys and values; the latter is new for each target."""
         if cache is not None and not isinstance(cache, EncoderDecoderCache):
             raise ValueError(
                 f"The cache given is a {type(cache).__name__}, but an encoder-decoder keeps two. Give what an earlier "
@@ -147,7 +147,7 @@ class ReformerDecoder(ReformerModel):
         keys = [getattr(layer, "keys", None) for layer in both.cross_attention_cache.layers]
         if [x is not None and x.shape[2] for x in keys] != [states.shape[1]] * len(self.layers):
             raise ValueError(
-                f"The cache was filled with another source than this one of {states.shape[1]} tokens. Begin anew with "
-                "an empty cache."
+                f"The cache was filled with another source than this one of {states.shape[1]} tokens. Start again "
+                "with an empty cache."
             )
         return both

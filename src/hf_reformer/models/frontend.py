@@ -1,6 +1,6 @@
-"""From signals to embeddings: linear maps of the frames of a recording and of the patches of a picture.
+"""From signals to embeddings: linear maps of the frames of a recording and of the patches of an image.
 
-What they give is the `inputs_embeds` of the one `ReformerModel`; each takes the place of its token embeddings.
+Their outputs are the `inputs_embeds` of `ReformerModel`; each module replaces its token embeddings.
 """
 
 import torch
@@ -11,14 +11,14 @@ from ..configuration_reformer import ReformerConfig
 from ..layers.position_embeddings import AxialPositionEmbeddings
 from .input_checks import check_mask_values, refuse_values
 
-SPECTRUM_FLOOR = 1e-4  # of the power in a spectrum, where that of a normalised waveform is about 1
+SPECTRUM_FLOOR = 1e-4  # of the power in a spectrum; that of a normalized waveform is about 1
 
 
 class FrameEmbeddings(nn.Module):
-    """Frames of `frame_size` steps, `frame_stride` apart, of a signal (B, N, F): each frame an embedding.
+    """Embed frames of `frame_size` steps, `frame_stride` apart, of a signal (B, N, F).
 
-    The first frame begins with the signal, and the last one that holds something of it may go on in silence: a
-    recording of any length is heard to its end.
+    The first frame starts with the signal. The last frame is padded with zeros if necessary, so no part of the
+    signal is lost.
     """
 
     def __init__(self, config: ReformerConfig):
@@ -28,7 +28,7 @@ class FrameEmbeddings(nn.Module):
         self.projection = nn.Linear(width, config.hidden_size)
 
     def forward(self, signal: torch.Tensor) -> torch.Tensor:
-        """(B, N, F), zeros where it is padded → (B, frames, D)"""
+        """(B, N, F), zero where padded → (B, frames, D)"""
         count, dtype = self.count(signal.shape[1]), self.projection.weight.dtype
         if count == 0:
             return self.projection(
@@ -43,18 +43,23 @@ class FrameEmbeddings(nn.Module):
 
     def count(self, steps: int) -> int:
         """Number of frames of a signal."""
-        return 0 if steps == 0 else max(0, -(-(steps - self.size) // self.stride)) + 1
+        return count_frames(steps, self.size, self.stride)
 
     def mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(B, N) mask of steps, ones first → (B, frames), of the frames that begin and belong to the signal."""
+        """(B, N) mask of steps, ones first → (B, frames) mask of the frames that belong to the signal."""
         lengths = attention_mask.long().sum(-1, keepdim=True)
         counts = (lengths - self.size + self.stride - 1).div(self.stride, rounding_mode="floor").clamp(min=0) + 1
         counts = torch.where(lengths > 0, counts, 0)
         return (torch.arange(self.count(attention_mask.shape[1]), device=counts.device) < counts).long()
 
 
+def count_frames(steps: int, size: int, stride: int) -> int:
+    """Number of frames of a signal: those that begin in it, but for those that hold nothing new."""
+    return 0 if steps == 0 else max(0, -(-(steps - size) // stride)) + 1
+
+
 def log_spectrum(frames: torch.Tensor) -> torch.Tensor:
-    """(…, size) samples → (…, size // 2 + 1) logarithms (base 10) of their power, in at least float32."""
+    """(…, size) samples → (…, size // 2 + 1) log10 power spectrum, computed in at least float32."""
     x = frames.to(torch.promote_types(frames.dtype, torch.float32))
     size = x.shape[-1]
     spectrum = torch.fft.rfft(x * torch.hann_window(size, dtype=x.dtype, device=x.device))
@@ -68,18 +73,18 @@ def checked_signal(
     input_features: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The signal of a head that hears, (B, N, F), with zeros where it is masked.
+    """The signal of an audio head, (B, N, F), zero where masked.
 
     Args:
         input_values: (B, N) samples of waveforms; or
-        input_features: (B, N, F) numbers at every step.
+        input_features: (B, N, F) features of every step.
         attention_mask: (B, N), 1 for real steps, which come first.
 
     Raises:
-        ValueError: shapes, masks or numbers that cannot be right; the message says which and why.
+        ValueError: invalid shapes, masks or values; the message says which and why.
     """
     if (input_values is None) == (input_features is None):
-        raise ValueError("Give exactly one of `input_values`, waveforms, and `input_features`.")
+        raise ValueError("Give exactly one of `input_values` (waveforms) and `input_features`.")
     signal, name, axes = input_features, "input_features", "(batch, steps, features)"
     if input_values is not None:
         signal, name, axes = input_values, "input_values", "(batch, samples)"
@@ -89,20 +94,19 @@ def checked_signal(
     signal = signal[..., None] if input_values is not None else signal
     if signal.shape[2] != config.num_input_features:
         raise ValueError(
-            f"`{name}` has {signal.shape[2]} numbers a step, but `num_input_features={config.num_input_features}`."
+            f"`{name}` has {signal.shape[2]} numbers per step, but `num_input_features={config.num_input_features}`."
         )
     if attention_mask is not None:
         if attention_mask.shape != signal.shape[:2]:
             raise ValueError(
-                f"`attention_mask` has shape {tuple(attention_mask.shape)}, but `{name}` are "
+                f"`attention_mask` has shape {tuple(attention_mask.shape)}, but `{name}` has "
                 f"{tuple(signal.shape[:2])} steps. Give a 1 or 0 for each."
             )
         check_mask_values(attention_mask)
         if values_are_known() and attention_mask.shape[1]:
             refuse_values(
                 attention_mask[:, 1:] <= attention_mask[:, :-1],
-                "`attention_mask` has ones after zeros. Pad recordings at their ends: frames are counted from where "
-                "they begin.",
+                "`attention_mask` has ones after zeros. Pad recordings at the end: frames are counted from the start.",
             )
         signal = signal.masked_fill(attention_mask.to(signal.device)[..., None] == 0, 0)
     check_finite(signal, name)
@@ -115,14 +119,14 @@ def check_finite(x: torch.Tensor, name: str) -> None:
         where = ""
         if may_look_at(x) and not (right := x.isfinite()).all():
             where = f", first in row {int((~right).nonzero()[0, 0])}"
-        refuse_values(x.isfinite(), f"`{name}` hold NaN or infinity{where}. Repair the data, or leave such rows out.")
+        refuse_values(x.isfinite(), f"`{name}` hold NaN or infinity{where}. Repair the data, or omit such rows.")
 
 
 class PatchEmbeddings(nn.Module):
-    """Squares of `patch_size` pixels of a picture, row by row: each an embedding. A size of 1 means pixels.
+    """Embed square patches of an image, in row-major order, `patch_size` pixels on a side. 1: single pixels.
 
-    Rotary positions tell how far apart patches are. With `rotary_shape`, tables of rows and columns tell where they
-    are, too, as axial positions do.
+    Rotary positions encode how far apart patches are. With `rotary_shape`, tables for rows and columns also encode
+    where they are, as axial positions do.
     """
 
     def __init__(self, config: ReformerConfig):
@@ -135,7 +139,7 @@ class PatchEmbeddings(nn.Module):
             self.places = AxialPositionEmbeddings(config.rotary_shape, (half, config.hidden_size - half))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, C, height, width) → (B, patches, D); patches over the edge go on in zeros."""
+        """(B, C, height, width) → (B, patches, D); patches that cross the edge are padded with zeros."""
         height, width = (-(-side // self.size) * self.size for side in pixel_values.shape[2:])
         missing = (0, width - pixel_values.shape[3], 0, height - pixel_values.shape[2])
         x = nn.functional.pad(pixel_values.to(self.projection.weight.dtype), missing)
@@ -147,7 +151,7 @@ class PatchEmbeddings(nn.Module):
         return x + self.places(torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions)
 
     def position_ids(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
-        """(1, patches), counted through the grid of the model's positions; None where that is from patch to patch."""
+        """(1, patches) positions in the model's grid; None where they are 0, 1, 2 …"""
         rows, columns = (-(-side // self.size) for side in pixel_values.shape[2:])
         if self.grid_width in (None, columns):
             return None
@@ -156,25 +160,25 @@ class PatchEmbeddings(nn.Module):
 
 
 def check_pixels(config: ReformerConfig, pixel_values: torch.Tensor | None) -> None:
-    """Raise ValueError for pictures that cannot be right; the message says why."""
+    """Raise ValueError for invalid images; the message says why."""
     shape = None if pixel_values is None else tuple(pixel_values.shape)
     if shape is None or len(shape) != 4:
         raise ValueError(f"`pixel_values` has shape {shape}; it must be (batch, channels, height, width).")
     if shape[1] != config.num_channels:
         raise ValueError(
             f"`pixel_values` has {shape[1]} channels, but `num_channels={config.num_channels}`. The image processor "
-            "makes grey pictures and those with transparency RGB by `do_convert_rgb=True`."
+            "converts grayscale and transparent images to RGB with `do_convert_rgb=True`."
         )
     rows, columns = (-(-side // config.patch_size) for side in shape[2:])
     if config.grid_width is not None and columns > config.grid_width:
         raise ValueError(
-            f"Pictures are {columns} patches wide, but the grid of positions has {config.grid_width} columns. Make "
-            "them smaller, or the model with a wider `rotary_shape` or `axial_pos_shape`."
+            f"Images are {columns} patches wide, but the grid of positions has {config.grid_width} columns. Make "
+            "them smaller, or create the model with a wider `rotary_shape` or `axial_pos_shape`."
         )
     grid = config.rotary_shape
     if grid is not None and len(grid) == 2 and rows > grid[0]:
         raise ValueError(
-            f"Pictures are {rows} patches high, but `rotary_shape={grid}` has {grid[0]} rows. Make them smaller, or "
-            "the model with a higher one."
+            f"Images are {rows} patches high, but `rotary_shape={grid}` has {grid[0]} rows. Make them smaller, or "
+            "create the model with a higher one."
         )
     check_finite(pixel_values, "pixel_values")

@@ -1,4 +1,4 @@
-"""Heads that see. Pictures that are drawn pixel by pixel are `ReformerForCausalLM` over the values of pixels."""
+"""The image classification head. To generate images pixel by pixel, use `ReformerForCausalLM` over pixel values."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from .pretrained import ReformerPreTrainedModel
 
 
 class ReformerForImageClassification(ReformerPreTrainedModel):
-    """Reformer with a classification or regression head over all pixels, or patches, of a picture."""
+    """Reformer with a classification or regression head over all pixels, or patches, of an image."""
 
     main_input_name = "pixel_values"
     accepts_loss_kwargs = False  # the loss is a mean over rows
@@ -33,9 +33,9 @@ class ReformerForImageClassification(ReformerPreTrainedModel):
     ) -> ReformerImageClassifierOutput:
         r"""
         Args:
-            pixel_values: (B, num_channels, height, width), pictures of any size. A token is a square of `patch_size`
-                pixels, row by row, at its place in the grid of `rotary_shape` or `axial_pos_shape`.
-            labels: (B) int64 classes; floats, (B) or (B, num_labels), for regression or several labels.
+            pixel_values: (B, num_channels, height, width), images of any size. A token is a square patch, `patch_size`
+                pixels on a side, at its place in the grid of `rotary_shape` or `axial_pos_shape`.
+            labels: (B) int64 classes; floats, (B) or (B, num_labels), for regression or multi-label classification.
         """
         check_pixels(self.config, pixel_values)
         embeds = self.model.embed_tokens(pixel_values)

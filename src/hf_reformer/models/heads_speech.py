@@ -1,4 +1,4 @@
-"""Heads that hear: transcripts by connectionist temporal classification (Graves et al. 2006), and classes."""
+"""Audio heads: transcription by connectionist temporal classification (Graves et al. 2006), and classification."""
 
 from typing import Any
 
@@ -18,13 +18,14 @@ from .pretrained import ReformerPreTrainedModel
 
 
 class ReformerForCTC(ReformerPreTrainedModel):
-    """Reformer that writes down what it hears: scores of every character for every frame, and CTC loss."""
+    """Reformer for speech recognition: logits of every character for every frame, and CTC loss."""
 
     main_input_name = "input_values"
     accepts_loss_kwargs = False  # the loss is a mean over rows
 
     def __init__(self, config: ReformerConfig):
         super().__init__(config)
+        self.main_input_name = "input_values" if config.num_input_features == 1 else "input_features"
         self.model = ReformerModel(config)
         self.model.set_input_embeddings(FrameEmbeddings(config))
         self.dropout = nn.Dropout(classifier_dropout(config))
@@ -47,8 +48,8 @@ class ReformerForCTC(ReformerPreTrainedModel):
             labels: (B, L) int64, ids of the transcripts, -100 for no character.
 
         Returns:
-            ReformerCTCOutput with `logits` (B, frames, vocab_size), one frame for every `frame_stride` samples. Of
-            padding, those of all characters but the blank are the lowest number of the dtype.
+            ReformerCTCOutput with `logits` (B, frames, vocab_size), one frame for every `frame_stride` samples. At
+            padding, all characters but the blank have the lowest number of the dtype.
         """
         signal = checked_signal(self.config, input_values, input_features, attention_mask)
         outputs, mask, shard = listen(self.model, signal, attention_mask, **kwargs)
@@ -70,6 +71,7 @@ class ReformerForAudioClassification(ReformerPreTrainedModel):
 
     def __init__(self, config: ReformerConfig):
         super().__init__(config)
+        self.main_input_name = "input_values" if config.num_input_features == 1 else "input_features"
         self.num_labels = config.num_labels
         self.model = ReformerModel(config)
         self.model.set_input_embeddings(FrameEmbeddings(config))
@@ -89,7 +91,7 @@ class ReformerForAudioClassification(ReformerPreTrainedModel):
         Args:
             input_values: (B, N) waveforms of any length; or `input_features`: (B, N, num_input_features).
             attention_mask: (B, N), 1 for real samples, which come first.
-            labels: (B) int64 classes; floats, (B) or (B, num_labels), for regression or several labels.
+            labels: (B) int64 classes; floats, (B) or (B, num_labels), for regression or multi-label classification.
         """
         signal = checked_signal(self.config, input_values, input_features, attention_mask)
         outputs, mask, shard = listen(self.model, signal, attention_mask, **kwargs)
@@ -102,7 +104,7 @@ class ReformerForAudioClassification(ReformerPreTrainedModel):
 def listen(
     model: ReformerModel, signal: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
 ) -> tuple[Any, torch.Tensor | None, Any]:
-    """What the backbone makes of a signal (B, N, F), the mask (B, frames) of its frames, and the process's share."""
+    """The backbone's output for a signal (B, N, F), the mask (B, frames) of its frames, and this process's shard."""
     frames: Any = model.embed_tokens
     embeds = frames(signal)
     mask = None if attention_mask is None else frames.mask(attention_mask)
@@ -119,7 +121,7 @@ def ctc_loss(
         logits: (B, frames, vocab_size); mask: (B, frames), ones first; labels: (B, L) int64, -100 for no character.
 
     Raises:
-        ValueError: labels of another batch, that are no characters, or that are the blank.
+        ValueError: labels of another batch size, outside the vocabulary, or equal to the blank.
     """
     blank = config.pad_token_id
     if blank is None or not 0 <= blank < config.vocab_size:

@@ -1,4 +1,4 @@
-"""Task heads for text, except language models: backbone, one projection, one loss each."""
+"""Task heads for text, except language models: each has a backbone, one projection and one loss."""
 
 from typing import Any
 
@@ -55,7 +55,7 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
         labels: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> ReformerSequenceClassifierOutput:
-        r"""`labels`: (B) int64 classes; floats, (B) or (B, num_labels), for regression or several labels."""
+        r"""`labels`: (B) int64 classes; floats, (B) or (B, num_labels), for regression or multi-label tasks."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling, shard))
@@ -120,7 +120,7 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
         **kwargs: Any,
     ) -> ReformerQuestionAnsweringOutput:
         r"""`start_positions`, `end_positions`: (B) int64; a position outside the input (truncated) or on padding is
-        no target. Logits of padding are the lowest number of the dtype."""
+        ignored. Logits at padding are the lowest number of the dtype."""
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         scores = gather_sequence(self.qa_outputs(outputs.last_hidden_state), shard)  # (B, T, 2)
@@ -135,7 +135,7 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
         if start_positions is not None and end_positions is not None:
             if not real.shape[1]:
                 raise ValueError(
-                    "The inputs hold no token, so no answer lies in them. Leave such rows out of training."
+                    "The inputs hold no token, so they contain no answer. Leave such rows out of training."
                 )
             start_loss = cross_entropy(logits["start_logits"], _inside(start_positions, real))
             loss = (start_loss + cross_entropy(logits["end_logits"], _inside(end_positions, real))) / 2
@@ -182,7 +182,7 @@ def pool(
 ) -> torch.Tensor:
     """(B, T, D) → (B, D): mean over the real tokens, or the last or first real one; over all processes' tokens.
 
-    A sequence without a real token gives 0, whatever lies beside it.
+    A sequence without real tokens gives 0, regardless of its padding.
     """
     batch, length = hidden.shape[0], hidden.shape[1] if shard is None else shard.length
     mask = hidden.new_ones(batch, length) if attention_mask is None else (attention_mask != 0).to(hidden.device)
@@ -202,7 +202,7 @@ def classifier_dropout(config: ReformerConfig) -> float:
 
 
 def classification_loss(config: ReformerConfig, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Chosen by `config.problem_type`, else by the number and dtype of the labels. The config is not changed."""
+    """The loss for `config.problem_type`, or else for the number and dtype of labels. Does not change the config."""
     several = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
     kind = config.problem_type or ("regression" if config.num_labels == 1 else several)
     if kind == "single_label_classification":
@@ -215,7 +215,7 @@ def classification_loss(config: ReformerConfig, logits: torch.Tensor, labels: to
 
 
 def _inside(positions: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """(B) targets of a span head, -100 where they lie outside the input or on padding; `real`: (B, T) bool."""
+    """(B) targets of a span head, -100 for those outside the input or on padding; `real`: (B, T) bool."""
     positions = positions.reshape(-1).to(real.device)
     check_label_shape(positions, real.shape[:1])
     length = real.shape[1]

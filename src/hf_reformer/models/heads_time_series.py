@@ -1,4 +1,4 @@
-"""Forecasts of time series: all steps that are predicted are query tokens behind the past, in one pass."""
+"""Time series forecasting in one pass: all steps to predict are query tokens appended to the past."""
 
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -7,11 +7,6 @@ import torch
 from torch import nn
 from torch.distributions import Distribution
 from transformers.modeling_outputs import SampleTSPredictionOutput
-from transformers.models.time_series_transformer.modeling_time_series_transformer import (
-    TimeSeriesMeanScaler,
-    TimeSeriesNOPScaler,
-    TimeSeriesStdScaler,
-)
 from transformers.time_series_utils import NegativeBinomialOutput, NormalOutput, StudentTOutput
 from transformers.utils import can_return_tuple
 
@@ -23,12 +18,21 @@ from .outputs import ReformerTimeSeriesOutput
 from .pretrained import ReformerPreTrainedModel, ZeroLinear
 
 DISTRIBUTIONS = {"student_t": StudentTOutput, "normal": NormalOutput, "negative_binomial": NegativeBinomialOutput}
-SCALERS = {"std": TimeSeriesStdScaler, "last": TimeSeriesStdScaler, "mean": TimeSeriesMeanScaler,
-           None: TimeSeriesNOPScaler}  # fmt: skip
+SCALERS = {
+    "std": "TimeSeriesStdScaler", "last": "TimeSeriesStdScaler", "mean": "TimeSeriesMeanScaler",
+    None: "TimeSeriesNOPScaler",
+}  # fmt: skip
+
+
+def _make_scaler(scaling: str | None) -> Any:
+    """transformers' own. Its module needs docstrings, which `python -OO` drops, so other heads do without it."""
+    from transformers.models.time_series_transformer import modeling_time_series_transformer as library
+
+    return getattr(library, SCALERS[scaling])(SimpleNamespace(default_scale=1.0))  # else that of others in the batch
 
 
 class SeriesEmbeddings(nn.Module):
-    """Patches of time series, past and future: each an embedding. What is not observed is 0 and marked as such."""
+    """Embed patches of time series, past and future. Missing values are 0 and marked as such."""
 
     def __init__(self, config: ReformerConfig):
         super().__init__()
@@ -41,14 +45,14 @@ class SeriesEmbeddings(nn.Module):
             self.series = nn.Embedding(config.input_size, config.hidden_size)
 
     def forward(self, steps: torch.Tensor, patches: int) -> torch.Tensor:
-        """(B, S, N, F) numbers at every step of S sequences, of which the last `patches` are to come → (B, S, T, D)"""
+        """(B, S, N, F) features of every step of S sequences, whose last `patches` are the future → (B, S, T, D)"""
         x = self.projection(steps.unflatten(2, (-1, self.patch)).flatten(3))
         x = x + nn.functional.pad(self.future.weight.expand(patches, -1), (0, 0, x.shape[2] - patches, 0))
         return x if self.series is None else x + self.series.weight[:, None]
 
 
 class Window(NamedTuple):
-    """What a forecast looks at: values (B, N, S) at a scale of their own, 0 where not observed."""
+    """The context of a forecast: values (B, N, S), scaled per window, 0 where missing."""
 
     values: torch.Tensor
     observed: torch.Tensor  # (B, N, S), of the dtype of the values
@@ -57,7 +61,7 @@ class Window(NamedTuple):
 
 
 class SeriesGenerationMixin:
-    """`generate` of forecasts. The library adds that of texts to every class from the Hub without such a base."""
+    """`generate` for forecasts. Without this base, transformers adds text generation to every class from the Hub."""
 
     config: Any
     distribution: Any
@@ -72,12 +76,12 @@ class SeriesGenerationMixin:
         num_parallel_samples: int | None = None,
         **kwargs: Any,
     ) -> SampleTSPredictionOutput:
-        """Draw `num_parallel_samples` of every value to come, `sequences`: (B, samples, P[, S]), each by itself.
+        """Draw `num_parallel_samples` of every future value independently; `sequences`: (B, samples, P[, S]).
 
-        Other arguments are as of `forward`. One pass serves all samples.
+        Other arguments are those of `forward`. One forward pass serves all samples.
 
         Raises:
-            ValueError: the model gives numbers, no distributions (`config.loss`).
+            ValueError: the model predicts single values, not distributions (`config.loss`).
         """
         if self.distribution is None:
             raise ValueError(
@@ -98,12 +102,12 @@ class SeriesGenerationMixin:
 
     @classmethod
     def can_generate(cls) -> bool:
-        """No text, so there is no `generation_config`."""
+        """False: this is no text generation, so there is no `generation_config`."""
         return False
 
 
 class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedModel):
-    """Reformer that predicts `prediction_length` steps of one or several time series, as distributions or numbers."""
+    """Reformer that predicts `prediction_length` steps of time series, as distributions or single values."""
 
     main_input_name = "past_values"
     accepts_loss_kwargs = False  # the loss is a mean over observed values
@@ -134,11 +138,11 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
     ) -> ReformerTimeSeriesOutput:
         r"""
         Args:
-            past_values: (B, N) of one series or (B, N, S) of several, any N; NaN is a value that was not observed.
-            past_observed_mask: as `past_values`, 1 for values that were observed. A series that begins later than
-                others in its batch has zeros before.
-            past_time_features: (B, N, num_time_features), known of every step.
-            future_values: (B, P[, S]), P = `prediction_length`: what is to be predicted, NaN where it is not known.
+            past_values: (B, N) of one series or (B, N, S) of several, any N; NaN marks a missing value.
+            past_observed_mask: as `past_values`, 1 for observed values. A series that starts later than others in
+                its batch has zeros before its start.
+            past_time_features: (B, N, num_time_features), known for every step.
+            future_values: (B, P[, S]), P = `prediction_length`: the targets, NaN where unknown.
             future_time_features: (B, P, num_time_features).
             future_observed_mask: as `future_values`, 1 for values that count in the loss.
         """
@@ -170,7 +174,7 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         return self._head_output(ReformerTimeSeriesOutput, outputs, loss, **fields)
 
     def _with_series_axis(self, values: torch.Tensor | None, name: str) -> tuple[torch.Tensor, bool]:
-        """(B, N[, S]) → (B, N, S) of the model's dtype; and whether that axis is new."""
+        """(B, N[, S]) → (B, N, S) in the model's dtype, and whether the series axis was added."""
         config, shape = self.config, None if values is None else tuple(values.shape)
         if shape is None or len(shape) not in (2, 3) or 0 in shape:
             raise ValueError(f"`{name}` has shape {shape}; it must be (batch, steps) or (batch, steps, series).")
@@ -183,12 +187,12 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         return x, len(shape) == 2
 
     def _units(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and deviation of the training data, (S) each, or 0 and 1."""
+        """Mean and standard deviation of the training data, (S) each, or 0 and 1."""
         mean, std = self.config.series_mean, self.config.series_std
         return x.new_tensor([0.0] if mean is None else mean), x.new_tensor([1.0] if std is None else std)
 
     def _window(self, past: torch.Tensor, observed_mask: torch.Tensor | None) -> Window:
-        """The last `context_length` steps, standardised and scaled; a shorter past begins with unobserved steps."""
+        """The last `context_length` steps, standardized and scaled; a shorter past is padded with unobserved steps."""
         observed = _observed(past, observed_mask, "past")
         mean, std = self._units(past)
         x = (past.nan_to_num() - mean) / std * observed
@@ -196,9 +200,7 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         x, observed = (
             nn.functional.pad(value[:, -size:], (0, 0, max(0, size - value.shape[1]), 0)) for value in (x, observed)
         )
-        settings: Any = SimpleNamespace(default_scale=1.0)  # else that of others in the batch
-        scaler = SCALERS[self.config.scaling](settings)
-        _, loc, scale = scaler(x, observed)
+        _, loc, scale = _make_scaler(self.config.scaling)(x, observed)
         if self.config.scaling == "last":
             last = size - 1 - observed.flip(1).argmax(1, keepdim=True)
             loc = x.gather(1, last)
@@ -207,9 +209,9 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
     def _steps(
         self, window: Window, length: int, past_features: torch.Tensor | None, future_features: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Numbers at every step, past and to come, (B, S, N, F), in whole patches, S = 1 if series are mixed.
+        """Features of every step, past and future, (B, S, N, F), in whole patches; S = 1 if series are mixed.
 
-        And which steps there are, (B, S, N) bool: not those before a series begins.
+        Also returns which steps exist, (B, S, N) bool: not those before a series starts.
         """
         config, patch = self.config, self.config.patch_length
         before, behind = -config.context_length % patch, -config.prediction_length % patch
@@ -238,7 +240,7 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         return features.to(self.device, self.dtype)
 
     def _forecast_parameters(self, hidden: torch.Tensor, window: Window) -> tuple[torch.Tensor, ...]:
-        """Of the distributions, (B, P, S) each, in at least float32; or one, the values."""
+        """Parameters of the distributions, (B, P, S) each, in at least float32; or a single one, the values."""
         steps, params = self.config.prediction_length, []
         for name, projection in self.parameters_proj.items():
             x = projection(hidden).to(window.values.dtype)  # (B, S or 1, patches, patch · (1 or S))
@@ -255,7 +257,7 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         return tuple(self.distribution.domain_map(*(x[..., None] for x in params)))
 
     def _skip(self, values: torch.Tensor) -> torch.Tensor:
-        """(B, N, S) → (B, P, S), by a map of every series, or of all of them together."""
+        """(B, N, S) → (B, P, S), by a map applied to each series, or to all of them together."""
         if self.config.mix_series:
             return self.skip(values.flatten(1)).unflatten(1, (self.config.prediction_length, -1))
         return self.skip(values.transpose(1, 2)).transpose(1, 2)
@@ -275,10 +277,10 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         mean: torch.Tensor,
         std: torch.Tensor,
     ) -> torch.Tensor:
-        """Mean over observed values, of standardised ones; 0 if there is none."""
+        """Mean loss over observed, standardized values; 0 if there are none."""
         wanted = (past.shape[0], self.config.prediction_length, past.shape[2])
         if future.shape != wanted:
-            raise ValueError(f"`future_values` are of {tuple(future.shape)}, batch, steps and series; not {wanted}.")
+            raise ValueError(f"`future_values` have shape {tuple(future.shape)}: batch, steps, series; not {wanted}.")
         observed = _observed(future, observed_mask, "future")
         target = (future.nan_to_num() - mean) / std
         if isinstance(distribution, torch.Tensor):

@@ -1,4 +1,4 @@
-"""Causal and masked language models: backbone, one projection, and a loss that never holds all logits at once."""
+"""Causal and masked language models: backbone, one projection, and a loss that never materializes all logits."""
 
 import copy
 from typing import Any
@@ -24,7 +24,7 @@ from .pretrained import ReformerPreTrainedModel
 class ReformerLMBase(ReformerPreTrainedModel):
     """The head of causal and masked language models, and its chunked loss.
 
-    With `tie_word_embeddings`, `lm_head` shares the weight of the embeddings and reads both streams merged into one.
+    With `tie_word_embeddings`, `lm_head` shares the embedding weights, and both streams are merged into one for it.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -46,9 +46,9 @@ class ReformerLMBase(ReformerPreTrainedModel):
         self.lm_head = value
 
     def _loss_and_logits(self, hidden, targets, shard: SequenceShard | None, num_items, logits_to_keep=0):
-        """From hidden states of this process's tokens, (B, T, 2 D), and targets of all tokens, or None.
+        """Loss and logits from the hidden states of this process's tokens, (B, T, 2 D), and targets of all, or None.
 
-        In training with targets, logits exist for a few tokens at a time and are not returned.
+        In training with targets, logits are computed for a few tokens at a time and are not returned.
         """
         loss = logits = None
         every = isinstance(logits_to_keep, int) and logits_to_keep == 0
@@ -72,14 +72,14 @@ class ReformerLMBase(ReformerPreTrainedModel):
 
 
 class ReformerGenerativeLM(ReformerLMBase, GenerationMixin):
-    """A language model with the library's `generate`, and a cache of ours in it."""
+    """A language model with transformers' `generate`, using our cache."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return True  # the library says no to every class with `reformer` in its name
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
-        """The library's guess from padding ids; of what a cache holds, its own: a model may write such an id, too."""
+        """Guessed from padding ids, as in transformers; cached tokens keep their mask: texts may hold that id."""
         library: Any = super()
         mask = library._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
         cache = model_kwargs.get("past_key_values", model_kwargs.get("cache"))
@@ -91,7 +91,7 @@ class ReformerGenerativeLM(ReformerLMBase, GenerationMixin):
         return torch.cat([layers[0].mask_so_far().to(mask), new], dim=-1)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        """The library's choice of a cache, with layers of ours; none under sequence parallelism."""
+        """The cache that transformers chooses, with our layers; none under sequence parallelism."""
         if self.model.sequence_group is not None:
             if "inputs_embeds" in model_kwargs:
                 raise ValueError(
@@ -148,7 +148,7 @@ class ReformerForCausalLM(ReformerGenerativeLM):
     ) -> ReformerCausalLMOutput:
         r"""
         Args:
-            labels: (B, T) int64: the tokens themselves (shifting happens here), -100 for no target.
+            labels: (B, T) int64: the tokens themselves (they are shifted here), -100 for no target.
             logits_to_keep: compute logits of this many last positions (0: all), or of these indices.
             num_items_in_batch: the summed loss is divided by it (gradient accumulation in the Trainer).
             num_hashes, num_buckets: as in `ReformerModel`; named here so that `generate` accepts them.
@@ -211,7 +211,7 @@ class ReformerForMaskedLM(ReformerLMBase):
 
 
 def kept_tokens(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
-    """The hidden states whose logits are needed; gathered from all processes, unless all are needed."""
+    """The hidden states whose logits are needed; gathered from all processes unless all logits are needed."""
     if shard is None or (isinstance(logits_to_keep, int) and logits_to_keep == 0):
         return slice_logits_to_keep(hidden, logits_to_keep)
     positions = torch.arange(shard.length, device=hidden.device).expand(hidden.shape[0], -1)[..., None]

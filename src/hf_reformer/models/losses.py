@@ -1,4 +1,4 @@
-"""Losses of the heads: exact under gradient accumulation, 0 without a target, never a whole sequence of logits."""
+"""Losses of the heads: exact under gradient accumulation, 0 without targets, never with all logits of a sequence."""
 
 import warnings
 from functools import partial
@@ -16,11 +16,11 @@ Count = torch.Tensor | int | None
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items: Count = None) -> torch.Tensor:
-    """Mean cross-entropy over labels that are not -100, or their sum divided by `num_items`; 0 without a target.
+    """Mean cross-entropy over labels other than -100, or their sum divided by `num_items`; 0 without targets.
 
     Args:
         logits: (N, C) floating; computed in at least float32.
-        labels: (N) int64 in -100, 0 … C - 1.
+        labels: (N) int64, -100 or 0 … C - 1.
     """
     check_label_shape(labels, logits.shape[:1])
     check_labels(labels, logits.shape[-1])
@@ -35,11 +35,11 @@ def chunked_cross_entropy(
     chunk: int = 0,
     num_items: Count = None,
 ) -> torch.Tensor:
-    """`cross_entropy(head(hidden), labels)` with the logits of `chunk` tokens at a time, in backward too.
+    """`cross_entropy(head(hidden), labels)`, with logits for `chunk` tokens at a time, also in backward.
 
     Args:
         hidden: (N, D); head: D → vocab_size.
-        chunk: tokens at a time; 0: as many as make about four million logits.
+        chunk: tokens at a time; 0: enough for about four million logits.
     """
     check_labels(labels, vocab_size)
     chunk = chunk or max(1, MAX_LOGITS // vocab_size)
@@ -65,7 +65,7 @@ def add_coverage_loss(
 
     Args:
         coverage: (layers), or None.
-        targets, num_items: if the task's loss is divided by `num_items`, the coverage loss of a batch is weighted by
+        targets, num_items: if the task's loss is divided by `num_items`, a batch's coverage loss is weighted by
             its share of the targets, so that accumulated batches give a mean.
         training: warn if there is a coverage loss but no loss to add it to.
     """
@@ -102,7 +102,7 @@ def check_labels(labels: torch.Tensor, classes: int) -> None:
 
 
 def check_label_shape(labels: torch.Tensor | None, shape: torch.Size) -> None:
-    """Raise ValueError for labels of another shape."""
+    """Raise ValueError for labels of a different shape."""
     if labels is not None and labels.shape != shape:
         raise ValueError(f"labels have shape {tuple(labels.shape)}. There must be a target for each of {(*shape,)}.")
 

@@ -44,9 +44,9 @@ logger = logging.get_logger(__name__)
 
 
 class ReformerModel(ReformerPreTrainedModel):
-    """The bare model. Bidirectional, or causal with `config.is_decoder=True`.
+    """The bare model: bidirectional, or causal with `config.is_decoder=True`.
 
-    Its last hidden state is twice as wide as `hidden_size`: both residual streams, attention stream first.
+    Its last hidden state is twice as wide as `hidden_size`: both residual streams, the attention stream first.
     """
 
     layer_class = ReformerLayer
@@ -68,11 +68,11 @@ class ReformerModel(ReformerPreTrainedModel):
         self.post_init()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, which share no sequences: a group of processes cannot be copied."""
+        """For copies and pickles, without sequence parallelism: a process group cannot be copied."""
         return self.__dict__ | {"sequence_group": None}
 
     def shard(self, length: int) -> SequenceShard | None:
-        """This process's part of sequences of `length` tokens; None unless `enable_sequence_parallel` was called."""
+        """This process's shard of sequences of `length` tokens; None unless `enable_sequence_parallel` was called."""
         group = self.sequence_group
         return None if group is None else make_sequence_shard(group, length, self.config.num_attention_heads)
 
@@ -106,25 +106,25 @@ class ReformerModel(ReformerPreTrainedModel):
         r"""
         Args:
             input_ids: (B, T) int64, any T up to the positions the config covers; or `inputs_embeds`: (B, T, D).
-            attention_mask: (B, T), 1 for real tokens. Zeros may stand anywhere; the output there is meaningless.
+            attention_mask: (B, T), 1 for real tokens. Zeros may be anywhere; outputs there are meaningless.
             position_ids: (B, T). Default: in window mode the number of real tokens before each token, so that left
                 padding changes nothing; in chunk mode 0 … T - 1. Where they restart at 0 within a sequence, another
-                sample begins: samples packed into one sequence don't see each other (window mode).
-            num_hashes, num_buckets: this call's own number of hash rounds and of buckets.
+                sample begins. Samples packed into one sequence do not attend to each other (window mode).
+            num_hashes, num_buckets: number of hash rounds and of buckets for this call.
             output_hidden_states: also return the feed-forward stream before every layer and after the last, (B, T, D)
-                each. In training this takes the plain path, whose memory grows with depth.
-            output_attentions: also return every layer's attention: True as matrices of weights (B, H, T, before + T),
-                `"sparse"` as `gather_attention.SparseAttention`, of which the size grows with the length alone. Both
+                each. In training this uses the plain path, whose memory grows with depth.
+            output_attentions: also return every layer's attention: with True, weight matrices (B, H, T, before + T);
+                with `"sparse"`, `gather_attention.SparseAttention`, whose size grows linearly with the length. Both
                 are computed token by token, slowly, on the plain path.
-            cache, past_key_values: two names for what an earlier call returned, or an empty cache: the inputs continue
-                it. Then `attention_mask` counts the tokens before, too: (B, before + T).
+            cache, past_key_values: two names for what an earlier call returned, or an empty cache; the inputs continue
+                it. `attention_mask` must then also cover the earlier tokens: (B, before + T).
             use_cache: return a cache (causal models). A call with a cache computes as in evaluation. In chunk mode its
-                tokens follow the legacy rule of decoding, which is not that of one call (docs/generation.md).
+                tokens follow the legacy decoding rule, which differs from a single call (docs/generation.md).
             output_coverage: also return every layer's `coverage.coverage_loss`. Default: if
                 `config.coverage_loss_weight` is above 0 and there is no cache.
-            output_attention_mass: also return the attention mass that every token receives, of every layer (B, T).
-            output_sorting: also return how every layer arranged the tokens, `forward_context.Sorting`; not with a
-                cache. Takes the plain path.
+            output_attention_mass: also return the attention mass that every token receives, per layer (B, T).
+            output_sorting: also return how every layer sorted the tokens, `forward_context.Sorting`; not with a
+                cache. Uses the plain path.
             encoder_hidden_states, encoder_context: the source of a decoder (`ReformerDecoder`).
 
         Returns:
@@ -132,7 +132,7 @@ class ReformerModel(ReformerPreTrainedModel):
             `past_key_values` before, and `coverage_loss` (layers).
 
         Raises:
-            ValueError: shapes, ids, positions or masks that cannot be right; the message says which and why.
+            ValueError: invalid shapes, ids, positions or masks; the message says which and why.
         """
         if output_attentions is None:
             output_attentions = self.config.output_attentions
@@ -208,9 +208,9 @@ class ReformerModel(ReformerPreTrainedModel):
             )
 
     def _without_tokens(self, inputs: torch.Tensor, embeds: bool, states: bool, **kwargs: Any) -> ReformerModelOutput:
-        """What the model says of texts without a token: that of one padding token, which is then cut off.
+        """The output for texts without tokens: that of one padding token, which is then removed.
 
-        So every parameter has a gradient, of zeros, as processes that train together need.
+        So every parameter has a gradient of zeros, as distributed training requires.
         """
         mask = torch.zeros(inputs.shape[0], 1, dtype=torch.int64, device=inputs.device)
         one = (
@@ -245,19 +245,19 @@ class ReformerModel(ReformerPreTrainedModel):
         elif self.gradient_checkpointing and self.training:
             reason = "gradient checkpointing would drop them"
         if output_attentions and reason is not None:
-            raise ValueError(f"`output_attentions={output_attentions!r}` cannot be: {reason}.")
+            raise ValueError(f"`output_attentions={output_attentions!r}` is not possible: {reason}.")
 
     def _cache(self, cache: Any, use_cache: bool | None) -> Cache | None:
-        """The cache of this call: the one given, or a new one where it is asked for."""
+        """The cache of this call: the one given, or a new one if requested."""
         if cache is None and not use_cache:
             return None
         reason = None
         if not self.config.is_decoder:
-            reason = "the model is bidirectional (`config.is_decoder=False`), and what comes changes what was"
+            reason = "the model is bidirectional (`config.is_decoder=False`), so later tokens change earlier results"
         elif self.sequence_group is not None:
             reason = "processes share the sequences (`enable_sequence_parallel`)"
         elif self.gradient_checkpointing and self.training:
-            reason = "gradient checkpointing runs layers twice, and each time would write to it"
+            reason = "gradient checkpointing runs layers twice, and each run would write to it"
         if cache is None:
             return ReformerCache(self.config) if reason is None else None
         cache = to_reformer_cache(cache, self.config)
@@ -266,11 +266,11 @@ class ReformerModel(ReformerPreTrainedModel):
         return cache
 
     def _choose_stack(self, ctx: ForwardContext, grid: Grid, embeds: torch.Tensor, record_states: bool) -> Callable:
-        """The way through the layers: (stream, ctx, grid, *encoder states) → (x1, x2, reports, states or None).
+        """The path through the layers: (stream, ctx, grid, *encoder states) → (x1, x2, reports, states or None).
 
-        The values are the same on every way: a decode step in one call of the kernel, or in one for each layer that it
-        knows; the whole stack as one call of a compiled graph; layer by layer, in a graph recomputed in backward;
-        reversibly; or plainly, as whoever looks at more than values needs it.
+        All paths give the same values: a decode step in one kernel call, or in one call for each supported layer; the
+        whole stack as one call in a compiled graph; or layer by layer: recomputed in backward in a traced graph,
+        reversible, or plain, if more than the final values is requested.
         """
         observed = record_states or ctx.want_weights or ctx.want_sorting
         step = None if observed else plan_fused_decode(self.layers, ctx, embeds, grid.dtype)
@@ -290,7 +290,7 @@ class ReformerModel(ReformerPreTrainedModel):
             else:
                 logger.warning_once(
                     f"Layers take the plain path, whose memory grows with depth, because of {reason}: backward could "
-                    "not repeat that when it runs layers again."
+                    "not repeat that when it reruns layers."
                 )
         fuse = ctx.cache is not None and not (ctx.want_weights or ctx.want_sorting)
         run = partial(_run_layers, self.layers, handoff=handoff, recompute=traced, fuse=fuse)
@@ -300,7 +300,7 @@ class ReformerModel(ReformerPreTrainedModel):
         self, embeds: torch.Tensor, length: int, shard: SequenceShard | None, attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None, num_hashes: Any, num_buckets: Any, cache: Any,
     ) -> tuple[ForwardContext, torch.Tensor]:  # fmt: skip
-        """The context of this forward, and the position ids (B or 1, T)."""
+        """The context of this forward pass, and the position ids (B or 1, T)."""
         config, device = self.config, embeds.device
         positions = torch.arange(length, device=device)[None]
         mask = None if attention_mask is None else attention_mask != 0
@@ -345,7 +345,7 @@ class ReformerModel(ReformerPreTrainedModel):
         if eager and config.attention_mode == "window" and length < 2 * num_buckets_total(num_buckets):
             logger.info_once(
                 f"Inputs are so short that {num_buckets_total(num_buckets)} hash buckets stay nearly empty: LSH "
-                "layers see little beyond their local window. For short inputs, lower `num_buckets` or "
+                "layers attend to little beyond their local window. For short inputs, lower `num_buckets` or "
                 "`max_position_embeddings`."
             )
         return ForwardContext(
@@ -364,7 +364,7 @@ class ReformerModel(ReformerPreTrainedModel):
 
 
 def _run_whole(run: Callable, stream: Handoff, *inputs: Any) -> tuple[Any, ...]:
-    """All layers in one call of `run`."""
+    """Run all layers in one call of `run`."""
     x = stream.take()
     return *run(x, x, *inputs), None
 
@@ -380,19 +380,19 @@ def _run_layers(
     fuse: bool,
     state_dtype: torch.dtype | None,
 ) -> tuple[Any, ...]:
-    """Layer by layer.
+    """Run layer by layer.
 
     Args:
-        handoff: reversibly.
-        fuse: in a decode step, each layer that the kernel knows in one call.
-        recompute: each layer again in the backward of a traced graph.
+        handoff: if given, run reversibly.
+        fuse: in a decode step, run each layer that the kernel supports in one call.
+        recompute: recompute each layer in the backward pass of a traced graph.
         state_dtype: record the feed-forward stream around the layers, in this dtype.
     """
     x1 = x2 = stream.take()
     reports, hidden_states = [], []
 
     def record(stream: torch.Tensor) -> torch.Tensor:
-        """The stream, on through the state that is recorded: so gradients pass through it."""
+        """The stream, routed through the recorded state so that gradients pass through it."""
         hidden_states.append(stream.to(state_dtype))
         if hidden_states[-1] is stream or not torch.is_grad_enabled():
             return stream
@@ -413,7 +413,7 @@ def _run_layers(
 
 
 def new_tokens(cache: Cache, mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | int]:
-    """Of a mask (B, before + T) the part of the new tokens, None if all are real; and (B, 1) real tokens before.
+    """The new tokens' part of a mask (B, before + T), None if all are real; and the (B, 1) real tokens before.
 
     Raises:
         ValueError: the mask contradicts the one that the cache was filled with.
@@ -426,7 +426,7 @@ def new_tokens(cache: Cache, mask: torch.Tensor | None) -> tuple[torch.Tensor | 
         refuse_values(
             mask[:, : layer.seen_tokens] == layer.mask_so_far(),
             "`attention_mask` masks other tokens of the cache than when it was filled. What is in a cache cannot be "
-            "masked afterwards: begin anew.",
+            "masked afterwards: start with a new cache.",
         )
     mask = mask[:, layer.seen_tokens :]
     looks = may_look_at(mask) or torch.compiler.is_compiling()

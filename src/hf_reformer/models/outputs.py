@@ -1,4 +1,4 @@
-"""What models return: the library's own output classes, and the coverage loss of every layer."""
+"""Model outputs: transformers' output classes plus the coverage loss of every layer."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from ..layers.forward_context import Sorting
 
 @dataclass
 class ReformerModelOutput(modeling_outputs.BaseModelOutputWithPastAndCrossAttentions):
-    """Of the backbone, and of a decoder; `attention_mass` and `sorting`: of every layer, as `ReformerModel` says."""
+    """Output of the backbone or a decoder; `attention_mass` and `sorting` per layer, see `ReformerModel`."""
 
     coverage_loss: torch.Tensor | None = None
     attention_mass: tuple[torch.Tensor, ...] | None = None
@@ -62,10 +62,10 @@ class ReformerImageClassifierOutput(modeling_outputs.ImageClassifierOutput):
 
 @dataclass
 class ReformerTimeSeriesOutput(ModelOutput):
-    """Of `ReformerForTimeSeriesPrediction`; P steps are predicted, of S series where the past has that axis.
+    """Output of `ReformerForTimeSeriesPrediction` for P predicted steps, and S series if the past has that axis.
 
     `prediction_outputs`: (B, P[, S]) forecasts, the means of the distributions, in the units of the data. `params`:
-    those of the distributions, (B, P[, S]) each, of values less `loc` and divided by `scale`, (B, 1[, S]).
+    distribution parameters, (B, P[, S]) each, for values minus `loc`, divided by `scale`, both (B, 1[, S]).
     """
 
     loss: torch.Tensor | None = None

@@ -1,4 +1,4 @@
-"""The base class of all models: weights, their initialisation, and loading, also from other Reformers' checkpoints."""
+"""The base class of all models: weight initialization and loading, also from other Reformers' checkpoints."""
 
 import inspect
 import json
@@ -51,11 +51,11 @@ DECODER_KEY_PATTERN = r"^(decoder|lm_head|merge_streams)\."
 
 
 class ZeroLinear(nn.Linear):
-    """A linear map whose new weights are 0, so that what it is added to is unchanged at first."""
+    """A linear map initialized to zero, so that adding its output changes nothing at first."""
 
 
 class ReformerPreTrainedModel(PreTrainedModel):
-    """Weights, their initialisation, and loading, also from folders of transformers' own Reformer."""
+    """Weight initialization and loading, also from folders of transformers' own Reformer."""
 
     config_class = ReformerConfig
     config: ReformerConfig
@@ -69,10 +69,10 @@ class ReformerPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As for every model of the library. A folder of transformers' own Reformer is read by its names.
+        """As for every transformers model. Also reads folders of transformers' own Reformer, renaming the weights.
 
         Raises:
-            ValueError: an index in the folder names files outside of it, or its config asks for a model far larger
+            ValueError: an index in the folder names files outside it, or its config describes a model far larger
                 than the files.
         """
         name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
@@ -113,16 +113,17 @@ class ReformerPreTrainedModel(PreTrainedModel):
         return loaded
 
     def enable_sequence_parallel(self, group: Any) -> None:
-        """Let the processes of a `torch.distributed` group share every sequence (sequence parallelism).
+        """Split every sequence among the processes of a `torch.distributed` group (sequence parallelism).
 
-        From now on all of them must be given the same inputs. Outside attention each works on its share of the tokens,
-        inside on its share of the heads: exact, with a share of the memory. Losses and the heads' logits are whole on
-        every process; hidden states hold a process's own tokens. Gradients are those of one process once they are
-        averaged over the group, as DistributedDataParallel does. `None` ends it.
+        From then on, all processes must receive the same inputs. Outside attention, each computes its share of the
+        tokens, inside attention its share of the heads. Results are exact, and each process needs a share of the
+        memory. Losses and the heads' logits are complete on every process; hidden states are those of a process's own
+        tokens. Gradients equal those of one process once averaged over the group, as DistributedDataParallel does.
+        `None` disables it.
 
         Raises:
-            ValueError: what is no group of this process; in `forward`, inputs that differ between processes, heads
-                that the group's size does not divide, or fewer tokens than processes.
+            ValueError: not a group of this process; in `forward`, inputs that differ between processes, a number of
+                heads that the group's size does not divide, or fewer tokens than processes.
         """
         if group is not None:
             check_group(group)
@@ -136,11 +137,11 @@ class ReformerPreTrainedModel(PreTrainedModel):
         self.enable_sequence_parallel(group)
 
     def compile_layers(self, **options: Any) -> None:
-        """Compile the token-wise parts of every layer, in place: projections, feed-forward, norms around them.
+        """Compile the token-wise parts of every layer in place: projections, feed-forward, and the norms around them.
 
-        The way to compile deep models: compiling takes as long as for one layer. `torch.compile` of the whole model
-        works too, since torch 2.13. Its memory in training is flat in depth as well, but that of a checkpointed model
-        where hooks or adapters sit in the layers, and under DDP.
+        Recommended for deep models, since compiling takes only as long as for one layer. With torch 2.13 or later,
+        `torch.compile` of the whole model also works. Its training memory is also flat in depth, except with hooks or
+        adapters in the layers and under DDP, where it is that of gradient checkpointing.
 
         Args:
             options: those of `torch.compile`.
@@ -153,8 +154,7 @@ class ReformerPreTrainedModel(PreTrainedModel):
         self, output_class: type, outputs: Any, loss: torch.Tensor | None, targets: Any = None, num_items: Any = None,
         **fields: Any,
     ) -> Any:  # fmt: skip
-        """What a head returns: its loss with the coverage loss added (`add_coverage_loss`), its own fields, and the
-        backbone's."""
+        """A head's output: its loss plus the coverage loss (`add_coverage_loss`), its fields, and the backbone's."""
         weight, coverage = self.config.coverage_loss_weight, outputs.coverage_loss
         loss = add_coverage_loss(loss, coverage, weight, targets, num_items, training=self.training)
         states = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
@@ -181,7 +181,7 @@ class ReformerPreTrainedModel(PreTrainedModel):
 
 
 def named_files(folder: Path) -> list[Path]:
-    """Files that the JSON files of a checkpoint directory name: shards of the weights, and versions of a tokenizer."""
+    """Files named by the JSON files of a checkpoint directory: weight shards and tokenizer versions."""
     found: list[Any] = []
     for pattern, field in (
         ("*.index.json", "weight_map"),
@@ -198,9 +198,9 @@ def named_files(folder: Path) -> list[Path]:
 
 
 def check_torch_file(path: Any) -> None:
-    """Raise UnpicklingError for a file of `torch.save` that would take endless time or memory to be read.
+    """Raise UnpicklingError for a `torch.save` file that would take practically endless time or memory to read.
 
-    Tuples of a pickle may share their parts, so a few bytes write one of 2^60 parts; as a key, all of them are hashed.
+    Tuples in a pickle may share parts, so a few bytes can describe one with 2^60 parts; as a key, all are hashed.
     """
     try:
         with open(path, "rb") as file:
@@ -223,7 +223,7 @@ def check_torch_file(path: Any) -> None:
 
 
 def _check_tuples(file: IO[bytes]) -> None:
-    """Raise ValueError for a pickle with a tuple of more than `MOST_PARTS`, counting parts of its parts."""
+    """Raise ValueError for a pickle with a tuple of more than `MOST_PARTS` parts, counted recursively."""
     stack: list[int] = []  # how many parts each object has that its hash depends on
     marks: list[int] = []
     memo: dict[Any, int] = {}
@@ -247,7 +247,7 @@ def _check_tuples(file: IO[bytes]) -> None:
 
 
 def check_inputs_match_across_ranks(model: Any, args: tuple, kwargs: dict) -> None:
-    """Before anything of a forward can fail in one process and leave the others waiting."""
+    """Check this before a forward pass can fail in one process and leave the others waiting."""
     group = model.base_model.sequence_group
     if group is None or torch.compiler.is_compiling():
         return

@@ -1,4 +1,4 @@
-"""Generation by a CUDA graph: a decode step is recorded once and replayed for every further token."""
+"""Generation with a CUDA graph: a decode step is recorded once and replayed for every further token."""
 
 from typing import Any
 
@@ -9,10 +9,10 @@ from .input_checks import check_inputs
 
 
 class RecordedStep:
-    """Decode steps on top of one cache. The first runs as ever, the second is recorded, and from then on replayed.
+    """Decode steps on one cache. The first step runs normally; the second is recorded, and from then on replayed.
 
-    A graph writes to the tensors that it was recorded with. So the cache needs memory for all tokens to come, and
-    after its sequences were selected, repeated or cropped, a step is recorded anew.
+    A graph writes to the tensors that it was recorded with. So the cache needs memory for all future tokens, and
+    after its sequences are selected, repeated or cropped, the step is recorded again.
 
     Args:
         model: a causal Reformer on a CUDA device, in window mode, without "full" layers.
@@ -41,10 +41,10 @@ class RecordedStep:
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """One more token for every sequence, (B, 1) int64 and none of them padding → its logits (B, 1, V).
+        """One more token for every sequence, (B, 1) int64, none of them padding → logits (B, 1, V).
 
         Raises:
-            ValueError: another shape, an empty cache, or one without room.
+            ValueError: a different shape, an empty cache, or one without room.
         """
         self._check(input_ids)
         if not self.is_warm:  # compiles kernels
@@ -67,7 +67,7 @@ class RecordedStep:
         return [x for layer in self.layers for x in layer.changed_in_place()]
 
     def _path(self) -> list[Any]:
-        """What decides which operations a step is: the tensors that it changes, and whether tokens were masked."""
+        """What determines a step's operations: the tensors that it changes, and whether tokens were masked."""
         return [*map(id, self._changed()), *(layer.attention_mask is None for layer in self.layers)]
 
     def _check(self, input_ids: torch.Tensor) -> None:
@@ -79,13 +79,13 @@ class RecordedStep:
             )
         if not all(layer.has_room(1) for layer in self.layers):
             raise ValueError(
-                f"The cache holds {seen} tokens and has no memory for another, which a CUDA graph cannot add. Make it "
-                "with a larger `max_cache_len`."
+                f"The cache holds {seen} tokens and has no memory for another, which a CUDA graph cannot add. Create "
+                "it with a larger `max_cache_len`."
             )
         check_inputs(self.model.config, input_ids, None, None, None, None, None, seen)
 
     def _record(self, input_ids: torch.Tensor) -> None:
-        """While a graph records nothing is computed, so what the host counts is put back."""
+        """Recording a graph computes nothing, so the counters on the host are restored."""
         counted = [(layer.seen_tokens, layer.attention_mask) for layer in self.layers]
         recorded, path = self._changed(), self._path()
         ids, graph = input_ids.clone(), torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""Encoder-decoder: a bidirectional Reformer reads the source, a causal one with cross-attention writes the target."""
+"""Encoder-decoder: a bidirectional Reformer reads the source; a causal one with cross-attention writes the target."""
 
 from typing import Any
 
@@ -18,11 +18,11 @@ from .outputs import ReformerSeq2SeqLMOutput
 
 
 class ReformerForConditionalGeneration(ReformerGenerativeLM):
-    """Encoder-decoder with a language-model head, whatever `config.is_encoder_decoder` says.
+    """Encoder-decoder with a language-model head, regardless of `config.is_encoder_decoder`.
 
-    `model` is the encoder, a `ReformerModel`, so that every other class reads it from a folder of this one, and this
-    one begins with the encoder of any folder; `decoder` is the decoder. They share the token embeddings, and with
-    `config.tie_encoder_decoder` all but the decoder's cross-attention and the final norms.
+    `model` is the encoder, a `ReformerModel`. So other classes can load it from a folder of this class, and this class
+    can start from the encoder in any folder. `decoder` is the decoder. They share the token embeddings, and with
+    `config.tie_encoder_decoder` everything but the decoder's cross-attention and the final norms.
     """
 
     def __init__(self, config: ReformerConfig):
@@ -40,7 +40,7 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As for every model of the library; of a folder of another model, the encoder."""
+        """As for every transformers model; from a folder of another model, loads the encoder."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if model.generation_config.decoder_start_token_id is None:  # the folder holds none
@@ -49,7 +49,7 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
         return loaded
 
     def _check_sharing(self) -> None:
-        """Raise ValueError where the library left apart what a folder holds with different values."""
+        """Raise ValueError if shared weights have different values in the folder, so that they were not tied."""
         if not self.config.tie_encoder_decoder or getattr(self, "hf_quantizer", None) is not None:
             return
         named = dict(self.named_parameters(remove_duplicate=False))
@@ -62,7 +62,7 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
             )
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """What shares its values with what; not a matter of `tie_word_embeddings` alone, as the library has it."""
+        """Names of tied weights and their sources; unlike in transformers, not only with `tie_word_embeddings`."""
         names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
         return {name: source for name, source in self._tied_weights_keys.items() if {name, source} <= names}
 
@@ -81,7 +81,7 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
         return embeddings
 
     def enable_sequence_parallel(self, group: Any) -> None:
-        """Not possible: raises ValueError, unless `group` is None."""
+        """Not supported: raises ValueError unless `group` is None."""
         if group is not None:
             raise ValueError(
                 "Processes cannot share the sequences of an encoder-decoder: its cross-attention looks at a whole "
@@ -89,7 +89,7 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
             )
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """(B, T) labels → the decoder's input: one position to the right, behind the start token, -100 as padding."""
+        """(B, T) labels → the decoder's input: shifted right, after the start token, with -100 as padding."""
         check_labels(labels, self.config.vocab_size)
         pad = self.config.decoder_start_token_id if self.config.pad_token_id is None else self.config.pad_token_id
         shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
@@ -117,27 +117,27 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
     ) -> ReformerSeq2SeqLMOutput:
         r"""
         Args:
-            input_ids, attention_mask, inputs_embeds: the source, as `ReformerModel` takes it, (B, S).
-            encoder_outputs: what the encoder gave for a source, in place of it; its first entry is (B, S, 2 D). Where
-                it holds no `coverage_loss`, that of the decoder stands alone.
-            decoder_input_ids or decoder_inputs_embeds: the target so far, (B, T), behind the start token. Default:
+            input_ids, attention_mask, inputs_embeds: the source, as in `ReformerModel`, (B, S).
+            encoder_outputs: the encoder's output, instead of a source; its first entry is (B, S, 2 D). If it has no
+                `coverage_loss`, only the decoder's is used.
+            decoder_input_ids or decoder_inputs_embeds: the target so far, (B, T), after the start token. Default:
                 `labels`, shifted.
-            decoder_attention_mask: (B, T), 1 for real tokens; with a cache, of the tokens before, too.
+            decoder_attention_mask: (B, T), 1 for real tokens; with a cache, also for the earlier tokens.
             labels: (B, T) int64, the target of every position, not shifted again; -100 for none.
-            cache, past_key_values: two names for an `EncoderDecoderCache`, of an earlier call or empty.
-            use_cache, logits_to_keep, num_items_in_batch: as `ReformerForCausalLM` takes them.
-            num_hashes, num_buckets, output_attentions, output_hidden_states: as `ReformerModel` takes them; for both.
+            cache, past_key_values: two names for an `EncoderDecoderCache`, from an earlier call or empty.
+            use_cache, logits_to_keep, num_items_in_batch: as in `ReformerForCausalLM`.
+            num_hashes, num_buckets, output_attentions, output_hidden_states: as in `ReformerModel`, for both stacks.
 
         Returns:
             ReformerSeq2SeqLMOutput. `logits` (B, T, vocab_size) is None in training with labels.
 
         Raises:
-            ValueError: what cannot be right; the message says which and why.
+            ValueError: invalid inputs; the message says which and why.
         """
         if any(name in kwargs for name in ("position_ids", "decoder_position_ids")):
             raise ValueError(
-                "An encoder-decoder takes no position ids: positions follow from the masks, and a sequence is one "
-                "source or one target, never several samples."
+                "An encoder-decoder takes no position ids: positions follow from the masks, and a sequence is a "
+                "single source or target, never several samples."
             )
         if labels is not None:  # before the encoder runs
             if labels.dim() != 2 or 0 in labels.shape:
@@ -153,8 +153,8 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
                 decoder_attention_mask = targets.flip(-1).cummax(-1).values.flip(-1)  # without padding at the end
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError(
-                "The decoder has no input: give `labels` or `decoder_input_ids`. Where the Trainer keeps the labels "
-                "to itself, as for label smoothing, `DataCollatorForSeq2Seq(tokenizer, model=model)` makes both."
+                "The decoder has no input: give `labels` or `decoder_input_ids`. If the Trainer keeps the labels to "
+                "itself, as for label smoothing, `DataCollatorForSeq2Seq(tokenizer, model=model)` creates both."
             )
         check_label_shape(labels, given_shape(decoder_input_ids, decoder_inputs_embeds))
         usable = isinstance(encoder_outputs, (ModelOutput, tuple, list)) and encoder_outputs

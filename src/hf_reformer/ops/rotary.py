@@ -23,7 +23,7 @@ def rotary_tables(
     for axis, coordinate in enumerate(axes):
         share = (pairs + axis) // len(axes)
         exponent = torch.arange(share, dtype=torch.float32, device=position_ids.device) / share
-        parts.append(coordinate[:, None, :, None].float() * theta**-exponent)  # (B, 1, T, share)
+        parts.append(coordinate[:, None, :, None].float() * float(theta) ** -exponent)  # (B, 1, T, share)
     angles = torch.cat(parts, dim=-1)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()

@@ -30,18 +30,16 @@ from transformers import (
 
 from ..data.demo_signals import spoken_tones
 from ..data.tables import read_column
-from ..training.classification import Metrics, shortened, task_of_model
-from ..training.model_setup import SAVED_MODEL, BackboneArguments, load_trained, make_model, option, parse_arguments
+from ..training.classification import Metrics, label_fields, shortened, task_of_model
+from ..training.model_setup import SAVED_MODEL, BackboneArguments, load_trained, option, run_recipe
+from ..training.signal_classes import label_columns, label_splits, report_classes
+from ..training.signal_options import AudioArguments, LabelArguments
 from ..training.signals import (
-    AudioArguments,
     AudioCollator,
     AugmentingCollator,
     SignalTrainer,
-    label_columns,
-    label_fields,
-    label_splits,
     mean_spectra,
-    report_classes,
+    steps_per_second,
     vary_recording,
 )
 from ..training.trainers import build_trainer, longest_first, train_and_save
@@ -58,7 +56,7 @@ PRESETS: dict[str, dict[str, Any]] = {**SAVED_MODEL, "--demo": DEMO}
 
 
 @dataclass
-class DataArguments(AudioArguments):
+class DataArguments(AudioArguments, LabelArguments):
     """Where the recordings come from."""
 
     sources = ("demo",)
@@ -75,12 +73,12 @@ class DataArguments(AudioArguments):
         return "made-up words" if self.demo else super().describe()
 
 
-def predict_files(files: Sequence[str], folder: str) -> None:
+def predict_files(data: DataArguments, folder: str, args: TrainingArguments) -> None:
     """Print the most probable labels of sound files."""
     model = load_trained(AutoModelForAudioClassification, folder)
     extractor = AutoFeatureExtractor.from_pretrained(folder)
     classifier = pipeline("audio-classification", model=model, feature_extractor=extractor)
-    for file in files:
+    for file in data.files_to_predict():
         print(f"\n{file}")
         for answer in classifier(file, top_k=5):
             print(f"  {answer['score']:7.3f}  {answer['label']}")
@@ -91,34 +89,26 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
     set_seed(args.seed)
     model_labels, model_problem_type = task_of_model(model_args.model_name_or_path)
     with args.main_process_first(desc="preparing the data"):
-        splits, task = label_splits(
-            data, lambda part: data.columns(part)[0], model_labels, args.seed, model_problem_type
-        )
+        splits, task = label_splits(data, model_labels, args.seed, model_problem_type)
         extractor = data.extractor(model_args, next(iter(splits.values())))
         encoded = {}
         for split, part in splits.items():
             with data.naming_source(split):
                 rows = data.encode(part, extractor, label_columns(part))
             encoded[split] = rows if split == "train" else longest_first(rows)
-    metrics, trains = Metrics(task, None), "train" in splits
-    fields = label_fields(task)
-    if model_args.model_name_or_path is None:
-        fields |= data.frame_fields(extractor.sampling_rate)
-    longest = int(max(max(read_column(rows, "length")) for rows in encoded.values()))
-    frames = -(-longest * 1000 // round(extractor.sampling_rate * data.stride_ms)) + 1
-    model = make_model(AutoModelForAudioClassification, model_args, None, max(frames, 256), trains, **fields)
+    metrics, trains, fields = Metrics(task, None), "train" in splits, label_fields(task)
+    model = data.hearing_model(AutoModelForAudioClassification, model_args, None, encoded, extractor, **fields)
     collate = AudioCollator(extractor)
-    augmenting = AugmentingCollator(collate, "input_values", vary_recording, args.seed) if data.augment else None
+    rate, name, width = extractor.sampling_rate, extractor.model_input_names[0], extractor.feature_size
+    augmenting = AugmentingCollator(collate, name, vary_recording, args.seed, width) if data.augment else None
     options = {"data_collator": collate, "compute_metrics": metrics, "callbacks": [augmenting] if augmenting else None}
     trainer = build_trainer(SignalTrainer, model, args, extractor, encoded, **options)
     trainer.augmenting = augmenting
     counts = ", ".join(f"{split} {len(part)}" for split, part in splits.items())
-    seconds = np.mean(read_column(next(iter(encoded.values())), "length")) / extractor.sampling_rate
+    seconds = np.mean(read_column(next(iter(encoded.values())), "length")) / steps_per_second(extractor)
     labels = shortened(task.label_names) if task.label_names else task.problem_type
-    train_and_save(
-        trainer, f"Recordings: {counts}; {seconds:.2f} s on average, {extractor.sampling_rate} Hz. Labels: {labels}"
-    )
-    features = mean_spectra(round(extractor.sampling_rate * 0.025) or 1)
+    train_and_save(trainer, f"Recordings: {counts}; {seconds:.2f} s on average, {rate} Hz. Labels: {labels}")
+    features = mean_spectra(round(rate * 0.025) or 1)
     report_classes(trainer, metrics, splits, encoded, data, "recordings", features, "spectra + support vectors")
     return trains
 
@@ -126,8 +116,4 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (DataArguments, BackboneArguments, TrainingArguments)
-    data, model_args, args = parse_arguments("audio-classification", __doc__, classes, arguments, DEFAULTS, PRESETS)
-    data.check(model_args, args)
-    trained = bool(data.parts) and run(data, model_args, args)
-    if data.predict_file is not None and args.process_index == 0:
-        predict_files(data.files_to_predict(), args.output_dir if trained else model_args.model_name_or_path)
+    run_recipe("audio-classification", __doc__, classes, run, arguments, DEFAULTS, PRESETS, predict_files)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, Trainer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, set_seed
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
@@ -50,7 +50,7 @@ from ..training.chat import (
     replies,
     tfidf_ranks,
 )
-from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, run_recipe
+from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, parse_overrides, run_recipe
 from ..training.pretraining import PretrainingArguments, pretrain
 from ..training.reports import draw_learning_curve, format_tables, write_report, write_rows
 from ..training.trainers import LanguageModelTrainer, build_trainer, train_and_save
@@ -89,6 +89,13 @@ class DataArguments(PretrainingArguments):
             )
         if args.packing or args.padding_free:
             raise ValueError("--packing and --padding_free are not supported here. Leave them out.")
+        name, overrides = model.model_name_or_path, parse_overrides(model.config_overrides)
+        ties = name is not None and AutoConfig.from_pretrained(name).tie_word_embeddings
+        if args.do_train and overrides.get("tie_word_embeddings", ties):
+            raise ValueError(
+                "trl multiplies hidden states by the weight of the head, which a model with `tie_word_embeddings` "
+                "does not. Leave the override out, or train another model."
+            )
 
 
 class ChatTrainer(LanguageModelTrainer, SFTTrainer):
@@ -192,11 +199,6 @@ def run(data: DataArguments, model_args: ModelArguments, args: Any) -> None:
         pieces = (encode_conversation(messages, tokenizer)[0] for messages in conversations["train"])
         model_args = pretrain(data, model_args, args, tokenizer, pieces, args.max_length, AutoModelForCausalLM)
     model = make_model(AutoModelForCausalLM, model_args, tokenizer, args.max_length, trains)
-    if trains and model.config.tie_word_embeddings:
-        raise ValueError(
-            "trl multiplies hidden states by the weight of the head, which a model with `tie_word_embeddings` does "
-            "not. Leave the override out, or train another model."
-        )
     trainer_class = ChatTrainer if trains else LanguageModelTrainer
     trainer = build_trainer(trainer_class, model, args, tokenizer, splits)
     trainer.metrics = metrics

@@ -52,6 +52,7 @@ from ..training.classification import (
     baselines,
     define_task,
     draw_confusion_matrix,
+    label_fields,
     shortened,
     task_of_model,
     write_predictions,
@@ -64,7 +65,7 @@ from ..training.model_setup import (
     make_model,
     make_tokenizer,
     option,
-    parse_arguments,
+    run_recipe,
     with_defaults,
 )
 from ..training.pretraining import MaskedPretrainingArguments, pretrain
@@ -211,12 +212,12 @@ def check_saved(model: PreTrainedModel, folder: str, texts: list[str]) -> None:
     print(f"Reloaded by from_pretrained and by pipeline: both agree with the trained model on {len(texts)} texts.")
 
 
-def predict_file(file: Path, folder: str, clean: bool) -> None:
-    """Print the most probable labels of one file. `clean`: clean it like the documents of the demo."""
-    text = read_text(file)
-    if clean:
+def predict_file(data: DataArguments, folder: str, args: TrainingArguments) -> None:
+    """Print the most probable labels of one file, which is cleaned like the documents of the demo, if they are it."""
+    text = read_text(str(data.predict_file))
+    if data.demo:
         text = clean_source(text, max_bytes=16384)
-    print(f"\n{file}" + (" (cleaned like the training texts)" if clean else ""))
+    print(f"\n{data.predict_file}" + (" (cleaned like the training texts)" if data.demo else ""))
     model = load_trained(AutoModelForSequenceClassification, folder)
     for answer in pipeline("text-classification", model=model, tokenizer=folder)(text, truncation=True, top_k=5):
         print(f"  {answer['score']:7.3f}  {answer['label']}")
@@ -237,9 +238,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
             for split, part in splits.items()
         }
     metrics = Metrics(task, data.task_name)
-    names = dict(enumerate(task.label_names or ["score"]))
-    fields = {"problem_type": task.problem_type, "id2label": names, "label2id": {n: i for i, n in names.items()}}
-    trains = "train" in splits
+    fields, trains = label_fields(task), "train" in splits
     if task.columns.pair is not None:
         model_args = with_defaults(model_args, **COMPARING)
     pieces = token_ids(([text] for text in train_texts), tokenizer)
@@ -263,9 +262,4 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, TrainingArguments)
-    data, model_args, args = parse_arguments("classification", __doc__, classes, arguments, DEFAULTS, PRESETS)
-    data.check(model_args, args)
-    trained = bool(data.parts) and run(data, model_args, args)
-    if data.predict_file is not None and args.process_index == 0:
-        folder = args.output_dir if trained else model_args.model_name_or_path
-        predict_file(Path(data.predict_file), folder, clean=data.demo)
+    run_recipe("classification", __doc__, classes, run, arguments, DEFAULTS, PRESETS, predict_file)

@@ -17,7 +17,7 @@
 All options of `transformers.TrainingArguments` work, `--resume_from_checkpoint last` included.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     TrainingArguments,
@@ -33,23 +34,21 @@ from transformers import (
 )
 from transformers.models.vit import ViTImageProcessorPil
 
-from ..data.demo_signals import handwritten_digits
-from ..data.signals import IMAGE_COLUMNS, PICTURES, find_signal_column, picture, pictures
+from ..data.signals import picture, pictures
 from ..hub.model_folder import check_own_files
-from ..training.classification import Metrics, shortened, task_of_model
-from ..training.model_setup import SAVED_MODEL, BackboneArguments, load_trained, make_model, option, parse_arguments
-from ..training.signals import (
-    AugmentingCollator,
-    PictureCollator,
-    SignalArguments,
-    SignalTrainer,
-    in_memory,
-    label_columns,
-    label_fields,
-    label_splits,
-    report_classes,
-    vary_picture,
+from ..training.classification import Metrics, label_fields, shortened, task_of_model
+from ..training.model_setup import (
+    SAVED_MODEL,
+    BackboneArguments,
+    check_same_as_saved,
+    load_trained,
+    make_model,
+    option,
+    run_recipe,
 )
+from ..training.signal_classes import label_columns, label_splits, report_classes
+from ..training.signal_options import LabelArguments, PictureArguments
+from ..training.signals import AugmentingCollator, PictureCollator, SignalTrainer, in_memory, vary_picture
 from ..training.trainers import build_trainer, longest_first, train_and_save
 
 DEFAULTS = {
@@ -65,56 +64,28 @@ PRESETS: dict[str, dict[str, Any]] = {**SAVED_MODEL, "--demo": DEMO}
 
 
 @dataclass
-class DataArguments(SignalArguments):
+class DataArguments(PictureArguments, LabelArguments):
     """Where the pictures come from."""
 
-    sources = ("demo",)
-    suffixes = PICTURES
+    kind_of_file = "picture"
 
-    demo: bool = option(False, "Complete run without a download: handwritten digits of scikit-learn.")
     train_file: str | None = option(
         None, "csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of pictures per label."
     )
-    image_column: str | None = option(None, "Pictures, pixels, or names of files. Default: found by its name or kind.")
-    image_size: int | None = option(
-        None, "Height and width that pictures are resized to. Default: those of the first."
-    )
-    patch_size: int = option(1, "Side of the squares that are tokens; 1: pixels.")
+    patch_size: int | None = option(None, "Side of the squares that are tokens. Default: 1, which are pixels.")
     flip: bool = option(False, "Mirror half of the training pictures: where left and right mean nothing.")
-    predict_file: str | None = option(None, "A picture, or a folder of them, to classify at the end.")
 
-    def read_source(self) -> Mapping[str, Dataset]:
-        return handwritten_digits() if self.demo else super().read_source()
-
-    def describe(self) -> str:
-        return "handwritten digits of scikit-learn" if self.demo else super().describe()
-
-    def has_inputs(self) -> bool:
-        return self.predict_file is not None
-
-    def check(self, model: BackboneArguments, args: Any) -> None:
-        super().check(model, args)
-        if self.predict_file is not None and not self.files_to_predict():
-            raise ValueError(f"--predict_file: there is no picture `{self.predict_file}`, nor a folder of them.")
-
-    def files_to_predict(self) -> list[str]:
-        """Pictures that --predict_file names."""
-        path = Path(self.predict_file or "")
-        files = [path] if path.is_file() else sorted(x for x in path.rglob("*") if x.suffix.lower() in PICTURES)
-        return [str(file) for file in files if self.predict_file is not None]
-
-    def column(self, dataset: Dataset) -> str:
-        return find_signal_column(dataset, self.image_column, IMAGE_COLUMNS, "--image_column")
-
-    def processor(self, model: BackboneArguments, first: Dataset | None) -> Any:
+    def processor(self, model: BackboneArguments, first: Dataset) -> Any:
         """What prepares pictures for the model: that of a saved model, or one of the data's size."""
-        if model.model_name_or_path is not None:
-            if Path(model.model_name_or_path).is_dir():
-                check_own_files(Path(model.model_name_or_path))
-            return AutoImageProcessor.from_pretrained(model.model_name_or_path)
-        height = width = self.image_size
-        if height is None:
-            width, height = next(pictures(first, self.column(first))).size
+        name = model.model_name_or_path
+        if name is not None:
+            if Path(name).is_dir():
+                check_own_files(Path(name))
+            found: Any = AutoImageProcessor.from_pretrained(name)
+            self.check_size(name, found.size["height"], found.size["width"])
+            check_same_as_saved(name, self, {"patch_size": AutoConfig.from_pretrained(name).patch_size})
+            return found
+        height, width = self.size(first)
         half = [0.5, 0.5, 0.5]
         return ViTImageProcessorPil(
             size={"height": height, "width": width}, image_mean=half, image_std=half, do_convert_rgb=True
@@ -131,13 +102,13 @@ class DataArguments(SignalArguments):
         return in_memory(rows(), label_columns(dataset))
 
 
-def predict_files(files: Sequence[str], folder: str) -> None:
+def predict_files(data: DataArguments, folder: str, args: TrainingArguments) -> None:
     """Print the most probable labels of pictures."""
     model = load_trained(AutoModelForImageClassification, folder)
     classifier = pipeline(
         "image-classification", model=model, image_processor=AutoImageProcessor.from_pretrained(folder)
     )
-    for file in files:
+    for file in data.files_to_predict():
         print(f"\n{file}")
         for answer in classifier(picture(file), top_k=5):
             print(f"  {answer['score']:7.3f}  {answer['label']}")
@@ -153,7 +124,7 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
     set_seed(args.seed)
     model_labels, model_problem_type = task_of_model(model_args.model_name_or_path)
     with args.main_process_first(desc="preparing the data"):
-        splits, task = label_splits(data, data.column, model_labels, args.seed, model_problem_type)
+        splits, task = label_splits(data, model_labels, args.seed, model_problem_type)
         processor = data.processor(model_args, next(iter(splits.values())))
         encoded = {}
         for split, part in splits.items():
@@ -163,9 +134,10 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
     metrics, trains = Metrics(task, None), "train" in splits
     fields, (height, width) = label_fields(task), (processor.size["height"], processor.size["width"])
     if model_args.model_name_or_path is None:
-        rows, columns = -(-height // data.patch_size), -(-width // data.patch_size)
+        patch = data.patch_size or 1
+        rows, columns = -(-height // patch), -(-width // patch)
         grid = "axial_pos_shape" if model_args.position_embedding_type == "axial" else "rotary_shape"
-        fields |= {"patch_size": data.patch_size}
+        fields |= {"patch_size": patch}
         fields |= {} if model_args.position_embedding_type == "learned" else {grid: (rows, columns)}
         tokens = rows * columns
     else:
@@ -173,7 +145,7 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
     model = make_model(AutoModelForImageClassification, model_args, None, tokens, trains, **fields)
     shape = (3, height, width)
     collate = PictureCollator(shape)
-    change = vary_picture(shape, data.flip)
+    change = vary_picture(shape, data.augment, data.flip)
     augmenting = AugmentingCollator(collate, "pixel_values", change, args.seed) if data.augment or data.flip else None
     options = {"data_collator": collate, "compute_metrics": metrics, "callbacks": [augmenting] if augmenting else None}
     trainer = build_trainer(SignalTrainer, model, args, processor, encoded, **options)
@@ -188,8 +160,4 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (DataArguments, BackboneArguments, TrainingArguments)
-    data, model_args, args = parse_arguments("image-classification", __doc__, classes, arguments, DEFAULTS, PRESETS)
-    data.check(model_args, args)
-    trained = bool(data.parts) and run(data, model_args, args)
-    if data.predict_file is not None and args.process_index == 0:
-        predict_files(data.files_to_predict(), args.output_dir if trained else model_args.model_name_or_path)
+    run_recipe("image-classification", __doc__, classes, run, arguments, DEFAULTS, PRESETS, predict_files)

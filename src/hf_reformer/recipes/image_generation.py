@@ -26,12 +26,12 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, set_seed
 
-from ..data.demo_signals import handwritten_digits
-from ..data.signals import IMAGE_COLUMNS, PICTURES, find_signal_column, pictures
+from ..data.signals import pictures
 from ..data.tables import read_column
 from ..training.model_setup import BackboneArguments, make_model, option, run_recipe
 from ..training.reports import format_tables, write_report, write_rows
-from ..training.signals import SignalArguments, in_memory
+from ..training.signal_options import PictureArguments
+from ..training.signals import in_memory
 from ..training.trainers import RecipeMixin, SequentialEvalMixin, build_trainer, train_and_save
 
 VALUES = 256
@@ -51,32 +51,32 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass
-class DataArguments(SignalArguments):
+class DataArguments(PictureArguments):
     """Where the pictures come from."""
 
-    sources = ("demo",)
-    suffixes = PICTURES
-
-    demo: bool = option(False, "Complete run without a download: handwritten digits of scikit-learn.")
     train_file: str | None = option(None, "csv, tsv, json, jsonl or parquet file, or a folder of folders of pictures.")
-    image_column: str | None = option(None, "Pictures, pixels, or names of files. Default: found by its name or kind.")
-    image_size: int | None = option(
-        None, "Height and width that pictures are resized to. Default: those of the first."
-    )
     draw_samples: int = option(16, "Pictures to draw at the end.")
 
-    def read_source(self) -> Mapping[str, Dataset]:
-        return handwritten_digits() if self.demo else super().read_source()
-
-    def describe(self) -> str:
-        return "handwritten digits of scikit-learn" if self.demo else super().describe()
+    def size_of(self, name: str, saved: Any, first: Dataset) -> tuple[int, int]:
+        """Height and width of the pictures of the saved model `name`."""
+        if saved.grid_width is None:  # learned positions, which know how many there are
+            size = self.size(first)
+            if size[0] * size[1] + 1 != saved.max_position_embeddings:
+                raise ValueError(
+                    f"The pictures are {size[0]} × {size[1]}; `{name}` draws {saved.max_position_embeddings - 1} "
+                    "pixels. Give --image_size, the side of the pictures that it was trained on."
+                )
+            return size
+        axial = saved.position_embedding_type == "axial"  # whose grid has a row more, for the start
+        height, width = (saved.axial_pos_shape[0] - 1, saved.grid_width) if axial else saved.rotary_shape
+        self.check_size(name, height, width)
+        return height, width
 
     def encode(self, dataset: Dataset, size: tuple[int, int]) -> Dataset:
         """Columns `input_ids`: the start, then the grey values of a picture row by row, all of `size`."""
-        column = find_signal_column(dataset, self.image_column, IMAGE_COLUMNS, "--image_column")
 
         def rows() -> Any:
-            for image in pictures(dataset, column):
+            for image in pictures(dataset, self.column(dataset)):
                 grey = image.convert("L")
                 grey = grey if grey.size == size[::-1] else grey.resize(size[::-1])
                 yield {"input_ids": np.concatenate([[START], np.asarray(grey).reshape(-1)]).astype(np.int64)}
@@ -130,19 +130,23 @@ def baseline_bits(train: np.ndarray, pictures: np.ndarray, size: tuple[int, int]
 
 
 @torch.no_grad()
-def draw_samples(file: Path, model: Any, count: int, size: tuple[int, int]) -> None:
-    """Pictures drawn pixel by pixel from the model's distribution, on one sheet."""
+def draw_pictures(model: Any, count: int, size: tuple[int, int]) -> np.ndarray:
+    """(count, height, width) grey values, drawn pixel by pixel from the model's distribution."""
     ids = torch.full((count, 1), START, device=model.device)
     pixels = size[0] * size[1]
     drawn = model.generate(
         ids, max_new_tokens=pixels, min_new_tokens=pixels, do_sample=True, top_k=0, suppress_tokens=[START]
     )
+    return drawn[:, 1:].unflatten(1, size).cpu().numpy()
+
+
+def write_sheet(file: Path, drawn: np.ndarray) -> None:
+    """Pictures (count, height, width) on one sheet."""
+    count = len(drawn)
     columns = math.ceil(math.sqrt(count))
     figure = Figure(figsize=(columns, -(-count // columns)), layout="constrained")
-    for axes, picture in zip(
-        figure.subplots(-(-count // columns), columns, squeeze=False).flat, drawn[:, 1:], strict=False
-    ):
-        axes.imshow(picture.view(size).cpu().numpy(), cmap="gray", vmin=0, vmax=255)
+    for axes, picture in zip(figure.subplots(-(-count // columns), columns, squeeze=False).flat, drawn, strict=False):
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
     for axes in figure.axes:
         axes.set_axis_off()
     figure.savefig(file, dpi=120)
@@ -157,14 +161,7 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
     with args.main_process_first(desc="preparing the data"):
         splits = data.complete(data.read(), args.seed)
         first = next(iter(splits.values()))
-        if saved is not None and saved.grid_width is not None:
-            axial = saved.position_embedding_type == "axial"  # whose grid has a row more, for the start
-            size = (saved.axial_pos_shape[0] - 1, saved.grid_width) if axial else tuple(saved.rotary_shape)
-        elif data.image_size is not None:
-            size = (data.image_size, data.image_size)
-        else:
-            column = find_signal_column(first, data.image_column, IMAGE_COLUMNS, "--image_column")
-            size = next(pictures(first, column)).size[::-1]
+        size = data.size(first) if saved is None else data.size_of(str(model_args.model_name_or_path), saved, first)
         encoded = {}
         for split, part in splits.items():
             with data.naming_source(split):
@@ -208,7 +205,7 @@ def report(
             write_rows(folder / f"predictions_{split}.jsonl", rows)
     if trainer.is_world_process_zero():
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
-        draw_samples(folder / "drawn.png", model.eval(), data.draw_samples, size)
+        write_sheet(folder / "drawn.png", draw_pictures(model.eval(), data.draw_samples, size))
     write_report(trainer, tables, format_tables(tables, splits, "pictures"), data.describe() if trained else None)
 
 

@@ -92,9 +92,6 @@ class DataArguments(SplitArguments):
         held_out = file == "test_file" and "train" in (self.wanted or ())
         return super()._given(file) or (super()._given("train_file") if held_out else [])
 
-    def has_inputs(self) -> bool:
-        return self.predict_file is not None
-
     def check(self, model: ModelArguments, args: TrainingArguments) -> None:
         if model.tokenizer in ("bytes", "train"):
             raise ValueError(

@@ -35,17 +35,11 @@ from transformers import (
 from ..data.columns import check_columns, labels_unknown
 from ..data.demo_signals import spoken_strings
 from ..data.tables import cell_text, read_column
-from ..models.frontend import FrameEmbeddings
-from ..training.model_setup import SAVED_MODEL, BackboneArguments, load_trained, make_model, option, parse_arguments
+from ..models.frontend import count_frames
+from ..training.model_setup import SAVED_MODEL, BackboneArguments, load_trained, option, run_recipe
 from ..training.reports import format_tables, write_report, write_rows
-from ..training.signals import (
-    AudioArguments,
-    AudioCollator,
-    AugmentingCollator,
-    SignalTrainer,
-    mean_spectra,
-    vary_recording,
-)
+from ..training.signal_options import AudioArguments
+from ..training.signals import AudioCollator, AugmentingCollator, SignalTrainer, mean_spectra, steps_per_second
 from ..training.speech import (
     ErrorRates,
     character_tokenizer,
@@ -56,6 +50,7 @@ from ..training.speech import (
     likeliest,
     nearest_recordings,
     normalised,
+    vary_speech,
 )
 from ..training.trainers import build_trainer, longest_first, predict_splits, train_and_save
 
@@ -167,12 +162,12 @@ def report(
     write_report(trainer, tables, format_tables(tables, splits, "recordings"), args.describe() if trained else None)
 
 
-def predict_files(files: Sequence[str], folder: str) -> None:
+def predict_files(data: DataArguments, folder: str, args: TrainingArguments) -> None:
     """Print what is heard in sound files, each in one pass."""
     model = load_trained(AutoModelForCTC, folder)
     extractor, tokenizer = AutoFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     listen = pipeline("automatic-speech-recognition", model=model, feature_extractor=extractor, tokenizer=tokenizer)
-    for file in files:
+    for file in data.files_to_predict():
         print(f"\n{file}\n  {normalised(listen(file)['text'])}")
 
 
@@ -187,6 +182,8 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
             tokenizer: Any = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
         else:
             tokenizer = character_tokenizer(read_column(splits["train"], "transcript"))
+        frame = data.frame_fields(model_args, extractor)
+        framing = (frame["frame_size"], frame["frame_stride"])
         encoded = {}
         for split, part in splits.items():
             known = (
@@ -196,43 +193,32 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
             )
             with data.naming_source(split):
                 rows = data.encode(part, extractor, known)
+                if known:
+                    frames = [count_frames(int(length), *framing) for length in read_column(rows, "length")]
+                    check_lengths(known["labels"], frames, split)
             encoded[split] = rows if split == "train" else longest_first(rows)
-    fields: dict[str, Any] = {}
-    if model_args.model_name_or_path is None:
-        fields = data.frame_fields(extractor.sampling_rate)
-    longest = int(max(max(read_column(rows, "length")) for rows in encoded.values()))
-    frames = -(-longest * 1000 // round(extractor.sampling_rate * data.stride_ms)) + 1
-    model = make_model(AutoModelForCTC, model_args, tokenizer, max(frames, 256), trains, **fields)
-    config: Any = model.config
-    count = FrameEmbeddings(config).count
-    for split, rows in encoded.items():
-        if "labels" in rows.column_names and split == "train":
-            frame_counts = [count(int(length)) for length in read_column(rows, "length")]
-            check_lengths([list(ids) for ids in read_column(rows, "labels")], frame_counts, split)
+    model = data.hearing_model(AutoModelForCTC, model_args, tokenizer, encoded, extractor)
     rates, collate = ErrorRates(tokenizer), AudioCollator(extractor)
-    augmenting = AugmentingCollator(collate, "input_values", vary_recording, args.seed) if data.augment else None
+    vary, name, width = vary_speech(*framing), extractor.model_input_names[0], extractor.feature_size
+    augmenting = AugmentingCollator(collate, name, vary, args.seed, width) if data.augment else None
     callbacks: list[Any] = [SaveTokenizer(tokenizer), *([augmenting] if augmenting else [])]
     options = {"data_collator": collate, "compute_metrics": rates, "callbacks": callbacks}
     options["preprocess_logits_for_metrics"] = likeliest
     trainer = build_trainer(SignalTrainer, model, args, extractor, encoded, **options)
     trainer.augmenting = augmenting
     counts = ", ".join(f"{split} {len(part)}" for split, part in splits.items())
-    seconds = np.mean(read_column(next(iter(encoded.values())), "length")) / extractor.sampling_rate
+    seconds = np.mean(read_column(next(iter(encoded.values())), "length")) / steps_per_second(extractor)
     train_and_save(
         trainer,
         f"Recordings: {counts}; {seconds:.2f} s on average, {extractor.sampling_rate} Hz; {len(tokenizer)} characters",
     )
     if trains and trainer.is_world_process_zero():
         tokenizer.save_pretrained(str(args.output_dir))
-    report(trainer, rates, splits, encoded, data, extractor.sampling_rate)
+    report(trainer, rates, splits, encoded, data, steps_per_second(extractor))
     return trains
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the recipe with these arguments, by default those of the process."""
     classes = (DataArguments, BackboneArguments, TrainingArguments)
-    data, model_args, args = parse_arguments("speech-recognition", __doc__, classes, arguments, DEFAULTS, PRESETS)
-    data.check(model_args, args)
-    trained = bool(data.parts) and run(data, model_args, args)
-    if data.predict_file is not None and args.process_index == 0:
-        predict_files(data.files_to_predict(), args.output_dir if trained else model_args.model_name_or_path)
+    run_recipe("speech-recognition", __doc__, classes, run, arguments, DEFAULTS, PRESETS, predict_files)

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -108,8 +109,13 @@ class Settings:
                 self.own[name] = value
 
 
+_EMPTY: dict[type, Any] = {kind: kind() for kind in (dict, OrderedDict, list, set)}  # modules hold many of these
+
+
 def _copy(value: Any) -> Any:
-    return copy.copy(value) if isinstance(value, dict | list | set) else value
+    if not isinstance(value, dict | list | set):
+        return value
+    return copy.copy(value) if value else _EMPTY.get(type(value), copy.copy(value))
 
 
 def _same(now: Any, before: Any) -> bool:
@@ -179,7 +185,7 @@ class ReplayState:
                 stack.enter_context(reparametrize_module(self.layer, tensors))
             for settings, now in changed:
                 stack.callback(settings.put, now)
-                settings.put({name: settings.before.get(name, _ABSENT) for name in now})
+                settings.put({name: _copy(settings.before.get(name, _ABSENT)) for name in now})
             yield
 
     @contextlib.contextmanager

@@ -207,6 +207,12 @@ def task_of_model(name: str | None) -> tuple[list[str] | None, str | None]:
     return labels, config.problem_type or (REGRESSION if len(labels) == 1 else None)
 
 
+def label_fields(task: Task) -> dict[str, Any]:
+    """Fields of the config of a model that classifies."""
+    names = dict(enumerate(task.label_names or ["score"]))
+    return {"problem_type": task.problem_type, "id2label": names, "label2id": {n: i for i, n in names.items()}}
+
+
 def define_task(
     dataset: Dataset,
     columns: Columns,

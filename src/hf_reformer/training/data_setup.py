@@ -98,8 +98,8 @@ class SplitArguments:
             )
 
     def has_inputs(self) -> bool:
-        """Whether there is something to predict besides the splits."""
-        return False
+        """Whether there is something to predict besides the splits: a recipe may have an option `--predict_file`."""
+        return getattr(self, "predict_file", None) is not None
 
     def read_source(self) -> Mapping[str, Dataset]:
         """All splits of the data set, or of another source that a recipe has; none where there are only files."""
@@ -177,9 +177,18 @@ class SplitArguments:
         return {split: (split if split in sizes else "train", rows["row"][:]) for split, rows in chosen.items()}
 
     def describe(self) -> str:
-        """The training data in a few words, for the model card."""
-        values = [getattr(self, name) for name in self._given("train_file")]
-        return ", ".join(", ".join(value) if isinstance(value, list) else str(value) for value in values)
+        """What scores were measured on and what was trained on, by name, for the model card, which strangers read.
+
+        Of files and folders of this machine the last part of the path; a data set of the Hub as it is written.
+        """
+        trained = self._names("train_file")
+        measured = trained if self.validation_file is None else self._names("validation_file")
+        return measured if measured == trained else f"{measured} (trained on {trained})"
+
+    def _names(self, file: str) -> str:
+        value = getattr(self, self._given(file)[0])
+        names = value if isinstance(value, list) else [str(value)]
+        return ", ".join(Path(name).name if Path(name).exists() else name for name in names)
 
 
 @dataclass
@@ -187,9 +196,6 @@ class SplitsAndFileArguments(SplitArguments):
     """The same, and a file of text to predict at the end, with or without any other data."""
 
     predict_file: str | None = option(None, "A text file to predict at the end.")
-
-    def has_inputs(self) -> bool:
-        return self.predict_file is not None
 
     def check(self, model: Any, args: Any) -> None:
         super().check(model, args)

@@ -56,24 +56,23 @@ def score(
         crps: (rows, P, S) continuous ranked probability scores; None: of single numbers, which is the absolute error.
         by_series: also the root mean squared error of every series; and of positions, `ade` and `fde`: the mean
             distance over all steps and at the last one. All in the data's units.
+
+    What nothing is known of has no score.
     """
     chosen = [names.index(name) for name in predicted]
     error = (forecast - truth)[..., chosen] / std[chosen]
     ranked = np.abs(error) if crps is None else crps[..., chosen] / std[chosen]
-    found = {"mse": float(np.nanmean(error**2)), "mae": float(np.nanmean(np.abs(error)))}
-    found["crps"] = float(np.nanmean(ranked))
+    parts = {"mse": error**2, "mae": np.abs(error), "crps": ranked}
     if by_series:
         for name, index in zip(predicted, chosen, strict=True):
-            found[f"rmse {name}"] = float(np.sqrt(np.nanmean((forecast - truth)[..., index] ** 2)))
+            parts[f"rmse {name}"] = (forecast - truth)[..., index] ** 2
         for x, y in position_pairs(list(names)):
             if {x, y} <= set(chosen):
                 distance = np.linalg.norm((forecast - truth)[..., [x, y]], axis=-1)
                 prefix = names[x][:-1]
-                found |= {
-                    f"{prefix}ade": float(np.nanmean(distance)),
-                    f"{prefix}fde": float(np.nanmean(distance[:, -1])),
-                }
-    return found
+                parts |= {f"{prefix}ade": distance, f"{prefix}fde": distance[:, -1]}
+    found = {name: float(np.nanmean(part)) for name, part in parts.items() if not np.isnan(part).all()}
+    return {name: value**0.5 if name.startswith("rmse ") else value for name, value in found.items()}
 
 
 class ForecastScores:
@@ -117,8 +116,9 @@ def baseline_forecasts(train: Windows, evaluated: Windows, season: int | None, r
 
 def _ridge(train: Windows, past: np.ndarray) -> np.ndarray:
     known, future = train.arrays()
-    known = filled_forward(known)
-    wanted = ~np.isnan(future).any(axis=(0, 1))
+    wanted = ~np.isnan(future).all(axis=(0, 1))
+    both, before = filled_forward(np.concatenate([known, future], axis=1)), known.shape[1]
+    known, future = both[:, :before], both[:, before:]
     found = np.repeat(past[:, -1:], future.shape[1], axis=1)
     scale = known.std(axis=(0, 1)) + 1e-9
     x, y = (a / scale for a in (known, past))

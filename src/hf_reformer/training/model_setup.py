@@ -178,11 +178,20 @@ def run_recipe(
     arguments: Sequence[str] | None,
     defaults: Mapping[str, Any],
     presets: Mapping[str, Mapping[str, Any]],
+    predict: Callable[[Any, str, Any], None] | None = None,
 ) -> None:
-    """Parse the command line (`parse_arguments`), check the options before anything is read, and run a recipe."""
+    """Parse the command line (`parse_arguments`), check the options before anything is read, and run a recipe.
+
+    Args:
+        run: reads the data, trains and reports; of a recipe with `predict`, returns whether a model was trained.
+        predict: (options of the data, folder of the model that was trained or given, `TrainingArguments`) → prints
+            what that model says of `--predict_file`, by the main process.
+    """
     data, model, args = parse_arguments(recipe, description, classes, arguments, defaults, presets)
     data.check(model, args)
-    run(data, model, args)
+    trained = (predict is None or bool(data.parts)) and run(data, model, args)
+    if predict is not None and data.predict_file is not None and args.process_index == 0:
+        predict(data, str(args.output_dir if trained else model.model_name_or_path), args)
 
 
 def arguments_of_file(file: Path) -> list[str]:
@@ -318,6 +327,20 @@ def make_model(
         sizes["vocab_size"] = len(tokenizer)
         sizes |= {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("pad", "bos", "eos")}
     return auto_class.from_config(ReformerConfig(**{**sizes, **fields, **overrides}))
+
+
+def check_same_as_saved(name: str, given: Any, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError for options, attributes of `given`, that are given and are not those of the saved model `name`.
+
+    Its weights and its data would not fit together otherwise, and what cannot be followed is not passed over.
+    """
+    for option, value in saved.items():
+        wanted = getattr(given, option)
+        if wanted is not None and wanted != value:
+            raise ValueError(
+                f"--{option} {wanted}: that of the saved model `{name}` is {value}. Leave the option out, or leave "
+                "out --model_name_or_path to train a new model."
+            )
 
 
 def load_trained(auto_class: Any, name: str) -> PreTrainedModel:

@@ -47,7 +47,7 @@ def write_report(trainer: Trainer, scores: dict[str, Any], summary: str, dataset
 
     Args:
         scores, summary: those of the main process count.
-        dataset: what the model was trained on; None: write no model card.
+        dataset: what the scores are of, in words; None: write no model card.
         metadata: of the model card.
     """
     if trainer.is_world_process_zero():
@@ -70,7 +70,8 @@ def _write_report(
         notes = f"## Scores\n\n{summary}" if summary else None
         metadata |= {"dataset_name": dataset, "notes": notes, "with_code": False}
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
-        model_card(model, str(folder), tokenizer, trainer.state, **metadata).save(folder / "README.md")
+        name = trainer.hub_model_id if trainer.args.push_to_hub else str(folder)
+        model_card(model, name, tokenizer, trainer.state, **metadata).save(folder / "README.md")
     print(f"\n{summary}\n\nThe results are in {folder}/")
     for pattern, content in CONTENTS.items():
         if names := ", ".join(sorted(file.name for file in folder.glob(pattern))):

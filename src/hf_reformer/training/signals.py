@@ -1,142 +1,23 @@
-"""What the recipes of recordings and pictures share: options, batches, changes of training data, their labels."""
+"""Recordings and pictures as a Trainer takes them: batches, changes of training data, and their spectra."""
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, DatasetDict, concatenate_datasets
-from sklearn.dummy import DummyClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC
+from datasets import Dataset, concatenate_datasets
 from torch.utils.data import DataLoader
-from transformers import AutoFeatureExtractor, Trainer, TrainerCallback, Wav2Vec2FeatureExtractor
 
-from ..data.columns import Columns, check_columns
-from ..data.signals import (
-    AUDIO_COLUMNS,
-    RATE_COLUMNS,
-    SOUNDS,
-    find_signal_column,
-    read_signals,
-    recordings,
-    stored_rate,
-)
-from ..data.tables import read_column
-from ..hub.model_folder import check_own_files
+from ..data.packing import EpochCollator
 from ..models.frontend import log_spectrum
 from ..models.losses import IGNORE
-from .classification import MATRIX_LABELS, SINGLE, Metrics, Task, define_task, draw_confusion_matrix, write_predictions
-from .data_setup import SplitArguments
-from .model_setup import BackboneArguments, option
-from .reports import format_tables, write_report
-from .trainers import GroupedTrainer, predict_splits
+from .trainers import GroupedTrainer
 
-NO_LABELS = "To predict recordings or pictures without labels, give them as --test_file."
+FASTEST, SLOWEST = 0.88, 1.12  # lengths of varied recordings
+STEP_MS = 10  # from one step of log-mel features to the next
 CHUNK = 500  # rows of a table that are encoded at a time
-
-
-@dataclass
-class SignalArguments(SplitArguments):
-    """Options of recordings and pictures alike."""
-
-    suffixes: ClassVar[tuple[str, ...]] = SOUNDS  # of files in folders
-
-    label_column: str | None = option(None, "Default: found by its name.")
-    augment: bool = option(True, "Change the training data a little in every epoch; see the documentation.")
-    baselines: bool = option(False, "Also evaluate a trivial baseline and a simple strong one.")
-
-    def read_file(self, file: str) -> Dataset:
-        return read_signals(file, self.suffixes)
-
-
-@dataclass
-class AudioArguments(SignalArguments):
-    """Options of recordings."""
-
-    audio_column: str | None = option(None, "Sounds, samples, or names of files. Default: found by its name or kind.")
-    sampling_rate_column: str | None = option(None, "Sampling rates of samples. Default: found by its name.")
-    sampling_rate: int | None = option(
-        None, "What the model hears, in Hz; recordings are resampled. Default: that of the first one."
-    )
-    frame_ms: float = option(25.0, "Milliseconds of a frame, which is a token.")
-    stride_ms: float = option(10.0, "Milliseconds from one frame to the next.")
-    frame_transform: str = option(
-        "spectrum", "What is mapped to a token: log power spectra of frames, or linear: their samples.",
-        choices=["spectrum", "linear"],
-    )  # fmt: skip
-    predict_file: str | None = option(None, "A sound file, or a folder of them, to predict at the end.")
-
-    def has_inputs(self) -> bool:
-        return self.predict_file is not None
-
-    def check(self, model: BackboneArguments, args: Any) -> None:
-        super().check(model, args)
-        if self.stride_ms > self.frame_ms:
-            raise ValueError(
-                f"--stride_ms {self.stride_ms:g} is more than --frame_ms {self.frame_ms:g}, so nothing would hear the "
-                "samples between frames. Lower it."
-            )
-        if self.predict_file is not None and not self.files_to_predict():
-            raise ValueError(f"--predict_file: there is no sound file `{self.predict_file}`, nor a folder of them.")
-
-    def files_to_predict(self) -> list[str]:
-        """Sound files that --predict_file names."""
-        path = Path(self.predict_file or "")
-        files = [path] if path.is_file() else sorted(x for x in path.rglob("*") if x.suffix.lower() in SOUNDS)
-        return [str(file) for file in files if self.predict_file is not None]
-
-    def columns(self, dataset: Dataset) -> tuple[str, str | None]:
-        """The columns of the recordings and of their sampling rates."""
-        audio = find_signal_column(dataset, self.audio_column, AUDIO_COLUMNS, "--audio_column")
-        rate = self.sampling_rate_column or next((name for name in RATE_COLUMNS if name in dataset.column_names), None)
-        if rate is not None:
-            check_columns(dataset, "first", [rate])
-        return audio, rate
-
-    def extractor(self, model: BackboneArguments, first: Dataset | None) -> Any:
-        """What prepares recordings for the model: that of a saved model, or one of the data's sampling rate."""
-        if model.model_name_or_path is not None:
-            if Path(model.model_name_or_path).is_dir():
-                check_own_files(Path(model.model_name_or_path))
-            found = AutoFeatureExtractor.from_pretrained(model.model_name_or_path)
-            if self.sampling_rate not in (None, found.sampling_rate):
-                raise ValueError(
-                    f"--sampling_rate {self.sampling_rate}: `{model.model_name_or_path}` hears {found.sampling_rate} "
-                    "Hz. Leave the option out: recordings are resampled."
-                )
-            return found
-        rate = self.sampling_rate
-        if rate is None and first is not None:
-            rate = stored_rate(first, *self.columns(first))
-        if rate is None:
-            raise ValueError(
-                "The recordings are samples without a sampling rate. Name a column of rates by "
-                "--sampling_rate_column, or give the rate of all by --sampling_rate."
-            )
-        return Wav2Vec2FeatureExtractor(sampling_rate=rate, return_attention_mask=True, do_normalize=True)
-
-    def frame_fields(self, rate: int) -> dict[str, Any]:
-        """Fields of a new model's config."""
-        size, stride = (max(1, round(rate * ms / 1000)) for ms in (self.frame_ms, self.stride_ms))
-        return {"frame_size": size, "frame_stride": min(size, stride), "frame_transform": self.frame_transform}
-
-    def encode(self, dataset: Dataset, extractor: Any, columns: Mapping[str, list[Any]] | None = None) -> Dataset:
-        """Columns `input_values`, normalised, `length`, and those that are given."""
-        audio, rate_column = self.columns(dataset)
-        rate = extractor.sampling_rate
-
-        def rows() -> Iterator[dict[str, Any]]:
-            for samples in recordings(dataset, audio, rate, rate_column):
-                values = extractor(samples, sampling_rate=rate)["input_values"][0]
-                yield {"input_values": np.asarray(values, dtype=np.float32), "length": len(values)}
-
-        return in_memory(rows(), columns)
 
 
 def in_memory(rows: Iterable[dict[str, Any]], columns: Mapping[str, list[Any]] | None = None) -> Dataset:
@@ -150,6 +31,21 @@ def in_memory(rows: Iterable[dict[str, Any]], columns: Mapping[str, list[Any]] |
     return dataset.with_format("numpy")
 
 
+def hears_features(extractor: Any) -> bool:
+    """Whether it makes features of a recording, (steps, features), and no waveform of it, (samples)."""
+    return extractor.model_input_names[0] == "input_features"
+
+
+def steps_per_second(extractor: Any) -> int:
+    """Steps of what the model hears."""
+    return round(1000 / STEP_MS) if hears_features(extractor) else extractor.sampling_rate
+
+
+def as_steps(values: np.ndarray, width: int) -> np.ndarray:
+    """(N · width) numbers as tables hold them → (N) samples, or (N, width) features."""
+    return values if width == 1 else values.reshape(-1, width)
+
+
 class AudioCollator:
     """Batches of recordings, padded at their ends; labels of classes, or of characters padded with -100."""
 
@@ -157,8 +53,10 @@ class AudioCollator:
         self.extractor = extractor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        values = [np.asarray(row["input_values"], dtype=np.float32) for row in rows]
-        batch = dict(self.extractor.pad({"input_values": values}, padding=True, return_tensors="pt"))
+        name = self.extractor.model_input_names[0]
+        width = self.extractor.feature_size
+        values = [as_steps(np.asarray(row[name], dtype=np.float32), width) for row in rows]
+        batch = dict(self.extractor.pad({name: values}, padding=True, return_tensors="pt"))
         if "labels" in rows[0]:
             batch["labels"] = stacked_labels([row["labels"] for row in rows])
         return batch
@@ -188,27 +86,28 @@ def stacked_labels(labels: list[Any]) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.pad(x, (0, length - len(x)), constant_values=IGNORE) for x in arrays])).long()
 
 
-class AugmentingCollator(TrainerCallback):
-    """Changes every row before a collator makes batches of them. To be a callback of the Trainer as well.
+Change = Callable[[np.ndarray, np.random.Generator, Mapping[str, Any]], np.ndarray]
 
-    How a row is changed depends on the row, the epoch and the seed alone, so that a resumed run sees what the whole
-    one does: batches are made ahead of their step.
+
+class AugmentingCollator(EpochCollator):
+    """Changes every row before a collator makes batches of them.
+
+    Args:
+        name: of the column that is changed.
+        change: (its values, what to draw from, the whole row) → other values.
+        width: of features, whose values are given as (N, width); 1: they are (N).
     """
 
-    def __init__(
-        self, collate: Any, name: str, change: Callable[[np.ndarray, np.random.Generator], np.ndarray], seed: int
-    ):
-        self.collate, self.name, self.change, self.seed, self.epoch = collate, name, change, seed, 0
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.epoch = int(state.epoch or 0)
+    def __init__(self, collate: Any, name: str, change: Change, seed: int, width: int = 1) -> None:
+        super().__init__(seed)
+        self.collate, self.name, self.change, self.width = collate, name, change, width
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         changed = []
         for row in rows:
             values = np.asarray(row[self.name], dtype=np.float32)
             draw = np.random.default_rng([self.seed, self.epoch, zlib.crc32(values.tobytes())])
-            changed.append({**row, self.name: self.change(values, draw)})
+            changed.append({**row, self.name: self.change(as_steps(values, self.width), draw, row)})
         return self.collate(changed)
 
 
@@ -226,19 +125,32 @@ class SignalTrainer(GroupedTrainer):
             self.data_collator = evaluating
 
 
-def vary_recording(samples: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """Faster or slower by up to 12 %, with noise at up to a tenth of its deviation."""
-    length = max(1, round(len(samples) * draw.uniform(0.88, 1.12)))
+def varied_length(steps: int, speed: float) -> int:
+    """Samples of a recording that is so many times as long."""
+    return max(1, round(steps * speed))
+
+
+def vary_recording(
+    samples: np.ndarray, draw: np.random.Generator, row: Mapping[str, Any], shortest: int = 1
+) -> np.ndarray:
+    """Faster or slower by up to 12 %, of `shortest` steps at least, with noise at up to a tenth of its deviation.
+
+    Args:
+        samples: of a waveform, (N), or features, (N, F).
+    """
+    length = max(shortest, varied_length(len(samples), draw.uniform(FASTEST, SLOWEST)))
     places = np.linspace(0, len(samples) - 1, length)
-    varied = np.interp(places, np.arange(len(samples)), samples)
-    return (varied + draw.uniform(0, 0.1) * draw.standard_normal(length)).astype(np.float32)
+    columns = samples.reshape(len(samples), -1).T
+    varied = np.stack([np.interp(places, np.arange(len(samples)), column) for column in columns], axis=1)
+    noise = draw.uniform(0, 0.1) * draw.standard_normal(varied.shape)
+    return (varied + noise).reshape(length, *samples.shape[1:]).astype(np.float32)
 
 
-def vary_picture(shape: tuple[int, int, int], flip: bool) -> Callable[[np.ndarray, np.random.Generator], np.ndarray]:
-    """Moved by up to a fourteenth of its sides, its edges going on; half of them mirrored, if `flip`."""
-    reach = [max(1, side // 14) for side in shape[1:]]
+def vary_picture(shape: tuple[int, int, int], move: bool, flip: bool) -> Change:
+    """If `move`, moved by up to a fourteenth of its sides, its edges going on; if `flip`, half of them mirrored."""
+    reach = [max(1, side // 14) if move else 0 for side in shape[1:]]
 
-    def change(values: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    def change(values: np.ndarray, draw: np.random.Generator, row: Mapping[str, Any]) -> np.ndarray:
         x = values.reshape(shape)
         padded = np.pad(x, ((0, 0), *((size, size) for size in reach)), mode="edge")
         top, left = (int(draw.integers(0, 2 * size + 1)) for size in reach)
@@ -248,81 +160,13 @@ def vary_picture(shape: tuple[int, int, int], flip: bool) -> Callable[[np.ndarra
     return change
 
 
-def label_splits(
-    args: SignalArguments,
-    column: Callable[[Dataset], str],
-    model_labels: list[str] | None,
-    seed: int,
-    model_problem_type: str | None = None,
-) -> tuple[DatasetDict, Task]:
-    """Read the data, define the task, number the labels, and hold out validation data if there is none."""
-    splits = args.read()
-    first = next(iter(splits))
-    usual = ("label", "labels", "target", "class", "category", "score")
-    with args.naming_source(first):
-        names = splits[first].column_names
-        if args.label_column is not None and args.label_column not in names and not first.startswith("test"):
-            raise ValueError(f"There is no column `{args.label_column}`. The columns are {names}.")
-        label = args.label_column or next((name for name in usual if name in names), None)
-        columns = Columns(column(splits[first]), None, label)
-        task = define_task(splits[first], columns, first, None, model_labels, model_problem_type)
-    for split, part in splits.items():
-        with args.naming_source(split):
-            check_columns(part, split, [columns.text, None if split.startswith("test") else label], NO_LABELS)
-            splits[split] = task.add_labels(part, split)
-    return args.complete(splits, seed, "labels" if task.problem_type == SINGLE else None), task
-
-
-def label_columns(dataset: Dataset) -> dict[str, list[Any]]:
-    """The column `labels`, if they are known."""
-    return {"labels": read_column(dataset, "labels")} if "labels" in dataset.column_names else {}
-
-
-def label_fields(task: Task) -> dict[str, Any]:
-    """Fields of the config of a model that classifies."""
-    names = dict(enumerate(task.label_names or ["score"]))
-    return {"problem_type": task.problem_type, "id2label": names, "label2id": {n: i for i, n in names.items()}}
-
-
-def report_classes(
-    trainer: Trainer,
-    metrics: Metrics,
-    splits: DatasetDict,
-    encoded: Mapping[str, Dataset],
-    args: SignalArguments,
-    what: str,
-    features: Callable[[Dataset], np.ndarray],
-    strong: str,
-) -> None:
-    """Write predictions, confusion matrices and scores of all splits but the training data, and those of baselines.
-
-    Args:
-        what: a row in words, such as "recordings".
-        features: (rows, numbers) of encoded rows, for the strong baseline, a support vector machine.
-        strong: its name.
-    """
-    task, folder, trained = metrics.task, Path(str(trainer.args.output_dir)), "train" in splits
-    tables = {}
-    compares = args.baselines and trained and task.problem_type == SINGLE
-    for split, logits in predict_splits(trainer, encoded):
-        part = splits[split]
-        write_predictions(folder / f"predictions_{split}.csv", task, part, logits)
-        if "labels" not in part.column_names:
-            continue
-        labels, (predictions, _) = np.asarray(read_column(part, "labels")), task.predict(logits)
-        tables[split] = {"Reformer": metrics.score(predictions, labels)}
-        if compares:
-            order = np.argsort(read_column(encoded[split], "row"))
-            known = np.asarray(read_column(splits["train"], "labels"))
-            x, unseen = features(encoded["train"]), features(encoded[split].select(order))
-            machine = make_pipeline(StandardScaler(), SVC(C=10))
-            for name, model in (("most frequent label", DummyClassifier()), (strong, machine)):
-                tables[split][name] = metrics.score(model.fit(x, known).predict(unseen), labels)
-        if task.problem_type == SINGLE and len(task.label_names) <= MATRIX_LABELS:
-            file = folder / f"confusion_matrix_{split}.png"
-            draw_confusion_matrix(file, task.label_names, labels, predictions, f"{split}: {len(labels)} {what}")
-    summary = format_tables(tables, splits, what)
-    write_report(trainer, tables, summary, args.describe() if trained else None)
+def spectra_of(row: Mapping[str, Any], size: int, stride: int, count: int = 1) -> torch.Tensor:
+    """(frames, bands) of a row: its features, or log spectra of its waveform, which is padded to `count` frames."""
+    if "input_features" in row:
+        return torch.from_numpy(np.array(row["input_features"], dtype=np.float32)).unflatten(0, (row["length"], -1))
+    x = torch.from_numpy(np.array(row["input_values"], dtype=np.float32))
+    x = torch.nn.functional.pad(x, (0, max(0, count * size - len(x))))
+    return log_spectrum(x.unfold(0, size, stride))
 
 
 def mean_spectra(size: int) -> Callable[[Dataset], np.ndarray]:
@@ -331,9 +175,7 @@ def mean_spectra(size: int) -> Callable[[Dataset], np.ndarray]:
     def features(encoded: Dataset) -> np.ndarray:
         found = []
         for row in encoded:
-            x = torch.from_numpy(np.array(row["input_values"], dtype=np.float32))
-            x = torch.nn.functional.pad(x, (0, max(0, 3 * size - len(x))))
-            spectra = log_spectrum(x.unfold(0, size, max(1, size // 2)))
+            spectra = spectra_of(row, size, max(1, size // 2), 3)
             parts = spectra.tensor_split(3)
             numbers = [part.mean(0) for part in parts] + [part.std(0, correction=0) for part in parts]
             found.append(torch.cat([*numbers, torch.tensor([np.log(row["length"])]).float()]).numpy())

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from sklearn.neighbors import NearestNeighbors
 from transformers import EvalPrediction, Wav2Vec2CTCTokenizer
 
-from ..models.frontend import log_spectrum
+from .signals import Change, spectra_of, vary_recording
 
 BLANK, UNKNOWN, SPACE = "<pad>", "<unk>", "|"
 MOST_CHARACTERS = 20_000
@@ -48,11 +48,15 @@ def normalised(text: str) -> str:
     return " ".join(text.split())
 
 
+def frames_of(ids: Sequence[int]) -> int:
+    """The fewest frames that can give these characters: one each, and a blank between equal ones."""
+    return len(ids) + sum(a == b for a, b in pairwise(ids))
+
+
 def check_lengths(labels: Sequence[Sequence[int]], frames: Sequence[int], split: str) -> None:
     """Raise ValueError for transcripts that are longer than their recordings: no frames could give them."""
     for row, (ids, count) in enumerate(zip(labels, frames, strict=True)):
-        needed = len(ids) + sum(a == b for a, b in pairwise(ids))  # a blank between equal ones
-        if needed > count:
+        if frames_of(ids) > count:
             raise ValueError(
                 f"Row {row} of the {split} data has a transcript of {len(ids)} characters, but its recording only "
                 f"{count} frames. Is it the right one? Otherwise lower --stride_ms, or leave the row out."
@@ -80,6 +84,16 @@ class ErrorRates:
         )
 
 
+def vary_speech(size: int, stride: int) -> Change:
+    """`vary_recording`, but never so short that the frames, of `size` samples, could not give the transcript."""
+
+    def change(samples: np.ndarray, draw: np.random.Generator, row: Mapping[str, Any]) -> np.ndarray:
+        frames = frames_of(row["labels"])
+        return vary_recording(samples, draw, row, shortest=1 if frames < 2 else stride * (frames - 2) + size + 1)
+
+    return change
+
+
 def error_rates(references: Sequence[str], found: Sequence[str]) -> dict[str, float]:
     """By jiwer, over all texts together, and the share of texts that are wholly right."""
     right = sum(a == b for a, b in zip(references, found, strict=True)) / len(references)
@@ -104,23 +118,27 @@ def draw_heard(
     file: Path, encoded: Dataset, frames: np.ndarray, texts: Sequence[str | None], tokenizer: Any, rate: int,
     stride: int, title: str,
 ) -> None:  # fmt: skip
-    """Spectra of the first recordings over time, and the characters that were heard where they were heard."""
+    """Spectra of the first recordings over time, and the characters that were heard where they were heard.
+
+    Args:
+        rate: steps of the recordings in a second; stride: those from one frame to the next.
+    """
     count = min(SHOWN, len(encoded))
     figure = Figure(figsize=(10, 2.2 * count), layout="constrained")
     for axes, row in zip(np.atleast_1d(figure.subplots(count)), range(count), strict=True):
-        x = torch.from_numpy(np.array(encoded[row]["input_values"], dtype=np.float32))
-        size = max(2, round(rate * 0.025))
-        x = torch.nn.functional.pad(x, (0, max(0, size - len(x))))
-        spectra = log_spectrum(x.unfold(0, size, max(1, size // 3))).T.numpy()
-        axes.imshow(spectra, origin="lower", aspect="auto", cmap="magma", extent=(0, len(x) / rate, 0, rate / 2000))
+        example, size = encoded[row], max(2, round(rate * 0.025))
+        mels, end = "input_features" in example, example["length"] / rate
+        top = len(example["input_features"]) // example["length"] if mels else rate / 2000
+        spectra = spectra_of(example, size, max(1, size // 3)).T.numpy()
+        axes.imshow(spectra, origin="lower", aspect="auto", cmap="magma", extent=(0, end, 0, top))
         place = 0
         for token, run in groupby(frames[row].tolist()):
             if token >= 0 and token != tokenizer.pad_token_id:
                 name = tokenizer.convert_ids_to_tokens(token)
-                axes.text(place * stride / rate, rate / 2000 * 0.9, "␣" if name == SPACE else name, color="white")
+                axes.text(place * stride / rate, top * 0.9, "␣" if name == SPACE else name, color="white")
             place += len(list(run))
         true = f"true: {texts[row]}" if texts[row] is not None else ""
-        axes.set(ylabel="kHz", title=true, xlim=(0, len(x) / rate))
+        axes.set(ylabel="mel band" if mels else "kHz", title=true, xlim=(0, end))
     figure.suptitle(title)
     figure.supxlabel("seconds")
     figure.savefig(file, dpi=110)

@@ -231,6 +231,15 @@ class RecipeMixin(WholeCheckpointsMixin, FiniteLossMixin):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Called before everything is pushed to the Hub."""
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As the library's, which would train a step beyond the last one if that one's checkpoint is resumed."""
+        library: Any = super()
+        trainer: Any = self
+        if trainer.state.global_step >= trainer.state.max_steps:
+            trainer.control.should_training_stop = True
+        else:
+            library._run_epoch(*args, **kwargs)
+
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """As the library's. A loader draws a seed; training goes on as if it did not, so that resumed runs agree."""
         library: Any = super()

@@ -1,4 +1,4 @@
-"""Checkpoints of other Reformers as ours, ours as transformers' own, and chunk mode as window mode."""
+"""Convert checkpoints of other Reformers to ours, ours to transformers' own, and chunk mode to window mode."""
 
 import shutil
 import zipfile
@@ -28,8 +28,8 @@ DERIVED_FIELDS |= {"lsh_centering", "lsh_rotary"}  # nor these: chunks are hashe
 SIGNAL_FIELDS = {  # nor these: no head of the built-in reads signals
     "frame_size", "frame_stride", "frame_transform", "num_input_features", "ctc_loss_reduction", "ctc_zero_infinity",
     "num_channels", "patch_size", "prediction_length", "context_length", "patch_length", "input_size", "mix_series",
-    "num_time_features", "scaling", "series_mean", "series_std", "loss", "distribution_output", "linear_skip",
-    "num_parallel_samples",
+    "num_time_features", "scaling", "series_mean", "series_std", "series_names", "predicted_series",
+    "relative_positions", "loss", "distribution_output", "linear_skip", "num_parallel_samples",
 }  # fmt: skip
 READ_ERRORS = (OSError, MemoryError, StrictDataclassError, zipfile.BadZipFile, *LOAD_ERRORS)
 
@@ -44,20 +44,20 @@ def convert(
     fields: dict[str, Any] | None = None,
     lm_bias: bool = True,
 ) -> list[str]:
-    """Read a checkpoint of any kind, write it as a folder, and return what is not the same, a line each.
+    """Read a checkpoint of any kind, write it as a folder, and return the remaining differences, one line each.
 
-    Files of a tokenizer in the source folder are copied. Everything is checked before anything is written.
+    Tokenizer files in the source folder are copied. Everything is checked before anything is written.
 
     Args:
-        source: A folder of transformers' own Reformer or of ours, a file of reformer-pytorch (a state dict by
+        source: A folder of transformers' own Reformer or of ours, a file of reformer-pytorch (a state dict saved by
             `torch.save` or safetensors) or of Trax (a pickle, compressed or not).
         output: A folder that is empty or does not exist.
-        kind: What `source` is: "builtin", "reformer-pytorch", "trax" or "hf_reformer". None: found out.
-        to: What to write: "hf_reformer" or "builtin".
-        head: Our class to read a folder as, such as "ReformerForCausalLM". None: the one it was saved from.
-        attention_mode: "window" turns chunk mode into window mode, see `to_window`. None or "chunk": leaves it.
-        fields: What the source does not say (see `from_trax`, `from_reformer_pytorch`), or what window mode shall be.
-        lm_bias: False sets the bias of a language model's head to 0, as transformers 5.0 to 5.23 compute.
+        kind: Format of `source`: "builtin", "reformer-pytorch", "trax" or "hf_reformer". None: detected.
+        to: Format to write: "hf_reformer" or "builtin".
+        head: Our class to load a folder with, such as "ReformerForCausalLM". None: the class that saved it.
+        attention_mode: "window" converts chunk mode to window mode, see `to_window`. None or "chunk": no change.
+        fields: Config fields that the source lacks (see `from_trax`, `from_reformer_pytorch`), or for window mode.
+        lm_bias: False sets the bias of a language model's head to 0, like transformers 5.0 to 5.23.
 
     Raises:
         ValueError, OSError: the source cannot be read, has no counterpart, or the output is not empty.
@@ -79,7 +79,7 @@ def convert(
         if not hasattr(model, "lm_head"):
             raise ValueError(f"{type(model).__name__} has no language-model head, and so no bias to leave out.")
         torch.nn.init.zeros_(model.lm_head.bias)
-        notes.append("The head's bias is 0, as transformers 5.0 to 5.23 compute: other versions differ by the bias.")
+        notes.append("The head's bias is 0, as in transformers 5.0 to 5.23: outputs of other versions differ by it.")
     if to == "builtin":
         model, more = to_builtin(model)
         notes += more
@@ -92,7 +92,7 @@ def convert(
 
 
 def detect(source: Path) -> str:
-    """The kind of a source, from what lies there; ValueError or OSError if it is none of those known."""
+    """The format of a source, detected from its files; ValueError or OSError if it is unknown."""
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist.")
     if source.is_file():
@@ -107,7 +107,7 @@ def detect(source: Path) -> str:
 
 
 def read(source: Path, kind: str, head: str | None, fields: dict[str, Any]) -> tuple[Any, list[str]]:
-    """Our model with the weights of a source of that kind, and what is not the same."""
+    """Our model with the weights of a source of that kind, and the remaining differences."""
     if kind not in KINDS:
         raise ValueError(f"`kind={kind!r}` is unknown. Choose one of {KINDS}.")
     if head is not None and kind not in FOLDERS:
@@ -129,7 +129,7 @@ def read(source: Path, kind: str, head: str | None, fields: dict[str, Any]) -> t
 
 
 def read_folder(source: Path, head: str | None = None) -> tuple[Any, list[str]]:
-    """Our model of a folder of transformers' own Reformer, or of ours, and what was left out of it."""
+    """Our model from a folder of transformers' own Reformer, or of ours, and what was left out."""
     saved = next(iter(from_builtin(saved_config(source)).get("architectures") or []), None)
     name = head or saved
     if name not in HEADS:
@@ -143,7 +143,7 @@ def read_folder(source: Path, head: str | None = None) -> tuple[Any, list[str]]:
 
 
 def read_state_dict(source: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name from a file of safetensors or `torch.save`, also where they lie in a training's checkpoint."""
+    """Tensors by name from a safetensors or `torch.save` file, including those inside a training checkpoint."""
     if source.suffix == ".safetensors":
         return load_file(source)
     check_torch_file(source)
@@ -164,14 +164,14 @@ def read_state_dict(source: Path) -> dict[str, torch.Tensor]:
 
 
 def to_window(model: Any, fields: dict[str, Any] | None = None) -> tuple[Any, list[str]]:
-    """A model of chunk mode as one of window mode with the same weights, and what is set how.
+    """Convert a chunk-mode model to window mode with the same weights; also returns notes on the new settings.
 
-    Windows show as many positions as chunks did on average: `(before + 1 / 2) * length` in causal models, which see
-    half of a token's own chunk, `(before + 1 + after) * length` in others. `num_buckets` is chosen from
+    Windows cover as many positions as chunks did on average: `(before + 1 / 2) * length` in causal models, where a
+    token sees half of its own chunk, `(before + 1 + after) * length` in others. `num_buckets` is chosen from
     `max_position_embeddings` and the window. Outputs differ; compare, or train a little, before you rely on them.
 
     Args:
-        fields: of `ReformerConfig`, to be set otherwise. A ValueError says how they contradict each other.
+        fields: fields of `ReformerConfig` to override. A ValueError says how they contradict each other.
     """
     config = model.config
     if config.attention_mode == "window":
@@ -201,8 +201,8 @@ def to_window(model: Any, fields: dict[str, Any] | None = None) -> tuple[Any, li
         f"Window mode: lsh_window={new.lsh_window}, local_window={new.local_window} (from chunks of "
         f"{config.lsh_attn_chunk_length} and {config.local_attn_chunk_length}), num_buckets={new.num_buckets} (were "
         f"{config.num_buckets}).",
-        "Outputs differ from chunk mode: every pair counts once, buckets are never left, lsh layers also see the "
-        f"local window (lsh_include_local={new.lsh_include_local}) and hash vectors less their mean "
+        "Outputs differ from chunk mode: every pair counts once, windows never leave a bucket, lsh layers also see "
+        f"the local window (lsh_include_local={new.lsh_include_local}) and hash vectors minus their mean "
         f"(lsh_centering={new.lsh_centering}), rotations of hash_seed={new.hash_seed} differ by layer.",
         "Positions count real tokens, so padding changes nothing; training draws exploration orders "
         f"(lsh_exploration_orders={new.lsh_exploration_orders}).",
@@ -210,7 +210,7 @@ def to_window(model: Any, fields: dict[str, Any] | None = None) -> tuple[Any, li
 
 
 def to_builtin(model: Any) -> tuple[Any, list[str]]:
-    """A model of chunk mode as one of transformers' own Reformer, the weights bit for bit, and what is lost.
+    """Convert a chunk-mode model to transformers' own Reformer, with identical weights; also returns what is lost.
 
     A ValueError says why the built-in cannot express a model.
     """
@@ -223,7 +223,7 @@ def to_builtin(model: Any) -> tuple[Any, list[str]]:
         ("full" in config.attn_layers, "`attn_layers` holds 'full', and it has local and lsh layers alone"),
         (kind == "rotary", "`position_embedding_type='rotary'`"),
         (kind == "axial" and len(shape) != 2, f"`axial_pos_shape={shape}` has not two axes"),
-        (config.tie_word_embeddings, "`tie_word_embeddings=True` merges the streams, and nothing in it does"),
+        (config.tie_word_embeddings, "`tie_word_embeddings=True` merges the streams, which it cannot do"),
         (by_another_token, f"`classifier_pooling={config.pooling!r}`, and it classifies by the first token"),
     ):
         if obstacle:
@@ -254,7 +254,7 @@ def to_builtin(model: Any) -> tuple[Any, list[str]]:
 
 
 def builtin_name(key: str, head: str) -> str:
-    """The built-in's name of one of our parameters: BUILTIN_NAMES backwards, the longer ones first."""
+    """The built-in's name for one of our parameters: BUILTIN_NAMES reversed, longer names first."""
     alone = head == "ReformerModel"
     key = f"model.{key}" if alone else key
     for pattern, ours in sorted(BUILTIN_NAMES.items(), key=lambda pair: -len(pair[1])):

@@ -1,4 +1,4 @@
-"""Weights of the package reformer-pytorch (its `ReformerLM`) as ours, in chunk mode."""
+"""Convert weights of the package reformer-pytorch (its `ReformerLM`) to ours, in chunk mode."""
 
 import re
 from typing import Any
@@ -24,9 +24,9 @@ NO_COUNTERPART = {  # in our chunk mode
     "use_scale_norm": "its norm divides by the vector's length; ours is a LayerNorm with mean and bias",
     "use_rezero": "its branches have no norm in front; ours always have one",
     "num_mem_kv": "its attention reads extra learned keys; ours reads tokens alone",
-    "pkm_layers": "its product-key memory layers are of no kind that we have",
-    "n_local_attn_heads": "its layers mix local and hashed heads; ours are local or hashed as a whole",
-    "return_embeddings": "its model has no head, and normalises the mean of both streams; ours keeps them apart",
+    "pkm_layers": "its product-key memory layers have no equivalent here",
+    "n_local_attn_heads": "its layers mix local and LSH heads; ours are local or LSH as a whole",
+    "return_embeddings": "its model has no head and normalizes the mean of both streams; ours keeps them separate",
     "ff_glu": "its feed-forward multiplies two projections; ours has one",
 }
 TRACES = {  # in the names of the weights
@@ -38,11 +38,11 @@ TRACES = {  # in the names of the weights
 
 
 def from_reformer_pytorch(state: State, arguments: dict[str, Any]) -> tuple[Any, list[str]]:
-    """Our model with the weights of a `ReformerLM`, and what is not the same.
+    """Our model with the weights of a `ReformerLM`, and the remaining differences.
 
     Args:
-        state: its `state_dict()`; a prefix of wrappers (`net.`, `module.`) does not matter.
-        arguments: those it was made with. What can be read from the shapes may be left out, and is checked if given.
+        state: its `state_dict()`; prefixes of wrappers (`net.`, `module.`) are ignored.
+        arguments: its constructor arguments. Those determined by the shapes may be omitted, and are checked if given.
 
     Raises:
         ValueError: an argument is missing, contradicts the weights, or has no counterpart; the message says which.
@@ -77,7 +77,7 @@ def from_reformer_pytorch(state: State, arguments: dict[str, Any]) -> tuple[Any,
 
 
 def check_arguments(state: State, arguments: dict[str, Any]) -> None:
-    """Raise ValueError for what is unknown, missing or without counterpart."""
+    """Raise ValueError for arguments that are unknown, missing or without counterpart."""
     known = {*NEEDED, *WITHOUT_EFFECT, *OPTIONAL, *IN_SHAPES, *NO_COUNTERPART}
     if unknown := sorted(set(arguments) - known):
         raise ValueError(f"{unknown} are no arguments of ReformerLM. Known are {sorted(known)}.")
@@ -97,7 +97,7 @@ def check_arguments(state: State, arguments: dict[str, Any]) -> None:
 
 
 def sizes(state: State, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What the shapes tell, completed by arguments; ValueError for one that contradicts them or is missing."""
+    """Sizes from the shapes, completed by arguments; ValueError for one that contradicts them or is missing."""
     first = LAYER.format(0)
     query = state[first + "f.net.fn.toqk.weight"]
     kinds = {"pos_emb.emb.weight": "absolute", "pos_emb.weights.0": "axial", "pos_emb.inv_freq": "fixed"}
@@ -186,7 +186,7 @@ def convert_weights(weights: State, given: dict[str, Any], config: ReformerConfi
 
 
 def position_table(weights: State, given: dict[str, Any]) -> torch.Tensor:
-    """A row for every position, (max_seq_len, emb_dim)."""
+    """One row per position, (max_seq_len, emb_dim)."""
     length, kind = given["max_seq_len"], given["positions"]
     if kind == "absolute":
         return weights["pos_emb.emb.weight"]
@@ -203,13 +203,13 @@ def position_table(weights: State, given: dict[str, Any]) -> torch.Tensor:
 
 
 def convert_layer(weights: State, layer: int, given: dict[str, Any], rotary: bool) -> tuple[State, float]:
-    """One layer by our names, and the share of its output bias, which we have not, that could not be kept.
+    """One layer under our names, and the share of its output bias, which ours lacks, that could not be kept.
 
-    Norm bias, query and value projections are changed so that attention's output is larger by that bias. A normalised
-    vector n sums to 0, so a projection gets a constant c for every token by adding c/κ · (1/scale)ᵀ to its matrix:
-    (1/scale)ᵀ (scale * n + bias) = Σ bias/scale = κ. The norm's bias is first moved along `scale` until κ is its
-    width; the same device keeps what the projections gave. Attention weights sum to 1, so a constant in all values
-    comes out as `out` times it. `out` may be singular: then a part of the bias is reached by no constant.
+    Norm bias, query and value projections are changed so that this bias is added to attention's output. A normalized
+    vector n sums to 0, so adding c/κ · (1/scale)ᵀ to a projection's matrix adds a constant c for every token:
+    (1/scale)ᵀ (scale * n + bias) = Σ bias/scale = κ. The norm's bias is first shifted along `scale` until κ equals its
+    width; the same technique preserves the projections' outputs. Attention weights sum to 1, so a constant in all
+    values comes out multiplied by `out`. If `out` is singular, no constant can produce a part of the bias.
     """
     heads, size = given["heads"], given["dim_head"]
     f, g = (LAYER.format(layer) + f"{branch}.net." for branch in "fg")
@@ -241,15 +241,15 @@ def convert_layer(weights: State, layer: int, given: dict[str, Any], rotary: boo
 
 
 def notes(given: dict[str, Any], weights: State, left: float) -> list[str]:
-    """What is not the same in the converted model, a line each."""
+    """The remaining differences in the converted model, one line each."""
     lines = [
-        "The head normalises both streams together, not their mean: logits, less the bias that they have in common, "
-        "come out multiplied by a positive number of each token. Which token is likeliest stays nearly always; "
+        "The head normalizes both streams together, not their mean: apart from a bias that all tokens share, logits "
+        "are multiplied by a positive number for each token. The most likely token almost always stays the same; "
         "a little training adapts the head.",
-        f"Hash rotations are drawn anew in any case. `num_buckets` is fixed at that of {given['max_seq_len']} tokens; "
-        "theirs is length / bucket_size: pass `num_buckets=` with a call for theirs.",
-        "Keys are normalised with 1e-6 under the root; theirs with none.",
-        "Padding is hashed into buckets of its own, and inputs of any length are padded inside.",
+        f"Hash rotations differ in any case. `num_buckets` is fixed at the number for {given['max_seq_len']} tokens; "
+        "theirs is length / bucket_size: pass `num_buckets=` in a call to match it.",
+        "Keys are normalized with 1e-6 under the square root; theirs with none.",
+        "Padding is hashed into separate buckets, and inputs of any length are padded internally.",
     ]
     if left > 1e-6:
         lines.append(f"`to_out.bias` is kept but for {left:.1%}: attention's output does not reach every direction.")
@@ -261,7 +261,7 @@ def notes(given: dict[str, Any], weights: State, left: float) -> list[str]:
     if given["emb_dim"] != given["dim"]:
         lines.append("The projections from and to `emb_dim` were multiplied into the embeddings and the head.")
     if given["weight_tie_embedding"]:
-        lines.append("The head has a weight of its own, the normalised embeddings: they are no longer tied.")
+        lines.append("The head has a weight of its own, the normalized embeddings: they are no longer tied.")
     tied = [weights[LAYER.format(i) + "f.net.fn.toqk.weight"] for i in range(given["depth"])]
     if len(tied) > 1 and all(torch.equal(tied[0], other) for other in tied[1:]):
         lines.append("Layers that shared their weights (`weight_tie`) have copies of their own.")

@@ -1,8 +1,8 @@
-"""Weights of Trax (its `ReformerLM`) as ours, in chunk mode, and a reader of its pickles that calls nothing.
+"""Convert weights of Trax (its `ReformerLM`) to ours, in chunk mode; with a reader of its pickles that calls nothing.
 
-The reader interprets a pickle's instructions itself. Numbers, strings and plain containers are what they are. Arrays
-are built from numbers alone: a shape, the name of a number's type, and bytes that fill the shape exactly. Every other
-object is a placeholder that keeps nothing.
+The reader interprets a pickle's instructions itself. Numbers, strings and plain containers are read as is. Arrays are
+built only from a shape, the name of a numeric dtype, and bytes that fill the shape exactly. Every other object becomes
+an empty placeholder.
 """
 
 import gzip
@@ -32,12 +32,13 @@ CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()
 
 
 def from_trax(tree: Any, fields: dict[str, Any]) -> tuple[Any, list[str]]:
-    """Our causal language model with the weights of Trax's ReformerLM, and what is not the same.
+    """Our causal language model with the weights of Trax's ReformerLM, and the remaining differences.
 
     Args:
         tree: what Trax pickles, a dictionary with "weights" or (since June 2020) "flat_weights", or those weights.
-        fields: what the weights don't say, by the names of `ReformerConfig`: `num_hashes`, `num_buckets` (may be
-            None), `lsh_attn_chunk_length`, `local_attn_chunk_length`; others if they are not Trax's usual ones.
+        fields: settings that the weights do not determine, under the names in `ReformerConfig`: `num_hashes`,
+            `num_buckets` (may be None), `lsh_attn_chunk_length`, `local_attn_chunk_length`; others if they differ from
+            Trax's defaults.
 
     Raises:
         ValueError: the tree has another form, or a field is missing or contradicts the shapes.
@@ -46,7 +47,7 @@ def from_trax(tree: Any, fields: dict[str, Any]) -> tuple[Any, list[str]]:
     weights = next((held[name] for name in ("weights", "flat_weights") if name in held), tree)
     if isinstance(held.get("flat_weights"), int):
         raise ValueError(
-            "The pickle holds no weights: Trax of 2021 wrote them into a file beside it, `.weights.npy.gz`, which is "
+            "The pickle holds no weights: Trax of 2021 wrote them to a separate file, `.weights.npy.gz`, which is "
             "not read. In Trax, load the model and pickle `{'weights': model.weights}`."
         )
     try:
@@ -73,16 +74,16 @@ def from_trax(tree: Any, fields: dict[str, Any]) -> tuple[Any, list[str]]:
     except RuntimeError as error:
         raise ValueError(f"The weights contradict each other: {error}") from error
     return model.eval(), [
-        "Trax shifts its input inside: its logits at a place are ours there, once token 0 is put in front.",
-        f"Not in the weights, and taken as usual unless given: hidden_act={config.hidden_act}, layer_norm_eps="
+        "Trax shifts its input internally: its logits at a position equal ours once token 0 is put in front.",
+        f"Not in the weights, and set to defaults unless given: hidden_act={config.hidden_act}, layer_norm_eps="
         f"{config.layer_norm_eps}, {config.lsh_num_chunks_before} and {config.local_num_chunks_before} chunks before.",
     ]
 
 
 def read_tree(weights: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Our state dict, and the config's fields that its shapes tell.
+    """Our state dict, and the config fields determined by its shapes.
 
-    Arrays alone are read, in their order, which is the same in a tree and in the flat list of later years: embeddings,
+    Only arrays are read, in order, which is the same in a tree and in the flat list of later versions: embeddings,
     axial positions, layers (each a norm, attention, a norm, two dense layers), a norm, the head.
     """
     waiting = _tensors(weights)[::-1]
@@ -129,7 +130,7 @@ def read_tree(weights: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def _layer(norm: list, attention: list, second_norm: list, up: list, down: list) -> tuple[dict, str]:
-    """One layer by our names, and its kind: hashed attention has one projection for query and key."""
+    """One layer under our names, and its kind: LSH attention has a single projection for query and key."""
     if len(attention) not in (3, 4):
         raise TypeError(f"attention has {len(attention)} arrays, where lsh has 3 and local attention 4")
     kind = "lsh" if len(attention) == 3 else "local"
@@ -148,7 +149,7 @@ def _layer(norm: list, attention: list, second_norm: list, up: list, down: list)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    """The arrays of a tree of lists and tuples, in their order, copied."""
+    """Copies of the arrays in a tree of lists and tuples, in order."""
     arrays: list[np.ndarray] = []
     waiting, seen = [tree], 0
     while waiting:
@@ -174,7 +175,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 class Foreign:
-    """In the place of an object, or of a function, that is not read; `str` gives its name."""
+    """Placeholder for an object or function that is not read; `str` gives its name."""
 
     def __init__(self, name: str):
         self.name = name
@@ -191,7 +192,7 @@ class PickledType(Foreign):
         self.code, self.order = code, "="
 
     def build(self, state: Any) -> None:
-        """Of what numpy pickles, the byte order is taken; anything that makes it more than a number is refused."""
+        """Take the byte order from what numpy pickles; refuse anything that makes the type more than a number."""
         plain = isinstance(state, tuple) and len(state) == 8 and state[2:7] == (None, None, None, -1, -1)
         if not plain or state[1] not in ("<", ">", "=", "|") or state[7] != 0:
             raise UnpicklingError("it holds an array with fields, objects or alignment, and only numbers are read")
@@ -205,7 +206,7 @@ class PickledType(Foreign):
 
 
 class PickledArray(Foreign):
-    """An array of numbers: `array`, once its values were read."""
+    """An array of numbers: `array`, once its values have been read."""
 
     def __init__(self) -> None:
         super().__init__("numpy.ndarray")
@@ -221,7 +222,7 @@ class PickledArray(Foreign):
         self.fill(shape, kind, values, "F" if fortran else "C")
 
     def fill(self, shape: Any, kind: Any, values: Any, order: Any) -> "PickledArray":
-        """Take the values, after everything that describes them was checked."""
+        """Read the values, after checking everything that describes them."""
         if not isinstance(kind, PickledType):
             raise UnpicklingError("an array in it has no type of numbers")
         dtype = kind.dtype()
@@ -246,7 +247,7 @@ class PickledArray(Foreign):
 
 
 class _Bounded:
-    """A stream of at most so many bytes, for `pickletools.genops`."""
+    """A stream limited to a number of bytes, for `pickletools.genops`."""
 
     def __init__(self, stream: Any, limit: int):
         self.stream, self.limit, self.left = stream, limit, limit
@@ -266,10 +267,10 @@ class _Bounded:
 
 
 def read_pickle(path: str | Path) -> Any:
-    """What a pickle holds, compressed by gzip or not, with a `PickledArray` for every array; nothing in it is called.
+    """The contents of a pickle, gzipped or not, with a `PickledArray` for every array; nothing in it is called.
 
     Raises:
-        ValueError: it is no pickle, is cut or too large, or holds arrays of anything but numbers.
+        ValueError: it is not a pickle, is truncated or too large, or contains non-numeric arrays.
     """
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
@@ -388,7 +389,7 @@ def _extend(target: Any, items: list[Any]) -> None:
 
 
 def _put(target: Any, items: list[Any]) -> Any:
-    """Keys and values in turn into a dictionary; only strings are kept as keys, since others can be slow to hash."""
+    """Put alternating keys and values into a dictionary; only string keys are kept, as others can be slow to hash."""
     if isinstance(target, dict):
         target.update((key, value) for key, value in zip(items[::2], items[1::2], strict=True) if type(key) is str)
     elif not isinstance(target, Foreign):
@@ -397,7 +398,7 @@ def _put(target: Any, items: list[Any]) -> Any:
 
 
 def _made(function: Any, arguments: Any) -> Any:
-    """What a function, or a class, makes of arguments: those that arrays are pickled by, else a placeholder."""
+    """The result of calling a function or class that numpy uses to pickle arrays; else a placeholder."""
     if type(function) is not Foreign:
         raise UnpicklingError(f"it calls a {type(function).__name__}")
     given = arguments if isinstance(arguments, tuple) else ()

@@ -1,0 +1,287 @@
+"""Options of recipes of recordings and pictures: where they are, and what a model hears or sees of them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import Dataset
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    Speech2TextFeatureExtractor,
+    Wav2Vec2FeatureExtractor,
+)
+
+from ..data.columns import check_columns
+from ..data.demo_signals import handwritten_digits
+from ..data.signals import (
+    AUDIO_COLUMNS,
+    IMAGE_COLUMNS,
+    PICTURES,
+    RATE_COLUMNS,
+    SOUNDS,
+    files_beside,
+    find_signal_column,
+    holds_samples,
+    pictures,
+    read_signals,
+    recordings,
+    stored_rate,
+)
+from ..data.tables import read_column
+from ..hub.model_folder import check_own_files
+from ..models.frontend import count_frames
+from .data_setup import SplitArguments
+from .model_setup import BackboneArguments, check_same_as_saved, make_model, option, parse_overrides
+from .signals import SLOWEST, STEP_MS, hears_features, in_memory, steps_per_second, varied_length
+
+NO_RATE = (
+    "The recordings are samples without a sampling rate. Name a column of rates by --sampling_rate_column, or give "
+    "the rate of all by --sampling_rate."
+)
+LOG_MEL = "log_mel"
+FRAME_MS, STRIDE_MS = 25.0, 10.0  # of a new model
+SHORTEST_MS = 25  # of which one step of log-mel features is made
+
+
+@dataclass
+class SignalArguments(SplitArguments):
+    """Options of recordings and pictures alike. A recipe says what they are of, by the class variables."""
+
+    suffixes: ClassVar[tuple[str, ...]] = ()  # of files in folders
+    usual_columns: ClassVar[tuple[str, ...]] = ()
+    column_option: ClassVar[str] = ""  # names the column of the recordings or pictures
+
+    baselines: bool = option(False, "Also evaluate a trivial baseline and a simple strong one.")
+
+    def read_file(self, file: str) -> Dataset:
+        dataset = read_signals(file, self.suffixes)
+        if Path(file).is_dir():
+            return dataset
+        try:
+            return files_beside(dataset, self.column(dataset), Path(file).parent)
+        except ValueError as error:
+            raise ValueError(f"{error} (This is `{file}`.)") from error
+
+    def column(self, dataset: Dataset) -> str:
+        """The column of the recordings or pictures, or of the names of their files."""
+        given = getattr(self, self.column_option)
+        return find_signal_column(dataset, given, self.usual_columns, f"--{self.column_option}")
+
+
+@dataclass
+class InputArguments(SignalArguments):
+    """The same, for a model that answers to files, and whose training data are varied."""
+
+    kind_of_file: ClassVar[str] = ""
+
+    augment: bool = option(True, "Change the training data a little in every epoch; see the documentation.")
+    predict_file: str | None = option(None, "A file, or a folder of files, to predict at the end.")
+
+    def check(self, model: BackboneArguments, args: Any) -> None:
+        super().check(model, args)
+        if self.predict_file is not None and not self.files_to_predict():
+            raise ValueError(
+                f"--predict_file: there is no {self.kind_of_file} `{self.predict_file}`, nor a folder of them."
+            )
+
+    def files_to_predict(self) -> list[str]:
+        """The files that --predict_file names."""
+        if self.predict_file is None:
+            return []
+        path = Path(self.predict_file)
+        files = [path] if path.is_file() else sorted(x for x in path.rglob("*") if x.suffix.lower() in self.suffixes)
+        return [str(file) for file in files]
+
+
+@dataclass
+class LabelArguments(InputArguments):
+    """The same, of classes."""
+
+    label_column: str | None = option(None, "Default: found by its name.")
+
+
+@dataclass
+class PictureArguments(SignalArguments):
+    """Options of pictures."""
+
+    sources = ("demo",)
+    suffixes = PICTURES
+    usual_columns = IMAGE_COLUMNS
+    column_option = "image_column"
+
+    demo: bool = option(False, "Complete run without a download: handwritten digits of scikit-learn.")
+    image_column: str | None = option(None, "Pictures, pixels, or names of files. Default: found by its name or kind.")
+    image_size: int | None = option(
+        None, "Height and width that pictures are resized to. Default: those of the first."
+    )
+
+    def read_source(self) -> Mapping[str, Dataset]:
+        return handwritten_digits() if self.demo else super().read_source()
+
+    def describe(self) -> str:
+        return "handwritten digits of scikit-learn" if self.demo else super().describe()
+
+    def size(self, first: Dataset) -> tuple[int, int]:
+        """Height and width of the pictures of a new model."""
+        if self.image_size is not None:
+            return self.image_size, self.image_size
+        width, height = next(pictures(first, self.column(first))).size
+        return height, width
+
+    def check_size(self, name: str, height: int, width: int) -> None:
+        """Raise ValueError if another size is asked for than that of the saved model `name`."""
+        check_same_as_saved(name, self, {"image_size": height if height == width else f"{height} × {width}"})
+
+
+@dataclass
+class AudioArguments(InputArguments):
+    """Options of recordings."""
+
+    suffixes = SOUNDS
+    usual_columns = AUDIO_COLUMNS
+    column_option = "audio_column"
+    kind_of_file = "sound file"
+
+    audio_column: str | None = option(None, "Sounds, samples, or names of files. Default: found by its name or kind.")
+    sampling_rate_column: str | None = option(None, "Sampling rates of samples. Default: found by its name.")
+    sampling_rate: int | None = option(
+        None, "What a new model hears, in Hz; recordings are resampled. Default: that of the first one. Also the rate "
+        "of samples that tell none.",
+    )  # fmt: skip
+    features: str | None = option(
+        None, "What a model hears: the waveform, or log_mel, 80 features every 10 ms, of 16 kHz. Default: waveform.",
+        choices=["waveform", LOG_MEL],
+    )  # fmt: skip
+    frame_ms: float | None = option(
+        None, "Milliseconds of a frame, which is a token. Default: 25; of log_mel, a step of it."
+    )
+    stride_ms: float | None = option(None, "Milliseconds from one frame to the next. Default: 10.")
+    frame_transform: str | None = option(
+        None, "What is mapped to a token: log power spectra of frames, or linear: their samples. Default: spectrum.",
+        choices=["spectrum", "linear"],
+    )  # fmt: skip
+
+    def check(self, model: BackboneArguments, args: Any) -> None:
+        super().check(model, args)
+        frame, stride = self.sizes(self.features == LOG_MEL).values()
+        if stride > frame and model.model_name_or_path is None:
+            raise ValueError(
+                f"--stride_ms {stride:g} is more than --frame_ms {frame:g}, so nothing would hear the samples between "
+                "frames. Lower it."
+            )
+        if self.features == LOG_MEL and self.frame_transform == "spectrum":
+            raise ValueError(
+                f"--frame_transform spectrum is of a waveform, and --features {LOG_MEL} are spectra. Leave it out."
+            )
+        for name, ms in self.sizes(mels=True).items() if self.features == LOG_MEL else ():
+            if ms % STEP_MS:
+                raise ValueError(f"--{name} {ms:g}: {LOG_MEL} features are {STEP_MS} ms apart. Give a multiple.")
+
+    def sizes(self, mels: bool) -> dict[str, float]:
+        """Milliseconds of a frame and from one to the next, of a waveform or of log-mel features."""
+        frame = self.frame_ms or (STEP_MS if mels else FRAME_MS)
+        return {"frame_ms": frame, "stride_ms": self.stride_ms or (STEP_MS if mels else STRIDE_MS)}
+
+    def columns(self, dataset: Dataset) -> tuple[str, str | None]:
+        """The columns of the recordings and of their sampling rates."""
+        rate = self.sampling_rate_column or next((name for name in RATE_COLUMNS if name in dataset.column_names), None)
+        if rate is not None:
+            check_columns(dataset, "first", [rate])
+        return self.column(dataset), rate
+
+    def extractor(self, model: BackboneArguments, first: Dataset) -> Any:
+        """What prepares recordings for the model: that of a saved model, or one of the data's sampling rate."""
+        audio, rate_column = self.columns(first)
+        if model.model_name_or_path is not None:
+            if Path(model.model_name_or_path).is_dir():
+                check_own_files(Path(model.model_name_or_path))
+            found = AutoFeatureExtractor.from_pretrained(model.model_name_or_path)
+            who = f"`{model.model_name_or_path}`"
+        elif self.features == LOG_MEL:
+            found, who = Speech2TextFeatureExtractor(normalize_vars=False), LOG_MEL  # of silence they would be NaN
+        if model.model_name_or_path is not None or self.features == LOG_MEL:
+            tells = rate_column is not None or not holds_samples(first, audio)
+            if tells and self.sampling_rate not in (None, found.sampling_rate):
+                raise ValueError(
+                    f"--sampling_rate {self.sampling_rate}: {who} hears {found.sampling_rate} Hz. Leave the option "
+                    "out: these recordings tell their rate, and are resampled."
+                )
+            return found
+        rate = self.sampling_rate or stored_rate(first, audio, rate_column)
+        if rate is None:
+            raise ValueError(NO_RATE)
+        return Wav2Vec2FeatureExtractor(sampling_rate=rate, return_attention_mask=True, do_normalize=True)
+
+    def frame_fields(self, model: BackboneArguments, extractor: Any) -> dict[str, Any]:
+        """Fields of the config of a new model, or of the saved one, that tell what a frame is.
+
+        Raises:
+            ValueError: the options name others than those of the saved model.
+        """
+        rate, mels = steps_per_second(extractor), hears_features(extractor)
+        sizes = self.sizes(mels)
+        size, stride = (max(1, round(rate * ms / 1000)) for ms in sizes.values())
+        found: dict[str, Any] = {"frame_size": size, "frame_stride": min(size, stride)}
+        found["frame_transform"] = self.frame_transform or ("linear" if mels else "spectrum")
+        found["num_input_features"] = extractor.feature_size
+        if model.model_name_or_path is None:
+            overrides = parse_overrides(model.config_overrides)
+            return {name: overrides.get(name, value) for name, value in found.items()}
+        saved: Any = AutoConfig.from_pretrained(model.model_name_or_path)
+        same = {"frame_transform": saved.frame_transform, "features": LOG_MEL if mels else "waveform"}
+        for name, field in (("frame_ms", "frame_size"), ("stride_ms", "frame_stride")):
+            value = getattr(saved, field)
+            same[name] = sizes[name] if value == found[field] else round(1000 * value / rate, 3)
+        check_same_as_saved(model.model_name_or_path, self, same)
+        return {name: getattr(saved, name) for name in found}
+
+    def hearing_model(
+        self, auto_class: Any, model: BackboneArguments, tokenizer: Any, encoded: Mapping[str, Dataset],
+        extractor: Any, **fields: Any,
+    ) -> Any:  # fmt: skip
+        """The saved model, or a new one, with a position for every frame of what it is to hear.
+
+        Training data that are varied become longer, too.
+
+        Raises:
+            ValueError: the positions of the model do not reach so far.
+        """
+        frame = self.frame_fields(model, extractor)
+        longest = 0
+        for split, rows in encoded.items():
+            steps = int(max(read_column(rows, "length")))
+            longest = max(longest, varied_length(steps, SLOWEST) if self.augment and split == "train" else steps)
+        count = count_frames(longest, frame["frame_size"], frame["frame_stride"])
+        fields |= frame if model.model_name_or_path is None else {}
+        found = make_model(auto_class, model, tokenizer, max(count, 256), "train" in encoded, **fields)
+        covered = getattr(found.config, "covered_positions", count)
+        if count > covered:
+            raise ValueError(
+                f"The longest recording has {count:,} frames, and the model positions for {covered:,}. Cut it, or "
+                "train a model with more of them, or with --position_embedding_type rotary, which knows no end."
+            )
+        return found
+
+    def encode(self, dataset: Dataset, extractor: Any, columns: Mapping[str, list[Any]] | None = None) -> Dataset:
+        """Columns `input_values` or `input_features`, normalised, their `length`, and those that are given."""
+        audio, rate_column = self.columns(dataset)
+        rate, name = extractor.sampling_rate, extractor.model_input_names[0]
+        shortest = rate * SHORTEST_MS // 1000 if hears_features(extractor) else 1
+        if rate_column is None and holds_samples(dataset, audio) and self.sampling_rate is None:
+            raise ValueError(NO_RATE)
+
+        def rows() -> Iterator[dict[str, Any]]:
+            heard = recordings(dataset, audio, rate, rate_column, self.sampling_rate)
+            for number, samples in enumerate(heard):
+                if len(samples) < shortest:
+                    raise ValueError(
+                        f"Row {number}: The recording is shorter than {SHORTEST_MS} ms, of which there are no "
+                        "features yet. Leave it out."
+                    )
+                values = np.asarray(extractor(samples, sampling_rate=rate)[name][0], dtype=np.float32)
+                yield {name: values.reshape(-1), "length": len(values)}
+
+        return in_memory(rows(), columns)

@@ -47,8 +47,8 @@ def inputs_of(dtype: torch.dtype, size: int, length: int, device: str) -> Attent
     return AttentionArgs(query, None, value, *layout[:3], None, key, None, *layout[3:], True, 0.1, size**-0.5)
 
 
-def call_of(kernel: str, args: AttentionArgs) -> Callable[[], object]:
-    """What is timed for a kernel: it, and little else that other tiles would change."""
+def call_of(kernel: str, args: AttentionArgs, times: int) -> Callable[[], object]:
+    """What is timed for a kernel, so many times: it, and little else that other tiles would change."""
     if kernel == "hash":
         heads, size = args.query.shape[1], args.query.shape[3]
         rotations = torch.randn(heads, size, 2, 64, device=args.query.device)
@@ -56,7 +56,7 @@ def call_of(kernel: str, args: AttentionArgs) -> Callable[[], object]:
             args.query, rotations, [128], True, True, None, None, None, None
         )  # fmt: skip
     if kernel == "decode":
-        return decode_step(args.query, args.value)
+        return decode_step(args.query, args.value, times)
     if kernel == "forward":
         return lambda: launch.run_forward(launch.prepare(args))
     prepared = launch.prepare(args)
@@ -64,18 +64,19 @@ def call_of(kernel: str, args: AttentionArgs) -> Callable[[], object]:
     return lambda: launch.run_backward(prepared, out, row_max, row_sum, out, None)
 
 
-def decode_step(keys: torch.Tensor, values: torch.Tensor) -> Callable[[], object]:
-    """The last token again, after all others, with two hash rounds of windows of 64 and the last 128."""
+def decode_step(keys: torch.Tensor, values: torch.Tensor, times: int) -> Callable[[], object]:
+    """The last token after all others, so many times, with two hash rounds of windows of 64 and the last 128."""
     (batch, heads, length, size), device = keys.shape, keys.device
     rotations, sums = (torch.randn(*shape, device=device) for shape in ((heads, size, 2, 64), (batch, heads, size)))
     buckets = lsh_buckets(keys, rotations, 128)
     chains = BucketChains((batch, heads, 2), 128, length, device)
     chains.add(buckets[..., :-1], torch.arange(length - 1, device=device).expand(batch, -1))
     token, value = keys[:, :, -1:], values[:, :, -1:]
-    index = torch.full((batch, 1), length - 1, device=device)
+    index, sums = torch.full((batch, 1), length - 1, device=device), sums.double()
+    newest = [chains.newest.clone() for _ in range(times)]  # a step writes there; copied before the clock runs
 
     def call() -> torch.Tensor:
-        kept = buckets, chains.newest.clone(), chains.previous, rotations, (128,), 64, sums.double()
+        kept = buckets, newest.pop(), chains.previous, rotations, (128,), 64, sums
         cache = CacheTensors(keys, values, *kept)
         return decode_launch.run_decode_attention(token, token, value, token, index, cache, 128, size**-0.5)
 
@@ -113,7 +114,8 @@ def measure(kernel: str, dtype: torch.dtype, size: int, options: argparse.Namesp
             mock.patch.object(decode_launch, "choose_tiles", choose),
         ):
             try:
-                found.append((milliseconds(call_of(kernel, args), options.repeats, options.device), tiles))
+                call = call_of(kernel, args, options.repeats + 1)
+                found.append((milliseconds(call, options.repeats, options.device), tiles))
             except Exception as error:  # too large for this GPU, or for its compiler
                 print(f"{kernel} {tiles}: {type(error).__name__}", file=sys.stderr)
     return sorted(found)

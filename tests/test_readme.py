@@ -117,10 +117,16 @@ def test_commands_of_the_pages_take_their_options():
 
 
 def anchors_of(page):
-    """What `#…` can name on a page."""
+    """What `#…` can name on a page, in its order."""
     text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     titles = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
-    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles}
+    return [re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title).strip().lower()) for title in titles]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_no_two_headings_of_a_page_have_one_anchor(page):
+    twice = {anchor for anchor in anchors_of(page) if anchors_of(page).count(anchor) > 1}
+    assert not twice, f"{page.name} has these headings twice, so a link leads to the first alone: {twice}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

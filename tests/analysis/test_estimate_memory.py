@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_ids
+from head_cases import SIGNALS
 from memory_census import Census
 
 import hf_reformer
 from hf_reformer import ReformerConfig, estimate_memory
 from hf_reformer.analysis.memory import MODELS, MemoryEstimate, format_memory
+from hf_reformer.hub.registration import AUTO_CLASSES
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 SIZES = {"vocab_size": 258, "hidden_size": 128, "num_attention_heads": 2, "feed_forward_size": 256}
@@ -103,6 +105,10 @@ def test_every_head_trains_in_what_is_estimated(name, global_generator_untouched
     assert 0.98 * census.peak < counted - at_update < 1.02 * census.peak or estimate.moment == "update"
     assert estimate.weights == sum(x.numel() * 4 for x in model.parameters())
     assert estimate.optimizer - at_update == 2 * sum(x.numel() * 4 for x in model.parameters() if x.grad is not None)
+
+
+def test_every_head_that_reads_tokens_is_known():
+    assert set(MODELS.values()) == set(AUTO_CLASSES.values()) - set(SIGNALS)
 
 
 def test_a_long_sequence_is_extrapolated(monkeypatch):

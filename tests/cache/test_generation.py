@@ -8,7 +8,7 @@ from transformers import DynamicCache, TextStreamer
 from hf_reformer import ReformerByteTokenizer, ReformerForCausalLM
 from hf_reformer.cache.cache import CACHE_NAME
 
-NEW = 24
+NEW = 16
 IDS = make_ids(3, 20)
 MASK = torch.ones(3, 20, dtype=torch.long)
 MASK[0, :7], MASK[1, :3] = 0, 0

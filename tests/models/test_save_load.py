@@ -9,6 +9,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from conftest import REPEATABLE, SMALL_WINDOWS, TINY, make_ids, make_model, max_abs_diff, tiny_config
+from head_cases import TEXT_HEADS
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -16,21 +17,11 @@ from hf_reformer import (
     ReformerForCausalLM,
     ReformerForMaskedLM,
     ReformerForMultipleChoice,
-    ReformerForQuestionAnswering,
-    ReformerForSequenceClassification,
     ReformerForTokenClassification,
     ReformerModel,
 )
 
-CLASSES = [
-    ReformerModel,
-    ReformerForCausalLM,
-    ReformerForMaskedLM,
-    ReformerForSequenceClassification,
-    ReformerForTokenClassification,
-    ReformerForQuestionAnswering,
-    ReformerForMultipleChoice,
-]
+CLASSES = [ReformerModel, *TEXT_HEADS]
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 IDS = make_ids(2, 20)
 

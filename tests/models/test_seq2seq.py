@@ -420,7 +420,7 @@ def test_the_trainer(tmp_path):
 
 # ---- generation
 
-GREEDY = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+GREEDY = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 0}
 FORMS = {
     "greedy": {},
     "static": {"cache_implementation": "static"},

@@ -154,7 +154,7 @@ def test_a_run_killed_after_its_last_step_is_trained_no_further(recipe, tmp_path
 
 @pytest.mark.parametrize("recipe", ["language-model", "classification"])
 def test_evaluations_leave_training_as_it_is(recipe, tmp_path):
-    options = ["--config_overrides", "lsh_window=16,local_window=8,hidden_dropout_prob=0.2"]
+    options = ["--config_overrides", "lsh_window=16,local_window=8,hidden_dropout_prob=0.2", "--max_steps", "3"]
     (tmp_path / "few.txt").write_text("A line of a small book.\n" * 10)
     (tmp_path / "few.csv").write_text("source,target\n" + "abcab,a\nbcabc,b\ncabca,c\n" * 3)
     options += ["--validation_file", str(tmp_path / ("few.txt" if recipe == "language-model" else "few.csv"))]

@@ -13,6 +13,7 @@ from .lsh_stats import (
     view_layers,
     visible_pairs,
 )
+from .memory import MemoryEstimate, estimate_memory, format_memory
 from .plots import (
     attention_image,
     plot_attention,
@@ -23,10 +24,12 @@ from .plots import (
     plot_pairs,
     plot_round_agreement,
 )
+from .speed import measure_seconds
 
 __all__ = [
     "AttentionFound",
     "LayerView",
+    "MemoryEstimate",
     "attention_found",
     "attention_image",
     "attention_mass",
@@ -34,8 +37,11 @@ __all__ = [
     "bucket_balance_by_head",
     "bucket_sizes",
     "covered_fraction",
+    "estimate_memory",
     "format_found",
+    "format_memory",
     "mass_entropy",
+    "measure_seconds",
     "plot_attention",
     "plot_attention_found",
     "plot_attention_mass",

@@ -1,6 +1,6 @@
 """Time series forecasting in one pass: all steps to predict are query tokens appended to the past."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -269,13 +269,16 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         return self.skip(values.transpose(1, 2)).transpose(1, 2)
 
     @torch.no_grad()
-    def fit_skip(self, batches: Iterable[Mapping[str, torch.Tensor]], ridge: float = 10.0) -> None:
+    def fit_skip(
+        self, batches: Iterable[Mapping[str, torch.Tensor]], penalties: Sequence[float] = (0.1, 1.0, 10.0, 100.0)
+    ) -> None:
         """Set the linear map of the context to a ridge regression, so that training starts from its forecasts.
 
         Args:
             batches: `past_values`, `future_values` and their masks, as for a call. A missing future value counts as
                 the one before it; a window's series without any future is left out.
-            ridge: penalty on the weights, in the scale that the model sees.
+            penalties: on the weights, in the scale that the model sees. The one is taken that predicts the last fifth
+                of every batch best from the others; then all are used.
 
         Raises:
             ValueError: the model has no such map (`config.linear_skip`).
@@ -284,31 +287,46 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
             raise ValueError("The model has no linear map to fit. Make it with `linear_skip=True`.")
         weight, bias = self.skip.weight, self.skip.bias
         size = weight.shape[1] + 1  # with a constant for the bias
-        products = weight.new_zeros(size, size, dtype=torch.float64)
-        targets = weight.new_zeros(size, weight.shape[0], dtype=torch.float64)
+        products = weight.new_zeros(2, size, size, dtype=torch.float64)  # of rows to fit, and to choose by
+        targets = weight.new_zeros(2, size, weight.shape[0], dtype=torch.float64)
         for batch in batches:
-            past, _ = self._with_series_axis(batch["past_values"], "past_values")
-            future, _ = self._with_series_axis(batch["future_values"], "future_values")
-            window = self._window(past, batch.get("past_observed_mask"))
-            observed = _observed(future, batch.get("future_observed_mask"), "future").bool()
-            mean, std = self._units(past)
-            wanted = ((future.nan_to_num() - mean) / std - window.loc) / window.scale
-            steps = [window.values[:, -1]]
-            for step in range(wanted.shape[1]):
-                steps.append(torch.where(observed[:, step], wanted[:, step], steps[-1]))
-            wanted, known = torch.stack(steps[1:], dim=1), observed.any(1)  # (B, P, S), (B, S)
-            if self.config.mix_series:
-                x, y = window.values.flatten(1), (wanted * known[:, None]).flatten(1)
-            else:
-                x, y = window.values.transpose(1, 2)[known], wanted.transpose(1, 2)[known]
-            x = nn.functional.pad(x, (0, 1), value=1.0).double()
-            products += x.T @ x
-            targets += x.T @ y.double()
-        penalty = ridge * torch.eye(size, dtype=torch.float64, device=weight.device)
-        penalty[-1, -1] = 1e-6  # the bias is free
-        fitted = torch.linalg.solve(products + penalty, targets).T
+            x, y = self._skip_rows(batch)
+            cut = len(x) - len(x) // 5
+            for part, rows in enumerate((slice(cut), slice(cut, None))):
+                products[part] += x[rows].T @ x[rows]
+                targets[part] += x[rows].T @ y[rows]
+        shrunk = torch.eye(size, dtype=torch.float64, device=weight.device)
+        shrunk[-1, -1] = 1e-6  # the bias is free
+
+        def solution(products: torch.Tensor, targets: torch.Tensor, penalty: float) -> torch.Tensor:
+            return torch.linalg.solve(products + penalty * shrunk, targets)
+
+        def error(penalty: float) -> float:
+            """Squared error on the rows to choose by, less a constant."""
+            found = solution(products[0], targets[0], penalty)
+            return (found * (products[1] @ found - 2 * targets[1])).sum().item()
+
+        fitted = solution(products.sum(0), targets.sum(0), min(penalties, key=error)).T
         weight.copy_(fitted[:, :-1])
         bias.copy_(fitted[:, -1])
+
+    def _skip_rows(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the linear map is given, and 1, and what it is to give: (rows, inputs + 1), (rows, outputs) float64."""
+        past, _ = self._with_series_axis(batch["past_values"], "past_values")
+        future, _ = self._with_series_axis(batch["future_values"], "future_values")
+        window = self._window(past, batch.get("past_observed_mask"))
+        observed = _observed(future, batch.get("future_observed_mask"), "future").bool()
+        mean, std = self._units(past)
+        wanted = ((future.nan_to_num() - mean) / std - window.loc) / window.scale
+        steps = [window.values[:, -1]]
+        for step in range(wanted.shape[1]):
+            steps.append(torch.where(observed[:, step], wanted[:, step], steps[-1]))
+        wanted, known = torch.stack(steps[1:], dim=1), observed.any(1)  # (B, P, S), (B, S)
+        if self.config.mix_series:
+            x, y = window.values.flatten(1), (wanted * known[:, None]).flatten(1)
+        else:
+            x, y = window.values.transpose(1, 2)[known], wanted.transpose(1, 2)[known]
+        return nn.functional.pad(x, (0, 1), value=1.0).double(), y.double()
 
     def _distribution(self, params: tuple, loc: torch.Tensor, scale: torch.Tensor) -> Distribution | torch.Tensor:
         if self.distribution is None:

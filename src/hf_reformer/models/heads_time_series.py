@@ -311,7 +311,10 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         bias.copy_(fitted[:, -1])
 
     def _skip_rows(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the linear map is given, and 1, and what it is to give: (rows, inputs + 1), (rows, outputs) float64."""
+        """What the linear map is given, and 1, and what it is to give: (rows, inputs + 1), (rows, outputs) float64.
+
+        Both are multiplied by the scale of the window: errors count as in the loss, not more where little happens.
+        """
         past, _ = self._with_series_axis(batch["past_values"], "past_values")
         future, _ = self._with_series_axis(batch["future_values"], "future_values")
         window = self._window(past, batch.get("past_observed_mask"))
@@ -323,10 +326,11 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
             steps.append(torch.where(observed[:, step], wanted[:, step], steps[-1]))
         wanted, known = torch.stack(steps[1:], dim=1), observed.any(1)  # (B, P, S), (B, S)
         if self.config.mix_series:
-            x, y = window.values.flatten(1), (wanted * known[:, None]).flatten(1)
+            x, y, scale = window.values.flatten(1), (wanted * known[:, None]).flatten(1), window.scale.mean(-1)
         else:
             x, y = window.values.transpose(1, 2)[known], wanted.transpose(1, 2)[known]
-        return nn.functional.pad(x, (0, 1), value=1.0).double(), y.double()
+            scale = window.scale.transpose(1, 2)[known]
+        return scale.double() * nn.functional.pad(x, (0, 1), value=1.0), scale.double() * y
 
     def _distribution(self, params: tuple, loc: torch.Tensor, scale: torch.Tensor) -> Distribution | torch.Tensor:
         if self.distribution is None:

@@ -1,4 +1,4 @@
-"""Times of steps: reading them, how far apart they are, in time or by the calendar, what a model is told of them."""
+"""Time stamps: reading them, the step between them in time or calendar months, calendar features for a model."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple

@@ -274,7 +274,7 @@ def _load_tables(data: SeriesArguments, tables: dict[str, SeriesTable], saved: A
 
 
 def time_features(table: SeriesTable, data: SeriesArguments, saved: Any, have_times: bool) -> np.ndarray | None:
-    """What the model is told of every step; None where it is told nothing."""
+    """Calendar features of every step, (N, F); None if the model takes none."""
     wanted = data.time_features is not False if saved is None else saved.num_time_features > 0
     if saved is not None and wanted and not have_times:
         raise ValueError("The model was trained with times, and there are none. Name their column by --time_column.")
@@ -283,8 +283,8 @@ def time_features(table: SeriesTable, data: SeriesArguments, saved: Any, have_ti
     features = calendar(table.times, table.step)
     if saved is not None and features.shape[1] != saved.num_time_features:
         raise ValueError(
-            f"Of steps of {table.step} the model would be told {features.shape[1]} numbers, but it was trained on "
-            f"steps with {saved.num_time_features}. Resample the data, or train another model."
+            f"Steps of {table.step} have {features.shape[1]} calendar features, but the model was trained with "
+            f"{saved.num_time_features}. Resample the data, or train another model."
         )
     return features
 

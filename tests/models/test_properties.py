@@ -408,14 +408,27 @@ def test_full_layers_are_exact_at_any_length(positions):
         assert max_abs_diff(run(model, ids), exact_model(model, ids)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("rounds", [2, 4, 8])
-def test_more_rounds_weigh_no_pair_twice(rounds):
-    """Where one round already shows all, further rounds change nothing."""
-    model = model_of("lsh", "default", 1, causal=True)
-    ids = make_ids(1, 120)
-    with torch.no_grad():
-        one, many = model(ids).last_hidden_state, model(ids, num_hashes=rounds).last_hidden_state
-    assert max_abs_diff(one, many) <= TOLERANCE
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("rounds", [1, 2, 8])
+@both_directions
+def test_where_the_window_shows_all_rounds_change_nothing_and_are_left_out(causal, rounds, training, monkeypatch):
+    model, hashed = model_of("lsh", "default", rounds, causal), []
+    longest = 128 if causal else 65
+    buckets = attention_module.ReformerAttention.buckets
+
+    def counted(self, vectors, ctx):
+        hashed.append(vectors.shape[2])
+        return buckets(self, vectors, ctx)
+
+    monkeypatch.setattr(attention_module.ReformerAttention, "buckets", counted)
+    ids = make_ids(2, longest + 1)
+    run(model, ids, training=training)
+    assert hashed == [longest + 1] * 2
+    without = run(model, ids[:, :longest], training=training)
+    assert len(hashed) == 2
+    monkeypatch.setattr(attention_module.ReformerAttention, "_sees_all_unhashed", lambda self, ctx: False)
+    assert max_abs_diff(run(model, ids[:, :longest], training=training), without) <= TOLERANCE
+    assert hashed[2:] == [longest] * 2
 
 
 # --- any length

@@ -18,7 +18,7 @@ from ..ops.dispatch import (
     windowed_attention,
 )
 from ..ops.gather_attention import attention_with_dense_weights, attention_with_sparse_weights, crop, mass_of_weights
-from ..ops.layout import AttentionLayout, sees_any
+from ..ops.layout import AttentionLayout, sees_any, window_extent
 from ..ops.lsh import Centering, exploration_buckets, legacy_num_buckets, num_buckets_total, seeded_rotations
 from ..ops.prng import make_key
 from ..ops.sequence_parallel import all_reduce
@@ -73,8 +73,8 @@ class ReformerAttention(AttentionProjections):
             attend = decode if prefers_decode(self, value.shape[2], ctx) else prefill
             out, sparse = attend(self, query, query if key is None else key, value, vectors, ctx)
             return merge_heads(out.to(value.dtype)), AttentionReport(weights=sparse)
-        if cache_layer is None and self.mode == "chunk" and ctx.padded_length <= self.chunk:
-            vectors = None  # in one chunk every token sees all
+        if cache_layer is None and self._sees_all_unhashed(ctx):
+            vectors = None
         buckets = None if vectors is None else self.buckets(vectors, ctx)
         if cache_layer is not None:
             cache_layer.append(query if key is None else key, value, buckets, ctx.mask)
@@ -106,6 +106,14 @@ class ReformerAttention(AttentionProjections):
             sorting=Sorting(layout, *sorted_by) if ctx.want_sorting else None,
         )
         return merge_heads(out[:, :, :length], ctx.shard), report
+
+    def _sees_all_unhashed(self, ctx: ForwardContext) -> bool:
+        """Whether an input is so short that every token sees all it may, whatever its bucket."""
+        if self.mode == "chunk":
+            return ctx.padded_length <= self.chunk
+        if ctx.want_sorting or torch.compiler.is_compiling() or not self.config.lsh_include_local:
+            return False  # a graph is for any length
+        return ctx.padded_length <= 1 + window_extent(self.config.local_window, self.causal)[0]
 
     def layout(
         self, buckets: torch.Tensor | None, mask: torch.Tensor | None, ctx: ForwardContext, value: torch.Tensor

@@ -397,6 +397,17 @@ def test_a_fitted_skip_forecasts_what_is_linear(mixed, scaling, loss):
     assert forecast(model, past.roll(5, 1)).isfinite().all()
 
 
+@pytest.mark.parametrize("sizes", [(50,), (10, 10, 10, 10, 10), (1, 48, 1)])
+def test_a_skip_that_is_fitted_to_noise_forecasts_the_mean(sizes):
+    """Whatever the batches, the penalty is chosen on windows that were not fitted."""
+    model = forecaster(loss="mse", linear_skip=True, mix_series=True, scaling=None)
+    series = noise(250, 24, 2)
+    past, future = series[:, :18], series[:, 18:]
+    pieces = zip(past[:50].split(sizes), future[:50].split(sizes), strict=True)
+    model.fit_skip([{"past_values": before, "future_values": after} for before, after in pieces])
+    assert forecast(model, past[50:]).square().mean() < 0.05  # 2.7 without a penalty
+
+
 def test_a_model_without_a_skip_has_none_to_fit():
     with pytest.raises(ValueError, match="linear_skip=True"):
         forecaster().fit_skip([{"past_values": PAST, "future_values": FUTURE}])

@@ -270,31 +270,37 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
 
     @torch.no_grad()
     def fit_skip(
-        self, batches: Iterable[Mapping[str, torch.Tensor]], penalties: Sequence[float] = (0.1, 1.0, 10.0, 100.0)
+        self,
+        batches: Iterable[Mapping[str, torch.Tensor]],
+        penalties: Sequence[float] = (0.1, 1.0, 10.0, 100.0, 1e3, 3e3, 1e4, 3e4, 1e5),
     ) -> None:
         """Set the linear map of the context to a ridge regression, so that training starts from its forecasts.
 
         Args:
-            batches: `past_values`, `future_values` and their masks, as for a call. A missing future value counts as
-                the one before it; a window's series without any future is left out.
+            batches: `past_values`, `future_values` and their masks, as for a call, in order of time. A missing future
+                value counts as the one before it; a window's series without any future is left out.
             penalties: on the weights, in the scale that the model sees. The one is taken that predicts the last fifth
-                of every batch best from the others; then all are used.
+                of all windows best from the others; then all are used.
 
         Raises:
             ValueError: the model has no such map (`config.linear_skip`).
         """
         if not self.config.linear_skip:
             raise ValueError("The model has no linear map to fit. Make it with `linear_skip=True`.")
-        weight, bias = self.skip.weight, self.skip.bias
+        weight, bias, windows = self.skip.weight, self.skip.bias, list(batches)
         size = weight.shape[1] + 1  # with a constant for the bias
         products = weight.new_zeros(2, size, size, dtype=torch.float64)  # of rows to fit, and to choose by
         targets = weight.new_zeros(2, size, weight.shape[0], dtype=torch.float64)
-        for batch in batches:
-            x, y = self._skip_rows(batch)
-            cut = len(x) - len(x) // 5
-            for part, rows in enumerate((slice(cut), slice(cut, None))):
-                products[part] += x[rows].T @ x[rows]
-                targets[part] += x[rows].T @ y[rows]
+        count = sum(len(batch["past_values"]) for batch in windows)
+        left = count - count // 5  # windows to fit
+        for batch in windows:
+            for part, piece in enumerate((slice(left), slice(left, None))):
+                some = {name: values[piece] for name, values in batch.items()}
+                if len(some["past_values"]):
+                    x, y = self._skip_rows(some)
+                    products[part] += x.T @ x
+                    targets[part] += x.T @ y
+            left = max(0, left - len(batch["past_values"]))
         shrunk = torch.eye(size, dtype=torch.float64, device=weight.device)
         shrunk[-1, -1] = 1e-6  # the bias is free
 

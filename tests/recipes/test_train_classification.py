@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
@@ -337,6 +337,13 @@ def test_two_processes_give_the_predictions_of_one(files):
     assert result.stdout.count("The results are in") == 1
     predictions = pd.read_csv(files / "out" / "predictions_validation.csv")
     assert list(predictions["label"]) == list(animals(12, seed=1)["label"])
+
+
+def test_the_demo_may_leave_out_evaluation(tmp_path, monkeypatch):
+    corpus = DatasetDict({"train": Dataset.from_pandas(animals(8)), "validation": Dataset.from_pandas(animals(4))})
+    monkeypatch.setattr(recipe, "installed_packages_corpus", lambda *_, **__: corpus)
+    recipe.main(["--demo", "--do_eval", "False", "--max_steps", "1", "--output_dir", str(tmp_path), *TINY])
+    assert "model.safetensors" in os.listdir(tmp_path)
 
 
 @pytest.mark.slow

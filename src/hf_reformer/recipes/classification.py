@@ -253,7 +253,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     labels = shortened(task.label_names) if task.label_names else task.problem_type
     train_and_save(trainer, f"Texts: {counts}; {mean:.0f} tokens on average. Labels: {labels}")
     evaluate_splits(trainer, metrics, splits, encoded, data)
-    if data.demo and trains and trainer.is_world_process_zero():
+    if data.demo and trains and "validation" in splits and trainer.is_world_process_zero():
         check_saved(model, str(args.output_dir), splits["validation"]["text"][:4])
         data.predict_file = data.predict_file or str(corpus_file(splits["validation"]["path"][0]))
     return trains

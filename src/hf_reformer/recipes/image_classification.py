@@ -152,7 +152,7 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
     trainer.augmenting = augmenting
     counts = ", ".join(f"{split} {len(part)}" for split, part in splits.items())
     labels = shortened(task.label_names) if task.label_names else task.problem_type
-    train_and_save(trainer, f"Pictures: {counts}; {height} × {width} pixels. Labels: {labels}")
+    train_and_save(trainer, f"Images: {counts}; {height} × {width} pixels. Labels: {labels}")
     report_classes(trainer, metrics, splits, encoded, data, "pictures", pixels, "pixels + support vectors")
     return trains
 

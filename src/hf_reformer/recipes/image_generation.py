@@ -177,7 +177,7 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
     options = {"data_collator": collate, "compute_metrics": lambda found: bits_per_dimension(found, pixels)}
     trainer = build_trainer(DrawingTrainer, model, args, None, encoded, **options)
     counts = ", ".join(f"{split} {len(part)}" for split, part in splits.items())
-    train_and_save(trainer, f"Pictures: {counts}; {size[0]} × {size[1]} grey pixels")
+    train_and_save(trainer, f"Images: {counts}; {size[0]} × {size[1]} gray pixels")
     report(trainer, splits, encoded, data, size)
 
 

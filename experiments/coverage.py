@@ -147,7 +147,7 @@ def draw(curves: dict[str, torch.Tensor], file: Path) -> None:
         ax.plot(range(101), curve.clamp(min=1e-4), label=name)
     ax.axhline(0.1, color="grey", linestyle="--", linewidth=1)
     ax.set(
-        yscale="log", xlabel="tokens, those that receive least first (%)", ylabel="attention received / uniform share"
+        yscale="log", xlabel="tokens, least attention received first (%)", ylabel="attention received / uniform share"
     )
     ax.legend(frameon=False)
     figure.savefig(file, dpi=120)

@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed, history in curves.items():
         ax.plot([x["step"] for x in history], [x["accuracy"] for x in history], label=f"seed {seed}")
     ax.axhline(0.3727, color="grey", linestyle="--", label="Reformer in Tay et al. 2020")
-    ax.set(xlabel="step of training", ylabel=f"accuracy of {args.eval_rows} held-out rows")
+    ax.set(xlabel="training step", ylabel=f"accuracy on {args.eval_rows} held-out rows")
     ax.legend(frameon=False)
     experiment.save(figure)
 

@@ -165,7 +165,7 @@ def plot(experiment: Experiment, rows: list[dict[str, str]], curves: dict[str, l
     for name, history in curves.items():
         style = "-" if name.endswith("lsh") else "--"
         left.plot([x["step"] for x in history], [x["accuracy"] for x in history], style, label=name)
-    left.set(xlabel="training step (every dip: the length doubles)", ylabel="accuracy", ylim=(-0.02, 1.02))
+    left.set(xlabel="training step (at every dip, the length doubles)", ylabel="accuracy", ylim=(-0.02, 1.02))
     left.legend(frameon=False, fontsize=7)
     for name in dict.fromkeys((row["layers"], row["variant"], row["length"]) for row in rows):
         some = [row for row in rows if (row["layers"], row["variant"], row["length"]) == name]

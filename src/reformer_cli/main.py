@@ -61,7 +61,7 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_demo(args: argparse.Namespace) -> None:
-    """Train and use a classifier of the installed Python packages' source files: no download, a few minutes.
+    """Train a classifier on the source files of installed Python packages and use it: no download, a few minutes.
 
     Short for `hf-reformer train classification --demo`, which also takes options; writes to runs/demo.
     """
@@ -302,14 +302,14 @@ def make_parser() -> argparse.ArgumentParser:
     add = command("export", run_export).add_argument
     add("--model", required=True, metavar="SOURCE", help="a checkpoint directory, or a name on the Hub")
     add("--output", required=True, metavar="DIRECTORY", help="where to write")
-    add("--overwrite", action="store_true", help="write into a non-empty directory and replace the model in it")
+    add("--overwrite", action="store_true", help="write into a non-empty directory, replacing the model in it")
     add("--name", help="user/name on the Hub, for the model card; default: the name of DIRECTORY")
     add("--language", nargs="+", metavar="CODE", help="languages of the texts: en, de, …")
     add("--license", metavar="ID", help="license of the weights: apache-2.0, cc-by-4.0, …")
-    add("--datasets", nargs="+", metavar="NAME", help="datasets on the Hub that it was trained on")
-    add("--base_model", metavar="NAME", help="model on the Hub that it was fine-tuned from")
+    add("--datasets", nargs="+", metavar="NAME", help="datasets on the Hub that the model was trained on")
+    add("--base_model", metavar="NAME", help="model on the Hub that this one was fine-tuned from")
     add("--tags", nargs="+", metavar="TAG", help="tags for the model card")
-    add("--dataset_name", metavar="TEXT", help="what it was evaluated on, in words")
+    add("--dataset_name", metavar="TEXT", help="what the model was evaluated on, in words")
     add = command("convert", run_convert).add_argument
     add("source", metavar="SOURCE", help="a checkpoint directory, or a weights file")
     add("output", metavar="OUTPUT", help="an empty directory, or one that does not exist yet")

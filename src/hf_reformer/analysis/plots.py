@@ -63,7 +63,7 @@ def plot_pairs(view: LayerView, row: int = 0, head: int = 0, ax: Any = None, sid
     _show(ax, image, step, step, cmap=ListedColormap([*colours, "white"]), vmin=0, vmax=count)
     patches = [Patch(color=colour, label=name) for colour, name in zip(colours, view.names, strict=True)]
     ax.legend(handles=patches, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    ax.set_title(f"who sees whom, head {head}")
+    ax.set_title(f"which tokens attend to which, head {head}")
     return ax
 
 
@@ -163,9 +163,9 @@ def plot_round_agreement(view: LayerView, neighbours: int = 8, ax: Any = None) -
     share = round_agreement(view, neighbours).cpu()
     rounds = torch.arange(1, len(share) + 1)
     ax = _axes(ax)
-    ax.plot(rounds, share, marker="o", label="near neighbours")
+    ax.plot(rounds, share, marker="o", label="nearest neighbors")
     ax.plot(rounds, 1 - (1 - 1 / view.num_buckets) ** rounds, color="grey", linestyle="--", label="by chance")
-    ax.set(xlabel="hash rounds", ylabel="share a bucket in some round", title="agreement of rounds", ylim=(0, 1.02))
+    ax.set(xlabel="hash rounds", ylabel="share with a common bucket", title="agreement of rounds", ylim=(0, 1.02))
     ax.locator_params("x", integer=True)
     ax.legend(loc="lower right", frameon=False)
     return ax
@@ -194,7 +194,7 @@ def plot_attention_found(layers: Sequence[AttentionFound], ax: Any = None) -> An
         ax.bar(places, heights, 0.2, label=label, color=colour, edgecolor="black", linewidth=0.5)
     names = [f"layer {layer.layer}\nhead {head}\n({layer.beyond[head]:.0%})" for layer, head in groups]
     ax.set_xticks(range(len(groups)), names)
-    ax.set(xlabel="(share of attention beyond the window)", ylabel="share of it that is shown", ylim=(0, 1.02))
+    ax.set(xlabel="(share of attention beyond the window)", ylabel="share of it that is found", ylim=(0, 1.02))
     ax.set_title("what hashing finds beyond the local window")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     return ax

@@ -1,13 +1,13 @@
-"""Train a Reformer to classify recordings: words, sounds, speakers. Their samples go in, of any length.
+"""Train a Reformer to classify recordings of any length (words, sounds, speakers) from their samples.
 
     # a complete run without a download, in about two minutes on two cores
     hf-reformer train audio-classification --demo
 
-    # your own recordings: a folder with one sub-folder of sound files per label; or csv, jsonl, parquet with a column
+    # your own recordings: a folder with one sub-folder of audio files per label; or csv, jsonl, parquet with a column
     # of file names, of samples with their sampling_rate, or of `datasets.Audio`
     hf-reformer train audio-classification --train_file words/train --validation_file words/validation --baselines
 
-    # a model that was saved by one of these runs: train it further, or only predict
+    # a model saved by one of these runs: train it further, or only predict
     hf-reformer train audio-classification --model_name_or_path runs/audio --train_file more.parquet
     hf-reformer train audio-classification --model_name_or_path runs/audio --predict_file recording.wav
 
@@ -61,9 +61,9 @@ class DataArguments(AudioArguments, LabelArguments):
 
     sources = ("demo",)
 
-    demo: bool = option(False, "Complete run without a download: which of ten made-up words is said?")
+    demo: bool = option(False, "Complete run without a download: classify ten synthetic words.")
     train_file: str | None = option(
-        None, "csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of sound files per label."
+        None, "csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of audio files per label."
     )
 
     def read_source(self) -> Mapping[str, Dataset]:

@@ -1,21 +1,21 @@
-"""Train a Reformer to answer in conversations, with trl's SFTTrainer; only what the assistant says is learnt.
+"""Train a Reformer to reply in conversations, with trl's SFTTrainer; the loss covers only the assistant's messages.
 
-    # a row per conversation: messages, a list of {"role": "user" or "assistant", "content": …}
+    # one row per conversation: messages, a list of {"role": "user" or "assistant", "content": …}
     hf-reformer train chat --train_file talks.jsonl --validation_file more.jsonl --baselines
     hf-reformer chat --model runs/chat
 
     # bytes instead of a vocabulary; conversations of up to 8192 bytes at a time
     hf-reformer train chat --train_file talks.parquet --tokenizer bytes --max_length 8192
 
-    # a language model, then its conversations
+    # first a language model, then conversations
     hf-reformer train language-model --train_file books.txt --tokenizer train --output_dir runs/lm
     hf-reformer train chat --model_name_or_path runs/lm --train_file talks.jsonl
 
-    # a model that was saved by one of these runs, evaluated on other conversations
+    # a model saved by one of these runs, evaluated on other conversations
     hf-reformer train chat --model_name_or_path runs/chat --validation_file other.jsonl
 
 A tokenizer without a chat template gets one, which is saved with it. Scores are bits per byte of the assistant's
-messages, and how often the true reply is the likeliest of ten, by its mean per byte; the others are replies of other
+messages, and how often the true reply has the fewest bits per byte among ten; the others are from other
 conversations. All options of `trl.SFTConfig`, and so of `transformers.TrainingArguments`, work,
 `--resume_from_checkpoint last` included.
 """
@@ -71,10 +71,10 @@ TURNS = 4  # of the dialogue that is written
 class DataArguments(PretrainingArguments):
     """Where conversations come from, and how replies are judged."""
 
-    messages_column: str = option("messages", "Lists of messages, each with a role and a content.")
-    choices: int = option(10, "Replies among which the true one is to be chosen.")
-    max_choices: int = option(200, "Judge at most this many replies so, drawn at random; 0: none.")
-    baselines: bool = option(False, "Also score a choice by words (TF-IDF), and general compressors.")
+    messages_column: str = option("messages", "Lists of messages, each with a role and content.")
+    choices: int = option(10, "Number of replies from which the model must pick the true one.")
+    max_choices: int = option(200, "Pick the true reply in at most this many random cases; 0: never.")
+    baselines: bool = option(False, "Also score the choice by TF-IDF similarity, and general-purpose compressors.")
 
     def check(self, model: ModelArguments, args: Any) -> None:
         super().check(model, args)

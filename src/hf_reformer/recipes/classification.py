@@ -9,11 +9,11 @@
     # a GLUE task from the Hub, on several GPUs
     accelerate launch -m hf_reformer train classification --task_name sst2 --tokenizer bytes
 
-    # a model that was saved by one of these runs: train it further, or only predict
+    # a model saved by one of these runs: train it further, or only predict
     hf-reformer train classification --model_name_or_path runs/classification --train_file more.csv
     hf-reformer train classification --model_name_or_path runs/classification --predict_file letter.txt
 
-Labels that are numbers with decimals mean regression, lists of labels several labels per text. All options of
+Decimal numbers as labels mean regression; lists of labels mean several labels per text. All options of
 `transformers.TrainingArguments` work, `--resume_from_checkpoint last` included.
 """
 
@@ -96,25 +96,23 @@ class DataArguments(MaskedPretrainingArguments, SplitsAndFileArguments):
 
     sources = ("demo", "task_name")
 
-    demo: bool = option(
-        False, "Complete run without a download: which installed package does a source file come from?"
-    )
-    task_name: str | None = option(None, "A GLUE task, read from the Hub: sst2, mnli, stsb …")
+    demo: bool = option(False, "Complete run without a download: which installed package a source file comes from.")
+    task_name: str | None = option(None, "A GLUE task from the Hub: sst2, mnli, stsb, …")
     train_file: str | None = option(
         None, "csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label."
     )
-    text_column: str | None = option(None, "Default: found by its name.")
-    text_pair_column: str | None = option(None, "Second text, for pairs.")
-    label_column: str | None = option(None, "Default: found by its name.")
+    text_column: str | None = option(None, "The texts. Default: found by name.")
+    text_pair_column: str | None = option(None, "The second texts, for pairs.")
+    label_column: str | None = option(None, "Default: found by name.")
     problem_type: str | None = option(None, "Default: derived from the labels.", choices=[SINGLE, MULTI, REGRESSION])
     max_length: int = option(4096, "Longer texts are truncated to this many tokens.", aliases=["--max_seq_length"])
     train_length: int | None = option(
-        None, "Cut the training texts into chunks of this many tokens, and still evaluate on whole ones."
+        None, "Split training texts into chunks of this many tokens; evaluation still uses whole texts."
     )
     baselines: bool = option(False, "Also evaluate the most frequent label and TF-IDF with a linear model.")
     predict_file: str | None = option(None, "A text file to classify at the end.", aliases=["--classify"])
     early_stopping_patience: int | None = option(
-        None, "Stop after this many evaluations without progress and keep the best model."
+        None, "Stop after this many evaluations without improvement, and keep the best model."
     )
 
     def check(self, model: ModelArguments, args: TrainingArguments) -> None:

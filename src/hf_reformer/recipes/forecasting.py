@@ -1,15 +1,15 @@
-"""Train a Reformer to forecast time series, several at once, with gaps: load, weather, the ways of cars.
+"""Train a Reformer to forecast one or several time series, with gaps: load, weather, vehicle trajectories.
 
     # a complete run without a download, in about two minutes on two cores
     hf-reformer train forecasting --demo
 
-    # your own series: csv, jsonl or parquet with a row a step, a column of times and a column for each series
+    # your own series: csv, jsonl or parquet with one time step per row, a column of times and one for each series
     hf-reformer train forecasting --train_file power.csv --context_length 336 --prediction_length 96 --baselines
 
-    # a window a row: lists obs_x, obs_y, … of the past, and fut_x, fut_y, … of the future
+    # one window per row: lists obs_x, obs_y, … of the past, and fut_x, fut_y, … of the future
     hf-reformer train forecasting --train_file cars.parquet --validation_file cars.validation.parquet --baselines
 
-    # a model that was saved by one of these runs: train it further, or only forecast what comes after a table
+    # a model saved by one of these runs: train it further, or only forecast beyond the end of a table
     hf-reformer train forecasting --model_name_or_path runs/forecasting --train_file more.csv
     hf-reformer train forecasting --model_name_or_path runs/forecasting --predict_file until_today.csv
 
@@ -86,7 +86,7 @@ class DataArguments(SeriesArguments):
 
     sources = ("demo",)
 
-    demo: bool = option(False, "Complete run without a download: the made-up load of a grid.")
+    demo: bool = option(False, "Complete run without a download: synthetic electricity load.")
 
     def read_source(self) -> Mapping[str, Dataset]:
         return {"train": seasonal_load()} if self.demo else super().read_source()

@@ -1,16 +1,16 @@
-"""Train a Reformer to classify pictures, from their pixels or from patches of them.
+"""Train a Reformer to classify images, from their pixels or patches.
 
     # a complete run without a download, in about two minutes on two cores
     hf-reformer train image-classification --demo
 
-    # your own pictures: a folder with one sub-folder of pictures per label; or csv, jsonl or parquet with a column of
-    # file names, of pixels (0 … 255; rows, or all of a square in one list), or of `datasets.Image`
+    # your own images: a folder with one sub-folder of images per label; or csv, jsonl or parquet with a column of
+    # file names, of pixels (0 … 255; rows, or all pixels of a square in one list), or of `datasets.Image`
     hf-reformer train image-classification --train_file train.parquet --validation_file validation.parquet --baselines
 
-    # large pictures by patches of 16 pixels
+    # large images, as patches of 16 × 16 pixels
     hf-reformer train image-classification --train_file photos --image_size 224 --patch_size 16
 
-    # a model that was saved by one of these runs: train it further, or only predict
+    # a model saved by one of these runs: train it further, or only predict
     hf-reformer train image-classification --model_name_or_path runs/image --train_file more.parquet
     hf-reformer train image-classification --model_name_or_path runs/image --predict_file picture.png
 
@@ -70,10 +70,10 @@ class DataArguments(PictureArguments, LabelArguments):
     kind_of_file = "picture"
 
     train_file: str | None = option(
-        None, "csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of pictures per label."
+        None, "csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of images per label."
     )
-    patch_size: int | None = option(None, "Side of the squares that are tokens. Default: 1, which are pixels.")
-    flip: bool = option(False, "Mirror half of the training pictures: where left and right mean nothing.")
+    patch_size: int | None = option(None, "Side of the square patches used as tokens. Default: 1, single pixels.")
+    flip: bool = option(False, "Mirror half of the training images; use it if left and right do not matter.")
 
     def processor(self, model: BackboneArguments, first: Dataset) -> Any:
         """What prepares pictures for the model: that of a saved model, or one of the data's size."""
@@ -152,7 +152,7 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
     trainer.augmenting = augmenting
     counts = ", ".join(f"{split} {len(part)}" for split, part in splits.items())
     labels = shortened(task.label_names) if task.label_names else task.problem_type
-    train_and_save(trainer, f"Pictures: {counts}; {height} × {width} pixels. Labels: {labels}")
+    train_and_save(trainer, f"Images: {counts}; {height} × {width} pixels. Labels: {labels}")
     report_classes(trainer, metrics, splits, encoded, data, "pictures", pixels, "pixels + support vectors")
     return trains
 

@@ -1,13 +1,13 @@
-"""Train a Reformer to draw: a causal language model over the grey values of pixels, judged in bits per dimension.
+"""Train a Reformer to generate images: a causal language model over gray values, scored in bits per dimension.
 
     # a complete run without a download, in about two minutes on two cores
     hf-reformer train image-generation --demo
 
-    # your own pictures: a folder of folders, or csv, jsonl or parquet with a column of file names, of pixels or of
+    # your own images: a folder of folders, or csv, jsonl or parquet with a column of file names, of pixels or of
     # `datasets.Image`
     hf-reformer train image-generation --train_file train.parquet --validation_file validation.parquet --baselines
 
-    # a model that was saved by one of these runs: train it further, or only judge and draw
+    # a model saved by one of these runs: train it further, or only evaluate and generate
     hf-reformer train image-generation --model_name_or_path runs/drawing --validation_file validation.parquet
 
 All options of `transformers.TrainingArguments` work, `--resume_from_checkpoint last` included.
@@ -54,8 +54,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 class DataArguments(PictureArguments):
     """Where the pictures come from."""
 
-    train_file: str | None = option(None, "csv, tsv, json, jsonl or parquet file, or a folder of folders of pictures.")
-    draw_samples: int = option(16, "Pictures to draw at the end.")
+    train_file: str | None = option(None, "csv, tsv, json, jsonl or parquet file, or a folder of folders of images.")
+    draw_samples: int = option(16, "Images to generate at the end.")
 
     def size_of(self, name: str, saved: Any, first: Dataset) -> tuple[int, int]:
         """Height and width of the pictures of the saved model `name`."""
@@ -177,7 +177,7 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
     options = {"data_collator": collate, "compute_metrics": lambda found: bits_per_dimension(found, pixels)}
     trainer = build_trainer(DrawingTrainer, model, args, None, encoded, **options)
     counts = ", ".join(f"{split} {len(part)}" for split, part in splits.items())
-    train_and_save(trainer, f"Pictures: {counts}; {size[0]} × {size[1]} grey pixels")
+    train_and_save(trainer, f"Images: {counts}; {size[0]} × {size[1]} gray pixels")
     report(trainer, splits, encoded, data, size)
 
 

@@ -6,10 +6,10 @@
     # a vocabulary trained on the texts; sequences of 8192 tokens
     hf-reformer train language-model --train_file a.txt b.txt --tokenizer train --sequence_length 8192
 
-    # texts that do not fit into memory, read again in every epoch
+    # texts that do not fit in memory, read again in every epoch
     hf-reformer train language-model --train_file huge.txt --validation_file small.txt --streaming --max_steps 10000
 
-    # a masked model, on a data set of the Hub, in several processes
+    # a masked model, on a dataset from the Hub, in several processes
     accelerate launch -m hf_reformer train language-model --masked \\
         --dataset_name Salesforce/wikitext --dataset_config_name wikitext-2-raw-v1
 
@@ -76,25 +76,25 @@ class TextArguments(SplitArguments):
         None, "Text files, or csv, tsv, json, jsonl and parquet with a column of texts."
     )
     validation_file: list[str] | None = option(  # type: ignore[assignment]
-        None, "Files to evaluate on. Default: those of the data set, else the end of the training texts."
+        None, "Files to evaluate on. Default: those of the dataset, else the end of the training texts."
     )
-    test_file: list[str] | None = option(None, "Files to score at the end, too.")  # type: ignore[assignment]
+    test_file: list[str] | None = option(None, "More files to score, at the end.")  # type: ignore[assignment]
     max_train_samples: int | None = option(None, "Use at most this many training documents, the first ones.")
     max_eval_samples: int | None = option(None, "Evaluate on at most this many documents, the first ones.")
     max_predict_samples: int | None = option(None, "Score at most this many test documents, the first ones.")
-    text_column: str | None = option(None, "Default: found by its name.")
-    streaming: bool = option(False, "Read the training texts while training; needs --max_steps.")
-    masked: bool = option(False, "Train a masked model, which is bidirectional.")
-    mlm_probability: float = option(0.15, "Share of tokens masked for a masked model.")
-    sequence_length: int = option(1024, "Tokens of a training sequence.", aliases=["--block_size"])
-    eval_length: int | None = option(None, "Tokens of a sequence in evaluation. Default: --sequence_length.")
+    text_column: str | None = option(None, "The texts. Default: found by name.")
+    streaming: bool = option(False, "Stream the training texts instead of loading them; needs --max_steps.")
+    masked: bool = option(False, "Train a masked (bidirectional) model.")
+    mlm_probability: float = option(0.15, "Share of tokens to mask, with --masked.")
+    sequence_length: int = option(1024, "Tokens per training sequence.", aliases=["--block_size"])
+    eval_length: int | None = option(None, "Tokens per sequence in evaluation. Default: --sequence_length.")
     eval_context: int | None = option(
         None, "Tokens that evaluation repeats from the previous sequence. Default: half of the sequence."
     )
     validation_fraction: float = option(
-        0.05, "Part of the training texts to evaluate on, without a --validation_file."
+        0.05, "Fraction of the training texts held out for evaluation, without a --validation_file."
     )
-    baselines: bool = option(False, "Also evaluate general compressors.")
+    baselines: bool = option(False, "Also score general-purpose compressors.")
 
     def check(self, model: ModelArguments, args: TrainingArguments) -> None:
         super().check(model, args)

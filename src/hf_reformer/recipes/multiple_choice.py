@@ -1,16 +1,16 @@
-"""Train a Reformer to choose the right one of several endings of a text, or answers to a question.
+"""Train a Reformer to choose the correct one of several endings of a text, or answers to a question.
 
     # your own files with SWAG's columns: sent1, sent2, ending0, ending1 …, label
     hf-reformer train multiple-choice --train_file train.csv --validation_file validation.csv --baselines
 
-    # other columns: a text, a list of choices, the number of the right one
+    # other columns: a text, a list of choices, the index of the correct one
     hf-reformer train multiple-choice --dataset_name Rowan/hellaswag --context_column ctx --endings_column endings
 
-    # a model that was saved by one of these runs: train it further, or only predict
+    # a model saved by one of these runs: train it further, or only predict
     hf-reformer train multiple-choice --model_name_or_path runs/multiple-choice --train_file more.csv
     hf-reformer train multiple-choice --model_name_or_path runs/multiple-choice --test_file questions.csv
 
-Every question has the same number of choices, any from two on. All options of `transformers.TrainingArguments` work,
+All questions have the same number of choices, at least two. All options of `transformers.TrainingArguments` work,
 `--resume_from_checkpoint last` included.
 """
 
@@ -54,14 +54,14 @@ class DataArguments(MaskedPretrainingArguments):
     """Where questions and choices come from."""
 
     context_column: str = option("sent1", "The texts, or questions.")
-    start_column: str | None = option(None, "What every choice begins with. Default: sent2, where there is one.")
-    ending_prefix: str = option("ending", "Choices are in columns of this name with 0, 1, … behind it.")
-    endings_column: str | None = option(None, "A column of lists of choices, instead.")
-    label_column: str = option("label", "The number of the right choice, from 0 on.")
+    start_column: str | None = option(None, "What every choice begins with. Default: sent2, if there is one.")
+    ending_prefix: str = option("ending", "The choices are in columns named by this prefix and 0, 1, ….")
+    endings_column: str | None = option(None, "A column of lists of choices, instead of --ending_prefix.")
+    label_column: str = option("label", "The index of the correct choice, from 0.")
     max_length: int = option(
-        1024, "Text and choice together; longer ones are truncated.", aliases=["--max_seq_length"]
+        1024, "Tokens of text and choice together; longer ones are truncated.", aliases=["--max_seq_length"]
     )
-    baselines: bool = option(False, "Also score guessing and the choice most similar to the text.")
+    baselines: bool = option(False, "Also score random guessing and the choice most similar to the text.")
 
     def check(self, model: ModelArguments, args: TrainingArguments) -> None:
         names = ("context_column", "start_column", "endings_column", "label_column")
@@ -201,17 +201,17 @@ def draw_choices(file: Path, questions: list[Question], logits: np.ndarray, titl
     figure = Figure(figsize=(9, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.bar(range(1, size + 1), np.bincount(places, minlength=size) / len(labels), label="model")
-    left.axhline(1 / size, color="black", linestyle=":", label="guessing")
-    left.set(xlabel="place of the right choice", ylabel="share of questions", title=title, xticks=range(1, size + 1))
+    left.axhline(1 / size, color="black", linestyle=":", label="random guessing")
+    left.set(xlabel="rank of the correct choice", ylabel="share of questions", title=title, xticks=range(1, size + 1))
     left.legend()
     bins = np.linspace(1 / size, 1, 9)
     number = np.clip(np.digitize(probabilities, bins) - 1, 0, len(bins) - 2)
     points = [(probabilities[number == i].mean(), (places[number == i] == 0).mean(), (number == i).sum())
               for i in range(len(bins) - 1) if (number == i).any()]  # fmt: skip
     sure, correct, count = zip(*points, strict=True)
-    right.plot([1 / size, 1], [1 / size, 1], color="black", linestyle=":", label="as sure as right")
+    right.plot([1 / size, 1], [1 / size, 1], color="black", linestyle=":", label="perfect calibration")
     right.scatter(sure, correct, s=20 + 400 * np.array(count) / len(labels), alpha=0.7, label="questions")
-    right.set(xlabel="probability of the chosen one", ylabel="share that is right", ylim=(-0.05, 1.05))
+    right.set(xlabel="probability of the chosen answer", ylabel="accuracy", ylim=(-0.05, 1.05))
     right.legend()
     figure.savefig(file, dpi=120)
 

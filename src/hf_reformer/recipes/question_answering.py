@@ -1,20 +1,20 @@
-"""Train a Reformer to answer questions by spans of a document, which it reads whole, in one pass.
+"""Train a Reformer to answer questions with spans of a document, which it reads whole, in one pass.
 
-    # your own files with SQuAD's columns: question, context, answers (texts and where they begin)
+    # your own files with SQuAD's columns: question, context, answers (texts and their start positions)
     hf-reformer train question-answering --train_file train.parquet --validation_file validation.parquet --baselines
 
-    # questions that have no answer among them, as in SQuAD 2.0
+    # with questions that have no answer, as in SQuAD 2.0
     hf-reformer train question-answering --dataset_name rajpurkar/squad_v2 --version_2_with_negative
 
     # bytes instead of a vocabulary, documents of up to 16384 bytes
     hf-reformer train question-answering --train_file train.json --tokenizer bytes --max_length 16384
 
-    # a model that was saved by one of these runs: train it further, or only predict
+    # a model saved by one of these runs: train it further, or only predict
     hf-reformer train question-answering --model_name_or_path runs/question-answering --train_file more.json
     hf-reformer train question-answering --model_name_or_path runs/question-answering --test_file questions.json
 
-SQuAD's own json files are read, too, and csv files with a text as the answer, which is looked for in the document.
-Scores are SQuAD's: exact match and F1, from 0 to 100. The result answers in
+SQuAD's own json files also work, and csv files with the answer as text, which is looked for in the document.
+Scores are SQuAD's: exact match and F1, from 0 to 100. The result works in
 `pipeline("long-document-question-answering", model=folder)`. All options of `transformers.TrainingArguments` work,
 `--resume_from_checkpoint last` included.
 """
@@ -68,16 +68,16 @@ class DataArguments(MaskedPretrainingArguments):
 
     question_column: str = option("question", "The questions.")
     context_column: str = option("context", "The documents.")
-    answers_column: str = option("answers", "Texts and where they begin, or a text to look for in the document.")
-    version_2_with_negative: bool = option(False, "Some questions have no answer.")
+    answers_column: str = option("answers", "Texts and their start positions, or a text to look for in the document.")
+    version_2_with_negative: bool = option(False, "Allow questions without an answer, as in SQuAD 2.0.")
     null_score_diff_threshold: float = option(
-        0.0, "How much likelier, as a difference of logarithms, no answer must be than the best one to be given."
+        0.0, "Predict no answer if its log-probability exceeds that of the best answer by more than this."
     )
     max_length: int = option(
-        4096, "Question and document together; longer documents are truncated.", aliases=["--max_seq_length"]
+        4096, "Tokens of question and document together; longer documents are truncated.", aliases=["--max_seq_length"]
     )
-    max_answer_length: int = option(64, "Tokens of the longest answer that is found; bytes need more than words.")
-    n_best_size: int = option(3, "Answers that are written for every question.")
+    max_answer_length: int = option(64, "Maximum tokens of an answer; byte tokens need more.")
+    n_best_size: int = option(3, "Answers to save for every question.")
     baselines: bool = option(False, "Also score whole documents, and the sentences most similar to the questions.")
 
     def check(self, model: ModelArguments, args: TrainingArguments) -> None:

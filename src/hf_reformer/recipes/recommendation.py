@@ -1,23 +1,23 @@
-"""Train a Reformer to recommend the next item to every user, from what users had so far.
+"""Train a Reformer to recommend the next item to every user, from their history of items.
 
-    # RecBole's files: user_id:token, item_id:token, timestamp:float; titles of a table of items
+    # RecBole's files: user_id:token, item_id:token, timestamp:float; titles from a table of items
     hf-reformer train recommendation --train_file ml-100k.inter --item_file ml-100k.item --baselines
 
-    # csv, json or parquet: a row per interaction, or the list of a user's items
+    # csv, json or parquet: one row per interaction, or a list of items per user
     hf-reformer train recommendation --train_file orders.csv --user_column customer --item_column sku --top_k 5 10 20
 
-    # the next item of every user in a file of its own, in a column target_item_id, or as the last item there
+    # every user's next item in a separate file, in a column target_item_id or as the last item there
     hf-reformer train recommendation --train_file train.jsonl --validation_file validation.jsonl
 
-    # the last item of every user is for the test, the one before for validation
+    # the last item of every user is held out for the test, the one before for validation
     hf-reformer train recommendation --train_file orders.csv --do_train --do_eval --do_predict
 
-    # a model that was saved by one of these runs: recommend to the users of a file, new users too
+    # a model saved by one of these runs: recommend to the users in a file, including new ones
     hf-reformer train recommendation --model_name_or_path runs/recommendation --predict_file users.jsonl
 
-Without a --validation_file, the last item of every user is held out. All items are ranked but those that the user had.
+Without a --validation_file, the last item of every user is held out. All items are ranked except those the user had.
 Scores are hit rate, NDCG and MRR of the first k. The vocabulary of the saved model is the items: after
-`AutoTokenizer` has read "12 907" (items, oldest first), `generate` writes the items that come next. All options of
+`AutoTokenizer` has read "12 907" (items, oldest first), `generate` returns the next items. All options of
 `transformers.TrainingArguments` work, `--resume_from_checkpoint last` included.
 """
 
@@ -77,14 +77,14 @@ class DataArguments(SplitArguments):
 
     held_out: ClassVar[tuple[str, ...]] = ("validation", "test")
 
-    predict_file: str | None = option(None, "Users and what they had; items are recommended to them at the end.")
+    predict_file: str | None = option(None, "Users and their items; at the end, recommend the next items to them.")
     item_file: str | None = option(None, "A table with the columns item_id and title.")
-    user_column: str | None = option(None, "Default: found by its name.")
-    item_column: str | None = option(None, "Items or lists of items. Default: found by its name.")
-    time_column: str | None = option(None, "Default: found by its name; without one, rows are in order of time.")
-    max_length: int = option(128, "Items that are read at a time; of longer histories the last ones count.")
-    item_dropout: float = option(0.1, "Part of the items that training hides from what is read.")
-    top_k: list[int] = option([10], "Numbers of recommendations to score; the largest one is written.")
+    user_column: str | None = option(None, "Default: found by name.")
+    item_column: str | None = option(None, "Items or lists of items. Default: found by name.")
+    time_column: str | None = option(None, "Default: found by name; without one, the rows are in order of time.")
+    max_length: int = option(128, "Maximum items of a history; of longer histories, only the last ones are used.")
+    item_dropout: float = option(0.1, "Fraction of history items hidden from the input in training.")
+    top_k: list[int] = option([10], "Numbers of recommendations (k) to score; predictions have the largest k.")
     baselines: bool = option(False, "Also score popularity, item-kNN and co-occurrence.")
 
     def _given(self, file: str) -> list[str]:

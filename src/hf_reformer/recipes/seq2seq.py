@@ -1,14 +1,14 @@
-"""Train a Reformer encoder-decoder: translation, summarisation of long documents, any text to any other.
+"""Train a Reformer encoder-decoder: translation, summarization of long documents, any other text-to-text task.
 
     # your own files: csv, tsv, json, jsonl or parquet, with a column of sources and one of targets
     hf-reformer train seq2seq --train_file train.csv --source_column document --target_column summary --metric rouge
 
-    # a translation set on the Hub, on several GPUs; encoder and decoder share their weights
+    # a translation dataset on the Hub, on several GPUs; encoder and decoder share weights
     accelerate launch -m hf_reformer train seq2seq \\
         --dataset_name Helsinki-NLP/opus_books --dataset_config_name de-en --source_lang de --target_lang en \\
         --config_overrides tie_encoder_decoder=True
 
-    # a model that was saved by one of these runs: train it further, or only predict
+    # a model saved by one of these runs: train it further, or only predict
     hf-reformer train seq2seq --model_name_or_path runs/seq2seq --train_file more.csv
     hf-reformer train seq2seq --model_name_or_path runs/seq2seq --predict_file letter.txt
 
@@ -56,14 +56,14 @@ class DataArguments(MaskedPretrainingArguments, SplitsAndFileArguments):
     source_column: str = option("source", "The input texts.")
     target_column: str = option("target", "The texts to generate.")
     source_lang: str | None = option(
-        None, "Of a column `translation`, which holds a text per language.", aliases=["--source_language"]
+        None, "In a column `translation`, which holds one text per language.", aliases=["--source_language"]
     )
-    target_lang: str | None = option(None, "The language to generate.", aliases=["--target_language"])
-    source_prefix: str = option("", "Put before every source.")
+    target_lang: str | None = option(None, "The language to generate, likewise.", aliases=["--target_language"])
+    source_prefix: str = option("", "Text to prepend to every source.")
     max_source_length: int = option(4096, "Longer sources are truncated to this many tokens.")
-    max_target_length: int = option(256, "Longer targets are truncated; nothing longer is generated.")
+    max_target_length: int = option(256, "Longer targets are truncated, and nothing longer is generated.")
     metric: str = option("bleu", "bleu and chrf, or rouge.", choices=("bleu", "chrf", "rouge", "none"))
-    predict_file: str | None = option(None, "A text file to generate the target of at the end.", aliases=["--write"])
+    predict_file: str | None = option(None, "A text file whose target is generated at the end.", aliases=["--write"])
 
     def check(self, model: ModelArguments, args: TrainingArguments) -> None:
         check_distinct({"--source_column": self.source_column, "--target_column": self.target_column})

@@ -1,4 +1,4 @@
-"""Train a Reformer to write down what it hears, by connectionist temporal classification. No recording is too long.
+"""Train a Reformer to transcribe recordings of any length, with connectionist temporal classification (CTC).
 
     # a complete run without a download, in about two minutes on two cores
     hf-reformer train speech-recognition --demo
@@ -7,7 +7,7 @@
     # or `datasets.Audio`
     hf-reformer train speech-recognition --train_file train.csv --validation_file validation.csv --text_column text
 
-    # a model that was saved by one of these runs: train it further, or only transcribe
+    # a model saved by one of these runs: train it further, or only transcribe
     hf-reformer train speech-recognition --model_name_or_path runs/speech --train_file more.parquet
     hf-reformer train speech-recognition --model_name_or_path runs/speech --predict_file lecture.wav
 
@@ -76,8 +76,8 @@ class DataArguments(AudioArguments):
 
     sources = ("demo",)
 
-    demo: bool = option(False, "Complete run without a download: which made-up words are said?")
-    text_column: str | None = option(None, "Transcripts. Default: found by its name.")
+    demo: bool = option(False, "Complete run without a download: transcribe synthetic words.")
+    text_column: str | None = option(None, "Transcripts. Default: found by name.")
 
     def read_source(self) -> Mapping[str, Dataset]:
         return spoken_strings() if self.demo else super().read_source()
@@ -150,7 +150,7 @@ def report(
         ordered = encoded[split].select(np.argsort(read_column(encoded[split], "row")))
         draw_heard(
             folder / f"heard_{split}.png", ordered, frames, known or [None] * len(part), rates.tokenizer, rate,
-            model.config.frame_stride, f"{split}: what was heard, and when",
+            model.config.frame_stride, f"{split}: recognized characters over time",
         )  # fmt: skip
         if known:
             tables[split] = {"Reformer": error_rates(known, found)}

@@ -1,18 +1,18 @@
 """Train a Reformer to label every word of a text: names of people and places, parts of speech.
 
-    # column files as of CoNLL: a word a line, its label in the last column, an empty line between sentences
+    # column files as in CoNLL: one word per line, its label in the last column, an empty line between sentences
     hf-reformer train token-classification --train_file train.conll --validation_file validation.conll --baselines
 
-    # json or parquet with lists of words and labels; a data set on the Hub that names its labels
+    # json or parquet with lists of words and labels; a dataset on the Hub that names its labels
     hf-reformer train token-classification --train_file train.jsonl --text_column words --label_column tags
     hf-reformer train token-classification --dataset_name unimelb-nlp/wikiann --dataset_config_name en
 
-    # a model that was saved by one of these runs: train it further, or only predict
+    # a model saved by one of these runs: train it further, or only predict
     hf-reformer train token-classification --model_name_or_path runs/token-classification --train_file more.conll
     hf-reformer train token-classification --model_name_or_path runs/token-classification --test_file words.jsonl
 
-Labels such as B-PER, I-PER and O mark entities, which seqeval scores; of other labels the accuracy is scored. The
-first token of a word carries its label. The result works in `pipeline("token-classification", model=folder,
+Labels such as B-PER, I-PER and O mark entities, which seqeval scores; other labels are scored by accuracy. The first
+token of a word carries its label. The result works in `pipeline("token-classification", model=folder,
 aggregation_strategy="first")`. All options of `transformers.TrainingArguments` work, `--resume_from_checkpoint last`
 included.
 """
@@ -67,13 +67,13 @@ class DataArguments(MaskedPretrainingArguments):
     train_file: str | None = option(
         None, "json, jsonl or parquet file of lists, or a column file: conll, iob, iob2, bio or txt."
     )
-    task_name: str = option("ner", "Labels are looked for in a column of this name with _tags behind it.")
+    task_name: str = option("ner", "The label column is this name followed by _tags.")
     text_column: str | None = option(
-        None, "Lists of words; of a column file the number of a column. Default: found by its name, or the first.",
+        None, "Lists of words; in a column file, a column number. Default: found by name, or the first.",
         aliases=["--text_column_name"],
     )  # fmt: skip
     label_column: str | None = option(
-        None, "Lists of labels; of a column file the number of a column. Default: found by its name, or the last.",
+        None, "Lists of labels; in a column file, a column number. Default: found by name, or the last.",
         aliases=["--label_column_name"],
     )  # fmt: skip
     max_length: int = option(4096, "Longer texts are truncated to this many tokens.", aliases=["--max_seq_length"])

@@ -137,13 +137,13 @@ def draw_replies(
         by_turn.setdefault(len(choice.before), []).append(value)
     order = sorted(by_turn)
     turns.plot(order, [float(np.mean(by_turn[turn])) for turn in order], marker=".")
-    turns.set(xlabel="messages before the reply", ylabel="bits per byte (mean of replies)", title=title)
+    turns.set(xlabel="messages before the reply", ylabel="bits per byte (mean over replies)", title=title)
     turns.grid(alpha=0.3)
     width = 0.8 / max(1, len(ranks))
     for i, (name, some) in enumerate(ranks.items()):
         share = [float(((some > place - 1) & (some <= place)).mean()) for place in range(1, size + 1)]
         places.bar(np.arange(1, size + 1) + (i - (len(ranks) - 1) / 2) * width, share, width, label=name)
-    places.axhline(1 / size, color="grey", linestyle=":", label="at random")
-    places.set(xlabel=f"place of the true reply of {size}", ylabel="share", title=f"{size} replies")
+    places.axhline(1 / size, color="grey", linestyle=":", label="random guessing")
+    places.set(xlabel=f"rank of the true reply among {size}", ylabel="share of replies", title="choosing the reply")
     places.legend()
     figure.savefig(file, dpi=120)

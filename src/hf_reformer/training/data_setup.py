@@ -32,15 +32,15 @@ class SplitArguments:
     sources: ClassVar[tuple[str, ...]] = ()
     held_out: ClassVar[tuple[str, ...]] = ("validation",)
 
-    dataset_name: str | None = option(None, "A data set on the Hub, or a folder that `datasets.load_dataset` reads.")
-    dataset_config_name: str | None = option(None, "Its configuration.", aliases=["--dataset_config"])
+    dataset_name: str | None = option(None, "A dataset on the Hub, or a folder that `datasets.load_dataset` can read.")
+    dataset_config_name: str | None = option(None, "The configuration of the dataset.", aliases=["--dataset_config"])
     train_file: str | None = option(None, "csv, tsv, json, jsonl or parquet file.")
-    validation_file: str | None = option(None, "Default: that of the data set, else a part of the training data.")
-    test_file: str | None = option(None, "Predicted at the end; needs no labels.")
+    validation_file: str | None = option(None, "Default: that of the dataset, else a part of the training data.")
+    test_file: str | None = option(None, "Data to predict at the end; needs no labels.")
     max_train_samples: int | None = option(None, "Use at most this many training examples.")
     max_eval_samples: int | None = option(None, "Evaluate on at most this many examples.")
     max_predict_samples: int | None = option(None, "Predict at most this many test examples, the first ones.")
-    validation_fraction: float = option(0.1, "Part of the training data to evaluate on, without validation data.")
+    validation_fraction: float = option(0.1, "Fraction of the training data held out if there is no validation data.")
 
     wanted: tuple[str, ...] | None = field(default=None, init=False)  # of ACTIONS; None: whatever is named
 

@@ -171,7 +171,7 @@ def draw_forecasts(
         axes.plot(steps, predictions["forecast"][window, :, series], color="tab:blue", label="forecast")
         low, high = (predictions[name][window, :, series] for name in ("low", "high"))
         if not np.array_equal(low, high):
-            axes.fill_between(steps, low, high, color="tab:blue", alpha=0.25, linewidth=0, label="80 %")
+            axes.fill_between(steps, low, high, color="tab:blue", alpha=0.25, linewidth=0, label="80 % interval")
         axes.set(ylabel=names[series])
         axes.grid(alpha=0.3)
     axes.legend(loc="lower left", fontsize="small")

@@ -41,46 +41,48 @@ COUNTS = "negative_binomial"
 class SeriesArguments(SplitArguments):
     """Options of series: which columns, how they are cut into windows, what a new model makes of them."""
 
-    train_file: str | None = option(None, "csv, tsv, json, jsonl or parquet file: a row a step, or a window a row.")
-    time_column: str | None = option(
-        None, "Default: found by its name; without one, or by none, rows are steps, and each file is a course."
+    train_file: str | None = option(
+        None, "csv, tsv, json, jsonl or parquet file: one time step per row, or one window per row."
     )
-    series: list[str] | None = option(None, "Names of the series. Default: all columns of numbers.")
-    past_prefix: str = option("obs_", "Of a table with a window a row: what columns of the past begin with.")
-    future_prefix: str = option("fut_", "What columns of the future begin with.")
+    time_column: str | None = option(
+        None, "Default: found by name. Without times, or with none, rows are steps and files are separate."
+    )
+    series: list[str] | None = option(None, "Names of the series. Default: all numeric columns.")
+    past_prefix: str = option("obs_", "With one window per row: prefix of the columns of the past.")
+    future_prefix: str = option("fut_", "Prefix of the columns of the future.")
     relative_positions: bool | None = option(
-        None, "Of a window a row: see series x and y from the last place, turned into the way that it goes. "
-        "Default: do, or as the saved model."
+        None, "With one window per row: take series x and y relative to the last position, rotated into the "
+        "direction of motion. Default: yes, or as the saved model does."
     )  # fmt: skip
-    context_length: int | None = option(None, "Steps that a forecast looks back. Default: 96; of rows: all.")
-    prediction_length: int | None = option(None, "Steps to forecast. Default: 24; of rows: all.")
-    patch_length: int | None = option(None, "Steps of a token. Default: a twenty-fourth of the context.")
+    context_length: int | None = option(None, "Past steps the model sees. Default: 96; with one window per row, all.")
+    prediction_length: int | None = option(None, "Steps to forecast. Default: 24; with one window per row, all.")
+    patch_length: int | None = option(None, "Steps per token. Default: 1/24 of the context.")
     window_stride: int = option(1, "Steps from one training window to the next.")
-    eval_stride: int = option(1, "Steps from one window that is evaluated to the next.")
+    eval_stride: int = option(1, "Steps from one evaluation window to the next.")
     mix_series: bool | None = option(
-        None, "A token holds all series, not one: where series explain each other. Default: for a window a row."
+        None, "Put all series into each token; use it if they influence each other. Default: with one window per row."
     )
     time_features: bool | None = option(
         None,
-        "Tell the model the time of day and week, or of year where steps are long. Default: where there are times.",
+        "Give the model the time of day and week, or of the year if steps are long. Default: if there are times.",
     )
     scaling: str | None = option(
-        None, "What each window is scaled by: std, last, mean, none. Default: std; for a window a row: none; of "
-        "counts: mean.", choices=["std", "last", "mean", NONE],
+        None, "What each window is scaled by. Default: std; with one window per row, none; for counts, mean.",
+        choices=["std", "last", "mean", NONE],
     )  # fmt: skip
     loss: str | None = option(
-        None, "nll: learn a distribution; mse or mae: a number. Default: nll.", choices=["nll", "mse", "mae"]
+        None, "nll: predict distributions; mse or mae: predict values. Default: nll.", choices=["nll", "mse", "mae"]
     )
     distribution: str | None = option(
-        None, "Of --loss nll: student_t, normal, or negative_binomial, of counts. Default: student_t.",
+        None, "With --loss nll: student_t, normal, or negative_binomial for counts. Default: student_t.",
         choices=["student_t", "normal", COUNTS],
     )  # fmt: skip
     linear_skip: bool | None = option(
-        None, "Add a linear map of the context to forecasts. Default: do, but not for counts."
+        None, "Add a linear map of the context to the forecasts. Default: yes, except for counts."
     )
-    season: int | None = option(None, "Steps of a season, for the baseline that repeats the last one.")
+    season: int | None = option(None, "Steps per season, for the baseline that repeats the last season.")
     baselines: bool = option(False, "Also evaluate simple models on the same windows.")
-    predict_file: str | None = option(None, "A table: forecast what comes after its end.")
+    predict_file: str | None = option(None, "A table whose continuation is forecast at the end.")
 
     def check(self, model: BackboneArguments, args: Any) -> None:
         super().check(model, args)

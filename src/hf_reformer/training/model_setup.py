@@ -95,13 +95,13 @@ class BackboneArguments:
 
     model_name_or_path: str | None = option(None, "A saved model to start from.")
     hidden_size: int = option(128, "Width of the model.")
-    attn_layers: list[str] = option(["local", "lsh", "local", "lsh"], "Attention type of every layer.")
-    num_attention_heads: int = option(2, "Attention heads of every layer.")
+    attn_layers: list[str] = option(["local", "lsh", "local", "lsh"], "Type of each layer: local, lsh or full.")
+    num_attention_heads: int = option(2, "Attention heads per layer.")
     attention_head_size: int = option(64, "Width of every head.")
     feed_forward_size: int = option(256, "Width inside the feed-forward layers.")
-    num_hashes: int = option(2, "Hash rounds of the lsh layers.")
+    num_hashes: int = option(2, "Hash rounds in the lsh layers.")
     position_embedding_type: str = option("rotary", "axial, learned or rotary.")
-    hidden_dropout_prob: float = option(0.05, "Dropout of a new model; 0 for texts that are seen once.")
+    hidden_dropout_prob: float = option(0.05, "Dropout of a new model; use 0 if every text is seen only once.")
     config_overrides: str | None = option(None, 'Any other field of ReformerConfig: "lsh_window=64,reversible=False".')
 
 
@@ -114,7 +114,7 @@ class ModelArguments(BackboneArguments):
         "bytes; train (a byte-level BPE on the training texts); or a name or path. "
         "Default: the saved model's own, or train.",
     )
-    tokenizer_vocab_size: int = option(8192, "For --tokenizer train.")
+    tokenizer_vocab_size: int = option(8192, "Vocabulary size for --tokenizer train.")
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

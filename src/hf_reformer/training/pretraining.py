@@ -25,9 +25,9 @@ from .trainers import PRETRAINED, STATE, LanguageModelTrainer, build_trainer, tr
 class PretrainingArguments(SplitArguments):
     """Options of a recipe that can begin with pre-training."""
 
-    pretrain_steps: int = option(0, "First so many steps of language modelling on the training texts.")
-    pretrain_length: int = option(512, "Tokens of a sequence in pre-training.")
-    pretrain_learning_rate: float = option(2e-3, "The learning rate of pre-training.")
+    pretrain_steps: int = option(0, "First train this many steps of language modeling on the training texts.")
+    pretrain_length: int = option(512, "Tokens per sequence in pretraining.")
+    pretrain_learning_rate: float = option(2e-3, "Learning rate in pretraining.")
 
     def check(self, model: ModelArguments, args: TrainingArguments) -> None:
         super().check(model, args)
@@ -47,7 +47,7 @@ class PretrainingArguments(SplitArguments):
 class MaskedPretrainingArguments(PretrainingArguments):
     """Options of a recipe whose model has an encoder, which pre-training gives masked texts."""
 
-    mlm_probability: float = option(0.15, "Share of tokens masked in pre-training.")
+    mlm_probability: float = option(0.15, "Share of tokens to mask in pretraining.")
 
 
 def pretrain(

@@ -231,11 +231,11 @@ def draw_answers(file: Path, examples: Sequence[Example], answers: Sequence[Answ
         true, found, colours = zip(*points, strict=True)
         dots = places.scatter(true, found, c=colours, s=12, alpha=0.7, cmap="RdYlGn", vmin=0, vmax=1, linewidths=0)
         figure.colorbar(dots, ax=places, label="F1")
-    places.set(xlabel="the answer begins at this character", ylabel="found at", title=title)
+    places.set(xlabel="true start (character)", ylabel="predicted start (character)", title=title)
     kinds: dict[str, list[float]] = {}
     for example, score in zip(examples, scores, strict=True):
         kinds.setdefault(kind_of_question(example.question), []).append(score)
     often = sorted(kinds.items(), key=lambda kind: len(kind[1]))[-10:]
     bars.barh([f"{kind} ({len(some)})" for kind, some in often], [100 * float(np.mean(some)) for _, some in often])
-    bars.set(xlabel="F1", title="by kind of question", xlim=(0, 100))
+    bars.set(xlabel="F1", title="F1 by question word", xlim=(0, 100))
     figure.savefig(file, dpi=120)

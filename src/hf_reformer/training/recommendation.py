@@ -237,7 +237,7 @@ def draw_recommendations(
     hits.legend()
     place = np.empty(len(popularity), int)
     place[np.argsort(-popularity, kind="stable")] = np.arange(len(popularity))
-    for name, some in (("the true next items", targets), ("what the Reformer recommends", items.ravel())):
+    for name, some in (("true next items", targets), ("recommended by the Reformer", items.ravel())):
         known = some[some != UNKNOWN]
         if len(known):
             counts = np.bincount(place[known], minlength=len(popularity))
@@ -246,7 +246,7 @@ def draw_recommendations(
             shares.plot(np.linspace(0, 1, len(line)), line, label=f"{name} ({reached:.0%} of all items)")
     total = np.concatenate([[0], np.sort(popularity)[::-1].cumsum()]) / max(1, popularity.sum())
     shares.plot(np.linspace(0, 1, len(total)), total, label="training data", color="grey", linestyle=":")
-    shares.set(xlabel="share of the items, the popular ones first", ylabel="share of what is chosen")
+    shares.set(xlabel="share of items, most popular first", ylabel="cumulative share of choices")
     shares.set(title="popularity", xlim=(0, 1), ylim=(0, 1))
     shares.grid(alpha=0.3)
     shares.legend(loc="lower right")

@@ -54,7 +54,7 @@ class SignalArguments(SplitArguments):
     usual_columns: ClassVar[tuple[str, ...]] = ()
     column_option: ClassVar[str] = ""  # names the column of the recordings or pictures
 
-    baselines: bool = option(False, "Also evaluate a trivial baseline and a simple strong one.")
+    baselines: bool = option(False, "Also evaluate a trivial baseline and a simple, strong one.")
 
     def read_file(self, file: str) -> Dataset:
         dataset = read_signals(file, self.suffixes)
@@ -77,7 +77,7 @@ class InputArguments(SignalArguments):
 
     kind_of_file: ClassVar[str] = ""
 
-    augment: bool = option(True, "Change the training data a little in every epoch; see the documentation.")
+    augment: bool = option(True, "Augment the training data, differently in every epoch; see the documentation.")
     predict_file: str | None = option(None, "A file, or a folder of files, to predict at the end.")
 
     def check(self, model: BackboneArguments, args: Any) -> None:
@@ -100,7 +100,7 @@ class InputArguments(SignalArguments):
 class LabelArguments(InputArguments):
     """The same, of classes."""
 
-    label_column: str | None = option(None, "Default: found by its name.")
+    label_column: str | None = option(None, "Default: found by name.")
 
 
 @dataclass
@@ -113,9 +113,9 @@ class PictureArguments(SignalArguments):
     column_option = "image_column"
 
     demo: bool = option(False, "Complete run without a download: handwritten digits of scikit-learn.")
-    image_column: str | None = option(None, "Pictures, pixels, or names of files. Default: found by its name or kind.")
+    image_column: str | None = option(None, "Images, pixels or file names. Default: found by name or type.")
     image_size: int | None = option(
-        None, "Height and width that pictures are resized to. Default: those of the first."
+        None, "Height and width that images are resized to. Default: those of the first one."
     )
 
     def read_source(self) -> Mapping[str, Dataset]:
@@ -145,22 +145,22 @@ class AudioArguments(InputArguments):
     column_option = "audio_column"
     kind_of_file = "sound file"
 
-    audio_column: str | None = option(None, "Sounds, samples, or names of files. Default: found by its name or kind.")
-    sampling_rate_column: str | None = option(None, "Sampling rates of samples. Default: found by its name.")
+    audio_column: str | None = option(None, "Recordings, samples or file names. Default: found by name or type.")
+    sampling_rate_column: str | None = option(None, "Sampling rates of samples. Default: found by name.")
     sampling_rate: int | None = option(
-        None, "What a new model hears, in Hz; recordings are resampled. Default: that of the first one. Also the rate "
-        "of samples that tell none.",
+        None, "In Hz; recordings are resampled to it. Default: that of the first one. It is also the rate of "
+        "samples without one.",
     )  # fmt: skip
     features: str | None = option(
-        None, "What a model hears: the waveform, or log_mel, 80 features every 10 ms, of 16 kHz. Default: waveform.",
+        None, "Input of the model: the waveform, or log_mel, 80 features every 10 ms at 16 kHz. Default: waveform.",
         choices=["waveform", LOG_MEL],
     )  # fmt: skip
     frame_ms: float | None = option(
-        None, "Milliseconds of a frame, which is a token. Default: 25; of log_mel, a step of it."
+        None, "Milliseconds per frame; each frame is a token. Default: 25; with log_mel, one feature step."
     )
-    stride_ms: float | None = option(None, "Milliseconds from one frame to the next. Default: 10.")
+    stride_ms: float | None = option(None, "Milliseconds from the start of one frame to the next. Default: 10.")
     frame_transform: str | None = option(
-        None, "What is mapped to a token: log power spectra of frames, or linear: their samples. Default: spectrum.",
+        None, "Tokens are made from a frame's log power spectrum, or (linear) from its samples. Default: spectrum.",
         choices=["spectrum", "linear"],
     )  # fmt: skip
 

@@ -38,7 +38,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## train a small classifier end to end, without a download
 	$(BIN)/python scripts/train_classification.py --demo --output_dir runs/demo $(DEMO_ARGS)
 
-demo-speech: $(READY) ## train a small speech recogniser on made-up words
+demo-speech: $(READY) ## train a small speech recognizer on made-up words
 	$(BIN)/python scripts/train_speech_recognition.py --demo --output_dir runs/demo-speech $(DEMO_ARGS)
 
 demo-image: $(READY) ## train a small classifier of handwritten digits

@@ -11,7 +11,7 @@ from .results import Row, name_of
 
 class Style(NamedTuple):
     label: str
-    colour: str
+    color: str
     line: str = "-"
 
 
@@ -132,7 +132,7 @@ def draw_panel(panel, rows: list[Row], axis: str) -> None:
         style, bold = STYLES[impl], impl.startswith("hf-reformer") and not impl.endswith("torch")
         width = 2.4 if bold else 1.5
         panel.plot(
-            *zip(*points, strict=True), style.line, color=style.colour, linewidth=width, marker="o", markersize=4
+            *zip(*points, strict=True), style.line, color=style.color, linewidth=width, marker="o", markersize=4
         )
         ends[impl] = points[-1]
     panel.set_xscale("log", base=2)
@@ -166,16 +166,16 @@ def name_lines(panel, ends: dict[str, tuple[float, float]]) -> None:
             xytext=(1.04, height),
             xycoords="axes fraction",
             textcoords="axes fraction",
-            color=style.colour,
+            color=style.color,
             fontsize=9,
             va="center",
             annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": style.colour, "linewidth": 0.6, "alpha": 0.6, "relpos": (0, 0.5)},
+            arrowprops={"arrowstyle": "-", "color": style.color, "linewidth": 0.6, "alpha": 0.6, "relpos": (0, 0.5)},
         )
 
 
 def spread(heights: list[float], gap: float) -> list[float]:
-    """Ascending heights moved as little as a few rounds of pushing neighbours apart need."""
+    """Ascending heights moved as little as a few rounds of pushing neighbors apart need."""
     moved = list(heights)
     for _ in range(200):
         for i in range(len(moved) - 1):

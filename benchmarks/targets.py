@@ -119,7 +119,7 @@ def centering(measured: Measured) -> Iterator[Target]:
                 case = {"length": length, "work": work, "rounds": 2, "causal": causal}
                 ratio = measured.quotient("centering", "hf-reformer window", "hf-reformer uncentered", **case)
                 setting = f"{length} tokens, {'causal' if causal else 'bidirectional'}"
-                yield Target(f"core {work}, centred hashing", "hashing as it is", setting, 1.05, False, ratio)
+                yield Target(f"core {work}, centered hashing", "hashing as it is", setting, 1.05, False, ratio)
 
 
 def shares(measured: Measured) -> Iterator[Target]:

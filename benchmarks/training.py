@@ -1,4 +1,4 @@
-"""Whole training steps: forward, loss, backward and optimiser, against whole models and against the floor."""
+"""Whole training steps: forward, loss, backward and optimizer, against whole models and against the floor."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -101,7 +101,7 @@ def make(case: Case, impl: str) -> Run:
 
 
 def training_step(model: nn.Module, case: Case, tokens: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    """Forward, loss, backward, AdamW. The optimiser's state exists beforehand: memory counts the step alone.
+    """Forward, loss, backward, AdamW. The optimizer's state exists beforehand: memory counts the step alone.
 
     Forward and loss run in autocast unless the case is float32.
     """

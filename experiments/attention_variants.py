@@ -12,13 +12,13 @@ Layers of kind local stay as they are, with small windows. In the place of the l
     local-shared   the same with shared queries and keys
     lsh            lsh layers, as the config has them
     version-0.1    lsh layers as they were: rotary positions, vectors hashed with their mean
-    followed       lsh layers that take off a centre that training follows; with --overrides reversible=False
+    followed       lsh layers that take off a center that training follows; with --overrides reversible=False
     sinks          lsh layers, and every layer sees the first four tokens of the sequence, too
     random         lsh layers that hash random vectors: the control
 
 The text is plain, or far tokens matter in it: passages are repeated and records asked again, at least a quarter of the
 sequence later (`common.mix_far`), or recall is mixed in (`common.mix_recall`). There `--answer_steps` come first, in
-which the far answers alone are learnt. Bits per byte are means over all bytes and over those whose answer lies far.
+which the far answers alone are learned. Bits per byte are means over all bytes and over those whose answer lies far.
 """
 
 import contextlib
@@ -67,7 +67,9 @@ class Arguments(TextOptions, Options):
     texts: list[str] = HfArg(default_factory=lambda: ["plain", "far"], help="plain, far, recall")
     length: int = 4096
     steps: int = 600
-    answer_steps: int = HfArg(default=0, help="before them, in which the far answers alone are learnt; not plain text")
+    answer_steps: int = HfArg(
+        default=0, help="before them, in which the far answers alone are learned; not plain text"
+    )
     rows: int = HfArg(default=2, help="sequences of a batch")
     hidden_size: int = 128
     layers: list[str] = field(default_factory=lambda: ["local", "lsh", "local", "lsh"])

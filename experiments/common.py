@@ -249,7 +249,7 @@ def random_hashing() -> Iterator[None]:
 
 @contextmanager
 def followed_center(momentum: float = 0.99) -> Iterator[None]:
-    """A context in which unit vectors are hashed less a centre per head that training follows, their exponential mean.
+    """A context in which unit vectors are hashed less a center per head that training follows, their exponential mean.
 
     It begins at zero and is fixed in evaluation. Needs `reversible=False`: a layer that runs again would find another.
     """
@@ -517,7 +517,7 @@ def text_batches(data: torch.Tensor, kind: str, rows: int, length: int) -> Calla
 def answer_batches(data: torch.Tensor, kind: str, rows: int, length: int) -> Callable[[torch.Generator], Inputs]:
     """The same, where the far answers alone are judged, in as many tokens of rows of any length.
 
-    Rows are of `length`, its half, its quarter, … or a sixteenth: what is learnt on short ones holds on long ones.
+    Rows are of `length`, its half, its quarter, … or a sixteenth: what is learned on short ones holds on long ones.
     """
 
     def batch(generator: torch.Generator) -> Inputs:

@@ -181,8 +181,8 @@ def plot(experiment: Experiment, rows: list[dict[str, str]]) -> None:
         for down, trained in enumerate(trainings):
             for across, evaluated in enumerate(ROUNDS):
                 share = shares[trained, evaluated]
-                colour = "white" if share > 0.6 else "black"
-                ax.text(across, down, f"{100 * share:.1f}", ha="center", va="center", color=colour)
+                color = "white" if share > 0.6 else "black"
+                ax.text(across, down, f"{100 * share:.1f}", ha="center", va="center", color=color)
         ax.set_xticks(range(len(ROUNDS)), [str(number or "full") for number in ROUNDS])
         ax.set_yticks(range(len(trainings)), [str(number or "full") for number in trainings])
         ax.set(title=title, xlabel="rounds in evaluation", ylabel="rounds in training")

@@ -109,11 +109,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def draw(experiment: Experiment, rows: list[dict[str, str]]) -> None:
     figure, axes = experiment.figure(2)
     for ax, pair in zip(axes, (("reversible", "plain"), ("shared", "separate")), strict=True):
-        for name, line, colour in zip(pair, ("-", "--"), ("#0b5d7a", "#d1495b"), strict=True):
+        for name, line, color in zip(pair, ("-", "--"), ("#0b5d7a", "#d1495b"), strict=True):
             for seed in dict.fromkeys(row["seed"] for row in rows):
                 some = [row for row in rows if (row["variant"], row["seed"]) == (name, seed)]
                 losses = [float(row["train_bits"]) for row in some]
-                ax.plot([int(row["step"]) for row in some], losses, line, color=colour, label=f"{name}, seed {seed}")
+                ax.plot([int(row["step"]) for row in some], losses, line, color=color, label=f"{name}, seed {seed}")
         ax.set(xlabel="step", ylabel="training loss, bits per byte")
         ax.legend(frameon=False, fontsize=7)
     experiment.save(figure)

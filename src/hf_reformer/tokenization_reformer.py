@@ -79,7 +79,7 @@ class ReformerByteTokenizer(TokenizersBackend):
         vocab: dict[str, int] | list | None = None,
         **kwargs: Any,
     ) -> None:
-        self._tokenizer = Tokenizer(BPE(vocab=VOCAB, merges=[]))  # nothing is normalised, nothing merged
+        self._tokenizer = Tokenizer(BPE(vocab=VOCAB, merges=[]))  # nothing is normalized, nothing merged
         # Splitting into words changes no id; it serves `word_ids()`, so that labels and masks can follow words.
         self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True)
         self._tokenizer.decoder = decoders.ByteLevel()

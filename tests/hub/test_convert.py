@@ -392,7 +392,7 @@ def same_rotations(ours):
         rows, size, rounds, half = shape[0]
         generator = torch.Generator().manual_seed(config.hash_seed)
         drawn = draw(config.num_attention_heads, size, rounds, half, generator=generator, dtype=torch.float64)
-        if config.position_embedding_type == "rotary":  # pairs are neighbours there
+        if config.position_embedding_type == "rotary":  # pairs are neighbors there
             drawn = drawn.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
         return drawn.repeat(rows // config.num_attention_heads, 1, 1, 1)
 

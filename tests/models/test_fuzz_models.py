@@ -49,7 +49,7 @@ def forward(model, *inputs, **options):
 
 
 def check_padding(model, ids, draw):
-    """Padding and neighbours change nothing."""
+    """Padding and neighbors change nothing."""
     left, right = draw.randint(0, 9), draw.randint(0, 9)
     row = torch.nn.functional.pad(ids[:1], (left, right))
     mask = torch.nn.functional.pad(torch.ones_like(ids[:1]), (left, right))

@@ -22,7 +22,7 @@ def test_sequences_are_a_word_twice_and_only_the_second_is_a_target(script):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_windows_without_the_position_order_learn_to_duplicate_as_chunks_do(script, seed):
-    """Within one evaluation: centred hashing may cost 25 steps here (docs/evidence.md); without it, none later."""
+    """Within one evaluation: centered hashing may cost 25 steps here (docs/evidence.md); without it, none later."""
     steps, accuracy = {}, {}
     for mode in ("window", "chunk"):
         args = script.Arguments(attention_mode=mode, evaluate_every=25, overrides="initializer_range=0.02")

@@ -1,4 +1,4 @@
-"""What every Reformer promises, in window mode: the future does not leak, padding and neighbours in a batch change
+"""What every Reformer promises, in window mode: the future does not leak, padding and neighbors in a batch change
 nothing, and where every pair is visible attention is exact.
 
 All of it in float64 to 1e-10, in evaluation and in training (without dropout, with fixed rotations), at the default

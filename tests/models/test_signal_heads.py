@@ -274,22 +274,22 @@ def test_only_the_context_is_looked_at():
 @pytest.mark.parametrize("mix", [False, True])
 @pytest.mark.parametrize("name", ["student_t", "normal"])
 def test_the_loss_is_the_likelihood_by_hand(name, mix):
-    """In standardised units, over observed values alone."""
+    """In standardized units, over observed values alone."""
     mean, std = torch.tensor([1.0, -2.0]).double(), torch.tensor([2.0, 0.5]).double()
     units = {"series_mean": mean.tolist(), "series_std": std.tolist()}
     model = forecaster(distribution_output=name, mix_series=mix, **units)
     out = model(PAST.double(), future_values=FUTURE)
     df = out.params[0] if name == "student_t" else None
     loc, scale = out.params[-2:]
-    centre, width = out.loc + out.scale * loc, out.scale * scale
-    assert max_abs_diff(out.prediction_outputs, centre) <= 1e-9
-    z = (FUTURE - centre) / width
+    center, width = out.loc + out.scale * loc, out.scale * scale
+    assert max_abs_diff(out.prediction_outputs, center) <= 1e-9
+    z = (FUTURE - center) / width
     if name == "student_t":
         density = torch.lgamma((df + 1) / 2) - torch.lgamma(df / 2) - 0.5 * (df * torch.pi).log()
         density = density - width.log() - (df + 1) / 2 * (1 + z.square() / df).log()
     else:
         density = -0.5 * z.square() - width.log() - 0.5 * torch.log(torch.tensor(2 * torch.pi))
-    density = density + std.log()  # of the standardised value
+    density = density + std.log()  # of the standardized value
     assert max_abs_diff(out.loss, -density[~FUTURE.isnan()].mean()) <= 1e-6
 
 

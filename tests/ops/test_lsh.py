@@ -423,8 +423,8 @@ def test_chunks_are_those_of_counting_by_hand(chunk, chunks, rounds, count, befo
             expected = torch.zeros(length, length, dtype=torch.int64)
             total = rounds * chunks
             for index in range(total):
-                for neighbour in range(index - before, index + after + 1):
-                    at = neighbour % total * chunk
+                for neighbor in range(index - before, index + after + 1):
+                    at = neighbor % total * chunk
                     for query in line[index * chunk : (index + 1) * chunk]:
                         for key in line[at : at + chunk]:
                             expected[query, key] += 1

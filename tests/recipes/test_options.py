@@ -85,7 +85,7 @@ def recipe(request):
 
 @pytest.fixture
 def folder(recipe, tmp_path):
-    """A data set of three splits, as it lies on the Hub: train.jsonl, validation.jsonl and test.jsonl."""
+    """A dataset of three splits, as it lies on the Hub: train.jsonl, validation.jsonl and test.jsonl."""
     data = tmp_path / "data"
     data.mkdir()
     for split, first, rows in (("train", 0, 24), ("validation", 30, 6), ("test", 40, 4)):

@@ -1,4 +1,4 @@
-"""The chat recipe: messages, what of them is learnt, choices, runs that `hf-reformer chat` talks to, bad inputs."""
+"""The chat recipe: messages, what of them is learned, choices, runs that `hf-reformer chat` talks to, bad inputs."""
 
 import io
 import json
@@ -156,7 +156,7 @@ def test_it_learns(files):
     assert json.loads((files / "out" / "scores.json").read_text())["validation"]["Reformer"]["reply of 3"] == 1
 
 
-# --- what is learnt
+# --- what is learned
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)

@@ -192,7 +192,7 @@ def test_masks_depend_on_sequence_epoch_and_seed_alone():
 
 
 def test_a_tokenizer_without_padding(files):
-    """As GPT-2's: it pads with its separator, which is learnt all the same."""
+    """As GPT-2's: it pads with its separator, which is learned all the same."""
     words = {word: number for number, word in enumerate(["<unk>", "<end>", "the", "is", "and"])}
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -234,7 +234,7 @@ def test_texts_that_are_too_short(tmp_path, streaming):
 
 
 def hub_folder(folder: Path, *splits: str) -> str:
-    """A data set of 40 rows a split, as it lies on the Hub."""
+    """A dataset of 40 rows a split, as it lies on the Hub."""
     for split in splits:
         rows = (json.dumps({"text": f"{split} {i} it rained.\n"}) + "\n" for i in range(40))
         (folder / f"{split}.jsonl").write_text("".join(rows))

@@ -305,7 +305,7 @@ def test_error_rates_by_hand():
     assert error_rates(["a"], [""]) == {"wer": 1.0, "cer": 1.0, "exact": 0.0}
 
 
-def test_equal_neighbours_need_a_frame_between_them():
+def test_equal_neighbors_need_a_frame_between_them():
     check_lengths([[1, 1]], [3], "train")
     with pytest.raises(ValueError, match=r"2 characters.*only 2 frames"):
         check_lengths([[1, 1]], [2], "train")
@@ -389,7 +389,7 @@ def test_bits_per_dimension_and_pictures_that_are_drawn(kind, digits):
             image_generation.main([*TINY, *saved, "--do_eval", unknown, "x"])
 
 
-# --- what is learnt, of signals that are easily told apart
+# --- what is learned, of signals that are easily told apart
 
 LEARNING = [
     *(

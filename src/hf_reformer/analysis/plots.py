@@ -58,10 +58,10 @@ def plot_pairs(view: LayerView, row: int = 0, head: int = 0, ax: Any = None, sid
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    colours = [_colour(name) for name in view.names]
+    colors = [_color(name) for name in view.names]
     image = image.view(size, size).cpu()
-    _show(ax, image, step, step, cmap=ListedColormap([*colours, "white"]), vmin=0, vmax=count)
-    patches = [Patch(color=colour, label=name) for colour, name in zip(colours, view.names, strict=True)]
+    _show(ax, image, step, step, cmap=ListedColormap([*colors, "white"]), vmin=0, vmax=count)
+    patches = [Patch(color=color, label=name) for color, name in zip(colors, view.names, strict=True)]
     ax.legend(handles=patches, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     ax.set_title(f"which tokens attend to which, head {head}")
     return ax
@@ -186,12 +186,12 @@ def plot_attention_found(layers: Sequence[AttentionFound], ax: Any = None) -> An
         "random keys": "random",
         "best possible": "best",
     }
-    colours = _colour("hash 1"), _colour("position"), "0.9", "white"
+    colors = _color("hash 1"), _color("position"), "0.9", "white"
     ax = _axes(ax)
-    for i, ((label, name), colour) in enumerate(zip(bars.items(), colours, strict=True)):
+    for i, ((label, name), color) in enumerate(zip(bars.items(), colors, strict=True)):
         heights = [float(getattr(layer, name)[head]) for layer, head in groups]
         places = [group + (i - 1.5) * 0.2 for group in range(len(groups))]
-        ax.bar(places, heights, 0.2, label=label, color=colour, edgecolor="black", linewidth=0.5)
+        ax.bar(places, heights, 0.2, label=label, color=color, edgecolor="black", linewidth=0.5)
     names = [f"layer {layer.layer}\nhead {head}\n({layer.beyond[head]:.0%})" for layer, head in groups]
     ax.set_xticks(range(len(groups)), names)
     ax.set(xlabel="(share of attention beyond the window)", ylabel="share of it that is found", ylim=(0, 1.02))
@@ -217,7 +217,7 @@ def _show(ax: Any, image: torch.Tensor, row_step: int, column_step: int, **optio
     return ax.imshow(image.numpy(), extent=extent, interpolation="nearest", **options)
 
 
-def _colour(name: str) -> Any:
+def _color(name: str) -> Any:
     """Gray for the position order, colors for hash rounds, black and dark gray for exploration."""
     from matplotlib import colormaps
 

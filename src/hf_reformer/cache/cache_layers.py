@@ -29,7 +29,7 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     is_croppable = True
     # None until there are tokens:
-    keys: Any  # (B, H, capacity, D), turned by position; lsh layers: query/key vectors, not normalised
+    keys: Any  # (B, H, capacity, D), turned by position; lsh layers: query/key vectors, not normalized
     values: Any  # (B, H, capacity, D)
     buckets: Any  # (B, H, R, capacity) int32, lsh layers
     sums: Any  # (B, H, D) float64, `lsh.unit_rows` of all keys added up; lsh layers that center what they hash

@@ -1,4 +1,4 @@
-"""Conversations: reading messages of tables, a chat template, and what of a conversation is to be learnt."""
+"""Conversations: reading messages of tables, a chat template, and what of a conversation is to be learned."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -47,7 +47,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.chat_template = CHAT_TEMPLATE
     elif "endgeneration" not in str(tokenizer.chat_template):
         raise ValueError(
-            "The chat template of the tokenizer does not mark what the assistant says, which alone is learnt. Put "
+            "The chat template of the tokenizer does not mark what the assistant says, which alone is learned. Put "
             "{% generation %} … {% endgeneration %} around it, its end mark included, and save the tokenizer; or "
             "set its chat_template to None to get one of ours."
         )

@@ -85,7 +85,7 @@ def _without_imports(lines: Iterable[str]) -> Iterator[str]:
 
 
 class _NearDuplicates:
-    """Remembers documents by their lines and recognises one that shares half of them with an earlier one."""
+    """Remembers documents by their lines and recognizes one that shares half of them with an earlier one."""
 
     def __init__(self) -> None:
         self.documents_with: defaultdict[str, list[int]] = defaultdict(list)

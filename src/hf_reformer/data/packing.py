@@ -36,7 +36,7 @@ def _read_chunks(file: str) -> Iterator[str]:
 
 
 def hub_documents(name: str, config: str | None, split: str, column: str | None, streaming: bool) -> Documents | None:
-    """The rows of a split of a data set on the Hub, the first of several; None if it has no validation data.
+    """The rows of a split of a dataset on the Hub, the first of several; None if it has no validation data.
 
     Raises:
         ConnectionError: it cannot be read.
@@ -48,7 +48,7 @@ def hub_documents(name: str, config: str | None, split: str, column: str | None,
     if split == "validation":
         return None
     raise ValueError(
-        f"The data set `{name}` has no split `{split}`; its splits are {', '.join(tables)}. Name another one, or give "
+        f"The dataset `{name}` has no split `{split}`; its splits are {', '.join(tables)}. Name another one, or give "
         f"--{split}_file."
     )
 

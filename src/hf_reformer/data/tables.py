@@ -327,7 +327,7 @@ def read_column(dataset: "Dataset", name: str) -> list[Any]:
 
 
 def read_named_dataset(name: str, config: str | None = None, alternative: str = "--train_file", **options: Any) -> Any:
-    """A data set on the Hub, or in a local folder, with all its splits.
+    """A dataset on the Hub, or in a local folder, with all its splits.
 
     Raises:
         ConnectionError: it cannot be read from the Hub; the message names an alternative.
@@ -341,7 +341,7 @@ def read_named_dataset(name: str, config: str | None = None, alternative: str = 
         if "scripts" not in str(error):
             raise
         raise ValueError(
-            f"The data set `{name}` is a script, which datasets does not run. Name a copy of it in parquet files, or "
+            f"The dataset `{name}` is a script, which datasets does not run. Name a copy of it in parquet files, or "
             f"use {alternative}."
         ) from error
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
@@ -353,7 +353,7 @@ def read_named_dataset(name: str, config: str | None = None, alternative: str = 
         if not isinstance(error, OSError):
             raise
         raise ConnectionError(
-            f"The data set `{name}` is no folder here and could not be read from the Hub. Without a connection, use "
+            f"The dataset `{name}` is no folder here and could not be read from the Hub. Without a connection, use "
             f"{alternative}."
         ) from error
 

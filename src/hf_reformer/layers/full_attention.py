@@ -44,7 +44,7 @@ class AttentionProjections(nn.Module):
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def qkv(self, x: torch.Tensor) -> list[torch.Tensor | None]:
-        """(B, T, D) normalised stream → query, key (None where it is the query) and value, (B, T, H * head_size).
+        """(B, T, D) normalized stream → query, key (None where it is the query) and value, (B, T, H * head_size).
 
         Over an encoder the query alone.
         """

@@ -23,7 +23,7 @@ class AttentionLayout(NamedTuple):
     Attributes:
         perm: (B, H, R, T) int32, the token at each sorted position; every round is a permutation of the tokens.
         window_start, window_end: (B, H, R, T) int32; perhaps views of fewer numbers, so not to be written to.
-        block_size: queries are processed in blocks of this many neighbouring sorted positions.
+        block_size: queries are processed in blocks of this many neighboring sorted positions.
         left_reach, right_reach: no window of a block begins more than `left_reach` positions before the block's first
             position, or ends more than `right_reach` positions behind its last.
         dedup_pairs: window rule. A pair that is visible in several rounds counts in the first of them only, and no
@@ -158,7 +158,7 @@ def chunk_layout(
     mask: torch.Tensor | None,
     sort: Sort | None = None,
 ) -> AttentionLayout:
-    """The legacy chunked rule: all rounds end to end, cut in chunks that see neighbouring chunks, wrapping around.
+    """The legacy chunked rule: all rounds end to end, cut in chunks that see neighboring chunks, wrapping around.
 
     Args:
         buckets: (B, H, R, T) int32 (zeros for local attention, then R = 1); T is a multiple of `chunk`, or at most
@@ -195,7 +195,7 @@ def sees_any(
         bounds = (layout.window_start, layout.window_end + 1)
         before, up_to = (sums.gather(-1, x.expand_as(perm).flatten(2).long()) for x in bounds)
         seen = (up_to > before).view_as(perm)
-    else:  # the first of them in a token's chunk or neighbouring chunks must not lie behind it
+    else:  # the first of them in a token's chunk or neighboring chunks must not lie behind it
         tokens = tokens if mask is None else tokens & mask[:, None]
         number = torch.arange(length, device=perm.device)
         first = torch.where(tokens, number, length)[:, :, None].expand_as(perm).gather(-1, perm)

@@ -150,7 +150,7 @@ def lsh_buckets(
     """Angular LSH (paper, section 2): h(x) = argmax([xR; -xR]) for every round, factors combined.
 
     Args:
-        vectors: (B, H, T, D) shared query/key vectors, not normalised.
+        vectors: (B, H, T, D) shared query/key vectors, not normalized.
         rotations: (H, D, R, sum(factors) / 2).
         centering: hash them as `centered` returns them; None: as they are.
 

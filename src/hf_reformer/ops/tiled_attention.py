@@ -43,7 +43,7 @@ class _Rows(NamedTuple):
     window_start: torch.Tensor  # (B·H, R, T) int32
     window_end: torch.Tensor
     sorted_pos: torch.Tensor | None  # (R, N) float32, twice the position of every row; only where pairs count once
-    centre: torch.Tensor | None  # (R, N) float32, window_start + window_end of every row, within its round
+    center: torch.Tensor | None  # (R, N) float32, window_start + window_end of every row, within its round
     width: torch.Tensor | None  # (R, N) float32, window_end - window_start + 1
     mask: torch.Tensor | None  # (N) bool
     query_key: torch.Tensor | None  # (N) int32, random numbers for dropout
@@ -57,13 +57,13 @@ def _make_rows(query, key, layout: AttentionLayout, mask, dropout_key, rule: _Ru
     row_of_batch = torch.arange(batch, dtype=torch.int32, device=perm.device)[:, None, None, None] * (length * heads)
     head = torch.arange(heads, dtype=torch.int32, device=perm.device)[:, None, None]
     row = perm * heads + row_of_batch + head
-    sorted_pos = centre = width = query_key = key_key = None
+    sorted_pos = center = width = query_key = key_key = None
     if layout.dedup_pairs and rounds > 1:
         inverse = inverse_permutation(perm)
         first, last = start.gather(-1, inverse), end.gather(-1, inverse)
         twice_begin = torch.arange(rounds, dtype=torch.int32, device=perm.device)[:, None] * (2 * length)
         by_row = (inverse * 2, first + last - twice_begin, last - first + 1)  # (B, H, R, T) each
-        sorted_pos, centre, width = (x.permute(2, 0, 3, 1).reshape(rounds, -1).to(torch.float32) for x in by_row)
+        sorted_pos, center, width = (x.permute(2, 0, 3, 1).reshape(rounds, -1).to(torch.float32) for x in by_row)
     if dropout_key is not None:
         by_query, by_key = pair_keys(dropout_key, batch, heads, length)
         query_key = by_query.transpose(1, 2).reshape(-1)
@@ -71,7 +71,7 @@ def _make_rows(query, key, layout: AttentionLayout, mask, dropout_key, rule: _Ru
     mask = None if mask is None or layout.dedup_pairs else _repeat_heads(mask, heads)
     row, start, end = (x.reshape(batch * heads, rounds, length) for x in (row, start, end))
     q, k = _flat_rows(query) * LOG2_E, _flat_rows(key)
-    return _Rows(q, k, layout, rule, row, start, end, sorted_pos, centre, width, mask, query_key, key_key)
+    return _Rows(q, k, layout, rule, row, start, end, sorted_pos, center, width, mask, query_key, key_key)
 
 
 def _flat_rows(x: torch.Tensor) -> torch.Tensor:
@@ -163,9 +163,9 @@ def _block_scores(block: _Block, rows: _Rows) -> tuple[torch.Tensor, torch.Tenso
     if block.masked is None:
         return _chunk_scores(scores, block, rows)
     masked = block.masked
-    if rows.sorted_pos is not None and rows.centre is not None and rows.width is not None:
+    if rows.sorted_pos is not None and rows.center is not None and rows.width is not None:
         for earlier in range(block.round):  # a pair counts in the first round in which it is visible
-            distance = block.of_keys(rows.sorted_pos[earlier]) - block.of_queries(rows.centre[earlier])
+            distance = block.of_keys(rows.sorted_pos[earlier]) - block.of_queries(rows.center[earlier])
             width = block.of_queries(rows.width[earlier])
             masked = torch.maximum(masked, torch.sub(width, distance.abs_(), out=distance), out=masked)
     if rows.rule.shared and torch.compiler.is_exporting():  # no writing to a view

@@ -84,7 +84,7 @@ class DataArguments(PretrainingArguments):
             raise ValueError(f"--max_length {args.max_length} must be a number of at least 8 tokens.")
         if not args.assistant_only_loss:
             raise ValueError(
-                "--assistant_only_loss False: here replies alone are learnt and judged. Leave it out; to learn "
+                "--assistant_only_loss False: here replies alone are learned and judged. Leave it out; to learn "
                 "whole texts, see `hf-reformer train language-model`."
             )
         if args.packing or args.padding_free:

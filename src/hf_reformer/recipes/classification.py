@@ -72,7 +72,7 @@ from ..training.pretraining import MaskedPretrainingArguments, pretrain
 from ..training.reports import format_tables, write_report
 from ..training.trainers import GroupedTrainer, build_trainer, longest_first, predict_splits, train_and_save
 
-DEFAULTS = {  # one layer and few epochs: from scratch, on hundreds or thousands of texts, more of either only memorise
+DEFAULTS = {  # one layer and few epochs: from scratch, on hundreds or thousands of texts, more of either only memorize
     "output_dir": "runs/classification", "train_sampling_strategy": "group_by_length",
     "attn_layers": ["lsh"], "num_train_epochs": 3, "per_device_train_batch_size": 4,
 }  # fmt: skip

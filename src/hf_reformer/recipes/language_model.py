@@ -119,7 +119,7 @@ class TextArguments(SplitArguments):
 
 
 def open_documents(args: TextArguments, split: str, streaming: bool = False) -> Documents | None:
-    """The documents of a split, from its files, or from the data set if there are none; None without such a split."""
+    """The documents of a split, from its files, or from the dataset if there are none; None without such a split."""
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_predict_samples}
     files = getattr(args, f"{split}_file")
     if files is not None:
@@ -146,7 +146,7 @@ def load_texts(args: TextArguments) -> dict[str, list[str]]:
     if "train" not in texts:
         way = "with --streaming no part of the training texts is held out" if args.streaming else "nothing is trained"
         raise ValueError(
-            f"The data set `{args.dataset_name}` has no split `validation`, and {way}: give --validation_file."
+            f"The dataset `{args.dataset_name}` has no split `validation`, and {way}: give --validation_file."
         )
     texts["train"], texts["validation"] = hold_out_end(texts["train"], args.validation_fraction)
     logger.warning(

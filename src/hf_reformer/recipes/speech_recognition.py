@@ -49,7 +49,7 @@ from ..training.speech import (
     label_ids,
     likeliest,
     nearest_recordings,
-    normalised,
+    normalized,
     vary_speech,
 )
 from ..training.trainers import build_trainer, longest_first, predict_splits, train_and_save
@@ -107,7 +107,7 @@ def load_splits(args: DataArguments, seed: int) -> DatasetDict:
 
 
 def _with_transcripts(part: Dataset, cells: list[Any], split: str) -> Dataset:
-    texts = [normalised(cell_text(cell) or "") for cell in cells]
+    texts = [normalized(cell_text(cell) or "") for cell in cells]
     if empty := [row for row, text in enumerate(texts) if not text]:
         raise ValueError(
             f"{len(empty)} rows of the {split} data have no transcript; the first is row {empty[0]}. Leave such rows "
@@ -168,7 +168,7 @@ def predict_files(data: DataArguments, folder: str, args: TrainingArguments) -> 
     extractor, tokenizer = AutoFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     listen = pipeline("automatic-speech-recognition", model=model, feature_extractor=extractor, tokenizer=tokenizer)
     for file in data.files_to_predict():
-        print(f"\n{file}\n  {normalised(listen(file)['text'])}")
+        print(f"\n{file}\n  {normalized(listen(file)['text'])}")
 
 
 def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArguments) -> bool:

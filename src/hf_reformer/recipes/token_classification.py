@@ -234,7 +234,7 @@ def tokenize(
     found = numbers.map(encode, batched=True, batch_size=64, remove_columns=["number"], desc="Tokenizing")
     cut = [first.count(-1) for first in read_column(found, "first")]
     if any(cut):
-        unused = "not learnt" if split == "train" else "neither read nor scored"
+        unused = "not learned" if split == "train" else "neither read nor scored"
         logger.warning(
             f"{np.count_nonzero(cut)} texts of the {split} data are cut to --max_length {max_length} tokens; "
             f"{sum(cut)} words lie behind it, which are {unused}."

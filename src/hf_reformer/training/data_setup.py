@@ -25,7 +25,7 @@ ACTIONS = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}  
 class SplitArguments:
     """Where the examples of every split come from, and how many of them to use. A recipe adds options of its own.
 
-    `sources` are options, besides a data set and files, that name data to train on; `held_out` are the parts that are
+    `sources` are options, besides a dataset and files, that name data to train on; `held_out` are the parts that are
     taken out of the training data where no data are named for them.
     """
 
@@ -54,7 +54,7 @@ class SplitArguments:
         return tuple(part for part in ACTIONS if names[part])
 
     def _given(self, file: str) -> list[str]:
-        """Which options name data for a split: its file, a data set, or the recipe's own sources."""
+        """Which options name data for a split: its file, a dataset, or the recipe's own sources."""
         return [name for name in (file, "dataset_name", *self.sources) if getattr(self, name)]
 
     def check(self, model: Any, args: Any) -> None:
@@ -78,7 +78,7 @@ class SplitArguments:
         if len(given := self._given("train_file")) > 1:
             raise ValueError(f"Give {' or '.join(f'--{name}' for name in given)}, not both: each is training data.")
         if self.dataset_config_name is not None and self.dataset_name is None:
-            raise ValueError("--dataset_config_name is the configuration of a data set. Give --dataset_name as well.")
+            raise ValueError("--dataset_config_name is the configuration of a dataset. Give --dataset_name as well.")
         if args.do_train and not given:
             raise ValueError(f"--do_train: there is nothing to train on. Give {options}.")
         if model.model_name_or_path is None and not args.do_train:
@@ -102,7 +102,7 @@ class SplitArguments:
         return getattr(self, "predict_file", None) is not None
 
     def read_source(self) -> Mapping[str, Dataset]:
-        """All splits of the data set, or of another source that a recipe has; none where there are only files."""
+        """All splits of the dataset, or of another source that a recipe has; none where there are only files."""
         if self.dataset_name is None:
             return {}
         return read_named_dataset(self.dataset_name, self.dataset_config_name)
@@ -179,7 +179,7 @@ class SplitArguments:
     def describe(self) -> str:
         """What scores were measured on and what was trained on, by name, for the model card, which strangers read.
 
-        Of files and folders of this machine the last part of the path; a data set of the Hub as it is written.
+        Of files and folders of this machine the last part of the path; a dataset of the Hub as it is written.
         """
         trained = self._names("train_file")
         measured = trained if self.validation_file is None else self._names("validation_file")

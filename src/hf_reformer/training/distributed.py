@@ -46,7 +46,7 @@ class RepeatedBatches(Sampler[int]):
 
 
 class SequenceParallelTrainer(Trainer):
-    """A Trainer whose processes share sequences in groups of `sequence_parallel_size` neighbours.
+    """A Trainer whose processes share sequences in groups of `sequence_parallel_size` neighbors.
 
     The processes of a group work together on one batch of `per_device_train_batch_size` sequences; different groups
     are data parallel. Every group evaluates on the whole set.

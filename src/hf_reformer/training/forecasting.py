@@ -57,7 +57,7 @@ def score(
     """Errors of (rows, P, S) forecasts, NaN in the truth not counted.
 
     Args:
-        std: (S), by which errors are divided: `mse`, `mae` and `crps` are of standardised values.
+        std: (S), by which errors are divided: `mse`, `mae` and `crps` are of standardized values.
         predicted: those of `names` that are to be predicted.
         crps: (rows, P, S) continuous ranked probability scores; None: of single numbers, which is the absolute error.
         by_series: also the root mean squared error of every series; and of positions, `ade` and `fde`: the mean

@@ -259,7 +259,7 @@ def _load_tables(data: SeriesArguments, tables: dict[str, SeriesTable], saved: A
                 f"The {split} data has {len(table.values)} steps, too few for a window of {ahead} steps to predict. "
                 "Give more, or lower --prediction_length."
             )
-        if not split.startswith("test"):  # from a future that nobody knows nothing is learnt
+        if not split.startswith("test"):  # from a future that nobody knows nothing is learned
             known = np.append(0, np.cumsum(~np.isnan(history.values).all(axis=1)))
             found = found[known[found + ahead] > known[found]]
             if not len(found):

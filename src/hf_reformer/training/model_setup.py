@@ -298,7 +298,7 @@ def make_model(
 
     Args:
         tokenizer: None: the model reads no text.
-        trains: False: a saved model must have all weights, since none is learnt.
+        trains: False: a saved model must have all weights, since none is learned.
         fields: further fields of the config, such as labels.
 
     Raises:

@@ -64,7 +64,7 @@ def pretrain(
     It lies below the directory of the run. A run that is resumed goes on with its pre-training, or uses its result.
 
     Args:
-        head: decides what is learnt. `AutoModelForMaskedLM`: masked tokens; `AutoModelForCausalLM`: the next token;
+        head: decides what is learned. `AutoModelForMaskedLM`: masked tokens; `AutoModelForCausalLM`: the next token;
             `AutoModelForSeq2SeqLM`: to write the whole text from a masked one (denoising).
 
     Raises:

@@ -228,8 +228,8 @@ def draw_answers(file: Path, examples: Sequence[Example], answers: Sequence[Answ
         if x.answers and one.text
     ]
     if points:
-        true, found, colours = zip(*points, strict=True)
-        dots = places.scatter(true, found, c=colours, s=12, alpha=0.7, cmap="RdYlGn", vmin=0, vmax=1, linewidths=0)
+        true, found, colors = zip(*points, strict=True)
+        dots = places.scatter(true, found, c=colors, s=12, alpha=0.7, cmap="RdYlGn", vmin=0, vmax=1, linewidths=0)
         figure.colorbar(dots, ax=places, label="F1")
     places.set(xlabel="true start (character)", ylabel="predicted start (character)", title=title)
     kinds: dict[str, list[float]] = {}

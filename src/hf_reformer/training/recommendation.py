@@ -161,7 +161,7 @@ class RankScores:
 # --- baselines
 
 NEAR = 5  # steps within which items are near each other
-RECENT = 10  # items whose neighbours co-occurrence counts
+RECENT = 10  # items whose neighbors co-occurrence counts
 LAST = 20  # items that item-kNN looks at
 
 Scorer = Callable[[np.ndarray], np.ndarray]

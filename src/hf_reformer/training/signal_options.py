@@ -266,7 +266,7 @@ class AudioArguments(InputArguments):
         return found
 
     def encode(self, dataset: Dataset, extractor: Any, columns: Mapping[str, list[Any]] | None = None) -> Dataset:
-        """Columns `input_values` or `input_features`, normalised, their `length`, and those that are given."""
+        """Columns `input_values` or `input_features`, normalized, their `length`, and those that are given."""
         audio, rate_column = self.columns(dataset)
         rate, name = extractor.sampling_rate, extractor.model_input_names[0]
         shortest = rate * SHORTEST_MS // 1000 if hears_features(extractor) else 1

@@ -21,7 +21,7 @@ CHUNK = 500  # rows of a table that are encoded at a time
 
 
 def in_memory(rows: Iterable[dict[str, Any]], columns: Mapping[str, list[Any]] | None = None) -> Dataset:
-    """A data set of rows that are made one by one, and of whole columns; arrays stay arrays."""
+    """A dataset of rows that are made one by one, and of whole columns; arrays stay arrays."""
     rows, parts = iter(rows), []
     while part := list(islice(rows, CHUNK)):
         parts.append(Dataset.from_dict({name: [row[name] for row in part] for name in part[0]}))

@@ -43,7 +43,7 @@ def character_tokenizer(texts: Sequence[str]) -> Wav2Vec2CTCTokenizer:
         )
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """A transcript with single spaces, none around it."""
     return " ".join(text.split())
 
@@ -72,11 +72,11 @@ class ErrorRates:
     def texts(self, frames: np.ndarray) -> list[str]:
         """The transcripts of (rows, frames) ids; -100 stands for no frame."""
         ids = np.where(frames < 0, self.tokenizer.pad_token_id, frames)
-        return [normalised(text) for text in self.tokenizer.batch_decode(ids)]
+        return [normalized(text) for text in self.tokenizer.batch_decode(ids)]
 
     def references(self, labels: np.ndarray) -> list[str]:
         rows = [[token for token in row if token >= 0] for row in labels.tolist()]
-        return [normalised(self.tokenizer.decode(row, group_tokens=False)) for row in rows]
+        return [normalized(self.tokenizer.decode(row, group_tokens=False)) for row in rows]
 
     def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
         return error_rates(

@@ -213,8 +213,8 @@ def convert_layer(weights: State, layer: int, given: dict[str, Any], rotary: boo
     """
     heads, size = given["heads"], given["dim_head"]
     f, g = (LAYER.format(layer) + f"{branch}.net." for branch in "fg")
-    query = weights[f + "fn.toqk.weight"] / size**0.5  # our scores are not divided by it: their keys are normalised
-    if rotary:  # their pairs are neighbours, ours half a head apart
+    query = weights[f + "fn.toqk.weight"] / size**0.5  # our scores are not divided by it: their keys are normalized
+    if rotary:  # their pairs are neighbors, ours half a head apart
         order = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2)])
         query = query.unflatten(0, (heads, size))[:, order].flatten(0, 1)
     value = weights[f + "fn.tov.weight"]

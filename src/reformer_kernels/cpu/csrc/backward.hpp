@@ -199,7 +199,7 @@ inline void clear_untouched(const AttentionParams& p, const uint8_t* touched) {
     });
 }
 
-// A segment writes to rows of its neighbours. So neighbours take turns, and so does what reaches across rounds, where
+// A segment writes to rows of its neighbors. So neighbors take turns, and so does what reaches across rounds, where
 // any token may stand: even segments, odd ones, the first of a round, the last.
 inline int turn_of(int64_t segment, int64_t segments, bool wraps) {
     if (wraps && segments > 1 && segment == 0) return 2;
@@ -207,7 +207,7 @@ inline int turn_of(int64_t segment, int64_t segments, bool wraps) {
     return static_cast<int>(segment % 2);
 }
 
-// Calls run(head, worker, round, begin, end) for all segments of all rounds, neighbours in turn.
+// Calls run(head, worker, round, begin, end) for all segments of all rounds, neighbors in turn.
 template <bool kWindow, typename F> void in_turns(const AttentionParams& p, F&& run) {
     int64_t heads = p.batch * p.heads, tiles = Geometry(p).per_round, segments = segments_of(p, 2 * reach_in_tiles(p));
     for (int64_t round = 0; round < p.rounds; round++)

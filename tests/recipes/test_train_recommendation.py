@@ -18,6 +18,7 @@ from hf_reformer.training.recommendation import (
     baseline_ranks,
     baseline_scorers,
     item_tokenizer,
+    nearby_order,
     ranks_of,
     scores_at,
 )
@@ -117,7 +118,7 @@ def test_a_saved_model_recommends_to_the_users_of_a_file(files):
 
 def test_a_resumed_run_ends_where_the_whole_one_does(files):
     options = ["--max_steps", "6", "--save_strategy", "steps", "--save_steps", "4", "--do_train"]
-    options += ["--per_device_train_batch_size", "2", "--item_dropout", "0.5"]
+    options += ["--per_device_train_batch_size", "2", "--item_dropout", "0.5", "--reorder", "3"]
     recipe.main(arguments(files, *options))
     resumed = ["--resume_from_checkpoint", str(files / "out" / "checkpoint-4")]
     recipe.main(arguments(files, *options, *resumed, out="resumed"))
@@ -264,6 +265,32 @@ def test_baselines_are_counted_by_hand():
     assert baseline_ranks(near, [had, had], np.array([2, UNKNOWN])).tolist() == [2, MISSED]
 
 
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9), st.integers(0, 4)), min_size=1, max_size=4),
+       st.sampled_from([0.0, 0.5, 1.0, 3.0, 20.0]))  # fmt: skip
+def test_items_move_among_their_neighbors_alone(rows, distance):
+    """Before and behind them nothing moves, and no item gets further than `distance`."""
+    items = torch.zeros(len(rows), max(map(sum, rows)), dtype=torch.bool)
+    for row, (before, count, _) in zip(items, rows, strict=True):
+        row[before : before + count] = True
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        order = nearby_order(items, distance)
+    places = torch.arange(items.shape[1]).expand(items.shape)
+    assert torch.equal(order.sort(dim=1).values, places)
+    assert torch.equal(items.gather(1, order), items)
+    assert torch.equal(order[~items], places[~items])
+    assert not ((order - places).abs() > distance).any()
+
+
+def test_items_do_move():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        order = nearby_order(torch.ones(1, 1000, dtype=torch.bool), 5.0)
+    moves = (order - torch.arange(1000)).abs()
+    assert 0.5 < moves.float().mean() < 2.5
+    assert 3 <= moves.max() <= 5
+
+
 def test_a_trainer_ranks_all_but_what_the_user_had(files, monkeypatch):
     """Against a plain forward of the saved model."""
     recipe.main(arguments(files, "--max_steps", "1", "--eval_strategy", "no"))
@@ -346,6 +373,8 @@ def test_unknown_items_are_told_and_missed(files, caplog):
         (["--top_k", "0"], "--top_k 0: give numbers of at least 1"),
         (["--max_length", "1"], "--max_length 1 leaves no item"),
         (["--item_dropout", "1"], "item_dropout 1.0 must be"),
+        (["--reorder", "-1"], "reorder -1.0 must be"),
+        (["--reorder", "inf"], "reorder inf must be"),
         (["--item_file", "nowhere.csv"], "--item_file: there is no file"),
         (["--predict_file", "nowhere.csv"], "--predict_file: there is no file"),
         (["--user_column", "a", "--item_column", "a"], "both name the column"),

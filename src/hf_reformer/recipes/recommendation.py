@@ -84,6 +84,7 @@ class DataArguments(SplitArguments):
     time_column: str | None = option(None, "Default: found by name; without one, the rows are in order of time.")
     max_length: int = option(128, "Maximum items of a history; of longer histories, only the last ones are used.")
     item_dropout: float = option(0.1, "Fraction of history items hidden from the input in training.")
+    reorder: float = option(5.0, "Places that an item moves at most, at random, in training.")
     top_k: list[int] = option([10], "Numbers of recommendations (k) to score; predictions have the largest k.")
     baselines: bool = option(False, "Also score popularity, item-kNN and co-occurrence.")
 
@@ -308,7 +309,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     options = {"data_collator": ItemCollator(tokenizer), "compute_metrics": RankScores(data.top_k)}
     judged = {split: rows for split, rows in encoded.items() if split != "predict"} or encoded
     trainer = build_trainer(RecommendationTrainer, model, args, tokenizer, judged, **options)
-    trainer.count, trainer.item_dropout = data.top_k[-1], data.item_dropout
+    trainer.count, trainer.item_dropout, trainer.reorder = data.top_k[-1], data.item_dropout, data.reorder
     interactions = sum(map(len, histories))
     sizes = "".join(f"; {split}: {len(some)} users" for split, some in users.items())
     train_and_save(

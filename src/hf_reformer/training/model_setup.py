@@ -67,7 +67,7 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("above 0 and at most 1", lambda x: 0 < x <= 1, ("mlm_probability",)),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, ("hidden_dropout_prob",)),
     ("above 0", lambda x: x > 0, ("num_train_epochs", "frame_ms", "stride_ms")),
-    ("a number of at least 0", lambda x: 0 <= x < math.inf, ("learning_rate", "pretrain_learning_rate")),
+    ("a number of at least 0", lambda x: 0 <= x < math.inf, ("learning_rate", "pretrain_learning_rate", "reorder")),
     ("at least 1", lambda x: x >= 1, _AT_LEAST_1),
     ("at least 0", lambda x: x >= 0, ("pretrain_steps",)),
     ("at least 2", lambda x: x >= 2, ("pretrain_length", "max_target_length", "generation_max_length", "eval_length")),

@@ -89,6 +89,21 @@ def scores_at(ranks: np.ndarray, sizes: Sequence[int]) -> dict[str, float]:
 # --- evaluation
 
 
+def nearby_order(items: torch.Tensor, distance: float) -> torch.Tensor:
+    """An order (B, T) in which items have overtaken others that stood less than `distance` before them.
+
+    Order within a session is mostly chance, which a model should not memorize (CL4SRec, Xie et al. 2022, reorders
+    parts of histories for this reason).
+
+    Args:
+        items: (B, T) bool, what may be moved; what comes before all items or after them stays.
+    """
+    places = torch.arange(items.shape[1], device=items.device).expand(items.shape)
+    moved = places + distance * torch.rand(items.shape, device=items.device)
+    outside = torch.where(items.cumsum(1) > 0, torch.inf, -torch.inf)
+    return torch.where(items, moved, outside).argsort(dim=1, stable=True)
+
+
 @dataclass
 class ItemCollator:
     """Pads training windows on the right, with their labels; histories to be continued on the left."""
@@ -117,14 +132,18 @@ class RecommendationTrainer(GroupedTrainer):
 
     count = 10
     item_dropout = 0.0
+    reorder = 0.0
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """With a part of the items that are read hidden behind the unknown one."""
+        """With items moved among their neighbors (`reorder`), and a part of what is read hidden (`item_dropout`)."""
+        ids, tokenizer = inputs["input_ids"], self.processing_class
+        items = (ids != tokenizer.pad_token_id) & (ids != tokenizer.bos_token_id)
+        if self.reorder and model.training:
+            order = nearby_order(items, self.reorder)
+            inputs = {**inputs, **{name: inputs[name].gather(1, order) for name in ("input_ids", "labels")}}
         if self.item_dropout and model.training:
-            tokenizer: Any = self.processing_class
-            ids = inputs["input_ids"]
-            hidden = (torch.rand(ids.shape, device=ids.device) < self.item_dropout) & (ids >= len(SPECIAL))
-            inputs = {**inputs, "input_ids": ids.masked_fill(hidden, tokenizer.unk_token_id)}
+            hidden = (torch.rand(ids.shape, device=ids.device) < self.item_dropout) & items
+            inputs = {**inputs, "input_ids": inputs["input_ids"].masked_fill(hidden, tokenizer.unk_token_id)}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(

@@ -18,6 +18,7 @@ from .inputs import check_stdout, checked, json_fields, positive, read_prompt
 from .measuring import PLOTS, run_bench, run_memory, run_plot
 from .streams import Lasting, discard, finish_output, prepare_streams
 
+SPINS = "10000"  # about half a millisecond
 COLD = 1e-5  # below this temperature only the most likely token is left, and logits divided by it may overflow
 LOST_PEER = (
     "Another process of this run has ended or cannot be reached, so this one ends, too. The last output of the other "
@@ -363,6 +364,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     TRANSFORMERS_VERBOSITY=debug shows where an error was raised.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # GNU's OpenMP threads wait for each other in a loop, for several milliseconds by default. Where other programs
+        # hold the cores, most of the time goes there, and training takes up to ten times as long.
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     prepare_streams()
     try:
         try:

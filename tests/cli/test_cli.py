@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import pkgutil
 import re
 import sys
@@ -496,6 +497,22 @@ def test_memory_prints_a_column_for_each_length(line, tmp_path):
         status, out, err = line("memory", "--length", 64, *argv)
         assert (status, out) == (2, "")
         assert message in err
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    ids=str,
+)
+def test_threads_do_not_wait_in_a_loop_for_long(line, monkeypatch, given, expected):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "")  # so that it is restored
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit):
+        line("--help")
+    assert os.environ.get("GOMP_SPINCOUNT") == expected
 
 
 def test_demo_is_the_demo_of_classification(line, monkeypatch):

@@ -34,6 +34,7 @@ TINY = {
     "feed_forward_size": 24,
     "attn_layers": ["local", "lsh"],
     "max_position_embeddings": 256,
+    "local_window": 16,  # what it shows whole is not hashed
     # of signals
     "frame_size": 8,
     "frame_stride": 4,

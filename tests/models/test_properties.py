@@ -27,7 +27,7 @@ STACKS = {
     "mixed": ["local", "lsh", "full", "lsh"],
 }
 WINDOWS = {
-    "default": {"max_position_embeddings": 5000},
+    "default": {"max_position_embeddings": 5000, "local_window": 128},
     "small": {"max_position_embeddings": 5000, **SMALL_WINDOWS},
     "factorised": {"max_position_embeddings": 5000, "lsh_window": 9, "local_window": 5, "num_buckets": [2, 4]},
     "hash_only": {"max_position_embeddings": 5000, **SMALL_WINDOWS, "lsh_include_local": False},

@@ -192,7 +192,8 @@ def test_bfloat16_weights_train(cls, windows):
 @pytest.mark.parametrize("how", ["bf16 weights", "fp16 weights", "bf16 autocast", "fp16 autocast"])
 def test_streams_and_rotations_keep_their_own_precision(how, reversible, precision, dtype, monkeypatch):
     half = torch.bfloat16 if how.startswith("bf16") else torch.float16
-    model = make_head(ReformerForCausalLM, reversible=reversible, residual_precision=precision).train()
+    fields = {"reversible": reversible, "residual_precision": precision, "local_window": 16}
+    model = make_head(ReformerForCausalLM, **fields).train()
     model = model.to(half) if how.endswith("weights") else model
     streams, hashed = [], []
     lsh_buckets = hf_reformer.layers.attention.lsh_buckets

@@ -136,7 +136,8 @@ class RecommendationTrainer(GroupedTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """With items moved among their neighbors (`reorder`), and a part of what is read hidden (`item_dropout`)."""
-        ids, tokenizer = inputs["input_ids"], self.processing_class
+        ids = inputs["input_ids"]
+        tokenizer: Any = self.processing_class
         items = (ids != tokenizer.pad_token_id) & (ids != tokenizer.bos_token_id)
         if self.reorder and model.training:
             order = nearby_order(items, self.reorder)

@@ -29,7 +29,12 @@ from hf_reformer.hub.convert.trax import from_trax, read_pickle
 from hf_reformer.hub.registration import AUTO_CLASSES, register
 from hf_reformer.models.pretrained import LEGACY_LM_HEAD_BIAS
 
-CHUNKS = {"attention_mode": "chunk", "hash_seed": 1, "num_buckets": 4}
+CHUNKS = {
+    "local_window": 128,  # the default, of which conversion says nothing
+    "attention_mode": "chunk",
+    "hash_seed": 1,
+    "num_buckets": 4,
+}
 CHUNKS |= {"lsh_attn_chunk_length": 8, "local_attn_chunk_length": 8}
 
 

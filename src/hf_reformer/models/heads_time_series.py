@@ -292,7 +292,7 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         products = weight.new_zeros(2, size, size, dtype=torch.float64)  # of rows to fit, and to choose by
         targets = weight.new_zeros(2, size, weight.shape[0], dtype=torch.float64)
         count = sum(len(batch["past_values"]) for batch in windows)
-        left = count - count // 5  # windows to fit
+        left = count + -count // 5  # windows to fit; one at least is left to choose by
         for batch in windows:
             for part, piece in enumerate((slice(left), slice(left, None))):
                 some = {name: values[piece] for name, values in batch.items()}

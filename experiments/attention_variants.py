@@ -31,7 +31,6 @@ from common import (
     Experiment,
     Options,
     TextOptions,
-    answer_batches,
     bits_per_byte,
     followed_center,
     make_model,
@@ -43,9 +42,8 @@ from common import (
     see_all,
     sink_tokens,
     table,
-    text_batches,
     text_rows,
-    train,
+    train_on_text,
 )
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
@@ -115,19 +113,10 @@ def run(
     """Train and evaluate one model."""
     set_seed(key["seed"])
     model, contexts = build(key["variant"], args)
-    trained = {name: value for name, value in key.items() if name not in ("validated_on", "eval_rows")}
-    name, like = f"{key['text']}, {key['variant']}, seed {key['seed']}", (key["text"], args.rows, args.length)
     with contexts:
-        if key["answer_steps"]:
-            first = {field: value for field, value in trained.items() if field != "steps"} | {"phase": "answers"}
-            train(
-                model, answer_batches(texts[0], *like), key["answer_steps"], seed=key["seed"] + 10**6, decay=False,
-                learning_rate=args.learning_rate, checkpoint=experiment.checkpoint(first), name=f"{name}, answers",
-            )  # fmt: skip
-        losses = train(
-            model, text_batches(texts[0], *like), args.steps, seed=key["seed"], learning_rate=args.learning_rate,
-            checkpoint=experiment.checkpoint(trained), name=name,
-        )  # fmt: skip
+        losses = train_on_text(
+            model, texts[0], key, experiment, name=f"{key['text']}, {key['variant']}, seed {key['seed']}"
+        )
         judged = text_rows(
             texts[1], key["text"], args.eval_rows, args.length, torch.Generator().manual_seed(12345), even=True
         )

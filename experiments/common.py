@@ -528,6 +528,27 @@ def answer_batches(data: torch.Tensor, kind: str, rows: int, length: int) -> Cal
     return batch
 
 
+def train_on_text(
+    model: Any, data: torch.Tensor, key: Mapping[str, Any], experiment: Experiment, name: str
+) -> list[float]:
+    """Train on the text, length, rows, seed and steps that `key` names; first `answer_steps` on the far answers alone.
+
+    Returns the loss of every step on all bytes. Checkpoints depend on all of `key` but what names the evaluation.
+    """
+    trained = {field: value for field, value in key.items() if field not in ("validated_on", "eval_rows")}
+    like, rate = (key["text"], key["rows"], key["length"]), key["learning_rate"]
+    if key["answer_steps"]:
+        first = {field: value for field, value in trained.items() if field != "steps"} | {"phase": "answers"}
+        train(
+            model, answer_batches(data, *like), key["answer_steps"], seed=key["seed"] + 10**6, decay=False,
+            learning_rate=rate, checkpoint=experiment.checkpoint(first), name=f"{name}, answers",
+        )  # fmt: skip
+    return train(
+        model, text_batches(data, *like), key["steps"], seed=key["seed"], learning_rate=rate,
+        checkpoint=experiment.checkpoint(trained), name=name,
+    )  # fmt: skip
+
+
 @torch.no_grad()
 def bits_per_byte(model: Any, ids: torch.Tensor, far: torch.Tensor, rows: int = 2, **inputs: Any) -> dict[str, float]:
     """Mean bits of a byte given those before it: of all ("bits") and of those whose answer lies far ("far_bits")."""

@@ -40,9 +40,8 @@ from common import (
     read_texts,
     see_all,
     table,
-    text_batches,
     text_rows,
-    train,
+    train_on_text,
 )
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
@@ -50,8 +49,8 @@ from transformers.hf_argparser import HfArg
 from hf_reformer.analysis import attention_found
 
 KEYS = (
-    "source", "text", "seed", "length", "steps", "rows", "hidden_size", "layers", "local_window", "lsh_window",
-    "num_buckets", "learning_rate", "overrides", "validated_on", "eval_rows", "keys_by", "rounds",
+    "source", "text", "seed", "length", "steps", "answer_steps", "rows", "hidden_size", "layers", "local_window",
+    "lsh_window", "num_buckets", "learning_rate", "overrides", "validated_on", "eval_rows", "keys_by", "rounds",
 )  # fmt: skip
 VALUES = ("bits", "far_bits", "loss", "far_loss", "found", "best")
 ONCE = ("exact", "none")  # rounds change nothing
@@ -68,6 +67,9 @@ class Arguments(TextOptions, Options):
     rounds: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     length: int = 1024
     steps: int = 1000
+    answer_steps: int = HfArg(
+        default=0, help="before them, in which the far answers alone are learned; not plain text"
+    )
     rows: int = HfArg(default=8, help="sequences of a batch")
     hidden_size: int = 128
     layers: list[str] = field(default_factory=lambda: ["local", "lsh", "local", "lsh"])
@@ -119,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     choices = [(by, 0) for by in ONCE] + [(by, rounds) for rounds in args.rounds for by in args.keys_by]
     for choice in product(seed=args.seeds, text=args.texts):
         key = {**fixed, **choice, "validated_on": args.validate_on}
+        key["answer_steps"] = 0 if choice["text"] == "plain" else args.answer_steps
         wanted = [{**key, "keys_by": by, "rounds": rounds} for by, rounds in choices]
         if not all(map(experiment.results.find, wanted)):
             measure(key, wanted, args, experiment, texts)
@@ -141,13 +144,9 @@ def measure(
         args.length, args.hidden_size, args.layers, args.overrides, local_window=args.local_window,
         lsh_window=args.lsh_window, num_buckets=args.num_buckets, num_hashes=1, lsh_exploration_orders=0,
     )  # fmt: skip
-    trained = {name: value for name, value in key.items() if name not in ("validated_on", "eval_rows", "lsh_window")}
+    trained = {name: value for name, value in key.items() if name != "lsh_window"}
     with see_all(model):
-        train(
-            model, text_batches(texts[0], key["text"], args.rows, args.length), args.steps, seed=key["seed"],
-            learning_rate=args.learning_rate, checkpoint=experiment.checkpoint(trained),
-            name=f"{key['text']}, seed {key['seed']}",
-        )  # fmt: skip
+        train_on_text(model, texts[0], trained, experiment, name=f"{key['text']}, seed {key['seed']}")
     generator = torch.Generator().manual_seed(12345)
     judged = text_rows(texts[1], key["text"], args.eval_rows, args.length, generator, even=True)
     exact = evaluate(model, judged, "exact", 0, args)
@@ -160,7 +159,7 @@ def measure(
 
 
 def draw(experiment: Experiment, rows: list[dict[str, str]], args: Arguments) -> None:
-    panels = [(text, "loss") for text in args.texts] + [("far", "far_loss")] * ("far" in args.texts)
+    panels = [(text, "loss") for text in args.texts] + [(text, "far_loss") for text in args.texts if text != "plain"]
     figure, axes = experiment.figure(len(panels), width=4)
     for ax, (text, value) in zip(axes, panels, strict=True):
         for by in dict.fromkeys(row["keys_by"] for row in rows):

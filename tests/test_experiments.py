@@ -322,7 +322,7 @@ def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not(tmp_path):
 
 TINY = {
     "attention_variants": ["--steps", "2", "--answer_steps", "1", "--length", "256", "--variants", "lsh", "random"],
-    "exact_then_windows": ["--steps", "2", "--length", "256"],
+    "exact_then_windows": ["--steps", "2", "--answer_steps", "1", "--length", "256"],
     "bucket_balance": ["--steps", "2", "--length", "128", "--positions", "rotary"],
     "recall": ["--steps", "4", "--stage_steps", "2", "--watch_every", "2", "--rounds", "1"],
     "duplication": ["--steps", "4"],

@@ -76,7 +76,12 @@ def test_the_estimate_is_within_a_fifth_of_what_a_process_takes():
         assert 0.8 * measured < estimate.total < 1.2 * measured, told
 
 
-@pytest.mark.parametrize("name", MODELS)
+FAST = ("ReformerForCausalLM", "ReformerForConditionalGeneration", "ReformerForSequenceClassification")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in MODELS]
+)
 def test_every_head_trains_in_what_is_estimated(name, global_generator_untouched):
     """The storages of a real step, counted."""
     fields = {**SIZES, "is_encoder_decoder": "Conditional" in name, "num_labels": 3, "hidden_dropout_prob": 0.1}

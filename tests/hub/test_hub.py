@@ -169,8 +169,18 @@ def check_models(found, arguments):
         assert found[argument]["module"].startswith("transformers_modules."), argument
 
 
-def test_every_auto_class_works_without_the_package(exports, other_python, plain):
+OF_EVERY_KIND = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForImageClassification")
+
+
+@pytest.mark.parametrize("own", [OF_EVERY_KIND, pytest.param(None, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_every_auto_class_works_without_the_package(own, exports, other_python, plain):
+    """From one repository for all, and from a directory of its own."""
     home, arguments = exports
+    arguments = {
+        name: folder
+        for name, folder in arguments.items()
+        if own is None or name.endswith("=ada/one") or name.startswith(own)
+    }
     repository = export(make(), in_cache(home, "ada/tiny"), ReformerByteTokenizer(), name="ada/tiny")
     example = snippet(repository, "example")
     found = other_python(home, *arguments, "AutoTokenizer=ada/tiny", example)

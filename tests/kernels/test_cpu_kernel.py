@@ -98,7 +98,9 @@ def two_threads():
 
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize(
-    ("chunk", "length"), [(384, 1152), (300, 900), (96, 960), (832, 3328), (400, 400), (1500, 1500)]
+    ("chunk", "length"),
+    [(300, 900), (96, 960), (400, 400)]
+    + [pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((384, 1152), (832, 3328), (1500, 1500))],
 )
 def test_chunks_far_longer_than_the_kernels_tiles(chunk, length, shared, two_threads):
     """A chunk sees the one before it, and one that is as long as the input sees itself."""

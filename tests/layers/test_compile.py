@@ -316,7 +316,9 @@ def test_compiled_parts_keep_memory_flat():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("backend", ["auto", "torch", pytest.param("reference", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend", ["auto", *(pytest.param(b, marks=pytest.mark.slow) for b in ("torch", "reference"))]
+)
 @pytest.mark.parametrize(("cls", "changes"), [KINDS[0], KINDS[4]])
 def test_export_with_any_batch_and_length(cls, changes, backend):
     model = make(cls, **{**changes, "attention_backend": backend}).eval()

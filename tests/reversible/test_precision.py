@@ -26,8 +26,17 @@ TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 4e-3}  # relative to the larg
 SMOOTH = {"hidden_act": "gelu", "lsh_window": 128, "local_window": 128}  # windows that show every pair
 halves = pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 SMALL = {**SMALL_WINDOWS, "hidden_act": "relu"}  # of one head, as all have the same backbone
-heads_and_windows = pytest.mark.parametrize(
-    ("cls", "windows"), [*((cls, {}) for cls in HEADS), (ReformerForCausalLM, SMALL)]
+trained = pytest.mark.parametrize(
+    ("cls", "windows"),
+    [
+        (ReformerForCausalLM, SMALL),
+        (ReformerForSequenceClassification, {}),
+        *(
+            pytest.param(cls, {}, marks=pytest.mark.slow)
+            for cls in HEADS
+            if cls is not ReformerForSequenceClassification
+        ),
+    ],
 )
 
 
@@ -72,7 +81,7 @@ def test_losses_and_gradients_under_autocast_are_close_to_float32(cls, dtype, re
     assert any(max_abs_diff(found, wanted) > 1e-5 * size for found, wanted in zip(grads, exact, strict=True))
 
 
-@heads_and_windows
+@trained
 def test_a_gradient_scaler_trains_in_float16(cls, windows):
     torch.manual_seed(0)
     model = make_head(cls, hidden_dropout_prob=0.05, **windows).train()
@@ -171,7 +180,7 @@ def test_outputs_of_half_precision_weights_are_close_to_float32(cls, dtype):
         assert relative_gap(x.float(), y) <= TOLERANCES[dtype]
 
 
-@heads_and_windows
+@trained
 def test_bfloat16_weights_train(cls, windows):
     torch.manual_seed(0)
     model = make_head(cls, hidden_dropout_prob=0.05, **windows).to(torch.bfloat16).train()

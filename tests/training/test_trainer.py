@@ -22,9 +22,12 @@ from hf_reformer import (
 COUNTING = [ReformerForCausalLM, ReformerForMaskedLM, ReformerForTokenClassification]  # a target for every token
 HEADS = [*COUNTING, ReformerForSequenceClassification, ReformerForQuestionAnswering, ReformerForMultipleChoice]
 LABELLED = [cls for cls in HEADS if cls is not ReformerForQuestionAnswering]
-heads = pytest.mark.parametrize("cls", HEADS, ids=lambda cls: cls.__name__)
-two_heads = pytest.mark.parametrize(
-    "cls", [ReformerForCausalLM, ReformerForSequenceClassification], ids=lambda cls: cls.__name__
+FAST = [ReformerForCausalLM, ReformerForSequenceClassification]  # one that counts targets, and one that does not
+two_heads = pytest.mark.parametrize("cls", FAST, ids=lambda cls: cls.__name__)
+heads = pytest.mark.parametrize(
+    "cls",
+    [pytest.param(cls, marks=() if cls in FAST else pytest.mark.slow) for cls in HEADS],
+    ids=lambda cls: cls.__name__,
 )
 RANDOM = {
     "hidden_dropout_prob": 0.2,
@@ -163,7 +166,13 @@ def test_the_loss_of_a_step_is_the_mean_over_all_its_targets(cls, tmp_path):
 # --- label smoothing
 
 
-@pytest.mark.parametrize(("cls", "parts"), [*((cls, 2) for cls in LABELLED), (ReformerForCausalLM, 1)])
+@pytest.mark.parametrize(
+    ("cls", "parts"),
+    [
+        (ReformerForCausalLM, 1),
+        *(pytest.param(cls, 2, marks=() if cls in FAST else pytest.mark.slow) for cls in LABELLED),
+    ],
+)
 def test_vanishing_label_smoothing_is_none(cls, parts, tmp_path):
     smoothed, plain = (
         train(
@@ -228,7 +237,14 @@ def _nondeterminism_afterwards():
 
 
 @pytest.mark.usefixtures("_nondeterminism_afterwards")
-@pytest.mark.parametrize(("cls", "backend"), [*((cls, "auto") for cls in HEADS), (ReformerForCausalLM, "torch")])
+@pytest.mark.parametrize(
+    ("cls", "backend"),
+    [
+        (ReformerForCausalLM, "auto"),
+        (ReformerForSequenceClassification, "torch"),
+        *(pytest.param(cls, "auto", marks=pytest.mark.slow) for cls in HEADS if cls is not ReformerForCausalLM),
+    ],
+)
 def test_full_determinism(cls, backend, tmp_path):
     runs = [
         train(

@@ -8,7 +8,7 @@ A byte language model is trained while its lsh layers see every token before (sh
 evaluated with their windows, in `rounds` hash rounds. A row of the CSV is a way to choose keys and a number of rounds:
 
     exact      every token before
-    lsh, lsh-uncentred   hashing as the config has it, and without the mean taken off (`lsh_centering=False`)
+    lsh, lsh-uncentered   hashing as the config has it, and without the mean taken off (`lsh_centering=False`)
     random     hashing of random vectors
     local      no hashing, and as many more keys in the local window: rounds × lsh window
     none       the local window alone
@@ -54,6 +54,10 @@ KEYS = (
 )  # fmt: skip
 VALUES = ("bits", "far_bits", "loss", "far_loss", "found", "best")
 ONCE = ("exact", "none")  # rounds change nothing
+LABELS = {
+    "exact": "exact attention", "none": "the local window alone", "lsh": "hashed",
+    "lsh-uncentered": "hashed with their mean", "random": "random vectors hashed", "local": "as many more local keys",
+}  # fmt: skip
 SHORT = {
     "length": 512, "steps": 20, "rows": 2, "hidden_size": 64, "local_window": 16, "lsh_window": 16, "eval_rows": 2,
     "texts": ["far"], "num_buckets": 16, "rounds": [1, 4],
@@ -63,7 +67,7 @@ SHORT = {
 @dataclass
 class Arguments(TextOptions, Options):
     texts: list[str] = HfArg(default_factory=lambda: ["plain", "far"], help="plain, far, recall")
-    keys_by: list[str] = field(default_factory=lambda: ["lsh", "lsh-uncentred", "random", "local"])
+    keys_by: list[str] = field(default_factory=lambda: ["lsh", "lsh-uncentered", "random", "local"])
     rounds: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     length: int = 1024
     steps: int = 1000
@@ -90,7 +94,7 @@ def keys_chosen(model: Any, by: str, rounds: int, args: Arguments) -> Iterator[d
             contexts.enter_context(only_local(model, args.local_window + more))
         elif by == "random":
             contexts.enter_context(random_hashing())
-        elif by == "lsh-uncentred":
+        elif by == "lsh-uncentered":
             for layer in model.model.layers:
                 if layer.attention.kind == "lsh":
                     contexts.enter_context(patch.object(layer.attention, "centered", False))
@@ -159,25 +163,42 @@ def measure(
 
 
 def draw(experiment: Experiment, rows: list[dict[str, str]], args: Arguments) -> None:
-    panels = [(text, "loss") for text in args.texts] + [(text, "far_loss") for text in args.texts if text != "plain"]
+    """What is lost of all bytes and of far answers, and what is found, for every text."""
+    panels = [
+        (text, value)
+        for text in args.texts
+        for value in ("loss", "far_loss", "found")
+        if (text, value) != ("plain", "far_loss")
+    ]
     figure, axes = experiment.figure(len(panels), width=4)
     for ax, (text, value) in zip(axes, panels, strict=True):
         for by in dict.fromkeys(row["keys_by"] for row in rows):
-            means = []
-            for rounds in [0] if by in ONCE else args.rounds:
-                some = [row for row in rows if (row["text"], row["keys_by"]) == (text, by)]
-                losses = [float(row[value]) for row in some if row["rounds"] == str(rounds)]
-                means.append(sum(losses) / len(losses))
-            if by in ONCE:
-                ax.axhline(means[0], color="grey", linestyle=":" if by == "none" else "-", label=by)
-            else:
-                ax.plot(args.rounds, means, "o-", label=by)
+            some = [row for row in rows if (row["text"], row["keys_by"]) == (text, by)]
+            if by not in ONCE:
+                ax.plot(args.rounds, means(some, value, args.rounds), "o-", label=LABELS[by])
+            elif value != "found":
+                (mean,) = means(some, value, [0])
+                ax.axhline(mean, color="grey", linestyle=":" if by == "none" else "-", label=LABELS[by])
+        if value == "found":
+            some = [row for row in rows if (row["text"], row["keys_by"]) == (text, "lsh")]
+            if some:
+                ax.plot(args.rounds, means(some, "best", args.rounds), ":", color="grey", label="the best keys")
+            ax.set(ylabel="share of attention found", ylim=(0, 1))
+        else:
+            ax.set_ylabel("bits per byte above exact attention")
+        what = {"loss": "all bytes", "far_loss": "far answers", "found": f"rows of {args.length} bytes"}[value]
         ax.set_xscale("log", base=2)
         ax.set_xticks(args.rounds, [str(number) for number in args.rounds])
-        title = f"{text} text, {'all bytes' if value == 'loss' else 'far answers'}"
-        ax.set(title=title, xlabel="hash rounds", ylabel="bits per byte above exact")
-        ax.legend(frameon=False, fontsize=7)
+        ax.set(title=f"{text} text, {what}", xlabel="hash rounds")
+    lines = {line.get_label(): line for ax in axes for line in ax.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=7)
     experiment.save(figure)
+
+
+def means(rows: list[dict[str, str]], value: str, rounds: Sequence[int]) -> list[float]:
+    """Of a column, over seeds, by number of rounds."""
+    groups = [[float(row[value]) for row in rows if row["rounds"] == str(number)] for number in rounds]
+    return [sum(group) / len(group) for group in groups]
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def json_fields(text: str | None) -> dict[str, Any] | None:
     try:
         fields = json.loads(text if text.lstrip()[:1] in ("{", "[") else Path(text).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"--fields is no JSON: {error}.") from error
+        raise ValueError(f"--fields is not valid JSON: {error}.") from error
     except OSError as error:
         raise ValueError(f"--fields {text} is neither a JSON object nor a file that can be read.") from error
     if not isinstance(fields, dict):

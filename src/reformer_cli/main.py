@@ -141,7 +141,7 @@ def run_chat(args: argparse.Namespace) -> None:
             elif command == "/save":
                 conversation.save(rest)
             elif re.fullmatch("/[a-z]+", line):
-                raise ValueError(f"{command} is no command. There are /reset, /save FILE and /quit.")
+                raise ValueError(f"{command} is not a command. The commands are /reset, /save FILE and /quit.")
             elif line:
                 conversation.answer(checked(line, "The line"))
         except BrokenPipeError:

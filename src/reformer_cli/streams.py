@@ -66,5 +66,5 @@ class Lasting:
 
     def _discard(self, error: OSError, size: int) -> int:
         discard(self.stream)
-        print(f"hf-reformer: {self.stream.name} is not written to any more: {error}.", file=sys.stderr)
+        print(f"hf-reformer: Output to {self.stream.name} has stopped: {error}.", file=sys.stderr)
         return size

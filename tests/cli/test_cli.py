@@ -262,7 +262,7 @@ def test_on_a_terminal_a_failed_turn_does_not_end_the_chat(tmp_path, line, monke
     first, second, third = err.splitlines()
     assert "max_position_embeddings" in first
     assert "/no/such/place" in second
-    assert "/nonsense is no command" in third
+    assert "/nonsense is not a command" in third
 
 
 # ---- export ----
@@ -345,7 +345,7 @@ def test_mistakes_of_convert_end_in_one_line(tmp_path, line):
     for message, argv in {
         "does not exist": [tmp_path / "absent", tmp_path / "out"],
         "not an empty folder": [folder, folder],
-        "is no JSON": [folder, tmp_path / "out", "--fields", "{1}"],
+        "is not valid JSON": [folder, tmp_path / "out", "--fields", "{1}"],
         "must be a JSON object": [folder, tmp_path / "out", "--fields", Path(folder, "none.json")],
         "such as": [folder, tmp_path / "out", "--fields", "[1]"],
         "neither a JSON object nor a file": [folder, tmp_path / "out", "--fields", "absent.json"],

@@ -117,7 +117,7 @@ def test_training_outlives_the_reader_of_its_output(tmp_path, monkeypatch, capfd
         monkeypatch.setattr(sys, "stdout", gone)
         assert main(["train", "language-model", *tiny]) == 0
     assert (tmp_path / "lm" / "scores.json").exists()
-    assert capfd.readouterr().err.count("is not written to any more") == 1
+    assert capfd.readouterr().err.count("has stopped: ") == 1
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "env"])
@@ -264,7 +264,7 @@ def test_numbers_that_no_distribution_has_are_refused(folder, line):
 
 DEEP = '{"a":' * 100_000 + "1" + "}" * 100_000
 DAMAGE = {
-    "config.json": {DEEP: "is no JSON", "[]": "must hold an object"},
+    "config.json": {DEEP: "is not valid JSON", "[]": "must hold an object"},
     "tokenizer.json": {"{}": "The tokenizer in", "3": "The tokenizer in", DEEP: ""},
     "tokenizer_config.json": {"3": "The tokenizer in", DEEP: "The tokenizer in"},
 }
@@ -282,7 +282,7 @@ def test_damaged_files_of_a_model_end_in_one_line(command, name, content, tmp_pa
 def test_settings_that_cannot_be_computed_end_in_one_line(tmp_path, line):
     folder = save(tmp_path / "model", make_model())
     fails(line(*generate(folder, "--device", "meta")), "holds no numbers")
-    fails(line("convert", folder, tmp_path / "out", "--fields", "[" * 100_000), "--fields is no JSON")
+    fails(line("convert", folder, tmp_path / "out", "--fields", "[" * 100_000), "--fields is not valid JSON")
     (tmp_path / "fields.json").write_text('\ufeff{"nonsense": 1}', encoding="utf-8")
     assert "BOM" not in line("convert", folder, tmp_path / "out", "--fields", tmp_path / "fields.json")[2]
     (tmp_path / "model" / "generation_config.json").write_text('{"prefill_chunk_size": -1}')

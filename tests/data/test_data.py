@@ -243,7 +243,7 @@ def test_duplicate_names_are_refused_in_the_time_of_their_number(tmp_path):
     pairs = ", ".join(f'"{i % 20_000}": 1' for i in range(40_000))
     (tmp_path / "a.jsonl").write_text("{" + pairs + "}\n")
     with pytest.raises(
-        ValueError, match=r"a\.jsonl`, line 1, is no JSON: one object has several values called \['0', "
+        ValueError, match=r"a\.jsonl`, line 1, is not valid JSON: one object has several values called \['0', "
     ) as told:
         data.read_examples(tmp_path / "a.jsonl")
     assert len(str(told.value)) < 300
@@ -284,10 +284,13 @@ def test_a_byte_order_mark_tells_the_encoding(tmp_path, encoding):
 
 
 NO_TEXT = {
-    "latin-1": ("é".encode() * 600_000 + "é\n".encode("latin-1"), "no text in UTF-8: byte 0xe9 at position 1200000"),
+    "latin-1": (
+        "é".encode() * 600_000 + "é\n".encode("latin-1"),
+        "not valid UTF-8 text: byte 0xe9 at position 1200000",
+    ),
     "cut": ("é".encode()[:1], "byte 0xc3 at position 0"),
     "utf-16 without a mark": ("ab".encode("utf-16-le"), "character 1 is NUL"),
-    "half of utf-16": ("ab".encode("utf-16")[:-1], "no text in UTF-16"),
+    "half of utf-16": ("ab".encode("utf-16")[:-1], "not valid UTF-16 text"),
     "nul": (b"a\0b", "character 1 is NUL"),
     "gzip": (gzip.compress(b"text"), "compressed .gzip"),
     "bzip2": (bz2.compress(b"text"), "compressed .bzip2"),
@@ -319,7 +322,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path, kind):
         ("a.csv", 'text,label\n"x,y\nz,w\n', r"line 3.*quotes"),
         ("a.csv", "text,text\nx,y\n", r"several columns called \['text'\]"),
         ("a.csv", "text,label\n", "holds no row"),
-        ("a.jsonl", '{"a": 1}\n{"a": 1\n', "line 2, is no JSON"),
+        ("a.jsonl", '{"a": 1}\n{"a": 1\n', "line 2, is not valid JSON"),
         ("a.jsonl", '{"a": 1}\n[1]\n', "line 2: a list"),
         ("a.jsonl", '{"a": "\\ud800"}\n', "half a character"),
         ("a.jsonl", '{"a": [{"\\udc00": 1}]}\n{"a": 1}\n', "line 1.*half a character"),

@@ -176,8 +176,8 @@ def check_table(seed: int, folder) -> None:
             spoilt, content = draw.choice(
                 [
                     ("compressed", gzip.compress(content)),
-                    ("no text", text.encode("utf-16-le")),
-                    ("no text", (text + "é").encode("latin-1", "replace")),
+                    ("is not", text.encode("utf-16-le")),
+                    ("is not", (text + "é").encode("latin-1", "replace")),
                 ]
             )
     if spoilt is None and draw.random() < 0.2:  # what damage leaves may still be a table
@@ -215,7 +215,7 @@ def check_texts(seed: int, folder) -> None:
         written.append((file.parent.name, "\n".join(text.replace("\r\n", "\n").split("\r"))))
     read, refused = read_or_refused(folder / f"{seed}")
     assert (read is not None) == good, (seed, refused)
-    assert good or "is no text in UTF-8" in refused, (seed, refused)
+    assert good or "is not valid UTF-8 text" in refused, (seed, refused)
     assert not good or sorted(zip(read["label"], read["text"], strict=True)) == sorted(written), seed
 
 

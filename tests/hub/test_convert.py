@@ -284,7 +284,7 @@ def mistakes(folder):
         "does not exist": ("absent", {}),
         "no config.json": ("nothing", {}),
         "type 'gpt2'": ("other", {}),
-        "config.json is no JSON": ("cut", {}),
+        "config.json is not valid JSON": ("cut", {}),
         "holds a list, but must hold an object": ("list", {}),
         "no pickle of Trax": ("text", {}),
         "cut.gz is no pickle of Trax": ("cut.gz", {}),

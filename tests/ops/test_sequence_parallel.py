@@ -171,7 +171,7 @@ def refusals() -> list[str]:
         head.train()(IDS, labels=bad)
     strangers = [dist.new_group([rank]) for rank in range(2)][1 - dist.get_rank()]
     mesh = dist.init_device_mesh("cpu", (2,))
-    for group, message in ((strangers, "no member of the group"), (mesh, "found DeviceMesh"), (2, "found int")):
+    for group, message in ((strangers, "not a member of the given"), (mesh, "but got DeviceMesh"), (2, "but got int")):
         with pytest.raises(ValueError, match=message):
             model.enable_sequence_parallel(group)
     three_heads = make_model(ReformerModel, num_attention_heads=3)

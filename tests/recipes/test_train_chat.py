@@ -283,7 +283,7 @@ def test_messages_that_cannot_be_learnt_are_refused_with_file_and_row(files, mes
     [
         (["--choices", "1"], "--choices 1 leaves nothing to choose from"),
         (["--max_length", "2"], "--max_length 2 must be"),
-        (["--assistant_only_loss", "False"], "--assistant_only_loss False: here replies alone"),
+        (["--assistant_only_loss", "False"], "--assistant_only_loss False: this recipe trains"),
         (["--packing", "True"], "--packing and --padding_free are not supported"),
         (["--messages_column", "x"], r"no column \['x'\].*--messages_column.*train\.jsonl"),
         (["--config_overrides", "tie_word_embeddings=True"], "tie_word_embeddings"),
@@ -309,5 +309,5 @@ def test_templates_of_others():
             set_chat_template(tokenizer)
     tokenizer = ReformerByteTokenizer()
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    with pytest.raises(ValueError, match="does not mark what the assistant says"):
+    with pytest.raises(ValueError, match="does not mark the assistant"):
         set_chat_template(tokenizer)

@@ -108,7 +108,7 @@ def test_without_times_a_file_is_a_course_of_its_own(tmp_path, caplog):
     assert untimed["test"].ends.tolist() == list(range(12, 27))
     assert len(untimed["test"].values) == 30
     assert untimed["validation"].ends.tolist() == list(range(54, 57))  # what was held out goes on, as it must
-    assert "The test data have no times" in caplog.text
+    assert "The test data has no times" in caplog.text
     assert "validation data" not in caplog.text
 
 
@@ -126,7 +126,7 @@ def test_steps_of_several_lengths_are_refused(tmp_path):
     days = pd.DataFrame({"time": pd.date_range("2024-02-01", periods=30), "a": 1.0, "b": 1.0, "still": 3.0})
     days.to_csv(tmp_path / "test.csv", index=False)
     data = recipe.DataArguments(train_file=str(tmp_path / "train.csv"), test_file=str(tmp_path / "test.csv"))
-    with pytest.raises(ValueError, match=r"of the test data are 1 days.*of the train data 0 days 01:00:00"):
+    with pytest.raises(ValueError, match=r"of the test data are 1 days.*of the train data are 0 days 01:00:00"):
         recipe.load(data, None, 0)
 
 
@@ -220,7 +220,7 @@ def test_rows_without_a_future_are_forecast_alike_by_the_run_and_by_its_saved_mo
     if relative:
         steps = pd.DataFrame({name: np.arange(20.0) for name in ("x", "y", "speed")})
         steps.to_csv(tmp_path / "steps.csv", index=False)
-        with pytest.raises(ValueError, match="it takes a table with a window a row"):
+        with pytest.raises(ValueError, match="it needs a table with one window per row"):
             recipe.main([*TINY, *saved[:2], "--test_file", str(tmp_path / "steps.csv")])
     else:
         with pytest.raises(ValueError, match=r"--relative_positions True: that of the saved model .* is False"):

@@ -212,7 +212,7 @@ def test_answers_that_moved_are_told(caplog):
     rows = [example(0), example(1)]
     rows[1]["answers"]["answer_start"] = [0]
     recipe.make_examples(Dataset.from_list(rows), recipe.DataArguments(), "train")
-    assert "1 answers of the train data do not stand at their `answer_start`" in caplog.text
+    assert "1 answers in the train data are not at their `answer_start`" in caplog.text
     assert "row 1" in caplog.text
 
 
@@ -221,7 +221,7 @@ def test_documents_that_are_cut_are_told(caplog):
     some = recipe.make_examples(Dataset.from_list([long]), recipe.DataArguments(), "train")
     args = recipe.DataArguments(max_length=64)
     assert recipe.tokenize(some, ReformerByteTokenizer(), args, "train", True)["start_positions"] == [-100]
-    assert "1 documents of the train data are cut to --max_length 64 tokens; 1 answers lie behind it" in caplog.text
+    assert "1 documents of the train data are cut to --max_length 64 tokens; 1 answers lie beyond it" in caplog.text
     some = [some[0]._replace(question="why " * 20)]
     with pytest.raises(ValueError, match=r"Row 0 of the train data has a question of 80 tokens.*leaves no room"):
         recipe.check_questions(some, ReformerByteTokenizer(), 64, "train")
@@ -297,10 +297,10 @@ def test_files_that_cannot_be_read_are_refused(files):
     for text, words in (
         (b"", "is empty"),
         (rows.encode().replace(b"lives", b"li\0es"), "character 45 is NUL"),
-        (rows.replace("東京", "é").encode("cp1252", "replace"), "no text in UTF-8"),
+        (rows.replace("東京", "é").encode("cp1252", "replace"), "not valid UTF-8 text"),
         (rows.replace('"title"', '"id"').encode(), r"several values called \['id'\]"),
         (rows.replace('"context"', '"text"').encode(), "no column .*context.*--context_column"),
-        (("x" * 3_000_000).encode(), "line 1, is no JSON"),
+        (("x" * 3_000_000).encode(), "line 1, is not valid JSON"),
     ):
         (files / "train.jsonl").write_bytes(text)
         with pytest.raises(ValueError, match=words):

@@ -320,7 +320,7 @@ def test_a_trainer_ranks_all_but_what_the_user_had(files, monkeypatch):
         ([{"user": 1, "item": " ", "time": 3}], r"Row 0 .*no id as `item`.*a\.jsonl"),
         ([{"user": 1, "item": 2, "time": "soon"}], r"Row 0 .*'soon' as `time`, where a number or a date.*a\.jsonl"),
         ([{"user": 1, "item": [1, 2], "time": [3]}], r"Row 0 .*2 items in `item`, but in `time` 1.*a\.jsonl"),
-        ([{"user": 1, "item": "[1, 2", "time": None}], r"Row 0 .*no JSON.*a\.jsonl"),
+        ([{"user": 1, "item": "[1, 2", "time": None}], r"Row 0 .*not valid JSON.*a\.jsonl"),
         ([{"who": 1, "item": 2}], r"Which column holds the users.*`who`, `item`.*--user_column.*a\.jsonl"),
         ([{"user": 1, "x": 2}], r"Which column holds the items.*--item_column"),
         (
@@ -329,7 +329,7 @@ def test_a_trainer_ranks_all_but_what_the_user_had(files, monkeypatch):
         ),
         (
             [{"user": 1, "item": item, "time": item} for item in ("<s>", "b", "c")],
-            "called as a special token|no id|'<s>'",
+            "name as a special token|no id|'<s>'",
         ),
     ],
 )
@@ -346,7 +346,7 @@ def test_files_that_are_no_tables(tmp_path):
         (b"user_id:token\titem_id:token\n1\t2\t3\n", r"line 2: there are 3 cells.*names 2 columns.*Tabs"),
         (b"user_id:token\tuser_id:token\n1\t2\n", r"several columns called \['user_id'\]"),
         (b"user_id:token\titem_id:token\n1\t\0\n", "NUL"),
-        (b"user_id:token\titem_id:token\n1\t\xe9\n", "no text in UTF-8"),
+        (b"user_id:token\titem_id:token\n1\t\xe9\n", "not valid UTF-8 text"),
     ):
         (tmp_path / "a.inter").write_bytes(text)
         with pytest.raises(ValueError, match=words):

@@ -106,7 +106,7 @@ def test_a_saved_model_predicts_a_test_file_without_labels(sounds):
     answers = [classify(str(sounds / "train" / "ba" / f"{row}.wav"))[0] for row in range(3)]
     assert table["prediction"].tolist() == [answer["label"] for answer in answers]
     assert table["probability"].tolist() == pytest.approx([answer["score"] for answer in answers], abs=1e-3)
-    with pytest.raises(ValueError, match=r"--sampling_rate 44100: .* hears 16000 Hz"):
+    with pytest.raises(ValueError, match=r"--sampling_rate 44100: .* expects 16000 Hz"):
         audio_classification.main([*TINY, *saved, "--sampling_rate", "44100", "--output_dir", str(sounds / "again")])
 
 
@@ -189,7 +189,7 @@ def test_recordings_beyond_the_positions_of_a_saved_model_are_refused(tmp_path):
     AutoModelForCTC.from_config(config).save_pretrained(tmp_path)
     options, data = BackboneArguments(model_name_or_path=str(tmp_path)), speech_recognition.DataArguments()
     encoded = {"test": Dataset.from_dict({"length": [6000]})}
-    with pytest.raises(ValueError, match=r"has 74 frames, and the model positions for 50"):
+    with pytest.raises(ValueError, match=r"has 74 frames, but the model has positions for only 50"):
         data.hearing_model(AutoModelForCTC, options, None, encoded, EXTRACTOR)
 
 
@@ -453,7 +453,7 @@ def test_features_train_predict_and_serve_a_pipeline(speech):
         assert " ".join(heard.split()) == row["predicted"]
     assert any(row["predicted"] for row in rows)
     for option in ({"chunk_length_s": 1}, {"return_timestamps": "char"}):
-        with pytest.raises(ValueError, match="counts samples, and this model hears features"):
+        with pytest.raises(ValueError, match="counts samples, but each input feature of this model"):
             listen(np.zeros(16000, dtype=np.float32), **option)
     saved = ["--model_name_or_path", str(speech / "out"), "--test_file", str(speech / "validation.parquet")]
     speech_recognition.main([*TINY, *saved, "--output_dir", str(speech / "again")])
@@ -478,7 +478,7 @@ def test_features_of_tones_are_told_apart(tmp_path):
         (["--frame_transform", "spectrum"], "--features log_mel are spectra"),
         (["--stride_ms", "40"], "--stride_ms 40 is more than --frame_ms 10"),
         (["--frame_ms", "25"], "--frame_ms 25: log_mel features are 10 ms apart"),
-        (["--sampling_rate", "8000"], "--sampling_rate 8000: log_mel hears 16000 Hz"),
+        (["--sampling_rate", "8000"], "--sampling_rate 8000: log_mel expects 16000 Hz"),
         ([], "Row 1: The recording is shorter than 25 ms"),
     ],
 )

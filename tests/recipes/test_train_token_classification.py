@@ -137,7 +137,7 @@ def test_words_behind_the_end_are_told(caplog):
     sentences = recipe.Sentences([["abc"] * 30], [["X"] * 30])
     row = recipe.tokenize(sentences, ["O", "X"], ReformerByteTokenizer(), 40, "train")[0]
     assert row["first"].count(-1) == 20
-    assert "1 texts of the train data are cut to --max_length 40 tokens; 20 words lie behind it" in caplog.text
+    assert "1 texts in the train data are truncated to --max_length 40 tokens; 20 words lie beyond it" in caplog.text
 
 
 # --- scores
@@ -222,7 +222,7 @@ def test_column_files(tmp_path):
         with pytest.raises(ValueError, match=words):
             read_column_file(file)
     file.write_bytes("é X\n".encode("latin-1"))
-    with pytest.raises(ValueError, match="no text in UTF-8"):
+    with pytest.raises(ValueError, match="not valid UTF-8 text"):
         read_column_file(file)
 
 

@@ -135,7 +135,7 @@ def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(
     assert list(damage) == ["checkpoint-2", "checkpoint-4"]
     assert damage["checkpoint-2"] is None
     run(recipe, tmp_path, "killed", "--resume_from_checkpoint", "last")
-    assert f"checkpoint-4 is passed over: {damage['checkpoint-4']}" in caplog.text
+    assert f"checkpoint-4: {damage['checkpoint-4']}" in caplog.text
     assert same_model(whole_run(recipe), tmp_path / "killed")
     assert not any(checkpoints(tmp_path / "killed").values())
 
@@ -203,8 +203,8 @@ def test_checkpoints_that_cannot_be_gone_on_from_are_refused_in_one_line(whole, 
     for path in folder.glob("checkpoint-*"):
         (path / "optimizer.pt").write_bytes(b"")
     for name, out, message in (
-        ("last", folder, "holds no whole checkpoint"),
-        ("last", tmp_path / "new", "holds no checkpoint"),
+        ("last", folder, "contains no complete checkpoint"),
+        ("last", tmp_path / "new", "contains no checkpoint"),
         (folder / "checkpoint-4", folder, "optimizer.pt is damaged"),
         (folder / "checkpoint-5", folder, "no such directory"),
     ):

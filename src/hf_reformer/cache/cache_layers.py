@@ -290,8 +290,8 @@ class ReformerCacheLayer(CacheLayerMixin):
             return
         if not 0 < count <= self.seen_tokens:
             raise ValueError(
-                f"crop({tokens_to_remove}) on a cache of {self.seen_tokens} tokens: give minus the number of tokens "
-                "to remove."
+                f"crop({tokens_to_remove}) on a cache of {self.seen_tokens} tokens: pass the number of tokens to "
+                "remove as a negative number."
             )
         not_cropped = [x for x in (self, *self.sibling_local_layers) if x.seen_tokens == self.seen_tokens]
         if any(layer.has_evicted(count) for layer in not_cropped):

@@ -47,9 +47,9 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.chat_template = CHAT_TEMPLATE
     elif "endgeneration" not in str(tokenizer.chat_template):
         raise ValueError(
-            "The chat template of the tokenizer does not mark what the assistant says, which alone is learned. Put "
-            "{% generation %} … {% endgeneration %} around it, its end mark included, and save the tokenizer; or "
-            "set its chat_template to None to get one of ours."
+            "The tokenizer's chat template does not mark the assistant's messages, and only those are trained on. "
+            "Put {% generation %} … {% endgeneration %} around them, including their end marks, and save the "
+            "tokenizer; or set its chat_template to None to use ours."
         )
 
 

@@ -169,7 +169,7 @@ def _list(cell: Any, column: str | None, where: str) -> Any:
     try:
         return json.loads(cell)
     except ValueError as error:
-        raise ValueError(f"{where}: the list in `{column}` is no JSON: {error}.") from error
+        raise ValueError(f"{where}: the list in `{column}` is not valid JSON: {error}.") from error
 
 
 def _seconds(cell: Any, column: str, where: str) -> float:

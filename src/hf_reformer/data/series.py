@@ -108,7 +108,7 @@ def _regular(table: SeriesTable) -> SeriesTable:
             f"`resample(…).mean()`. {ADVICE}"
         )
     if places[-1] > MOST_MISSING * len(gaps):
-        raise ValueError(f"Of {int(places[-1]) + 1} steps only {len(table.values)} are there. Resample the data.")
+        raise ValueError(f"Only {len(table.values)} of {int(places[-1]) + 1} steps are present. Resample the data.")
     values = np.full((places[-1] + 1, table.values.shape[1]), np.nan)
     values[places] = table.values
     return SeriesTable(table.names, values, step.after(table.times[0], np.arange(len(values))))

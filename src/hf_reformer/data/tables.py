@@ -74,10 +74,10 @@ def text_encoding(path: str | Path) -> str:
             except UnicodeDecodeError as error:
                 wrong = f"byte 0x{error.object[error.start]:02x} at position {before + error.start}"
                 name = encoding.upper().removesuffix("-SIG")
-                raise ValueError(f"`{path}` is no text in {name}: {wrong}. Save it as UTF-8.") from None
+                raise ValueError(f"`{path}` is not valid {name} text: {wrong}. Save it as UTF-8.") from None
             if "\0" in text:
                 position = characters + text.index("\0")
-                raise ValueError(f"`{path}` is no text: its character {position} is NUL. Save it as UTF-8.")
+                raise ValueError(f"`{path}` is not a text file: character {position} is NUL. Save it as UTF-8.")
             if not block:
                 return encoding
             done, characters = done + len(block), characters + len(text)
@@ -209,7 +209,7 @@ def _json(text: str, path: Path, line: int = 1) -> Any:
         raise ValueError(f"`{path}`, line {line}: {error.object[error.start]!r} is half a character.") from error
     except (ValueError, RecursionError) as error:
         line += getattr(error, "lineno", 1) - 1
-        raise ValueError(f"`{path}`, line {line}, is no JSON: {error}. Write an object a line.") from error
+        raise ValueError(f"`{path}`, line {line}, is not valid JSON: {error}. Write one object per line.") from error
     return value
 
 

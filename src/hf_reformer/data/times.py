@@ -11,7 +11,7 @@ from .tables import cell_text, require
 DAY = 86400 * 10**9  # nanoseconds
 DATES = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d"}  # numbers that are written so, by their digits
 UNITS = {range(9, 12): "s", range(12, 15): "ms", range(15, 18): "us", range(18, 20): "ns"}  # since 1970, of today
-ADVICE = "Name another column by --time_column; where rows are steps one after the other: --time_column none."
+ADVICE = "Name another column with --time_column; if rows are consecutive steps, use --time_column none."
 
 
 class Step(NamedTuple):

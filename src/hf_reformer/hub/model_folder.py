@@ -58,7 +58,8 @@ def check_own_files(folder: Path) -> None:
             raise ValueError(f"{path} is a link to itself.") from error
         if not any(target.is_relative_to(place) for place in own):
             raise ValueError(
-                f"{path} is {target}, outside of the directory, and is not read. Copy it in if it belongs there."
+                f"{path} points to {target}, outside the directory, so it is not read. Copy that file into the "
+                "directory if it belongs there."
             )
         if target.exists() and not target.is_file() and target != templates.resolve():
             raise ValueError(f"{path} is no file, but a pipe, a device or a directory. Remove it.")
@@ -84,7 +85,7 @@ def saved_config(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON: {error}.") from error
+        raise ValueError(f"{file} is not valid JSON: {error}.") from error
     if not isinstance(found, dict):
         raise ValueError(f"{file} holds a {type(found).__name__}, but must hold an object with the model's settings.")
     return found

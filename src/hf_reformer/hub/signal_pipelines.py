@@ -21,8 +21,8 @@ class SpeechRecognition(AutomaticSpeechRecognitionPipeline):
         wanted = [name for name in ("chunk_length_s", "return_timestamps") if kwargs.get(name)]
         if wanted and config.model_type == ReformerConfig.model_type and config.num_input_features > 1:
             raise ValueError(
-                f"`{wanted[0]}` counts samples, and this model hears features of many samples each. Leave it out: a "
-                "recording of any length is transcribed in one pass."
+                f"`{wanted[0]}` counts samples, but each input feature of this model covers many samples. "
+                "Leave it out: a recording of any length is transcribed in one pass."
             )
         return super()._sanitize_parameters(**kwargs)
 

@@ -133,8 +133,8 @@ def _sort_in_onnx(buckets: torch.Tensor, mask: torch.Tensor | None, num_buckets:
     """`perm`, and the first and last position of every token's bucket, by what ONNX has: no stable sort, no cummax."""
     if num_buckets is None:
         raise ValueError(
-            "Samples packed into a row by `position_ids` cannot be exported to ONNX, which has no sort for any number "
-            "of them. Export without `position_ids`, or by `torch.export`."
+            "Samples packed into a row by `position_ids` cannot be exported to ONNX, which cannot sort a variable "
+            "number of samples. Export without `position_ids`, or with `torch.export`."
         )
     buckets, length = buckets.long(), buckets.shape[-1]
     if mask is not None:

@@ -71,11 +71,11 @@ def check_group(group: Any) -> None:
     if not isinstance(group, dist.ProcessGroup):
         member = group != dist.GroupMember.NON_GROUP_MEMBER
         raise ValueError(
-            f"Sequences are shared by a `torch.distributed` process group, found {type(group).__name__}. Of a device "
-            "mesh, give `mesh.get_group()`."
+            f"Sequences must be shared by a `torch.distributed` process group, but got {type(group).__name__}. For "
+            "a device mesh, pass `mesh.get_group()`."
             if member
-            else "This process is no member of the group that was to share sequences. Give every process the group "
-            "that it is in: `torch.distributed.new_subgroups` returns it."
+            else "This process is not a member of the given sequence-parallel group. Give each process the group it "
+            "belongs to: `torch.distributed.new_subgroups` returns it."
         )
 
 

@@ -84,8 +84,8 @@ class DataArguments(PretrainingArguments):
             raise ValueError(f"--max_length {args.max_length} must be a number of at least 8 tokens.")
         if not args.assistant_only_loss:
             raise ValueError(
-                "--assistant_only_loss False: here replies alone are learned and judged. Leave it out; to learn "
-                "whole texts, see `hf-reformer train language-model`."
+                "--assistant_only_loss False: this recipe trains and evaluates on replies only. Leave the option "
+                "out; to train on whole texts, see `hf-reformer train language-model`."
             )
         if args.packing or args.padding_free:
             raise ValueError("--packing and --padding_free are not supported here. Leave them out.")
@@ -165,7 +165,7 @@ def report(
             title = f"{split}: {len(choices)} replies"
             draw_replies(folder / f"replies_{split}.png", choices, reply_bits, ranks, title)
         elif data.max_choices:
-            logger.warning(f"The {split} data has too few replies to choose of {data.choices}.")
+            logger.warning(f"The {split} data has too few replies to offer {data.choices} choices.")
         written = sample_dialogue(model, tokenizer, some[0], length)
         write_rows(folder / f"dialogue_{split}.jsonl", written)
     if trainer.is_world_process_zero() and "validation" in metrics:

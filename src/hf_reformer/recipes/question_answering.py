@@ -150,8 +150,8 @@ def make_examples(dataset: Dataset, args: DataArguments, split: str) -> list[Exa
         )
     if moved:
         logger.warning(
-            f"{len(moved)} answers of the {split} data do not stand at their `answer_start`; the nearest place where "
-            f"they stand is taken. The first one is in row {moved[0]}."
+            f"{len(moved)} answers in the {split} data are not at their `answer_start`; the nearest occurrence is "
+            f"used instead. The first one is in row {moved[0]}."
         )
     return examples
 
@@ -257,7 +257,7 @@ def tokenize(
         ends = read_column(found, "end_positions") if "end_positions" in found.column_names else []
         logger.warning(
             f"{cut} documents of the {split} data are cut to --max_length {args.max_length} tokens; "
-            f"{ends.count(IGNORE)} answers lie behind it."
+            f"{ends.count(IGNORE)} answers lie beyond it."
         )
     return found.remove_columns("cut")
 

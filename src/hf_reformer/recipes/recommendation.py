@@ -84,7 +84,7 @@ class DataArguments(SplitArguments):
     time_column: str | None = option(None, "Default: found by name; without one, the rows are in order of time.")
     max_length: int = option(128, "Maximum items of a history; of longer histories, only the last ones are used.")
     item_dropout: float = option(0.1, "Fraction of history items hidden from the input in training.")
-    reorder: float = option(5.0, "Places that an item moves at most, at random, in training.")
+    reorder: float = option(5.0, "Maximum number of places by which items are randomly moved in training.")
     top_k: list[int] = option([10], "Numbers of recommendations (k) to score; predictions have the largest k.")
     baselines: bool = option(False, "Also score popularity, item-kNN and co-occurrence.")
 
@@ -174,7 +174,9 @@ def _join(
         else:
             again += 1
     if again:
-        logger.warning(f"{again} users of the {split} data had their item before: they are left out.")
+        logger.warning(
+            f"{again} users in the {split} data have a target item that they already had; these users are left out."
+        )
 
 
 def warn_unknown(users: Sequence[User], tokenizer: PreTrainedTokenizerBase, split: str) -> None:

@@ -236,8 +236,8 @@ def tokenize(
     if any(cut):
         unused = "not learned" if split == "train" else "neither read nor scored"
         logger.warning(
-            f"{np.count_nonzero(cut)} texts of the {split} data are cut to --max_length {max_length} tokens; "
-            f"{sum(cut)} words lie behind it, which are {unused}."
+            f"{np.count_nonzero(cut)} texts in the {split} data are truncated to --max_length {max_length} tokens; "
+            f"{sum(cut)} words lie beyond it and are {unused}."
         )
     return found
 

@@ -87,8 +87,8 @@ class SplitArguments:
             raise ValueError(f"{what}, and a new model answers at random. Give {way} or --model_name_or_path.")
         if args.do_eval and not args.do_train and not self._given("validation_file"):
             raise ValueError(
-                "--do_eval without --do_train needs a --validation_file: which part of the training data was held "
-                "out is known to the run that trains alone."
+                "--do_eval without --do_train needs a --validation_file: only the training run knows which part of "
+                "the training data was held out."
             )
         if args.do_predict and not self._given("test_file"):
             raise ValueError("--do_predict: there is no test data. Give a --test_file, or leave the option out.")

@@ -157,8 +157,8 @@ def read_steps(part: Dataset, data: SeriesArguments, saved: Any, names: Sequence
     """
     if saved is not None and saved.relative_positions:
         raise ValueError(
-            "The model sees positions from where each window ends, so it takes a table with a window a row: lists in "
-            f"columns that begin with {data.past_prefix!r}. The columns are {part.column_names}."
+            "The model uses positions relative to the end of each window, so it needs a table with one window per "
+            f"row: lists in columns whose names begin with {data.past_prefix!r}. The columns are {part.column_names}."
         )
     if names is not None and (missing := [name for name in names if name not in part.column_names]):
         raise ValueError(
@@ -222,7 +222,8 @@ def _load_tables(data: SeriesArguments, tables: dict[str, SeriesTable], saved: A
     for split, table in tables.items():
         if None not in (table.step, tables[first].step) and table.step != tables[first].step:
             raise ValueError(
-                f"From row to row of the {split} data are {table.step}, of the {first} data {tables[first].step}. "
+                f"Rows of the {split} data are {table.step} apart, but those of the {first} data are "
+                f"{tables[first].step} apart. "
                 "Resample one of them, such as by pandas' `resample(…).mean()`."
             )
     before = data.context_length or 96 if saved is None else saved.context_length
@@ -246,8 +247,8 @@ def _load_tables(data: SeriesArguments, tables: dict[str, SeriesTable], saved: A
             steps = 1
         elif history is not None and table.times is None:
             logger.warning(
-                f"The {split} data have no times, so nothing tells whether they go on where others end: they are "
-                "taken as a course of their own, whose first steps are only looked at."
+                f"The {split} data has no times, so it is unknown whether it continues other data: it is treated as "
+                "a separate series, whose first steps serve only as context."
             )
         joins = history is not None and steps is not None  # then the past may reach back
         history = courses[split] = joined(history, table, steps) if joins else table

@@ -394,8 +394,9 @@ def _load_saved(auto_class: Any, name: str, config: Any, num_labels: int, trains
     if not missing and (saved_by := other_task(model)):
         if not trains:
             raise ValueError(
-                f"`{name}` was saved by {saved_by}, so as {type(model).__name__} it answers at random, and nothing is "
-                "trained here. Give --train_file, or evaluate it as what it is (a masked language model by --masked)."
+                f"`{name}` was saved by {saved_by}, so as a {type(model).__name__} its output would be random, and "
+                "this run does not train it. Give --train_file, or evaluate it for the task it was trained on (for "
+                "a masked language model, add --masked)."
             )
         logger.warning(f"`{name}` was saved by {saved_by} and is trained on as {type(model).__name__}.")
     return model

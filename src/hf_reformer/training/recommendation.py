@@ -40,7 +40,7 @@ def item_tokenizer(items: Sequence[str], max_length: int) -> PreTrainedTokenizer
         ValueError: an item is called as a special token is.
     """
     if taken := sorted({*items} & {*SPECIAL.values()}):
-        raise ValueError(f"The item {taken[0]} is called as a special token of the vocabulary. Rename it.")
+        raise ValueError(f"The item {taken[0]} has the same name as a special token of the vocabulary. Rename it.")
     words = {word: number for number, word in enumerate([*SPECIAL.values(), *items])}
     backend = Tokenizer(models.WordLevel(words, unk_token=SPECIAL["unk_token"]))
     border = r"\n+" if any(len(item.split()) > 1 for item in items) else r"\s+"

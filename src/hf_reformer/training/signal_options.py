@@ -206,8 +206,8 @@ class AudioArguments(InputArguments):
             tells = rate_column is not None or not holds_samples(first, audio)
             if tells and self.sampling_rate not in (None, found.sampling_rate):
                 raise ValueError(
-                    f"--sampling_rate {self.sampling_rate}: {who} hears {found.sampling_rate} Hz. Leave the option "
-                    "out: these recordings tell their rate, and are resampled."
+                    f"--sampling_rate {self.sampling_rate}: {who} expects {found.sampling_rate} Hz. Leave the "
+                    "option out: these recordings specify their own rate and are resampled."
                 )
             return found
         rate = self.sampling_rate or stored_rate(first, audio, rate_column)
@@ -260,8 +260,9 @@ class AudioArguments(InputArguments):
         covered = getattr(found.config, "covered_positions", count)
         if count > covered:
             raise ValueError(
-                f"The longest recording has {count:,} frames, and the model positions for {covered:,}. Cut it, or "
-                "train a model with more of them, or with --position_embedding_type rotary, which knows no end."
+                f"The longest recording has {count:,} frames, but the model has positions for only {covered:,}. "
+                "Shorten the recording, or train a model with more positions or with --position_embedding_type "
+                "rotary, which has no limit."
             )
         return found
 
@@ -278,8 +279,8 @@ class AudioArguments(InputArguments):
             for number, samples in enumerate(heard):
                 if len(samples) < shortest:
                     raise ValueError(
-                        f"Row {number}: The recording is shorter than {SHORTEST_MS} ms, of which there are no "
-                        "features yet. Leave it out."
+                        f"Row {number}: The recording is shorter than {SHORTEST_MS} ms, which is too short to "
+                        "compute features. Leave it out."
                     )
                 values = np.asarray(extractor(samples, sampling_rate=rate)[name][0], dtype=np.float32)
                 yield {name: values.reshape(-1), "length": len(values)}

@@ -75,7 +75,7 @@ def train_and_save(trainer: Trainer, data_summary: str) -> None:
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` names; `last` is the newest whole one of the run.
+    """The checkpoint that `--resume_from_checkpoint` names; `last` is the newest complete one of the run.
 
     Where there is none yet, it is the newest one of the run's pre-training.
 
@@ -97,10 +97,10 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
             if (damage := checkpoint_damage(steps[step])) is None:
                 return str(steps[step])
             if args.process_index == 0:
-                logger.warning(f"{steps[step]} is passed over: {damage}.")
+                logger.warning(f"Skipping {steps[step]}: {damage}.")
     raise ValueError(
-        f"--resume_from_checkpoint {name}: {args.output_dir} holds no {'whole ' if found else ''}checkpoint. Leave "
-        "the option out to begin from the start."
+        f"--resume_from_checkpoint {name}: {args.output_dir} contains no {'complete ' if found else ''}checkpoint. "
+        "Omit the option to start from the beginning."
     )
 
 
@@ -184,8 +184,8 @@ class WholeCheckpointsMixin:
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
-                f"{folder} could not be saved, and is left out: {error}. Make room, then go on from the checkpoint "
-                "before it with --resume_from_checkpoint last."
+                f"{folder} could not be saved and was removed: {error}. Free some disk space, then resume from the "
+                "previous checkpoint with --resume_from_checkpoint last."
             ) from error
 
     def _save_rng_state(self, output_dir: str) -> None:

@@ -113,9 +113,11 @@ def read(source: Path, kind: str, head: str | None, fields: dict[str, Any]) -> t
     if head is not None and kind not in FOLDERS:
         raise ValueError(f"`head={head!r}` is for folders; weights of {kind} are those of a language model.")
     if kind not in FOLDERS and source.exists() and not source.is_file():
-        raise ValueError(f"{source} is no file, and weights of {kind} are one.")
+        raise ValueError(f"{source} is not a file, but {kind} weights must be a single file.")
     if fields and kind in FOLDERS:
-        raise ValueError("A folder says all about itself: fields are for window mode, or weights without a config.")
+        raise ValueError(
+            "A folder has its own config: pass fields only for window mode, or for weights without a config."
+        )
     try:
         if kind in FOLDERS:
             return read_folder(source, head)

@@ -101,22 +101,26 @@ def measure(args: Arguments) -> None:
 
 
 def draw(experiment: Experiment, rows: list[dict[str, str]]) -> None:
+    """A color for a kind of positions, a marker for a width; dashed before training."""
     figure, axes = experiment.figure(2)
+    kinds, widths = (list(dict.fromkeys(row[name] for row in rows)) for name in ("positions", "hidden_size"))
     for ax, value, goal in zip(axes, ("entropy", "fullest"), (0.85, 4), strict=True):
         for name in dict.fromkeys((row["hidden_size"], row["positions"], row["steps"]) for row in rows):
+            width, kind, steps = name
             some = [row for row in rows if (row["hidden_size"], row["positions"], row["steps"]) == name]
-            line = "o--" if name[2] == "0" else "o-"
-            label = f"width {name[0]}, {name[1]}, {name[2]} steps"
             layers = sorted({int(row["layer"]) for row in some})
             means = []
             for layer in layers:
                 numbers = [float(row[value]) for row in some if row["layer"] == str(layer)]
                 means.append(sum(numbers) / len(numbers))
-            ax.plot(layers, means, line, label=label)
+            ax.plot(
+                layers, means, "--" if steps == "0" else "-", color=f"C{kinds.index(kind)}",
+                marker="os^v"[widths.index(width) % 4], label=f"width {width}, {kind}, {steps} steps",
+            )  # fmt: skip
         ax.axhline(goal, color="grey", linewidth=1)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set(xlabel="lsh layer", ylabel="entropy" if value == "entropy" else "fullest bucket / even share")
-    axes[0].legend(frameon=False, fontsize=6)
+        ax.set(xlabel="LSH layer", ylabel="entropy" if value == "entropy" else "fullest bucket / even share")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7)
     experiment.save(figure)
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_reformer import ReformerByteTokenizer
+from hf_reformer import ReformerByteTokenizer, ReformerConfig
 from hf_reformer.data.bpe_tokenizer import train_bpe_tokenizer
 from hf_reformer.data.conversations import (
     CHAT_TEMPLATE,
@@ -23,7 +24,7 @@ from hf_reformer.data.conversations import (
     read_conversations,
     set_chat_template,
 )
-from hf_reformer.training.chat import accuracy, make_choices, rank_of_first, tfidf_ranks
+from hf_reformer.training.chat import Choice, accuracy, make_choices, rank_of_first, rank_replies, tfidf_ranks
 
 pytest.importorskip("trl")
 
@@ -38,6 +39,10 @@ TINY = [
     *("--config_overrides", "lsh_window=16,local_window=16", "--use_cpu", "--disable_tqdm", "True"),
     *("--save_strategy", "no", "--max_choices", "3", "--choices", "3", "--learning_rate", "1e-2"),
 ]
+TINY_MODEL = {
+    "hidden_size": 16, "attn_layers": ["local", "lsh"], "num_attention_heads": 1, "attention_head_size": 16,
+    "feed_forward_size": 16, "num_hashes": 1, "is_decoder": True,
+}  # fmt: skip
 WORDS = ["Zoë", "rain", "東京", "yes", "no", "tea"]
 
 
@@ -232,6 +237,42 @@ def test_choices_hold_the_true_reply_and_those_of_other_conversations():
     ]
     assert accuracy(tfidf_ranks(make_choices(alike, 4, 6, seed=0), alike)) == 1
     assert tfidf_ranks([], [[{"role": "user", "content": "?"}]]) is None
+
+
+class Echo:
+    """A model of bytes that likes the letter q, and any byte that was there before a little more."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, liking: float):
+        self.favorite = liking * torch.nn.functional.one_hot(torch.tensor(BYTES("q")["input_ids"][0]), len(BYTES))
+
+    def __call__(self, input_ids, attention_mask, logits_to_keep):
+        before = torch.nn.functional.one_hot(input_ids, len(BYTES)).cumsum(1) > 0
+        return SimpleNamespace(logits=(self.favorite + 1.0 * before)[:, -logits_to_keep:])
+
+
+BYTES = ReformerByteTokenizer(chat_template=CHAT_TEMPLATE)
+
+
+@pytest.mark.parametrize("liking", [0.0, 8.0])
+@pytest.mark.parametrize("length", [24, 1024])
+def test_a_reply_is_chosen_that_the_conversation_makes_likelier_not_one_that_is_always_likely(liking, length):
+    before = [{"role": "user", "content": "xyz! xyz!"}]
+    ranks, bits = rank_replies(Echo(liking), BYTES, [Choice(before, ["zyx", "qqq", "klm"])], length)
+    assert ranks == [1]
+    assert bits[0] > 0
+
+
+def test_bits_of_a_true_reply_are_those_of_its_bytes_and_end_given_what_was_said():
+    model = AutoModelForCausalLM.from_config(ReformerConfig(**{**TINY_MODEL, "vocab_size": len(BYTES)})).eval()
+    before = talk(3, turns=3)
+    _, bits = rank_replies(model, BYTES, [Choice(before, ["yes 猫", "no"])], 512)
+    ids, spoken = encode_conversation([*before, {"role": "assistant", "content": "yes 猫"}], BYTES)
+    with torch.no_grad():
+        nats = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])
+    last = torch.tensor(spoken[1:]) & (torch.arange(1, len(ids)) >= len(ids) - len("yes 猫".encode()) - 1)
+    assert bits[0] == pytest.approx(-nats[last].sum().item() / len("yes 猫".encode()) / math.log(2), rel=1e-5)
 
 
 # --- what people bring

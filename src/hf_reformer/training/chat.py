@@ -75,30 +75,46 @@ def make_choices(conversations: Sequence[Messages], size: int, count: int, seed:
 def rank_replies(
     model: Any, tokenizer: PreTrainedTokenizerBase, choices: Sequence[Choice], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rank of the true reply in every choice, from 1 on, by mean log-likelihood per byte; and its bits per byte.
+    """Rank of the true reply in every choice, from 1 on; and its bits per byte.
+
+    A reply ranks by how much likelier the conversation makes it: its log-likelihood after what was said before, less
+    that at the beginning of a conversation (pointwise mutual information; Li et al. 2016, arXiv 1510.03055). By its
+    likelihood alone, what is often said would be chosen whatever was said before.
 
     Of what was said before, as many last tokens are read as fit into `length` with the longest candidate; of a
     candidate, the first `length` - 1.
     """
     ranks, bits = [], []
     for before, candidates in choices:
-        prompt: Any = tokenizer.apply_chat_template(before, add_generation_prompt=True, tokenize=False)
-        context: list[int] = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        said = tokenizer(candidates, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        ends = [[*ids, tokenizer.eos_token_id][: length - 1] for ids in said]
-        context = context[max(map(len, ends)) - length :]
-        rows = [{"input_ids": [*context, *ids]} for ids in ends]
-        batch = tokenizer.pad(rows, return_tensors="pt", padding_side="right").to(model.device)
-        keep = batch["input_ids"].shape[1] - len(context) + 1
-        with torch.no_grad():
-            logits = model(**batch, logits_to_keep=keep).logits[:, :-1].float().log_softmax(-1)
-        values = []
-        for row, (text, ids) in enumerate(zip(candidates, ends, strict=True)):
-            nats = logits[row, : len(ids)].gather(-1, torch.tensor(ids, device=logits.device)[:, None]).sum()
-            values.append(float(nats) / len(text.encode()))
-        ranks.append(rank_of_first(np.array(values)))
-        bits.append(-values[0] / math.log(2))
+        prompt, said = (
+            str(tokenizer.apply_chat_template(before, add_generation_prompt=asks, tokenize=False))
+            for asks in (True, False)
+        )
+        opening = prompt[len(said) :] if prompt.startswith(said) else ""  # such as "assistant" and a new line
+        context, nothing = tokenizer([prompt, opening or tokenizer.eos_token], add_special_tokens=False)["input_ids"]
+        encoded = tokenizer(candidates, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ends = [[*ids, tokenizer.eos_token_id][: length - 1] for ids in encoded]
+        room = length - max(map(len, ends))
+        given, alone = (log_likelihoods(model, tokenizer, tokens[-room:], ends) for tokens in (context, nothing))
+        ranks.append(rank_of_first(given - alone))
+        bits.append(-given[0] / len(candidates[0].encode()) / math.log(2))
     return np.array(ranks), np.array(bits)
+
+
+@torch.no_grad()
+def log_likelihoods(
+    model: Any, tokenizer: PreTrainedTokenizerBase, context: Sequence[int], ends: Sequence[Sequence[int]]
+) -> np.ndarray:
+    """Of each of these ends after at least one token of context, in nats."""
+    rows = [{"input_ids": [*context, *ids]} for ids in ends]
+    batch = tokenizer.pad(rows, return_tensors="pt", padding_side="right").to(model.device)
+    keep = batch["input_ids"].shape[1] - len(context) + 1
+    logits = model(**batch, logits_to_keep=keep).logits[:, :-1].float().log_softmax(-1)
+    chosen = (
+        row[: len(ids)].gather(-1, torch.tensor(ids, device=row.device)[:, None])
+        for row, ids in zip(logits, ends, strict=True)
+    )
+    return np.array([float(nats.sum()) for nats in chosen])
 
 
 def rank_of_first(values: np.ndarray) -> float:

@@ -70,6 +70,19 @@ def test_a_recording_may_have_any_length(cls):
     assert model(noise(2, 0)).logits.shape == ((2, 0, 40) if cls is ReformerForCTC else (2, 3))
 
 
+@pytest.mark.parametrize("transform", ["linear", "spectrum"])
+def test_local_layers_hear_a_part_of_a_long_recording_as_they_hear_it_alone(transform):
+    """But for what lies within their reach of its ends: the layers of the recipe for speech recognition."""
+    model = make_head(ReformerForCTC, attn_layers=["local", "local"], local_window=8, frame_transform=transform)
+    stride, reach = model.config.frame_stride, 2 * 8
+    long, part = noise(1, 4000 * stride), slice(2000, 2100)
+    alone = model(long[:, part.start * stride : part.stop * stride]).logits
+    within = model(long).logits[:, part]
+    found, expected = within[:, reach:-reach], alone[:, reach : 100 - reach]
+    assert max_abs_diff(found, expected) <= 1e-3  # angles of rotary positions are float32
+    assert max_abs_diff(within[:, :1], alone[:, :1]) > 0.1  # before it, there is something to hear
+
+
 @hearing
 def test_features_in_the_place_of_samples(cls):
     model = make_head(cls, num_input_features=5)

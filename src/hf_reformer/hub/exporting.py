@@ -88,7 +88,10 @@ def export(
     if isinstance(model, (str, PathLike)) and Path(model).resolve() == folder:
         raise ValueError(f"{folder} cannot be exported into itself. Name another directory.")
     if not overwrite and folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty. Name another one, or pass `overwrite=True` (--overwrite).")
+        raise FileExistsError(
+            f"{folder} is not empty. Name another folder, or replace its contents: --overwrite, in Python "
+            "`overwrite=True`."
+        )
     loaded, tokenizer, state, processor = _loaded(model, tokenizer, state, processor)
     readme = model_card(loaded, name or folder.name, tokenizer, state, **card)
     with written_whole(folder, MODEL_FILE_PATTERNS) as new:

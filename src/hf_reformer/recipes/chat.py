@@ -15,8 +15,8 @@
     hf-reformer train chat --model_name_or_path runs/chat --validation_file other.jsonl
 
 A tokenizer without a chat template gets one, which is saved with it. Scores are bits per byte of the assistant's
-messages, and how often the true reply has the fewest bits per byte among ten; the others are from other
-conversations. All options of `trl.SFTConfig`, and so of `transformers.TrainingArguments`, work,
+messages, and how often the true reply is, of ten, the one that the conversation makes likelier than the others; the
+others are from other conversations. All options of `trl.SFTConfig`, and so of `transformers.TrainingArguments`, work,
 `--resume_from_checkpoint last` included.
 """
 

@@ -356,7 +356,7 @@ def _check_length(library: bytes) -> None:
 
 def _compile(variant: str, path: Path, check: Callable[[ctypes.CDLL], None], rehearsal: str | None) -> ctypes.CDLL:
     """Compile, check and store the variant."""
-    logger.warning("compiling the %s attention kernel, once (about ten seconds)", variant)
+    logger.warning("compiling the %s attention kernel, once (10 to 25 seconds)", variant)
     end = time.monotonic() + COMPILE_SECONDS
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name

@@ -72,7 +72,7 @@ def test_a_recording_may_have_any_length(cls):
 
 @pytest.mark.parametrize("transform", ["linear", "spectrum"])
 def test_local_layers_hear_a_part_of_a_long_recording_as_they_hear_it_alone(transform):
-    """But for what lies within their reach of its ends: the layers of the recipe for speech recognition."""
+    """But for what lies within their reach of its ends."""
     model = make_head(ReformerForCTC, attn_layers=["local", "local"], local_window=8, frame_transform=transform)
     stride, reach = model.config.frame_stride, 2 * 8
     long, part = noise(1, 4000 * stride), slice(2000, 2100)

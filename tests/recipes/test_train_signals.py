@@ -285,6 +285,18 @@ def test_no_recording_becomes_too_short_for_its_transcript(ids):
     assert len(lengths) > 1  # and still it is varied
 
 
+def test_waveforms_are_heard_at_any_loudness_and_features_as_they_are():
+    change, waveform = vary_speech(20, 8), np.sin(np.arange(1000, dtype=np.float32))
+    gains = [
+        change(waveform, np.random.default_rng(seed), {"labels": [1]}).std() / waveform.std() for seed in range(300)
+    ]
+    assert 1 / 17 < min(gains) < 1 / 13
+    assert 3.5 < max(gains) < 4.2
+    assert 0.35 < np.mean(np.array(gains) > 0.5) < 0.65
+    features = np.full((100, 3), 5.0, dtype=np.float32)
+    assert change(features, np.random.default_rng(0), {"labels": [1]}).mean() == pytest.approx(5, abs=0.1)
+
+
 def test_the_tokenizer_of_characters_writes_and_reads():
     tokenizer = character_tokenizer(["ab ba", "süß"])
     assert tokenizer.pad_token_id == 0

@@ -56,7 +56,7 @@ from ..training.trainers import build_trainer, longest_first, predict_splits, tr
 
 DEFAULTS = {
     "output_dir": "runs/speech", "train_sampling_strategy": "group_by_length",
-    "attn_layers": ["local", "local", "local", "local"], "hidden_dropout_prob": 0.1, "num_train_epochs": 20,
+    "attn_layers": ["local", "lsh", "local", "local"], "hidden_dropout_prob": 0.1, "num_train_epochs": 20,
     "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 8,
     "per_device_eval_batch_size": 4,
 }  # fmt: skip

@@ -21,6 +21,7 @@ from .signals import Change, spectra_of, vary_recording
 BLANK, UNKNOWN, SPACE = "<pad>", "<unk>", "|"
 MOST_CHARACTERS = 20_000
 SHOWN = 4  # recordings of a picture
+GAINS = (-4, 2)  # of a waveform in training, as powers of two
 
 
 def character_tokenizer(texts: Sequence[str]) -> Wav2Vec2CTCTokenizer:
@@ -85,11 +86,17 @@ class ErrorRates:
 
 
 def vary_speech(size: int, stride: int) -> Change:
-    """`vary_recording`, but never so short that the frames, of `size` samples, could not give the transcript."""
+    """`vary_recording`, and waveforms up to 16 times softer or 4 times louder.
+
+    Recordings are scaled as a whole, so in a long one a voice may be far softer than it would be alone. None gets so
+    short that its frames, of `size` samples, could not give the transcript.
+    """
 
     def change(samples: np.ndarray, draw: np.random.Generator, row: Mapping[str, Any]) -> np.ndarray:
         frames = frames_of(row["labels"])
-        return vary_recording(samples, draw, row, shortest=1 if frames < 2 else stride * (frames - 2) + size + 1)
+        varied = vary_recording(samples, draw, row, shortest=1 if frames < 2 else stride * (frames - 2) + size + 1)
+        gain = 2.0 ** draw.uniform(*GAINS) if samples.ndim == 1 else 1.0
+        return varied * np.float32(gain)
 
     return change
 

@@ -295,7 +295,7 @@ def mistakes(folder):
         "is unknown": ("good", {"to": "gpt2"}),
         "Choose one of": ("good", {"kind": "gpt2"}),
         "is for folders": ("no_state.pt", {"head": "ReformerModel"}),
-        "fields are for window mode": ("good", {"fields": {"hidden_size": 3}}),
+        "pass fields only for window mode": ("good", {"fields": {"hidden_size": 3}}),
         "window mode already": ("window", {"attention_mode": "window"}),
         "cannot be turned into chunks": ("window", {"attention_mode": "chunk"}),
         "no fields of ReformerConfig": ("good", {"attention_mode": "window", "fields": {"windows": 3}}),

@@ -335,7 +335,7 @@ def test_a_link_to_a_file_elsewhere_is_refused(name, reader, tmp_path, elsewhere
     folder = of_the_reader(reader, tmp_path / "model")
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(elsewhere / ("more" if name.endswith("templates") else "secret"))
-    with pytest.raises(ValueError, match=f"{name} is .*outside the directory"):
+    with pytest.raises(ValueError, match=f"{name} .*outside the directory"):
         READERS[reader](folder)
     assert not (tmp_path / "out").exists()
 
@@ -345,7 +345,7 @@ def test_links_within_templates_loops_and_pipes_are_refused(reader, tmp_path, el
     folder = of_the_reader(reader, tmp_path / "model")
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "a.jinja").symlink_to(elsewhere / "more" / "key.jinja")
-    with pytest.raises(ValueError, match=r"a\.jinja is .*outside the directory"):
+    with pytest.raises(ValueError, match=r"a\.jinja .*outside the directory"):
         READERS[reader](folder)
     (folder / "additional_chat_templates" / "a.jinja").unlink()
     (folder / "vocab.txt").symlink_to("vocab.txt")

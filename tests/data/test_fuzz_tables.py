@@ -6,6 +6,7 @@ import decimal
 import gzip
 import json
 import random
+import re
 
 import pytest
 from fuzzing import seeds
@@ -176,8 +177,8 @@ def check_table(seed: int, folder) -> None:
             spoilt, content = draw.choice(
                 [
                     ("compressed", gzip.compress(content)),
-                    ("is not", text.encode("utf-16-le")),
-                    ("is not", (text + "é").encode("latin-1", "replace")),
+                    ("is not (a text file|valid UTF-8 text)", text.encode("utf-16-le")),
+                    ("is not (a text file|valid UTF-8 text)", (text + "é").encode("latin-1", "replace")),
                 ]
             )
     if spoilt is None and draw.random() < 0.2:  # what damage leaves may still be a table
@@ -189,7 +190,7 @@ def check_table(seed: int, folder) -> None:
     if dataset is None:
         assert spoilt is not None, (seed, refused)
         assert str(path) in refused, (seed, refused)
-        assert spoilt in refused, (seed, refused)
+        assert re.search(spoilt, refused), (seed, refused)
         return
     assert not spoilt, seed
     if spoilt is None:

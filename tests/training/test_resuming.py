@@ -135,7 +135,7 @@ def test_a_run_killed_while_saving_goes_on_from_the_checkpoint_before(
     assert list(damage) == ["checkpoint-2", "checkpoint-4"]
     assert damage["checkpoint-2"] is None
     run(recipe, tmp_path, "killed", "--resume_from_checkpoint", "last")
-    assert f"checkpoint-4: {damage['checkpoint-4']}" in caplog.text
+    assert f"Skipping {tmp_path / 'killed' / 'checkpoint-4'}: {damage['checkpoint-4']}" in caplog.text
     assert same_model(whole_run(recipe), tmp_path / "killed")
     assert not any(checkpoints(tmp_path / "killed").values())
 

@@ -24,7 +24,7 @@ MAX_NUMBERS = {
     "frame_size": 2**24, "frame_stride": 2**24, "num_input_features": 2**20, "num_channels": 2**16,
     "patch_size": 2**12,
     "prediction_length": 2**24, "context_length": 2**24, "patch_length": 2**24, "input_size": 2**20,
-    "num_time_features": 2**16, "num_parallel_samples": 2**24,
+    "num_time_features": 2**16, "type_vocab_size": 2**20, "num_parallel_samples": 2**24,
     "pad_token_id": 2**31, "bos_token_id": 2**31, "eos_token_id": 2**31, "decoder_start_token_id": 2**31,
 }  # fmt: skip
 MAX_ENTRIES = {
@@ -146,6 +146,7 @@ def _check_numbers(config: Any) -> None:
     if config.attention_mode == "chunk":
         positive += [f"{kind}_attn_chunk_length" for kind in kinds if kind in config.attn_layers]
     not_negative = ["num_time_features", "lsh_exploration_orders", "chunk_size_feed_forward", "chunk_size_lm_head"]
+    not_negative += ["type_vocab_size"]
     not_negative += [f"{kind}_num_chunks_{side}" for kind in kinds for side in ("before", "after")]
     shares = [
         "hidden_dropout_prob",
@@ -170,7 +171,7 @@ def _check_numbers(config: Any) -> None:
 def _check_size(config: Any) -> None:
     inner = config.num_attention_heads * config.attention_head_size
     layer = config.hidden_size * (4 * inner + 2 * config.feed_forward_size)
-    tables = config.hidden_size * config.vocab_size
+    tables = config.hidden_size * (config.vocab_size + config.type_vocab_size)
     if config.position_embedding_type == "learned":
         tables += config.hidden_size * config.max_position_embeddings
     elif config.position_embedding_type == "axial":

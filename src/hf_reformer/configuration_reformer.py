@@ -78,6 +78,9 @@ class ReformerConfig(PreTrainedConfig):
             length.
         initializer_range (`float`, *optional*):
             Standard deviation of new weights. Default: 0.6 / sqrt(hidden_size), which is 0.053 for a width of 128.
+        type_vocab_size (`int`, defaults to 0):
+            Number of token types, 2 for pairs of texts: `token_type_ids` tell each token which of them it belongs to,
+            by an embedding that is initialized to zero. 0: none, and `token_type_ids` are ignored.
         position_embedding_type (`str`, *optional*):
             `"rotary"` (default), `"axial"` (default in chunk mode, whose old checkpoints have no rotary positions, for
             odd head sizes, and if `axial_pos_shape` or `axial_pos_embds_dim` is given) or `"learned"`. The older
@@ -179,6 +182,7 @@ class ReformerConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = ["past_key_values", "cache", "coverage_loss"]
 
     vocab_size: int = 320
+    type_vocab_size: int = 0
     hidden_size: int = 256
     num_hidden_layers: int | None = None
     attn_layers: list[str] | tuple[str, ...] | None = None
@@ -334,7 +338,7 @@ class ReformerConfig(PreTrainedConfig):
         config = copy.deepcopy(self)
         config.attn_layers, config.num_hidden_layers = self.decoder_attn_layers, len(self.decoder_attn_layers)
         config.is_decoder, config.is_encoder_decoder = True, False
-        config.lsh_num_chunks_after = config.local_num_chunks_after = 0
+        config.lsh_num_chunks_after = config.local_num_chunks_after = config.type_vocab_size = 0
         config.validate()
         return config
 

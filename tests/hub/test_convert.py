@@ -195,6 +195,7 @@ INEXPRESSIBLE = {
     "rotary": {"position_embedding_type": "rotary"},
     "not two axes": {"axial_pos_shape": [4, 8, 8], "axial_pos_embds_dim": [4, 4, 8]},
     "merges the streams": {"tie_word_embeddings": True},
+    "no token types": {"type_vocab_size": 2},
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_reformer import (
     ReformerByteTokenizer,
@@ -221,6 +221,9 @@ def test_pairs_of_texts(tmp_path):
     table.drop(columns="text").to_csv(tmp_path / "train.csv", index=False)
     recipe.main(arguments(tmp_path, "--max_steps", "2", "--baselines"))
     assert len(pd.read_csv(tmp_path / "out" / "predictions_validation.csv")) > 0
+    out = tmp_path / "out"
+    assert ReformerConfig.from_pretrained(out).type_vocab_size == 2
+    assert AutoTokenizer.from_pretrained(out)("a", "b")["token_type_ids"][-1] == 1
 
 
 def test_training_texts_are_cut_into_chunks_that_keep_their_label():

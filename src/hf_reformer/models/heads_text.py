@@ -53,10 +53,19 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> ReformerSequenceClassifierOutput:
         r"""`labels`: (B) int64 classes; floats, (B) or (B, num_labels), for regression or multi-label tasks."""
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            token_type_ids=token_type_ids,
+            return_dict=True,
+            **kwargs,
+        )
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling, shard))
         loss = None if labels is None else classification_loss(self.config, logits, labels.to(logits.device))
@@ -83,10 +92,19 @@ class ReformerForTokenClassification(ReformerPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> ReformerTokenClassifierOutput:
         r"""`labels`: (B, T) int64, -100 for no target."""
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            token_type_ids=token_type_ids,
+            return_dict=True,
+            **kwargs,
+        )
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         logits = gather_sequence(self.classifier(self.dropout(outputs.last_hidden_state)), shard)
         check_label_shape(labels, logits.shape[:2])
@@ -117,11 +135,20 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> ReformerQuestionAnsweringOutput:
         r"""`start_positions`, `end_positions`: (B) int64; a position outside the input (truncated) or on padding is
         ignored. Logits at padding are the lowest number of the dtype."""
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            token_type_ids=token_type_ids,
+            return_dict=True,
+            **kwargs,
+        )
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         scores = gather_sequence(self.qa_outputs(outputs.last_hidden_state), shard)  # (B, T, 2)
         real = torch.ones_like(scores[..., 0], dtype=torch.bool)
@@ -161,6 +188,7 @@ class ReformerForMultipleChoice(ReformerPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> ReformerMultipleChoiceOutput:
         r"""Inputs are (B, choices, T); `labels`: (B) int64, the index of the right choice."""
@@ -168,9 +196,9 @@ class ReformerForMultipleChoice(ReformerPreTrainedModel):
         if inputs is None or inputs.dim() != (3 if inputs_embeds is None else 4):
             shape = None if inputs is None else tuple(inputs.shape)
             raise ValueError(f"Multiple choice needs inputs of shape (batch, choices, length, …), found {shape}.")
-        tensors = (input_ids, attention_mask, position_ids, inputs_embeds)
-        flat = [None if x is None else x.flatten(0, 1) for x in tensors]
-        outputs = self.model(*flat, return_dict=True, **kwargs)
+        tensors = (input_ids, attention_mask, position_ids, inputs_embeds, token_type_ids)
+        *flat, types = [None if x is None else x.flatten(0, 1) for x in tensors]
+        outputs = self.model(*flat, token_type_ids=types, return_dict=True, **kwargs)
         pooled = pool(outputs.last_hidden_state, flat[1], self.config.pooling, self.model.shard(inputs.shape[2]))
         logits = self.classifier(pooled).view(inputs.shape[:2])
         loss = None if labels is None else cross_entropy(logits, labels.to(logits.device))

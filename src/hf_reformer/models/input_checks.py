@@ -23,7 +23,7 @@ def reject_tracing(config: Any) -> None:
 def check_inputs(
     config: Any, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, num_hashes: Any, num_buckets: Any,
-    past: int = 0,
+    past: int = 0, token_type_ids: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Raise ValueError for invalid inputs. Values are checked in eager mode only.
 
@@ -44,7 +44,8 @@ def check_inputs(
         )
     if inputs_embeds is not None and shape[2] != config.hidden_size:
         raise ValueError(f"`inputs_embeds` is {shape[2]} wide, but `hidden_size={config.hidden_size}`.")
-    for value, label in ((input_ids, "input_ids"), (position_ids, "position_ids")):
+    types = token_type_ids if config.type_vocab_size else None
+    for value, label in ((input_ids, "input_ids"), (position_ids, "position_ids"), (types, "token_type_ids")):
         if value is not None and value.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"`{label}` has dtype {value.dtype}; it must be torch.int64 or torch.int32.")
     if num_hashes is not None and (not isinstance(num_hashes, int) or num_hashes < 1):
@@ -58,6 +59,7 @@ def check_inputs(
     for value, label, rows, columns in (
         (attention_mask, "attention_mask", (batch,), length + past),
         (position_ids, "position_ids", (batch, 1), length),
+        (types, "token_type_ids", (batch,), length),
     ):
         if value is not None and (value.dim() != 2 or value.shape[0] not in rows or value.shape[1] != columns):
             raise ValueError(
@@ -67,7 +69,7 @@ def check_inputs(
     if position_ids is None:
         _check_positions_cover(config, past + length, attention_mask)
     if values_are_known():
-        _check_values(config, input_ids, attention_mask, position_ids)
+        _check_values(config, input_ids, attention_mask, position_ids, types)
 
 
 def reject_ignored_packing_args(
@@ -106,8 +108,9 @@ def _check_positions_cover(config: Any, length: int, attention_mask: torch.Tenso
 
 
 def _check_values(
-    config: Any, input_ids: torch.Tensor | None, mask: torch.Tensor | None, position_ids: torch.Tensor | None
-) -> None:
+    config: Any, input_ids: torch.Tensor | None, mask: torch.Tensor | None, position_ids: torch.Tensor | None,
+    types: torch.Tensor | None,
+) -> None:  # fmt: skip
     if input_ids is not None and may_look_at(input_ids):
         low, high = (int(x) for x in input_ids.aminmax())
         if low < 0 or high >= config.vocab_size:
@@ -123,6 +126,13 @@ def _check_values(
             reach = "from {} to {}".format(*(int(x) for x in position_ids.aminmax()))
         within = (position_ids >= 0) & (position_ids < covered)
         refuse_values(within, f"`position_ids` reach {reach}, but the model covers 0 … {covered - 1}.")
+    if types is not None:
+        size = config.type_vocab_size
+        refuse_values(
+            (types >= 0) & (types < size),
+            f"`token_type_ids` hold others than 0 … {size - 1}, and `type_vocab_size={size}`. Use the model's own "
+            "tokenizer.",
+        )
 
 
 def check_mask_values(mask: torch.Tensor | None) -> None:

@@ -125,6 +125,11 @@ class ReformerForCausalLM(ReformerGenerativeLM):
     """Reformer with a language-model head. Always causal, whatever `config.is_decoder` says."""
 
     def __init__(self, config: ReformerConfig):
+        if config.type_vocab_size:
+            raise ValueError(
+                f"`type_vocab_size={config.type_vocab_size}` tells the texts of a pair apart, and a causal language "
+                "model writes tokens that belong to neither. Set it to 0."
+            )
         if not config.is_decoder:
             config = copy.deepcopy(config)
             config.is_decoder = True
@@ -199,10 +204,19 @@ class ReformerForMaskedLM(ReformerLMBase):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> ReformerMaskedLMOutput:
         r"""`labels`: (B, T) int64, -100 where nothing was masked. `logits` is None in training with labels."""
-        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, return_dict=True, **kwargs)
+        outputs = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            inputs_embeds,
+            token_type_ids=token_type_ids,
+            return_dict=True,
+            **kwargs,
+        )
         shape = given_shape(input_ids, inputs_embeds)
         check_label_shape(labels, shape)
         shard = self.model.shard(shape[1])

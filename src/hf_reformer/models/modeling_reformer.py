@@ -38,7 +38,7 @@ from .input_checks import (
     reject_tracing,
 )
 from .outputs import ReformerModelOutput
-from .pretrained import ReformerPreTrainedModel
+from .pretrained import ReformerPreTrainedModel, ZeroEmbedding
 
 logger = logging.get_logger(__name__)
 
@@ -54,6 +54,8 @@ class ReformerModel(ReformerPreTrainedModel):
     def __init__(self, config: ReformerConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.type_vocab_size:
+            self.token_type_embeddings = ZeroEmbedding(config.type_vocab_size, config.hidden_size)
         if config.position_embedding_type == "axial":
             self.position_embeddings: nn.Module = AxialPositionEmbeddings(
                 config.axial_pos_shape, config.axial_pos_embds_dim
@@ -101,6 +103,7 @@ class ReformerModel(ReformerPreTrainedModel):
         output_sorting: bool | None = None,
         encoder_hidden_states: torch.FloatTensor | None = None,
         encoder_context: EncoderContext | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> ReformerModelOutput:
         r"""
@@ -126,6 +129,8 @@ class ReformerModel(ReformerPreTrainedModel):
             output_sorting: also return how every layer sorted the tokens, `forward_context.Sorting`; not with a
                 cache. Uses the plain path.
             encoder_hidden_states, encoder_context: the source of a decoder (`ReformerDecoder`).
+            token_type_ids: (B, T), which text of a pair each token belongs to, if `config.type_vocab_size` is above 0;
+                otherwise ignored. Default: zeros.
 
         Returns:
             ReformerModelOutput with `last_hidden_state` (B, T, 2 D), the cache, as `cache` since transformers 5.24, or
@@ -156,8 +161,9 @@ class ReformerModel(ReformerPreTrainedModel):
         past = 0 if cache is None else cache.get_seq_length()
         reject_tracing(self.config)
         check_inputs(
-            self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets, past
-        )
+            self.config, input_ids, attention_mask, position_ids, inputs_embeds, num_hashes, num_buckets, past,
+            token_type_ids,
+        )  # fmt: skip
         reject_ignored_packing_args(position_ids, **kwargs)
         shard = self.shard(inputs.shape[1])
         inputs_here = local_tokens(inputs, shard)
@@ -178,6 +184,9 @@ class ReformerModel(ReformerPreTrainedModel):
             want_weights=output_attentions and ("sparse" if output_attentions == "sparse" else "dense"),
             want_sorting=bool(output_sorting),
         )
+        if self.config.type_vocab_size:
+            types = inputs.new_zeros(inputs.shape[:2], dtype=torch.int64) if token_type_ids is None else token_type_ids
+            embeds = embeds + self.token_type_embeddings(local_tokens(types, shard))
         if self.config.position_embedding_type != "rotary":
             embeds = embeds + self.position_embeddings(local_tokens(positions, shard))
         embeds = self.dropout(embeds, _subkey(ctx.key, EMBEDDING_DROPOUT), ctx.offset)

@@ -54,6 +54,10 @@ class ZeroLinear(nn.Linear):
     """A linear map initialized to zero, so that adding its output changes nothing at first."""
 
 
+class ZeroEmbedding(nn.Embedding):
+    """A table initialized to zero, likewise."""
+
+
 class ReformerPreTrainedModel(PreTrainedModel):
     """Weight initialization and loading, also from folders of transformers' own Reformer."""
 
@@ -166,6 +170,8 @@ class ReformerPreTrainedModel(PreTrainedModel):
         if isinstance(module, ZeroLinear):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
+        elif isinstance(module, ZeroEmbedding):
+            init.zeros_(module.weight)
         elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=std)
             if module.bias is not None:

@@ -61,12 +61,12 @@ from ..training.data_setup import SplitsAndFileArguments
 from ..training.model_setup import (
     SAVED_MODEL,
     ModelArguments,
+    for_pairs,
     load_trained,
     make_model,
     make_tokenizer,
     option,
     run_recipe,
-    with_defaults,
 )
 from ..training.pretraining import MaskedPretrainingArguments, pretrain
 from ..training.reports import format_tables, write_report
@@ -76,7 +76,6 @@ DEFAULTS = {  # one layer and few epochs: from scratch, on hundreds or thousands
     "output_dir": "runs/classification", "train_sampling_strategy": "group_by_length",
     "attn_layers": ["lsh"], "num_train_epochs": 3, "per_device_train_batch_size": 4,
 }  # fmt: skip
-COMPARING = {"lsh_rotary": 0.5}  # of pairs: half of the heads find what both texts say, wherever it stands
 DEMO = {  # trained on chunks of the documents, evaluated on whole ones
     "output_dir": "runs/demo", "baselines": True, "max_length": 6144, "train_length": 512,
     "attn_layers": ["lsh"], "attention_head_size": 32, "feed_forward_size": 128, "num_hashes": 1,
@@ -228,7 +227,8 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     with args.main_process_first(desc="preparing the data"):
         splits, task = prepare_data(data, model_labels, args.seed, model_problem_type)
         train_texts = [text for texts in task.texts(splits["train"]) for text in texts] if "train" in splits else []
-        tokenizer = make_tokenizer(model_args, train_texts, data.max_length)
+        pairs = task.columns.pair is not None
+        tokenizer = make_tokenizer(model_args, train_texts, data.max_length, pairs=pairs)
         encoded = {
             split: tokenize(part, task, tokenizer, data.train_length)
             if split == "train"
@@ -237,8 +237,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
         }
     metrics = Metrics(task, data.task_name)
     fields, trains = label_fields(task), "train" in splits
-    if task.columns.pair is not None:
-        model_args = with_defaults(model_args, **COMPARING)
+    model_args = for_pairs(model_args, tokenizer) if pairs else model_args
     pieces = token_ids(([text] for text in train_texts), tokenizer)
     model_args = pretrain(data, model_args, args, tokenizer, pieces, data.max_length)
     model = make_model(AutoModelForSequenceClassification, model_args, tokenizer, data.max_length, trains, **fields)

@@ -38,7 +38,15 @@ from transformers.utils import logging
 from ..data.columns import check_columns, check_distinct, labels_unknown
 from ..data.packing import token_ids
 from ..data.tables import cell_text, read_column
-from ..training.model_setup import SAVED_MODEL, ModelArguments, make_model, make_tokenizer, option, run_recipe
+from ..training.model_setup import (
+    SAVED_MODEL,
+    ModelArguments,
+    for_pairs,
+    make_model,
+    make_tokenizer,
+    option,
+    run_recipe,
+)
 from ..training.pretraining import MaskedPretrainingArguments, pretrain
 from ..training.reports import format_tables, write_report, write_rows
 from ..training.similarity import word_similarity
@@ -255,14 +263,14 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
         chosen = data.choose_rows({split: len(some) for split, some in found.items()}, args.seed, groups)
         questions = {split: [found[source][i] for i in rows] for split, (source, rows) in chosen.items()}
         texts = [text for question in questions.get("train", []) for text in (question.context, *question.choices)]
-        tokenizer = make_tokenizer(model_args, texts, data.max_length)
+        tokenizer = make_tokenizer(model_args, texts, data.max_length, pairs=True)
         for split, some in questions.items():
             encoded[split] = tokenize(some, tokenizer, data.max_length, split)
             if split != "train":
                 encoded[split] = longest_first(encoded[split])
     trains = "train" in questions
     pieces = token_ids(([text] for text in texts), tokenizer)
-    model_args = pretrain(data, model_args, args, tokenizer, pieces, data.max_length)
+    model_args = pretrain(data, for_pairs(model_args, tokenizer), args, tokenizer, pieces, data.max_length)
     model = make_model(AutoModelForMultipleChoice, model_args, tokenizer, data.max_length, trains)
     options = {"data_collator": ChoiceCollator(tokenizer), "compute_metrics": accuracy}
     trainer = build_trainer(GroupedTrainer, model, args, tokenizer, encoded, **options)

@@ -41,7 +41,15 @@ from ..data.columns import check_columns, check_distinct, labels_unknown
 from ..data.packing import token_ids
 from ..data.tables import cell_text, read_column
 from ..models.losses import IGNORE
-from ..training.model_setup import SAVED_MODEL, ModelArguments, make_model, make_tokenizer, option, run_recipe
+from ..training.model_setup import (
+    SAVED_MODEL,
+    ModelArguments,
+    for_pairs,
+    make_model,
+    make_tokenizer,
+    option,
+    run_recipe,
+)
 from ..training.pretraining import MaskedPretrainingArguments, pretrain
 from ..training.question_answering import (
     Example,
@@ -335,7 +343,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
         chosen = data.choose_rows({split: len(some) for split, some in found.items()}, args.seed, groups)
         examples = {split: [found[source][i] for i in rows] for split, (source, rows) in chosen.items()}
         texts = list(dict.fromkeys(text for x in examples.get("train", []) for text in (x.question, x.context)))
-        tokenizer = make_tokenizer(model_args, texts, data.max_length, offsets=True)
+        tokenizer = make_tokenizer(model_args, texts, data.max_length, offsets=True, pairs=True)
         for split, some in found.items():
             with data.naming_source(split):
                 check_questions(some, tokenizer, data.max_length, split)
@@ -346,7 +354,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
                 reader.examples += some
     trains = "train" in examples
     pieces = token_ids(([text] for text in texts), tokenizer)
-    model_args = pretrain(data, model_args, args, tokenizer, pieces, data.max_length)
+    model_args = pretrain(data, for_pairs(model_args, tokenizer), args, tokenizer, pieces, data.max_length)
     model = make_model(AutoModelForQuestionAnswering, model_args, tokenizer, data.max_length, trains)
     options = {"data_collator": SpanCollator(tokenizer), "compute_metrics": reader}
     trainer = build_trainer(SpanTrainer, model, args, tokenizer, encoded, **options)

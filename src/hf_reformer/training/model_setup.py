@@ -19,7 +19,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import logging
 
 from ..configuration_reformer import ReformerConfig
-from ..data.bpe_tokenizer import train_bpe_tokenizer
+from ..data.bpe_tokenizer import INPUT_NAMES, train_bpe_tokenizer
 from ..data.packing import separator
 from ..data.tables import read_text, require
 from ..hub.model_folder import check_own_files, other_task
@@ -245,7 +245,7 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
 
 
 def make_tokenizer(
-    args: ModelArguments, texts: Iterable[str], max_length: int, offsets: bool = False
+    args: ModelArguments, texts: Iterable[str], max_length: int, offsets: bool = False, pairs: bool = False
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that `args` name; it truncates at `max_length`. `texts` are read only to train one.
 
@@ -254,6 +254,7 @@ def make_tokenizer(
     Args:
         offsets: places in texts are found by it, so it is to tell which characters its tokens stand for, and pads and
             truncates on the right.
+        pairs: a new tokenizer also tells which text of a pair each token belongs to (`token_type_ids`).
 
     Raises:
         ValueError: a directory that `args` name holds links to files elsewhere; it tells no offsets.
@@ -262,9 +263,11 @@ def make_tokenizer(
         if Path(given).is_dir():
             check_own_files(Path(given))
     name = args.tokenizer or args.model_name_or_path or "train"
+    names = [*INPUT_NAMES, "token_type_ids"] if pairs else [*INPUT_NAMES]
     if name == "train":
-        return train_bpe_tokenizer(texts, args.tokenizer_vocab_size, max_length)
-    tokenizer = ReformerByteTokenizer() if name == "bytes" else AutoTokenizer.from_pretrained(name)
+        return train_bpe_tokenizer(texts, args.tokenizer_vocab_size, max_length, names)
+    new = name == "bytes"
+    tokenizer = ReformerByteTokenizer(model_input_names=names) if new else AutoTokenizer.from_pretrained(name)
     tokenizer.model_max_length = max_length
     if tokenizer.pad_token is None:
         tokenizer.pad_token_id = separator(tokenizer)
@@ -284,6 +287,17 @@ def with_defaults(args: ModelArguments, **fields: Any) -> ModelArguments:
         return args
     assignments = [f"{name}={value}" for name, value in fields.items()]
     return replace(args, config_overrides=",".join([*assignments, args.config_overrides or ""]).rstrip(","))
+
+
+def for_pairs(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> ModelArguments:
+    """The same with defaults for a new model that compares two texts.
+
+    Half of the heads of LSH layers find what both texts say, wherever it stands. If the tokenizer tells which text a
+    token belongs to, so does an embedding.
+    """
+    kinds = tokenizer("a", "b").get("token_type_ids", [0])
+    last = max(*kinds, tokenizer.pad_token_type_id)
+    return with_defaults(args, lsh_rotary=0.5, **({"type_vocab_size": last + 1} if last else {}))
 
 
 def make_model(

@@ -225,6 +225,7 @@ def to_builtin(model: Any) -> tuple[Any, list[str]]:
         ("full" in config.attn_layers, "`attn_layers` holds 'full', and it has local and lsh layers alone"),
         (kind == "rotary", "`position_embedding_type='rotary'`"),
         (kind == "axial" and len(shape) != 2, f"`axial_pos_shape={shape}` has not two axes"),
+        (config.type_vocab_size > 0, f"`type_vocab_size={config.type_vocab_size}`, and it has no token types"),
         (config.tie_word_embeddings, "`tie_word_embeddings=True` merges the streams, which it cannot do"),
         (by_another_token, f"`classifier_pooling={config.pooling!r}`, and it classifies by the first token"),
     ):

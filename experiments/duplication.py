@@ -152,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ):
         own = replace(args, attention_mode=choice["attention_mode"])
         key = {name: getattr(own, name) for name in KEYS if hasattr(own, name)} | choice
+        key["chunk"] = args.chunk if own.attention_mode == "chunk" else 0  # windows have none
         wanted = [{**key, "evaluated_with": number} for number in ROUNDS]
         if not all(map(experiment.results.find, wanted)):
             steps, found = learn(own, key["seed"], key["trained_with"], experiment.checkpoint(key))
@@ -176,7 +177,7 @@ def plot(experiment: Experiment, rows: list[dict[str, str]]) -> None:
     tables["paper"] = {(t, e): x / 100 for t, shares in PAPER.items() for e, x in zip(ROUNDS, shares, strict=True)}
     figure, axes = experiment.figure(len(tables), width=4)
     for ax, (title, shares) in zip(axes, tables.items(), strict=True):
-        trainings = list(dict.fromkeys(trained for trained, _ in shares))
+        trainings = sorted({trained for trained, _ in shares}, key=list(PAPER).index)
         ax.imshow([[shares[t, e] for e in ROUNDS] for t in trainings], vmin=0, vmax=1, cmap="Blues", aspect="auto")
         for down, trained in enumerate(trainings):
             for across, evaluated in enumerate(ROUNDS):

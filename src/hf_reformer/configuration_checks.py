@@ -146,8 +146,10 @@ def _check_numbers(config: Any) -> None:
     if config.attention_mode == "chunk":
         positive += [f"{kind}_attn_chunk_length" for kind in kinds if kind in config.attn_layers]
     not_negative = ["num_time_features", "lsh_exploration_orders", "chunk_size_feed_forward", "chunk_size_lm_head"]
-    not_negative += ["type_vocab_size"]
-    not_negative += [f"{kind}_num_chunks_{side}" for kind in kinds for side in ("before", "after")]
+    not_negative += [
+        "type_vocab_size",
+        *(f"{kind}_num_chunks_{side}" for kind in kinds for side in ("before", "after")),
+    ]
     shares = [
         "hidden_dropout_prob",
         "classifier_dropout",

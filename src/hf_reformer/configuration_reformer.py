@@ -38,6 +38,7 @@ def from_builtin(config: dict[str, Any]) -> dict[str, Any]:
     renamed = {"ReformerModelWithLMHead": "ReformerForCausalLM"}
     translated = {**_BUILTIN_DEFAULTS, **config, "model_type": "hf_reformer"}
     translated.update(attention_mode="chunk", classifier_pooling="first", tie_word_embeddings=False)  # never tied
+    translated["type_vocab_size"] = 0
     translated["architectures"] = [renamed.get(name, name) for name in config.get("architectures") or []] or None
     return translated
 
@@ -79,8 +80,9 @@ class ReformerConfig(PreTrainedConfig):
         initializer_range (`float`, *optional*):
             Standard deviation of new weights. Default: 0.6 / sqrt(hidden_size), which is 0.053 for a width of 128.
         type_vocab_size (`int`, defaults to 0):
-            Number of token types, 2 for pairs of texts: `token_type_ids` tell each token which of them it belongs to,
-            by an embedding that is initialized to zero. 0: none, and `token_type_ids` are ignored.
+            Number of token types, 2 for pairs of texts: with `token_type_ids`, an embedding tells each token which of
+            them it belongs to. That of type 0 is always zero, the others begin there. 0: `token_type_ids` are
+            ignored, as in causal language models.
         position_embedding_type (`str`, *optional*):
             `"rotary"` (default), `"axial"` (default in chunk mode, whose old checkpoints have no rotary positions, for
             odd head sizes, and if `axial_pos_shape` or `axial_pos_embds_dim` is given) or `"learned"`. The older

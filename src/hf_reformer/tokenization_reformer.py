@@ -55,6 +55,8 @@ class ReformerByteTokenizer(TokenizersBackend):
         add_prefix_space: Put a space before a text that does not start with one. With `is_split_into_words=True` this
             separates words.
         vocab: The vocabulary in `tokenizer.json`, which is only checked.
+        model_input_names: What it returns. Add `"token_type_ids"` for models that tell the texts of a pair apart
+            (`ReformerConfig.type_vocab_size`).
 
     Raises:
         ValueError: The files belong to another tokenizer.

@@ -1,11 +1,20 @@
 """Token types: an embedding that tells the two texts of a pair apart."""
 
+import inspect
+
 import pytest
 import torch
-from conftest import make_ids, make_model, max_abs_diff, tiny_config
+from conftest import make_ids, make_model, max_abs_diff
 from head_cases import IDS, MASK, TEXT_HEADS, inputs_of, make_head
 
-from hf_reformer import ReformerForCausalLM, ReformerForConditionalGeneration, ReformerForMultipleChoice, ReformerModel
+from hf_reformer import (
+    ReformerByteTokenizer,
+    ReformerForCausalLM,
+    ReformerForConditionalGeneration,
+    ReformerForMultipleChoice,
+    ReformerModel,
+)
+from hf_reformer.training.model_setup import ModelArguments, for_pairs, parse_overrides
 
 HEADS = [cls for cls in TEXT_HEADS if cls is not ReformerForCausalLM]
 TYPES = (torch.arange(20) >= 9).long().expand(3, -1).contiguous()  # of a pair
@@ -15,7 +24,7 @@ def with_types(cls, **overrides):
     """A head whose token types, which begin at zero, differ."""
     model = make_head(cls, type_vocab_size=2, **overrides)
     table = model.base_model.token_type_embeddings.weight
-    torch.nn.init.normal_(table, generator=torch.Generator().manual_seed(7))
+    torch.nn.init.normal_(table[1], generator=torch.Generator().manual_seed(7))
     return model
 
 
@@ -33,7 +42,8 @@ def test_every_head_takes_them_and_learns_them(cls):
     loss = model(**inputs, **labels, token_type_ids=types).loss
     assert abs(loss - without) > 1e-6
     loss.backward()
-    assert (model.base_model.token_type_embeddings.weight.grad != 0).any(-1).all()
+    grad = model.base_model.token_type_embeddings.weight.grad
+    assert (grad != 0).any(-1).tolist() == [False, True]  # type 0 stays zero
 
 
 def test_a_new_model_is_the_one_without_types():
@@ -51,7 +61,7 @@ def test_without_a_table_they_are_ignored():
 def test_a_type_adds_its_vector_to_the_embedding(mode):
     chunks = {"attention_mode": "chunk", "lsh_attn_chunk_length": 4, "local_attn_chunk_length": 4, "hash_seed": 0}
     model = with_types(ReformerModel, **(chunks if mode == "chunk" else {}))
-    embeds = model.embed_tokens(IDS) + model.token_type_embeddings(TYPES) - model.token_type_embeddings.weight[0]
+    embeds = model.embed_tokens(IDS) + model.token_type_embeddings(TYPES)
     expected = model(inputs_embeds=embeds, attention_mask=MASK)[0]
     assert max_abs_diff(model(IDS, MASK, token_type_ids=TYPES)[0][MASK != 0], expected[MASK != 0]) < 1e-10
 
@@ -87,13 +97,17 @@ def test_saving_and_loading(tmp_path):
 
 def test_the_source_of_an_encoder_decoder_has_types_and_its_target_none():
     model = make_model(ReformerForConditionalGeneration, type_vocab_size=2)
-    torch.nn.init.normal_(model.model.token_type_embeddings.weight, generator=torch.Generator().manual_seed(7))
+    torch.nn.init.normal_(model.model.token_type_embeddings.weight[1], generator=torch.Generator().manual_seed(7))
     assert not hasattr(model.decoder, "token_type_embeddings")
     target = make_ids(3, 6, seed=1)
     with_them = model(IDS, labels=target, token_type_ids=TYPES)
     assert with_them.loss != model(IDS, labels=target).loss
     states = model.model(IDS, token_type_ids=TYPES)
     assert model(encoder_outputs=states, labels=target).loss == with_them.loss
+    settings = {"max_new_tokens": 8, "do_sample": False, "num_beams": 2}
+    written = model.generate(IDS, token_type_ids=TYPES, **settings)
+    assert torch.equal(written, model.generate(encoder_outputs=states, **settings))
+    assert "token_type_ids" in inspect.signature(model.forward).parameters  # so the Trainer keeps the column
 
 
 @pytest.mark.parametrize(
@@ -111,6 +125,22 @@ def test_wrong_types_are_refused(types, words):
         make_model(ReformerModel, type_vocab_size=2)(IDS, token_type_ids=types)
 
 
-def test_causal_language_models_have_none():
-    with pytest.raises(ValueError, match=r"`type_vocab_size=2`.*Set it to 0"):
-        ReformerForCausalLM(tiny_config(type_vocab_size=2))
+def test_causal_language_models_have_none(tmp_path):
+    make_model(ReformerModel, type_vocab_size=2).save_pretrained(tmp_path)
+    model = ReformerForCausalLM.from_pretrained(tmp_path)
+    assert model.config.type_vocab_size == 0
+    assert not hasattr(model.model, "token_type_embeddings")
+
+
+@pytest.mark.parametrize(
+    ("names", "pad_type", "size"), [([], 0, 0), (["token_type_ids"], 0, 2), (["token_type_ids"], 3, 4)]
+)
+def test_recipes_of_pairs_take_the_types_that_the_tokenizer_tells(names, pad_type, size):
+    tokenizer = ReformerByteTokenizer(model_input_names=["input_ids", "attention_mask", *names])
+    tokenizer._pad_token_type_id = pad_type
+    options = for_pairs(ModelArguments(config_overrides="lsh_window=64"), tokenizer).config_overrides
+    assert parse_overrides(options) == {"lsh_rotary": 0.5, "lsh_window": 64} | (
+        {"type_vocab_size": size} if size else {}
+    )
+    saved = ModelArguments(model_name_or_path="folder")
+    assert for_pairs(saved, tokenizer) == saved

@@ -6,7 +6,7 @@ from conftest import SMALL_WINDOWS, make_ids, make_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from hf_reformer import ReformerForCausalLM, ReformerForConditionalGeneration
+from hf_reformer import ReformerForCausalLM, ReformerForConditionalGeneration, ReformerForSequenceClassification
 from hf_reformer.analysis import attention_found
 from hf_reformer.training.coverage_callback import CoverageCallback
 from hf_reformer.training.found_callback import AttentionFoundCallback
@@ -54,6 +54,21 @@ def test_logs_are_what_the_analysis_finds(tmp_path):
         expected = [getattr(x, field).mean().item() for x in found]
         assert [logs[f"eval_{name}_layer_{x.layer}"] for x in found] == pytest.approx(expected, rel=1e-4)
         assert logs[f"eval_{name}"] == pytest.approx(sum(expected) / 2, rel=1e-4)
+
+
+def test_pairs_are_looked_at_with_their_token_types(tmp_path):
+    model = make(ReformerForSequenceClassification, type_vocab_size=2)
+    torch.nn.init.normal_(model.model.token_type_embeddings.weight[1], std=3)
+    types = (torch.arange(50) >= 20).long()
+    rows = [{"input_ids": ids, "token_type_ids": types, "labels": 1} for ids in IDS]
+    trainer = make_trainer(model, tmp_path)
+    trainer.eval_dataset = rows
+    trainer.evaluate()
+    batch = {"input_ids": IDS[:4], "token_type_ids": types.expand(4, -1)}
+    found, without = (attention_found(model, x, queries=64) for x in (batch, {"input_ids": IDS[:4]}))
+    logged = [trainer.state.log_history[-1][f"eval_bucket_entropy_layer_{x.layer}"] for x in found]
+    assert logged == pytest.approx([x.bucket_entropy.mean().item() for x in found], rel=1e-4)
+    assert logged != pytest.approx([x.bucket_entropy.mean().item() for x in without], rel=1e-2)
 
 
 def test_several_evaluation_sets_are_told_apart(tmp_path):

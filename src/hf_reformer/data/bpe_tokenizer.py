@@ -17,7 +17,7 @@ def train_bpe_tokenizer(
     """Learn a byte-level BPE from `texts`. Every text can be encoded, pairs become `<s> A </s> B </s>`.
 
     Args:
-        input_names: what it returns; `token_type_ids` are 1 for `B </s>`, else 0.
+        input_names: what it returns; with `token_type_ids`, they are 1 for `B </s>`, else 0.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

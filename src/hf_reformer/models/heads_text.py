@@ -57,15 +57,8 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
         **kwargs: Any,
     ) -> ReformerSequenceClassifierOutput:
         r"""`labels`: (B) int64 classes; floats, (B) or (B, num_labels), for regression or multi-label tasks."""
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds,
-            token_type_ids=token_type_ids,
-            return_dict=True,
-            **kwargs,
-        )
+        kwargs.update(token_type_ids=token_type_ids, return_dict=True)
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         logits = self.classifier(pool(outputs.last_hidden_state, attention_mask, self.config.pooling, shard))
         loss = None if labels is None else classification_loss(self.config, logits, labels.to(logits.device))
@@ -96,15 +89,8 @@ class ReformerForTokenClassification(ReformerPreTrainedModel):
         **kwargs: Any,
     ) -> ReformerTokenClassifierOutput:
         r"""`labels`: (B, T) int64, -100 for no target."""
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds,
-            token_type_ids=token_type_ids,
-            return_dict=True,
-            **kwargs,
-        )
+        kwargs.update(token_type_ids=token_type_ids, return_dict=True)
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         logits = gather_sequence(self.classifier(self.dropout(outputs.last_hidden_state)), shard)
         check_label_shape(labels, logits.shape[:2])
@@ -140,15 +126,8 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
     ) -> ReformerQuestionAnsweringOutput:
         r"""`start_positions`, `end_positions`: (B) int64; a position outside the input (truncated) or on padding is
         ignored. Logits at padding are the lowest number of the dtype."""
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds,
-            token_type_ids=token_type_ids,
-            return_dict=True,
-            **kwargs,
-        )
+        kwargs.update(token_type_ids=token_type_ids, return_dict=True)
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         scores = gather_sequence(self.qa_outputs(outputs.last_hidden_state), shard)  # (B, T, 2)
         real = torch.ones_like(scores[..., 0], dtype=torch.bool)

@@ -131,7 +131,7 @@ def _check_values(
         refuse_values(
             (types >= 0) & (types < size),
             f"`token_type_ids` hold others than 0 … {size - 1}, and `type_vocab_size={size}`. Use the model's own "
-            "tokenizer.",
+            "tokenizer, or a model with a larger `type_vocab_size`.",
         )
 
 

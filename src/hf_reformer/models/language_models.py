@@ -122,17 +122,12 @@ class ReformerGenerativeLM(ReformerLMBase, GenerationMixin):
 
 
 class ReformerForCausalLM(ReformerGenerativeLM):
-    """Reformer with a language-model head. Always causal, whatever `config.is_decoder` says."""
+    """Reformer with a language-model head. Always causal, whatever `config.is_decoder` says; without token types."""
 
     def __init__(self, config: ReformerConfig):
-        if config.type_vocab_size:
-            raise ValueError(
-                f"`type_vocab_size={config.type_vocab_size}` tells the texts of a pair apart, and a causal language "
-                "model writes tokens that belong to neither. Set it to 0."
-            )
-        if not config.is_decoder:
+        if not config.is_decoder or config.type_vocab_size:
             config = copy.deepcopy(config)
-            config.is_decoder = True
+            config.is_decoder, config.type_vocab_size = True, 0
             config.validate()
         super().__init__(config)
         self.post_init()
@@ -208,15 +203,8 @@ class ReformerForMaskedLM(ReformerLMBase):
         **kwargs: Any,
     ) -> ReformerMaskedLMOutput:
         r"""`labels`: (B, T) int64, -100 where nothing was masked. `logits` is None in training with labels."""
-        outputs = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            inputs_embeds,
-            token_type_ids=token_type_ids,
-            return_dict=True,
-            **kwargs,
-        )
+        kwargs.update(token_type_ids=token_type_ids, return_dict=True)
+        outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         shape = given_shape(input_ids, inputs_embeds)
         check_label_shape(labels, shape)
         shard = self.model.shard(shape[1])

@@ -55,7 +55,7 @@ class ReformerModel(ReformerPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.type_vocab_size:
-            self.token_type_embeddings = ZeroEmbedding(config.type_vocab_size, config.hidden_size)
+            self.token_type_embeddings = ZeroEmbedding(config.type_vocab_size, config.hidden_size, padding_idx=0)
         if config.position_embedding_type == "axial":
             self.position_embeddings: nn.Module = AxialPositionEmbeddings(
                 config.axial_pos_shape, config.axial_pos_embds_dim

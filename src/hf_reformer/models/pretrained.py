@@ -55,7 +55,7 @@ class ZeroLinear(nn.Linear):
 
 
 class ZeroEmbedding(nn.Embedding):
-    """A table initialized to zero, likewise."""
+    """A table initialized to zero, likewise; its `padding_idx` stays zero."""
 
 
 class ReformerPreTrainedModel(PreTrainedModel):

@@ -113,11 +113,12 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
         num_hashes: int | None = None,
         num_buckets: int | list[int] | None = None,
         cache: Cache | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> ReformerSeq2SeqLMOutput:
         r"""
         Args:
-            input_ids, attention_mask, inputs_embeds: the source, as in `ReformerModel`, (B, S).
+            input_ids, attention_mask, inputs_embeds, token_type_ids: the source, as in `ReformerModel`, (B, S).
             encoder_outputs: the encoder's output, instead of a source; its first entry is (B, S, 2 D). If it has no
                 `coverage_loss`, only the decoder's is used.
             decoder_input_ids or decoder_inputs_embeds: the target so far, (B, T), after the start token. Default:
@@ -167,7 +168,8 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
             kwargs[name] = getattr(self.config, name) if kwargs.get(name) is None else kwargs[name]
         kwargs.update(num_hashes=num_hashes, num_buckets=num_buckets, return_dict=True)
         if encoder_outputs is None:
-            encoder_outputs = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+            source = {"inputs_embeds": inputs_embeds, "token_type_ids": token_type_ids}
+            encoder_outputs = self.model(input_ids, attention_mask, **source, **kwargs)
         with whole_step(past_key_values if cache is None else cache):
             outputs = self.decoder(
                 decoder_input_ids,

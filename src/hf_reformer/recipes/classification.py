@@ -153,7 +153,7 @@ def prepare_data(
 
 
 def tokenize(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, chunk: int | None = None) -> Dataset:
-    """Columns `input_ids`, `attention_mask`, `length` and, if known, `labels`.
+    """Columns of inputs, `length` and, if known, `labels`.
 
     `chunk`: cut each text into chunks of so many tokens, an example each.
     """

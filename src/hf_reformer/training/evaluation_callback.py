@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds")
+INPUTS = ("input_ids", "attention_mask", "position_ids", "inputs_embeds", "token_type_ids")
 SIGNALS = ("input_values", "input_features", "pixel_values", "past_values", "past_observed_mask", "past_time_features",
            "future_time_features")  # fmt: skip
 

@@ -266,8 +266,10 @@ def make_tokenizer(
     names = [*INPUT_NAMES, "token_type_ids"] if pairs else [*INPUT_NAMES]
     if name == "train":
         return train_bpe_tokenizer(texts, args.tokenizer_vocab_size, max_length, names)
-    new = name == "bytes"
-    tokenizer = ReformerByteTokenizer(model_input_names=names) if new else AutoTokenizer.from_pretrained(name)
+    if name == "bytes":
+        tokenizer: PreTrainedTokenizerBase = ReformerByteTokenizer(model_input_names=names)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.model_max_length = max_length
     if tokenizer.pad_token is None:
         tokenizer.pad_token_id = separator(tokenizer)
@@ -281,23 +283,18 @@ def make_tokenizer(
     return tokenizer
 
 
-def with_defaults(args: ModelArguments, **fields: Any) -> ModelArguments:
-    """The same with other defaults for fields of a new model's config; `--config_overrides` replace them."""
+def for_pairs(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> ModelArguments:
+    """The same with defaults for a new model that compares two texts, which `--config_overrides` replace.
+
+    Half of the heads of LSH layers find what both texts say, wherever it stands. An embedding tells which text a token
+    belongs to, if the tokenizer does.
+    """
     if args.model_name_or_path is not None:
         return args
-    assignments = [f"{name}={value}" for name, value in fields.items()]
-    return replace(args, config_overrides=",".join([*assignments, args.config_overrides or ""]).rstrip(","))
-
-
-def for_pairs(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> ModelArguments:
-    """The same with defaults for a new model that compares two texts.
-
-    Half of the heads of LSH layers find what both texts say, wherever it stands. If the tokenizer tells which text a
-    token belongs to, so does an embedding.
-    """
-    kinds = tokenizer("a", "b").get("token_type_ids", [0])
-    last = max(*kinds, tokenizer.pad_token_type_id)
-    return with_defaults(args, lsh_rotary=0.5, **({"type_vocab_size": last + 1} if last else {}))
+    fields = ["lsh_rotary=0.5"]
+    if "token_type_ids" in tokenizer.model_input_names:
+        fields.append(f"type_vocab_size={max(2, tokenizer.pad_token_type_id + 1)}")
+    return replace(args, config_overrides=",".join([*fields, args.config_overrides or ""]).rstrip(","))
 
 
 def make_model(

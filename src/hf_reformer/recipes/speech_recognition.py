@@ -61,8 +61,8 @@ DEFAULTS = {
     "per_device_eval_batch_size": 4,
 }  # fmt: skip
 DEMO = {
-    "output_dir": "runs/demo-speech", "baselines": True, "num_train_epochs": 24, "attn_layers": ["local", "local"],
-    "hidden_size": 64, "attention_head_size": 32, "feed_forward_size": 128, "eval_strategy": "no",
+    "output_dir": "runs/demo-speech", "baselines": True, "num_train_epochs": 16, "attn_layers": ["local", "local"],
+    "hidden_size": 64, "attention_head_size": 32, "feed_forward_size": 128, "eval_strategy": "no", "augment": False,
     "config_overrides": "local_window=32",
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {**SAVED_MODEL, "--demo": DEMO}

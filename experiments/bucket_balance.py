@@ -2,7 +2,8 @@
 
     python experiments/bucket_balance.py --train_file book.txt --validation_file end.txt --validate_on validation_file
 
-Models are `ReformerConfig()` of a width and a kind of position embeddings, causal, on bytes; nothing else is changed.
+Models are `ReformerConfig()` of a width and a kind of position embeddings, causal, on bytes, but for `--length` and
+`--overrides`.
 For every lsh layer: the entropy of a token's bucket (1: all equally full, 0: one holds all), and how full the fullest
 bucket is, as a multiple of an even share; means of heads, rounds and sequences.
 """
@@ -21,6 +22,7 @@ from common import (
     parse,
     product,
     read_texts,
+    scaled_hashing,
     table,
     text_batches,
     train,
@@ -43,7 +45,11 @@ SHORT = {"widths": [128], "positions": ["rotary", "axial"], "steps": 3, "length"
 class Arguments(TextOptions, Options):
     widths: list[int] = field(default_factory=lambda: [128, 256])
     positions: list[str] = field(default_factory=lambda: ["axial", "learned", "rotary"])
-    center: str = HfArg(default="mean", help="mean of the tokens so far, or followed: one that training follows")
+    center: str = HfArg(
+        default="mean",
+        help="mean of the tokens so far; followed: one that training follows; scaled: the mean, and every dimension "
+        "is divided by its standard deviation so far",
+    )
     steps: int = HfArg(default=600, help="of training; layers are judged before and after")
     length: int = HfArg(default=4096, help="of the sequences, and max_position_embeddings")
     rows: int = HfArg(default=1, help="sequences of a batch")
@@ -67,9 +73,10 @@ def balance(model: ReformerForCausalLM, ids: torch.Tensor) -> dict[int, dict[str
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(Arguments, SHORT, argv)
-    if args.center not in ("mean", "followed"):
-        raise SystemExit(f"--center {args.center}: mean or followed.")
-    with followed_center() if args.center == "followed" else nullcontext():
+    centers = {"mean": nullcontext, "followed": followed_center, "scaled": scaled_hashing}
+    if args.center not in centers:
+        raise SystemExit(f"--center {args.center}: one of {', '.join(centers)}.")
+    with centers[args.center]():
         measure(args)
 
 

@@ -267,6 +267,21 @@ def followed_center(momentum: float = 0.99) -> Iterator[None]:
 
 
 @contextmanager
+def scaled_hashing() -> Iterator[None]:
+    """A context in which unit vectors are hashed less the mean of the tokens so far, over their standard deviation."""
+
+    def buckets(self: Any, vectors: torch.Tensor, ctx: Any) -> torch.Tensor:
+        units = unit_rows(vectors, ctx.mask).double()
+        count = torch.arange(1, units.shape[2] + 1, device=units.device)[:, None]
+        mean = units.cumsum(2) / count
+        spread = (units.square().cumsum(2) / count - mean.square()).clamp(min=1e-6).sqrt()
+        return self.hasher(vectors, ctx).buckets(((units - mean) / spread).to(vectors.dtype), None)
+
+    with patch.object(attention_module.ReformerAttention, "buckets", buckets):
+        yield
+
+
+@contextmanager
 def sink_tokens(count: int) -> Iterator[None]:
     """A context in which every token of local and lsh layers also sees the first `count` tokens of its row."""
     original = attention_module.window_layout

@@ -60,6 +60,7 @@ def test_a_run_leaves_a_model_that_chooses_the_same_when_it_is_reloaded(files):
         asked = example(30 + number)
         choices = [f"The {asked[f'ending{i}']}" for i in range(3)]
         inputs = tokenizer([asked["sent1"]] * 3, choices, padding=True, return_tensors="pt")
+        assert inputs["token_type_ids"].max() == 1 < model.config.type_vocab_size
         probabilities = model(**{name: x[None] for name, x in inputs.items()}).logits[0].softmax(-1)
         assert row["probabilities"] == pytest.approx(probabilities.tolist(), abs=1e-4)
         assert (row["prediction"], row["choice"]) == (int(probabilities.argmax()), choices[row["prediction"]])

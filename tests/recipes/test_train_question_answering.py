@@ -74,6 +74,8 @@ def test_a_run_leaves_a_model_whose_pipeline_gives_the_same_answers(files, token
     left = {"model.safetensors", "README.md", "predictions_validation.jsonl", "predictions_validation.json"}
     assert {*left, "highlights_validation.html", "answers_validation.png"} <= {path.name for path in out.iterdir()}
     rows, reader = lines(out / "predictions_validation.jsonl"), pipeline("long-document-question-answering", str(out))
+    assert reader.model.config.type_vocab_size == 2
+    assert set(reader.tokenizer("a", "b")["token_type_ids"]) == {0, 1}
     for number, row in enumerate(rows):
         asked = example(40 + number)
         assert row["id"] == asked["id"]

@@ -532,11 +532,13 @@ def text_batches(data: torch.Tensor, kind: str, rows: int, length: int) -> Calla
 def answer_batches(data: torch.Tensor, kind: str, rows: int, length: int) -> Callable[[torch.Generator], Inputs]:
     """The same, where the far answers alone are judged, in as many tokens of rows of any length.
 
-    Rows are of `length`, its half, its quarter, … or a sixteenth: what is learned on short ones holds on long ones.
+    Rows are of `length`, its half, its quarter, … down to the shortest that holds a far answer (64 or 256 bytes): what
+    is learned on short ones holds on long ones.
     """
+    halvings = int(math.log2(length // (64 if kind == "recall" else 256)))
 
     def batch(generator: torch.Generator) -> Inputs:
-        share = int(torch.randint(0, 5, (), generator=generator))
+        share = int(torch.randint(0, halvings + 1, (), generator=generator))
         ids, far = text_rows(data, kind, rows * 2**share, length // 2**share, generator)
         return {"input_ids": ids, "labels": ids.masked_fill(~far, -100)}
 

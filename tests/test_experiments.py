@@ -70,6 +70,21 @@ def test_every_record_is_stated_once_and_asked_once_with_the_same_value():
             assert marked[second + 2]
 
 
+@pytest.mark.parametrize(("kind", "shortest"), [("far", 256), ("recall", 64)])
+def test_answers_are_learned_on_rows_of_every_length(kind, shortest):
+    data = torch.randint(32, 127, (20_000,), dtype=torch.uint8, generator=generator(0))
+    draw, source = common.answer_batches(data, kind, 2, 1024), generator(1)
+    lengths = set()
+    for _ in range(40):
+        ids, labels = draw(source).values()
+        assert ids.numel() == 2 * 1024
+        asked = labels != -100
+        assert torch.equal(labels[asked], ids[asked])
+        assert 0 < asked.double().mean() < 0.25
+        lengths.add(ids.shape[1])
+    assert lengths == {length for length in (64, 128, 256, 512, 1024) if length >= shortest}
+
+
 def test_bits_of_far_bytes_are_means_over_the_mask():
     class Uniform(torch.nn.Module):
         def forward(self, ids):

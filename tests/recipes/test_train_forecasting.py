@@ -1,6 +1,7 @@
 """The forecasting recipe: tables and rows, scores by hand, baselines, forecasts beyond the end, what is refused."""
 
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -44,6 +45,7 @@ def test_a_table_is_forecast_and_goes_on_where_it_ends(tmp_path, capsys):
     for name in ("Reformer", "last value", "last 6 steps", "NLinear (ridge)"):
         assert f"| {name} " in printed
     out = tmp_path / "out"
+    assert re.search(r"predictions_validation.jsonl +one line per example", printed)
     assert (out / "forecast_validation.png").exists()
     rows = lines(out / "predictions_validation.jsonl")
     assert [row["step"] for row in rows] == [108, 112, 116]  # windows of what was held out, each after the other
@@ -292,7 +294,11 @@ def test_the_load_of_a_grid_is_learnt(tmp_path):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--prediction_length", "500"], "too few for a window of 500 steps"),
+        (["--prediction_length", "500"], "The train data has 54 steps, too few for a window of 500 steps"),
+        (
+            ["--prediction_length", "10", "--validation_fraction", "0.15"],
+            r"\(the last 0.15 of the training data\) has 9 steps.* raise --validation_fraction",
+        ),
         (["--series", "c"], r"no column \['c'\]"),
         (["--prediction_length", "0"], "--prediction_length 0 must be at least 1"),
         (["--predict_file", "nowhere.csv"], "there is no table"),

@@ -207,7 +207,7 @@ def model_card(
         metadata |= {"model_name": title, "eval_results": results}
     if training is None and state is not None and state.global_step:
         training = {"steps": state.global_step, "epochs": round(state.epoch or 0, 2)}
-        training |= {"rows at a time, on each device": state.train_batch_size} if state.train_batch_size else {}
+        training |= {"batch size per device": state.train_batch_size} if state.train_batch_size else {}
         training = {key: value for key, value in training.items() if _is_score(value)}
     config = model.config
     return ModelCard.from_template(

@@ -69,7 +69,7 @@ from ..training.trainers import build_trainer, train_and_save
 
 DEFAULTS = {
     "output_dir": "runs/forecasting", "attn_layers": ["local", "lsh"], "hidden_dropout_prob": 0.1,
-    "num_train_epochs": 5, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 32,
+    "num_train_epochs": 5, "learning_rate": 3e-4, "per_device_train_batch_size": 32, "per_device_eval_batch_size": 32,
     "lr_scheduler_type": "cosine", "label_names": ["future_values"],
 }  # fmt: skip
 DEMO = {

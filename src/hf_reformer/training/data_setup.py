@@ -14,11 +14,9 @@ from transformers.utils import logging
 
 from ..data.columns import hold_out, splits_of
 from ..data.tables import read_examples, read_named_dataset, read_text
-from .model_setup import option
+from .model_setup import ACTIONS, option
 
 logger = logging.get_logger(__name__)
-
-ACTIONS = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}  # by the split that each needs
 
 
 @dataclass

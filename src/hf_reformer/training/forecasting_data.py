@@ -256,9 +256,13 @@ def _load_tables(data: SeriesArguments, tables: dict[str, SeriesTable], saved: A
         earliest = count - len(table.values) if joins else min(before, max(1, count - ahead))
         found = np.arange(earliest, count - ahead + 1, data.window_stride if split == "train" else data.eval_stride)
         if not len(found):
+            origin, way = "", "Give more,"
+            if held_out and split == "validation":
+                origin = f" (the last {data.validation_fraction:g} of the training data)"
+                way = "Give a --validation_file, raise --validation_fraction,"
             raise ValueError(
-                f"The {split} data has {len(table.values)} steps, too few for a window of {ahead} steps to predict. "
-                "Give more, or lower --prediction_length."
+                f"The {split} data{origin} has {len(table.values)} steps, too few for a window of {ahead} steps to "
+                f"predict. {way} or lower --prediction_length."
             )
         if not split.startswith("test"):  # from a future that nobody knows nothing is learned
             known = np.append(0, np.cumsum(~np.isnan(history.values).all(axis=1)))

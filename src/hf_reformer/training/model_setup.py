@@ -34,6 +34,8 @@ DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16, "per_device_eval_batch_size": 16,
     "logging_steps": 10, "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 2,
 }  # fmt: skip
+# What a run does, by the split that each needs. Where none is given, the files say what is done.
+ACTIONS = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
 # Presets for an encoder that goes on training.
 SAVED_MODEL = {"--model_name_or_path": {"learning_rate": 2e-4, "num_train_epochs": 3}}
 SIZES = (
@@ -118,7 +120,10 @@ class ModelArguments(BackboneArguments):
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and keeps the line breaks of the description."""
+    """Shows defaults, but for those that depend on other options, and keeps the line breaks of the description."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.dest in ACTIONS.values() else super()._get_help_string(action)
 
 
 def parse_arguments(
@@ -152,7 +157,7 @@ def parse_arguments(
     for flag, preset in (presets or {}).items():
         if flag.removeprefix("--") in given:
             parser.set_defaults(**preset)
-    requested = [given.get(name) for name in ("do_train", "do_eval", "do_predict")]
+    requested = [given.get(name) for name in ACTIONS.values()]
     if requested[1] is False or (any(requested) and not requested[1]):
         parser.set_defaults(eval_strategy="no")
     *parsed, args = parser.parse_args_into_dataclasses(arguments)
@@ -167,6 +172,7 @@ def parse_arguments(
         check_options(options)
     check_report_to(args.report_to)
     args.resume_from_checkpoint = checkpoint_to_resume(args)
+    args.dataloader_pin_memory &= torch.accelerator.is_available()  # where there is none, torch would warn
     return *parsed, args
 
 

@@ -15,13 +15,15 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 from ..hub.model_card import model_card
 
 CONTENTS = {
-    "model.safetensors": "the model, for from_pretrained and pipeline",
+    "model.safetensors": "the model: `import hf_reformer`, then from_pretrained or pipeline",
     "tokenizer.json": "its tokenizer",
     "preprocessor_config.json": "the preprocessor of its recordings or images",
     "vocab.json": "its characters",
     "README.md": "model card",
     "scores.json": "the scores above",
-    "predictions_*": "one line per example",
+    "predictions_*.csv": "one line per example",
+    "predictions_*.jsonl": "one line per example",
+    "predictions_*.json": "answers by id, as SQuAD's own script reads them",
     "confusion_matrix_*.png": "predicted and true labels",
     "highlights_*.html": "texts with predicted and true spans marked",
     "answers_*.png": "true and predicted positions of answers; F1 by question word",
@@ -73,9 +75,11 @@ def _write_report(
         name = trainer.hub_model_id if trainer.args.push_to_hub else str(folder)
         model_card(model, name, tokenizer, trainer.state, **metadata).save(folder / "README.md")
     print(f"\n{summary}\n\nThe results are in {folder}/")
+    names = {pattern: ", ".join(sorted(file.name for file in folder.glob(pattern))) for pattern in CONTENTS}
+    width = max(map(len, names.values()))
     for pattern, content in CONTENTS.items():
-        if names := ", ".join(sorted(file.name for file in folder.glob(pattern))):
-            print(f"  {names:36} {content}")
+        if names[pattern]:
+            print(f"  {names[pattern]:{width}}  {content}")
 
 
 def format_table(scores: dict[str, dict[str, float]]) -> str:

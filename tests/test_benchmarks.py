@@ -66,7 +66,12 @@ def test_the_local_bound_is_exact_attention_inside_chunks(causal):
 LENGTHS = {"bigbird": 384, "mamba": 64}  # it takes blocks only from there on; its loop over tokens is slow
 
 
-@pytest.mark.parametrize("section", list(SECTIONS))
+LONG = ("classifier", "depth")
+
+
+@pytest.mark.parametrize(
+    "section", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in SECTIONS]
+)
 def test_everything_in_the_plan_runs(section):
     groups = plan(Settings(lengths=[256], rounds=[2], short=section not in ("classifier", "causal")), [section])
     entries = dict.fromkeys(entry for group in groups for entry in group.entries if entry.impl != "mistral flex")

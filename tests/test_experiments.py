@@ -355,7 +355,12 @@ def test_every_experiment_has_a_short_version_that_make_runs():
     assert sorted(line.split()[2:]) == sorted(TINY) == NAMES
 
 
-@pytest.mark.parametrize("name", sorted(TINY))
+LONG = ("bucket_balance", "classification", "reversible_and_shared")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in sorted(TINY)]
+)
 def test_the_short_version_writes_rows_and_a_picture(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(common, "demo_text", lambda: bytes(range(32, 127)) * 1000)
     script = load_experiment(name)

@@ -167,7 +167,7 @@ def test_a_step_that_is_interrupted_anywhere_is_no_step(kind):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("kind", ["mixed", "fused", "encoder-decoder"])
+@pytest.mark.parametrize("kind", ["mixed", "fused", pytest.param("encoder-decoder", marks=pytest.mark.slow)])
 def test_an_error_in_a_hook_of_any_module(kind, when):
     def fail(*_):
         raise OSError("of a hook")

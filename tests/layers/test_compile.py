@@ -90,6 +90,7 @@ def test_a_training_step_in_one_graph_rebuilds_exactly(bf16, slices, recwarn):
     assert not [warning for warning in recwarn if "reconstruct" in str(warning.message)]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @needs_fullgraph
 def test_evaluation_in_one_graph_is_compiled_anew_for_another_length_but_once():
@@ -103,6 +104,7 @@ def test_evaluation_in_one_graph_is_compiled_anew_for_another_length_but_once():
         assert graphs() <= limit
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @needs_fullgraph
 def test_packed_samples_in_one_graph():

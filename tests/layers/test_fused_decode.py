@@ -147,6 +147,7 @@ class Wrapper(nn.Module):
         return self.inner(*given)
 
 
+@pytest.mark.slow
 def test_a_wrapped_layer_takes_its_modules(steps):
     model, ids = make_model(), tokens()[:, : PROMPT + 3]
     layers = model.base_model.layers

@@ -85,6 +85,7 @@ def test_onnx_by_torchscript_says_what_works_instead(tmp_path):
         torch.onnx.export(make(), (IDS,), str(tmp_path / "x.onnx"), dynamo=False)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # those of the exporter
 def test_onnx_of_every_kind_of_layer_gives_the_same(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")

@@ -345,12 +345,9 @@ def _compiled_anew():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_compiled_anew")
-@pytest.mark.parametrize(
-    "cls",
-    [HEADS[0], *(pytest.param(cls, marks=pytest.mark.slow) for cls in HEADS[1:])],
-    ids=lambda cls: cls.__name__,
-)
+@pytest.mark.parametrize("cls", HEADS, ids=lambda cls: cls.__name__)
 @needs_fullgraph
 def test_dynamo_sees_a_training_step_as_one_graph(cls):
     model = make_head(cls, **RANDOM).train()

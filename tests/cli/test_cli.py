@@ -381,7 +381,10 @@ def test_train_runs_a_recipe_with_its_own_options(line, tmp_path, capsys):
         main(["train", "seq2seq", "--help"])
     assert end.value.code == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert "--source_column" in printed
+    assert "--source_column SOURCE_COLUMN" in printed
+    assert "--source-column" not in printed  # works, too
+    assert "--dataset_config" in printed
+    assert "default: None)" not in printed
     assert "intended for training/evaluation scripts. --do_eval" in printed  # depends on the files: no default
     (tmp_path / "text.txt").write_text("again and again " * 40)
     tiny = ["--hidden_size", "16", "--attn_layers", "local", "--sequence_length", "64", "--max_steps", "1"]

@@ -73,8 +73,9 @@ DEFAULTS = {
     "lr_scheduler_type": "cosine", "label_names": ["future_values"],
 }  # fmt: skip
 DEMO = {
-    "output_dir": "runs/demo-forecast", "baselines": True, "num_train_epochs": 2, "context_length": 168,
-    "prediction_length": 48, "season": 168, "hidden_size": 64, "attention_head_size": 32, "feed_forward_size": 128,
+    "output_dir": "runs/demo-forecast", "baselines": True, "num_train_epochs": 2, "learning_rate": 1e-3,
+    "context_length": 168, "prediction_length": 48, "season": 168,
+    "hidden_size": 64, "attention_head_size": 32, "feed_forward_size": 128,
     "eval_strategy": "no", "window_stride": 2, "eval_stride": 4,
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {**SAVED_MODEL, "--demo": DEMO}

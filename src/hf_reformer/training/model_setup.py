@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import copy
 import json
 import math
 import re
@@ -120,10 +121,16 @@ class ModelArguments(BackboneArguments):
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, but for those that depend on other options, and keeps the line breaks of the description."""
+    """Shows defaults that say something, one spelling of an option, and the line breaks of the description."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.dest in ACTIONS.values() else super()._get_help_string(action)
+        says_nothing = action.default is None or action.dest in ACTIONS.values()
+        return action.help if says_nothing else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown, names = copy.copy(action), action.option_strings
+        shown.option_strings = [x for x in names if "-" not in x[2:] or "--" + x[2:].replace("-", "_") not in names]
+        return super()._format_action_invocation(shown)
 
 
 def parse_arguments(

@@ -124,9 +124,9 @@ def _same(now: Any, before: Any) -> bool:
         return now is before
     if isinstance(now, dict):
         return now.keys() == before.keys() and all(_same(value, before[key]) for key, value in now.items())
-    if isinstance(now, list | tuple):
+    if isinstance(now, (list, tuple)):
         return len(now) == len(before) and all(map(_same, now, before))
-    return isinstance(now, int | float | str | set) and now == before
+    return isinstance(now, (int, float, str, set)) and now == before
 
 
 def _settings_of(modules: tuple[nn.Module, ...]) -> list[Settings]:

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 
@@ -67,28 +68,34 @@ for missing in json.loads(sys.argv[1]):
 CASES = {"all libraries": [], "required libraries": sorted(OPTIONAL), "kernels alone": None}
 
 
-@pytest.fixture(scope="module")
-def modules():
-    """What each case of one process's children has imported."""
-    command = [sys.executable, "-c", IMPORT_PACKAGE, json.dumps(list(CASES.values()))]
+FAST = ("required libraries", "kernels alone")
+
+
+@cache
+def modules_of(*cases):
+    """What one process's children have imported, each in its case."""
+    command = [sys.executable, "-c", IMPORT_PACKAGE, json.dumps([CASES[case] for case in cases])]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
-    return dict(zip(CASES, map(json.loads, lines), strict=True))
+    return dict(zip(cases, map(json.loads, lines), strict=True))
 
 
-@pytest.mark.parametrize("case", ["all libraries", "required libraries"])
-def test_the_package_imports_nothing_slow_that_transformers_does_not(case, modules):
+@pytest.mark.parametrize(
+    "cases", [FAST, pytest.param(("all libraries",), marks=pytest.mark.slow)], ids=lambda cases: cases[0]
+)
+def test_the_package_imports_nothing_slow_that_transformers_does_not(cases):
     """A time would depend on the machine; `dev/import_time.py` takes it."""
-    before, after = map(set, modules[case])
+    before, after = map(set, modules_of(*cases)[cases[0]])
     added = after - before
     assert {"hf_reformer", "hf_reformer.models.seq2seq", "reformer_kernels.cpu"} <= added
     assert not added & SLOW
     assert len(added) < 0.15 * len(before)
 
 
-def test_kernels_import_neither_models_nor_transformers(modules):
-    assert {"reformer_kernels.cpu", "reformer_kernels.triton"} <= set(modules["kernels alone"])
-    assert not {"hf_reformer", "transformers"} & set(modules["kernels alone"])
+def test_kernels_import_neither_models_nor_transformers():
+    found = set(modules_of(*FAST)["kernels alone"])
+    assert {"reformer_kernels.cpu", "reformer_kernels.triton"} <= found
+    assert not {"hf_reformer", "transformers"} & found
 
 
 def test_ctrl_c_while_a_command_imports_ends_it_without_a_traceback():

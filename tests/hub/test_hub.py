@@ -191,6 +191,7 @@ def test_every_auto_class_works_without_the_package(own, exports, other_python, 
     assert found["example.py"].startswith("Once upon a time")
 
 
+@pytest.mark.slow
 def test_the_code_of_a_directory_works_where_the_package_is_not_imported(exports, other_python, monkeypatch):
     """It runs on the installed kernels; the package itself stays out."""
     backend = "torch" if KERNELS["cpu"].unsupported_reason() else "cpu"

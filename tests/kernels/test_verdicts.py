@@ -298,6 +298,7 @@ def test_errors_become_verdicts():
     assert memory == Verdict("its kernels cannot be checked here (OutOfMemoryError: CUDA out of memory.)", False)
 
 
+@pytest.mark.slow
 def test_a_check_that_ends_its_process_leaves_this_one(tmp_path, monkeypatch):
     (tmp_path / "made_up_check.py").write_text(
         "import os\n"

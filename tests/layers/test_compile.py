@@ -115,7 +115,8 @@ def test_packed_samples_in_one_graph():
     assert max_abs_diff(found, model(IDS, position_ids=positions).logits) <= 1e-6
 
 
-@pytest.mark.parametrize("backend", ["auto", pytest.param("torch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_a_few_tokens_with_positions_on_top_of_a_cache(backend):
     model = make(attention_backend=backend).eval()
     compiled, positions = torch.compile(model, backend="eager"), torch.arange(50)[None]

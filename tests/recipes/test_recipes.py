@@ -38,6 +38,7 @@ def test_help_shows_examples_and_options(name, capsys):
     assert "--resume_from_checkpoint" in printed.split("options:")[1]
 
 
+@pytest.mark.slow
 def test_recipes_need_no_repository_and_no_network(tmp_path):
     """As a module, from a copy of the package alone, in an empty folder, and metrics with an empty cache."""
     (tmp_path / "site").mkdir()

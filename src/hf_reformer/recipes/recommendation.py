@@ -51,6 +51,7 @@ from ..training.recommendation import (
     generation_settings,
     item_tokenizer,
     scores_at,
+    start_from_neighbors,
 )
 from ..training.reports import format_tables, write_report, write_rows
 from ..training.trainers import build_trainer, longest_first, predict_splits, train_and_save
@@ -85,6 +86,7 @@ class DataArguments(SplitArguments):
     max_length: int = option(128, "Maximum items of a history; of longer histories, only the last ones are used.")
     item_dropout: float = option(0.1, "Fraction of history items hidden from the input in training.")
     reorder: float = option(5.0, "Maximum number of places by which items are randomly moved in training.")
+    neighbor_init: bool = option(True, "Start a new model with like embeddings for items with the same neighbors.")
     top_k: list[int] = option([10], "Numbers of recommendations (k) to score; predictions have the largest k.")
     baselines: bool = option(False, "Also score popularity, item-kNN and co-occurrence.")
 
@@ -224,6 +226,12 @@ def encode_users(users: Sequence[User], tokenizer: Any, length: int) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def item_numbers(items: Sequence[str], tokenizer: Any) -> np.ndarray:
+    """Items as numbers from 0 on, without those that the vocabulary lacks."""
+    ids = np.array(tokenizer.convert_tokens_to_ids(list(items)), dtype=np.int64)
+    return ids[ids >= len(SPECIAL)] - len(SPECIAL)
+
+
 def report(
     trainer: Trainer, train: Sequence[list[str]], users: dict[str, list[User]], encoded: Mapping[str, Dataset],
     titles: Mapping[str, str], args: DataArguments,
@@ -234,11 +242,7 @@ def report(
     first, vocab = len(SPECIAL), tokenizer.get_vocab()
     count, words = len(vocab) - first, sorted(vocab, key=vocab.get)
 
-    def numbers(items: Sequence[str]) -> np.ndarray:
-        ids = np.array(tokenizer.convert_tokens_to_ids(list(items)), dtype=np.int64)
-        return ids[ids >= first] - first
-
-    histories = [numbers(items) for items in train]
+    histories = [item_numbers(items, tokenizer) for items in train]
     scorers = baseline_scorers(histories, count) if args.baselines and train else {}
     for split, (ranks, items, scores) in predict_splits(trainer, encoded):
         some = users[split]
@@ -246,7 +250,7 @@ def report(
         write_rows(folder / f"predictions_{split}.jsonl", rows)
         targets = np.array([vocab[user.target] - first if user.target in vocab else UNKNOWN for user in some])
         if all(user.target is not None for user in some):
-            had = [numbers(user.history) for user in some]
+            had = [item_numbers(user.history, tokenizer) for user in some]
             all_ranks = {"Reformer": np.asarray(ranks)}
             all_ranks |= {name: baseline_ranks(scorer, had, targets) for name, scorer in scorers.items()}
             tables[split] = {name: scores_at(one, args.top_k) for name, one in all_ranks.items()}
@@ -307,6 +311,8 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
             encoded[split] = longest_first(encode_users(some, tokenizer, data.max_length))
     fields = FIELDS if model_args.model_name_or_path is None else {}
     model = make_model(AutoModelForCausalLM, model_args, tokenizer, data.max_length, trains, **fields)
+    if trains and model_args.model_name_or_path is None and data.neighbor_init:
+        start_from_neighbors(model, [item_numbers(items, tokenizer) for items in histories])
     model.generation_config.update(**generation_settings(tokenizer))
     options = {"data_collator": ItemCollator(tokenizer), "compute_metrics": RankScores(data.top_k)}
     judged = {split: rows for split, rows in encoded.items() if split != "predict"} or encoded

@@ -300,7 +300,9 @@ def test_few_items_have_embeddings_too(histories):
 
 
 def test_a_new_model_starts_from_the_neighbors_of_its_items(global_generator_untouched):
-    model = make_model(ReformerForCausalLM, dtype=torch.float32, vocab_size=3 + GROUPS[0] * GROUPS[1] + 1, is_decoder=True)
+    model = make_model(
+        ReformerForCausalLM, dtype=torch.float32, vocab_size=3 + GROUPS[0] * GROUPS[1] + 1, is_decoder=True
+    )
     before = model.get_input_embeddings().weight.clone()
     start_from_neighbors(model, group_histories())
     after = model.get_input_embeddings().weight

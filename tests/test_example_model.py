@@ -26,7 +26,6 @@ def tokenizer():
 
 def bits_per_byte(model, tokenizer, text):
     ids = tokenizer(text, return_tensors="pt").input_ids
-    ids = torch.nn.functional.pad(ids, (1, 0), value=tokenizer.bos_token_id)
     with torch.no_grad():
         nats = model(input_ids=ids, labels=ids).loss * (ids.shape[1] - 1)
     return nats.item() / math.log(2) / len(text.encode())
@@ -37,6 +36,13 @@ def test_the_folder_is_small_and_half_precise(model):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert int(re.search(r"of ([\d,]+) parameters", card)[1].replace(",", "")) == model.num_parameters()
+
+
+def test_its_tokenizer_begins_a_text_and_leaves_its_end_open(tokenizer):
+    ids = tokenizer("It was")["input_ids"]
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids[1:]) == "It was"
 
 
 def test_it_knows_english(model, tokenizer):

@@ -116,18 +116,33 @@ class RememberingManager(GenerateManager):
         return await super().generate_non_streaming(self._remembering(model), *args, **kwargs)
 
 
-class Chat(ChatCompletionHandler):
-    """transformers' handler, which tells clients if a model cannot chat."""
+class Checked:
+    """A handler of transformers that tells clients what cannot be, before it ignores that or fails."""
 
-    model_manager: OneModel
+    model_manager: Any
+    needs_template = True
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
-        if self.model_manager.tokenizer.chat_template is None:
+        if (body.get("n") or 1) != 1 or body.get("logprobs"):
+            raise HTTPException(400, "A request gets one answer, without log-probabilities. Leave out n and logprobs.")
+        if self.needs_template and self.model_manager.tokenizer.chat_template is None:
             raise HTTPException(
                 400,
                 "The model's tokenizer has no chat template. Send texts to /v1/completions, or save a template.",
             )
-        return await super().handle_request(body, request_id)
+        return await super().handle_request(body, request_id)  # type: ignore[misc]
+
+
+class Chat(Checked, ChatCompletionHandler):
+    pass
+
+
+class Responses(Checked, ResponseHandler):
+    pass
+
+
+class Completions(Checked, CompletionHandler):
+    needs_template = False
 
 
 async def _tell(request: Request, error: Any) -> JSONResponse:
@@ -155,7 +170,7 @@ def make_server(
     state.get_manager = lambda model_id, use_cb=False: generate  # type: ignore[method-assign]
     shared: Any = {"model_manager": manager, "generation_state": state}
     app = build_server(
-        manager, Chat(**shared), CompletionHandler(**shared), ResponseHandler(**shared),
+        manager, Chat(**shared), Completions(**shared), Responses(**shared),
         TranscriptionHandler(manager, state), SystemOneHandler(**shared, decision_config=None), state, enable_cors,
     )  # fmt: skip
     app.add_exception_handler(HTTPException, _tell)

@@ -5,6 +5,7 @@ import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +135,11 @@ def test_a_client_is_told_what_is_wrong(running, tmp_path):
         create(model=running.name, messages=[{"role": "user", "content": "x" * 300}])
     with pytest.raises(openai.BadRequestError, match="pinned"):
         create(model="another", messages=MESSAGES)
+    for more in ({"n": 2}, {"logprobs": True}):
+        with pytest.raises(openai.BadRequestError, match="Leave out n and logprobs"):
+            create(model=running.name, messages=MESSAGES, **more)
+    with pytest.raises(openai.BadRequestError, match="Leave out n and logprobs"):
+        running.client.completions.create(model=running.name, prompt="It was", n=2)
     long = running.client.completions.create(model=running.name, prompt="y" * 250, temperature=0)
     assert long.usage.completion_tokens <= 6  # as many as there are positions
 
@@ -144,8 +150,25 @@ def test_a_model_without_a_template_completes(tmp_path):
         assert running.client.completions.create(model=running.name, prompt="It was", **GREEDY).choices[0].text
         with pytest.raises(openai.BadRequestError, match="no chat template"):
             running.client.chat.completions.create(model=running.name, messages=MESSAGES)
+        with pytest.raises(openai.BadRequestError, match="no chat template"):
+            running.client.responses.create(model=running.name, input="It was")
     finally:
         running.stop()
+
+
+def test_a_prompt_is_continued_as_by_the_command_line(capsys):
+    """By a model whose tokenizer was trained: it begins a text, but does not end the prompt."""
+    example = str(Path(__file__).parents[2] / "examples" / "models" / "crime_and_punishment")
+    prompt = "Raskolnikov opened the door and"
+    main(["generate", "--model", example, "--prompt", prompt, "--greedy", "--max_new_tokens", "12", "--no_stream"])
+    printed = capsys.readouterr().out
+    running = Running(example)
+    try:
+        answer = running.client.completions.create(model=example, prompt=prompt, **GREEDY).choices[0].text
+    finally:
+        running.stop()
+    assert answer.strip()
+    assert answer.strip() in printed
 
 
 def test_mistakes_are_refused_before_anything_is_served(tmp_path, capsys, monkeypatch):

@@ -507,6 +507,15 @@ def test_a_tokenizer_learns_from_a_long_line_without_spaces_in_a_moment():
     assert tokenizer.decode(tokenizer(line[:1000])["input_ids"], skip_special_tokens=True) == line[:1000]
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_a_causal_model_continues_has_no_end(causal):
+    tokenizer = data.train_bpe_tokenizer(["the cat sat"] * 3, vocab_size=270, causal=causal)
+    a, b = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("the cat", " sat"))
+    begin, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
+    assert tokenizer("the cat")["input_ids"] == begin + a + end * (not causal)
+    assert tokenizer("the cat", " sat")["input_ids"] == begin + a + end + b + end * (not causal)
+
+
 def test_trained_tokenizer_round_trips_any_text_and_survives_saving(tmp_path):
     from transformers import AutoTokenizer
 

@@ -12,12 +12,18 @@ _LONG_WORD = re.compile(r"(\S{256})(?=\S)")
 
 
 def train_bpe_tokenizer(
-    texts: Iterable[str], vocab_size: int = 8192, max_length: int = 4096, input_names: Sequence[str] = INPUT_NAMES
+    texts: Iterable[str],
+    vocab_size: int = 8192,
+    max_length: int = 4096,
+    input_names: Sequence[str] = INPUT_NAMES,
+    causal: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE from `texts`. Every text can be encoded, pairs become `<s> A </s> B </s>`.
+    """Learn a byte-level BPE from `texts`. Every text can be encoded.
 
     Args:
-        input_names: what it returns; with `token_type_ids`, they are 1 for `B </s>`, else 0.
+        input_names: what it returns; `token_type_ids`, if among them, are 1 for a second text and its end, else 0.
+        causal: a text becomes `<s> A`, which a model continues, and a pair `<s> A </s> B`; otherwise `<s> A </s>` and
+            `<s> A </s> B </s>`.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -31,8 +37,8 @@ def train_bpe_tokenizer(
     # Every merge looks through the words that hold it: one word of 100,000 letters would take minutes.
     backend.train_from_iterator((_LONG_WORD.sub(r"\1\n", text) for text in texts), trainer)
     backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>",
-        pair="<s> $A </s> $B:1 </s>:1",
+        single="<s> $A" if causal else "<s> $A </s>",
+        pair="<s> $A </s> $B:1" if causal else "<s> $A </s> $B:1 </s>:1",
         special_tokens=[(token, backend.token_to_id(token)) for token in ("<s>", "</s>")],
     )
     return PreTrainedTokenizerFast(

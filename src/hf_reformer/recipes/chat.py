@@ -185,7 +185,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: Any) -> None:
         conversations = load_conversations(data, args.seed, words)
         if tokenizer is None:
             texts = (f"{x['role']}\n{x['content']}" for messages in conversations["train"] for x in messages)
-            tokenizer = make_tokenizer(model_args, texts, args.max_length)
+            tokenizer = make_tokenizer(model_args, texts, args.max_length, causal=True)
         set_chat_template(tokenizer)
         for split, some in conversations.items():
             windows = conversation_windows(some, tokenizer, args.max_length)

@@ -165,7 +165,8 @@ def run(data: TextArguments, model_args: ModelArguments, args: TrainingArguments
     with args.main_process_first(desc="reading the texts"):
         texts = load_texts(data)
         train = texts.pop("train", [])
-        tokenizer = make_tokenizer(model_args, first_texts(stream()) if data.streaming else train, max_length)
+        learned_from = first_texts(stream()) if data.streaming else train
+        tokenizer = make_tokenizer(model_args, learned_from, max_length, causal=not data.masked)
         splits, amount = {}, "none"
         if data.streaming:
             splits["train"], amount = packed_stream(stream, tokenizer, length, args.seed), "streamed"

@@ -258,7 +258,12 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
 
 
 def make_tokenizer(
-    args: ModelArguments, texts: Iterable[str], max_length: int, offsets: bool = False, pairs: bool = False
+    args: ModelArguments,
+    texts: Iterable[str],
+    max_length: int,
+    offsets: bool = False,
+    pairs: bool = False,
+    causal: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer that `args` name; it truncates at `max_length`. `texts` are read only to train one.
 
@@ -268,6 +273,7 @@ def make_tokenizer(
         offsets: places in texts are found by it, so it is to tell which characters its tokens stand for, and pads and
             truncates on the right.
         pairs: a new tokenizer also tells which text of a pair each token belongs to (`token_type_ids`).
+        causal: a new tokenizer ends no text, which is to be continued.
 
     Raises:
         ValueError: a directory that `args` name holds links to files elsewhere; it tells no offsets.
@@ -278,7 +284,7 @@ def make_tokenizer(
     name = args.tokenizer or args.model_name_or_path or "train"
     names = [*INPUT_NAMES, "token_type_ids"] if pairs else [*INPUT_NAMES]
     if name == "train":
-        return train_bpe_tokenizer(texts, args.tokenizer_vocab_size, max_length, names)
+        return train_bpe_tokenizer(texts, args.tokenizer_vocab_size, max_length, names, causal)
     if name == "bytes":
         tokenizer: PreTrainedTokenizerBase = ReformerByteTokenizer(model_input_names=names)
     else:

@@ -1,6 +1,7 @@
 """The code of README and docs runs as it stands, their commands exist, and their links lead somewhere."""
 
 import contextlib
+import importlib
 import io
 import re
 import shlex
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from experiment_scripts import load_experiment
 
 from hf_reformer.ops.dispatch import unsupported_reason
 from reformer_cli.main import RECIPES, main, make_parser
@@ -87,12 +89,20 @@ def test_python_blocks_of_the_docs_run(page, tmp_path, monkeypatch, captured_war
         assert all(figure in shown for figure in figures)
 
 
-def commands_of(page):
-    """The lines of shell blocks, without comments; a backslash joins two."""
+def shell_lines(page):
+    """The lines of shell blocks; a backslash joins two, and `$name` stands for what a line before it sets."""
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
-            if line.startswith("hf-reformer "):
-                yield shlex.split(line, comments=True)[1:]
+        text = block.replace("\\\n", " ")
+        for name, value in re.findall(r'^(\w+)="([^"]*)"', text, flags=re.MULTILINE):
+            text = text.replace(f"${name}", value.replace("\n", " "))
+        yield from text.splitlines()
+
+
+def commands_of(page):
+    """What follows `hf-reformer`, in words, without comments."""
+    for line in shell_lines(page):
+        if line.startswith("hf-reformer "):
+            yield shlex.split(line, comments=True)[1:]
 
 
 def test_commands_of_the_pages_take_their_options():
@@ -114,6 +124,33 @@ def test_commands_of_the_pages_take_their_options():
                 main(["train", recipe, "--help"])
             helps[recipe] = set(re.findall(r"--\w+", printed.getvalue()))
         assert set(options) <= helps[recipe], f"{told}: no {set(options) - helps[recipe]}"
+
+
+RUN_BY_PYTHON = re.compile(r"python (?:scripts/train_(\w+)\.py|experiments/(\w+)\.py|-m benchmarks\.(\w+))([^;]*)")
+
+
+def test_commands_of_the_repository_take_their_options(monkeypatch):
+    """Those of scripts, experiments and benchmarks."""
+    found, helps = set(), {}
+    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.setattr(sys, "argv", ["script", "--help"])
+    for page in PAGES:
+        for line in shell_lines(page):
+            found |= {(page.name, *command) for command in RUN_BY_PYTHON.findall(re.sub(r"\s#.*", "", line))}
+    assert len(found) > 40
+    for page, script, experiment, benchmark, options in found:
+        name = script or experiment or benchmark
+        if name not in helps:
+            with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
+                if script:
+                    main(["train", {"lm": "language-model"}.get(script, script.replace("_", "-")), "--help"])
+                elif experiment:
+                    load_experiment(experiment).main()
+                else:
+                    importlib.import_module(f"benchmarks.{benchmark}").main()
+            helps[name] = set(re.findall(r"--\w+", printed.getvalue()))
+        unknown = set(re.findall(r"(?<!\S)--\w+", options)) - helps[name]
+        assert not unknown, f"{page}: {name} has no {unknown}"
 
 
 def anchors_of(page):

@@ -6,12 +6,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_reformer import ReformerForCausalLM
 from hf_reformer.data.interactions import find_interaction_columns, read_histories, read_interactions, read_titles
 from hf_reformer.recipes import recommendation as recipe
 from hf_reformer.training.recommendation import (
@@ -19,13 +17,10 @@ from hf_reformer.training.recommendation import (
     UNKNOWN,
     baseline_ranks,
     baseline_scorers,
-    co_occurrences,
     item_tokenizer,
     nearby_order,
-    neighbor_embeddings,
     ranks_of,
     scores_at,
-    start_from_neighbors,
 )
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -270,50 +265,9 @@ def test_baselines_are_counted_by_hand():
     assert baseline_ranks(near, [had, had], np.array([2, UNKNOWN])).tolist() == [2, MISSED]
 
 
-GROUPS = 4, 8  # of items, all of which stand beside each other
-
-
-def group_histories(users: int = 400) -> list[np.ndarray]:
-    """Every user had items of one group; the last item of all, nobody."""
-    draw = np.random.default_rng(0)
-    return [user % GROUPS[0] * GROUPS[1] + draw.permutation(GROUPS[1]) for user in range(users)]
-
-
-def test_items_that_stand_together_begin_alike():
-    count = GROUPS[0] * GROUPS[1] + 1
-    found = neighbor_embeddings(co_occurrences(group_histories(), count), GROUPS[0])
-    assert found.shape == (count, GROUPS[0])
-    assert not found[-1].any()
-    units = found[:-1] / np.linalg.norm(found[:-1], axis=1, keepdims=True)
-    group = np.arange(count - 1) // GROUPS[1]
-    same = group[:, None] == group
-    assert (units @ units.T)[same].min() > (units @ units.T)[~same].max() + 0.5
-    again = neighbor_embeddings(co_occurrences(group_histories()[::-1], count), GROUPS[0])
-    assert np.array_equal(found, again)  # whatever the order of users
-
-
-@pytest.mark.parametrize("histories", [[], [[2]], [[0, 1]], [[0, 1], [1, 2, 0]]], ids=str)
-def test_few_items_have_embeddings_too(histories):
-    found = neighbor_embeddings(co_occurrences([np.array(had) for had in histories], 3), 16)
-    assert found.shape == (3, 16)
-    assert np.isfinite(found).all()
-
-
-def test_a_new_model_starts_from_the_neighbors_of_its_items(global_generator_untouched):
-    model = make_model(
-        ReformerForCausalLM, dtype=torch.float32, vocab_size=3 + GROUPS[0] * GROUPS[1] + 1, is_decoder=True
-    )
-    before = model.get_input_embeddings().weight.clone()
-    start_from_neighbors(model, group_histories())
-    after = model.get_input_embeddings().weight
-    moved = (before != after).any(1)
-    assert torch.equal(moved, torch.tensor([False] * 3 + [True] * GROUPS[0] * GROUPS[1] + [False]))
-    assert after[moved].std().item() == pytest.approx(model.config.initializer_range, rel=1e-4)
-
-
 def test_a_saved_model_keeps_its_embeddings_and_a_new_one_may_begin_at_random(files, monkeypatch):
     begun = []
-    monkeypatch.setattr(recipe, "start_from_neighbors", lambda model, histories: begun.append(len(histories)))
+    monkeypatch.setattr(recipe, "start_from_neighbors", lambda model, histories, reach: begun.append(len(histories)))
     recipe.main(arguments(files, "--max_steps", "1"))
     assert begun == [len(users())]
     saved = ["--model_name_or_path", str(files / "out"), "--do_train"]

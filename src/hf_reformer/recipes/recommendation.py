@@ -37,8 +37,10 @@ from ..data.packing import cut_windows
 from ..data.tables import read_column
 from ..training.data_setup import SplitArguments
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, run_recipe
+from ..training.neighbors import start_from_neighbors
 from ..training.recommendation import (
     MISSED,
+    NEAR,
     SPECIAL,
     UNKNOWN,
     ItemCollator,
@@ -51,7 +53,6 @@ from ..training.recommendation import (
     generation_settings,
     item_tokenizer,
     scores_at,
-    start_from_neighbors,
 )
 from ..training.reports import format_tables, write_report, write_rows
 from ..training.trainers import build_trainer, longest_first, predict_splits, train_and_save
@@ -312,7 +313,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     fields = FIELDS if model_args.model_name_or_path is None else {}
     model = make_model(AutoModelForCausalLM, model_args, tokenizer, data.max_length, trains, **fields)
     if trains and model_args.model_name_or_path is None and data.neighbor_init:
-        start_from_neighbors(model, [item_numbers(items, tokenizer) for items in histories])
+        start_from_neighbors(model, [np.array(tokenizer.convert_tokens_to_ids(x), dtype=int) for x in histories], NEAR)
     model.generation_config.update(**generation_settings(tokenizer))
     options = {"data_collator": ItemCollator(tokenizer), "compute_metrics": RankScores(data.top_k)}
     judged = {split: rows for split, rows in encoded.items() if split != "predict"} or encoded

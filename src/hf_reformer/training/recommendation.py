@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from scipy import sparse
-from sklearn.utils.extmath import randomized_svd
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import EvalPrediction, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..models.losses import IGNORE
+from .neighbors import co_occurrences
 from .trainers import GroupedTrainer
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "unk_token": "<unk>"}
@@ -179,49 +179,9 @@ class RankScores:
         return scores_at(np.asarray(ranks), self.sizes)
 
 
-# --- which items are near each other
-
-NEAR = 5  # steps within which they are
-
-
-def co_occurrences(histories: Sequence[np.ndarray], items: int) -> sparse.csr_matrix:
-    """How often two items stand within `NEAR` steps of each other, (items, items), symmetric.
-
-    Args:
-        histories: items of every user, oldest first, as numbers from 0 to `items` - 1.
-    """
-    pairs = [(had[:-step], had[step:]) for had in histories for step in range(1, NEAR + 1) if len(had) > step]
-    before, after = (np.concatenate([pair[side] for pair in pairs] or [np.empty(0, int)]) for side in (0, 1))
-    near = sparse.coo_matrix((np.ones(len(before)), (before, after)), (items, items)).tocsr()
-    return near + near.T
-
-
-def neighbor_embeddings(near: sparse.csr_matrix, size: int) -> np.ndarray:
-    """Vectors (items, size) that are alike where items have the same neighbors; zero without any.
-
-    The singular vectors of the positive pointwise mutual information, times the roots of its singular values (Levy and
-    Goldberg 2014, section 4).
-    """
-    pairs, often = near.tocoo(), np.asarray(near.sum(1)).ravel()
-    information = np.log(pairs.data * often.sum() / (often[pairs.row] * often[pairs.col]))
-    positive = sparse.csr_matrix((np.maximum(information, 0), (pairs.row, pairs.col)), near.shape)
-    vectors, values, _ = randomized_svd(positive, min(size, near.shape[0]), random_state=0)
-    found = vectors * np.sqrt(values)
-    return np.pad(found, ((0, 0), (0, size - found.shape[1])))
-
-
-@torch.no_grad()
-def start_from_neighbors(model: Any, histories: Sequence[np.ndarray]) -> None:
-    """Give the items of a new model the embeddings of their neighbors, as large as they were; others stay."""
-    weight = model.get_input_embeddings().weight[len(SPECIAL) :]
-    found = torch.from_numpy(neighbor_embeddings(co_occurrences(histories, len(weight)), weight.shape[1]))
-    known = found.abs().sum(1) > 0
-    if known.any():
-        weight[known] = (found[known] / found[known].std() * model.config.initializer_range).to(weight)
-
-
 # --- baselines
 
+NEAR = 5  # steps within which items are near each other
 RECENT = 10  # items whose neighbors co-occurrence counts
 LAST = 20  # items that item-kNN looks at
 
@@ -236,7 +196,7 @@ def baseline_scorers(histories: Sequence[np.ndarray], items: int) -> dict[str, S
     """
     every = np.concatenate([*histories, np.empty(0, np.int64)]).astype(np.int64)
     popularity = np.bincount(every, minlength=items).astype(float)
-    near = co_occurrences(histories, items)
+    near = co_occurrences(histories, items, NEAR)
     users = np.repeat(np.arange(len(histories)), [len(had) for had in histories])
     had_by = sparse.coo_matrix((np.ones(len(every)), (every, users)), (items, len(histories))).tocsr()
     norms = np.sqrt(np.maximum(popularity, 1))

@@ -530,12 +530,13 @@ def text_batches(data: torch.Tensor, kind: str, rows: int, length: int) -> Calla
 
 
 def answer_batches(data: torch.Tensor, kind: str, rows: int, length: int) -> Callable[[torch.Generator], Inputs]:
-    """The same, where the far answers alone are judged, in as many tokens of rows of any length.
+    """The same with the loss on the far answers alone. Every batch has as many tokens.
 
     Rows are of `length`, its half, its quarter, … down to the shortest that holds a far answer (64 or 256 bytes): what
     is learned on short ones holds on long ones.
     """
-    halvings = int(math.log2(length // (64 if kind == "recall" else 256)))
+    shortest = 64 if kind == "recall" else 256
+    halvings = max(n for n in range(length.bit_length()) if n == 0 or length % (shortest << n) == 0)
 
     def batch(generator: torch.Generator) -> Inputs:
         share = int(torch.randint(0, halvings + 1, (), generator=generator))

@@ -93,7 +93,9 @@ def shell_lines(page):
     """The lines of shell blocks; a backslash joins two, and `$name` stands for what a line before it sets."""
     for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL):
         text = block.replace("\\\n", " ")
-        for name, value in re.findall(r'^(\w+)="([^"]*)"', text, flags=re.MULTILINE):
+        for name, value in reversed(
+            re.findall(r'^(\w+)="([^"]*)"', text, flags=re.MULTILINE)
+        ):  # may name earlier ones
             text = text.replace(f"${name}", value.replace("\n", " "))
         yield from text.splitlines()
 

@@ -117,13 +117,13 @@ class RememberingManager(GenerateManager):
 
 
 class Checked:
-    """A handler of transformers that tells clients what cannot be, before it ignores that or fails."""
+    """Rejects requests that the handler of transformers would answer wrongly or fail on."""
 
     model_manager: Any
     needs_template = True
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
-        if (body.get("n") or 1) != 1 or body.get("logprobs"):
+        if body.get("n") not in (None, 1) or body.get("logprobs") not in (None, False):
             raise HTTPException(400, "A request gets one answer, without log-probabilities. Leave out n and logprobs.")
         if self.needs_template and self.model_manager.tokenizer.chat_template is None:
             raise HTTPException(

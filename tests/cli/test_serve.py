@@ -138,8 +138,9 @@ def test_a_client_is_told_what_is_wrong(running, tmp_path):
     for more in ({"n": 2}, {"logprobs": True}):
         with pytest.raises(openai.BadRequestError, match="Leave out n and logprobs"):
             create(model=running.name, messages=MESSAGES, **more)
-    with pytest.raises(openai.BadRequestError, match="Leave out n and logprobs"):
-        running.client.completions.create(model=running.name, prompt="It was", n=2)
+    for more in ({"n": 2}, {"logprobs": 0}):
+        with pytest.raises(openai.BadRequestError, match="Leave out n and logprobs"):
+            running.client.completions.create(model=running.name, prompt="It was", **more)
     long = running.client.completions.create(model=running.name, prompt="y" * 250, temperature=0)
     assert long.usage.completion_tokens <= 6  # as many as there are positions
 

@@ -168,14 +168,14 @@ def test_saved_model_is_fine_tuned_with_its_own_labels_and_then_only_evaluated(f
 
 def test_a_new_model_may_start_from_the_neighbors_of_its_tokens(files, monkeypatch):
     begun = []
-    monkeypatch.setattr(recipe, "start_from_neighbors", lambda model, sequences, reach: begun.append(len(sequences)))
+    monkeypatch.setattr(recipe, "initialize_embeddings", lambda model, sequences, window: begun.append(len(sequences)))
     recipe.main(arguments(files, "--max_steps", "1"))
     assert not begun
     recipe.main(arguments(files, "--max_steps", "1", "--neighbor_init", "True"))
     assert begun == [43]  # a tenth of 48 is held out
-    saved = ["--model_name_or_path", str(files / "out"), "--max_steps", "1", "--neighbor_init", "True"]
-    recipe.main(arguments(files, *saved, out="again"))
-    assert len(begun) == 1
+    for other in (["--model_name_or_path", str(files / "out")], ["--pretrain_steps", "2"]):
+        with pytest.raises(ValueError, match="--neighbor_init initializes a new model"):
+            recipe.main(arguments(files, "--neighbor_init", "True", *other, out="again"))
 
 
 def test_saved_model_predicts_a_test_file_and_a_letter_without_training(files, capsys):

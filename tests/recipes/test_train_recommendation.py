@@ -267,7 +267,7 @@ def test_baselines_are_counted_by_hand():
 
 def test_a_saved_model_keeps_its_embeddings_and_a_new_one_may_begin_at_random(files, monkeypatch):
     begun = []
-    monkeypatch.setattr(recipe, "start_from_neighbors", lambda model, histories, reach: begun.append(len(histories)))
+    monkeypatch.setattr(recipe, "initialize_embeddings", lambda model, histories, window: begun.append(len(histories)))
     recipe.main(arguments(files, "--max_steps", "1"))
     assert begun == [len(users())]
     saved = ["--model_name_or_path", str(files / "out"), "--do_train"]

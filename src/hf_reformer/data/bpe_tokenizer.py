@@ -22,8 +22,7 @@ def train_bpe_tokenizer(
 
     Args:
         input_names: what it returns; `token_type_ids`, if among them, are 1 for a second text and its end, else 0.
-        causal: a text becomes `<s> A`, which a model continues, and a pair `<s> A </s> B`; otherwise `<s> A </s>` and
-            `<s> A </s> B </s>`.
+        causal: no end token is added: `<s> A` and `<s> A </s> B`, instead of `<s> A </s>` and `<s> A </s> B </s>`.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

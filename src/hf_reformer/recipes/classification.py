@@ -68,7 +68,7 @@ from ..training.model_setup import (
     option,
     run_recipe,
 )
-from ..training.neighbors import start_from_neighbors
+from ..training.neighbors import initialize_embeddings
 from ..training.pretraining import MaskedPretrainingArguments, pretrain
 from ..training.reports import format_tables, write_report
 from ..training.trainers import GroupedTrainer, build_trainer, longest_first, predict_splits, train_and_save
@@ -83,7 +83,7 @@ DEMO = {  # trained on chunks of the documents, evaluated on whole ones
     "config_overrides": "lsh_window=64,local_window=32",
     "num_train_epochs": 1, "per_device_train_batch_size": 4, "logging_steps": 50, "eval_strategy": "no",
 }  # fmt: skip
-REACH = 10  # tokens within which `--neighbor_init` counts them as neighbors
+NEIGHBOR_WINDOW = 10  # tokens within which `--neighbor_init` counts two as neighbors
 PRESETS: dict[str, dict[str, Any]] = {
     **SAVED_MODEL,
     "--demo": DEMO,
@@ -110,7 +110,9 @@ class DataArguments(MaskedPretrainingArguments, SplitsAndFileArguments):
     train_length: int | None = option(
         None, "Split training texts into chunks of this many tokens; evaluation still uses whole texts."
     )
-    neighbor_init: bool = option(False, "Start a new model with like embeddings for tokens with the same neighbors.")
+    neighbor_init: bool = option(
+        False, "Initialize a new model with similar embeddings for tokens that share neighbors."
+    )
     baselines: bool = option(False, "Also evaluate the most frequent label and TF-IDF with a linear model.")
     predict_file: str | None = option(None, "A text file to classify at the end.", aliases=["--classify"])
     early_stopping_patience: int | None = option(
@@ -120,6 +122,11 @@ class DataArguments(MaskedPretrainingArguments, SplitsAndFileArguments):
     def check(self, model: ModelArguments, args: TrainingArguments) -> None:
         columns = {"text": self.text_column, "text_pair": self.text_pair_column, "label": self.label_column}
         check_distinct({f"--{name}_column": column for name, column in columns.items()})
+        if self.neighbor_init and (model.model_name_or_path or self.pretrain_steps):
+            raise ValueError(
+                "--neighbor_init initializes a new model, but --model_name_or_path and --pretrain_steps start from "
+                "another. Leave one out."
+            )
         super().check(model, args)
 
     def read_source(self) -> Mapping[str, Dataset]:
@@ -244,8 +251,8 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     pieces = token_ids(([text] for text in train_texts), tokenizer)
     model_args = pretrain(data, model_args, args, tokenizer, pieces, data.max_length)
     model = make_model(AutoModelForSequenceClassification, model_args, tokenizer, data.max_length, trains, **fields)
-    if trains and model_args.model_name_or_path is None and data.neighbor_init:
-        start_from_neighbors(model, list(map(np.array, encoded["train"]["input_ids"])), REACH)
+    if trains and data.neighbor_init:
+        initialize_embeddings(model, list(map(np.array, encoded["train"]["input_ids"])), NEIGHBOR_WINDOW)
     patience = data.early_stopping_patience
     options = {"data_collator": DataCollatorWithPadding(tokenizer), "compute_metrics": metrics}
     options |= {"callbacks": [EarlyStoppingCallback(patience)] if patience else None}

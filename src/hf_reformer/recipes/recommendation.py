@@ -37,7 +37,7 @@ from ..data.packing import cut_windows
 from ..data.tables import read_column
 from ..training.data_setup import SplitArguments
 from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, run_recipe
-from ..training.neighbors import start_from_neighbors
+from ..training.neighbors import initialize_embeddings
 from ..training.recommendation import (
     MISSED,
     NEAR,
@@ -87,7 +87,9 @@ class DataArguments(SplitArguments):
     max_length: int = option(128, "Maximum items of a history; of longer histories, only the last ones are used.")
     item_dropout: float = option(0.1, "Fraction of history items hidden from the input in training.")
     reorder: float = option(5.0, "Maximum number of places by which items are randomly moved in training.")
-    neighbor_init: bool = option(True, "Start a new model with like embeddings for items with the same neighbors.")
+    neighbor_init: bool = option(
+        True, "Initialize a new model with similar embeddings for items that share neighbors."
+    )
     top_k: list[int] = option([10], "Numbers of recommendations (k) to score; predictions have the largest k.")
     baselines: bool = option(False, "Also score popularity, item-kNN and co-occurrence.")
 
@@ -313,7 +315,7 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
     fields = FIELDS if model_args.model_name_or_path is None else {}
     model = make_model(AutoModelForCausalLM, model_args, tokenizer, data.max_length, trains, **fields)
     if trains and model_args.model_name_or_path is None and data.neighbor_init:
-        start_from_neighbors(model, [np.array(tokenizer.convert_tokens_to_ids(x), dtype=int) for x in histories], NEAR)
+        initialize_embeddings(model, [item_numbers(x, tokenizer) + len(SPECIAL) for x in histories], NEAR)
     model.generation_config.update(**generation_settings(tokenizer))
     options = {"data_collator": ItemCollator(tokenizer), "compute_metrics": RankScores(data.top_k)}
     judged = {split: rows for split, rows in encoded.items() if split != "predict"} or encoded

@@ -35,7 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16, "per_device_eval_batch_size": 16,
     "logging_steps": 10, "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 2,
 }  # fmt: skip
-# What a run does, by the split that each needs. Where none is given, the files say what is done.
+# The split that each action needs. Without any of these options, the given files decide.
 ACTIONS = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
 # Presets for an encoder that goes on training.
 SAVED_MODEL = {"--model_name_or_path": {"learning_rate": 2e-4, "num_train_epochs": 3}}
@@ -121,7 +121,7 @@ class ModelArguments(BackboneArguments):
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults that say something, one spelling of an option, and the line breaks of the description."""
+    """Hides defaults of None and of the actions, and the dashed spelling of options; keeps line breaks."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         says_nothing = action.default is None or action.dest in ACTIONS.values()
@@ -273,7 +273,7 @@ def make_tokenizer(
         offsets: places in texts are found by it, so it is to tell which characters its tokens stand for, and pads and
             truncates on the right.
         pairs: a new tokenizer also tells which text of a pair each token belongs to (`token_type_ids`).
-        causal: a new tokenizer ends no text, which is to be continued.
+        causal: a new tokenizer adds no end token, so that the model can continue the text.
 
     Raises:
         ValueError: a directory that `args` name holds links to files elsewhere; it tells no offsets.

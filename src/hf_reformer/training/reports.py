@@ -75,11 +75,11 @@ def _write_report(
         name = trainer.hub_model_id if trainer.args.push_to_hub else str(folder)
         model_card(model, name, tokenizer, trainer.state, **metadata).save(folder / "README.md")
     print(f"\n{summary}\n\nThe results are in {folder}/")
-    names = {pattern: ", ".join(sorted(file.name for file in folder.glob(pattern))) for pattern in CONTENTS}
-    width = max(map(len, names.values()))
+    files = {pattern: ", ".join(sorted(file.name for file in folder.glob(pattern))) for pattern in CONTENTS}
+    width = min(40, max(map(len, files.values())))
     for pattern, content in CONTENTS.items():
-        if names[pattern]:
-            print(f"  {names[pattern]:{width}}  {content}")
+        if files[pattern]:
+            print(f"  {files[pattern]:{width}}  {content}")
 
 
 def format_table(scores: dict[str, dict[str, float]]) -> str:

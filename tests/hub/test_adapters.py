@@ -459,7 +459,7 @@ def make_trainer(tmp_path, packing: bool, adapter=None, **arguments):
     )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize(
     "adapter", [None, LoraConfig(task_type=LM, target_modules="all-linear")], ids=["whole", "LoRA"]

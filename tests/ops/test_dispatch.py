@@ -160,7 +160,12 @@ def test_memory_between_forward_and_backward_grows_with_length_alone(backend):
 
 
 @pytest.mark.parametrize(
-    ("path", "causal", "training"), [("reversible", True, True), ("reversible", False, False), ("plain", True, True)]
+    ("path", "causal", "training"),
+    [
+        ("reversible", True, True),
+        pytest.param("reversible", False, False, marks=pytest.mark.slow),
+        pytest.param("plain", True, True, marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_of_an_encoder_are_those_of_finite_differences(path, causal, training):
     model = make_model(

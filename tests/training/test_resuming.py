@@ -121,9 +121,9 @@ def whole_run(tmp_path_factory):
     [
         ("language-model", "model.safetensors"),
         ("classification", "optimizer.pt"),
-        ("seq2seq", "rng_state.pth"),
-        ("speech-recognition", "trainer_state.json"),
         ("forecasting", "scheduler.pt"),
+        pytest.param("seq2seq", "rng_state.pth", marks=pytest.mark.slow),
+        pytest.param("speech-recognition", "trainer_state.json", marks=pytest.mark.slow),
         pytest.param("image-classification", "model.safetensors", marks=pytest.mark.slow),
     ],
 )

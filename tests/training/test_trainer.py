@@ -169,8 +169,8 @@ def test_the_loss_of_a_step_is_the_mean_over_all_its_targets(cls, tmp_path):
 @pytest.mark.parametrize(
     ("cls", "parts"),
     [
-        (ReformerForCausalLM, 1),
-        *(pytest.param(cls, 2, marks=() if cls in FAST else pytest.mark.slow) for cls in LABELLED),
+        pytest.param(ReformerForCausalLM, 1, marks=pytest.mark.slow),
+        *(pytest.param(cls, 2, marks=() if cls is ReformerForCausalLM else pytest.mark.slow) for cls in LABELLED),
     ],
 )
 def test_vanishing_label_smoothing_is_none(cls, parts, tmp_path):
@@ -241,7 +241,7 @@ def _nondeterminism_afterwards():
     ("cls", "backend"),
     [
         (ReformerForCausalLM, "auto"),
-        (ReformerForSequenceClassification, "torch"),
+        pytest.param(ReformerForSequenceClassification, "torch", marks=pytest.mark.slow),
         *(pytest.param(cls, "auto", marks=pytest.mark.slow) for cls in HEADS if cls is not ReformerForCausalLM),
     ],
 )
@@ -292,7 +292,7 @@ def test_batches_of_like_lengths(cls, tmp_path):
         assert max(widths) == 21
 
 
-@pytest.mark.parametrize("reversible", [True, False])
+@pytest.mark.parametrize("reversible", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_batch_that_does_not_fit_leaves_no_trace(reversible, tmp_path):
     """Memory runs out in backward if the layers are reversible, else in forward."""
 

@@ -123,7 +123,8 @@ class Checked:
     needs_template = True
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
-        if body.get("n") not in (None, 1) or body.get("logprobs") not in (None, False):
+        logprobs = body.get("logprobs")  # 0 asks for those of the tokens themselves
+        if body.get("n") not in (None, 1) or not (logprobs is None or logprobs is False):
             raise HTTPException(400, "A request gets one answer, without log-probabilities. Leave out n and logprobs.")
         if self.needs_template and self.model_manager.tokenizer.chat_template is None:
             raise HTTPException(

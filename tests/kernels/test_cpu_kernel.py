@@ -14,7 +14,7 @@ from hf_reformer.ops import dispatch, kernel_check
 from hf_reformer.ops.dispatch import select_backend
 from hf_reformer.ops.layout import sort_by_bucket, window_extent
 from hf_reformer.ops.lsh import Centering, lsh_buckets, unit_sums, window_rotations
-from hf_reformer.ops.prng import fold, make_key, normal_rows
+from hf_reformer.ops.prng import make_key, normal_rows
 from reformer_kernels import cpu
 from reformer_kernels.cpu import build, library
 
@@ -111,12 +111,12 @@ def test_chunks_far_longer_than_the_kernels_tiles(chunk, length, shared, two_thr
 def test_the_default_dtype_does_not_matter(default, checked_again):
     case = Case(length=200, size=8, value_size=8, dtype=torch.float32)
     expected = case.values_and_gradients("cpu")
-    normals = cpu.normal_rows(make_key(0)[None], 100)
+    normals = cpu.normal_rows(make_key(0), 2, 100)
     torch.set_default_dtype(default)
     dispatch.check_library.cache_clear()
     try:
         assert all(map(torch.equal, case.values_and_gradients("cpu"), expected))
-        assert torch.equal(cpu.normal_rows(make_key(0)[None], 100), normals)
+        assert torch.equal(cpu.normal_rows(make_key(0), 2, 100), normals)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -253,9 +253,11 @@ def test_the_ops_keep_their_promises_to_torch():
     rotations = window_rotations(make_key(0), 0, 2, 8, 2, 6)
     for center in ((False, *Centering(True)), (True, *Centering(False, case.mask))):
         torch.library.opcheck(ops.cpu_lsh_buckets.default, (query.detach(), rotations, [6], *center))
-    torch.library.opcheck(ops.cpu_normal_rows.default, (torch.arange(2, dtype=torch.int32), 5))
+    torch.library.opcheck(ops.cpu_normal_rows.default, (make_key(0), 2, 5))
     for outputs in (1, 2, 3):
-        torch.library.opcheck(ops.cpu_sort_by_bucket.default, (case.buckets, case.mask, 3, 4, 0, outputs))
+        torch.library.opcheck(
+            ops.cpu_sort_by_bucket.default, ([case.buckets] * 2, case.mask, [3, -1], [4, 9], [0, 1], outputs)
+        )
 
 
 # --- hashing and sorting
@@ -264,10 +266,9 @@ def test_the_ops_keep_their_promises_to_torch():
 @given(seed=st.integers(-(2**31), 2**31 - 1), rows=st.integers(1, 4), count=st.integers(1, 9000))
 @settings(max_examples=30)
 def test_normal_numbers_are_those_of_the_torch_backend(seed, rows, count):
-    keys = fold(make_key(seed), torch.arange(rows, dtype=torch.int32))
-    found = cpu.normal_rows(keys, count)
+    found = cpu.normal_rows(make_key(seed), rows, count)
     assert found.dtype == torch.float32
-    assert max_abs_diff(found, normal_rows(keys, count)) <= 5e-6
+    assert max_abs_diff(found, normal_rows(make_key(seed), rows, count)) <= 5e-6
 
 
 @given(
@@ -313,11 +314,14 @@ def test_sorting_is_that_of_the_torch_backend(seed, length, count, window, causa
     generator = torch.Generator().manual_seed(seed)
     buckets = torch.randint(0, count, (2, 3, 2, length), generator=generator).int()
     mask = None if padding is None else torch.rand(2, length, generator=generator) >= padding
+    left, right = window_extent(window, causal)
     for group in (buckets, buckets[:, :1]):
-        for inputs in ((*window_extent(window, causal), 2 if causal else 3), (0, 0, 1)):
-            expected = sort_by_bucket(group, mask, count, *inputs)
+        groups, counts = [group, group[:, :, :1] * 0], (count, 1)
+        for inputs in (([left, 3], [right, 0], 2 if causal else 3), ([0, 0], [0, 0], 1)):
+            expected = sort_by_bucket(groups, mask, counts, *inputs)
             assert len(expected) == inputs[-1]
-            assert all(map(torch.equal, cpu.sort_by_bucket(group, mask, count, *inputs), expected))
+            for known in (counts, (-1, -1)):
+                assert all(map(torch.equal, cpu.sort_by_bucket(groups, mask, known, *inputs), expected))
 
 
 # --- models
@@ -354,7 +358,7 @@ def test_what_it_cannot_serve_is_told(monkeypatch):
 def test_numbers_out_of_range_are_refused():
     buckets = torch.tensor([[[[0, 1, 9]]]], dtype=torch.int32)
     with pytest.raises(ValueError, match="outside of the number of buckets"):
-        cpu.sort_by_bucket(buckets, None, 7, 0, 0, 1)
+        cpu.sort_by_bucket([buckets], None, [7], [0], [0], 1)
     vectors, rotations = torch.zeros(1, 2, 4, 8), window_rotations(make_key(0), 0, 2, 8, 1, 6)
     for samples in ([1, 1, 2, 2], [0, 0, 2, 2], [0, 1, 0, 1]):
         with pytest.raises(ValueError, match="numbered 0, 1"):

@@ -35,7 +35,7 @@ try:
     from reformer_kernels.contract import CONTRACT
 
     # A copy of this file that came with a model may meet kernels of another version.
-    KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton} if CONTRACT == 8 else {}
+    KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton} if CONTRACT == 9 else {}
 except ImportError:  # a model loaded with trust_remote_code, without the package
     KERNELS = {}
 
@@ -363,8 +363,11 @@ def _sorter(backend: str, buckets: torch.Tensor) -> Sort | None:
 
 
 def _sort_by_kernel(
-    buckets: torch.Tensor, mask: torch.Tensor | None, num_buckets: int | None, *rest: int
+    groups: Sequence[torch.Tensor], mask: torch.Tensor | None, counts: Sequence[int | None], *rest: Any
 ) -> list[torch.Tensor]:
     """It counts the members of every bucket: not where most are empty, as those of many samples are."""
-    few = buckets.dtype == torch.int32 and (num_buckets is None or num_buckets <= MAX_EMPTY + 4 * buckets.shape[-1])
-    return (KERNELS["cpu"].sort_by_bucket if few else sort_by_bucket)(buckets, mask, num_buckets, *rest)
+    most = MAX_EMPTY + 4 * groups[0].shape[-1]
+    if all(x.dtype == torch.int32 and (count or 0) <= most for x, count in zip(groups, counts, strict=True)):
+        counts = [-1 if count is None else count for count in counts]
+        return KERNELS["cpu"].sort_by_bucket(groups, mask, counts, *rest)
+    return sort_by_bucket(groups, mask, counts, *rest)

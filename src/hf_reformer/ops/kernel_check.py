@@ -35,8 +35,8 @@ def agrees(kernels: Any) -> bool:
     rotations, factors = _normal(generator, 2, 24, 2, 6), (2, 10)
     samples = (torch.arange(192, device="cpu") // 100).int().expand(2, -1)
     buckets = lsh_buckets(query, rotations, factors)
-    sort_inputs = buckets, mask, 20, 15, 15, 3
-    keys = buckets[0, 0, 0]
+    sort_inputs = [buckets * 0, buckets], mask, [1, 20], [30, 15], [30, 15], 3
+    key = make_key(3, "cpu")
     return (
         _same_buckets(bindings.lsh_buckets(query, rotations, list(factors), False, *Centering(True)), buckets)
         and all(
@@ -47,7 +47,7 @@ def agrees(kernels: Any) -> bool:
             for centering in (Centering(True, mask, samples), Centering(False, mask, samples))
         )
         and all(map(torch.equal, bindings.sort_by_bucket(*sort_inputs), sort_by_bucket(*sort_inputs)))
-        and _close([bindings.normal_rows(keys, 50)], [normal_rows(keys, 50)])
+        and _close([bindings.normal_rows(key, 2, 50)], [normal_rows(key, 2, 50)])
         and _rotation_agrees(bindings, query)
         and _attention_agrees(kernels, query, value, grad, buckets, mask)
         and _tells_what_is_not_finite(kernels, query, value)

@@ -12,7 +12,10 @@ import torch
 
 NO_LIMIT = 2**30  # a window so wide shows everything: no head has half as many sorted positions, which are int32
 
-Sort = Callable[[torch.Tensor, torch.Tensor | None, int | None, int, int, int], list[torch.Tensor]]
+Sort = Callable[
+    [Sequence[torch.Tensor], torch.Tensor | None, Sequence[int | None], Sequence[int], Sequence[int], int],
+    list[torch.Tensor],
+]
 
 
 class AttentionLayout(NamedTuple):
@@ -55,25 +58,19 @@ def window_layout(
         causal: a window is the token itself and the `window - 1` positions before it; otherwise `window // 2` on
             either side.
         mask: (B, T) bool, True for real tokens, or None. Padding is sorted last and has empty windows.
-        sort: does the work of `sort_by_bucket`, faster; its tensors may be written to.
+        sort: does the work of `sort_by_bucket`, faster.
 
     Returns:
         AttentionLayout with `dedup_pairs=True`; windows never leave their round.
     """
     fixed = sort is None and torch.compiler.is_exporting()  # pure PyTorch, in a graph for any length
-    sort, outputs = sort or sort_by_bucket, 2 if causal else 3  # causal windows end at their own positions
-    sorted_groups = [
-        sort(group, mask, num_buckets, *window_extent(window, causal), outputs)
-        for group, num_buckets, window in groups
-    ]
-    parts = zip(*sorted_groups, strict=True)
-    perm, start, *end = (part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts)
+    buckets, counts, windows = zip(*groups, strict=True)
+    lefts, rights = zip(*(window_extent(window, causal) for window in windows), strict=True)
+    outputs = 2 if causal else 3  # causal windows end at their own positions
+    perm, start, *ends = (sort or sort_by_bucket)(buckets, mask, counts, lefts, rights, outputs)
     rounds, length = perm.shape[2:]
-    sorted_pos = torch.arange(rounds * length, dtype=torch.int32, device=perm.device).view(rounds, length)
-    start = start.add_(sorted_pos[:, :1])
-    last = end[0].add_(sorted_pos[:, :1]) if end else sorted_pos.expand_as(perm)
-    widest = max(window for *_, window in groups)
-    left, right = window_extent(widest, causal)
+    last = ends[0] if ends else _sorted_positions(rounds, length, perm.device).expand_as(perm)
+    left, right = max(lefts), max(rights)
     if not fixed:
         block_size, left, right = (
             torch.sym_min(size, most) for size, most in ((block_size, length), (left, length - 1), (right, length - 1))
@@ -88,6 +85,38 @@ def window_extent(window: int, causal: bool) -> tuple[int, int]:
 
 
 def sort_by_bucket(
+    groups: Sequence[torch.Tensor],
+    mask: torch.Tensor | None,
+    counts: Sequence[int | None],
+    left_reaches: Sequence[int],
+    right_reaches: Sequence[int],
+    outputs: int,
+) -> list[torch.Tensor]:
+    """The first `outputs` of perm, window_start and window_end of the rounds of all groups, (B, H, R, T) int32 each.
+
+    Tokens are sorted by (bucket, position), padding last. A window reaches so many positions to either side inside its
+    bucket; sorted positions count through all rounds.
+
+    Args:
+        groups: buckets of rounds, (B, H, their number, T) each.
+        counts, left_reaches, right_reaches: of every group: number of buckets if known, reach of its windows.
+    """
+    each = zip(groups, counts, left_reaches, right_reaches, strict=True)
+    found = [_sort_group(buckets, mask, count, left, right, outputs) for buckets, count, left, right in each]
+    parts = zip(*found, strict=True)
+    perm, *bounds = (part[0] if len(part) == 1 else torch.cat(part, dim=2) for part in parts)
+    if len(groups) == 1 and groups[0].shape[2] == 1:
+        return [perm, *bounds]
+    rounds, length = perm.shape[2:]
+    before = _sorted_positions(rounds, length, perm.device)[:, :1]
+    return [perm, *(bound + before for bound in bounds)]
+
+
+def _sorted_positions(rounds: int, length: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(rounds * length, dtype=torch.int32, device=device).view(rounds, length)
+
+
+def _sort_group(
     buckets: torch.Tensor,
     mask: torch.Tensor | None,
     num_buckets: int | None,
@@ -95,11 +124,7 @@ def sort_by_bucket(
     right_reach: int,
     outputs: int,
 ) -> list[torch.Tensor]:
-    """The first `outputs` of perm, window_start and window_end of a group of rounds, (B, H, R, T) int32 each.
-
-    Tokens are sorted by (bucket, position), padding last. A window reaches so many positions to either side inside its
-    bucket; sorted positions count within each round.
-    """
+    """`sort_by_bucket` of one group, whose sorted positions count within each round."""
     length = buckets.shape[-1]
     sorted_pos = torch.arange(length, dtype=torch.int32, device=buckets.device)
     if mask is not None:
@@ -167,13 +192,13 @@ def chunk_layout(
         sort: does the work of `sort_by_bucket`, faster.
     """
     rounds, length = buckets.shape[2:]
-    sorted_pos = torch.arange(rounds * length, dtype=torch.int32, device=buckets.device).view(rounds, length)
+    sorted_pos = _sorted_positions(rounds, length, buckets.device)
     if length <= chunk:
         perm = sorted_pos[:1].expand(*buckets.shape[:2], 1, length)
         return AttentionLayout(
             perm, torch.zeros_like(perm), torch.full_like(perm, length - 1), length, 0, 0, dedup_pairs=False
         )
-    (perm,) = (sort or sort_by_bucket)(buckets, mask, num_buckets, 0, 0, 1)
+    (perm,) = (sort or sort_by_bucket)([buckets], mask, [num_buckets], [0], [0], 1)
     start = ((sorted_pos // chunk - chunks_before) * chunk).expand_as(perm)
     end = ((sorted_pos // chunk + chunks_after + 1) * chunk - 1).expand_as(perm)
     return AttentionLayout(perm, start, end, chunk, chunks_before * chunk, chunks_after * chunk, dedup_pairs=False)

@@ -30,16 +30,14 @@ def window_rotations(
     head_size: int,
     num_hashes: int,
     num_buckets: int | tuple[int, ...],
-    normals: Callable[[torch.Tensor, int], torch.Tensor] = normal_rows,
+    normals: Callable[[torch.Tensor, int, int], torch.Tensor] = normal_rows,
 ) -> torch.Tensor:
     """Gaussian rotations (H, D, R, sum(factors) / 2), float32, a function of (key, layer, round) and of the entry.
 
     `normals` does the work of `prng.normal_rows`, perhaps faster.
     """
     columns = sum(bucket_factors(num_buckets)) // 2
-    device = key.device
-    rounds = fold(key, layer, ROTATIONS, torch.arange(num_hashes, dtype=torch.int32, device=device))  # (R)
-    values = normals(rounds, heads * head_size * columns)  # (R, H·D·columns)
+    values = normals(fold(key, layer, ROTATIONS), num_hashes, heads * head_size * columns)  # (R, H·D·columns)
     return values.view(num_hashes, heads, head_size, columns).permute(1, 2, 0, 3)
 
 

@@ -71,9 +71,10 @@ def normal(key: torch.Tensor) -> torch.Tensor:
     return torch.sqrt(-2 * torch.log(radius)) * torch.cos(angle)
 
 
-def normal_rows(keys: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` standard normal numbers for every key: (R) int32 → (R, count) float32."""
-    return normal(fold(keys[:, None], torch.arange(count, dtype=torch.int32, device=keys.device)))
+def normal_rows(key: torch.Tensor, rows: int, count: int) -> torch.Tensor:
+    """(rows, count) standard normal float32 numbers, functions of the int32 key of shape (), row and column."""
+    row, column = (torch.arange(n, dtype=torch.int32, device=key.device) for n in (rows, count))
+    return normal(fold(key, row[:, None], column))
 
 
 def pair_scramble(query_key: torch.Tensor, key_key: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ Inputs are read where they lie, in any layout whose last dimension is contiguous
 """
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import byref
 from typing import Any
 
@@ -158,44 +159,49 @@ def _(vectors, rotations, factors, centered, causal, mask, samples, sums, counts
 
 
 @torch.library.custom_op("reformer_kernels::cpu_normal_rows", mutates_args=(), device_types="cpu")
-def normal_rows(keys: torch.Tensor, count: int) -> torch.Tensor:
-    """(R, count) float32, as `prng.normal_rows`, equal but for the last bits."""
-    keys = keys.contiguous()
-    values = keys.new_empty(keys.shape[0], count, dtype=torch.float32)
+def normal_rows(key: torch.Tensor, rows: int, count: int) -> torch.Tensor:
+    """(rows, count) float32, as `prng.normal_rows`, equal but for the last bits."""
+    values = key.new_empty(rows, count, dtype=torch.float32)
     if values.numel():
-        params = NormalParams(keys.data_ptr(), keys.shape[0], count, torch.get_num_threads(), values.data_ptr())
+        params = NormalParams(key.data_ptr(), rows, count, torch.get_num_threads(), values.data_ptr())
         current_library().hf_normals(byref(params))
     return values
 
 
 @normal_rows.register_fake
-def _(keys, count):
-    return keys.new_empty(keys.shape[0], count, dtype=torch.float32)
+def _(key, rows, count):
+    return key.new_empty(rows, count, dtype=torch.float32)
 
 
 @torch.library.custom_op("reformer_kernels::cpu_sort_by_bucket", mutates_args=(), device_types="cpu")
 def sort_by_bucket(
-    buckets: torch.Tensor, mask: torch.Tensor | None, num_buckets: int | None, left_reach: int, right_reach: int,
-    outputs: int,
+    groups: Sequence[torch.Tensor], mask: torch.Tensor | None, counts: Sequence[int], left_reaches: Sequence[int],
+    right_reaches: Sequence[int], outputs: int,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """The first `outputs` of perm, window_start and window_end, as `layout.sort_by_bucket` gives them."""
-    batch, heads, rounds, length = buckets.shape
-    results = [torch.empty_like(buckets, memory_format=torch.contiguous_format) for _ in range(outputs)]
-    if not buckets.numel():
-        return results
-    num_buckets = int(buckets.max()) + 1 if num_buckets is None else num_buckets
-    buckets, mask = _end_to_end(buckets), None if mask is None else mask.contiguous()
-    params = SortParams(
-        strided(buckets), pointer(mask), batch, heads, length, rounds, num_buckets, torch.get_num_threads(),
-        left_reach, right_reach, *(x.data_ptr() for x in results),
-    )  # fmt: skip
-    current_library().hf_sort(byref(params))
+    """The first `outputs` of perm, window_start and window_end, as `layout.sort_by_bucket` gives them.
+
+    counts: -1 where the number of buckets is unknown.
+    """
+    batch, heads, _, length = groups[0].shape
+    rounds = sum(buckets.shape[2] for buckets in groups)
+    results = [groups[0].new_empty(batch, heads, rounds, length) for _ in range(outputs)]
+    pointers, mask, first = [x.data_ptr() for x in results], None if mask is None else mask.contiguous(), 0
+    for buckets, count, *reaches in zip(groups, counts, left_reaches, right_reaches, strict=True):
+        if buckets.numel():
+            params = SortParams(
+                strided(_end_to_end(buckets)), pointer(mask), batch, heads, length, buckets.shape[2], rounds, first,
+                int(buckets.max()) + 1 if count < 0 else count, torch.get_num_threads(), *reaches, *pointers,
+            )  # fmt: skip
+            current_library().hf_sort(byref(params))
+        first += buckets.shape[2]
     return results
 
 
 @sort_by_bucket.register_fake
-def _(buckets, mask, num_buckets, left_reach, right_reach, outputs):
-    return [buckets.new_empty(buckets.shape, dtype=torch.int32) for _ in range(outputs)]
+def _(groups, mask, counts, left_reaches, right_reaches, outputs):
+    batch, heads, _, length = groups[0].shape
+    rounds = sum(buckets.shape[2] for buckets in groups)
+    return [groups[0].new_empty(batch, heads, rounds, length, dtype=torch.int32) for _ in range(outputs)]
 
 
 @torch.library.custom_op("reformer_kernels::cpu_rotate", mutates_args=(), device_types="cpu")

@@ -151,7 +151,7 @@ inline void sort_round(const SortParams& s, int64_t head_index, int64_t round) {
     const int32_t* buckets =
         static_cast<const int32_t*>(s.buckets.data) + batch * s.buckets.batch + head * s.buckets.head + round * length;
     const uint8_t* mask = s.mask ? s.mask + batch * length : nullptr;
-    int64_t at = (head_index * s.rounds + round) * length;
+    int64_t before = (s.first_round + round) * length, at = head_index * s.all_rounds * length + before;
     std::vector<int32_t> ends(s.num_buckets + 2, 0);  // ends[b + 1]: tokens in bucket b; summed, the position behind its last
     auto bucket_of = [&](int64_t t) { return mask && !mask[t] ? s.num_buckets : buckets[t]; };
     for (int64_t t = 0; t < length; t++) {
@@ -167,10 +167,10 @@ inline void sort_round(const SortParams& s, int64_t head_index, int64_t round) {
         for (int64_t pos = ends[b]; pos < ends[b + 1]; pos++) {
             bool padding = b == s.num_buckets;
             int64_t start = padding ? pos + 1 : std::max<int64_t>(ends[b], pos - s.left_reach);
-            s.window_start[at + pos] = static_cast<int32_t>(start);
+            s.window_start[at + pos] = static_cast<int32_t>(before + start);
             if (!s.window_end) continue;
             int64_t end = padding ? pos : std::min<int64_t>(ends[b + 1] - 1, pos + s.right_reach);
-            s.window_end[at + pos] = static_cast<int32_t>(end);
+            s.window_end[at + pos] = static_cast<int32_t>(before + end);
         }
 }
 

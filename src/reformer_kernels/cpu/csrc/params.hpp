@@ -48,7 +48,7 @@ struct HashParams {
 };
 
 struct NormalParams {
-    const int32_t* keys;                // (rows)
+    const int32_t* key;                 // that of a row is folded from it and the row's number
     int64_t rows, count, threads;
     float* values;                      // (rows, count)
 };
@@ -56,9 +56,10 @@ struct NormalParams {
 struct SortParams {
     Strided buckets;                    // (B, H, R * T) int32, below num_buckets
     const uint8_t* mask;                // (B, T) or null: padding goes behind all buckets
-    int64_t batch, heads, length, rounds, num_buckets, threads;
+    int64_t batch, heads, length, rounds, all_rounds, first_round;  // these rounds are some of all
+    int64_t num_buckets, threads;
     int64_t left_reach, right_reach;    // of every token's window
-    int32_t *perm, *window_start, *window_end;  // (B, H, R, T) contiguous, within the round; the last or both windows may be null
+    int32_t *perm, *window_start, *window_end;  // (B, H, all_rounds, T) contiguous; the last or both windows may be null
 };
 
 struct RotateParams {

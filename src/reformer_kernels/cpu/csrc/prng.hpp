@@ -44,7 +44,7 @@ inline void run_normals(const NormalParams& n) {
     int64_t pieces = (n.count + kPiece - 1) / kPiece;
     parallel_for(n.rows * pieces, n.threads, [&](int64_t task, int) {
         int64_t row = task / pieces, begin = task % pieces * kPiece, end = std::min(begin + kPiece, n.count);
-        uint32_t key = static_cast<uint32_t>(n.keys[row]);
+        uint32_t key = fold(static_cast<uint32_t>(*n.key), static_cast<uint32_t>(row));
         float* values = n.values + row * n.count;
         for (int64_t i = begin; i < end; i++) values[i] = normal(fold(key, static_cast<uint32_t>(i)));
     });

@@ -42,13 +42,13 @@ def test_python_blocks_run_as_they_stand(number, tmp_path):
     assert not printed, "the first snippet a user tries prints no warning"
 
 
-NOT_RUN = re.compile(r"<!-- not run: (.+) -->\n```python\n")
+RUN_ELSEWHERE = re.compile(r"<!-- run by `(test_\w+\.py)::\w+` -->\n```python\n")
 BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
 
 
 def blocks_of(page):
-    """Line and text of the Python blocks of a page but those whose comment says why they are not run."""
-    text = NOT_RUN.sub("```text\n", page.read_text(encoding="utf-8"))
+    """Line and text of the Python blocks of a page but those whose comment names the test that runs them."""
+    text = RUN_ELSEWHERE.sub("```text\n", page.read_text(encoding="utf-8"))
     return [(text[: found.start(1)].count("\n"), found[1]) for found in BLOCK.finditer(text)]
 
 

@@ -1,6 +1,7 @@
 """`hf-reformer serve`: an OpenAI client gets what the model generates, and a conversation is computed once."""
 
 import functools
+import re
 import socket
 import sys
 import threading
@@ -87,6 +88,19 @@ def test_completions_are_what_the_model_generates(running, model):
     parts = [chunk.choices[0].text for chunk in client.completions.create(stream=True, **options)]
     assert len(list(filter(None, parts))) > 1
     assert "".join(parts).strip("\ufffd") == whole.choices[0].text.strip("\ufffd")  # half a character at the end
+
+
+def test_the_block_of_the_docs_runs(tmp_path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    save("runs/chat")
+    running = Running("runs/chat")
+    try:
+        exec(compile(block.replace("http://127.0.0.1:8000/v1", str(running.client.base_url)), "docs", "exec"), {})
+    finally:
+        running.stop()
+    assert capsys.readouterr().out
 
 
 def test_the_model_is_listed(running):

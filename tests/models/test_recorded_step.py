@@ -1,7 +1,9 @@
 """Decode steps by a CUDA graph. A tape of operations on a CPU stands in for the graph: nothing else of it is known."""
 
 import copy
+import re
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +133,18 @@ def test_what_a_graph_cannot_do_is_refused(tapes, monkeypatch):
     monkeypatch.setattr(ReformerForCausalLM, "device", torch.device("cpu"))
     with pytest.raises(ValueError, match="the model is on cpu"):
         RecordedStep(model, filled(model))
+
+
+def test_the_block_of_the_docs_runs(tapes):
+    page = (Path(__file__).parents[2] / "docs" / "generation.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n((?:(?!```).)*RecordedStep.*?)```", page, flags=re.DOTALL)
+    model = make()
+    names = {"model": model, "prompt": IDS[:, :PROMPT], "mask": MASK[:, :PROMPT]}
+    exec(compile(block.replace("500", str(STEPS)), "docs/generation.md", "exec"), names)
+    assert len(tapes) == 1
+    ids, mask = names["prompt"], names["mask"]
+    with torch.no_grad():
+        for _ in range(STEPS + 1):
+            ids = torch.cat([ids, model(ids, attention_mask=mask).logits[:, -1:].argmax(-1)], dim=1)
+            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    assert torch.equal(names["token"], ids[:, -1:])

@@ -185,8 +185,8 @@ def _check_size(config: Any) -> None:
     pixels = config.num_channels * config.patch_size**2
     tables += config.hidden_size * max(frame, patch, pixels)
     if config.linear_skip:
-        mixed = config.input_size if config.mix_series else 1
-        tables += config.context_length * config.prediction_length * mixed**2
+        maps = config.input_size**2 if config.mix_series else config.input_size if config.individual_skip else 1
+        tables += config.context_length * config.prediction_length * maps
     parameters = tables + layer * (len(config.attn_layers) + len(config.decoder_attn_layers or ()))
     if parameters > MAX_PARAMETERS:
         raise ValueError(
@@ -283,6 +283,12 @@ def _check_series(config: Any) -> None:
         raise ValueError(f"`series_names` are {list(names)}; give one name of its own for each of the series.")
     if unknown := sorted(set(config.predicted_series or ()) - set(names or ())):
         raise ValueError(f"`predicted_series` holds {unknown}, which are none of the `series_names`.")
+    if config.individual_skip and (not config.linear_skip or config.mix_series or config.input_size == 1):
+        raise ValueError(
+            "`individual_skip=True` is a linear map for each of several series, but here `linear_skip="
+            f"{config.linear_skip}`, `mix_series={config.mix_series}` and `input_size={config.input_size}`. Set "
+            "`linear_skip=True`, `mix_series=False` and `input_size` to the number of series, or leave it out."
+        )
     if config.distribution_output == "negative_binomial" and config.loss == "nll":
         shifted = config.scaling not in ("mean", None) or config.series_mean is not None
         if shifted or config.linear_skip:

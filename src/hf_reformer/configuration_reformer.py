@@ -169,6 +169,7 @@ class ReformerConfig(PreTrainedConfig):
         linear_skip (`bool`, defaults to `False`):
             Adds a linear map of the context, initialized to zero, to forecasts: one shared by all series, or, with
             `mix_series`, one from all series to all.
+        individual_skip (`bool`, defaults to `False`): Gives each series a linear map of its own (`linear_skip`).
         num_parallel_samples (`int`, defaults to 100): Number of samples that `generate` draws for every time series.
 
     Raises:
@@ -270,6 +271,7 @@ class ReformerConfig(PreTrainedConfig):
     loss: str = "nll"
     distribution_output: str = "student_t"
     linear_skip: bool = False
+    individual_skip: bool = False
     num_parallel_samples: int = 100
 
     def __post_init__(self, **kwargs: Any) -> None:

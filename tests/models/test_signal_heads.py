@@ -4,8 +4,9 @@ import itertools
 
 import pytest
 import torch
-from conftest import SMALL_WINDOWS, make_model, max_abs_diff
+from conftest import SMALL_WINDOWS, make_model, max_abs_diff, tiny_config
 from head_cases import FUTURE, HEADS, PAST, SIGNALS, WAVES, inputs_of, make_head
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
 
 from hf_reformer import (
@@ -389,6 +390,37 @@ def test_a_linear_skip_of_mixed_series_is_one_map_of_all():
     added = (forecast(model, past) - forecast(plain, past)) / out.scale
     scaled = ((past - out.loc) / out.scale).flatten()
     assert max_abs_diff(added[0], (model.skip.weight @ scaled).view(6, 2)) <= 1e-6
+
+
+def test_individual_skips_are_maps_of_their_series_alone():
+    settings = {"loss": "mse", "linear_skip": True, "input_size": 2}
+    model, shared = forecaster(individual_skip=True, **settings), forecaster(**settings)
+    shared.load_state_dict({name: x for name, x in model.state_dict().items() if "skip" not in name}, strict=False)
+    past = noise(1, 18, 2)
+    for series in (0, 1):
+        with torch.no_grad():
+            shared.skip.weight.copy_(model.skip[series].weight.copy_(noise(6, 18) + series))
+            shared.skip.bias.copy_(model.skip[series].bias)
+        assert max_abs_diff(forecast(model, past)[..., series], forecast(shared, past)[..., series]) <= 1e-6
+
+
+def test_series_that_follow_rules_of_their_own_are_forecast_by_individual_skips():
+    """One repeats with its sign turned, the other as it was; no single map can do both."""
+    past = noise(300, 18, 2)
+    future = torch.stack([-past[:, :6, 0], past[:, :6, 1]], dim=-1)
+    errors = {}
+    for individual in (False, True):
+        model = forecaster(loss="mse", linear_skip=True, individual_skip=individual, input_size=2, scaling=None)
+        model.fit_skip([{"past_values": past[:200], "future_values": future[:200]}])
+        errors[individual] = (forecast(model, past[200:]) - future[200:]).square().mean()
+    assert errors[True] < 0.05
+    assert errors[False] > 0.5
+
+
+@pytest.mark.parametrize("wrong", [{"linear_skip": False}, {"mix_series": True}, {"input_size": 1}], ids=str)
+def test_individual_skips_need_several_series_apart(wrong):
+    with pytest.raises(StrictDataclassError, match="individual_skip=True` is a linear map for each of several"):
+        tiny_config(**{"linear_skip": True, "individual_skip": True, "input_size": 2, **wrong})
 
 
 @pytest.mark.parametrize("scaling", [None, "std"])

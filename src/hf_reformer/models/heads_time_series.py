@@ -128,7 +128,9 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         )
         if config.linear_skip:
             series = config.input_size if config.mix_series else 1
-            self.skip = ZeroLinear(config.context_length * series, config.prediction_length * series)
+            sizes = config.context_length * series, config.prediction_length * series
+            maps = [ZeroLinear(*sizes) for _ in range(config.input_size if config.individual_skip else 1)]
+            self.skip: Any = nn.ModuleList(maps) if config.individual_skip else maps[0]
         self.post_init()
 
     @can_return_tuple
@@ -263,9 +265,11 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         return tuple(self.distribution.domain_map(*(x[..., None] for x in params)))
 
     def _skip(self, values: torch.Tensor) -> torch.Tensor:
-        """(B, N, S) → (B, P, S), by a map applied to each series, or to all of them together."""
+        """(B, N, S) → (B, P, S), by one map for each series, for every series, or for all of them together."""
         if self.config.mix_series:
             return self.skip(values.flatten(1)).unflatten(1, (self.config.prediction_length, -1))
+        if self.config.individual_skip:
+            return torch.stack([skip(values[..., number]) for number, skip in enumerate(self.skip)], dim=-1)
         return self.skip(values.transpose(1, 2)).transpose(1, 2)
 
     @torch.no_grad()
@@ -287,39 +291,38 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         """
         if not self.config.linear_skip:
             raise ValueError("The model has no linear map to fit. Make it with `linear_skip=True`.")
-        weight, bias, windows = self.skip.weight, self.skip.bias, list(batches)
-        size = weight.shape[1] + 1  # with a constant for the bias
-        products = weight.new_zeros(2, size, size, dtype=torch.float64)  # of rows to fit, and to choose by
-        targets = weight.new_zeros(2, size, weight.shape[0], dtype=torch.float64)
+        maps, windows = list(self.skip) if self.config.individual_skip else [self.skip], list(batches)
+        like, size = maps[0].weight, maps[0].in_features + 1  # with a constant for the bias
+        products = like.new_zeros(len(maps), 2, size, size, dtype=torch.float64)  # of rows to fit, and to choose by
+        targets = like.new_zeros(len(maps), 2, size, maps[0].out_features, dtype=torch.float64)
         count = sum(len(batch["past_values"]) for batch in windows)
         left = count + -count // 5  # windows to fit; one at least is left to choose by
         for batch in windows:
             for part, piece in enumerate((slice(left), slice(left, None))):
                 some = {name: values[piece] for name, values in batch.items()}
                 if len(some["past_values"]):
-                    x, y = self._skip_rows(some)
-                    products[part] += x.T @ x
-                    targets[part] += x.T @ y
+                    for number, (x, y) in enumerate(self._skip_rows(some)):
+                        products[number, part] += x.T @ x
+                        targets[number, part] += x.T @ y
             left = max(0, left - len(batch["past_values"]))
-        shrunk = torch.eye(size, dtype=torch.float64, device=weight.device)
+        shrunk = torch.eye(size, dtype=torch.float64, device=like.device)
         shrunk[-1, -1] = 1e-6  # the bias is free
+        for skip, product, target in zip(maps, products, targets, strict=True):
 
-        def solution(products: torch.Tensor, targets: torch.Tensor, penalty: float) -> torch.Tensor:
-            return torch.linalg.solve(products + penalty * shrunk, targets)
+            def error(penalty: float, product: Any = product, target: Any = target) -> float:
+                """Squared error on the rows to choose by, less a constant."""
+                found = torch.linalg.solve(product[0] + penalty * shrunk, target[0])
+                return (found * (product[1] @ found - 2 * target[1])).sum().item()
 
-        def error(penalty: float) -> float:
-            """Squared error on the rows to choose by, less a constant."""
-            found = solution(products[0], targets[0], penalty)
-            return (found * (products[1] @ found - 2 * targets[1])).sum().item()
+            fitted = torch.linalg.solve(product.sum(0) + min(penalties, key=error) * shrunk, target.sum(0)).T
+            skip.weight.copy_(fitted[:, :-1])
+            skip.bias.copy_(fitted[:, -1])
 
-        fitted = solution(products.sum(0), targets.sum(0), min(penalties, key=error)).T
-        weight.copy_(fitted[:, :-1])
-        bias.copy_(fitted[:, -1])
+    def _skip_rows(self, batch: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """For every linear map, what it is given, and 1, and what it is to give, float64.
 
-    def _skip_rows(self, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the linear map is given, and 1, and what it is to give: (rows, inputs + 1), (rows, outputs) float64.
-
-        Both are multiplied by the scale of the window: errors count as in the loss, not more where little happens.
+        (rows, inputs + 1) and (rows, outputs) each. Both are multiplied by the scale of the window: errors count as in
+        the loss, not more where little happens.
         """
         past, _ = self._with_series_axis(batch["past_values"], "past_values")
         future, _ = self._with_series_axis(batch["future_values"], "future_values")
@@ -332,11 +335,12 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
             steps.append(torch.where(observed[:, step], wanted[:, step], steps[-1]))
         wanted, known = torch.stack(steps[1:], dim=1), observed.any(1)  # (B, P, S), (B, S)
         if self.config.mix_series:
-            x, y, scale = window.values.flatten(1), (wanted * known[:, None]).flatten(1), window.scale.mean(-1)
+            rows = [(window.values.flatten(1), (wanted * known[:, None]).flatten(1), window.scale.mean(-1))]
         else:
-            x, y = window.values.transpose(1, 2)[known], wanted.transpose(1, 2)[known]
-            scale = window.scale.transpose(1, 2)[known]
-        return scale.double() * nn.functional.pad(x, (0, 1), value=1.0), scale.double() * y
+            x, y, scale = (part.transpose(1, 2) for part in (window.values, wanted, window.scale))  # (B, S, …)
+            maps = torch.eye(x.shape[1], dtype=torch.bool, device=x.device) if self.config.individual_skip else [True]
+            rows = [(x[chosen], y[chosen], scale[chosen]) for chosen in (known & series for series in maps)]
+        return [(scale.double() * nn.functional.pad(x, (0, 1), value=1.0), scale.double() * y) for x, y, scale in rows]
 
     def _distribution(self, params: tuple, loc: torch.Tensor, scale: torch.Tensor) -> Distribution | torch.Tensor:
         if self.distribution is None:

@@ -80,6 +80,7 @@ class SeriesArguments(SplitArguments):
     linear_skip: bool | None = option(
         None, "Add a linear map of the context to the forecasts. Default: yes, except for counts."
     )
+    individual_skip: bool | None = option(None, "One such map for each series, instead of one for all. Default: no.")
     season: int | None = option(None, "Steps per season, for the baseline that repeats the last season.")
     baselines: bool = option(False, "Also evaluate simple models on the same windows.")
     predict_file: str | None = option(None, "A table whose continuation is forecast at the end.")
@@ -102,7 +103,15 @@ class SeriesArguments(SplitArguments):
         scaling = NONE if saved.scaling is None else saved.scaling
         fields = {"distribution": saved.distribution_output, "scaling": scaling}
         fields |= {"time_features": saved.num_time_features > 0}
-        same = ("context_length", "prediction_length", "patch_length", "mix_series", "loss", "linear_skip")
+        same = (
+            "context_length",
+            "prediction_length",
+            "patch_length",
+            "mix_series",
+            "loss",
+            "linear_skip",
+            "individual_skip",
+        )
         fields |= {option: getattr(saved, option) for option in (*same, "relative_positions")}
         check_same_as_saved(name, self, fields)
 
@@ -325,6 +334,7 @@ def fields_of(series: Series, data: SeriesArguments) -> dict[str, Any]:
         "patch_length": data.patch_length or max(1, before // 24), "input_size": len(series.names), "mix_series": mix,
         "loss": data.loss or "nll", "distribution_output": data.distribution or "student_t",
         "scaling": None if scaling == NONE else scaling, "linear_skip": data.linear_skip is not False and not counts,
+        "individual_skip": bool(data.individual_skip) and len(series.names) > 1,
         "num_time_features": 0 if window.features is None else window.features.shape[1],
         "series_names": series.names, "predicted_series": series.predicted,
         "relative_positions": any(frame is not None for frame in series.frames.values()),

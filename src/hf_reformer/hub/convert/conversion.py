@@ -29,7 +29,8 @@ SIGNAL_FIELDS = {  # nor these: no head of the built-in reads signals
     "frame_size", "frame_stride", "frame_transform", "num_input_features", "ctc_loss_reduction", "ctc_zero_infinity",
     "num_channels", "patch_size", "prediction_length", "context_length", "patch_length", "input_size", "mix_series",
     "num_time_features", "scaling", "series_mean", "series_std", "series_names", "predicted_series",
-    "relative_positions", "loss", "distribution_output", "linear_skip", "num_parallel_samples",
+    "relative_positions", "loss", "distribution_output", "linear_skip", "individual_skip",
+    "num_parallel_samples",
 }  # fmt: skip
 READ_ERRORS = (OSError, MemoryError, StrictDataclassError, zipfile.BadZipFile, *LOAD_ERRORS)
 

@@ -145,7 +145,13 @@ def _check_numbers(config: Any) -> None:
     positive += ["prediction_length", "context_length", "patch_length", "num_parallel_samples"]
     if config.attention_mode == "chunk":
         positive += [f"{kind}_attn_chunk_length" for kind in kinds if kind in config.attn_layers]
-    not_negative = ["num_time_features", "lsh_exploration_orders", "chunk_size_feed_forward", "chunk_size_lm_head"]
+    not_negative = [
+        "gain_window",
+        "num_time_features",
+        "lsh_exploration_orders",
+        "chunk_size_feed_forward",
+        "chunk_size_lm_head",
+    ]
     not_negative += [
         "type_vocab_size",
         *(f"{kind}_num_chunks_{side}" for kind in kinds for side in ("before", "after")),
@@ -255,6 +261,11 @@ def _check_signals(config: Any) -> None:
         raise ValueError(
             f"`frame_stride={config.frame_stride}` is more than `frame_size={config.frame_size}`, so the samples "
             "between frames would be ignored. Lower it."
+        )
+    if config.gain_window and config.num_input_features > 1:
+        raise ValueError(
+            f"`gain_window={config.gain_window}` is of a waveform, but there are `num_input_features="
+            f"{config.num_input_features}`. Set it to 0."
         )
     if config.frame_transform == "spectrum" and config.num_input_features > 1:
         raise ValueError(

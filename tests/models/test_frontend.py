@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_reformer import ReformerForCausalLM, ReformerForImageClassification, ReformerModel
-from hf_reformer.models.frontend import FrameEmbeddings, PatchEmbeddings, log_spectrum
+from hf_reformer.models.frontend import GAIN_FLOOR, FrameEmbeddings, PatchEmbeddings, evenly_loud, log_spectrum
 from hf_reformer.ops.axes import along_axes
 from hf_reformer.ops.rotary import rotary_tables
 
@@ -45,6 +45,38 @@ def test_the_mask_of_frames_counts_those_of_each_recording(lengths):
     assert found.sum(-1).tolist() == [frames.count(length) for length in lengths]
     assert found.shape[1] == frames.count(max(lengths))
     assert (found.diff() <= 0).all()
+
+
+@given(lengths=st.lists(st.integers(0, 30), min_size=1, max_size=3), window=st.integers(1, 40), causal=st.booleans())
+def test_every_sample_is_divided_by_the_loudness_around_it(lengths, window, causal):
+    signal = noise(len(lengths), max(lengths)) * noise(1, max(lengths)).exp()
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    found = evenly_loud(signal * mask, mask, window, causal)
+    for row, length in enumerate(lengths):
+        assert (found[row, length:] == 0).all()
+        for i in range(length):
+            around = signal[row, max(0, i - window + 1) : i + 1]
+            if not causal:
+                around = signal[row, max(0, i - window // 2) : min(length, i + window // 2 + 1)]
+            loudness = (around.square().mean() + GAIN_FLOOR).sqrt()
+            assert found[row, i].item() == pytest.approx((signal[row, i] / loudness).item(), rel=1e-5, abs=1e-6)
+
+
+def test_gain_control_makes_parts_of_any_loudness_sound_alike():
+    part = noise(1, 400)
+    parts = torch.cat([part, part / 8, part * 3], dim=1)
+    found = evenly_loud(parts, None, 50, False).view(3, 400)[:, 25:-25]
+    assert max_abs_diff(found[0], found[2]) < 0.01
+    assert max_abs_diff(found[0], found[1]) < 0.02
+    assert evenly_loud(parts, None, 50, False).abs().max() < 8  # nothing is blown up
+
+
+def test_silence_stays_silent_after_something_loud():
+    """Sums that run over a long recording leave no noise behind."""
+    signal = torch.cat([1e3 * noise(1, 100_000), torch.zeros(1, 1000), 1e-3 * noise(1, 1000)], dim=1)
+    found = evenly_loud(signal, None, 100, False)[0]
+    assert (found[100_000:101_000] == 0).all()
+    assert found[101_100:].abs().max() < 1
 
 
 def test_a_spectrum_shows_the_frequency_of_a_tone():
@@ -174,6 +206,7 @@ def test_pictures_are_drawn_pixel_by_pixel_with_a_cache():
     ("fields", "message"),
     [
         ({"frame_size": 4, "frame_stride": 5}, "frame_stride=5.*more than.*frame_size=4"),
+        ({"gain_window": 5, "num_input_features": 2}, "gain_window=5` is of a waveform"),
         ({"frame_size": 0}, "frame_size=0.*at least 1"),
         ({"frame_transform": "wavelet"}, "frame_transform='wavelet'.*unknown"),
         ({"frame_transform": "spectrum", "num_input_features": 2}, "of a waveform"),

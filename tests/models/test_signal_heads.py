@@ -28,11 +28,11 @@ def noise(*shape: int) -> torch.Tensor:
 # --- rows of a batch
 
 
-@pytest.mark.parametrize("transform", ["linear", "spectrum"])
+@pytest.mark.parametrize(("transform", "gain"), [("linear", 0), ("spectrum", 0), ("spectrum", 9)])
 @pytest.mark.parametrize("causal", [False, True])
 @hearing
-def test_a_recording_in_a_batch_equals_it_alone(cls, causal, transform):
-    model = make_head(cls, is_decoder=causal, frame_transform=transform)
+def test_a_recording_in_a_batch_equals_it_alone(cls, causal, transform, gain):
+    model = make_head(cls, is_decoder=causal, frame_transform=transform, gain_window=gain)
     together = model(**inputs_of(cls)).logits
     for row, length in enumerate(LENGTHS):
         alone = model(WAVES["input_values"][row : row + 1, :length]).logits

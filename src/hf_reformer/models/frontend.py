@@ -9,8 +9,10 @@ from torch import nn
 from ..compat import may_look_at, values_are_known
 from ..configuration_reformer import ReformerConfig
 from ..layers.position_embeddings import AxialPositionEmbeddings
+from ..ops.lsh import sum_dtype
 from .input_checks import check_mask_values, refuse_values
 
+GAIN_FLOOR = 1e-4  # of the power that samples are divided by, likewise: silence stays silent
 SPECTRUM_FLOOR = 1e-4  # of the power in a spectrum; that of a normalized waveform is about 1
 
 
@@ -24,16 +26,19 @@ class FrameEmbeddings(nn.Module):
     def __init__(self, config: ReformerConfig):
         super().__init__()
         self.size, self.stride, self.transform = config.frame_size, config.frame_stride, config.frame_transform
+        self.gain_window, self.causal = config.gain_window, config.is_decoder
         width = self.size // 2 + 1 if self.transform == "spectrum" else self.size * config.num_input_features
         self.projection = nn.Linear(width, config.hidden_size)
 
-    def forward(self, signal: torch.Tensor) -> torch.Tensor:
-        """(B, N, F), zero where padded → (B, frames, D)"""
+    def forward(self, signal: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, N, F), zero where padded, and its mask (B, N), ones first → (B, frames, D)"""
         count, dtype = self.count(signal.shape[1]), self.projection.weight.dtype
         if count == 0:
             return self.projection(
                 torch.zeros(len(signal), 0, self.projection.in_features, dtype=dtype).to(signal.device)
             )
+        if self.gain_window:
+            signal = evenly_loud(signal[..., 0], attention_mask, self.gain_window, self.causal)[..., None]
         missing = self.stride * (count - 1) + self.size - signal.shape[1]
         signal = nn.functional.pad(signal.to(dtype), (0, 0, 0, max(0, missing)))
         frames = signal.unfold(1, self.size, self.stride).transpose(-1, -2)  # (B, frames, size, F)
@@ -51,6 +56,25 @@ class FrameEmbeddings(nn.Module):
         counts = (lengths - self.size + self.stride - 1).div(self.stride, rounding_mode="floor").clamp(min=0) + 1
         counts = torch.where(lengths > 0, counts, 0)
         return (torch.arange(self.count(attention_mask.shape[1]), device=counts.device) < counts).long()
+
+
+def evenly_loud(x: torch.Tensor, mask: torch.Tensor | None, window: int, causal: bool) -> torch.Tensor:
+    """Automatic gain control: divide samples by their root mean square within a window.
+
+    Args:
+        x: (B, N) waveforms, zero where padded.
+        mask: (B, N), 1 for real samples, which come first; None: all are.
+        window: its samples, half of them on either side; causal: the last one is the sample itself.
+    """
+    dtype, length = sum_dtype(x.device), x.shape[1]
+    position = torch.arange(length, device=x.device)
+    ends = position.new_full((len(x), 1), length) if mask is None else mask.to(x.device).long().sum(-1, keepdim=True)
+    first = (position - (window - 1 if causal else window // 2)).clamp(min=0).expand(len(x), -1)
+    behind = torch.minimum(position + (1 if causal else window // 2 + 1), ends)
+    sums = nn.functional.pad(x.to(dtype).square().cumsum(-1), (1, 0))
+    first = torch.minimum(first, behind)  # padding has an empty window
+    power = (sums.gather(1, behind) - sums.gather(1, first)) / (behind - first).clamp(min=1)
+    return (x.to(dtype) / (power + GAIN_FLOOR).sqrt()).to(x.dtype)
 
 
 def count_frames(steps: int, size: int, stride: int) -> int:

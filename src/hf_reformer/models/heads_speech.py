@@ -106,7 +106,7 @@ def listen(
 ) -> tuple[Any, torch.Tensor | None, Any]:
     """The backbone's output for a signal (B, N, F), the mask (B, frames) of its frames, and this process's shard."""
     frames: Any = model.embed_tokens
-    embeds = frames(signal)
+    embeds = frames(signal, attention_mask)
     mask = None if attention_mask is None else frames.mask(attention_mask)
     outputs = model(inputs_embeds=embeds, attention_mask=mask, return_dict=True, **kwargs)
     return outputs, mask, model.shard(embeds.shape[1])

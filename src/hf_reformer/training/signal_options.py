@@ -163,6 +163,10 @@ class AudioArguments(InputArguments):
         None, "Tokens are made from a frame's log power spectrum, or (linear) from its samples. Default: spectrum.",
         choices=["spectrum", "linear"],
     )  # fmt: skip
+    gain_ms: float | None = option(
+        None, "Automatic gain control: divide samples by their root mean square within so many milliseconds, for "
+        "recordings whose loudness changes. Default: 0, none.",
+    )  # fmt: skip
 
     def check(self, model: BackboneArguments, args: Any) -> None:
         super().check(model, args)
@@ -175,6 +179,11 @@ class AudioArguments(InputArguments):
         if self.features == LOG_MEL and self.frame_transform == "spectrum":
             raise ValueError(
                 f"--frame_transform spectrum is of a waveform, and --features {LOG_MEL} are spectra. Leave it out."
+            )
+        if self.gain_ms is not None and (self.gain_ms < 0 or (self.gain_ms and self.features == LOG_MEL)):
+            raise ValueError(
+                f"--gain_ms {self.gain_ms:g}: it is the length of a part of a waveform. Give 0 or more, and 0 with "
+                f"--features {LOG_MEL}."
             )
         for name, ms in self.sizes(mels=True).items() if self.features == LOG_MEL else ():
             if ms % STEP_MS:
@@ -226,13 +235,15 @@ class AudioArguments(InputArguments):
         size, stride = (max(1, round(rate * ms / 1000)) for ms in sizes.values())
         found: dict[str, Any] = {"frame_size": size, "frame_stride": min(size, stride)}
         found["frame_transform"] = self.frame_transform or ("linear" if mels else "spectrum")
+        found["gain_window"] = round(rate * (self.gain_ms or 0) / 1000)
         found["num_input_features"] = extractor.feature_size
         if model.model_name_or_path is None:
             overrides = parse_overrides(model.config_overrides)
             return {name: overrides.get(name, value) for name, value in found.items()}
         saved: Any = AutoConfig.from_pretrained(model.model_name_or_path)
         same = {"frame_transform": saved.frame_transform, "features": LOG_MEL if mels else "waveform"}
-        for name, field in (("frame_ms", "frame_size"), ("stride_ms", "frame_stride")):
+        sizes["gain_ms"] = self.gain_ms or 0
+        for name, field in (("frame_ms", "frame_size"), ("stride_ms", "frame_stride"), ("gain_ms", "gain_window")):
             value = getattr(saved, field)
             same[name] = sizes[name] if value == found[field] else round(1000 * value / rate, 3)
         check_same_as_saved(model.model_name_or_path, self, same)

@@ -26,7 +26,8 @@ COPIED = [*TOKENIZER_FILES, "tokenizer.*.json", "tokenization_*.py"]
 DERIVED_FIELDS = {"attention_mode", "position_embedding_type", "classifier_pooling", "num_hidden_layers"}  # no loss
 DERIVED_FIELDS |= {"lsh_centering", "lsh_rotary"}  # nor these: chunks are hashed as they are, without rotary positions
 SIGNAL_FIELDS = {  # nor these: no head of the built-in reads signals
-    "frame_size", "frame_stride", "frame_transform", "num_input_features", "ctc_loss_reduction", "ctc_zero_infinity",
+    "frame_size", "frame_stride", "frame_transform", "gain_window", "num_input_features", "ctc_loss_reduction",
+    "ctc_zero_infinity",
     "num_channels", "patch_size", "prediction_length", "context_length", "patch_length", "input_size", "mix_series",
     "num_time_features", "scaling", "series_mean", "series_std", "series_names", "predicted_series",
     "relative_positions", "loss", "distribution_output", "linear_skip", "individual_skip",

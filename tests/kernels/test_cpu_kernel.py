@@ -315,7 +315,8 @@ def test_sorting_is_that_of_the_torch_backend(seed, length, count, window, causa
     buckets = torch.randint(0, count, (2, 3, 2, length), generator=generator).int()
     mask = None if padding is None else torch.rand(2, length, generator=generator) >= padding
     left, right = window_extent(window, causal)
-    for group in (buckets, buckets[:, :1]):
+    in_a_cache = torch.cat([buckets, torch.full_like(buckets, 2**30)], dim=-1)[..., :length]
+    for group in (buckets, buckets[:, :1], in_a_cache):
         groups, counts = [group, group[:, :, :1] * 0], (count, 1)
         for inputs in (([left, 3], [right, 0], 2 if causal else 3), ([0, 0], [0, 0], 1)):
             expected = sort_by_bucket(groups, mask, counts, *inputs)

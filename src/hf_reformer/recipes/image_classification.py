@@ -53,11 +53,12 @@ from ..training.trainers import build_trainer, longest_first, train_and_save
 
 DEFAULTS = {
     "output_dir": "runs/image", "attn_layers": ["local", "lsh", "local", "lsh"], "hidden_dropout_prob": 0.1,
-    "num_train_epochs": 10, "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 32,
+    "num_train_epochs": 10, "learning_rate": 1e-3, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 16,
 }  # fmt: skip
 DEMO = {
     "output_dir": "runs/demo-image", "baselines": True, "num_train_epochs": 8, "attn_layers": ["local", "lsh"],
     "hidden_size": 64, "attention_head_size": 32, "feed_forward_size": 128, "eval_strategy": "no", "augment": False,
+    "learning_rate": 2e-3, "per_device_train_batch_size": 32,
     "config_overrides": "local_window=32,lsh_window=32",
 }  # fmt: skip
 PRESETS: dict[str, dict[str, Any]] = {**SAVED_MODEL, "--demo": DEMO}

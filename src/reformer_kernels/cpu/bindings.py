@@ -188,8 +188,9 @@ def sort_by_bucket(
     pointers, mask, first = [x.data_ptr() for x in results], None if mask is None else mask.contiguous(), 0
     for buckets, count, *reaches in zip(groups, counts, left_reaches, right_reaches, strict=True):
         if buckets.numel():
+            flat = _end_to_end(buckets)  # perhaps a copy, which must live until the call is over
             params = SortParams(
-                strided(_end_to_end(buckets)), pointer(mask), batch, heads, length, buckets.shape[2], rounds, first,
+                strided(flat), pointer(mask), batch, heads, length, buckets.shape[2], rounds, first,
                 int(buckets.max()) + 1 if count < 0 else count, torch.get_num_threads(), *reaches, *pointers,
             )  # fmt: skip
             current_library().hf_sort(byref(params))

@@ -136,8 +136,9 @@ class ReformerConfig(PreTrainedConfig):
             What is mapped linearly to a frame's embedding: `"linear"`: its samples; `"spectrum"`: its log power
             spectrum, with a Hann window.
         gain_window (`int`, defaults to 0):
-            Automatic gain control: a waveform's samples are divided by their root mean square within so many samples
-            (half of them on either side; in causal models, up to the sample itself). 0: as they are.
+            Automatic gain control: of a waveform's samples their mean is subtracted, and they are divided by their
+            standard deviation, both within so many samples (half of them on either side; in causal models, up to the
+            sample itself). 0: as they are.
         num_input_features (`int`, defaults to 1): Size of each step of `input_features`; 1 for waveforms.
         ctc_loss_reduction (`str`, defaults to `"mean"`), ctc_zero_infinity (`bool`, defaults to `False`):
             As in `torch.nn.CTCLoss`. The blank is `pad_token_id`.

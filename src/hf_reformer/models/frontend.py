@@ -12,7 +12,7 @@ from ..layers.position_embeddings import AxialPositionEmbeddings
 from ..ops.lsh import sum_dtype
 from .input_checks import check_mask_values, refuse_values
 
-GAIN_FLOOR = 1e-4  # of the power that samples are divided by, likewise: silence stays silent
+GAIN_FLOOR = 1e-4  # of the variance that samples are scaled by, likewise: silence stays silent
 SPECTRUM_FLOOR = 1e-4  # of the power in a spectrum; that of a normalized waveform is about 1
 
 
@@ -59,7 +59,7 @@ class FrameEmbeddings(nn.Module):
 
 
 def evenly_loud(x: torch.Tensor, mask: torch.Tensor | None, window: int, causal: bool) -> torch.Tensor:
-    """Automatic gain control: divide samples by their root mean square within a window.
+    """Automatic gain control: subtract from samples their mean within a window and divide by their deviation there.
 
     Args:
         x: (B, N) waveforms, zero where padded.
@@ -69,12 +69,13 @@ def evenly_loud(x: torch.Tensor, mask: torch.Tensor | None, window: int, causal:
     dtype, length = sum_dtype(x.device), x.shape[1]
     position = torch.arange(length, device=x.device)
     ends = position.new_full((len(x), 1), length) if mask is None else mask.to(x.device).long().sum(-1, keepdim=True)
-    first = (position - (window - 1 if causal else window // 2)).clamp(min=0).expand(len(x), -1)
     behind = torch.minimum(position + (1 if causal else window // 2 + 1), ends)
-    sums = nn.functional.pad(x.to(dtype).square().cumsum(-1), (1, 0))
-    first = torch.minimum(first, behind)  # padding has an empty window
-    power = (sums.gather(1, behind) - sums.gather(1, first)) / (behind - first).clamp(min=1)
-    return (x.to(dtype) / (power + GAIN_FLOOR).sqrt()).to(x.dtype)
+    first = (position - (window - 1 if causal else window // 2)).clamp(min=0).minimum(behind)  # none of padding
+    wide, count = x.to(dtype), (behind - first).clamp(min=1)
+    sums = (nn.functional.pad(values.cumsum(-1), (1, 0)) for values in (wide, wide.square()))
+    mean, power = ((total.gather(1, behind) - total.gather(1, first)) / count for total in sums)
+    even = (wide - mean) / (power - mean.square() + GAIN_FLOOR).clamp(min=GAIN_FLOOR).sqrt()
+    return torch.where(position < ends, even, 0).to(x.dtype)
 
 
 def count_frames(steps: int, size: int, stride: int) -> int:

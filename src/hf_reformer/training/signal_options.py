@@ -164,8 +164,8 @@ class AudioArguments(InputArguments):
         choices=["spectrum", "linear"],
     )  # fmt: skip
     gain_ms: float | None = option(
-        None, "Automatic gain control: divide samples by their root mean square within so many milliseconds, for "
-        "recordings whose loudness changes. Default: 0, none.",
+        None, "Automatic gain control: subtract the mean of the samples within so many milliseconds and divide by "
+        "their standard deviation, for recordings whose loudness changes. Default: 0, none.",
     )  # fmt: skip
 
     def check(self, model: BackboneArguments, args: Any) -> None:

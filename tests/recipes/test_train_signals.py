@@ -490,6 +490,8 @@ def test_features_of_tones_are_told_apart(tmp_path):
         (["--frame_transform", "spectrum"], "--features log_mel are spectra"),
         (["--stride_ms", "40"], "--stride_ms 40 is more than --frame_ms 10"),
         (["--frame_ms", "25"], "--frame_ms 25: log_mel features are 10 ms apart"),
+        (["--gain_ms", "1000"], "--gain_ms 1000 is for waveforms, not --features log_mel"),
+        *(([f"--gain_ms={ms}"], f"--gain_ms {ms}: loudness cannot be measured") for ms in ("-5", "2", "nan", "inf")),
         (["--sampling_rate", "8000"], "--sampling_rate 8000: log_mel expects 16000 Hz"),
         ([], "Row 1: The recording is shorter than 25 ms"),
     ],

@@ -1,5 +1,6 @@
 """Options of recipes of recordings and pictures: where they are, and what a model hears or sees of them."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ NO_RATE = (
 )
 LOG_MEL = "log_mel"
 FRAME_MS, STRIDE_MS = 25.0, 10.0  # of a new model
+SHORTEST_GAIN_MS = 10
 SHORTEST_MS = 25  # of which one step of log-mel features is made
 
 
@@ -180,11 +182,13 @@ class AudioArguments(InputArguments):
             raise ValueError(
                 f"--frame_transform spectrum is of a waveform, and --features {LOG_MEL} are spectra. Leave it out."
             )
-        if self.gain_ms is not None and (self.gain_ms < 0 or (self.gain_ms and self.features == LOG_MEL)):
+        if self.gain_ms and not SHORTEST_GAIN_MS <= self.gain_ms < math.inf:
             raise ValueError(
-                f"--gain_ms {self.gain_ms:g}: it is the length of a part of a waveform. Give 0 or more, and 0 with "
-                f"--features {LOG_MEL}."
+                f"--gain_ms {self.gain_ms:g}: loudness cannot be measured within that time. Give 0 for none, or "
+                f"{SHORTEST_GAIN_MS} or more; 1000 is about right for speech."
             )
+        if self.gain_ms and self.features == LOG_MEL:
+            raise ValueError(f"--gain_ms {self.gain_ms:g} is for waveforms, not --features {LOG_MEL}. Leave one out.")
         for name, ms in self.sizes(mels=True).items() if self.features == LOG_MEL else ():
             if ms % STEP_MS:
                 raise ValueError(f"--{name} {ms:g}: {LOG_MEL} features are {STEP_MS} ms apart. Give a multiple.")

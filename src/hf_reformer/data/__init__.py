@@ -1,4 +1,4 @@
-"""Reading tables and texts, packing, tokenizers trained on them."""
+"""Reading of tables and texts, packing, and training of tokenizers."""
 
 from .bpe_tokenizer import train_bpe_tokenizer
 from .columns import Columns, find_columns, hold_out

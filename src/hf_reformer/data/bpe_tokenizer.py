@@ -21,8 +21,9 @@ def train_bpe_tokenizer(
     """Learn a byte-level BPE from `texts`. Every text can be encoded.
 
     Args:
-        input_names: what it returns; `token_type_ids`, if among them, are 1 for a second text and its end, else 0.
-        causal: no end token is added: `<s> A` and `<s> A </s> B`, instead of `<s> A </s>` and `<s> A </s> B </s>`.
+        input_names: what the tokenizer returns; `token_type_ids`, if included, are 1 for a second text and its end
+            token, else 0.
+        causal: add no end token: `<s> A` and `<s> A </s> B`, instead of `<s> A </s>` and `<s> A </s> B </s>`.
     """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -33,7 +34,7 @@ def train_bpe_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Every merge looks through the words that hold it: one word of 100,000 letters would take minutes.
+    # Every merge scans the words that contain it: one word of 100,000 letters would take minutes.
     backend.train_from_iterator((_LONG_WORD.sub(r"\1\n", text) for text in texts), trainer)
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A" if causal else "<s> $A </s>",

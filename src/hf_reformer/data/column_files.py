@@ -1,4 +1,4 @@
-"""Column files, as of CoNLL: a word a line with its labels in columns, and an empty line between sentences."""
+"""Column files, as in CoNLL: one word per line with its labels in columns, and an empty line between sentences."""
 
 import re
 from pathlib import Path
@@ -14,14 +14,14 @@ _MOST_COLUMNS = 100
 
 
 def read_column_file(path: str | Path) -> "Dataset":
-    """A row per sentence, with a list of words or labels per column; the columns are called "1", "2", …
+    """Read a row per sentence, with a list of words or labels per column; the columns are named "1", "2", …
 
-    Columns are separated by tabs, or else by white space. Lines that begin with -DOCSTART- are left out, and so are
-    comments. A comment begins with # and has another number of columns; or it stands before a sentence, begins with #
-    and white space, and ends with what is the label of no other line.
+    Columns are separated by tabs, or else by white space. Lines that begin with -DOCSTART- and comments are left out.
+    A comment begins with # and has a different number of columns; or it precedes a sentence, begins with # and white
+    space, and does not end with a label that occurs in other lines.
 
     Raises:
-        ValueError: a line has another number of columns; the file is empty or no text.
+        ValueError: a line has a different number of columns, or the file is empty or not text.
     """
     with open_text(path) as file:
         lines = [line.rstrip("\n") for line in file]

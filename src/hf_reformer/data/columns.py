@@ -1,4 +1,4 @@
-"""What a table is for: which columns hold the text and the label, which splits and rows are trained on or held out."""
+"""Roles in a table: which columns hold texts and labels, which splits and rows are trained on or held out."""
 
 import random
 import re
@@ -30,10 +30,12 @@ LABEL_COLUMNS = ("label", "labels", "target", "class", "category", "score")
 def find_columns(
     dataset: "Dataset | IterableDataset", text: str | None = None, pair: str | None = None, label: str | None = None
 ) -> Columns:
-    """Use the columns that are named, and find the others by their usual names.
+    """Use the given column names, and find the other columns by their usual names.
 
-    A table without a label column gives `label=None`; one whose text column is unclear raises ValueError, and so does
-    one column for two things.
+    Without a label column, `label` is None.
+
+    Raises:
+        ValueError: a column is missing or given for two purposes, or it is unclear which one holds the text.
     """
     names = dataset.column_names or list(next(iter(dataset), {}))
     listed = ", ".join(f"`{name}`" for name in names)
@@ -49,7 +51,7 @@ def find_columns(
         kinds = {name: getattr(known[name], "dtype", None) for name in names if name not in (pair, label)}
         text = next((name for name in _TEXT_COLUMNS if kinds.get(name) is not None), None)
         strings = [name for name, kind in kinds.items() if kind in ("string", "large_string")]
-        if text is None and len(strings) > 1:  # of a csv file all columns are strings
+        if text is None and len(strings) > 1:  # all columns of a csv file are strings
             strings = [x for x in strings if x not in LABEL_COLUMNS and not _holds_numbers(dataset, x)]
         text = text or (strings[0] if len(strings) == 1 else None)
     if text is None:
@@ -66,12 +68,12 @@ _NUMBER = re.compile(r"\s*[+-]?((\d+\.?\d*|\.\d+)(e[+-]?\d+)?|nan|inf(inity)?)\s
 
 
 def is_number(text: str) -> bool:
-    """Whether a text is a number as people and programs write it: "-1.5e3", also "nan" and "inf"."""
+    """Whether a text is a number as people and programs write it, such as "-1.5e3", "nan" or "inf"."""
     return _NUMBER.fullmatch(text) is not None
 
 
 def check_distinct(names: Mapping[str, str | None]) -> None:
-    """Raise ValueError where two options name one column."""
+    """Raise ValueError if two options name the same column."""
     given = [name for name in names.values() if name is not None]
     for name in given:
         if given.count(name) > 1:
@@ -80,9 +82,9 @@ def check_distinct(names: Mapping[str, str | None]) -> None:
 
 
 def labels_unknown(split: str, labels: Iterable[Any]) -> bool:
-    """Whether a test split is without labels, so that they are to be predicted: each is None, "", NaN or -1.
+    """Whether a test split has no labels, only inputs to predict: each label is None, "", NaN or -1.
 
-    Lists of labels are unknown where all that is in them is.
+    A list of labels is unknown if all of its items are.
     """
 
     def unknown(label: Any) -> bool:
@@ -94,13 +96,13 @@ def labels_unknown(split: str, labels: Iterable[Any]) -> bool:
 
 
 def check_columns(dataset: "Dataset", split: str, names: Iterable[str | None], advice: str = "") -> None:
-    """Raise ValueError unless the dataset has all columns that are named."""
+    """Raise ValueError unless the dataset has all the given columns."""
     if missing := [name for name in names if name is not None and name not in dataset.column_names]:
         raise ValueError(f"The {split} data has no column {missing}; its columns are {dataset.column_names}. {advice}")
 
 
 def splits_of(part: str, names: Iterable[str]) -> list[str]:
-    """The splits of a part: `train` alone for training, else several such as `validation_matched`."""
+    """Return the splits of a part: only `train` for training, else possibly several, such as `validation_matched`."""
     return [name for name in names if name == part or (part != "train" and name.split("_")[0] == part)]
 
 
@@ -110,8 +112,8 @@ def hold_out(
     """Split off random validation data; with labels, stratified: shuffle, sort by label, take rows evenly.
 
     Args:
-        groups: what every row is about, such as its document: rows of one are not parted, so that nothing of the
-            validation data is known from training. Where all are about the same, it counts for nothing.
+        groups: the group of every row, such as its document. Rows of the same group stay together, so that training
+            reveals nothing about the validation data. Ignored if all rows are of one group.
 
     Raises:
         ValueError: one of the two parts would be empty.
@@ -126,7 +128,7 @@ def hold_out(
         order.sort(key=lambda rows: labels[rows[0]])
     for rows in order:
         seen += len(rows)
-        if 2 * (round(seen * fraction) - len(chosen)) >= len(rows):  # nearer to what is wanted than without them
+        if 2 * (round(seen * fraction) - len(chosen)) >= len(rows):  # closer to the wanted size than without them
             chosen.update(rows)
     if not chosen and round(seen * fraction):  # all groups are larger than twice the part
         smallest = min(order, key=len)

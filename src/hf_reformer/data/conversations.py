@@ -1,4 +1,4 @@
-"""Conversations: reading messages of tables, a chat template, and what of a conversation is to be learned."""
+"""Conversations: reading messages from tables, a chat template, and training windows."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-Messages = list[dict[str, str]]  # of `role` and `content`
+Messages = list[dict[str, str]]  # each with `role` and `content`
 
 ROLES = ("system", "user", "assistant")
 _SHARE_GPT = {"human": "user", "gpt": "assistant"}
 
-# A line with the role, then what is said, up to the eos token. What the assistant says is marked, as trl wants it.
+# A line with the role, then the message and the eos token. The assistant's messages are marked, as trl requires.
 CHAT_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}{{ message['role'] + '\\n' }}"
     "{% if message['role'] == 'assistant' %}"
@@ -36,7 +36,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Give the tokenizer `CHAT_TEMPLATE` unless it has a chat template.
 
     Raises:
-        ValueError: it has no eos token, or a template that does not mark what the assistant says.
+        ValueError: it has no eos token, or a template that does not mark the assistant's messages.
     """
     if tokenizer.chat_template is None:
         if tokenizer.eos_token is None:
@@ -56,16 +56,17 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 def read_conversations(
     rows: "Dataset", column: str, split: str, tokenizer_words: Iterable[str] = ()
 ) -> list[Messages]:
-    """The conversations of a table with a list of messages per row; ShareGPT's `from` and `value` are read, too.
+    """Read conversations from a table with a list of messages per row; ShareGPT's `from` and `value` are read, too.
 
-    Messages without content are left out, and messages of one role that follow each other become one. Conversations in
-    which the assistant says nothing are left out. A warning tells of each.
+    Messages without content are left out, and consecutive messages of the same role are joined. Conversations in which
+    the assistant says nothing are left out. Warnings report all of these.
 
     Args:
-        tokenizer_words: special tokens, which no message may spell.
+        tokenizer_words: special tokens, which no message may contain.
 
     Raises:
-        ValueError: a cell holds no messages, a role is unknown or the system speaks late; the message names the row.
+        ValueError: a cell contains no messages or a special token, a role is unknown, or a system message is not the
+            first; the error names the row. Or there is no conversation.
     """
     found, empty, joined, silent = [], list[int](), list[int](), list[int]()
     for row, cell in enumerate(read_column(rows, column)):
@@ -106,8 +107,8 @@ def read_conversations(
 
 
 def _messages(cell: Any, column: str, where: str) -> list[tuple[str, str]]:
-    """Role and content of the messages of a cell, without white space around."""
-    if isinstance(cell, str):  # of a csv file
+    """Return role and content of the messages of a cell, without surrounding white space."""
+    if isinstance(cell, str):  # from a csv file
         with suppress(ValueError):
             cell = json.loads(cell)
     try:
@@ -129,14 +130,14 @@ def _messages(cell: Any, column: str, where: str) -> list[tuple[str, str]]:
 
 
 def beginnings(conversations: Sequence[Messages]) -> list[tuple[tuple[str, str], ...]]:
-    """Of every conversation the shortest one of them all that it begins with: parts of one dialogue have the same."""
+    """Return, for every conversation, the shortest conversation it begins with: parts of one dialogue share it."""
     whole = [tuple((message["role"], message["content"]) for message in messages) for messages in conversations]
     known = set(whole)
     return [next(one[:size] for size in range(1, len(one) + 1) if one[:size] in known) for one in whole]
 
 
 def encode_conversation(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """The tokens of a conversation, and which of them the assistant says: its messages and their end marks."""
+    """Return the tokens of a conversation, and which are the assistant's: its messages and their end tokens."""
     encoded: Any = tokenizer.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -146,9 +147,9 @@ def encode_conversation(messages: Messages, tokenizer: PreTrainedTokenizerBase) 
 def conversation_windows(
     conversations: Sequence[Messages], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> dict[str, list]:
-    """Columns `input_ids` and `labels` of windows in which every token of the assistant is a target once.
+    """Make columns `input_ids` and `labels` of windows in which every token of the assistant is a target once.
 
-    Conversations of up to `length` tokens are one window; a later window starts with half a window of earlier tokens.
+    Conversations of up to `length` tokens are one window; later windows start with half a window of earlier tokens.
     """
     windows: dict[str, list] = {"input_ids": [], "labels": []}
     for messages in conversations:

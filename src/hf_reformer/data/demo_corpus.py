@@ -19,7 +19,7 @@ CORPUS_PACKAGES = (
     "torch", "transformers", "sympy", "pandas", "scipy", "sklearn", "networkx", "numpy", "matplotlib", "fontTools",
     "huggingface_hub", "datasets",
 )  # fmt: skip
-# A line names a package when it holds one of these, in whatever case, or one of the usual aliases.
+# A line names a package when it contains one of these, in upper or lower case, or one of the usual aliases.
 _NAMES = (
     "torch", "transformers", "sympy", "pandas", "scipy", "sklearn", "scikit", "networkx", "numpy", "matplotlib",
     "fonttools", "font tools", "huggingface", "hugging face", "hf_", "datasets",
@@ -31,13 +31,13 @@ _FOREIGN_FOLDER = re.compile(r"vendor|extern|third_party", re.IGNORECASE)
 
 
 def package_folder(name: str) -> Path | None:
-    """The folder of the installed package `name`, without importing it; None if it is not installed."""
+    """Return the folder of the installed package `name`, without importing it; None if it is not installed."""
     spec = importlib.util.find_spec(name)
     return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
 
 
 def corpus_file(path: str) -> Path:
-    """The file on this machine behind the `path` column of `installed_packages_corpus`."""
+    """Return the file on this machine for a `path` of `installed_packages_corpus`."""
     folder = package_folder(path.split("/")[0])
     if folder is None:
         raise FileNotFoundError(f"`{path}` belongs to a package that is not installed here.")
@@ -53,7 +53,7 @@ def names_a_package(line: str) -> bool:
 def clean_source(text: str, max_bytes: int | None = None) -> str:
     """Remove from a Python file what names its package, and cut it after `max_bytes`.
 
-    Removed are: the comments before the first line of code (licence headers); every line about licences or authors;
+    Removed are: the comments before the first line of code (license headers); every line about licenses or authors;
     every import statement, also in doctests and over several lines; and every line that names *any* package of
     `CORPUS_PACKAGES` or its usual alias (`np.`, `pd.`, `plt.` …). The rule is the same for all files, so what is
     missing does not identify the package either. Runs of blank lines shrink to one.
@@ -106,13 +106,13 @@ class _NearDuplicates:
 def _documents_by_directory(
     name: str, limit: int, min_bytes: int, max_bytes: int, files_per_directory: int, seed: int, seen: _NearDuplicates
 ) -> list[list[dict[str, str]]]:
-    """Up to `limit` cleaned documents of one package, grouped by directory; none if it is not installed."""
+    """Read up to `limit` cleaned documents of one package, grouped by directory; none if it is not installed."""
     root = package_folder(name)
     if root is None:
         return []
 
     def rank(path: Path) -> bytes:
-        """Shuffles; it depends on the seed and the relative path alone, so it is the same on every machine."""
+        """Sort key that shuffles; depends only on the seed and relative path, so it is the same on every machine."""
         return hashlib.sha256(f"{seed}:{path.relative_to(root).as_posix()}".encode()).digest()
 
     directories: defaultdict[Path, list[Path]] = defaultdict(list)
@@ -145,14 +145,15 @@ def installed_packages_corpus(
     files_per_directory: int = 12,
     seed: int = 0,
 ) -> "DatasetDict":
-    """Long documents for classification without a download: source files, labelled by the package they belong to.
+    """Make a corpus of long documents for classification without a download: source files, labeled by package.
 
-    Of `packages` (default: `CORPUS_PACKAGES`) those with the most usable files are taken, at most `num_packages`, with
-    equally many documents each. Documents are cleaned by `clean_source`, cut at `max_bytes`, and dropped when they are
-    shorter than `min_bytes` or share half of their lines with another document. A directory is either for training or
-    for validation. The result depends only on the arguments and the installed versions.
+    Of `packages` (default: `CORPUS_PACKAGES`), at most `num_packages` with the most usable files are taken, with an
+    equal number of documents each. Documents are cleaned by `clean_source`, cut at `max_bytes`, and dropped when they
+    are shorter than `min_bytes` or share half of their lines with another document. A directory is used either for
+    training or for validation. The result depends only on the arguments and the installed versions.
 
-    Returns a `DatasetDict` with `train` and `validation`; columns `text`, `label` (a `ClassLabel`) and `path`.
+    Returns:
+        A `DatasetDict` with `train` and `validation`, and columns `text`, `label` (a `ClassLabel`) and `path`.
     """
     datasets = require("datasets")
     seen = _NearDuplicates()

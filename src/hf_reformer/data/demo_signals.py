@@ -1,4 +1,4 @@
-"""Signals that the package makes itself, for demos that need no download: spoken words, and the load of a grid."""
+"""Signals for demos that need no download: synthetic speech and grid load, and scikit-learn's handwritten digits."""
 
 from typing import TYPE_CHECKING
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
 RATE = 8000
 WORDS = ("ba", "do", "fi", "gu", "ke", "la", "mo", "ni", "ru", "se")
-# Each word is two vowels: a pair of resonances (Hz) at its beginning, another at its end.
+# Each word is two vowels: one pair of resonances (Hz) at its beginning, another at its end.
 VOWELS = {"a": (800, 1300), "e": (450, 2000), "i": (300, 2500), "o": (500, 900), "u": (320, 750)}
 SOUNDS = ("au", "eo", "ia", "oi", "ue", "ae", "ea", "iu", "oa", "ui")
 
 
 def spoken_word(word: int, draw: np.random.Generator) -> np.ndarray:
-    """(N) float32 samples of one of the ten words, said by some voice at some speed."""
+    """Synthesize (N) float32 samples of one of the ten words, with a random voice and speed."""
     length = int(RATE * draw.uniform(0.2, 0.4))
     time = np.arange(length) / RATE
     pitch = draw.uniform(90, 250) * (1 + draw.uniform(-0.1, 0.1) * time / time[-1])
@@ -36,12 +36,12 @@ def spoken_word(word: int, draw: np.random.Generator) -> np.ndarray:
 
 
 def spoken_tones(train: int = 400, validation: int = 100) -> "DatasetDict":
-    """Recordings of one word each: `audio`, `sampling_rate`, `label`."""
+    """Make recordings of one word each: `audio`, `sampling_rate`, `label`."""
     return _splits({"train": train, "validation": validation}, lambda draw, row: _one_word(row % 10, draw))
 
 
 def spoken_strings(train: int = 800, validation: int = 80) -> "DatasetDict":
-    """Recordings of two to five words: `audio`, `sampling_rate`, `text`."""
+    """Make recordings of two to five words: `audio`, `sampling_rate`, `text`."""
     return _splits({"train": train, "validation": validation}, lambda draw, row: _string(draw))
 
 
@@ -60,7 +60,7 @@ def _string(draw: np.random.Generator) -> dict:
 
 
 def seasonal_load(hours: int = 4000) -> "Dataset":
-    """Hourly load of three places of a grid in one table with its `time`: courses of days and weeks, and weather."""
+    """Make a table of `time` and the hourly loads of three places of a grid: daily and weekly cycles, and weather."""
     draw = np.random.default_rng(0)
     pandas = require("pandas")
     hour = np.arange(hours)
@@ -86,7 +86,7 @@ def _splits(sizes: dict[str, int], make) -> "DatasetDict":
 
 
 def handwritten_digits() -> "DatasetDict":
-    """The 8 × 8 digits that scikit-learn brings: `pixels` (64 whole numbers from 0 to 255), `label`."""
+    """Load scikit-learn's 8 × 8 digits: `pixels` (64 integers from 0 to 255), `label`."""
     bunch = require("sklearn.datasets").load_digits()
     pixels = (bunch.data * (255 / 16)).round().astype(np.uint8)
     datasets, found = require("datasets"), {}

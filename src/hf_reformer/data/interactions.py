@@ -1,4 +1,4 @@
-"""Interactions of users with items: reading tables of them, and the items that each user had, in order of time."""
+"""Interactions of users with items: reading tables of them, and the items of each user in order of time."""
 
 import json
 import math
@@ -21,7 +21,7 @@ ATOMIC_FORMATS = (".inter", ".item", ".user")  # RecBole's
 
 
 class InteractionColumns(NamedTuple):
-    """Which columns hold the user, the item or the list of items, when it was, and the item to be recommended."""
+    """Which columns hold the user, the item or list of items, the time or times, and the item to be recommended."""
 
     user: str
     item: str | None
@@ -29,7 +29,7 @@ class InteractionColumns(NamedTuple):
     target: str | None = None
 
 
-# As people call them, without capitals and underscores.
+# Usual names of columns, in lower case and without underscores.
 _NAMES = {
     "user": ("userid", "user", "uid", "customerid", "customer", "reviewerid", "sessionid", "session", "visitorid"),
     "item": (
@@ -42,10 +42,10 @@ _NAMES = {
 
 
 def find_interaction_columns(dataset: "Dataset", **named: str | None) -> InteractionColumns:
-    """Use the columns that are named (user, item, time, target), and find the others by their usual names.
+    """Use the given columns (user, item, time, target), and find the others by their usual names.
 
     Raises:
-        ValueError: there is no column of users, or none of items.
+        ValueError: a given column is missing or given twice, or there is no column of users or of items.
     """
     listed = ", ".join(f"`{name}`" for name in dataset.column_names)
     check_distinct({f"--{kind}_column": name for kind, name in named.items()})
@@ -63,7 +63,7 @@ def find_interaction_columns(dataset: "Dataset", **named: str | None) -> Interac
 
 
 def read_interactions(path: str | Path) -> "Dataset":
-    """A table of interactions or of items: RecBole's atomic files, or whatever `read_examples` reads.
+    """Read a table of interactions or items: one of RecBole's atomic files, or any file that `read_examples` reads.
 
     Raises:
         FileNotFoundError, ValueError: the file is missing, empty, damaged or of another format.
@@ -95,20 +95,20 @@ def read_interactions(path: str | Path) -> "Dataset":
 
 
 class Histories(NamedTuple):
-    """What users had, oldest first, each item once; and the items to be recommended, where a column names them."""
+    """The items of each user, oldest first and each once, and the items to recommend, if there is a column of them."""
 
     items: dict[str, list[str]]
     targets: dict[str, str]
 
 
 def read_histories(rows: "Dataset", columns: InteractionColumns, split: str) -> Histories:
-    """The histories in a table with a row per interaction, or with a list of items per row.
+    """Read histories from a table with a row per interaction, or with a list of items per row.
 
-    Items of the same time stay in the order of the rows, and so do all of them without a column of times. Of an item
-    that a user had several times, the first time counts.
+    Items with the same time stay in the order of the rows, and so do all items without a column of times. If a user
+    had an item several times, only the first time counts.
 
     Raises:
-        ValueError: a user, an item or a time is missing, or no time; the message names the row.
+        ValueError: a user, item or time is missing or invalid; the message names the row.
     """
     had: dict[str, list[tuple[float, str]]] = {}
     targets: dict[str, str] = {}
@@ -134,7 +134,7 @@ def read_histories(rows: "Dataset", columns: InteractionColumns, split: str) -> 
 
 
 def _identifier(cell: Any, column: str, where: str) -> str:
-    """An id as a text: 7 and "7" are one, and so is 7.0, which tables with gaps make of it."""
+    """Convert an id to text: 7 and "7" are the same, and so is 7.0, which tables with gaps turn 7 into."""
     if isinstance(cell, float) and cell.is_integer():
         cell = int(cell)
     text = None if isinstance(cell, list | dict | bytes) else cell_text(cell)
@@ -144,7 +144,7 @@ def _identifier(cell: Any, column: str, where: str) -> str:
 
 
 def _pairs(items: Any, times: Any, columns: InteractionColumns, where: str) -> Iterator[tuple[float, str]]:
-    """Time and item of all interactions of a row; none in one that names a target alone."""
+    """Yield the time and item of all interactions of a row; none for a row with only a target."""
     if items is None and columns.target is not None:
         return
     if isinstance(items, str) and items.startswith("["):  # in a cell of a csv file
@@ -173,7 +173,7 @@ def _list(cell: Any, column: str | None, where: str) -> Any:
 
 
 def _seconds(cell: Any, column: str, where: str) -> float:
-    """A time as a number: numbers as they are, dates in seconds, in UTC where they name no zone."""
+    """Convert a time to a number: numbers stay as they are; dates become seconds, in UTC if they name no time zone."""
     try:
         number = float(cell.timestamp() if isinstance(cell, datetime) else cell)
     except (TypeError, ValueError):
@@ -190,10 +190,10 @@ def _seconds(cell: Any, column: str, where: str) -> float:
 
 
 def read_titles(path: str) -> dict[str, str]:
-    """The titles in a table of items: a column of ids, and one of titles or names.
+    """Read titles from a table of items, with a column of ids and one of titles or names.
 
     Raises:
-        ValueError: there is no such column.
+        ValueError: one of these columns is missing.
     """
     rows = read_interactions(path)
     usual = {name.lower().replace("_", ""): name for name in rows.column_names}

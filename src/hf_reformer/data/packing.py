@@ -1,4 +1,4 @@
-"""Language-modelling data: documents of files, packed into training sequences, cut into windows for evaluation."""
+"""Language modeling data: documents, packed into sequences for training or cut into windows for evaluation."""
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -15,13 +15,13 @@ from ..models.losses import IGNORE
 from .columns import find_columns, splits_of
 from .tables import TABLE_FORMATS, cell_text, open_text, read_examples, read_named_dataset
 
-READ_SIZE = 2**16  # characters that are read and tokenised at a time, up to the next end of line
+READ_SIZE = 2**16  # characters read and tokenized at a time, extended to the next end of line
 
-Documents = Iterable[Iterable[str]]  # a document comes in chunks, so that a file need not fit into memory
+Documents = Iterable[Iterable[str]]  # documents come in chunks, so that files need not fit into memory
 
 
 def read_documents(files: list[str], column: str | None = None) -> Iterator[Iterable[str]]:
-    """The documents of files: a text file is one, and so is every row of a table (csv, tsv, json, jsonl, parquet)."""
+    """Yield the documents of files: whole text files, and the rows of tables (csv, tsv, json, jsonl, parquet)."""
     for file in files:
         if Path(file).suffix.lower() in TABLE_FORMATS:
             yield from _rows(read_examples(file), column)
@@ -36,10 +36,10 @@ def _read_chunks(file: str) -> Iterator[str]:
 
 
 def hub_documents(name: str, config: str | None, split: str, column: str | None, streaming: bool) -> Documents | None:
-    """The rows of a split of a dataset on the Hub, the first of several; None if it has no validation data.
+    """Load the rows of a split of a Hub dataset, the first if several match; None if there is no validation split.
 
     Raises:
-        ConnectionError: it cannot be read.
+        ConnectionError: the dataset cannot be read.
         ValueError: it has no such split.
     """
     tables = read_named_dataset(name, config, streaming=streaming)
@@ -59,7 +59,7 @@ def _rows(table: Dataset | IterableDataset, column: str | None) -> Documents:
 
 
 def first_texts(documents: Documents, characters: int = 10_000_000) -> Iterator[str]:
-    """The first so many characters of the documents, chunk by chunk."""
+    """Yield about the first `characters` characters of the documents, chunk by chunk."""
     for chunk in chain.from_iterable(documents):
         yield chunk
         characters -= len(chunk)
@@ -68,7 +68,7 @@ def first_texts(documents: Documents, characters: int = 10_000_000) -> Iterator[
 
 
 def hold_out_end(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
-    """Split off the last part of the texts: whole documents from the end, and one that is cut at the end of a line."""
+    """Split off the end of the texts: whole documents, and part of one, cut at the end of a line if possible."""
     missing = round(sum(map(len, documents)) * fraction)
     train, held_out = list(documents), list[str]()
     while train and missing > 0:
@@ -83,7 +83,7 @@ def hold_out_end(documents: list[str], fraction: float) -> tuple[list[str], list
 
 
 def separator(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that is put before every document."""
+    """Return the token that is put before every document."""
     for kind in ("bos", "eos", "cls", "sep", "pad"):
         token_id = getattr(tokenizer, f"{kind}_token_id")
         if token_id is not None:
@@ -95,7 +95,7 @@ def separator(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def token_ids(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """The ids of all documents chunk by chunk, with a separator before each document."""
+    """Yield the ids of all documents, chunk by chunk, with a separator before each document."""
     for document in documents:
         yield [separator(tokenizer)]
         for chunk in document:
@@ -106,7 +106,7 @@ def pack(pieces: Iterable[list[int]], length: int, option: str = "--sequence_len
     """Concatenate pieces of token ids and cut them into sequences of `length`; an incomplete last one is dropped.
 
     Raises:
-        ValueError: they do not fill one sequence; the message names the option that sets its length.
+        ValueError: the pieces do not fill one sequence; the message names the `option` that sets its length.
     """
     rest: list[int] = []
     empty = True
@@ -124,7 +124,7 @@ def pack(pieces: Iterable[list[int]], length: int, option: str = "--sequence_len
 
 
 def packed_dataset(pieces: Iterable[list[int]], length: int, option: str = "--sequence_length") -> Dataset:
-    """The sequences of `pack`, in memory."""
+    """Make a dataset in memory of the sequences of `pack`."""
     sequences = [np.asarray(row["input_ids"], dtype=np.int32) for row in pack(pieces, length, option)]
     return Dataset.from_dict({"input_ids": sequences})
 
@@ -132,7 +132,7 @@ def packed_dataset(pieces: Iterable[list[int]], length: int, option: str = "--se
 def packed_stream(
     open_documents: Callable[[], Documents], tokenizer: PreTrainedTokenizerBase, length: int, seed: int
 ) -> IterableDataset:
-    """The sequences of `pack`, read again in every epoch and shuffled in a buffer of 256."""
+    """Make a stream of the sequences of `pack`, read again in every epoch and shuffled in a buffer of 256."""
 
     def sequences() -> Iterator[dict[str, Any]]:
         return pack(token_ids(open_documents(), tokenizer), length)
@@ -142,7 +142,7 @@ def packed_stream(
 
 
 def scoring_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, context: int) -> Dataset:
-    """Windows of at most `length` tokens in which every token of every text is a target once.
+    """Cut texts into windows of at most `length` tokens in which every token of every text is a target once.
 
     A window starts with the last `context` tokens before its targets; their labels are -100.
     """
@@ -160,7 +160,7 @@ def scoring_windows(texts: list[str], tokenizer: PreTrainedTokenizerBase, length
 def cut_windows(
     ids: list[int], length: int, context: int, labels: list[int] | None = None
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Windows of at most `length` tokens, and their labels, in which every token but the first is a target once.
+    """Cut windows of at most `length` tokens, and their labels, so that every token but the first is a target once.
 
     A window starts with the last `context` tokens before its targets; their labels are -100. `labels`: default `ids`.
     """
@@ -175,7 +175,7 @@ def cut_windows(
 def masked_windows(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, probability: float, seed: int
 ) -> Dataset:
-    """Windows of at most `length` tokens of which some are masked, the same ones in every evaluation."""
+    """Cut texts into windows of at most `length` tokens and mask some tokens, the same ones in every evaluation."""
     mask = DataCollatorForLanguageModeling(tokenizer, mlm=True, mlm_probability=probability, seed=seed)
     windows: dict[str, list] = {"input_ids": [], "labels": []}
     for row in scoring_windows(texts, tokenizer, length, context=1):
@@ -186,10 +186,10 @@ def masked_windows(
 
 
 class EpochCollator(TrainerCallback):
-    """A collator that draws anew in every epoch, and knows which one it is. To be a callback of the Trainer as well.
+    """A collator whose random draws change with every epoch. It must also be a callback of the Trainer.
 
-    What it draws depends on a row, the epoch and the seed alone, so that a resumed run sees what the whole one does:
-    batches are made ahead of their step.
+    Draws depend only on the row, the epoch and the seed, so that a resumed run sees the same batches as an
+    uninterrupted one, although batches are made ahead of their step.
     """
 
     def __init__(self, seed: int) -> None:
@@ -200,10 +200,10 @@ class EpochCollator(TrainerCallback):
 
 
 class MaskingCollator(EpochCollator):
-    """Batches of sequences of one length with masked tokens.
+    """Makes batches of sequences of one length with masked tokens.
 
     Args:
-        whole: labels are all tokens, not only those that are masked: for a decoder that writes the text again.
+        whole: use all tokens as labels, not only the masked ones, for a decoder that reconstructs the text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float, seed: int, whole: bool = False) -> None:
@@ -223,6 +223,6 @@ class MaskingCollator(EpochCollator):
 
 
 def causal_lm_collator(examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch of full sequences. Separators are targets like other tokens, even if the tokenizer pads with them."""
+    """Make a batch of full sequences. Separators are targets like other tokens, even if they are the padding token."""
     ids = torch.tensor([example["input_ids"] for example in examples], dtype=torch.int64)
     return {"input_ids": ids, "labels": ids}

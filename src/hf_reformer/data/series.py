@@ -1,4 +1,4 @@
-"""Time series: tables with a row a step, and tables with a row a window; both become windows of past and future."""
+"""Time series: tables with a row per step or per window; both become windows of past and future."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 TIME_COLUMNS = ("time", "date", "datetime", "timestamp", "ds", "day", "month")
 NONE = "none"
-MOST_MISSING = 100  # times as many steps as rows, which no table with gaps has
+MOST_MISSING = 100  # a table with more than so many times as many steps as rows is refused
 
 
 @dataclass
 class SeriesTable:
-    """Series by step, NaN where not observed, (N, S); `times`: (N) datetime64, or None."""
+    """Series by step: `values` (N, S), NaN where not observed; `times` (N) datetime64, or None."""
 
     names: list[str]
     values: np.ndarray
@@ -33,14 +33,14 @@ class SeriesTable:
 
 
 def read_table(dataset: "Dataset", time_column: str | None, series: Sequence[str] | None) -> SeriesTable:
-    """A table with a row a step, its steps in order and evenly apart; steps that are missing become NaN.
+    """Read a table with a row per step, in order and evenly spaced; missing steps become NaN.
 
     Args:
-        time_column: default: found by its name; without one, or by "none": rows are steps.
-        series: which to read, in this order; default: all columns of numbers.
+        time_column: default: found by name. If there is none, or for "none", consecutive rows are steps.
+        series: names of the series to read, in this order; default: all numeric columns.
 
     Raises:
-        ValueError: there is no such column, a cell is no number or time, or times are not in order or uneven.
+        ValueError: a column is missing, a cell is not a number or time, or times are out of order or unevenly spaced.
     """
     names = dataset.column_names
     without = time_column == NONE and NONE not in names
@@ -63,7 +63,7 @@ def read_table(dataset: "Dataset", time_column: str | None, series: Sequence[str
 
 
 def numbers(cells: Sequence[Any], name: str, strict: bool) -> np.ndarray | None:
-    """(N) float64, NaN for empty cells; None for a column that holds something else, or ValueError if `strict`."""
+    """Parse cells to (N) float64, NaN for empty ones; None if others are not numbers, or ValueError if `strict`."""
     found = np.full(len(cells), np.nan)
     for row, cell in enumerate(cells):
         if isinstance(cell, (list, dict, bytes)):
@@ -86,7 +86,7 @@ def numbers(cells: Sequence[Any], name: str, strict: bool) -> np.ndarray | None:
 
 
 def _regular(table: SeriesTable) -> SeriesTable:
-    """With a row for every step, NaN where there was none."""
+    """Insert rows of NaN for missing steps."""
     gaps = np.diff(table.times)
     if not len(gaps):
         return table
@@ -115,7 +115,7 @@ def _regular(table: SeriesTable) -> SeriesTable:
 
 
 def follows(first: SeriesTable, second: SeriesTable) -> int | None:
-    """How many steps after the end of one table another begins, 1 at least; None if they are not of one course."""
+    """Return how many steps (at least 1) after the end of one table another begins; None if it does not follow it."""
     if first.times is None or second.times is None or first.step is None or second.times[0] <= first.times[-1]:
         return None
     (steps,), (exact,) = first.step.between(first.times[-1], second.times[:1])
@@ -123,7 +123,7 @@ def follows(first: SeriesTable, second: SeriesTable) -> int | None:
 
 
 def joined(first: SeriesTable, second: SeriesTable, steps: int) -> SeriesTable:
-    """Two tables, of which the second begins `steps` after the end of the first, whose times go on."""
+    """Join two tables, the second of which begins `steps` steps after the last one of the first."""
     between = np.full((steps - 1, len(first.names)), np.nan)
     values = np.concatenate([first.values, between, second.values])
     step, times = first.step, None
@@ -133,7 +133,7 @@ def joined(first: SeriesTable, second: SeriesTable, steps: int) -> SeriesTable:
 
 
 class RowWindows(NamedTuple):
-    """A window a row: past (M, L, S) and future (M, P, S), NaN where there is none, in `names`' order of series."""
+    """One window per row: past (M, L, S) and future (M, P, S), NaN where missing, with series ordered as `names`."""
 
     names: list[str]
     predicted: list[str]
@@ -142,7 +142,7 @@ class RowWindows(NamedTuple):
 
 
 def has_row_windows(dataset: "Dataset", past: str) -> bool:
-    """Whether cells hold lists, in columns that begin with the prefix `past`."""
+    """Whether a table has one window per row, in columns whose names begin with `past`."""
     return any(name.startswith(past) for name in dataset.column_names)
 
 
@@ -154,19 +154,19 @@ def read_row_windows(
     series: Sequence[str] | None = None,
     predicted: Sequence[str] | None = None,
 ) -> RowWindows:
-    """Windows of a table with lists in its cells.
+    """Read a table with one window per row, as lists in its cells.
 
-    Columns `past` + name and `future` + name are one series. Other lists of as many steps as the past are series that
-    are known of the past alone, such as those of another car.
+    Columns `past` + name and `future` + name form one series. Other lists with as many steps as the past are series of
+    which only the past is known, such as those of another car.
 
     Args:
-        steps: those of past and future that a model takes; else those of the first row.
-        series: the names to take; default: all, those with a future first.
-        predicted: those of `series` that are to be predicted, where that is known: then the series keep their order,
-            and a future may be missing.
+        steps: numbers of past and future steps, as of a saved model; default: those of the first row.
+        series: names of the series to read; default: all, those with a future first.
+        predicted: those of `series` to predict, if known; then the series keep their order, and futures may be
+            missing.
 
     Raises:
-        ValueError: rows differ in length, or hold something else than numbers; there is no such series.
+        ValueError: rows differ in length or hold something other than numbers, or a series is missing.
     """
     names = dataset.column_names
     own = [name.removeprefix(past) for name in names if name.startswith(past)]
@@ -221,13 +221,13 @@ def read_row_windows(
 
 
 class Frame(NamedTuple):
-    """Where positions of each row are seen from: its last place (M, 2), and the way it goes, (M, 2, 2) rotations."""
+    """Coordinate frames of rows: the last position (M, 2), and rotations (M, 2, 2) into the direction of motion."""
 
     origin: np.ndarray
     rotation: np.ndarray
 
     def enter(self, points: np.ndarray) -> np.ndarray:
-        """(M, N, 2) as seen from there, the way it goes being the first axis."""
+        """Transform (M, N, 2) points into the frames, whose first axis is the direction of motion."""
         return (points - self.origin[:, None]) @ self.rotation.transpose(0, 2, 1)
 
     def leave(self, points: np.ndarray) -> np.ndarray:
@@ -235,7 +235,7 @@ class Frame(NamedTuple):
 
 
 def position_pairs(names: Sequence[str]) -> list[tuple[int, int]]:
-    """Which series are the two coordinates of one thing: those that end in x and y, of one prefix."""
+    """Find the pairs of series that are coordinates of the same object: names that differ in ending with x and y."""
     return [
         (names.index(name), names.index(name[:-1] + "y"))
         for name in names
@@ -244,9 +244,10 @@ def position_pairs(names: Sequence[str]) -> list[tuple[int, int]]:
 
 
 def moving_frame(past: np.ndarray, reach: int = 5) -> Frame:
-    """The frame of (M, L, 2) positions: the last of them, and the way of the last `reach` steps, or of all.
+    """Compute the frames of (M, L, 2) positions: the last one, and the direction of the last `reach` steps, or of all.
 
-    What was not observed is where it was last.
+    The direction of all steps is used if the last ones are a distance of 0.1 or less. Missing positions are replaced
+    by the last observed one.
     """
     past = filled_forward(past)
     last = past[:, -1]
@@ -260,12 +261,14 @@ def moving_frame(past: np.ndarray, reach: int = 5) -> Frame:
 
 
 class Windows(torch.utils.data.Dataset):
-    """Windows of a course of series: the past before each of `ends`, and the steps from there on.
+    """Windows of a table of series: the past before each of `ends`, and the future from there on.
 
     Args:
-        values: (N, S), NaN where not observed; features: (N + P at most, F) known of every step, or None.
-        lengths: steps of the past and of the future. A past that begins before the course has NaN there.
-        first: the course of each window begins there, (windows), where a table holds several.
+        values: (N, S), NaN where not observed.
+        ends: (windows), the first future step of each window.
+        lengths: numbers of past and future steps. A past that reaches back before the first step is padded with NaN.
+        features: (at most N + P, F) known of every step, or None.
+        first: (windows), the first step that each window may use, for a table of several independent parts.
     """
 
     def __init__(
@@ -296,7 +299,7 @@ class Windows(torch.utils.data.Dataset):
         return Windows(self.values, self.ends[numbers], self.lengths, self.features, self.first[numbers])
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        """All of past and future, (windows, L, S) and (windows, P, S)."""
+        """Return the past (windows, L, S) and the future (windows, P, S) of all windows."""
         rows = [self[number] for number in range(len(self))]
         return tuple(np.stack([row[name].numpy() for row in rows]) for name in ("past_values", "future_values"))  # type: ignore[return-value]
 
@@ -308,7 +311,7 @@ def _padded(x: np.ndarray, before: int, behind: int, value: float) -> np.ndarray
 
 
 def windows_of_rows(rows: RowWindows) -> Windows:
-    """The windows of a table with a window a row, one course each."""
+    """Make `Windows` from a table with one window per row."""
     count, before, ahead = len(rows.past), rows.past.shape[1], rows.future.shape[1]
     values = np.concatenate([rows.past, rows.future], axis=1).reshape(count * (before + ahead), -1)
     first = np.arange(count) * (before + ahead)
@@ -316,7 +319,7 @@ def windows_of_rows(rows: RowWindows) -> Windows:
 
 
 def filled_forward(past: np.ndarray) -> np.ndarray:
-    """(M, L, S) with the last observed value where there is none; what comes before the first one is that, or 0."""
+    """Fill gaps in (M, L, S) with the last observed value; before the first one, with that, or 0 if there is none."""
     found = past.copy()
     for step in range(1, found.shape[1]):
         found[:, step] = np.where(np.isnan(found[:, step]), found[:, step - 1], found[:, step])
@@ -326,7 +329,7 @@ def filled_forward(past: np.ndarray) -> np.ndarray:
 
 
 def describe_rows(rows: Iterator[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows as JSON writes them: numbers rounded, None for NaN."""
+    """Convert rows for JSON: floats are rounded, NaN becomes None."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, np.ndarray):

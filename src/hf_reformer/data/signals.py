@@ -1,4 +1,4 @@
-"""Tables of recordings and pictures: which column holds them, and reading what is in it, or in files that it names."""
+"""Tables of recordings and pictures: finding their column, and reading its cells or the files it names."""
 
 import io
 from collections.abc import Iterator, Sequence
@@ -21,12 +21,12 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 
 
 def read_signals(path: str | Path, suffixes: Sequence[str]) -> "Dataset":
-    """One split: a table, or a folder with one sub-folder of files per label.
+    """Read one split: a table, or a folder with one sub-folder of files per label.
 
-    Rows of a folder have `path`, `file` and `label`. For files that a table names, see `files_beside`.
+    Rows of a folder have `path`, `file` and `label`. For files named in a table, see `files_beside`.
 
     Raises:
-        FileNotFoundError, ValueError: as of `read_examples`; or the folder holds no such files.
+        FileNotFoundError, ValueError: as in `read_examples`; or the folder contains no such files.
     """
     datasets, path = require("datasets"), Path(path)
     if not path.is_dir():
@@ -51,7 +51,7 @@ def read_signals(path: str | Path, suffixes: Sequence[str]) -> "Dataset":
 
 
 def files_beside(dataset: "Dataset", column: str, folder: Path) -> "Dataset":
-    """The files that a column names, or its cells with a `path` and no `bytes`, looked for in the folder of the table.
+    """Resolve relative file names in a column, or in cells with a `path` and no `bytes`, against the table's folder.
 
     Empty cells stay empty.
     """
@@ -78,15 +78,15 @@ def files_beside(dataset: "Dataset", column: str, folder: Path) -> "Dataset":
 
 
 def holds_samples(dataset: "Dataset", column: str) -> bool:
-    """Whether cells are lists of samples, which do not tell their sampling rate."""
+    """Whether cells are lists of samples, which do not include their sampling rate."""
     return type(dataset.features[column]).__name__ in ("List", "LargeList", "Sequence")
 
 
 def find_signal_column(dataset: "Dataset", name: str | None, usual: Sequence[str], option: str) -> str:
-    """The column that is named, or the one of a usual name, of sounds or pictures by its kind first.
+    """Return the named column, else one of type `Audio` or `Image`, else one with a usual name.
 
     Raises:
-        ValueError: there is no such column, or none of a usual name.
+        ValueError: the named column is missing, or none is found.
     """
     names, listed = dataset.column_names, ", ".join(f"`{name}`" for name in dataset.column_names)
     if name is not None:
@@ -101,7 +101,7 @@ def find_signal_column(dataset: "Dataset", name: str | None, usual: Sequence[str
 
 
 def undecoded(dataset: "Dataset", column: str) -> "Dataset":
-    """Cells of sounds and pictures as bytes or paths: the decoders of `datasets` may not be installed."""
+    """Keep cells of sounds and pictures as bytes or paths: the decoders of `datasets` may not be installed."""
     datasets = require("datasets")
     kind = type(dataset.features[column]).__name__
     if kind in ("Audio", "Image"):
@@ -110,10 +110,10 @@ def undecoded(dataset: "Dataset", column: str) -> "Dataset":
 
 
 def stored_rate(dataset: "Dataset", column: str, rate_column: str | None) -> int | None:
-    """The sampling rate of the first recording: by a column, by the cell, or by its file; None of bare samples.
+    """Return the sampling rate of the first recording, from a column, its cell or its file; None for bare samples.
 
     Raises:
-        ValueError: there is no first recording, or it cannot be read.
+        ValueError: the first recording is missing or cannot be read.
     """
     row = undecoded(dataset, column)[0]
     cell = row[column]
@@ -131,7 +131,7 @@ def stored_rate(dataset: "Dataset", column: str, rate_column: str | None) -> int
             sound = io.BytesIO(source) if isinstance(source, bytes) else source
             return int(require("soundfile").info(sound).samplerate)
         except (RuntimeError, ValueError, TypeError):
-            waveform(source, 1)  # says what is wrong
+            waveform(source, 1)  # raises an error that says what is wrong
             raise
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(f"Row 0: {error}") from error
@@ -146,13 +146,13 @@ def _rate(cell: Any) -> int:
 def recordings(
     dataset: "Dataset", column: str, rate: int, rate_column: str | None, from_rate: int | None = None
 ) -> Iterator[np.ndarray]:
-    """(N) float32 samples of every row, at the sampling rate `rate`.
+    """Yield (N) float32 samples of every row, at the sampling rate `rate`.
 
     Args:
-        from_rate: of samples that tell none, by a column or by themselves.
+        from_rate: sampling rate of bare samples without a column of rates.
 
     Raises:
-        ValueError: a recording is none; the message names its row.
+        ValueError: a recording is missing or invalid; the message names its row.
     """
     dataset = undecoded(dataset, column).select_columns([column, *([rate_column] if rate_column else [])])
     listed = holds_samples(dataset, column)
@@ -170,10 +170,10 @@ def recordings(
 
 
 def pictures(dataset: "Dataset", column: str) -> Iterator[Any]:
-    """An RGB picture of PIL of every row: of files, bytes, arrays of numbers from 0 to 255, or square lists of them.
+    """Yield an RGB PIL image of every row: from files, bytes, arrays of numbers from 0 to 255, or flat square lists.
 
     Raises:
-        ValueError: a picture is none; the message names its row.
+        ValueError: a picture is missing or invalid; the message names its row.
     """
     dataset = undecoded(dataset, column).select_columns(column)
     listed = type(dataset.features[column]).__name__ not in ("Value", "Image")
@@ -185,7 +185,7 @@ def pictures(dataset: "Dataset", column: str) -> Iterator[Any]:
 
 
 def picture(source: Any) -> Any:
-    """One picture, as of `pictures`. Arrays of decimals up to 1 reach from black to white; transparent is white."""
+    """Read one picture, as in `pictures`. Floats up to 1 range from black to white; transparency becomes white."""
     image_module = require("PIL.Image")
     name = f"`{source}`" if isinstance(source, str) else "The picture"
     if isinstance(source, dict):
@@ -207,14 +207,14 @@ def picture(source: Any) -> Any:
     if found.mode in ("LA", "PA", "RGBA", "RGBa", "La") or "transparency" in found.info:
         found = found.convert("RGBA")
         found = image_module.alpha_composite(image_module.new("RGBA", found.size, "white"), found)
-    if found.mode.startswith("I"):  # 16 bits, of which PIL would cut off what is above 255
+    if found.mode.startswith("I"):  # 16 bits: PIL would clip values above 255
         values = np.asarray(found, dtype=np.float64)
         found = image_module.fromarray((values / (257 if values.max() > 255 else 1)).clip(0, 255).astype(np.uint8))
     return found.convert("RGB")
 
 
 def _pixels(values: np.ndarray, name: str) -> np.ndarray:
-    """(H, W) or (H, W, 3 or 4) uint8; a row of S² numbers is a square."""
+    """Convert pixels to (H, W) or (H, W, 3 or 4) uint8; a list of S² numbers becomes a square."""
     if values.dtype.kind not in "iufb" or not values.size:
         raise ValueError(f"{name} is an array of {values.dtype}, shape {values.shape}; pixels are numbers.")
     if values.dtype.kind == "f" and not np.isfinite(values).all():

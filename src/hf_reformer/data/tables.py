@@ -1,4 +1,4 @@
-"""Reading a user's own tables and texts, whatever their format. What is in their columns: `columns`.
+"""Reading users' own tables and texts, in various formats. For the roles of their columns, see `columns`.
 
 `datasets` is imported only inside the functions that need it, so importing this module costs nothing.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def require(module: str) -> ModuleType:
-    """Import an optional dependency, or a module that has some. If one is missing, the error names the extra."""
+    """Import an optional dependency, or a module that needs some. If one is missing, the error names the extra."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -33,10 +33,10 @@ def require(module: str) -> ModuleType:
         raise ImportError(f"This needs `{missing}`. In a clone: `pip install -e '.[{extra}]'`.") from error
 
 
-_OF_SIGNALS = {"PIL", "jiwer", "scoringrules", "soundfile"}  # of an extra of their own
+_OF_SIGNALS = {"PIL", "jiwer", "scoringrules", "soundfile"}  # in an extra of their own
 TABLE_FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
-_BATCH = 10_000  # rows of a table that are converted at a time
-_MANY_NAMES = 1000  # of the objects of a column; where more are mostly absent, they are data
+_BATCH = 10_000  # rows of a table converted at a time
+_MANY_NAMES = 1000  # of a column's objects; if there are more, and most are absent, they are data
 _BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -55,10 +55,10 @@ _COMPRESSED = {
 
 
 def text_encoding(path: str | Path) -> str:
-    """The encoding of a text file: that of its byte order mark, else UTF-8. Reads the whole file.
+    """Return the encoding of a text file: that of its byte order mark, else UTF-8. Reads the whole file.
 
     Raises:
-        ValueError: it is no text in that encoding, or compressed; the message says where.
+        ValueError: the file is not text in that encoding, or compressed; the message says what is wrong, and where.
     """
     with open(path, "rb") as file:
         block = file.read(2**20)
@@ -68,7 +68,7 @@ def text_encoding(path: str | Path) -> str:
         encoding = next((name for mark, name in _BYTE_ORDER_MARKS.items() if block.startswith(mark)), "utf-8")
         decoder, done, characters = codecs.getincrementaldecoder(encoding)(), 0, 0
         while True:
-            before = done - len(decoder.getstate()[0])  # what it keeps of a character comes again
+            before = done - len(decoder.getstate()[0])  # bytes of an incomplete character are kept for the next block
             try:
                 text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
@@ -85,12 +85,12 @@ def text_encoding(path: str | Path) -> str:
 
 
 def open_text(path: str | Path, newline: str | None = None) -> TextIO:
-    """A text file, opened in its own encoding and without its byte order mark; errors as of `text_encoding`."""
+    """Open a text file in its own encoding, without its byte order mark; errors as in `text_encoding`."""
     return open(path, encoding=text_encoding(path), newline=newline)
 
 
 def read_text(path: str | Path) -> str:
-    """The whole text of a file; errors as of `text_encoding`."""
+    """Read the whole text of a file; errors as in `text_encoding`."""
     with open_text(path) as file:
         return file.read()
 
@@ -98,11 +98,11 @@ def read_text(path: str | Path) -> str:
 def read_examples(path: str | Path) -> "Dataset":
     """Read one split: a csv, tsv, json, jsonl or parquet file, or a folder with one sub-folder of texts per label.
 
-    Cells are what is written there: all cells of a csv or tsv file are strings, "007" and "NA" too. No type is guessed
-    from a file's first rows: where the cells of a json column are of several kinds, all are strings.
+    Cells are kept as written: all cells of a csv or tsv file are strings, even "007" and "NA". Types are not guessed
+    from a file's first rows: if a json column has cells of several types, all become strings.
 
     Raises:
-        FileNotFoundError, ValueError: the file is missing, empty, damaged, no text or of another format.
+        FileNotFoundError, ValueError: the file is missing, empty, damaged, not text or in another format.
     """
     datasets = require("datasets")
     path = Path(path)
@@ -133,12 +133,12 @@ def read_examples(path: str | Path) -> "Dataset":
 
 def _read_parquet(path: Path) -> "Dataset":
     datasets = require("datasets")
-    # Its cache knows a file by path and time of modification, which copying sets. Nothing sets the time of change.
+    # Its cache identifies files by path and modification time, which copying can set. Nothing sets the change time.
     name, dataset = str(path.stat().st_ctime_ns), None
     try:
         if require("pyarrow.parquet").read_metadata(path).num_rows:
             dataset = datasets.load_dataset("parquet", name, data_files={"train": str(path)}, split="train")
-            dataset.data.validate(full=True)  # strings are text
+            dataset.data.validate(full=True)  # including that strings are text
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         raise ValueError(f"`{path}` cannot be read as parquet: {error.__cause__ or error}") from error
     if dataset is None:
@@ -147,7 +147,7 @@ def _read_parquet(path: Path) -> "Dataset":
 
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
-    """Every cell as it is written, "" for an empty one."""
+    """Yield the rows with every cell as written, "" for an empty one."""
     limit = csv.field_size_limit(2**31 - 1)
     reader = None
     try:
@@ -162,7 +162,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
                         f"`{path}`, line {reader.line_num}: there are {len(cells)} cells, but the first line names "
                         f"{len(header)} columns. A cell that holds {delimiter!r} needs double quotes around it."
                     )
-                if cells:  # an empty line is no row
+                if cells:  # an empty line is not a row
                     yield dict(zip(header, cells, strict=True))
     except csv.Error as error:
         line = reader.line_num if reader is not None else 1
@@ -172,7 +172,7 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[dict[str, Any]]:
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file: one a line, or a list of objects or texts, or an object of columns."""
+    """Yield the rows of a file: one object per line, or a list of objects or texts, or an object of columns."""
     with open_text(path, newline="\n") as file:
         number, line = 1, file.readline()
         while line and not line.strip():
@@ -182,7 +182,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
         except ValueError as error:
             if not isinstance(error.__cause__, json.JSONDecodeError):
                 raise
-            first = None  # it goes on in the next line
+            first = None  # the value continues on the next line
         if not isinstance(first, dict):
             file.seek(0)
             yield from _json_objects(_json(file.read(), path), path)
@@ -222,11 +222,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _json_objects(value: Any, path: Path) -> list[dict[str, Any]]:
-    """The rows of a whole JSON value."""
+    """Return the rows of a whole JSON value."""
     columns = list(value.values()) if isinstance(value, dict) else []
     several = len(columns) > 1 or (columns and isinstance(columns[0], dict) and len(columns[0]) > 1)
     if several and all(isinstance(x, dict) and [*x] == [*columns[0]] and all(map(str.isdecimal, x)) for x in columns):
-        columns = [list(x.values()) for x in columns]  # as pandas writes a table by default, by row numbers
+        columns = [list(x.values()) for x in columns]  # pandas' default format, by row numbers
     elif not all(isinstance(x, list) for x in columns):
         columns = []
     if columns and len({len(x) for x in columns}) == 1:
@@ -238,9 +238,9 @@ def _json_objects(value: Any, path: Path) -> list[dict[str, Any]]:
 
 
 def _to_arrow(read: Callable[[], Iterator[dict[str, Any]]], path: Path) -> Any:
-    """A table of rows. They are read again where cells of several kinds in one column become strings."""
+    """Make a table of rows. They are read again if a column has cells of several types, which become strings."""
     pa = require("pyarrow")
-    parts: list[dict[str, Any]] = []  # of a batch of rows each; names that came up before are in all later ones
+    parts: list[dict[str, Any]] = []  # one per batch of rows; a name that occurred is in all later ones
     sizes: list[int] = []
     rows = read()
     while batch := list(islice(rows, _BATCH)):
@@ -270,7 +270,7 @@ def _to_arrow(read: Callable[[], Iterator[dict[str, Any]]], path: Path) -> Any:
 
 
 def _array(cells: list[Any]) -> Any:
-    """None if they are of several kinds."""
+    """Convert cells to an array; None if they are of several types."""
     pa = require("pyarrow")
     try:
         return None if _must_be_text(cells) else pa.array(cells)
@@ -279,7 +279,7 @@ def _array(cells: list[Any]) -> Any:
 
 
 def _must_be_text(cells: list[Any]) -> bool:
-    """Whether there are booleans among decimals, of which pyarrow makes numbers, or objects of ever other names."""
+    """Whether booleans, which pyarrow would make numbers, are among decimals, or objects have ever different names."""
     kinds = set(map(type, cells))
     lists = [cell for cell in cells if isinstance(cell, list)] if list in kinds else []
     objects = [cell for cell in cells if isinstance(cell, dict)] if dict in kinds else []
@@ -292,12 +292,12 @@ def _must_be_text(cells: list[Any]) -> bool:
 
 
 def _mostly_absent(names: int, objects: list[dict[str, Any]]) -> bool:
-    """Whether columns of all names would hold a hundred times what is written."""
+    """Whether columns of all names would have a hundred times as many cells as there are values."""
     return names > _MANY_NAMES and names * len(objects) > 100 * sum(map(len, objects))
 
 
 def _as_written(cells: list[Any]) -> list[Any]:
-    """Cells of several kinds as strings; where there are lists among them, all as lists of strings."""
+    """Convert cells of several types to strings; if there are lists, and no objects, all to lists of strings."""
 
     def text(cell: Any) -> str | None:
         return json.dumps(cell, ensure_ascii=False) if isinstance(cell, (dict, list)) else cell_text(cell)
@@ -309,10 +309,10 @@ def _as_written(cells: list[Any]) -> list[Any]:
 
 
 def cell_text(cell: Any) -> str | None:
-    """A cell as a text: strings as they are, numbers as they are written; None for an empty one.
+    """Convert a cell to text: strings stay as they are, other values as Python writes them; None for an empty cell.
 
     Raises:
-        ValueError: it is a list, an object or bytes.
+        ValueError: the cell is a list, an object or bytes.
     """
     if cell is None or isinstance(cell, str):
         return cell
@@ -322,16 +322,16 @@ def cell_text(cell: Any) -> str | None:
 
 
 def read_column(dataset: "Dataset", name: str) -> list[Any]:
-    """All cells of a column; reading them one by one takes a hundred times as long."""
+    """Return all cells of a column at once; reading them one by one takes a hundred times as long."""
     return dataset[name][:]
 
 
 def read_named_dataset(name: str, config: str | None = None, alternative: str = "--train_file", **options: Any) -> Any:
-    """A dataset on the Hub, or in a local folder, with all its splits.
+    """Load a dataset from the Hub or a local folder, with all its splits.
 
     Raises:
         ConnectionError: it cannot be read from the Hub; the message names an alternative.
-        ValueError: it cannot be read from the folder, or is a script.
+        ValueError: it cannot be read from the folder, or it is a script.
     """
     datasets = require("datasets")
     local = Path(name).is_dir()

@@ -1,4 +1,4 @@
-"""Time stamps: reading them, the step between them in time or calendar months, calendar features for a model."""
+"""Timestamps: parsing, the step between them in time or calendar months, and calendar features for a model."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,31 +9,31 @@ from .columns import is_number
 from .tables import cell_text, require
 
 DAY = 86400 * 10**9  # nanoseconds
-DATES = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d"}  # numbers that are written so, by their digits
-UNITS = {range(9, 12): "s", range(12, 15): "ms", range(15, 18): "us", range(18, 20): "ns"}  # since 1970, of today
+DATES = {4: "%Y", 6: "%Y%m", 8: "%Y%m%d"}  # number of digits → format of dates written as numbers
+UNITS = {range(9, 12): "s", range(12, 15): "ms", range(15, 18): "us", range(18, 20): "ns"}  # of Unix times, by digits
 ADVICE = "Name another column with --time_column; if rows are consecutive steps, use --time_column none."
 
 
 class Step(NamedTuple):
-    """From one row to the next: nanoseconds, or months, of times that lie alike in each, by its begin or its end."""
+    """The step from one row to the next: nanoseconds, or months if times are equally far from their start or end."""
 
     size: int
     unit: str  # "ns", "months", "month ends"
 
     @property
     def is_long(self) -> bool:
-        """A week or longer."""
+        """Whether the step is a week or longer."""
         return self.unit != "ns" or self.size >= 7 * DAY
 
     def after(self, start: np.datetime64, numbers: np.ndarray) -> np.ndarray:
-        """The times so many steps after `start`."""
+        """Return the times `numbers` steps after `start`."""
         if self.unit == "ns":
             return start + numbers * np.timedelta64(self.size, "ns")
         first = start.astype("datetime64[M]") + (self.unit == "month ends")
         return (first + numbers * self.size).astype("datetime64[ns]") + (start - first.astype("datetime64[ns]"))
 
     def between(self, start: np.datetime64, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How many steps after `start` each time is, and whether it is so many exactly."""
+        """Return how many steps after `start` each time is, rounded down, and whether that is exact."""
         unit = f"datetime64[{'ns' if self.unit == 'ns' else 'M'}]"
         numbers = (times.astype(unit) - start.astype(unit)).astype(np.int64) // self.size
         return numbers, self.after(start, numbers) == times
@@ -45,9 +45,10 @@ class Step(NamedTuple):
 
 
 def step_of(times: np.ndarray) -> Step:
-    """The step of two times or more that go up: whole months where all are at one time of theirs, else the median.
+    """Find the step of two or more increasing times: whole months if all are equally far from the start or end of
+    theirs, else the median gap.
 
-    Months are unequal, and so are quarters and years.
+    Months differ in length, and so do quarters and years.
     """
     gaps = np.diff(times)
     if gaps.min() >= np.timedelta64(28, "D"):
@@ -60,13 +61,13 @@ def step_of(times: np.ndarray) -> Step:
 
 
 def read_times(cells: Sequence[Any], name: str) -> np.ndarray:
-    """(N) datetime64[ns], in universal time where cells tell a zone.
+    """Parse times to (N) datetime64[ns], converted to UTC if they name a time zone.
 
-    Whole numbers are years, months or days (2024, 202401, 20240131); those of 9 digits or more are seconds since 1970,
-    or thousandths of them and so on, by how many there are. Other numbers are refused.
+    Whole numbers are years, months or days (2024, 202401, 20240131); those of 9 digits or more are seconds,
+    milliseconds, microseconds or nanoseconds since 1970, by the number of digits. Other numbers are refused.
 
     Raises:
-        ValueError: cells are no times, or empty.
+        ValueError: cells are empty or not times.
     """
     pandas = require("pandas")
     texts = [cell_text(cell) if isinstance(cell, (int, float, str, type(None))) else None for cell in cells]
@@ -85,7 +86,7 @@ def read_times(cells: Sequence[Any], name: str) -> np.ndarray:
         options = {"format": shape} if shape else {"unit": unit}
     try:
         read = pandas.to_datetime(found, utc=True, **options).dt
-        times = read.tz_localize(None).dt.as_unit("ns").to_numpy()  # which raises for times of other centuries
+        times = read.tz_localize(None).dt.as_unit("ns").to_numpy()  # raises if nanoseconds cannot represent them
     except (ValueError, TypeError, OverflowError) as error:
         raise ValueError(f"The column `{name}` holds no times: {error}. {ADVICE}") from error
     if np.isnat(times).any():
@@ -94,9 +95,9 @@ def read_times(cells: Sequence[Any], name: str) -> np.ndarray:
 
 
 def calendar(times: np.ndarray, step: Step) -> np.ndarray:
-    """(N, 4) float32: where each time stands in its day and in its week, as points on two circles.
+    """Compute calendar features (N, 4) float32: the times of day and week, as points on two circles.
 
-    For steps of a week and longer, which all stand alike there, (N, 2): where it stands in its year.
+    For steps of a week or longer, of which these tell little, (N, 2): the time of year.
     """
     if step.is_long:
         years = times.astype("datetime64[Y]")

@@ -6,5 +6,5 @@ from ..data.tables import require
 
 
 def load_recipe(name: str) -> ModuleType:
-    """The module of a recipe; ImportError, which says what to install, if a library is missing."""
+    """Import the module of a recipe. If a library is missing, an ImportError says what to install."""
     return require(f"{__name__}.{name.replace('-', '_')}")

@@ -114,6 +114,6 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the recipe with these arguments, by default those of the process."""
+    """Run the recipe with the given arguments, by default those of the process."""
     classes = (DataArguments, BackboneArguments, TrainingArguments)
     run_recipe("audio-classification", __doc__, classes, run, arguments, DEFAULTS, PRESETS, predict_files)

@@ -61,15 +61,15 @@ DEFAULTS = {
     "output_dir": "runs/chat", "tokenizer_vocab_size": 2048, "hidden_size": 256, "num_attention_heads": 4,
     "feed_forward_size": 512, "learning_rate": 2e-3, "lr_scheduler_type": "cosine", "weight_decay": 0.1,
     "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "max_length": 1024, "assistant_only_loss": True,
-    "bf16": False, "activation_checkpointing": False,  # layers are reversible
+    "bf16": False, "activation_checkpointing": False,  # not needed: layers are reversible
 }  # fmt: skip
 PRESETS = {"--model_name_or_path": {"learning_rate": 3e-4, "num_train_epochs": 3}}
-TURNS = 4  # of the dialogue that is written
+TURNS = 4  # user messages in the sample dialogue
 
 
 @dataclass
 class DataArguments(PretrainingArguments):
-    """Where conversations come from, and how replies are judged."""
+    """Where conversations come from, and how replies are evaluated."""
 
     messages_column: str = option("messages", "Lists of messages, each with a role and content.")
     choices: int = option(10, "Number of replies from which the model must pick the true one.")
@@ -99,11 +99,11 @@ class DataArguments(PretrainingArguments):
 
 
 class ChatTrainer(LanguageModelTrainer, SFTTrainer):
-    """trl's trainer, which evaluates conversation by conversation."""
+    """trl's SFTTrainer, with evaluation of one conversation at a time."""
 
 
 def load_conversations(data: DataArguments, seed: int, words: Sequence[str]) -> dict[str, list[Messages]]:
-    """The conversations of every split."""
+    """Read the conversations of every split."""
     found = {}
     for split, rows in data.read().items():
         with data.naming_source(split):
@@ -115,7 +115,7 @@ def load_conversations(data: DataArguments, seed: int, words: Sequence[str]) -> 
 
 
 def sample_dialogue(model: Any, tokenizer: Any, messages: Messages, length: int) -> Messages:
-    """The model's own answers to what a user said in a conversation, as far as `length` tokens reach."""
+    """Generate the model's own replies to the user's messages in a conversation, up to `length` tokens in all."""
     said: Messages = [message for message in messages[:1] if message["role"] == "system"]
     for message in [message for message in messages if message["role"] == "user"][:TURNS]:
         said.append(message)
@@ -135,7 +135,7 @@ def report(
     trainer: Trainer, conversations: dict[str, list[Messages]], splits: dict[str, Dataset],
     metrics: dict[str, ReplyBits], data: DataArguments,
 ) -> None:  # fmt: skip
-    """Write scores, a picture and a sample dialogue of every split but the training data, and scores of baselines."""
+    """Write scores, a plot and a sample dialogue of every split except the training data, with baselines."""
     folder, tables, args = Path(str(trainer.args.output_dir)), {}, trainer.args
     tokenizer: Any = trainer.processing_class
     length: int = args.max_length  # type: ignore[attr-defined]
@@ -189,13 +189,13 @@ def run(data: DataArguments, model_args: ModelArguments, args: Any) -> None:
         set_chat_template(tokenizer)
         for split, some in conversations.items():
             windows = conversation_windows(some, tokenizer, args.max_length)
-            if split == "train":  # trl looks at the messages of the first row
+            if split == "train":  # trl inspects the messages of the first row
                 windows["messages"] = [some[0]] * len(windows["labels"])
             else:
                 metrics[split] = ReplyBits(some, windows["labels"])
             splits[split] = Dataset.from_dict(windows)
     trains = "train" in splits
-    if trains:  # what users say is language, too
+    if trains:  # on users' messages too
         pieces = (encode_conversation(messages, tokenizer)[0] for messages in conversations["train"])
         model_args = pretrain(data, model_args, args, tokenizer, pieces, args.max_length, AutoModelForCausalLM)
     model = make_model(AutoModelForCausalLM, model_args, tokenizer, args.max_length, trains)
@@ -209,5 +209,5 @@ def run(data: DataArguments, model_args: ModelArguments, args: Any) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the recipe with these arguments, by default those of the process."""
+    """Run the recipe with the given arguments, by default those of the process."""
     run_recipe("chat", __doc__, (DataArguments, ModelArguments, SFTConfig), run, arguments, DEFAULTS, PRESETS)

@@ -73,7 +73,7 @@ from ..training.pretraining import MaskedPretrainingArguments, pretrain
 from ..training.reports import format_tables, write_report
 from ..training.trainers import GroupedTrainer, build_trainer, longest_first, predict_splits, train_and_save
 
-DEFAULTS = {  # one layer and few epochs: from scratch, on hundreds or thousands of texts, more of either only memorize
+DEFAULTS = {  # one layer, few epochs: from scratch, on hundreds or thousands of texts, more of either only memorizes
     "output_dir": "runs/classification", "train_sampling_strategy": "group_by_length",
     "attn_layers": ["lsh"], "num_train_epochs": 3, "per_device_train_batch_size": 4,
 }  # fmt: skip
@@ -83,7 +83,7 @@ DEMO = {  # trained on chunks of the documents, evaluated on whole ones
     "config_overrides": "lsh_window=64,local_window=32",
     "num_train_epochs": 1, "per_device_train_batch_size": 4, "logging_steps": 50, "eval_strategy": "no",
 }  # fmt: skip
-NEIGHBOR_WINDOW = 10  # tokens within which `--neighbor_init` counts two as neighbors
+NEIGHBOR_WINDOW = 10  # `--neighbor_init` counts tokens at most so far apart as neighbors
 PRESETS: dict[str, dict[str, Any]] = {
     **SAVED_MODEL,
     "--demo": DEMO,
@@ -163,9 +163,9 @@ def prepare_data(
 
 
 def tokenize(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, chunk: int | None = None) -> Dataset:
-    """Columns of inputs, `length` and, if known, `labels`.
+    """Make columns of inputs, `length` and, if known, `labels`.
 
-    `chunk`: cut each text into chunks of so many tokens, an example each.
+    `chunk`: cut each text into chunks of so many tokens, each of which becomes an example.
     """
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
@@ -182,7 +182,7 @@ def tokenize(dataset: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, c
 def evaluate_splits(
     trainer: Trainer, metrics: Metrics, splits: DatasetDict, encoded: dict[str, Dataset], args: DataArguments
 ) -> None:
-    """Write predictions, confusion matrices and scores of all splits but the training data, and those of baselines."""
+    """Write predictions, confusion matrices and scores of all splits except the training data, with baselines."""
     task, folder, trained = metrics.task, Path(trainer.args.output_dir), "train" in splits
     tables = {}
     for split, logits in predict_splits(trainer, encoded):
@@ -202,7 +202,7 @@ def evaluate_splits(
 
 
 def check_saved(model: PreTrainedModel, folder: str, texts: list[str]) -> None:
-    """Load the saved model by from_pretrained and by pipeline, and check that both answer like the trained one."""
+    """Load the saved model with from_pretrained and pipeline, and check that both agree with the trained one."""
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     reloaded = AutoModelForSequenceClassification.from_pretrained(folder).to(model.device).eval()
@@ -220,7 +220,7 @@ def check_saved(model: PreTrainedModel, folder: str, texts: list[str]) -> None:
 
 
 def predict_file(data: DataArguments, folder: str, args: TrainingArguments) -> None:
-    """Print the most probable labels of one file, which is cleaned like the documents of the demo, if they are it."""
+    """Print the most probable labels of a file, which for the demo is cleaned like its documents."""
     text = read_text(str(data.predict_file))
     if data.demo:
         text = clean_source(text, max_bytes=16384)
@@ -269,6 +269,6 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the recipe with these arguments, by default those of the process."""
+    """Run the recipe with the given arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, TrainingArguments)
     run_recipe("classification", __doc__, classes, run, arguments, DEFAULTS, PRESETS, predict_file)

@@ -97,14 +97,14 @@ class DataArguments(SeriesArguments):
 
 
 def report(trainer: Any, scores: ForecastScores, series: Series, data: DataArguments) -> None:
-    """Write forecasts, pictures and scores of all splits but the training data, and those of baselines."""
+    """Write forecasts, plots and scores of all splits except the training data, with baselines."""
     folder, tables, trained = Path(str(trainer.args.output_dir)), {}, trainer.train_dataset is not None
     for split, windows in series.windows.items():
         if split == "train":
             continue
         output = trainer.predict(windows, metric_key_prefix=split)
         past, truth = windows.arrays()
-        if np.isnan(truth).all(axis=(1, 2)).any():  # of windows without a future it is no loss, but 0
+        if np.isnan(truth).all(axis=(1, 2)).any():  # the loss of windows without a future is a meaningless 0
             output.metrics.pop(f"{split}_loss", None)
         trainer.save_metrics(split, output.metrics)
         if not trainer.is_world_process_zero():
@@ -132,11 +132,11 @@ def report(trainer: Any, scores: ForecastScores, series: Series, data: DataArgum
 def _lines(
     split: str, series: Series, windows: Windows, found: Mapping[str, np.ndarray], truth: np.ndarray
 ) -> list[dict[str, Any]]:
-    """A line for every row, or for windows that follow each other: forecast, and true values where they are known."""
+    """Make a line for every row, or for consecutive windows: the forecast, and the true values if known."""
     chosen = [series.names.index(name) for name in series.predicted]
     frame = series.frames.get(split)
     moved = {name: in_data_units(x, series.names, frame) for name, x in found.items()}
-    if frame is not None:  # a band of turned coordinates is none of the coordinates
+    if frame is not None:  # bands of rotated coordinates are not bands of the original ones
         moved = {"forecast": moved["forecast"]}
     true, rows, next_end = in_data_units(truth, series.names, frame), [], 0
     for number, end in enumerate(windows.ends.tolist()):
@@ -153,8 +153,7 @@ def _lines(
 
 
 def predict_file(data: DataArguments, folder: str, args: TrainingArguments) -> None:
-    """Forecast what comes after the end of a table, or of each of its rows: print the first steps, and write all to
-    `forecast.csv`."""
+    """Forecast beyond the end of a table or each of its rows; print the first steps, write all to `forecast.csv`."""
     model = load_trained(AutoModelForTimeSeriesPrediction, folder).eval()
     config: Any = model.config
     file, output = str(data.predict_file), Path(str(args.output_dir))
@@ -178,7 +177,7 @@ def predict_file(data: DataArguments, folder: str, args: TrainingArguments) -> N
         known = {name: x[None] for name, x in row.items() if name != "future_values"}
         with torch.no_grad():
             columns.setdefault("forecast", []).append(model(**known).prediction_outputs[0].numpy())
-            if config.loss == "nll" and frame is None:  # a band of turned coordinates is none of the coordinates
+            if config.loss == "nll" and frame is None:  # rotated coordinates have other bands
                 drawn = model.generate(**known).sequences[0]
                 for q in BAND:
                     columns.setdefault(f"{round(100 * q)} %", []).append(drawn.quantile(q, dim=0).numpy())
@@ -222,6 +221,6 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the recipe with these arguments, by default those of the process."""
+    """Run the recipe with the given arguments, by default those of the process."""
     classes = (DataArguments, BackboneArguments, TrainingArguments)
     run_recipe("forecasting", __doc__, classes, run, arguments, DEFAULTS, PRESETS, predict_file)

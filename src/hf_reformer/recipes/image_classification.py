@@ -77,7 +77,7 @@ class DataArguments(PictureArguments, LabelArguments):
     flip: bool = option(False, "Mirror half of the training images; use it if left and right do not matter.")
 
     def processor(self, model: BackboneArguments, first: Dataset) -> Any:
-        """What prepares pictures for the model: that of a saved model, or one of the data's size."""
+        """Make the image processor: that of the saved model, or one for the size of the pictures."""
         name = model.model_name_or_path
         if name is not None:
             if Path(name).is_dir():
@@ -93,7 +93,7 @@ class DataArguments(PictureArguments, LabelArguments):
         )
 
     def encode(self, dataset: Dataset, processor: Any) -> Dataset:
-        """Columns `pixel_values`, all of a picture in one row, and `length`; and `labels`, if they are known."""
+        """Make columns `pixel_values`, flattened, `length` and, if known, `labels`."""
 
         def rows() -> Iterator[dict[str, Any]]:
             for image in pictures(dataset, self.column(dataset)):
@@ -116,7 +116,7 @@ def predict_files(data: DataArguments, folder: str, args: TrainingArguments) -> 
 
 
 def pixels(encoded: Dataset) -> np.ndarray:
-    """(rows, numbers): what a simple model sees."""
+    """Return the pixels (rows, numbers) of encoded pictures, for a simple model."""
     return np.stack([np.asarray(row["pixel_values"], dtype=np.float32) for row in encoded])
 
 
@@ -159,6 +159,6 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the recipe with these arguments, by default those of the process."""
+    """Run the recipe with the given arguments, by default those of the process."""
     classes = (DataArguments, BackboneArguments, TrainingArguments)
     run_recipe("image-classification", __doc__, classes, run, arguments, DEFAULTS, PRESETS, predict_files)

@@ -58,8 +58,8 @@ class DataArguments(PictureArguments):
     draw_samples: int = option(16, "Images to generate at the end.")
 
     def size_of(self, name: str, saved: Any, first: Dataset) -> tuple[int, int]:
-        """Height and width of the pictures of the saved model `name`."""
-        if saved.grid_width is None:  # learned positions, which know how many there are
+        """Return the height and width of the pictures of the saved model `name`."""
+        if saved.grid_width is None:  # learned positions only know the number of pixels
             size = self.size(first)
             if size[0] * size[1] + 1 != saved.max_position_embeddings:
                 raise ValueError(
@@ -67,13 +67,13 @@ class DataArguments(PictureArguments):
                     "pixels. Give --image_size, the side of the pictures that it was trained on."
                 )
             return size
-        axial = saved.position_embedding_type == "axial"  # whose grid has a row more, for the start
+        axial = saved.position_embedding_type == "axial"  # its grid has one more row, for the start token
         height, width = (saved.axial_pos_shape[0] - 1, saved.grid_width) if axial else saved.rotary_shape
         self.check_size(name, height, width)
         return height, width
 
     def encode(self, dataset: Dataset, size: tuple[int, int]) -> Dataset:
-        """Columns `input_ids`: the start, then the grey values of a picture row by row, all of `size`."""
+        """Make a column `input_ids`: the start token, then the gray values, row by row, of pictures of this size."""
 
         def rows() -> Any:
             for image in pictures(dataset, self.column(dataset)):
@@ -85,7 +85,7 @@ class DataArguments(PictureArguments):
 
 
 class DrawingTrainer(RecipeMixin, SequentialEvalMixin, Trainer):
-    """A Trainer whose predictions are the nats of every picture, (rows)."""
+    """A Trainer whose predictions are the nats (rows) of every picture."""
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -101,7 +101,7 @@ class DrawingTrainer(RecipeMixin, SequentialEvalMixin, Trainer):
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     ids = torch.from_numpy(np.stack([np.asarray(row["input_ids"], dtype=np.int64) for row in rows]))
     labels = ids.clone()
-    labels[:, 0] = -100  # the start is no pixel
+    labels[:, 0] = -100  # the start token is not a pixel
     return {"input_ids": ids, "labels": labels}
 
 
@@ -111,7 +111,7 @@ def bits_per_dimension(prediction: Any, pixels: int) -> dict[str, float]:
 
 
 def baseline_bits(train: np.ndarray, pictures: np.ndarray, size: tuple[int, int]) -> dict[str, dict[str, float]]:
-    """Bits per dimension of png files, and of a histogram of every pixel's values in the training data."""
+    """Compute bits per dimension of PNG files, and of a histogram of every pixel's values in the training data."""
     from PIL import Image
 
     files = 0
@@ -131,7 +131,7 @@ def baseline_bits(train: np.ndarray, pictures: np.ndarray, size: tuple[int, int]
 
 @torch.no_grad()
 def draw_pictures(model: Any, count: int, size: tuple[int, int]) -> np.ndarray:
-    """(count, height, width) grey values, drawn pixel by pixel from the model's distribution."""
+    """Generate gray values (count, height, width), sampled pixel by pixel from the model's distribution."""
     ids = torch.full((count, 1), START, device=model.device)
     pixels = size[0] * size[1]
     drawn = model.generate(
@@ -141,7 +141,7 @@ def draw_pictures(model: Any, count: int, size: tuple[int, int]) -> np.ndarray:
 
 
 def write_sheet(file: Path, drawn: np.ndarray) -> None:
-    """Pictures (count, height, width) on one sheet."""
+    """Plot pictures (count, height, width) on one sheet."""
     count = len(drawn)
     columns = math.ceil(math.sqrt(count))
     figure = Figure(figsize=(columns, -(-count // columns)), layout="constrained")
@@ -184,7 +184,7 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
 def report(
     trainer: Trainer, splits: Any, encoded: Mapping[str, Dataset], data: DataArguments, size: tuple[int, int]
 ) -> None:
-    """Write bits per dimension of every picture and of all, those of baselines, and pictures that are drawn."""
+    """Write bits per dimension of every picture and overall, with baselines, and generated pictures."""
     folder, tables, trained = Path(str(trainer.args.output_dir)), {}, "train" in splits
 
     def values(split: str) -> np.ndarray:
@@ -210,6 +210,6 @@ def report(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the recipe with these arguments, by default those of the process."""
+    """Run the recipe with the given arguments, by default those of the process."""
     classes = (DataArguments, BackboneArguments, TrainingArguments)
     run_recipe("image-generation", __doc__, classes, run, arguments, DEFAULTS, PRESETS)

@@ -119,7 +119,7 @@ class TextArguments(SplitArguments):
 
 
 def open_documents(args: TextArguments, split: str, streaming: bool = False) -> Documents | None:
-    """The documents of a split, from its files, or from the dataset if there are none; None without such a split."""
+    """Open the documents of a split, from its files or else from the dataset; None if there is no such split."""
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples, "test": args.max_predict_samples}
     files = getattr(args, f"{split}_file")
     if files is not None:
@@ -131,10 +131,10 @@ def open_documents(args: TextArguments, split: str, streaming: bool = False) -> 
 
 
 def load_texts(args: TextArguments) -> dict[str, list[str]]:
-    """All texts of every split, but not the training texts if they are streamed."""
+    """Read all texts of every split, except the training texts if they are streamed."""
     texts = {}
     if args.streaming:
-        for file in args.train_file or []:  # before training, and not when the stream gets there
+        for file in args.train_file or []:  # fail before training, not when the stream gets there
             if Path(file).suffix.lower() not in TABLE_FORMATS:
                 text_encoding(file)
     for split in args.parts:
@@ -207,6 +207,6 @@ def run(data: TextArguments, model_args: ModelArguments, args: TrainingArguments
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the recipe with these arguments, by default those of the process."""
+    """Run the recipe with the given arguments, by default those of the process."""
     classes = (TextArguments, ModelArguments, TrainingArguments)
     run_recipe("language-model", __doc__, classes, run, arguments, DEFAULTS, PRESETS)

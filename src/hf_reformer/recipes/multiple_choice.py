@@ -78,7 +78,7 @@ class DataArguments(MaskedPretrainingArguments):
 
 
 class Question(NamedTuple):
-    """A text and its choices. `label`: the number of the right one; None: unknown."""
+    """A text and its choices. `label`: the number of the correct one; None: unknown."""
 
     context: str
     choices: list[str]
@@ -86,11 +86,11 @@ class Question(NamedTuple):
 
 
 def read_questions(dataset: Dataset, args: DataArguments, split: str) -> list[Question]:
-    """The questions of a split; a test split without labels has none.
+    """Read the questions of a split; a test split may have no labels.
 
     Raises:
-        ValueError: a text is missing, there are fewer than two choices or not as many as elsewhere, or a label is
-            none of them; the message names the row.
+        ValueError: a text is missing, there are fewer than two choices, their number differs between rows, or a label
+            is not the number of a choice; the message names the row.
     """
     names = dataset.column_names
     start_column = args.start_column or ("sent2" if "sent2" in names else None)
@@ -119,7 +119,7 @@ def read_questions(dataset: Dataset, args: DataArguments, split: str) -> list[Qu
 
 
 def _choices(dataset: Dataset, args: DataArguments, split: str) -> list[list[Any]]:
-    """The choices of every row, of one column or of several."""
+    """Return the choices of every row, from one column of lists or several columns."""
     if args.endings_column is not None:
         return [cell if isinstance(cell, list) else [cell] for cell in read_column(dataset, args.endings_column)]
     pattern = re.compile(re.escape(args.ending_prefix) + r"(\d+)")
@@ -134,7 +134,7 @@ def _choices(dataset: Dataset, args: DataArguments, split: str) -> list[list[Any
 
 
 def _label(cell: Any, size: int, where: str) -> int:
-    """The number of the right choice, as it is written."""
+    """Parse the number of the correct choice."""
     whole = isinstance(cell, float) and cell.is_integer()
     text = str(int(cell) if whole else cell).strip()
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) >= size:
@@ -146,7 +146,7 @@ def _label(cell: Any, size: int, where: str) -> int:
 
 
 def tokenize(questions: list[Question], tokenizer: PreTrainedTokenizerBase, max_length: int, split: str) -> Dataset:
-    """Columns of inputs, each a list per choice; `length`, that of the longest; and, if known, `label`."""
+    """Make columns of inputs, with a list per choice, the `length` of the longest choice and, if known, `label`."""
 
     def encode(batch: dict[str, list[int]]) -> dict[str, list]:
         some = [questions[row] for row in batch["number"]]
@@ -172,7 +172,7 @@ def tokenize(questions: list[Question], tokenizer: PreTrainedTokenizerBase, max_
 
 @dataclass
 class ChoiceCollator:
-    """Batches of shape (rows, choices, length), with labels if they are known; the library's needs labels."""
+    """Makes batches of shape (rows, choices, length), with labels if known; transformers' collator needs labels."""
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -185,13 +185,13 @@ class ChoiceCollator:
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """`compute_metrics`: the share of questions whose right choice has the highest score."""
+    """`compute_metrics` for the Trainer: the share of questions whose correct choice has the highest score."""
     right = np.asarray(prediction.predictions).argmax(-1) == np.asarray(prediction.label_ids)
     return {"accuracy": float(right.mean())}
 
 
 def baselines(questions: list[Question]) -> dict[str, dict[str, float]]:
-    """The accuracy of guessing, and of the choice whose words are most similar to those of the text."""
+    """Compute the accuracy of guessing, and of choosing what is most similar to the text (TF-IDF)."""
     found = {"guessing": {"accuracy": 1 / len(questions[0].choices)}}
     similarity = word_similarity(text for question in questions for text in (question.context, *question.choices))
     if similarity is None:
@@ -201,7 +201,7 @@ def baselines(questions: list[Question]) -> dict[str, dict[str, float]]:
 
 
 def draw_choices(file: Path, questions: list[Question], logits: np.ndarray, title: str) -> None:
-    """At which place the right choice stands among all, by score; and how often the model is right when it is sure."""
+    """Plot the rank of the correct choice, and the accuracy by confidence."""
     labels = np.array([question.label for question in questions])
     size = logits.shape[1]
     places = (logits > np.take_along_axis(logits, labels[:, None], 1)).sum(-1)
@@ -227,7 +227,7 @@ def draw_choices(file: Path, questions: list[Question], logits: np.ndarray, titl
 def report(
     trainer: Trainer, questions: Mapping[str, list[Question]], encoded: Mapping[str, Dataset], args: DataArguments
 ) -> None:
-    """Write choices, pictures and scores of all splits but the training data, and the scores of baselines."""
+    """Write choices, plots and scores of all splits except the training data, with baselines."""
     folder, tables = Path(str(trainer.args.output_dir)), {}
     for split, logits in predict_splits(trainer, encoded):
         some, probabilities, chosen = questions[split], softmax(logits, axis=-1), logits.argmax(-1)
@@ -282,6 +282,6 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the recipe with these arguments, by default those of the process."""
+    """Run the recipe with the given arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, TrainingArguments)
     run_recipe("multiple-choice", __doc__, classes, run, arguments, DEFAULTS, SAVED_MODEL)

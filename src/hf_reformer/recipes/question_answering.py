@@ -96,7 +96,7 @@ class DataArguments(MaskedPretrainingArguments):
         super().check(model, args)
 
     def read_file(self, file: str) -> Dataset:
-        """A split of one file; the articles of SQuAD's own json files become a row per question."""
+        """Read a split from a file; the articles of SQuAD's own JSON files become a row per question."""
         rows = super().read_file(file)
         if "data" not in rows.column_names or {self.question_column, self.context_column} & {*rows.column_names}:
             return rows
@@ -110,7 +110,7 @@ class DataArguments(MaskedPretrainingArguments):
 
 
 def _questions(articles: list[Any]) -> Iterator[dict[str, Any]]:
-    """The rows of SQuAD's nested format."""
+    """Yield the rows of SQuAD's nested format, one per question."""
     for article in (one for some in articles for one in (some if isinstance(some, list) else [some])):
         for paragraph in article["paragraphs"]:
             for question in paragraph["qas"]:
@@ -121,9 +121,9 @@ def _questions(articles: list[Any]) -> Iterator[dict[str, Any]]:
 
 
 def make_examples(dataset: Dataset, args: DataArguments, split: str) -> list[Example]:
-    """The questions of a split.
+    """Make the examples of a split.
 
-    Answers that do not stand where they are said to are found again, at the nearest place.
+    Answers that are not at their stated position are moved to their nearest occurrence.
 
     Raises:
         ValueError: a text is missing, or an answer is not in its document; the message names the row.
@@ -150,7 +150,7 @@ def make_examples(dataset: Dataset, args: DataArguments, split: str) -> list[Exa
                 moved.append(row)
         examples.append(Example(cell_text(number) or str(row), question, context, answers if known else None))
     if labels_unknown(split, [example.answers for example in examples]):
-        examples = [example._replace(answers=None) for example in examples]  # they are to be found
+        examples = [example._replace(answers=None) for example in examples]  # they are to be predicted
     none = next((row for row, x in enumerate(examples) if x.answers == []), None)
     if none is not None and not args.version_2_with_negative:
         raise ValueError(
@@ -165,9 +165,9 @@ def make_examples(dataset: Dataset, args: DataArguments, split: str) -> list[Exa
 
 
 def _answers(cell: Any, context: str, where: str) -> list[tuple[str, int | None]]:
-    """The texts of a cell and where they are said to begin: SQuAD's forms, a text, or nothing.
+    """Return the answers of a cell and their stated start positions: from SQuAD's formats, a text, or nothing.
 
-    SQuAD's forms may be written as JSON, as in a csv file; a text that stands in the document is a text.
+    SQuAD's formats may be written as JSON, as in a CSV file; but a text that occurs in the document is taken as text.
     """
     if isinstance(cell, str) and cell.lstrip()[:1] in ("{", "[") and cell.strip() not in context:
         with suppress(ValueError):
@@ -190,10 +190,10 @@ def _answers(cell: Any, context: str, where: str) -> list[tuple[str, int | None]
 
 
 def find_answer(context: str, text: str, start: int | None, where: str) -> tuple[str, int]:
-    """The answer without white space around it, and the place nearest to `start` where it stands.
+    """Return the answer without surrounding white space, and its position nearest to `start`.
 
     Raises:
-        ValueError: it is empty, or stands nowhere in the document.
+        ValueError: the answer is empty, or not in the document.
     """
     answer = text.strip()
     if not answer:
@@ -214,7 +214,7 @@ def find_answer(context: str, text: str, start: int | None, where: str) -> tuple
 def check_questions(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, split: str
 ) -> None:
-    """Raise ValueError for a question that leaves no room for a document. The examples are all rows of the split."""
+    """Raise ValueError for a question that leaves no room for a document. `examples` must be all rows of the split."""
     room = max_length - tokenizer.num_special_tokens_to_add(pair=True)
     asked = list(dict.fromkeys(example.question for example in examples))
     ids = tokenizer(asked, add_special_tokens=False, verbose=False)["input_ids"]
@@ -230,10 +230,10 @@ def check_questions(
 def tokenize(
     examples: list[Example], tokenizer: PreTrainedTokenizerBase, args: DataArguments, split: str, trains: bool
 ) -> Dataset:
-    """Columns of inputs, `length` and, if known, `start_positions` and `end_positions`, -100 for what is cut off.
+    """Make columns of inputs, `length` and, if known, `start_positions` and `end_positions`, -100 if cut off.
 
-    For evaluation also the characters that every token of the document stands for, none for white space: `char_starts`
-    and `char_ends`, -1 outside of it.
+    For evaluation, also `char_starts` and `char_ends`, the characters that every token of the document stands for: -1
+    outside the document, and of no width for white space.
     """
 
     def encode(batch: dict[str, list[int]]) -> dict[str, list]:
@@ -271,7 +271,7 @@ def tokenize(
 
 
 def _positions(answers: list[tuple[str, int]], starts: np.ndarray, ends: np.ndarray) -> tuple[int, int]:
-    """First and last token of the first answer that is not cut off; 0 and 0 where there is no answer."""
+    """Return the first and last token of the first answer that is not cut off; 0 and 0 if there is no answer."""
     for text, start in answers:
         first, last = np.flatnonzero(ends > start), np.flatnonzero((starts >= 0) & (starts < start + len(text)))
         if len(first) and len(last) and first[0] <= last[-1] and ends.max() >= start + len(text):
@@ -283,7 +283,7 @@ def report(
     trainer: Trainer, reader: Reader, examples: dict[str, list[Example]], encoded: Mapping[str, Dataset],
     args: DataArguments,
 ) -> None:  # fmt: skip
-    """Write answers, pictures and scores of all splits but the training data, and the scores of baselines."""
+    """Write answers, plots and scores of all splits except the training data, with baselines."""
     folder, tables = Path(str(trainer.args.output_dir)), {}
     for split, (spans, scores) in predict_splits(trainer, encoded):
         some = examples[split]
@@ -291,11 +291,11 @@ def report(
         best = [found[0] for found in answers]
         write_rows(folder / f"predictions_{split}.jsonl", map(prediction, some, answers))
         texts = {example.id: answer.text for example, answer in zip(some, best, strict=True)}
-        squad = folder / f"predictions_{split}.json"  # as SQuAD's own script reads them
+        squad = folder / f"predictions_{split}.json"  # the format of SQuAD's own script
         if len(texts) == len(some):
             squad.write_text(json.dumps(texts, ensure_ascii=False), encoding="utf-8")
         else:
-            squad.unlink(missing_ok=True)  # of an earlier run
+            squad.unlink(missing_ok=True)  # left by an earlier run
             logger.warning(
                 f"{len(some) - len(texts)} questions of the {split} data have the `id` of another one, so there is no "
                 f"{squad.name}, which knows answers by their ids. All are in predictions_{split}.jsonl."
@@ -320,7 +320,7 @@ def report(
 
 
 def prediction(example: Example, answers: Sequence[Any]) -> dict[str, Any]:
-    """A line of predictions: the best answer, its place, its probability, and further answers."""
+    """Make a line of predictions: the best answer, its position and probability, and further answers."""
     found = [{"answer": x.text, "start": x.start, "end": x.end, "score": round(x.score, 6)} for x in answers]
     row: dict[str, Any] = {"id": example.id, "question": example.question, **found[0], "others": found[1:]}
     if example.answers is not None:
@@ -332,7 +332,7 @@ def prediction(example: Example, answers: Sequence[Any]) -> dict[str, Any]:
 def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments) -> None:
     """Read the data, train, evaluate and report."""
     set_seed(args.seed)
-    args.remove_unused_columns = False  # the collator knows them all
+    args.remove_unused_columns = False  # the collator needs them
     reader = Reader(data.null_score_diff_threshold if data.version_2_with_negative else None)
     found, encoded = {}, {}
     with args.main_process_first(desc="preparing the data"):
@@ -366,6 +366,6 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the recipe with these arguments, by default those of the process."""
+    """Run the recipe with the given arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, TrainingArguments)
     run_recipe("question-answering", __doc__, classes, run, arguments, DEFAULTS, SAVED_MODEL)

@@ -67,7 +67,7 @@ DEFAULTS = {
 }  # fmt: skip
 FIELDS = {  # of a new model's config
     "tie_word_embeddings": True, "hidden_dropout_prob": 0.2, "local_window": 32,
-    "reversible": False,  # two narrow layers: what is stored is little
+    "reversible": False,  # two narrow layers store few activations
 }  # fmt: skip
 PRESETS = {"--model_name_or_path": {"tokenizer": None, "learning_rate": 3e-4, "num_train_epochs": 3}}
 TITLES = "item_titles.json"  # in the model's folder
@@ -94,7 +94,7 @@ class DataArguments(SplitArguments):
     baselines: bool = option(False, "Also score popularity, item-kNN and co-occurrence.")
 
     def _given(self, file: str) -> list[str]:
-        """Test data can be held out of what is trained on, too."""
+        """Also accept training data for the test split, which can be held out of it."""
         held_out = file == "test_file" and "train" in (self.wanted or ())
         return super()._given(file) or (super()._given("train_file") if held_out else [])
 
@@ -119,7 +119,7 @@ class DataArguments(SplitArguments):
         return read_interactions(file)
 
     def read(self) -> DatasetDict:
-        """As always; and the training data also where nothing is trained, as they tell what users had."""
+        """Read the splits, and the training data even if nothing is trained: it tells which items users had."""
         splits = super().read()
         if "train" not in splits and self.train_file is not None:
             splits["train"] = self.read_file(self.train_file)
@@ -129,7 +129,7 @@ class DataArguments(SplitArguments):
 
 
 def load_users(data: DataArguments) -> tuple[dict[str, list[str]], dict[str, list[User]]]:
-    """The training histories, and the users of every other split with all that they had before, by their order.
+    """Read the training histories, and the users of every other split with all the items they had before, in order.
 
     Raises:
         ValueError: the tables cannot be read as interactions, or there is nothing to hold out.
@@ -142,7 +142,7 @@ def load_users(data: DataArguments) -> tuple[dict[str, list[str]], dict[str, lis
     for split, rows in sorted(splits.items(), key=lambda x: x[0] != "train"):
         with data.naming_source(split):
             named = {"user": data.user_column, "item": data.item_column, "time": data.time_column}
-            if split != "train":  # which may have other columns
+            if split != "train":  # other splits may have other columns
                 named = {kind: name for kind, name in named.items() if name in rows.column_names}
             found, targets = read_histories(rows, find_interaction_columns(rows, **named), split)
             if split == "train":
@@ -151,7 +151,7 @@ def load_users(data: DataArguments) -> tuple[dict[str, list[str]], dict[str, lis
                 given[split] = list(_join(known, found, targets, split))
     train = {user: list(items) for user, items in known.items()}
     held: dict[str, list[User]] = {}
-    for split in ("test", "validation"):  # from the end
+    for split in ("test", "validation"):  # the last item is for the test
         if split in data.parts and not any(name.startswith(split) for name in splits):
             held[split] = [User(user, had[:-1], had.pop()) for user, had in train.items() if len(had) > 1]
             if not held[split]:
@@ -167,7 +167,7 @@ def load_users(data: DataArguments) -> tuple[dict[str, list[str]], dict[str, lis
 def _join(
     known: Mapping[str, list[str]], found: Mapping[str, list[str]], targets: Mapping[str, str], split: str
 ) -> Any:
-    """The users of a file: what they had before, there and in the training data; and the item to be recommended."""
+    """Yield the users of a file with the items they had there and in the training data, and the item to recommend."""
     again = 0
     for user, items in found.items():
         target = targets.get(user)
@@ -185,10 +185,10 @@ def _join(
 
 
 def warn_unknown(users: Sequence[User], tokenizer: PreTrainedTokenizerBase, split: str) -> None:
-    """Tell which items are not in the vocabulary.
+    """Warn about items that are not in the vocabulary.
 
     Raises:
-        ValueError: none of the items to be recommended is.
+        ValueError: none of the items to be recommended is in the vocabulary.
     """
     vocab = tokenizer.get_vocab()
     targets = [user.target for user in users if user.target is not None]
@@ -208,7 +208,7 @@ def warn_unknown(users: Sequence[User], tokenizer: PreTrainedTokenizerBase, spli
 
 
 def encode_training(histories: Sequence[list[str]], tokenizer: Any, length: int) -> Dataset:
-    """Windows of at most `length` tokens in which every item is a target once, behind a quarter of earlier ones."""
+    """Cut windows of at most `length` tokens in which every item is a target once, after a quarter of earlier ones."""
     columns: dict[str, list] = {"input_ids": [], "labels": [], "length": []}
     for items in histories:
         ids = [tokenizer.bos_token_id, *tokenizer.convert_tokens_to_ids(items)]
@@ -219,7 +219,7 @@ def encode_training(histories: Sequence[list[str]], tokenizer: Any, length: int)
 
 
 def encode_users(users: Sequence[User], tokenizer: Any, length: int) -> Dataset:
-    """Columns of the last items of every user, all that they `had`, the `target` or UNKNOWN, and the `length`."""
+    """Make columns of every user's last items, all items they `had`, the `target` or UNKNOWN, and the `length`."""
     vocab, rows = tokenizer.get_vocab(), []
     for user in users:
         had = tokenizer.convert_tokens_to_ids(user.history)
@@ -230,7 +230,7 @@ def encode_users(users: Sequence[User], tokenizer: Any, length: int) -> Dataset:
 
 
 def item_numbers(items: Sequence[str], tokenizer: Any) -> np.ndarray:
-    """Items as numbers from 0 on, without those that the vocabulary lacks."""
+    """Convert items to numbers starting from 0, leaving out those that are not in the vocabulary."""
     ids = np.array(tokenizer.convert_tokens_to_ids(list(items)), dtype=np.int64)
     return ids[ids >= len(SPECIAL)] - len(SPECIAL)
 
@@ -239,7 +239,7 @@ def report(
     trainer: Trainer, train: Sequence[list[str]], users: dict[str, list[User]], encoded: Mapping[str, Dataset],
     titles: Mapping[str, str], args: DataArguments,
 ) -> None:  # fmt: skip
-    """Write the recommendations to all users, a picture and the scores of every split, and the scores of baselines."""
+    """Write the recommendations for all users, a plot and scores of every split, and the scores of baselines."""
     folder, tables = Path(str(trainer.args.output_dir)), {}
     tokenizer: Any = trainer.processing_class
     first, vocab = len(SPECIAL), tokenizer.get_vocab()
@@ -268,7 +268,7 @@ def report(
 def prediction(
     user: User, rank: float, items: np.ndarray, scores: np.ndarray, words: Sequence[str], titles: Mapping[str, str]
 ) -> dict[str, Any]:
-    """A line of predictions: what is recommended to a user, with titles and log-probabilities."""
+    """Make a line of predictions: the items recommended to a user, with titles and log-probabilities."""
 
     def named(item: str) -> dict[str, Any]:
         return {"item_id": item, "title": titles[item]} if item in titles else {"item_id": item}
@@ -281,7 +281,7 @@ def prediction(
 
 
 def read_all_titles(data: DataArguments, model: ModelArguments) -> dict[str, str]:
-    """The titles of the item file, or those that were saved with the model."""
+    """Read the titles of the item file, or else those saved with the model."""
     if data.item_file is not None:
         return read_titles(data.item_file)
     saved = Path(model.model_name_or_path or "", TITLES)
@@ -332,6 +332,6 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the recipe with these arguments, by default those of the process."""
+    """Run the recipe with the given arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, TrainingArguments)
     run_recipe("recommendation", __doc__, classes, run, arguments, DEFAULTS, PRESETS)

@@ -74,7 +74,7 @@ class DataArguments(MaskedPretrainingArguments, SplitsAndFileArguments):
 
 
 def load_pairs(args: DataArguments, seed: int) -> DatasetDict:
-    """Splits with the columns `source` and `target`; one of them is `validation` if there is training data."""
+    """Read splits with the columns `source` and `target`, holding out validation data if there is none."""
     pairs = DatasetDict()
     for split, dataset in args.read().items():
         with args.naming_source(split):
@@ -83,7 +83,7 @@ def load_pairs(args: DataArguments, seed: int) -> DatasetDict:
 
 
 def select_columns(dataset: Dataset, args: DataArguments, split: str) -> Dataset:
-    """Only `source` and `target`, as texts; of a test split without targets, only `source`."""
+    """Keep only `source` and `target`, as texts; only `source` for a test split without targets."""
     names: tuple[str | None, ...] = (args.source_lang, args.target_lang)
     translations = "translation" in dataset.column_names and all(names)
     if not translations:
@@ -104,12 +104,12 @@ def select_columns(dataset: Dataset, args: DataArguments, split: str) -> Dataset
         return dict(zip(features, [args.source_prefix + texts[0], *texts[1:]], strict=True))
 
     columns = ("source", "target")[: len(names)]
-    features = Features({name: Value("string") for name in columns})  # whatever was in columns of these names
+    features = Features({name: Value("string") for name in columns})  # whatever columns of these names held
     return dataset.map(select, with_indices=True, remove_columns=dataset.column_names, features=features)
 
 
 def tokenize(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArguments) -> Dataset:
-    """Columns `input_ids`, `attention_mask` and, if targets are known, `labels`, which end with the eos token."""
+    """Make columns `input_ids`, `attention_mask` and, if targets are known, `labels`, which end with the eos token."""
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         encoded = tokenizer(batch["source"], truncation=True, max_length=args.max_source_length)
@@ -123,7 +123,7 @@ def tokenize(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, args: DataArgum
 
 
 def score(metric: str, predictions: list[str], targets: list[str]) -> dict[str, float]:
-    """From 0 to 100: the share of exact matches, and BLEU and chrF by sacrebleu, or ROUGE's F1."""
+    """Compute scores from 0 to 100: the share of exact matches, and BLEU and chrF by sacrebleu, or ROUGE's F1."""
     pairs = list(zip(predictions, targets, strict=True))
     scores = {"exact_match": 100 * float(np.mean([a.strip() == b.strip() for a, b in pairs]))}
     if metric in ("bleu", "chrf"):
@@ -139,7 +139,7 @@ def score(metric: str, predictions: list[str], targets: list[str]) -> dict[str, 
 
 
 def decode(ids: Any, tokenizer: Any) -> list[str]:
-    """The texts of padded ids."""
+    """Decode padded ids to texts."""
     ids = np.where(np.asarray(ids) == IGNORE, tokenizer.pad_token_id, ids)
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
@@ -147,7 +147,7 @@ def decode(ids: Any, tokenizer: Any) -> list[str]:
 def make_trainer(
     pairs: DatasetDict, data: DataArguments, model_args: ModelArguments, args: Seq2SeqTrainingArguments
 ) -> tuple[Seq2SeqTrainer, dict[str, Dataset]]:
-    """A trainer that evaluates generated texts, and the tokens of all splits."""
+    """Make a Trainer that evaluates generated texts; also return the tokenized splits."""
     max_length = max(data.max_source_length, data.max_target_length + 1)
 
     def texts() -> Iterator[str]:
@@ -218,7 +218,7 @@ def check_trained(name: str | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the recipe with these arguments, by default those of the process."""
+    """Run the recipe with the given arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, Seq2SeqTrainingArguments)
     data, model_args, args = parse_arguments("seq2seq", __doc__, classes, arguments, DEFAULTS)
     data.check(model_args, args)

@@ -87,7 +87,7 @@ class DataArguments(AudioArguments):
 
 
 def load_splits(args: DataArguments, seed: int) -> DatasetDict:
-    """The splits with a column `transcript`, where there are transcripts."""
+    """Read the splits, with a column `transcript` if there are transcripts."""
     splits = args.read()
     for split, part in splits.items():
         with args.naming_source(split):
@@ -119,7 +119,7 @@ def _with_transcripts(part: Dataset, cells: list[Any], split: str) -> Dataset:
 
 
 class SaveTokenizer(TrainerCallback):
-    """Saves the tokenizer beside the feature extractor in every checkpoint."""
+    """Saves the tokenizer along with the feature extractor in every checkpoint."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
@@ -134,7 +134,7 @@ def report(
     trainer: Trainer, rates: ErrorRates, splits: DatasetDict, encoded: Mapping[str, Dataset], args: DataArguments,
     rate: int,
 ) -> None:  # fmt: skip
-    """Write transcripts, pictures and error rates of all splits but the training data, and those of baselines."""
+    """Write transcripts, plots and error rates of all splits except the training data, with baselines."""
     folder, tables, trained = Path(str(trainer.args.output_dir)), {}, "train" in splits
     model: Any = trainer.accelerator.unwrap_model(trainer.model)
     features = mean_spectra(max(2, round(rate * 0.025)))
@@ -163,7 +163,7 @@ def report(
 
 
 def predict_files(data: DataArguments, folder: str, args: TrainingArguments) -> None:
-    """Print what is heard in sound files, each in one pass."""
+    """Print the transcripts of sound files, each read in one pass."""
     model = load_trained(AutoModelForCTC, folder)
     extractor, tokenizer = AutoFeatureExtractor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     listen = pipeline("automatic-speech-recognition", model=model, feature_extractor=extractor, tokenizer=tokenizer)
@@ -219,6 +219,6 @@ def run(data: DataArguments, model_args: BackboneArguments, args: TrainingArgume
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the recipe with these arguments, by default those of the process."""
+    """Run the recipe with the given arguments, by default those of the process."""
     classes = (DataArguments, BackboneArguments, TrainingArguments)
     run_recipe("speech-recognition", __doc__, classes, run, arguments, DEFAULTS, PRESETS, predict_files)

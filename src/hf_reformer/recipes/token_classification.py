@@ -88,7 +88,7 @@ class DataArguments(MaskedPretrainingArguments):
 
 
 def find_word_columns(dataset: Dataset, args: DataArguments, split: str) -> tuple[str, str | None]:
-    """The columns of words and labels: those that are named, or have their usual names; None without labels."""
+    """Find the columns of words and labels, by the given or the usual names; None if there are no labels."""
     names = dataset.column_names
     numbered = names == [str(i) for i in range(1, len(names) + 1)]
     for given in (args.text_column, None if split.startswith("test") else args.label_column):
@@ -105,18 +105,18 @@ def find_word_columns(dataset: Dataset, args: DataArguments, split: str) -> tupl
 
 
 class Sentences(NamedTuple):
-    """The words of sentences, and their labels if they are known."""
+    """The words of sentences, and their labels if known."""
 
     words: list[list[str]]
     tags: list[list[str]] | None
 
     def select(self, rows: Sequence[int]) -> "Sentences":
-        """Those of some rows."""
+        """Select the sentences of some rows."""
         return Sentences([self.words[i] for i in rows], self.tags and [self.tags[i] for i in rows])
 
 
 def read_sentences(dataset: Dataset, text: str, label: str | None, split: str) -> Sentences:
-    """The words and labels of a split; a test split without labels has none.
+    """Read the words and labels of a split; a test split may have no labels.
 
     Raises:
         ValueError: words are missing or empty, or words and labels differ in number; the message names the row.
@@ -157,7 +157,7 @@ def read_sentences(dataset: Dataset, text: str, label: str | None, split: str) -
 
 
 def names_of_labels(sentences: Sentences, dataset: Dataset, label: str, model_labels: list[str] | None) -> list[str]:
-    """The names of all labels: a saved model's if they cover the data, those of a `ClassLabel`, or all that occur."""
+    """Return all label names: a saved model's if they cover the data, else a `ClassLabel`'s, else all that occur."""
     present = {tag for tags in sentences.tags or () for tag in tags}
     if model_labels and present <= set(model_labels):
         return model_labels
@@ -184,13 +184,16 @@ def check_known(sentences: Sentences, names: list[str], split: str) -> None:
 
 
 def cut_off_label(names: Sequence[str], train: Sentences | None) -> str:
-    """The label of words that are not read: O or, where there is none, the most frequent one of training."""
+    """Return the label for words that are cut off: O or, if there is no O, the most frequent training label."""
     counts = Counter(tag for tags in (train and train.tags) or () for tag in tags)
     return "O" if "O" in names else max(names, key=counts.__getitem__)
 
 
 def space_label(tags: Sequence[str], names: Sequence[str]) -> str:
-    """The label of a space between words of two labels: the second one if it goes on with an entity, else O."""
+    """Return the label of a space between two labeled words: I- if the second continues an entity, else O.
+
+    If there is no such label, it is that of the first word.
+    """
     inside = tags[1] if tags[1][:2] in ("I-", "E-", "L-") and tags[1][2:] == tags[0][2:] else "O"
     inside = f"I-{tags[1][2:]}" if f"I-{tags[1][2:]}" in names and inside != "O" else inside
     return inside if inside in names else tags[0]
@@ -199,10 +202,10 @@ def space_label(tags: Sequence[str], names: Sequence[str]) -> str:
 def tokenize(
     sentences: Sentences, names: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int, split: str
 ) -> Dataset:
-    """Columns of inputs, `length`, `first`, the first token of every word or -1, and `labels`, -100 elsewhere.
+    """Make columns of inputs, `length`, `first` (the first token of every word, or -1) and `labels` (-100 elsewhere).
 
-    In training, spaces that are tokens, as of bytes, are labelled, too: they belong to the entity on both sides, or to
-    none. Pipelines take them for words.
+    In training, spaces that are tokens of their own, such as bytes, are labeled too, since pipelines treat them as
+    words: they belong to the entity on both sides, or to none.
     """
     number = {name: i for i, name in enumerate(names)}
 
@@ -214,7 +217,7 @@ def tokenize(
             text = np.flatnonzero(np.array(encoding.sequence_ids, dtype=float) == 0)
             starts = np.cumsum([0, *(len(word) + 1 for word in words)])[:-1]
             ends = np.array(encoding.offsets)[text, 1]
-            place = np.searchsorted(ends, starts, side="right")  # of the first token that goes on behind the start
+            place = np.searchsorted(ends, starts, side="right")  # of the first token that ends after the start
             first = np.append(text, -1)[np.minimum(place, len(text))]
             columns["length"].append(len(encoding.ids))
             columns["first"].append(first)
@@ -246,9 +249,9 @@ def report(
     trainer: Trainer, scores: TagScores, sentences: dict[str, Sentences], encoded: Mapping[str, Dataset],
     args: DataArguments,
 ) -> None:  # fmt: skip
-    """Write labels, pictures and scores of all splits but the training data, and the scores of the baseline.
+    """Write labels, plots and scores of all splits except the training data, with a baseline.
 
-    Words that were cut off get `cut_off_label`, and are not scored.
+    Words that were cut off get `cut_off_label` and are not scored.
     """
     folder, names = Path(str(trainer.args.output_dir)), scores.names
     train = sentences.get("train")
@@ -344,6 +347,6 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the recipe with these arguments, by default those of the process."""
+    """Run the recipe with the given arguments, by default those of the process."""
     classes = (DataArguments, ModelArguments, TrainingArguments)
     run_recipe("token-classification", __doc__, classes, run, arguments, DEFAULTS, SAVED_MODEL)

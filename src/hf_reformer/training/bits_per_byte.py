@@ -1,4 +1,4 @@
-"""Bits per byte: the metric of language models, and what general compressors reach."""
+"""Bits per byte: the metric of language models, with general-purpose compressors as baselines."""
 
 import bz2
 import lzma
@@ -11,9 +11,9 @@ from ..data.packing import token_ids
 
 
 class BitsPerByte:
-    """`compute_metrics` for LanguageModelTrainer.
+    """`compute_metrics` for `LanguageModelTrainer`.
 
-    For a masked model: bits of the masked tokens per byte they stand for, at the texts' mean bytes per token.
+    For a masked model: bits of the masked tokens per byte they stand for, assuming the texts' mean bytes per token.
     """
 
     def __init__(self, texts: list[str], tokenizer: PreTrainedTokenizerBase, masked: bool):
@@ -32,7 +32,7 @@ class BitsPerByte:
 
 
 def compressor_baselines(train: list[str], texts: list[str]) -> dict[str, float]:
-    """Bits per byte that the texts add to the compressed training texts, for general compressors."""
+    """Bits per byte that the texts add to the compressed training texts, for general-purpose compressors."""
     seen, new = "".join(train).encode(), "".join(texts).encode()
     scores = {}
     for name, compress in (("xz", lambda x: lzma.compress(x, preset=9 | lzma.PRESET_EXTREME)), ("bz2", bz2.compress)):

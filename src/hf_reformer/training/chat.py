@@ -1,4 +1,4 @@
-"""Chat: bits per byte of replies, choosing the true reply among others, a baseline of words, a picture."""
+"""Chat: bits per byte of replies, choosing the true reply among others, a word-based baseline, a plot."""
 
 import math
 import random
@@ -14,13 +14,13 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 from ..data.conversations import Messages
 from .similarity import word_similarity
 
-LAST = 3  # turns that the baseline looks at
+LAST = 3  # turns that the baseline uses
 
 
 class ReplyBits:
-    """Bits per byte of the assistant's messages: `compute_metrics` for `LanguageModelTrainer`.
+    """`compute_metrics` for `LanguageModelTrainer`: bits per byte of the assistant's messages.
 
-    The bits of end marks count, their bytes do not.
+    End-of-message tokens count toward the bits but not toward the bytes.
     """
 
     def __init__(self, conversations: Sequence[Messages], labels: Sequence[Sequence[int]]):
@@ -38,21 +38,21 @@ class ReplyBits:
 
 
 def replies(messages: Messages) -> list[str]:
-    """What the assistant says."""
+    """Return the texts of the assistant's messages."""
     return [message["content"] for message in messages if message["role"] == "assistant"]
 
 
 class Choice(NamedTuple):
-    """What was said before a reply, and replies to choose from, the true one first."""
+    """The messages before a reply, and the replies to choose from, the true one first."""
 
     before: Messages
     candidates: list[str]
 
 
 def make_choices(conversations: Sequence[Messages], size: int, count: int, seed: int) -> list[Choice]:
-    """Up to `count` replies drawn at random, each beside `size` - 1 other ones of other conversations.
+    """Draw up to `count` replies at random, each with `size` - 1 different ones from other conversations.
 
-    None where there are too few other replies.
+    Replies for which there are too few others are skipped.
     """
     draw = random.Random(seed)
     places = [
@@ -75,14 +75,14 @@ def make_choices(conversations: Sequence[Messages], size: int, count: int, seed:
 def rank_replies(
     model: Any, tokenizer: PreTrainedTokenizerBase, choices: Sequence[Choice], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rank of the true reply in every choice, from 1 on; and its bits per byte.
+    """Rank the true reply in every choice, starting from 1, and compute its bits per byte.
 
-    A reply ranks by how much likelier the conversation makes it: its log-likelihood after what was said before, less
-    that at the beginning of a conversation (pointwise mutual information; Li et al. 2016, arXiv 1510.03055). By its
-    likelihood alone, what is often said would be chosen whatever was said before.
+    Replies are ranked by how much likelier the conversation makes them: their log-likelihood given the earlier
+    messages, minus that at the beginning of a conversation (pointwise mutual information; Li et al. 2016, arXiv
+    1510.03055). Ranked by likelihood alone, common replies would win whatever was said before.
 
-    Of what was said before, as many last tokens are read as fit into `length` with the longest candidate; of a
-    candidate, the first `length` - 1.
+    The context is cut to as many of its last tokens as fit into `length` with the longest candidate, and candidates to
+    their first `length` - 1 tokens.
     """
     ranks, bits = [], []
     for before, candidates in choices:
@@ -105,7 +105,7 @@ def rank_replies(
 def log_likelihoods(
     model: Any, tokenizer: PreTrainedTokenizerBase, context: Sequence[int], ends: Sequence[Sequence[int]]
 ) -> np.ndarray:
-    """Of each of these ends after at least one token of context, in nats."""
+    """Compute the log-likelihood, in nats, of each of `ends` given a context of at least one token."""
     rows = [{"input_ids": [*context, *ids]} for ids in ends]
     batch = tokenizer.pad(rows, return_tensors="pt", padding_side="right").to(model.device)
     keep = batch["input_ids"].shape[1] - len(context) + 1
@@ -118,12 +118,12 @@ def log_likelihoods(
 
 
 def rank_of_first(values: np.ndarray) -> float:
-    """Rank of the first value from 1 on, the largest being the best; equal ones share the mean of their ranks."""
+    """Rank the first value, starting from 1 for the largest; equal values share the mean of their ranks."""
     return float(1 + (values > values[0]).sum() + ((values == values[0]).sum() - 1) / 2)
 
 
 def tfidf_ranks(choices: Sequence[Choice], conversations: Sequence[Messages]) -> np.ndarray | None:
-    """The same by the similarity of words to those of the last turns; None if no conversation has a word."""
+    """Rank the true replies by TF-IDF similarity to the last turns; None if no conversation contains a word."""
     similarity = word_similarity(message["content"] for messages in conversations for message in messages)
     if similarity is None:
         return None
@@ -133,17 +133,18 @@ def tfidf_ranks(choices: Sequence[Choice], conversations: Sequence[Messages]) ->
 
 
 def accuracy(ranks: np.ndarray) -> float:
-    """Share of the choices whose true reply is first; of equal ones, a half or less counts."""
+    """Share of the choices whose true reply ranks first; a tie of two counts half, a larger tie nothing."""
     return float(np.where(ranks < 2, 2 - ranks, 0).mean())
 
 
 def draw_replies(
     file: Path, choices: Sequence[Choice], bits: np.ndarray, ranks: dict[str, np.ndarray], title: str
 ) -> None:
-    """Bits per byte of true replies by their place in the conversation; places of the true reply among others.
+    """Plot bits per byte of true replies by their position in the conversation, and their ranks among others.
 
     Args:
-        bits: of the true replies; ranks: of the true replies, for every model.
+        bits: bits per byte of the true replies.
+        ranks: ranks of the true replies, by model name.
     """
     size = len(choices[0].candidates)
     figure = Figure(figsize=(11, 4.2), layout="constrained")

@@ -1,4 +1,4 @@
-"""Classification: what kind of task the labels are, its metrics, baselines and predictions."""
+"""Classification: the kind of task, its metrics, baselines and predictions."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..data.tables import cell_text, read_column
 
 METRIC_MODULE = str(Path(__file__).with_name("metrics.py"))
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
-MATRIX_LABELS = 100  # a confusion matrix of more can be neither read nor drawn
+MATRIX_LABELS = 100  # a larger confusion matrix can be neither read nor drawn
 METRICS: dict[str | None, dict[str, dict[str, Any]]] = {  # by GLUE task, else by problem type
     "cola": {"matthews_correlation": {}},
     "mrpc": {"accuracy": {}, "f1": {"average": "binary"}},
@@ -36,9 +36,9 @@ METRICS: dict[str | None, dict[str, dict[str, Any]]] = {  # by GLUE task, else b
 
 @dataclass
 class Task:
-    """Which columns to read, what to predict, and what the labels are called.
+    """Which columns to read, what to predict, and the names of the labels.
 
-    `multi_hot`: labels are rows of zeros and ones, one for each class, and not lists of names.
+    `multi_hot`: labels are rows of zeros and ones, one per class, instead of lists of names.
     """
 
     columns: Columns
@@ -47,14 +47,14 @@ class Task:
     multi_hot: bool = False
 
     def texts(self, examples: Any) -> list[list[str]]:
-        """The texts of all examples, and their second texts if they are pairs; "" where one is missing."""
+        """Return the texts of all examples, and their second texts if they are pairs; "" where one is missing."""
         names = [name for name in (self.columns.text, self.columns.pair) if name is not None]
         return [[cell_text(cell) or "" for cell in examples[name][:]] for name in names]
 
     def add_labels(self, dataset: Dataset, split: str) -> Dataset:
-        """Add the column `labels` in the form that the model's loss expects, in place of one of that name.
+        """Add the column `labels` in the form that the model's loss expects, replacing any column of that name.
 
-        A test split without a single label gets none: it is predicted.
+        A test split without any label gets no such column: it is only predicted.
         """
         labels, name = None, self.columns.label
         if name in dataset.column_names:
@@ -83,7 +83,7 @@ class Task:
         return rows.tolist()
 
     def predict(self, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """Predictions in the form of `labels`, and the probabilities of all labels."""
+        """Return predictions in the form of `labels`, and the probabilities of all labels (None for regression)."""
         if self.problem_type == REGRESSION:
             return logits.reshape(len(logits)), None
         if self.problem_type == MULTI:
@@ -91,7 +91,7 @@ class Task:
         return logits.argmax(axis=-1), softmax(logits, axis=-1)
 
     def format_label(self, label: Any) -> str | float:
-        """A label as a person would write it."""
+        """Format a label for human readers."""
         if self.problem_type == REGRESSION:
             return float(label)
         if self.problem_type == MULTI:
@@ -100,9 +100,9 @@ class Task:
 
 
 def labels_as_written(dataset: Dataset, column: str, multi_hot: bool) -> list:
-    """The cells of a label column, with names for the numbers of a `ClassLabel` and for the ones of multi-hot rows.
+    """Return the cells of a label column, with numbers of a `ClassLabel` and ones of multi-hot rows replaced by names.
 
-    None where a `ClassLabel` is below 0, which means unknown.
+    A `ClassLabel` below 0, which means unknown, becomes None.
     """
     cells, names = read_column(dataset, column), class_names(dataset.features[column])
     if multi_hot:
@@ -117,12 +117,12 @@ def labels_as_written(dataset: Dataset, column: str, multi_hot: bool) -> list:
 
 
 def class_names(feature: Any) -> list[str] | None:
-    """What a `ClassLabel`, or a list of them, calls its classes; None for other features."""
+    """Return the class names of a `ClassLabel` or a list of them; None for other features."""
     return getattr(getattr(feature, "feature", feature), "names", None)
 
 
 def is_multi_hot(cells: list) -> bool:
-    """Whether cells are rows of zeros and ones, one for each class: no list of names is like them."""
+    """Whether cells are rows of zeros and ones, one per class, rather than lists of names."""
     rows = [cell for cell in cells if cell is not None]
     size = len(rows[0]) if rows and isinstance(rows[0], list) else 0
     return size > 1 and all(isinstance(x, list) and len(x) == size and all(y in (0, 1) for y in x) for x in rows)
@@ -135,12 +135,12 @@ def _hot_names(cell: Any, names: list[str] | None, row: int) -> list[str]:
 
 
 def is_missing(label: Any) -> bool:
-    """Whether a cell holds no label: it is empty, or NaN in a column of numbers."""
+    """Whether a cell holds no label: it is empty, or NaN in a numeric column."""
     return label in (None, "") or label != label
 
 
 def check_none_missing(labels: list, split: str) -> list:
-    """The labels; ValueError if an example has none."""
+    """Return the labels; raise ValueError if an example has none."""
     missing = [row for row, label in enumerate(labels) if is_missing(label)]
     if missing:
         raise ValueError(
@@ -151,7 +151,7 @@ def check_none_missing(labels: list, split: str) -> list:
 
 
 def names_in_labels(labels: list, split: str) -> list[list[str]]:
-    """The names of every example's labels: one, unless it is a multi-label task."""
+    """Return the label names of every example: one name each, unless the task is multi-label."""
     return [[_name(one, row, split) for one in (x if isinstance(x, list) else [x])] for row, x in enumerate(labels)]
 
 
@@ -186,12 +186,12 @@ def _only(names: list[str], row: int, split: str) -> str:
 
 
 def shortened(names: list[str]) -> str:
-    """The first of many names, for messages."""
+    """Format a list of names for a message, with at most the first 20 of them."""
     return str(names) if len(names) <= 20 else f"{str(names[:20])[:-1]}, … {len(names) - 20} more]"
 
 
 def _derived_problem_type(labels: list, was_regression: bool) -> str:
-    """Several labels where cells are lists; regression where all are numbers and some are written with decimals."""
+    """Multi-label if any cell is a list; regression if all labels are numbers and some are written with decimals."""
     if any(isinstance(label, list) for label in labels):
         return MULTI
     decimals = was_regression or any(isinstance(x, float) or (isinstance(x, str) and "." in x) for x in labels)
@@ -199,7 +199,7 @@ def _derived_problem_type(labels: list, was_regression: bool) -> str:
 
 
 def task_of_model(name: str | None) -> tuple[list[str] | None, str | None]:
-    """Label names and kind of task of a saved model; None where they are still to be found, as without a model."""
+    """Return the label names and problem type of a saved model; None for what is unknown, as without a model."""
     if name is None:
         return None, None
     config = AutoConfig.from_pretrained(name)
@@ -208,7 +208,7 @@ def task_of_model(name: str | None) -> tuple[list[str] | None, str | None]:
 
 
 def label_fields(task: Task) -> dict[str, Any]:
-    """Fields of the config of a model that classifies."""
+    """Return the config fields that describe the labels of a task."""
     names = dict(enumerate(task.label_names or ["score"]))
     return {"problem_type": task.problem_type, "id2label": names, "label2id": {n: i for i, n in names.items()}}
 
@@ -221,10 +221,10 @@ def define_task(
     model_labels: list[str] | None,
     model_problem_type: str | None = None,
 ) -> Task:
-    """Derive the kind of task from the labels: numbers with decimals mean regression, lists several labels per text.
+    """Derive the kind of task from the labels: numbers with decimals mean regression, lists mean multi-label.
 
-    `model_labels`: label names of a saved model; they keep their numbers if they cover the data. A model of regression
-    (`model_problem_type`) goes on with any numbers. Where there is no training data, the task is the model's.
+    The label names of a saved model (`model_labels`) keep their numbers if they cover the data. A regression model
+    (`model_problem_type`) stays one for any numeric labels. Without training data, the task is that of the model.
     """
     if columns.label is None and split == "train":
         raise ValueError(
@@ -257,7 +257,7 @@ def define_task(
 
 
 class Metrics:
-    """`compute_metrics` for the Trainer, with the metrics of a GLUE task, or of the kind of task."""
+    """`compute_metrics` for the Trainer, with the metrics of a GLUE task or else of the problem type."""
 
     def __init__(self, task: Task, glue: str | None) -> None:
         self.task = task
@@ -278,7 +278,7 @@ class Metrics:
 
 
 def baselines(metrics: Metrics, train: Dataset, evaluation: Dataset) -> dict[str, dict[str, float]]:
-    """The scores of always predicting the most frequent label, and of a linear model on TF-IDF, on the same split."""
+    """Score two baselines on a split: the most frequent label (or the mean), and a linear model on TF-IDF."""
     task = metrics.task
     if task.problem_type == REGRESSION:
         constant, linear, names = DummyRegressor(), Ridge(), ("mean of train", "TF-IDF + ridge regression")
@@ -299,7 +299,7 @@ def baselines(metrics: Metrics, train: Dataset, evaluation: Dataset) -> dict[str
 
 
 def write_predictions(file: Path, task: Task, dataset: Dataset, logits: np.ndarray) -> None:
-    """A csv with a line per text, in the order of the data: label (if known), prediction and its probability."""
+    """Write a CSV file with a line per example, in the order of the data: label if known, prediction, probability."""
     predictions, probabilities = task.predict(logits)
     table: dict[str, list] = {"row": list(range(len(dataset)))}
     if "path" in dataset.column_names:
@@ -318,7 +318,7 @@ def write_predictions(file: Path, task: Task, dataset: Dataset, logits: np.ndarr
 def draw_confusion_matrix(
     file: Path, names: list[str], labels: np.ndarray, predictions: np.ndarray, title: str, normalize: str | None = None
 ) -> None:
-    """Rows are the true labels, columns the predicted ones. `normalize`: as of scikit-learn, "true" for each row."""
+    """Plot a confusion matrix: rows are true labels, columns predicted ones. `normalize`: as in scikit-learn."""
     side = max(4.0, 1.5 + 0.55 * len(names))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()

@@ -1,4 +1,4 @@
-"""How far attention reaches, in numbers for logs: a callback of the Trainer, and the function behind it."""
+"""A Trainer callback that logs how far attention reaches, and the function behind it."""
 
 from typing import Any
 
@@ -14,17 +14,17 @@ from .evaluation_callback import INPUTS, EvaluationCallback
 
 @torch.no_grad()
 def attention_mass_by_layer(model: torch.nn.Module, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """The share of attention that every token receives, in every layer: (layers, B, T); each sequence's add up to 1.
+    """Compute the share of attention that every token receives in every layer: (layers, B, T), summing to 1 over T.
 
-    A mean over heads and real queries, before dropout. Unlike the matrices of `output_attentions` it costs little more
-    than a forward.
+    The shares are means over heads and real queries, before dropout. Unlike the matrices of `output_attentions`, they
+    cost little more than a forward pass.
 
     Args:
-        model: any model of this package, in whatever mode it is.
-        input_ids, inputs: as the model takes them. The shares of each packed sample add up to 1.
+        model: any model of this package, in training or evaluation mode.
+        input_ids, inputs: inputs of the model. The shares of each packed sample sum to 1.
 
     Raises:
-        ValueError: the model holds no `ReformerModel`, or a cache is given.
+        ValueError: the model contains no `ReformerModel`, or a cache is given.
     """
     stack = next((module for module in model.modules() if isinstance(module, ReformerModel)), None)
     if stack is None:
@@ -34,10 +34,11 @@ def attention_mass_by_layer(model: torch.nn.Module, input_ids: torch.Tensor, **i
 
 
 class CoverageCallback(EvaluationCallback):
-    """Logs after every evaluation how far attention reaches, as a mean over layers and of every layer.
+    """Logs how far attention reaches after every evaluation, as a mean over layers and for each of them.
 
-    `eval_received_entropy`: of the attention mass, 1 where all tokens receive the same; `eval_reached_share`: the
-    fraction of tokens that receive at least a tenth of even mass; the same with `_layer_0`, … behind.
+    `eval_received_entropy`: entropy of the attention mass, 1 if all tokens receive the same; `eval_reached_share`: the
+    fraction of tokens that receive at least a tenth of the even mass (`least`). The numbers of a single layer have the
+    suffix `_layer_0`, …
 
     ```python
     trainer.add_callback(CoverageCallback(trainer))
@@ -49,9 +50,9 @@ class CoverageCallback(EvaluationCallback):
     def __init__(self, trainer: Trainer, batches: int = 1, least: float = 0.1):
         """
         Args:
-            trainer: whose `log` is used, so that the numbers go wherever its others go.
-            batches: how many of the evaluation's batches are looked at.
-            least: which share of even mass counts as reached.
+            trainer: the Trainer, whose `log` receives the numbers.
+            batches: number of evaluation batches to use.
+            least: share of the even mass from which a token counts as reached.
         """
         super().__init__(trainer, batches)
         if getattr(getattr(trainer.model, "config", None), "is_encoder_decoder", False):
@@ -62,7 +63,7 @@ class CoverageCallback(EvaluationCallback):
         self.least = least
 
     def layer_numbers(self, model: torch.nn.Module, batch: dict[str, Any]) -> dict[int, torch.Tensor]:
-        """Entropy and covered fraction, means over samples that hold a real token."""
+        """Compute entropy and covered fraction, averaged over samples with at least one real token."""
         inputs = {name: batch[name] for name in INPUTS if batch.get(name) is not None}
         mass = attention_mass_by_layer(model, **inputs).float()
         real = inputs.get("attention_mask", torch.ones_like(mass[0])) != 0

@@ -1,6 +1,6 @@
-"""What a recipe reads: options for its data and their checks, the splits to read, and what is held out.
+"""Data of a recipe: its options and their checks, the splits to read, and held-out data.
 
-The options are called as in transformers' own example scripts.
+The options have the names they have in transformers' example scripts.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +21,10 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class SplitArguments:
-    """Where the examples of every split come from, and how many of them to use. A recipe adds options of its own.
+    """Where the examples of every split come from, and how many of them to use. Recipes add options of their own.
 
-    `sources` are options, besides a dataset and files, that name data to train on; `held_out` are the parts that are
-    taken out of the training data where no data are named for them.
+    `sources` are options, besides a dataset and files, that name training data; `held_out` are the parts that are
+    taken from the training data if no data is given for them.
     """
 
     sources: ClassVar[tuple[str, ...]] = ()
@@ -40,11 +40,11 @@ class SplitArguments:
     max_predict_samples: int | None = option(None, "Predict at most this many test examples, the first ones.")
     validation_fraction: float = option(0.1, "Fraction of the training data held out if there is no validation data.")
 
-    wanted: tuple[str, ...] | None = field(default=None, init=False)  # of ACTIONS; None: whatever is named
+    wanted: tuple[str, ...] | None = field(default=None, init=False)  # parts among ACTIONS; None: those with data
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The parts of the data that the run uses, of train, validation and test."""
+        """The parts of the data that the run uses: any of train, validation and test."""
         if self.wanted is not None:
             return self.wanted
         names = {"train": self._given("train_file"), "test": self.test_file}
@@ -52,17 +52,18 @@ class SplitArguments:
         return tuple(part for part in ACTIONS if names[part])
 
     def _given(self, file: str) -> list[str]:
-        """Which options name data for a split: its file, a dataset, or the recipe's own sources."""
+        """Return the options that name data for a split: its file, a dataset, or the recipe's own sources."""
         return [name for name in (file, "dataset_name", *self.sources) if getattr(self, name)]
 
     def check(self, model: Any, args: Any) -> None:
-        """Choose what to do, where nothing was said: train and evaluate, and predict a test file.
+        """Check the options and decide what to do; call this before anything is read.
 
-        To be called before anything is read. `args.do_train`, `do_eval` and `do_predict` say afterwards what is done.
+        If no action is requested, the given data decide: train and evaluate on training data, predict a test file.
+        Afterwards, `args.do_train`, `do_eval` and `do_predict` say what is done.
 
         Raises:
             SystemExit: there is nothing to do.
-            ValueError: an option would fail only after training.
+            ValueError: the options contradict each other, or some are missing.
         """
         options = ", ".join(f"--{name}" for name in ("train_file", "dataset_name", *self.sources))
         requested = tuple(part for part, action in ACTIONS.items() if getattr(args, action))
@@ -96,26 +97,26 @@ class SplitArguments:
             )
 
     def has_inputs(self) -> bool:
-        """Whether there is something to predict besides the splits: a recipe may have an option `--predict_file`."""
+        """Whether there is something to predict besides the splits, by an option `--predict_file` of the recipe."""
         return getattr(self, "predict_file", None) is not None
 
     def read_source(self) -> Mapping[str, Dataset]:
-        """All splits of the dataset, or of another source that a recipe has; none where there are only files."""
+        """Read all splits of the dataset, or of another source of the recipe; none if there are only files."""
         if self.dataset_name is None:
             return {}
         return read_named_dataset(self.dataset_name, self.dataset_config_name)
 
     def read_file(self, file: str) -> Dataset:
-        """A split of one file."""
+        """Read a split from a file."""
         return read_examples(file)
 
     def read(self) -> DatasetDict:
-        """The splits of all `parts`: `train`, `validation`, `test`, or several such as `validation_matched`.
+        """Read the splits of all `parts`: `train`, `validation`, `test`, or several such as `validation_matched`.
 
-        What is to be held out of the training data is missing.
+        Splits that are to be held out of the training data are not included.
 
         Raises:
-            ValueError: there is no such split, or it holds no row.
+            ValueError: a split is missing or has no rows.
         """
         source, splits = self.read_source(), DatasetDict()
         for part in self.parts:
@@ -136,7 +137,7 @@ class SplitArguments:
 
     @contextmanager
     def naming_source(self, split: str) -> Iterator[None]:
-        """Makes a ValueError about the rows of a split tell where they come from."""
+        """Add the source of a split to any ValueError about its rows."""
         try:
             yield
         except ValueError as error:
@@ -147,9 +148,9 @@ class SplitArguments:
     def complete(
         self, splits: DatasetDict, seed: int, label_column: str | None = None, groups: Sequence[Any] | None = None
     ) -> DatasetDict:
-        """Hold out validation data of the training data if there is none, and keep at most the samples asked for.
+        """Hold out validation data if there is none, and limit every split to the requested number of samples.
 
-        Training rows of one of the `groups` stay together (`hold_out`).
+        Training rows of the same group in `groups` stay together (`hold_out`).
         """
         has_validation = any(split.startswith("validation") for split in splits)
         if "train" in splits and "validation" in self.parts and not has_validation:
@@ -169,15 +170,15 @@ class SplitArguments:
     def choose_rows(
         self, sizes: Mapping[str, int], seed: int, groups: Sequence[Any] | None = None
     ) -> dict[str, tuple[str, list[int]]]:
-        """What `complete` makes of splits of these sizes: for each, the split its rows are of, and their numbers."""
+        """Apply `complete` to splits of these sizes; return, by split, where its rows are from and their numbers."""
         numbers = {split: Dataset.from_dict({"row": range(size)}) for split, size in sizes.items()}
         chosen = self.complete(DatasetDict(numbers), seed, groups=groups)
         return {split: (split if split in sizes else "train", rows["row"][:]) for split, rows in chosen.items()}
 
     def describe(self) -> str:
-        """What scores were measured on and what was trained on, by name, for the model card, which strangers read.
+        """Name the data that was evaluated and trained on, for the model card.
 
-        Of files and folders of this machine the last part of the path; a dataset of the Hub as it is written.
+        Local files and folders are named by the last part of their path, so that the public card reveals no more.
         """
         trained = self._names("train_file")
         measured = trained if self.validation_file is None else self._names("validation_file")
@@ -191,7 +192,7 @@ class SplitArguments:
 
 @dataclass
 class SplitsAndFileArguments(SplitArguments):
-    """The same, and a file of text to predict at the end, with or without any other data."""
+    """`SplitArguments`, and a text file to predict at the end, with or without any other data."""
 
     predict_file: str | None = option(None, "A text file to predict at the end.")
 

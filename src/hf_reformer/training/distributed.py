@@ -14,7 +14,7 @@ from transformers import Trainer
 def fsdp_policy(
     param_dtype: torch.dtype = torch.bfloat16, reduce_dtype: torch.dtype = torch.float32
 ) -> MixedPrecisionPolicy:
-    """Mixed precision for FSDP2 with which reversible layers stay exact and their memory independent of depth.
+    """Mixed precision for FSDP2 that keeps reversible layers exact and their memory independent of depth.
 
     accelerate's default policy casts the inputs of every layer, the residual streams included, so that they cannot be
     recomputed exactly. Pass this one to `FullyShardedDataParallelPlugin(mixed_precision_policy=...)`, or to a Trainer
@@ -26,7 +26,7 @@ def fsdp_policy(
 
 
 class RepeatedBatches(Sampler[int]):
-    """Repeats every batch of another sampler; the last batch is completed with the first indices.
+    """Repeats every batch of another sampler; the last batch is filled up with the first indices.
 
     If processes fetch batches in turn, `times` consecutive processes then get the same batch.
     """
@@ -52,11 +52,12 @@ class SequenceParallelTrainer(Trainer):
     are data parallel. Every group evaluates on the whole set.
 
     Args:
-        sequence_parallel_size: processes that share a sequence; divides their number and the attention heads.
+        sequence_parallel_size: number of processes that share a sequence; it must divide the numbers of processes and
+            attention heads.
         args, kwargs: as for `Trainer`.
 
     Raises:
-        ValueError: the number of processes is no multiple of `sequence_parallel_size`, or a dataset has no length.
+        ValueError: the number of processes is not a multiple of `sequence_parallel_size`, or a dataset has no length.
     """
 
     sequence_group: Any = None
@@ -78,7 +79,7 @@ class SequenceParallelTrainer(Trainer):
             model.enable_sequence_parallel(self.sequence_group)
 
     def call_model_init(self, trial: Any = None) -> Any:
-        """The Trainer may call `model_init` again when training begins."""
+        """Enable sequence parallelism again: the Trainer may call `model_init` when training begins."""
         model: Any = super().call_model_init(trial)
         model.enable_sequence_parallel(self.sequence_group)
         return model

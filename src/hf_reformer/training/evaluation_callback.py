@@ -1,4 +1,4 @@
-"""What callbacks share that log a few numbers of every layer after every evaluation."""
+"""Base class of callbacks that log a few numbers of every layer after each evaluation."""
 
 from abc import ABC, abstractmethod
 from itertools import islice
@@ -13,10 +13,10 @@ SIGNALS = ("input_values", "input_features", "pixel_values", "past_values", "pas
 
 
 class EvaluationCallback(TrainerCallback, ABC):
-    """Runs the first batches of an evaluation once more, in evaluation mode, and logs numbers of its layers.
+    """Runs the first batches of an evaluation again, in evaluation mode, and logs numbers of the model's layers.
 
-    Each as a mean over layers, by its name in `names`, and of every layer, with `_layer_0`, … behind. Where there are
-    several evaluation sets, their names stand in it as in the Trainer's own: `eval_dev_…`.
+    Each number is logged as a mean over layers, under its name in `names`, and for every layer, with the suffix
+    `_layer_0`, … With several evaluation sets, the names include the set's, as the Trainer's own do: `eval_dev_…`.
     """
 
     names: tuple[str, ...]
@@ -28,10 +28,10 @@ class EvaluationCallback(TrainerCallback, ABC):
 
     @abstractmethod
     def layer_numbers(self, model: torch.nn.Module, batch: dict[str, Any]) -> dict[int, torch.Tensor]:
-        """What `names` names, (len(names)) for each layer by its number; of a batch on the model's device."""
+        """Return the numbers that `names` lists, (len(names)), by layer number, for a batch on the model's device."""
 
     def judge(self, layers: dict[int, list[float]], step: int) -> None:
-        """For subclasses that also do something about what was logged of each layer."""
+        """Hook for subclasses that act on the logged numbers of each layer."""
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, model: Any = None, eval_dataloader: Any = None, metrics: Any = None,
@@ -42,7 +42,7 @@ class EvaluationCallback(TrainerCallback, ABC):
         training = model.training
         model.eval()
         try:
-            with torch.random.fork_rng(devices=[]):  # a loader draws a seed; training goes on as if it did not
+            with torch.random.fork_rng(devices=[]):  # a loader draws a seed, which must not affect training
                 batches = list(islice(eval_dataloader, self.batches))
             batches = [batch for batch in batches if 0 not in getattr(batch.get("input_ids"), "shape", ())]
             found = [self.layer_numbers(model, _on_device(batch, args.device)) for batch in batches]

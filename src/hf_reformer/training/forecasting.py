@@ -1,4 +1,4 @@
-"""Forecasting: the Trainer, scores, baselines and pictures of forecasts."""
+"""Forecasting: the Trainer, scores, baselines and plots."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,20 +14,23 @@ from transformers import EvalPrediction, Trainer
 from ..data.series import Windows, filled_forward, position_pairs
 from .trainers import RecipeMixin, SequentialEvalMixin
 
-SAMPLES = 100  # that scores and bands of a distribution are made of
+SAMPLES = 100  # samples of a distribution for its scores and bands
 BAND = (0.1, 0.9)
-FITTED = 5000  # windows that linear maps are fitted to
+FITTED = 5000  # maximum number of windows to fit linear maps to
 Scores = dict[str, float]
 
 
 def fit_skip(model: Any, train: Windows) -> None:
-    """Start the linear part of a new model at ridge regression, fitted to windows from all over the training data."""
+    """Initialize the linear part of a new model by ridge regression on windows spread over the training data."""
     chosen = np.linspace(0, len(train) - 1, min(len(train), FITTED)).astype(int)
     model.fit_skip(torch.utils.data.DataLoader(train.select(np.unique(chosen)), batch_size=256))
 
 
 class ForecastTrainer(RecipeMixin, SequentialEvalMixin, Trainer):
-    """A Trainer that predicts forecasts, their bands and their scores: (rows, P, S) each, in the data's units."""
+    """A Trainer whose predictions are forecasts, the bounds of their bands and their CRPS.
+
+    They are a tuple (forecast, low, high, crps) of shape (rows, P, S) each, in the data's units.
+    """
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -40,7 +43,7 @@ class ForecastTrainer(RecipeMixin, SequentialEvalMixin, Trainer):
                 return out.loss.detach(), None, None
             future, forecast = inputs["future_values"].float(), out.prediction_outputs.float()
             low = high = forecast
-            crps = (forecast - future).abs()  # that of one number
+            crps = (forecast - future).abs()  # the CRPS of a single number
             if unwrapped.config.loss == "nll":
                 known = {name: x for name, x in inputs.items() if not name.startswith("future_v")}
                 drawn = unwrapped.generate(**known, num_parallel_samples=SAMPLES).sequences.float()
@@ -54,16 +57,16 @@ def score(
     forecast: np.ndarray, truth: np.ndarray, std: np.ndarray, names: Sequence[str], predicted: Sequence[str],
     crps: np.ndarray | None = None, by_series: bool = False,
 ) -> Scores:  # fmt: skip
-    """Errors of (rows, P, S) forecasts, NaN in the truth not counted.
+    """Score (rows, P, S) forecasts, ignoring NaN in the truth.
+
+    Scores for which no truth is known are left out.
 
     Args:
         std: (S), by which errors are divided: `mse`, `mae` and `crps` are of standardized values.
         predicted: those of `names` that are to be predicted.
-        crps: (rows, P, S) continuous ranked probability scores; None: of single numbers, which is the absolute error.
-        by_series: also the root mean squared error of every series; and of positions, `ade` and `fde`: the mean
-            distance over all steps and at the last one. All in the data's units.
-
-    What nothing is known of has no score.
+        crps: (rows, P, S) continuous ranked probability scores; None: the absolute errors, as for single numbers.
+        by_series: add the root mean squared error of every series; and for positions, `ade` and `fde`: the mean
+            distance over all steps and at the last one. All of these are in the data's units.
     """
     chosen = [names.index(name) for name in predicted]
     error = (forecast - truth)[..., chosen] / std[chosen]
@@ -96,12 +99,13 @@ class ForecastScores:
 
 
 def baseline_forecasts(train: Windows, evaluated: Windows, season: int | None, rows: bool) -> dict[str, np.ndarray]:
-    """Forecasts of simple models, (rows, P, S).
+    """Compute forecasts of simple models, (rows, P, S).
 
     Args:
-        season: steps of a season, whose last one goes on.
-        rows: windows are rows of a table, with one linear model for all series; else of one course, with one linear
-            model of a series' past, less its last value, for every series (NLinear).
+        season: steps per season; the last season is repeated.
+        rows: True: windows are rows of a table, and a linear model maps the past of all series to their future.
+            False: windows are of one continuous table, and a linear model shared by all series maps the past of a
+            series, minus its last value, to its future (NLinear).
     """
     past, _ = evaluated.arrays()
     past, ahead = filled_forward(past), evaluated.lengths[1]
@@ -134,7 +138,7 @@ def _ridge(train: Windows, past: np.ndarray) -> np.ndarray:
 
 
 def _nlinear(train: Windows, past: np.ndarray) -> np.ndarray:
-    """Ridge regression (10) of the future on the past, both less the last value, shared by all series."""
+    """Ridge regression (alpha 10) of the future on the past, both minus the last value, shared by all series."""
     (before, ahead), series = train.lengths, past.shape[2]
     mean, std = np.nanmean(train.values, axis=0), np.nanstd(train.values, axis=0) + 1e-9
     chosen = np.linspace(0, len(train) - 1, min(len(train), FITTED)).astype(int)
@@ -156,7 +160,7 @@ def _nlinear(train: Windows, past: np.ndarray) -> np.ndarray:
 def draw_forecasts(
     file: Path, windows: Windows, predictions: Mapping[str, np.ndarray], names: Sequence[str], title: str, rows: bool
 ) -> None:
-    """Past, true future, forecast and band: of up to four series of one window, or of one series of up to six rows."""
+    """Plot past, future, forecast and band of up to four series of one window, or one series of up to six rows."""
     count = min(6 if rows else 4, len(windows) if rows else len(names))
     figure = Figure(figsize=(9, 2.1 * count), layout="constrained")
     before, ahead = windows.lengths
@@ -181,7 +185,7 @@ def draw_forecasts(
 
 
 def draw_trajectories(file: Path, past: np.ndarray, truth: np.ndarray, forecast: np.ndarray, title: str) -> None:
-    """Nine rows on the plane: (rows, N, 2) positions of past, true future and forecast."""
+    """Plot nine rows in the plane, given (rows, N, 2) positions of past, true future and forecast."""
     figure = Figure(figsize=(10, 10), layout="constrained")
     for axes, row in zip(figure.subplots(3, 3).flat, np.linspace(0, len(past) - 1, 9).astype(int), strict=True):
         for points, style in ((past, "k.-"), (truth, "k:"), (forecast, "b-")):

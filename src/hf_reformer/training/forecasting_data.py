@@ -1,4 +1,4 @@
-"""What a forecasting model is trained on: options, windows of tables by step and by row, fields of its config."""
+"""Data of a forecasting model: options, windows of tables by step or by row, and config fields."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ COUNTS = "negative_binomial"
 
 @dataclass
 class SeriesArguments(SplitArguments):
-    """Options of series: which columns, how they are cut into windows, what a new model makes of them."""
+    """Options for time series: their columns, how they are cut into windows, and what a new model does with them."""
 
     train_file: str | None = option(
         None, "csv, tsv, json, jsonl or parquet file: one time step per row, or one window per row."
@@ -99,7 +99,7 @@ class SeriesArguments(SplitArguments):
             raise ValueError(f"{wrong} shifts values, and counts ({COUNTS}) cannot be shifted. Leave it out.")
 
     def check_saved(self, name: str, saved: Any) -> None:
-        """Raise ValueError for options that say something else than the config of the saved model `name`."""
+        """Raise ValueError for options that contradict the config of the saved model `name`."""
         scaling = NONE if saved.scaling is None else saved.scaling
         fields = {"distribution": saved.distribution_output, "scaling": scaling}
         fields |= {"time_features": saved.num_time_features > 0}
@@ -116,7 +116,7 @@ class SeriesArguments(SplitArguments):
         check_same_as_saved(name, self, fields)
 
     def names_of(self, saved: Any) -> list[str] | None:
-        """The series to read, in the order of the saved model; None: those that are found."""
+        """Return the series to read, in the order of the saved model; None: all that are found."""
         if saved is None or saved.series_names is None:
             return self.series
         if self.series is not None and set(self.series) != set(saved.series_names):
@@ -127,12 +127,12 @@ class SeriesArguments(SplitArguments):
         return list(saved.series_names)
 
     def uses_frames(self, saved: Any) -> bool:
-        """Whether positions of rows are relative."""
+        """Whether positions in rows are to be made relative."""
         return self.relative_positions is not False if saved is None else saved.relative_positions
 
 
 class Series(NamedTuple):
-    """Windows of every split, and what is known of all of them."""
+    """Windows of every split, and what they have in common."""
 
     names: list[str]
     predicted: list[str]
@@ -140,11 +140,14 @@ class Series(NamedTuple):
     by_row: bool
     mean: np.ndarray  # (S), of the training data
     std: np.ndarray
-    frames: dict[str, Frame | None]  # of rows whose positions are relative
+    frames: dict[str, Frame | None]  # None unless positions are relative
 
 
 def load(data: SeriesArguments, saved: Any, seed: int) -> Series:
-    """Read all splits and cut them into windows; hold out validation data, the last ones in time, if there is none."""
+    """Read all splits and cut them into windows, holding out validation data if there is none.
+
+    Those are the last steps of a table by step, or random rows of a table by row.
+    """
     splits = data.read()
     first = next(iter(splits.values()))
     if has_row_windows(first, data.past_prefix):
@@ -159,10 +162,10 @@ def load(data: SeriesArguments, saved: Any, seed: int) -> Series:
 
 
 def read_steps(part: Dataset, data: SeriesArguments, saved: Any, names: Sequence[str] | None) -> SeriesTable:
-    """A table with a row a step, for a saved model or a new one.
+    """Read a table with one step per row, for a saved or new model.
 
     Args:
-        names: of the series, which the model or an earlier split has; None: those that are found.
+        names: names of the series, from the model or an earlier split; None: all that are found.
     """
     if saved is not None and saved.relative_positions:
         raise ValueError(
@@ -180,10 +183,10 @@ def read_steps(part: Dataset, data: SeriesArguments, saved: Any, names: Sequence
 def read_rows(
     part: Dataset, data: SeriesArguments, saved: Any, known: RowWindows | None
 ) -> tuple[RowWindows, Frame | None]:
-    """Windows of a table with a window a row, for a saved model or a new one; their frame, if positions are relative.
+    """Read a table with one window per row, for a saved or new model; also return the frame of relative positions.
 
     Args:
-        known: an earlier split, whose series and lengths this one is to have.
+        known: an earlier split, whose series and lengths this one must have.
     """
     if known is not None:
         steps, names, predicted = (known.past.shape[1], known.future.shape[1]), known.names, known.predicted
@@ -259,7 +262,7 @@ def _load_tables(data: SeriesArguments, tables: dict[str, SeriesTable], saved: A
                 f"The {split} data has no times, so it is unknown whether it continues other data: it is treated as "
                 "a separate series, whose first steps serve only as context."
             )
-        joins = history is not None and steps is not None  # then the past may reach back
+        joins = history is not None and steps is not None  # then the past may reach into earlier data
         history = courses[split] = joined(history, table, steps) if joins else table
         count = len(history.values)
         earliest = count - len(table.values) if joins else min(before, max(1, count - ahead))
@@ -273,7 +276,7 @@ def _load_tables(data: SeriesArguments, tables: dict[str, SeriesTable], saved: A
                 f"The {split} data{origin} has {len(table.values)} steps, too few for a window of {ahead} steps to "
                 f"predict. {way} or lower --prediction_length."
             )
-        if not split.startswith("test"):  # from a future that nobody knows nothing is learned
+        if not split.startswith("test"):  # windows with an entirely unknown future are useless
             known = np.append(0, np.cumsum(~np.isnan(history.values).all(axis=1)))
             found = found[known[found + ahead] > known[found]]
             if not len(found):
@@ -290,7 +293,7 @@ def _load_tables(data: SeriesArguments, tables: dict[str, SeriesTable], saved: A
 
 
 def time_features(table: SeriesTable, data: SeriesArguments, saved: Any, have_times: bool) -> np.ndarray | None:
-    """Calendar features of every step, (N, F); None if the model takes none."""
+    """Compute the calendar features of every step, (N, F); None if the model takes none or there are no times."""
     wanted = data.time_features is not False if saved is None else saved.num_time_features > 0
     if saved is not None and wanted and not have_times:
         raise ValueError("The model was trained with times, and there are none. Name their column by --time_column.")
@@ -306,7 +309,7 @@ def time_features(table: SeriesTable, data: SeriesArguments, saved: Any, have_ti
 
 
 def _units(saved: Any, train: np.ndarray | None, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of every series: those of the saved model, or of the training data."""
+    """Mean and standard deviation of every series, from the saved model or else the training data."""
     if saved is not None and saved.series_mean is not None:
         if len(saved.series_mean) != len(names):
             raise ValueError(
@@ -319,11 +322,11 @@ def _units(saved: Any, train: np.ndarray | None, names: Sequence[str]) -> tuple[
         if np.isnan(values).all():
             raise ValueError(f"The series `{name}` has no value in the training data. Leave it out by --series.")
     mean, std = np.nanmean(train, axis=0), np.nanstd(train, axis=0)
-    return mean, np.where(std > 1e-9, std, 1.0)  # a constant series is 0
+    return mean, np.where(std > 1e-9, std, 1.0)  # constant series become 0
 
 
 def fields_of(series: Series, data: SeriesArguments) -> dict[str, Any]:
-    """Fields of a new model's config."""
+    """Return the config fields of a new model."""
     window = next(iter(series.windows.values()))
     before, ahead = window.lengths
     mix = series.by_row if data.mix_series is None else data.mix_series
@@ -345,7 +348,7 @@ def fields_of(series: Series, data: SeriesArguments) -> dict[str, Any]:
 
 
 def in_data_units(x: np.ndarray, names: Sequence[str], frame: Frame | None) -> np.ndarray:
-    """(rows, N, S) with positions as the data has them, not relative ones."""
+    """Convert relative positions in (rows, N, S) values back to those of the data."""
     if frame is None:
         return x
     x = np.array(x, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""What hashing finds of exact attention, in numbers for logs: a callback of the Trainer."""
+"""A Trainer callback that logs how much of exact attention hashing finds."""
 
 from typing import Any
 
@@ -17,15 +17,15 @@ LOW_ENTROPY = 0.5  # below it, a few buckets hold nearly all tokens
 
 
 class AttentionFoundCallback(EvaluationCallback):
-    """Logs after every evaluation what hashing finds, as a mean over lsh layers and of every lsh layer.
+    """Logs what hashing finds after every evaluation, as a mean over LSH layers and for each of them.
 
-    `eval_attention_found`: the share of exact attention that falls on pairs that a layer shows (`attention_found`);
-    `eval_bucket_entropy`: 1 where all buckets are equally full, 0 where one holds everything; `eval_fullest_bucket`:
-    tokens in the fullest bucket, as a multiple of an even share. The same of a layer with `_layer_1`, … behind; the
-    layers of a decoder follow those of its encoder.
+    `eval_attention_found`: the share of exact attention that falls on pairs visible to the layer (`attention_found`);
+    `eval_bucket_entropy`: 1 if all buckets are equally full, 0 if one holds everything; `eval_fullest_bucket`: tokens
+    in the fullest bucket, as a multiple of an even share. The numbers of a single layer have the suffix `_layer_1`, …;
+    a decoder's layers follow those of its encoder.
 
-    Warns once per layer whose entropy is below 0.5 in two evaluations with training between them: its hash orders show
-    little more than its position order. The recipes use this callback; with another Trainer, add it:
+    Warns once per layer whose entropy is below 0.5 in two evaluations with training between them: its hash orders then
+    show little more than its position order. The recipes use this callback; with another Trainer, add it:
 
     ```python
     trainer.add_callback(AttentionFoundCallback(trainer))
@@ -37,16 +37,16 @@ class AttentionFoundCallback(EvaluationCallback):
     def __init__(self, trainer: Trainer, batches: int = 1, sequences: int = 4, queries: int = 64):
         """
         Args:
-            trainer: whose `log` is used, so that the numbers go wherever its others go.
-            batches: how many of the evaluation's batches are looked at.
-            sequences: how many of a batch, at most.
-            queries: of a sequence, at most; memory grows with this number times the length.
+            trainer: the Trainer, whose `log` receives the numbers.
+            batches: number of evaluation batches to use.
+            sequences: maximum number of sequences per batch.
+            queries: maximum number of queries per sequence; memory grows with this number times the length.
         """
         super().__init__(trainer, batches)
         if not has_hashing_layers(trainer.model):
             raise ValueError("AttentionFoundCallback looks at lsh layers, and the model has none. Leave it out.")
         self.sequences, self.queries = sequences, queries
-        self.low: dict[int, int] = {}  # layers of low entropy: the step of the first such evaluation
+        self.low: dict[int, int] = {}  # layer of low entropy → step of the first such evaluation
         self.warned: set[int] = set()
 
     def layer_numbers(self, model: torch.nn.Module, batch: dict[str, Any]) -> dict[int, torch.Tensor]:
@@ -55,11 +55,11 @@ class AttentionFoundCallback(EvaluationCallback):
         if config.is_encoder_decoder:
             names = (*INPUTS, "decoder_input_ids", "decoder_attention_mask", "labels")
         inputs = {name: batch[name][: self.sequences] for name in names if batch.get(name) is not None}
-        if "labels" in inputs:  # padding of the target is none of its tokens
+        if "labels" in inputs:  # padding is not part of the target
             targets = (inputs["labels"] != IGNORE).long()
             inputs.setdefault("decoder_attention_mask", targets.flip(-1).cummax(-1).values.flip(-1))
         if getattr(model, "can_generate", lambda: False)():
-            inputs["logits_to_keep"] = 1  # so that no batch of logits is held
+            inputs["logits_to_keep"] = 1  # so that the logits take little memory
         found = attention_found(model, inputs, self.queries)
         return {x.layer: torch.stack([x.found, x.bucket_entropy, x.fullest_bucket]).mean(-1) for x in found}
 

@@ -1,4 +1,4 @@
-"""What a recipe starts with: its command line, a tokenizer, and a saved or new model."""
+"""Setup of a recipe: its command line, a tokenizer, and a saved or new model."""
 
 import argparse
 import ast
@@ -29,15 +29,15 @@ from .trainers import checkpoint_to_resume, force_cpu_backend
 
 logger = logging.get_logger(__name__)
 
-# Where a small Reformer that is trained from scratch needs other settings than `TrainingArguments` has.
+# Defaults that differ from those of `TrainingArguments`, for a small Reformer trained from scratch.
 DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 5, "learning_rate": 1e-3, "warmup_steps": 0.1, "weight_decay": 0.01,
     "per_device_train_batch_size": 16, "per_device_eval_batch_size": 16,
     "logging_steps": 10, "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 2,
 }  # fmt: skip
-# The split that each action needs. Without any of these options, the given files decide.
+# The option that asks for each split. Without any of these options, the given files decide.
 ACTIONS = {"train": "do_train", "validation": "do_eval", "test": "do_predict"}
-# Presets for an encoder that goes on training.
+# Presets for a saved encoder that is trained further.
 SAVED_MODEL = {"--model_name_or_path": {"learning_rate": 2e-4, "num_train_epochs": 3}}
 SIZES = (
     "hidden_size", "attn_layers", "num_attention_heads", "attention_head_size", "feed_forward_size", "num_hashes",
@@ -63,7 +63,7 @@ _AT_LEAST_1 = (
     *("gradient_accumulation_steps", "eval_accumulation_steps"),
     *("per_device_train_batch_size", "per_device_eval_batch_size"),
 )
-# What numbers options may be, in whatever recipe: a rule in words, the rule, the names of the options.
+# Limits of numeric options in all recipes: the rule in words, the rule, the names of the options.
 LIMITS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("between 0 and 1", lambda x: 0 < x < 1, ("validation_fraction",)),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, ("item_dropout",)),
@@ -78,7 +78,7 @@ LIMITS: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
 
 
 def check_options(options: Any) -> None:
-    """Raise ValueError for a number, an attribute of `options`, outside of its `LIMITS`; None is no number."""
+    """Raise ValueError if an attribute of `options` is a number outside its `LIMITS`; None is allowed."""
     for words, allowed, names in LIMITS:
         for name in names:
             value = getattr(options, name, None)
@@ -87,7 +87,7 @@ def check_options(options: Any) -> None:
 
 
 def option(default: Any, help: str, choices: Sequence[str] | None = None, aliases: Sequence[str] = ()) -> Any:
-    """A field of a recipe's options; a list is copied for every instance."""
+    """Make a dataclass field for a recipe's option; a default list is copied for every instance."""
     value = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return HfArg(help=help, aliases=list(aliases), metadata={"choices": choices} if choices else None, **value)
 
@@ -110,7 +110,7 @@ class BackboneArguments:
 
 @dataclass
 class ModelArguments(BackboneArguments):
-    """The same, and a tokenizer."""
+    """`BackboneArguments`, and a tokenizer."""
 
     tokenizer: str | None = option(
         None,
@@ -121,7 +121,7 @@ class ModelArguments(BackboneArguments):
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Hides defaults of None and of the actions, and the dashed spelling of options; keeps line breaks."""
+    """Hides the defaults None and those of the actions, and dashed spellings of options; keeps line breaks."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         says_nothing = action.default is None or action.dest in ACTIONS.values()
@@ -141,16 +141,16 @@ def parse_arguments(
     defaults: Mapping[str, Any],
     presets: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[Any, ...]:
-    """Read a recipe's command line into instances of `classes`.
+    """Parse a recipe's command line into instances of `classes`.
 
     Args:
-        classes: the last one is `TrainingArguments` or a subclass of it.
-        arguments: default: those of the process. A JSON or YAML file of arguments may stand for all of them.
-        defaults: besides `DEFAULTS`; they replace the defaults of `classes`.
-        presets: further defaults, for the case that a flag is given.
+        classes: dataclasses of options; the last one is `TrainingArguments` or a subclass of it.
+        arguments: the arguments, or a single JSON or YAML file of them. Default: those of the process.
+        defaults: in addition to `DEFAULTS`; both replace the defaults of `classes`.
+        presets: further defaults for each flag, used if the flag is given.
 
     Raises:
-        ValueError: a number is outside of its `LIMITS`, or evaluation is asked for and forbidden.
+        ValueError: a number is outside its `LIMITS`, or evaluation is both requested and turned off.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if len(arguments) == 1 and arguments[0].lower().endswith((".json", ".yaml", ".yml")):
@@ -168,7 +168,7 @@ def parse_arguments(
     if requested[1] is False or (any(requested) and not requested[1]):
         parser.set_defaults(eval_strategy="no")
     *parsed, args = parser.parse_args_into_dataclasses(arguments)
-    args.do_train, args.do_eval, args.do_predict = requested  # None: nothing was said
+    args.do_train, args.do_eval, args.do_predict = requested  # None: not given
     if requested[1] is False and args.eval_strategy != "no":
         raise ValueError(
             f"--eval_strategy {args.eval_strategy.value} evaluates, and --do_eval False does not. Leave one out."
@@ -179,7 +179,7 @@ def parse_arguments(
         check_options(options)
     check_report_to(args.report_to)
     args.resume_from_checkpoint = checkpoint_to_resume(args)
-    args.dataloader_pin_memory &= torch.accelerator.is_available()  # where there is none, torch would warn
+    args.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, torch would warn
     return *parsed, args
 
 
@@ -196,9 +196,9 @@ def run_recipe(
     """Parse the command line (`parse_arguments`), check the options before anything is read, and run a recipe.
 
     Args:
-        run: reads the data, trains and reports; of a recipe with `predict`, returns whether a model was trained.
-        predict: (options of the data, folder of the model that was trained or given, `TrainingArguments`) → prints
-            what that model says of `--predict_file`, by the main process.
+        run: reads the data, trains and reports; for a recipe with `predict`, returns whether a model was trained.
+        predict: called in the main process with the data options, the folder of the trained or given model, and the
+            `TrainingArguments`; prints the model's predictions for `--predict_file`.
     """
     data, model, args = parse_arguments(recipe, description, classes, arguments, defaults, presets)
     data.check(model, args)
@@ -208,7 +208,7 @@ def run_recipe(
 
 
 def arguments_of_file(file: Path) -> list[str]:
-    """The options that a JSON or YAML file of names and values holds, as on a command line. None leaves one out."""
+    """Convert a JSON or YAML file of option names and values to command-line arguments; None leaves an option out."""
     if not file.is_file():
         raise ValueError(f"There is no file `{file}` of arguments.")
     text = read_text(file)
@@ -229,14 +229,14 @@ def arguments_of_file(file: Path) -> list[str]:
 
 
 def _given_options(parser: HfArgumentParser, classes: Sequence[Any], arguments: list[str]) -> dict[str, Any]:
-    """The options that `arguments` name, with their values. The parser loses its defaults."""
+    """Return the options given in `arguments`, with their values. The parser loses its defaults."""
     absent = object()
     parser.set_defaults(**{field.name: absent for one in classes for field in fields(one) if field.init})
     return {name: x for name, x in vars(parser.parse_known_args(arguments)[0]).items() if x is not absent}
 
 
 def check_report_to(names: list[str]) -> None:
-    """Raise an error, before anything is read, for a tracker that is unknown or not installed."""
+    """Raise an error for a tracker that is unknown or not installed, before any data is read."""
     for tracker in get_reporting_integration_callbacks(names):
         try:
             tracker()
@@ -245,7 +245,7 @@ def check_report_to(names: list[str]) -> None:
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
-    """`"a=1,b=(2,3),c=word"` as a dictionary."""
+    """Parse a string like `"a=1,b=(2,3),c=word"` into a dictionary."""
 
     def value(word: str) -> Any:
         try:
@@ -265,18 +265,18 @@ def make_tokenizer(
     pairs: bool = False,
     causal: bool = False,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer that `args` name; it truncates at `max_length`. `texts` are read only to train one.
+    """Make the tokenizer that `args` specify, which truncates at `max_length`; `texts` are only read to train one.
 
-    One without a padding token pads with another special token.
+    A tokenizer without a padding token pads with another special token.
 
     Args:
-        offsets: places in texts are found by it, so it is to tell which characters its tokens stand for, and pads and
-            truncates on the right.
-        pairs: a new tokenizer also tells which text of a pair each token belongs to (`token_type_ids`).
+        offsets: the tokenizer must map tokens to characters; it pads and truncates on the right.
+        pairs: a new tokenizer also returns which text of a pair each token belongs to (`token_type_ids`).
         causal: a new tokenizer adds no end token, so that the model can continue the text.
 
     Raises:
-        ValueError: a directory that `args` name holds links to files elsewhere; it tells no offsets.
+        ValueError: a directory in `args` contains links to files elsewhere, or `offsets` are needed and the tokenizer
+            is not a fast one.
     """
     for given in {args.tokenizer, args.model_name_or_path} - {None}:
         if Path(given).is_dir():
@@ -303,10 +303,10 @@ def make_tokenizer(
 
 
 def for_pairs(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> ModelArguments:
-    """The same with defaults for a new model that compares two texts, which `--config_overrides` replace.
+    """Add defaults for a new model that compares two texts; `--config_overrides` take precedence.
 
-    Half of the heads of LSH layers find what both texts say, wherever it stands. An embedding tells which text a token
-    belongs to, if the tokenizer does.
+    Half of the heads of LSH layers compare content alone (`lsh_rotary=0.5`), so that they find what both texts say
+    wherever it occurs. If the tokenizer returns `token_type_ids`, the model embeds them.
     """
     if args.model_name_or_path is not None:
         return args
@@ -324,11 +324,11 @@ def make_model(
     trains: bool = True,
     **fields: Any,
 ) -> PreTrainedModel:
-    """The saved model with the head of `auto_class`, or a new one for sequences of up to `max_length` tokens.
+    """Load the saved model with the head of `auto_class`, or make a new one for up to `max_length` tokens.
 
     Args:
-        tokenizer: None: the model reads no text.
-        trains: False: a saved model must have all weights, since none is learned.
+        tokenizer: the tokenizer; None: the model reads no text.
+        trains: whether the model is to be trained; if not, a saved model must have all weights.
         fields: further fields of the config, such as labels.
 
     Raises:
@@ -360,9 +360,9 @@ def make_model(
 
 
 def check_same_as_saved(name: str, given: Any, saved: Mapping[str, Any]) -> None:
-    """Raise ValueError for options, attributes of `given`, that are given and are not those of the saved model `name`.
+    """Raise ValueError for options, attributes of `given`, that are set and differ from the saved model `name`.
 
-    Its weights and its data would not fit together otherwise, and what cannot be followed is not passed over.
+    Its weights would not fit the data otherwise, and options that cannot be honored must not be ignored silently.
     """
     for option, value in saved.items():
         wanted = getattr(given, option)
@@ -374,7 +374,7 @@ def check_same_as_saved(name: str, given: Any, saved: Mapping[str, Any]) -> None
 
 
 def load_trained(auto_class: Any, name: str) -> PreTrainedModel:
-    """A saved model that answers as it is.
+    """Load a saved model for inference.
 
     Raises:
         ValueError: it lacks weights, or was saved for another task.
@@ -384,7 +384,7 @@ def load_trained(auto_class: Any, name: str) -> PreTrainedModel:
 
 
 def _check_overrides(auto_class: Any, name: str, saved: Any, config: Any) -> None:
-    """Raise ValueError for a config that needs other weights than the saved one."""
+    """Raise ValueError for a config that needs different weights than the saved one."""
 
     def shapes(config: Any) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
@@ -401,7 +401,7 @@ def _check_overrides(auto_class: Any, name: str, saved: Any, config: Any) -> Non
 
 
 def _load_saved(auto_class: Any, name: str, config: Any, num_labels: int, trains: bool) -> PreTrainedModel:
-    """A saved model. Its head is new where the folder has none, or one for other labels, which a warning names."""
+    """Load a saved model. Its head is new if none was saved, or one for other labels, which a warning reports."""
     options = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, report = auto_class.from_pretrained(name, **options)
     new_head = {}

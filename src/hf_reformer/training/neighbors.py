@@ -10,10 +10,10 @@ from sklearn.utils.extmath import randomized_svd
 
 
 def co_occurrences(sequences: Sequence[np.ndarray], count: int, window: int) -> sparse.csr_matrix:
-    """How often two tokens stand within `window` steps of each other, (count, count), symmetric.
+    """Count how often two tokens occur within `window` steps of each other: a symmetric (count, count) matrix.
 
     Args:
-        sequences: token ids below `count`, such as the items that a user had, oldest first.
+        sequences: token ids below `count`, such as the items of a user, oldest first.
     """
     counts = sparse.csr_matrix((count, count))
     for step in range(1, window + 1):
@@ -24,10 +24,10 @@ def co_occurrences(sequences: Sequence[np.ndarray], count: int, window: int) -> 
 
 
 def ppmi_embeddings(counts: sparse.csr_matrix, size: int) -> np.ndarray:
-    """Vectors (count, size) that are similar for tokens with the same neighbors; zero without any.
+    """Compute vectors (count, size) that are similar for tokens with the same neighbors; zero for tokens without any.
 
-    The singular vectors of the positive pointwise mutual information (PPMI), times the roots of its singular values
-    (Levy and Goldberg 2014, section 4).
+    They are the singular vectors of the positive pointwise mutual information (PPMI), times the square roots of its
+    singular values (Levy and Goldberg 2014, section 4).
     """
     pairs, totals = counts.tocoo(), np.asarray(counts.sum(1)).ravel()
     pmi = np.log(pairs.data * totals.sum() / (totals[pairs.row] * totals[pairs.col]))

@@ -1,4 +1,4 @@
-"""Pre-training on the texts of a task: masked tokens, next tokens or denoising; then the task goes on from there."""
+"""Pre-training on the texts of a task, by masked tokens, next tokens or denoising, before training on the task."""
 
 from collections.abc import Iterable
 from copy import copy
@@ -45,7 +45,7 @@ class PretrainingArguments(SplitArguments):
 
 @dataclass
 class MaskedPretrainingArguments(PretrainingArguments):
-    """Options of a recipe whose model has an encoder, which pre-training gives masked texts."""
+    """Options of a recipe whose model has an encoder, which is pre-trained on masked texts."""
 
     mlm_probability: float = option(0.15, "Share of tokens to mask in pretraining.")
 
@@ -59,16 +59,18 @@ def pretrain(
     max_length: int,
     head: Any = AutoModelForMaskedLM,
 ) -> ModelArguments:
-    """Pre-train a model on pieces of token ids, and name it as the one to start from. Without steps: nothing changes.
+    """Pre-train a model on pieces of token ids and return `model_args` that start from it.
 
-    It lies below the directory of the run. A run that is resumed goes on with its pre-training, or uses its result.
+    Without `pretrain_steps`, `model_args` are returned unchanged. The model is saved below the output directory of the
+    run. A resumed run continues its pre-training, or uses the result of it.
 
     Args:
-        head: decides what is learned. `AutoModelForMaskedLM`: masked tokens; `AutoModelForCausalLM`: the next token;
-            `AutoModelForSeq2SeqLM`: to write the whole text from a masked one (denoising).
+        head: determines the objective. `AutoModelForMaskedLM`: predict masked tokens; `AutoModelForCausalLM`: predict
+            the next token; `AutoModelForSeq2SeqLM`: write the whole text given a masked one (denoising).
 
     Raises:
-        ValueError: the pieces are too short, the tokenizer has no mask token, or there is no result to go on from.
+        ValueError: the pieces are too short, the tokenizer has no mask token, or a resumed run has no pre-trained
+            model.
     """
     if not data.pretrain_steps:
         return model_args
@@ -109,5 +111,5 @@ def pretrain(
     train_and_save(trainer, f"Pre-training: {len(sequences):,} sequences of {length} tokens")
     trainer.accelerator.wait_for_everyone()
     args.resume_from_checkpoint = None
-    set_seed(args.seed)  # the task begins alike, however pre-training came here
+    set_seed(args.seed)  # the task starts from the same random state, whether or not pre-training was resumed
     return result

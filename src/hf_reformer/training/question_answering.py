@@ -1,4 +1,4 @@
-"""Question answering by spans of a document: SQuAD's scores, a Trainer that evaluates spans, baselines, pictures."""
+"""Extractive question answering: SQuAD's scores, a Trainer that evaluates spans, baselines and plots."""
 
 import math
 import re
@@ -20,7 +20,7 @@ from .trainers import GroupedTrainer
 
 
 class Example(NamedTuple):
-    """A question to a document. `answers`: texts and where each begins; empty: there is none; None: unknown."""
+    """A question about a document. `answers`: (text, start) pairs; empty if there is no answer, None if unknown."""
 
     id: str
     question: str
@@ -32,18 +32,18 @@ class Example(NamedTuple):
 
 
 def normalized(answer: str) -> list[str]:
-    """The words of an answer in lower case, without punctuation and articles."""
+    """Return the words of an answer in lower case, without punctuation and articles."""
     text = "".join(character for character in answer.lower() if character not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
 def exact_match(answer: str, gold: str) -> float:
-    """1 if both have the same words, else 0."""
+    """Return 1 if both have the same words, else 0."""
     return float(normalized(answer) == normalized(gold))
 
 
 def f1(answer: str, gold: str) -> float:
-    """The F1 of the words of both. Where one has no words, 1 if the other has none either."""
+    """Compute the F1 score of the words of both. If one has no words: 1 if the other has none either, else 0."""
     found, wanted = normalized(answer), normalized(gold)
     if not found or not wanted:
         return float(found == wanted)
@@ -52,13 +52,13 @@ def f1(answer: str, gold: str) -> float:
 
 
 def score_one(answer: str, golds: Sequence[str]) -> tuple[float, float]:
-    """Exact match and F1 with the best of several answers; answers without a word count as "no answer"."""
+    """Compute exact match and F1 against the best of several answers; answers without words count as "no answer"."""
     golds = [gold for gold in golds if normalized(gold)] or [""]
     return max(exact_match(answer, gold) for gold in golds), max(f1(answer, gold) for gold in golds)
 
 
 def score_answers(answers: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Means over all questions, from 0 to 100; where some have no answer, also over each of the two kinds."""
+    """Average the scores over all questions, from 0 to 100; if only some have an answer, also over each kind."""
     scores = np.array([score_one(answer, some) for answer, some in zip(answers, golds, strict=True)]) * 100
     has_answer = np.array([len(some) > 0 for some in golds])
     found = {"exact_match": scores[:, 0].mean(), "f1": scores[:, 1].mean()}
@@ -73,7 +73,7 @@ def score_answers(answers: Sequence[str], golds: Sequence[Sequence[str]]) -> dic
 
 @dataclass
 class SpanCollator:
-    """Pads inputs and, with -1, the characters that their tokens stand for; takes whatever else rows hold."""
+    """Pads inputs, and the character offsets of their tokens with -1; stacks positions and row numbers, if any."""
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -91,9 +91,9 @@ class SpanCollator:
 
 
 class SpanTrainer(GroupedTrainer):
-    """A Trainer whose predictions are the best spans of every document, and whose labels are numbers of examples.
+    """A Trainer whose predictions are the best spans of every document, and whose label ids are example numbers.
 
-    Predictions: (rows, 1 + count, 2) int64, the first and the last character + 1 of every span, best first, after the
+    Predictions: (rows, 1 + count, 2) int64, start and exclusive end (characters) of the spans, best first, after the
     null position; and (rows, 1 + count) float32, their log-probabilities, -inf where there are fewer spans.
     """
 
@@ -112,7 +112,7 @@ class SpanTrainer(GroupedTrainer):
         scores = torch.full((len(row), 1 + self.count), -math.inf)
         for i, real in enumerate(prepared["attention_mask"].bool()):
             places = starts[i][real].cpu(), ends[i][real].cpu()
-            solid = places[1] > places[0]  # white space is empty
+            solid = places[1] > places[0]  # white space has no width
             logits = (x[i][real].cpu() for x in (output.start_logits, output.end_logits))
             first, last = (log_probabilities(x, solid) for x in logits)
             scores[i, 0] = first[0] + last[0]
@@ -125,7 +125,7 @@ class SpanTrainer(GroupedTrainer):
 
 
 class Answer(NamedTuple):
-    """A place in a document, and its probability; the empty answer from 0 to 0 is "no answer"."""
+    """A span of a document and its probability; the empty span from 0 to 0 means "no answer"."""
 
     text: str
     start: int
@@ -138,19 +138,19 @@ NO_ANSWER = Answer("", 0, 0, 0.0)
 
 @dataclass
 class Reader:
-    """Makes answers of what `SpanTrainer` predicts, and scores them: its `compute_metrics`.
+    """`compute_metrics` for `SpanTrainer`: turns its predictions into answers and scores them.
 
     Args:
-        examples: those of all splits that are evaluated, in the order of their numbers.
-        threshold: how much likelier, as a difference of logarithms, than the best span "no answer" must be to be
-            given; None: every question has an answer.
+        threshold: "no answer" is given if its log-probability exceeds that of the best span by more than this; None:
+            every question has an answer.
+        examples: the examples of all evaluated splits, in the order of their numbers.
     """
 
     threshold: float | None
     examples: list[Example] = field(default_factory=list)
 
     def answers(self, context: str, spans: np.ndarray, scores: np.ndarray) -> list[Answer]:
-        """The answers to one question, best first."""
+        """Return the answers to one question, best first."""
         found = []
         for (start, end), score in zip(spans[1:].tolist(), scores[1:].tolist(), strict=True):
             if score > -math.inf:
@@ -171,7 +171,7 @@ class Reader:
 
 
 def gold_texts(example: Example) -> list[str]:
-    """The texts of an example's true answers."""
+    """Return the texts of an example's true answers."""
     return [text for text, _ in example.answers or ()]
 
 
@@ -179,12 +179,12 @@ def gold_texts(example: Example) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """A text cut behind full stops, question and exclamation marks that white space follows."""
+    """Split a text after periods, question marks and exclamation marks that are followed by white space."""
     return [sentence for sentence in re.split(r"(?<=[.!?])\s+", text.strip()) if sentence] or [text]
 
 
 def baselines(examples: Sequence[Example], version_2: bool) -> dict[str, dict[str, float]]:
-    """The scores of the whole document, of the sentence most similar to the question, and of never answering."""
+    """Score answering with the whole document, with the sentence most similar to the question, and never answering."""
     golds = [gold_texts(example) for example in examples]
     similarity = word_similarity(example.context for example in examples)
     if similarity is None:
@@ -200,13 +200,13 @@ def baselines(examples: Sequence[Example], version_2: bool) -> dict[str, dict[st
     return found | ({"no answer": score_answers([""] * len(golds), golds)} if version_2 else {})
 
 
-# --- pictures
+# --- plots
 
 _QUESTIONS = ("what", "which", "who", "when", "where", "how", "why")
 
 
 def kind_of_question(question: str) -> str:
-    """The first word that asks: who, when, how many …"""
+    """Return the first question word: who, when, how many, …; "other" if there is none."""
     words = re.findall(r"\w+", question.lower())
     for i, word in enumerate(words):
         if word in _QUESTIONS:
@@ -218,7 +218,7 @@ def kind_of_question(question: str) -> str:
 
 
 def draw_answers(file: Path, examples: Sequence[Example], answers: Sequence[Answer], title: str) -> None:
-    """Where the true answers lie in their documents and where they were found; F1 by kind of question."""
+    """Plot the true and predicted positions of answers in their documents, and F1 by question word."""
     scores = [score_one(one.text, gold_texts(x))[1] for x, one in zip(examples, answers, strict=True)]
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     places, bars = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""Recommending the next item: ranks, scores at k, a Trainer that ranks all items, baselines, pictures."""
+"""Next-item recommendation: ranks, scores at k, a Trainer that ranks all items, baselines and plots."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ from .neighbors import co_occurrences
 from .trainers import GroupedTrainer
 
 SPECIAL = {"pad_token": "<pad>", "bos_token": "<s>", "unk_token": "<unk>"}
-UNKNOWN = -1  # in the place of an item's id
-MISSED = 0.0  # in the place of a rank
+UNKNOWN = -1  # in place of an item id
+MISSED = 0.0  # in place of a rank
 
 
 class User(NamedTuple):
-    """What a user had, oldest first, and the item to be recommended, if it is known."""
+    """A user's items, oldest first, and the item to recommend, if it is known."""
 
     id: str
     history: list[str]
@@ -33,12 +33,12 @@ class User(NamedTuple):
 
 
 def item_tokenizer(items: Sequence[str], max_length: int) -> PreTrainedTokenizerFast:
-    """A tokenizer whose tokens are items: `"<s> 17 4"` of the text `"17 4"`.
+    """Make a tokenizer whose tokens are items: the text `"17 4"` becomes `"<s> 17 4"`.
 
-    Spaces are between items; if an id holds one, line ends are.
+    Items are separated by white space, or by line breaks if an id contains a space.
 
     Raises:
-        ValueError: an item is called as a special token is.
+        ValueError: an item has the same name as a special token.
     """
     if taken := sorted({*items} & {*SPECIAL.values()}):
         raise ValueError(f"The item {taken[0]} has the same name as a special token of the vocabulary. Rename it.")
@@ -55,7 +55,7 @@ def item_tokenizer(items: Sequence[str], max_length: int) -> PreTrainedTokenizer
 
 
 def generation_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """With which `generate` recommends: the likeliest items, none that was there before."""
+    """Settings with which `generate` recommends the likeliest items, without repeating any."""
     return {"do_sample": False, "no_repeat_ngram_size": 1, "suppress_tokens": sorted(tokenizer.all_special_ids)}
 
 
@@ -63,20 +63,21 @@ def generation_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def ranks_of(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Rank of every row's target from 1 on; equal scores share the mean of their ranks.
+    """Rank the target of each row, starting from 1; equal scores share the mean of their ranks.
 
     Args:
-        scores: (rows, items), -inf for what is not to be recommended; targets: (rows) int.
+        scores: (rows, items), -inf for items that must not be recommended.
+        targets: (rows) int.
     """
     own = np.take_along_axis(scores, targets[:, None], axis=1)
     return 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
 
 
 def scores_at(ranks: np.ndarray, sizes: Sequence[int]) -> dict[str, float]:
-    """Hit rate, NDCG and MRR of the first k recommendations, for every k; each user has one true item.
+    """Compute hit rate, NDCG and MRR of the first k recommendations for every k; each user has one true item.
 
     Args:
-        ranks: those of the true items, from 1 on; MISSED for an item that no model knows.
+        ranks: ranks of the true items, starting from 1; MISSED for items that are not in the vocabulary.
     """
     found = {}
     for size in sizes:
@@ -91,13 +92,13 @@ def scores_at(ranks: np.ndarray, sizes: Sequence[int]) -> dict[str, float]:
 
 
 def nearby_order(items: torch.Tensor, distance: float) -> torch.Tensor:
-    """An order (B, T) in which items have overtaken others that stood less than `distance` before them.
+    """Draw an order (B, T) in which items may overtake others that were less than `distance` places before them.
 
     Order within a session is mostly chance, which a model should not memorize (CL4SRec, Xie et al. 2022, reorders
     parts of histories for this reason).
 
     Args:
-        items: (B, T) bool, what may be moved; what comes before all items or after them stays.
+        items: (B, T) bool, True for the items that may be moved; what comes before or after all of them stays.
     """
     places = torch.arange(items.shape[1], device=items.device).expand(items.shape)
     moved = places + distance * torch.rand(items.shape, device=items.device)
@@ -107,7 +108,7 @@ def nearby_order(items: torch.Tensor, distance: float) -> torch.Tensor:
 
 @dataclass
 class ItemCollator:
-    """Pads training windows on the right, with their labels; histories to be continued on the left."""
+    """Pads training windows and their labels on the right, and histories to be continued on the left."""
 
     tokenizer: PreTrainedTokenizerBase
 
@@ -125,7 +126,7 @@ class ItemCollator:
 
 
 class RecommendationTrainer(GroupedTrainer):
-    """A Trainer whose predictions rank all items but those that the user had; its labels are the rows' numbers.
+    """A Trainer whose predictions rank all items that the user did not have; its label ids are row numbers.
 
     Predictions: (rows) float32, ranks of the targets; (rows, count) int64, the best items, UNKNOWN where there are
     fewer; (rows, count) float32, their log-probabilities.
@@ -136,7 +137,7 @@ class RecommendationTrainer(GroupedTrainer):
     reorder = 0.0
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """With items moved among their neighbors (`reorder`), and a part of what is read hidden (`item_dropout`)."""
+        """In training, move items among their neighbors (`reorder`) and hide some of the inputs (`item_dropout`)."""
         ids = inputs["input_ids"]
         tokenizer: Any = self.processing_class
         items = (ids != tokenizer.pad_token_id) & (ids != tokenizer.bos_token_id)
@@ -169,7 +170,7 @@ class RecommendationTrainer(GroupedTrainer):
 
 
 class RankScores:
-    """Scores at k of what `RecommendationTrainer` predicts: its `compute_metrics`."""
+    """`compute_metrics` for `RecommendationTrainer`: scores at k of its predictions."""
 
     def __init__(self, sizes: Sequence[int]):
         self.sizes = sizes
@@ -181,15 +182,15 @@ class RankScores:
 
 # --- baselines
 
-NEAR = 5  # steps within which items are near each other
-RECENT = 10  # items whose neighbors co-occurrence counts
-LAST = 20  # items that item-kNN looks at
+NEAR = 5  # items co-occur if they are at most so many steps apart
+RECENT = 10  # last items of a user that co-occurrence uses
+LAST = 20  # last items of a user that item-kNN uses
 
 Scorer = Callable[[np.ndarray], np.ndarray]
 
 
 def baseline_scorers(histories: Sequence[np.ndarray], items: int) -> dict[str, Scorer]:
-    """Functions from the items that a user had, oldest first, to scores of all items. They know the histories given.
+    """Fit baselines to `histories`: functions that map a user's items, oldest first, to scores of all items.
 
     Args:
         histories: items of every training user, as numbers from 0 to `items` - 1.
@@ -200,7 +201,7 @@ def baseline_scorers(histories: Sequence[np.ndarray], items: int) -> dict[str, S
     users = np.repeat(np.arange(len(histories)), [len(had) for had in histories])
     had_by = sparse.coo_matrix((np.ones(len(every)), (every, users)), (items, len(histories))).tocsr()
     norms = np.sqrt(np.maximum(popularity, 1))
-    rarely = 1e-9 * popularity  # decides between equal scores
+    rarely = 1e-9 * popularity  # breaks ties
 
     def co_occurrence(had: np.ndarray) -> np.ndarray:
         last = had[-RECENT:][::-1]
@@ -208,7 +209,7 @@ def baseline_scorers(histories: Sequence[np.ndarray], items: int) -> dict[str, S
 
     def knn(had: np.ndarray) -> np.ndarray:
         last = had[-LAST:]
-        likeness = (sparse.diags(1 / norms[last]) @ had_by[last]).sum(0) @ had_by.T  # Σ of cosines, but for a norm
+        likeness = (sparse.diags(1 / norms[last]) @ had_by[last]).sum(0) @ had_by.T  # sum of cosines, up to one norm
         return np.asarray(likeness).ravel() / norms + rarely
 
     return {
@@ -219,7 +220,7 @@ def baseline_scorers(histories: Sequence[np.ndarray], items: int) -> dict[str, S
 
 
 def baseline_ranks(scorer: Scorer, histories: Sequence[np.ndarray], targets: np.ndarray) -> np.ndarray:
-    """Ranks that a baseline gives the targets, among all items that the user did not have; MISSED for UNKNOWN."""
+    """Rank the targets by a baseline, among all items that the user did not have; MISSED for UNKNOWN targets."""
     ranks = np.full(len(targets), MISSED)
     for row, (had, target) in enumerate(zip(histories, targets, strict=True)):
         if target != UNKNOWN:
@@ -229,19 +230,20 @@ def baseline_ranks(scorer: Scorer, histories: Sequence[np.ndarray], targets: np.
     return ranks
 
 
-# --- pictures
+# --- plots
 
 
 def draw_recommendations(
     file: Path, ranks: Mapping[str, np.ndarray], popularity: np.ndarray, targets: np.ndarray, items: np.ndarray,
     title: str,
 ) -> None:  # fmt: skip
-    """Hit rate by number of recommendations; how popular the recommended items are beside the true ones.
+    """Plot the hit rate by number of recommendations, and the popularity of the recommended and the true items.
 
     Args:
-        ranks: of every model.
-        popularity: (items) how often each item is in the training data.
-        targets: the true items, (users); items: the recommended ones, (users, count); UNKNOWN is left out.
+        ranks: ranks of the true items by each model.
+        popularity: (items) how often each item occurs in the training data.
+        targets: (users) the true items; UNKNOWN is left out.
+        items: (users, count) the recommended items; UNKNOWN is left out.
     """
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     hits, shares = figure.subplots(1, 2)

@@ -1,4 +1,4 @@
-"""What a recipe leaves at the end: scores, figures, the model card."""
+"""Results of a recipe: scores, figures and the model card."""
 
 import json
 from collections import Counter
@@ -45,12 +45,12 @@ CONTENTS = {
 def write_report(trainer: Trainer, scores: dict[str, Any], summary: str, dataset: str | None, **metadata: Any) -> None:
     """Print the summary of the scores and list the files of the run; save `scores.json` and the model card.
 
-    With `--push_to_hub`, everything but checkpoints is pushed. To be called by every process.
+    With `--push_to_hub`, everything but checkpoints is pushed. Every process must call this.
 
     Args:
-        scores, summary: those of the main process count.
-        dataset: what the scores are of, in words; None: write no model card.
-        metadata: of the model card.
+        scores, summary: only those of the main process are used.
+        dataset: description of the data that the scores are of; None: write no model card.
+        metadata: metadata of the model card.
     """
     if trainer.is_world_process_zero():
         _write_report(trainer, scores, summary, dataset, metadata)
@@ -83,7 +83,7 @@ def _write_report(
 
 
 def format_table(scores: dict[str, dict[str, float]]) -> str:
-    """A Markdown table with a row per model and a column per metric; nothing without a model."""
+    """Format a Markdown table with a row per model and a column per metric; "" if there are no models."""
     if not scores:
         return ""
     metrics = list(dict.fromkeys(metric for row in scores.values() for metric in row))
@@ -99,19 +99,19 @@ def format_table(scores: dict[str, dict[str, float]]) -> str:
 
 
 def format_tables(tables: Mapping[str, dict[str, dict[str, float]]], splits: Mapping[str, Any], what: str) -> str:
-    """The table of every split, below its name and size: `validation: 900 texts`."""
+    """Format the table of every split, below its name and size: `validation: 900 texts`."""
     parts = [f"{split}: {len(splits[split])} {what}\n\n{format_table(table)}" for split, table in tables.items()]
     return "\n\n".join(parts)
 
 
 def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """A JSON object a line."""
+    """Write one JSON object per line."""
     with open(file, "w", encoding="utf-8") as lines:
         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 class Highlighted(NamedTuple):
-    """A text with marked spans, each (start, end, label), none empty; those that are true and those predicted."""
+    """A text with its true and its predicted spans, each a non-empty (start, end, label)."""
 
     heading: str
     text: str
@@ -122,22 +122,22 @@ class Highlighted(NamedTuple):
 _STYLE = """body{font:16px/1.6 system-ui,sans-serif;max-width:48em;margin:2em auto;padding:0 1em}
 h3{margin:2em 0 .3em;font-size:1em}.true{border-bottom:3px solid #2e7d32}.predicted{background:#ffe082}
 sup{font-size:.65em;color:#555}p{white-space:pre-wrap;margin:0}"""
-_AROUND = 600  # characters that are shown before and after the marked ones
+_AROUND = 600  # characters shown before and after the marked ones
 _SHOWN = 100  # texts on a page
 
 
 def write_highlights(file: Path, title: str, examples: Iterable[Highlighted]) -> None:
-    """A page of texts, the first hundred: what is true is underlined, what was predicted has a background."""
+    """Write an HTML page of the first hundred texts: true spans are underlined, predicted ones have a background."""
     page = [f"<!doctype html><meta charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style>"]
     page.append(f"<h1>{escape(title)}</h1><p><span class='predicted'>predicted</span>, <span class='true'>true</span>")
     for heading, text, true, predicted in islice(examples, _SHOWN):
         kinds = {"true": true, "predicted": predicted}
-        changes = {kind: Counter[int]() for kind in kinds}  # of the number of spans around a character
+        changes = {kind: Counter[int]() for kind in kinds}  # in the number of spans that cover a character
         for kind, spans in kinds.items():
             for start, end, _ in spans:
                 changes[kind].update({start: 1})
                 changes[kind].subtract({end: 1})
-        labels: dict[int, list[str]] = {}  # by where their spans end
+        labels: dict[int, list[str]] = {}  # by the ends of their spans
         for _, end, label in predicted:
             labels.setdefault(end, []).append(label)
         places = [place for change in changes.values() for place in change]

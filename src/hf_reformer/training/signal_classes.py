@@ -1,4 +1,4 @@
-"""Classes of recordings and pictures: their labels, and the report of a run."""
+"""Classification of recordings and pictures: their labels, and the report of a run."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -48,7 +48,7 @@ def label_splits(
 
 
 def label_columns(dataset: Dataset) -> dict[str, list[Any]]:
-    """The column `labels`, if they are known."""
+    """Return the column `labels`, if there is one."""
     return {"labels": read_column(dataset, "labels")} if "labels" in dataset.column_names else {}
 
 
@@ -62,12 +62,12 @@ def report_classes(
     features: Callable[[Dataset], np.ndarray],
     strong: str,
 ) -> None:
-    """Write predictions, confusion matrices and scores of all splits but the training data, and those of baselines.
+    """Write predictions, confusion matrices and scores of all splits except the training data, with baselines.
 
     Args:
-        what: a row in words, such as "recordings".
-        features: (rows, numbers) of encoded rows, for the strong baseline, a support vector machine.
-        strong: its name.
+        what: what the rows are, such as "recordings".
+        features: computes features (rows, numbers) of encoded rows for the strong baseline, a support vector machine.
+        strong: name of the strong baseline.
     """
     task, folder, trained = metrics.task, Path(str(trainer.args.output_dir)), "train" in splits
     tables = {}

@@ -1,4 +1,4 @@
-"""Options of recipes of recordings and pictures: where they are, and what a model hears or sees of them."""
+"""Options of recipes for recordings and pictures: where they are, and how they are given to the model."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -45,16 +45,16 @@ NO_RATE = (
 LOG_MEL = "log_mel"
 FRAME_MS, STRIDE_MS = 25.0, 10.0  # of a new model
 SHORTEST_GAIN_MS = 10
-SHORTEST_MS = 25  # of which one step of log-mel features is made
+SHORTEST_MS = 25  # window of one step of log-mel features
 
 
 @dataclass
 class SignalArguments(SplitArguments):
-    """Options of recordings and pictures alike. A recipe says what they are of, by the class variables."""
+    """Options shared by recordings and pictures; class variables say which of the two."""
 
-    suffixes: ClassVar[tuple[str, ...]] = ()  # of files in folders
+    suffixes: ClassVar[tuple[str, ...]] = ()  # of the files to read in a folder
     usual_columns: ClassVar[tuple[str, ...]] = ()
-    column_option: ClassVar[str] = ""  # names the column of the recordings or pictures
+    column_option: ClassVar[str] = ""  # the option that names the column of the recordings or pictures
 
     baselines: bool = option(False, "Also evaluate a trivial baseline and a simple, strong one.")
 
@@ -68,14 +68,14 @@ class SignalArguments(SplitArguments):
             raise ValueError(f"{error} (This is `{file}`.)") from error
 
     def column(self, dataset: Dataset) -> str:
-        """The column of the recordings or pictures, or of the names of their files."""
+        """Return the column of the recordings or pictures, or of their file names."""
         given = getattr(self, self.column_option)
         return find_signal_column(dataset, given, self.usual_columns, f"--{self.column_option}")
 
 
 @dataclass
 class InputArguments(SignalArguments):
-    """The same, for a model that answers to files, and whose training data are varied."""
+    """`SignalArguments`, with augmentation of the training data and prediction of files."""
 
     kind_of_file: ClassVar[str] = ""
 
@@ -90,7 +90,7 @@ class InputArguments(SignalArguments):
             )
 
     def files_to_predict(self) -> list[str]:
-        """The files that --predict_file names."""
+        """Return the files that --predict_file names."""
         if self.predict_file is None:
             return []
         path = Path(self.predict_file)
@@ -100,7 +100,7 @@ class InputArguments(SignalArguments):
 
 @dataclass
 class LabelArguments(InputArguments):
-    """The same, of classes."""
+    """`InputArguments` for classification."""
 
     label_column: str | None = option(None, "Default: found by name.")
 
@@ -127,14 +127,14 @@ class PictureArguments(SignalArguments):
         return "handwritten digits of scikit-learn" if self.demo else super().describe()
 
     def size(self, first: Dataset) -> tuple[int, int]:
-        """Height and width of the pictures of a new model."""
+        """Return the height and width of a new model's pictures."""
         if self.image_size is not None:
             return self.image_size, self.image_size
         width, height = next(pictures(first, self.column(first))).size
         return height, width
 
     def check_size(self, name: str, height: int, width: int) -> None:
-        """Raise ValueError if another size is asked for than that of the saved model `name`."""
+        """Raise ValueError if the requested size differs from that of the saved model `name`."""
         check_same_as_saved(name, self, {"image_size": height if height == width else f"{height} × {width}"})
 
 
@@ -194,19 +194,22 @@ class AudioArguments(InputArguments):
                 raise ValueError(f"--{name} {ms:g}: {LOG_MEL} features are {STEP_MS} ms apart. Give a multiple.")
 
     def sizes(self, mels: bool) -> dict[str, float]:
-        """Milliseconds of a frame and from one to the next, of a waveform or of log-mel features."""
+        """Return the milliseconds per frame and between the starts of frames, for log-mel features or a waveform."""
         frame = self.frame_ms or (STEP_MS if mels else FRAME_MS)
         return {"frame_ms": frame, "stride_ms": self.stride_ms or (STEP_MS if mels else STRIDE_MS)}
 
     def columns(self, dataset: Dataset) -> tuple[str, str | None]:
-        """The columns of the recordings and of their sampling rates."""
+        """Return the columns of the recordings and of their sampling rates, None if there is no such column."""
         rate = self.sampling_rate_column or next((name for name in RATE_COLUMNS if name in dataset.column_names), None)
         if rate is not None:
             check_columns(dataset, "first", [rate])
         return self.column(dataset), rate
 
     def extractor(self, model: BackboneArguments, first: Dataset) -> Any:
-        """What prepares recordings for the model: that of a saved model, or one of the data's sampling rate."""
+        """Make the feature extractor: that of the saved model, one for log-mel features, or one for waveforms.
+
+        The sampling rate of waveforms is the one requested, or else that of the data.
+        """
         audio, rate_column = self.columns(first)
         if model.model_name_or_path is not None:
             if Path(model.model_name_or_path).is_dir():
@@ -214,7 +217,7 @@ class AudioArguments(InputArguments):
             found = AutoFeatureExtractor.from_pretrained(model.model_name_or_path)
             who = f"`{model.model_name_or_path}`"
         elif self.features == LOG_MEL:
-            found, who = Speech2TextFeatureExtractor(normalize_vars=False), LOG_MEL  # of silence they would be NaN
+            found, who = Speech2TextFeatureExtractor(normalize_vars=False), LOG_MEL  # silence would give NaN
         if model.model_name_or_path is not None or self.features == LOG_MEL:
             tells = rate_column is not None or not holds_samples(first, audio)
             if tells and self.sampling_rate not in (None, found.sampling_rate):
@@ -229,10 +232,10 @@ class AudioArguments(InputArguments):
         return Wav2Vec2FeatureExtractor(sampling_rate=rate, return_attention_mask=True, do_normalize=True)
 
     def frame_fields(self, model: BackboneArguments, extractor: Any) -> dict[str, Any]:
-        """Fields of the config of a new model, or of the saved one, that tell what a frame is.
+        """Return the config fields that define frames, of a new model or the saved one.
 
         Raises:
-            ValueError: the options name others than those of the saved model.
+            ValueError: the options differ from those of the saved model.
         """
         rate, mels = steps_per_second(extractor), hears_features(extractor)
         sizes = self.sizes(mels)
@@ -257,12 +260,12 @@ class AudioArguments(InputArguments):
         self, auto_class: Any, model: BackboneArguments, tokenizer: Any, encoded: Mapping[str, Dataset],
         extractor: Any, **fields: Any,
     ) -> Any:  # fmt: skip
-        """The saved model, or a new one, with a position for every frame of what it is to hear.
+        """Make the saved model or a new one, with a position for every frame of the longest recording.
 
-        Training data that are varied become longer, too.
+        Augmented training data may be longer than the original recordings, which is taken into account.
 
         Raises:
-            ValueError: the positions of the model do not reach so far.
+            ValueError: the model has too few positions.
         """
         frame = self.frame_fields(model, extractor)
         longest = 0
@@ -282,7 +285,7 @@ class AudioArguments(InputArguments):
         return found
 
     def encode(self, dataset: Dataset, extractor: Any, columns: Mapping[str, list[Any]] | None = None) -> Dataset:
-        """Columns `input_values` or `input_features`, normalized, their `length`, and those that are given."""
+        """Encode recordings as normalized `input_values` or `input_features` with their `length`; add `columns`."""
         audio, rate_column = self.columns(dataset)
         rate, name = extractor.sampling_rate, extractor.model_input_names[0]
         shortest = rate * SHORTEST_MS // 1000 if hears_features(extractor) else 1

@@ -1,4 +1,4 @@
-"""Recordings and pictures as a Trainer takes them: batches, changes of training data, and their spectra."""
+"""Recordings and pictures for a Trainer: batches, augmentation of training data, and spectra."""
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -15,13 +15,13 @@ from ..models.frontend import log_spectrum
 from ..models.losses import IGNORE
 from .trainers import GroupedTrainer
 
-FASTEST, SLOWEST = 0.88, 1.12  # lengths of varied recordings
+FASTEST, SLOWEST = 0.88, 1.12  # relative lengths of augmented recordings
 STEP_MS = 10  # from one step of log-mel features to the next
 CHUNK = 500  # rows of a table that are encoded at a time
 
 
 def in_memory(rows: Iterable[dict[str, Any]], columns: Mapping[str, list[Any]] | None = None) -> Dataset:
-    """A dataset of rows that are made one by one, and of whole columns; arrays stay arrays."""
+    """Make a dataset from rows generated one by one, and add whole columns; arrays stay arrays."""
     rows, parts = iter(rows), []
     while part := list(islice(rows, CHUNK)):
         parts.append(Dataset.from_dict({name: [row[name] for row in part] for name in part[0]}))
@@ -32,22 +32,22 @@ def in_memory(rows: Iterable[dict[str, Any]], columns: Mapping[str, list[Any]] |
 
 
 def hears_features(extractor: Any) -> bool:
-    """Whether it makes features of a recording, (steps, features), and no waveform of it, (samples)."""
+    """Whether the extractor turns recordings into features, (steps, features), rather than waveforms, (samples)."""
     return extractor.model_input_names[0] == "input_features"
 
 
 def steps_per_second(extractor: Any) -> int:
-    """Steps of what the model hears."""
+    """Return the steps per second of the model's input: feature steps, or samples of a waveform."""
     return round(1000 / STEP_MS) if hears_features(extractor) else extractor.sampling_rate
 
 
 def as_steps(values: np.ndarray, width: int) -> np.ndarray:
-    """(N · width) numbers as tables hold them → (N) samples, or (N, width) features."""
+    """Reshape (N · width) numbers, as tables hold them, to (N) samples or (N, width) features."""
     return values if width == 1 else values.reshape(-1, width)
 
 
 class AudioCollator:
-    """Batches of recordings, padded at their ends; labels of classes, or of characters padded with -100."""
+    """Batches recordings, padded at the end, and labels: classes, or character ids padded with -100."""
 
     def __init__(self, extractor: Any) -> None:
         self.extractor = extractor
@@ -63,7 +63,7 @@ class AudioCollator:
 
 
 class PictureCollator:
-    """Batches of pictures of one shape (channels, height, width)."""
+    """Batches pictures of one shape (channels, height, width)."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self.shape = shape
@@ -77,7 +77,7 @@ class PictureCollator:
 
 
 def stacked_labels(labels: list[Any]) -> torch.Tensor:
-    """(B) classes, (B) or (B, labels) floats; lists of ids of several lengths are padded with -100."""
+    """Stack labels: classes to (B), floats to (B) or (B, labels); lists of ids are padded with -100."""
     arrays = [np.asarray(label) for label in labels]
     if arrays[0].ndim == 0 or arrays[0].dtype.kind == "f":
         found = torch.from_numpy(np.stack(arrays))
@@ -90,12 +90,13 @@ Change = Callable[[np.ndarray, np.random.Generator, Mapping[str, Any]], np.ndarr
 
 
 class AugmentingCollator(EpochCollator):
-    """Changes every row before a collator makes batches of them.
+    """Augments every row before another collator batches them.
 
     Args:
-        name: of the column that is changed.
-        change: (its values, what to draw from, the whole row) → other values.
-        width: of features, whose values are given as (N, width); 1: they are (N).
+        collate: the other collator.
+        name: the column to change.
+        change: function from (values of the column, random generator, whole row) to new values.
+        width: number of features per step, for values of shape (N, width); 1: their shape is (N).
     """
 
     def __init__(self, collate: Any, name: str, change: Change, seed: int, width: int = 1) -> None:
@@ -112,7 +113,7 @@ class AugmentingCollator(EpochCollator):
 
 
 class SignalTrainer(GroupedTrainer):
-    """A Trainer whose training batches may come from a collator of their own (`augmenting`)."""
+    """A Trainer that can use a separate collator (`augmenting`) for training batches."""
 
     augmenting: AugmentingCollator | None = None
 
@@ -126,17 +127,19 @@ class SignalTrainer(GroupedTrainer):
 
 
 def varied_length(steps: int, speed: float) -> int:
-    """Samples of a recording that is so many times as long."""
+    """Return the steps of a recording that is made `speed` times as long."""
     return max(1, round(steps * speed))
 
 
 def vary_recording(
     samples: np.ndarray, draw: np.random.Generator, row: Mapping[str, Any], shortest: int = 1
 ) -> np.ndarray:
-    """Faster or slower by up to 12 %, of `shortest` steps at least, with noise at up to a tenth of its deviation.
+    """Make a recording up to 12 % shorter or longer, but not below `shortest` steps, and add noise.
+
+    The standard deviation of the noise is at most 0.1, a tenth of that of a normalized waveform.
 
     Args:
-        samples: of a waveform, (N), or features, (N, F).
+        samples: (N) of a waveform, or (N, F) features.
     """
     length = max(shortest, varied_length(len(samples), draw.uniform(FASTEST, SLOWEST)))
     places = np.linspace(0, len(samples) - 1, length)
@@ -147,7 +150,7 @@ def vary_recording(
 
 
 def vary_picture(shape: tuple[int, int, int], move: bool, flip: bool) -> Change:
-    """If `move`, moved by up to a fourteenth of its sides, its edges going on; if `flip`, half of them mirrored."""
+    """If `move`, shift pictures by up to 1/14 of their sides, repeating the edges; if `flip`, mirror half of them."""
     reach = [max(1, side // 14) if move else 0 for side in shape[1:]]
 
     def change(values: np.ndarray, draw: np.random.Generator, row: Mapping[str, Any]) -> np.ndarray:
@@ -161,7 +164,10 @@ def vary_picture(shape: tuple[int, int, int], move: bool, flip: bool) -> Change:
 
 
 def spectra_of(row: Mapping[str, Any], size: int, stride: int, count: int = 1) -> torch.Tensor:
-    """(frames, bands) of a row: its features, or log spectra of its waveform, which is padded to `count` frames."""
+    """Return (frames, bands) of a row: its features, or log spectra of its waveform, padded to `count` frames or more.
+
+    Frames of a waveform have `size` samples and start `stride` apart.
+    """
     if "input_features" in row:
         return torch.from_numpy(np.array(row["input_features"], dtype=np.float32)).unflatten(0, (row["length"], -1))
     x = torch.from_numpy(np.array(row["input_values"], dtype=np.float32))
@@ -170,7 +176,10 @@ def spectra_of(row: Mapping[str, Any], size: int, stride: int, count: int = 1) -
 
 
 def mean_spectra(size: int) -> Callable[[Dataset], np.ndarray]:
-    """What a simple model hears of recordings: mean and deviation over time of their log spectra, in three parts."""
+    """Make a function that computes features of recordings for simple models.
+
+    They are the means and standard deviations over time of the log spectra of each third, and the log of the length.
+    """
 
     def features(encoded: Dataset) -> np.ndarray:
         found = []

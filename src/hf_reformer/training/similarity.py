@@ -1,4 +1,4 @@
-"""How similar texts are in their words: what baselines choose by."""
+"""Similarity of texts by their words, for baselines."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -7,9 +7,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 
 
 def word_similarity(corpus: Iterable[str]) -> Callable[[str, Sequence[str]], np.ndarray] | None:
-    """A function that tells how similar each of several texts (its second argument) is to one, by TF-IDF on `corpus`.
+    """Make a function that returns the similarities of several texts (second argument) to one, by TF-IDF on `corpus`.
 
-    None where the corpus has not one word.
+    Returns None if the corpus contains no word.
     """
     vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=r"(?u)\b\w+\b")
     try:

@@ -1,4 +1,4 @@
-"""Speech recognition: characters and their tokenizer, error rates, baselines, pictures of what was heard."""
+"""Speech recognition: a character tokenizer, error rates, a baseline, plots of recognized characters."""
 
 import json
 import tempfile
@@ -20,15 +20,15 @@ from .signals import Change, spectra_of, vary_recording
 
 BLANK, UNKNOWN, SPACE = "<pad>", "<unk>", "|"
 MOST_CHARACTERS = 20_000
-SHOWN = 4  # recordings of a picture
-GAINS = (-4, 2)  # of a waveform in training, as powers of two
+SHOWN = 4  # recordings in a plot
+GAINS = (-4, 2)  # range of gains in training, as powers of two
 
 
 def character_tokenizer(texts: Sequence[str]) -> Wav2Vec2CTCTokenizer:
-    """One token for every character of the texts, behind the blank, which is the padding token, and the unknown.
+    """Make a tokenizer of the blank, which is also the padding token, the unknown token, and the texts' characters.
 
     Raises:
-        ValueError: a text holds the character that stands for a space, or there are too many characters.
+        ValueError: a text contains the character that stands for a space, or there are too many characters.
     """
     characters = Counter(character for text in texts for character in text)
     if SPACE in characters:
@@ -45,17 +45,17 @@ def character_tokenizer(texts: Sequence[str]) -> Wav2Vec2CTCTokenizer:
 
 
 def normalized(text: str) -> str:
-    """A transcript with single spaces, none around it."""
+    """Reduce white space to single spaces and strip it at the ends."""
     return " ".join(text.split())
 
 
 def frames_of(ids: Sequence[int]) -> int:
-    """The fewest frames that can give these characters: one each, and a blank between equal ones."""
+    """Return the fewest frames that can produce these ids: one for each, and a blank between equal neighbors."""
     return len(ids) + sum(a == b for a, b in pairwise(ids))
 
 
 def check_lengths(labels: Sequence[Sequence[int]], frames: Sequence[int], split: str) -> None:
-    """Raise ValueError for transcripts that are longer than their recordings: no frames could give them."""
+    """Raise ValueError for transcripts that need more frames than their recordings have."""
     for row, (ids, count) in enumerate(zip(labels, frames, strict=True)):
         if frames_of(ids) > count:
             raise ValueError(
@@ -65,13 +65,13 @@ def check_lengths(labels: Sequence[Sequence[int]], frames: Sequence[int], split:
 
 
 class ErrorRates:
-    """`compute_metrics` for the Trainer: word and character error rate of the likeliest character of every frame."""
+    """`compute_metrics` for the Trainer: error rates of the transcripts that the likeliest ids of all frames give."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
 
     def texts(self, frames: np.ndarray) -> list[str]:
-        """The transcripts of (rows, frames) ids; -100 stands for no frame."""
+        """Decode (rows, frames) ids to transcripts; -100 stands for no frame."""
         ids = np.where(frames < 0, self.tokenizer.pad_token_id, frames)
         return [normalized(text) for text in self.tokenizer.batch_decode(ids)]
 
@@ -86,10 +86,10 @@ class ErrorRates:
 
 
 def vary_speech(size: int, stride: int) -> Change:
-    """`vary_recording`, and waveforms up to 16 times softer or 4 times louder.
+    """Make a function that applies `vary_recording` and makes waveforms up to 16 times softer or 4 times louder.
 
-    Recordings are scaled as a whole, so in a long one a voice may be far softer than it would be alone. None gets so
-    short that its frames, of `size` samples, could not give the transcript.
+    Recordings are normalized as a whole, so a voice in a long one may be far softer than it would be alone. None gets
+    so short that its frames of `size` steps, `stride` apart, could not produce the transcript.
     """
 
     def change(samples: np.ndarray, draw: np.random.Generator, row: Mapping[str, Any]) -> np.ndarray:
@@ -102,19 +102,19 @@ def vary_speech(size: int, stride: int) -> Change:
 
 
 def error_rates(references: Sequence[str], found: Sequence[str]) -> dict[str, float]:
-    """By jiwer, over all texts together, and the share of texts that are wholly right."""
+    """Compute word and character error rates over all texts together (jiwer), and the share of exact matches."""
     right = sum(a == b for a, b in zip(references, found, strict=True)) / len(references)
     return {"wer": jiwer.wer(list(references), list(found)), "cer": jiwer.cer(list(references), list(found)),
             "exact": right}  # fmt: skip
 
 
 def likeliest(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """`preprocess_logits_for_metrics` of the Trainer: (B, frames, characters) → (B, frames)."""
+    """`preprocess_logits_for_metrics` for the Trainer: (B, frames, characters) logits to (B, frames) ids."""
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
 def nearest_recordings(train: Dataset, unknown: Dataset, texts: Sequence[str], features: Any) -> list[str]:
-    """A simple baseline: the transcript of the training recording that sounds most alike."""
+    """A simple baseline: the transcript of the training recording with the most similar features."""
     x, y = features(train), features(unknown)
     scale = x.std(0) + 1e-6
     _, found = NearestNeighbors(n_neighbors=1).fit(x / scale).kneighbors(y / scale)
@@ -125,10 +125,11 @@ def draw_heard(
     file: Path, encoded: Dataset, frames: np.ndarray, texts: Sequence[str | None], tokenizer: Any, rate: int,
     stride: int, title: str,
 ) -> None:  # fmt: skip
-    """Spectra of the first recordings over time, and the characters that were heard where they were heard.
+    """Plot spectra of the first recordings over time, with the recognized characters at their frames.
 
     Args:
-        rate: steps of the recordings in a second; stride: those from one frame to the next.
+        rate: steps of the recordings per second.
+        stride: steps from one frame to the next.
     """
     count = min(SHOWN, len(encoded))
     figure = Figure(figsize=(10, 2.2 * count), layout="constrained")

@@ -1,4 +1,4 @@
-"""Labels of words: scores of entities by seqeval, or of every word; a baseline; spans of entities."""
+"""Token classification: scores of entities by seqeval, or of words; a baseline; entity spans."""
 
 import re
 from collections import Counter, defaultdict
@@ -16,25 +16,25 @@ Tags = Sequence[Sequence[str]]  # the labels of the words of every sentence
 
 
 def marks_entities(names: Sequence[str]) -> bool:
-    """Whether labels mark spans: all are "O", or "B-", "I-" … with a type, as in B-PER."""
+    """Whether labels mark spans: each is "O", or "B-", "I-", … with a type, as in B-PER."""
     return any(name != "O" for name in names) and all(re.fullmatch(r"O|[BIESLU]-.+", name) for name in names)
 
 
 def as_bioes(tags: Tags) -> list[list[str]]:
-    """The labels as seqeval knows them, which are B, I, E, S and O: the L and U of BILOU become E and S."""
+    """Convert labels to seqeval's scheme of B, I, E, S and O: the L and U of BILOU become E and S."""
     known = {"L-": "E-", "U-": "S-"}
     return [[known.get(tag[:2], tag[:2]) + tag[2:] for tag in some] for some in tags]
 
 
 class TagScores:
-    """`compute_metrics` for labels that mark entities or, if they do not, for labels of words."""
+    """`compute_metrics` for labels that mark entities or else label single words."""
 
     def __init__(self, names: list[str]) -> None:
         self.names = names
         self.entities = marks_entities(names)
 
     def score(self, true: Tags, predicted: Tags) -> dict[str, float]:
-        """Precision, recall and F1 of whole entities and the accuracy of words; or accuracy and macro F1 of words."""
+        """Compute precision, recall and F1 of entities and word accuracy; without entities, accuracy and macro F1."""
         if self.entities:
             true, predicted = as_bioes(true), as_bioes(predicted)
             scores = {"precision": precision_score, "recall": recall_score, "f1": f1_score}
@@ -45,7 +45,7 @@ class TagScores:
         return {"accuracy": float(np.mean(np.array(flat_true) == flat_predicted)), "f1": float(macro)}
 
     def by_entity(self, true: Tags, predicted: Tags) -> dict[str, dict[str, float]]:
-        """Precision, recall, F1 and number of the entities of every type."""
+        """Compute precision, recall, F1 and number of the entities of each type."""
         if not self.entities:
             return {}
         table = classification_report(as_bioes(true), as_bioes(predicted), output_dict=True, zero_division=0)
@@ -64,7 +64,7 @@ class TagScores:
 
 
 def most_frequent_labels(words: Tags, tags: Tags, asked: Tags) -> list[list[str]]:
-    """A baseline: of every word the label that it has most often in training, of new words the most frequent label."""
+    """A baseline: the most frequent training label of each word; for unseen words, the most frequent label overall."""
     counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
     total: Counter[str] = Counter()
     for sentence, labels in zip(words, tags, strict=True):
@@ -78,7 +78,7 @@ def most_frequent_labels(words: Tags, tags: Tags, asked: Tags) -> list[list[str]
 
 
 def entity_spans(words: Sequence[str], tags: Sequence[str], entities: bool) -> list[tuple[int, int, str]]:
-    """The characters of entities, or of words that have a label, in the words joined by spaces; and their types."""
+    """Return (start, end, type) of entities, or else of every word, as characters of the words joined by spaces."""
     starts = np.cumsum([0, *(len(word) + 1 for word in words)]).tolist()
     if entities:
         found = [(first, last, kind) for kind, first, last in get_entities(as_bioes([tags])[0])]

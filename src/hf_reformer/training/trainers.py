@@ -26,14 +26,14 @@ from .found_callback import AttentionFoundCallback, has_hashing_layers
 
 logger = logging.get_logger(__name__)
 
-PRETRAINED = "_pretrained"  # below the directory of a run; what begins with _ is not pushed to the Hub
+PRETRAINED = "_pretrained"  # below the output directory; names that begin with _ are not pushed to the Hub
 STATE = "trainer_state.json"  # the Trainer's record of the run, the last file of a checkpoint
 
 
 def force_cpu_backend() -> None:
-    """Make several processes without an accelerator train together; call it before `TrainingArguments` are made.
+    """Make several processes without an accelerator train together; call this before creating `TrainingArguments`.
 
-    Without this setting each of them would silently train alone.
+    Otherwise each of them would silently train alone.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
@@ -42,12 +42,13 @@ def force_cpu_backend() -> None:
 def build_trainer(
     trainer_class: Any, model: Any, args: Any, tokenizer: Any, splits: Mapping[str, Any], **options: Any
 ) -> Any:
-    """A Trainer of the split `train` that evaluates the validation splits, never test data while it trains.
+    """Build a Trainer that trains on the split `train` and evaluates the validation splits, never the test data.
 
-    Where the model hashes, evaluations log what hashing finds (`AttentionFoundCallback`).
+    Without training data, it evaluates test splits if there is no validation split. If the model has LSH layers,
+    evaluations log what hashing finds (`AttentionFoundCallback`).
     """
     evaluated = {split: part for split, part in splits.items() if split.startswith("validation")}
-    if "train" not in splits:  # nothing is chosen by what is evaluated
+    if "train" not in splits:  # then no choice depends on the evaluation
         evaluated = evaluated or dict(splits)
     options["train_dataset"] = splits.get("train")
     options["eval_dataset"] = evaluated if len(evaluated) > 1 else next(iter(evaluated.values()), None)
@@ -58,7 +59,7 @@ def build_trainer(
 
 
 def train_and_save(trainer: Trainer, data_summary: str) -> None:
-    """Print what is trained. With training data, train, then save the model, its tokenizer and the metrics."""
+    """Print a summary; if there is training data, train and save the model, its tokenizer and the metrics."""
     model: Any = trainer.model
     if trainer.is_world_process_zero():
         layers = ", ".join(getattr(model.config, "attn_layers", [model.config.model_type]))
@@ -75,12 +76,12 @@ def train_and_save(trainer: Trainer, data_summary: str) -> None:
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """The checkpoint that `--resume_from_checkpoint` names; `last` is the newest complete one of the run.
+    """Return the checkpoint that `--resume_from_checkpoint` names; `last` is the newest complete one of the run.
 
-    Where there is none yet, it is the newest one of the run's pre-training.
+    If the run has none yet, `last` is the newest complete one of its pre-training.
 
     Raises:
-        ValueError: it is not whole, or there is none.
+        ValueError: the named checkpoint is incomplete or damaged, or there is none.
     """
     name = args.resume_from_checkpoint
     if not name or name not in ("last", "true", "True", True):
@@ -105,7 +106,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
 
 
 def checkpoint_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint that was not saved to its end, or damaged later; None if it is whole."""
+    """Describe what is wrong with a checkpoint that is incomplete or damaged; None if it is intact."""
     if not folder.is_dir():
         return "there is no such directory"
     if not (folder / STATE).is_file():
@@ -113,7 +114,7 @@ def checkpoint_damage(folder: Path) -> str | None:
     missing = [name for name in ("optimizer*", "scheduler.pt", "rng_state*.pth") if not any(folder.glob(name))]
     missing = [] if len(missing) == 3 else missing  # --save_only_model
     missing += [] if any(folder.glob("*model*")) else ["file of weights"]
-    if missing and not (folder / "latest").is_file():  # which DeepSpeed writes; its files have other names
+    if missing and not (folder / "latest").is_file():  # written by DeepSpeed, whose files have other names
         return f"there is no {', '.join(missing)}"
     for file in sorted(folder.rglob("*")):
         try:
@@ -123,7 +124,7 @@ def checkpoint_damage(folder: Path) -> str | None:
                 json.loads(file.read_text(encoding="utf-8"))
             elif file.suffix == ".safetensors":
                 with safe_open(file, "pt"):
-                    pass  # compares the sizes that its header names with the file
+                    pass  # opening checks the sizes in the header against the file
             elif file.suffix in (".bin", ".pt", ".pth"):
                 if part := zipfile.ZipFile(file).testzip():
                     return f"{file.name} is damaged: the checksum of {part} is another"
@@ -139,16 +140,16 @@ def _step(checkpoint: Path) -> int | None:
 
 
 def longest_first(dataset: Dataset, first: int = 0) -> Dataset:
-    """Sorted by length, so that batches need little padding; the column `row` holds the old order, from `first` on."""
+    """Sort by length, so that batches need little padding; the column `row` holds the old order, from `first` on."""
     order = np.argsort(-np.asarray(read_column(dataset, "length")), kind="stable")
     return dataset.select(order).add_column("row", order + first)
 
 
 def predict_splits(trainer: Trainer, encoded: Mapping[str, Dataset]) -> Iterator[tuple[str, Any]]:
-    """Predict all splits but the training data and save their metrics; the main process gets the predictions.
+    """Predict all splits except the training data and save their metrics; yield predictions in the main process.
 
-    They are in the order that the column `row` tells, where there is one (`longest_first`). Every process must run
-    through the iterator.
+    Predictions are sorted by the column `row` if there is one (`longest_first`). Every process must exhaust the
+    iterator.
     """
     for split, dataset in encoded.items():
         if split != "train":
@@ -166,7 +167,7 @@ def predict_splits(trainer: Trainer, encoded: Mapping[str, Dataset]) -> Iterator
 
 
 class WholeCheckpointsMixin:
-    """Makes a Trainer write a checkpoint's `trainer_state.json` last, and remove one that cannot be saved whole."""
+    """Makes a Trainer write a checkpoint's `trainer_state.json` last, and remove one that it fails to save."""
 
     args: Any
     accelerator: Any
@@ -174,7 +175,7 @@ class WholeCheckpointsMixin:
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         trainer: Any = self
         folder = Path(trainer._get_output_dir(trial), f"checkpoint-{trainer.state.global_step}")
-        if self.args.should_save:  # in a folder of an earlier run
+        if self.args.should_save:  # left by an earlier run
             (folder / STATE).unlink(missing_ok=True)
         try:
             super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -194,7 +195,7 @@ class WholeCheckpointsMixin:
 
 
 class FiniteLossMixin:
-    """Makes a Trainer stop where a loss is no number, before anything is saved of it, and write JSON alone.
+    """Makes a Trainer stop when a loss is not finite, before saving anything, and log only what JSON can represent.
 
     Other numbers that are not finite, such as the norm of gradients that overflowed in float16, are logged as None.
     """
@@ -226,13 +227,13 @@ def _diverged(name: str, value: float) -> str:
 
 
 class RecipeMixin(WholeCheckpointsMixin, FiniteLossMixin):
-    """What all Trainers of the recipes share. `reports.write_report` writes the model card, so they write none."""
+    """What all Trainers of the recipes share. They write no model card: `reports.write_report` does."""
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Called before everything is pushed to the Hub."""
+        """Do nothing; the Trainer calls this before pushing to the Hub."""
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """As the library's, which would train a step beyond the last one if that one's checkpoint is resumed."""
+        """Run an epoch unless all steps are done: a run resumed from its last checkpoint would train one step more."""
         library: Any = super()
         trainer: Any = self
         if trainer.state.global_step >= trainer.state.max_steps:
@@ -241,7 +242,7 @@ class RecipeMixin(WholeCheckpointsMixin, FiniteLossMixin):
             library._run_epoch(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """As the library's. A loader draws a seed; training goes on as if it did not, so that resumed runs agree."""
+        """Evaluate without changing torch's random state (a loader draws a seed), so that resumed runs agree."""
         library: Any = super()
         with torch.random.fork_rng(devices=[]):
             return library.evaluation_loop(*args, **kwargs)
@@ -273,7 +274,7 @@ class EpochLengthSampler(LengthGroupedSampler):
 
 
 class GroupedTrainer(RecipeMixin, SequentialEvalMixin, Trainer):
-    """A Trainer that groups batches by `EpochLengthSampler`."""
+    """A Trainer that uses `EpochLengthSampler` if `train_sampling_strategy` is "group_by_length"."""
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         if self.args.train_sampling_strategy != "group_by_length":
@@ -286,7 +287,7 @@ class GroupedTrainer(RecipeMixin, SequentialEvalMixin, Trainer):
 class LanguageModelTrainer(RecipeMixin, Trainer):
     """A Trainer that evaluates sequence by sequence and gives `compute_metrics` the nats and targets of each.
 
-    Texts differ in bytes per token, so every split has `metrics` of its own.
+    Bytes per token differ between texts, so every split has its own entry in `metrics`.
     """
 
     metrics: Mapping[str, Any] = {}
@@ -294,7 +295,7 @@ class LanguageModelTrainer(RecipeMixin, Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """As the library's, with the metrics of the split that `metric_key_prefix` names; `eval`: of validation."""
+        """Evaluate with the metrics of the split that `metric_key_prefix` names; for `eval`, those of validation."""
         validation = [metric for split, metric in self.metrics.items() if split.startswith("validation")]
         self.compute_metrics = self.metrics.get(metric_key_prefix.removeprefix("eval_"), next(iter(validation), None))
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -311,7 +312,7 @@ class LanguageModelTrainer(RecipeMixin, Trainer):
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean nats per target of the batch; then nats (B) and numbers of targets (B) of its sequences."""
+        """Return the mean nats per target of the batch, and the nats (B) and target counts (B) of its sequences."""
         unwrapped: Any = self.model
         options = {"logits_to_keep": 1} if unwrapped.can_generate() else {}  # then the loss never holds all logits
         losses = []
@@ -325,12 +326,12 @@ class LanguageModelTrainer(RecipeMixin, Trainer):
 
 
 class SequentialSeq2SeqTrainer(RecipeMixin, SequentialEvalMixin, Seq2SeqTrainer):
-    """A Seq2SeqTrainer whose predictions are in the order of the data, each once."""
+    """A Seq2SeqTrainer whose predictions are in the order of the data, without duplicates."""
 
     # Drops the duplicates that fill the last batch of several processes; Seq2SeqTrainer would set one that keeps them.
     gather_function = property(lambda self: self.accelerator.gather_for_metrics, lambda self, value: None)
 
     def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        if inputs.get("labels") is None:  # what the collator gives where targets are unknown
+        if inputs.get("labels") is None:  # None if targets are unknown
             inputs = {name: x for name, x in inputs.items() if name != "labels"}
         return super().prediction_step(model, inputs, *args, **kwargs)

@@ -13,7 +13,7 @@ from .targets import Target, find_targets
 TITLES = {
     "machine": "Rates of the machine",
     "core": "Cores: hash, sort and attention",
-    "centering": "Centred hashing",
+    "centering": "Centered hashing",
     "ops": "Single ops and their floors",
     "break-even": "Break-even with exact attention",
     "step": "Training steps",

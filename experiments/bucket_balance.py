@@ -124,7 +124,7 @@ def draw(experiment: Experiment, rows: list[dict[str, str]]) -> None:
                 layers, means, "--" if steps == "0" else "-", color=f"C{kinds.index(kind)}",
                 marker="os^v"[widths.index(width) % 4], label=f"width {width}, {kind}, {steps} steps",
             )  # fmt: skip
-        ax.axhline(goal, color="grey", linewidth=1)
+        ax.axhline(goal, color="gray", linewidth=1)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set(xlabel="LSH layer", ylabel="entropy" if value == "entropy" else "fullest bucket / even share")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=7)

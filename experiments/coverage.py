@@ -145,7 +145,7 @@ def draw(curves: dict[str, torch.Tensor], file: Path) -> None:
     ax = figure.subplots()
     for name, curve in curves.items():
         ax.plot(range(101), curve.clamp(min=1e-4), label=name)
-    ax.axhline(0.1, color="grey", linestyle="--", linewidth=1)
+    ax.axhline(0.1, color="gray", linestyle="--", linewidth=1)
     ax.set(
         yscale="log", xlabel="tokens, least attention received first (%)", ylabel="attention received / uniform share"
     )

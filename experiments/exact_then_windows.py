@@ -178,11 +178,11 @@ def draw(experiment: Experiment, rows: list[dict[str, str]], args: Arguments) ->
                 ax.plot(args.rounds, means(some, value, args.rounds), "o-", label=LABELS[by])
             elif value != "found":
                 (mean,) = means(some, value, [0])
-                ax.axhline(mean, color="grey", linestyle=":" if by == "none" else "-", label=LABELS[by])
+                ax.axhline(mean, color="gray", linestyle=":" if by == "none" else "-", label=LABELS[by])
         if value == "found":
             some = [row for row in rows if (row["text"], row["keys_by"]) == (text, "lsh")]
             if some:
-                ax.plot(args.rounds, means(some, "best", args.rounds), ":", color="grey", label="the best keys")
+                ax.plot(args.rounds, means(some, "best", args.rounds), ":", color="gray", label="the best keys")
             ax.set(ylabel="share of attention found", ylim=(0, 1))
         else:
             ax.set_ylabel("bits per byte above exact attention")

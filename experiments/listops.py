@@ -223,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     figure, (ax,) = experiment.figure()
     for seed, history in curves.items():
         ax.plot([x["step"] for x in history], [x["accuracy"] for x in history], label=f"seed {seed}")
-    ax.axhline(0.3727, color="grey", linestyle="--", label="Reformer in Tay et al. 2020")
+    ax.axhline(0.3727, color="gray", linestyle="--", label="Reformer in Tay et al. 2020")
     ax.set(xlabel="training step", ylabel=f"accuracy on {args.eval_rows} held-out rows")
     ax.legend(frameon=False)
     experiment.save(figure)

@@ -1,7 +1,7 @@
 """Every private name of torch, transformers and peft that the package depends on, each with its reason.
 
 A release of one of these libraries may change any of them. tests/test_compat.py checks each entry and says which one
-broke, so that this is the only file to mend. It is exported with the modelling code and used by rooms that know torch
+broke, so that this is the only file to mend. It is exported with the modeling code and used by rooms that know torch
 alone: transformers and peft are imported inside functions only.
 """
 

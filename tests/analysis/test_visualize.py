@@ -151,9 +151,9 @@ def test_agreement_equals_pair_after_pair():
                     same = (view.buckets[row, head, :, i] == view.buckets[row, head, :, j]).tolist()
                     pairs += 1
                     together = [n + any(same[: r + 1]) for r, n in enumerate(together)]
-    share = round_agreement(view, neighbours=3)
+    share = round_agreement(view, neighbors=3)
     assert share.tolist() == pytest.approx([n / pairs for n in together])
-    assert share[0] > 1.5 / 4  # neighbours, not any two tokens
+    assert share[0] > 1.5 / 4  # neighbors, not any two tokens
 
 
 @pytest.mark.parametrize("mode", MODES)

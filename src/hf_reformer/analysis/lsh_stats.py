@@ -122,11 +122,11 @@ def bucket_balance_by_head(view: LayerView) -> dict[str, torch.Tensor]:
     return {name: value.mean((0, 2)) for name, value in numbers.items()}
 
 
-def round_agreement(view: LayerView, neighbours: int = 8, queries: int = 256) -> torch.Tensor:
+def round_agreement(view: LayerView, neighbors: int = 8, queries: int = 256) -> torch.Tensor:
     """Share of nearest neighbors that share a bucket in the first round, in one of the first two, and so on.
 
     Args:
-        neighbours: number of nearest neighbors, by angle, among the real tokens of the same sequence and head.
+        neighbors: number of nearest neighbors, by angle, among the real tokens of the same sequence and head.
         queries: number of tokens per sequence, evenly spaced, whose neighbors are used.
 
     Returns:
@@ -138,7 +138,7 @@ def round_agreement(view: LayerView, neighbours: int = 8, queries: int = 256) ->
     near = unit[:, :, chosen] @ unit.transpose(-1, -2)  # (B, H, Q, T)
     other = view.mask[:, None, :] & (chosen[:, None] != torch.arange(length, device=chosen.device))
     near = near.masked_fill(~(other & view.mask[:, chosen, None])[:, None], -torch.inf)
-    cosine, token = near.topk(min(neighbours, length), dim=-1)  # (B, H, Q, neighbours)
+    cosine, token = near.topk(min(neighbors, length), dim=-1)  # (B, H, Q, neighbors)
     pair = cosine > -torch.inf
     theirs = buckets[:, :, :, None, :].expand(-1, -1, -1, len(chosen), -1)
     theirs = theirs.gather(-1, token[:, :, None].expand(-1, -1, buckets.shape[2], -1, -1))

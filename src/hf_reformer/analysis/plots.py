@@ -158,13 +158,13 @@ def plot_bucket_sizes(view: LayerView, ax: Any = None) -> Any:
     return ax
 
 
-def plot_round_agreement(view: LayerView, neighbours: int = 8, ax: Any = None) -> Any:
+def plot_round_agreement(view: LayerView, neighbors: int = 8, ax: Any = None) -> Any:
     """Share of nearest neighbors that share a bucket, over the number of rounds; `view_layer` accepts `num_hashes`."""
-    share = round_agreement(view, neighbours).cpu()
+    share = round_agreement(view, neighbors).cpu()
     rounds = torch.arange(1, len(share) + 1)
     ax = _axes(ax)
     ax.plot(rounds, share, marker="o", label="nearest neighbors")
-    ax.plot(rounds, 1 - (1 - 1 / view.num_buckets) ** rounds, color="grey", linestyle="--", label="by chance")
+    ax.plot(rounds, 1 - (1 - 1 / view.num_buckets) ** rounds, color="gray", linestyle="--", label="by chance")
     ax.set(xlabel="hash rounds", ylabel="share with a common bucket", title="agreement of rounds", ylim=(0, 1.02))
     ax.locator_params("x", integer=True)
     ax.legend(loc="lower right", frameon=False)

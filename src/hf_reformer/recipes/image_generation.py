@@ -77,9 +77,9 @@ class DataArguments(PictureArguments):
 
         def rows() -> Any:
             for image in pictures(dataset, self.column(dataset)):
-                grey = image.convert("L")
-                grey = grey if grey.size == size[::-1] else grey.resize(size[::-1])
-                yield {"input_ids": np.concatenate([[START], np.asarray(grey).reshape(-1)]).astype(np.int64)}
+                gray = image.convert("L")
+                gray = gray if gray.size == size[::-1] else gray.resize(size[::-1])
+                yield {"input_ids": np.concatenate([[START], np.asarray(gray).reshape(-1)]).astype(np.int64)}
 
         return in_memory(rows())
 

@@ -38,9 +38,9 @@ from transformers import (
 from transformers.utils import logging
 
 from ..data.columns import check_columns, check_distinct, labels_unknown
-from ..data.packing import token_ids
 from ..data.tables import cell_text, read_column
 from ..models.losses import IGNORE
+from ..training.cloze import cloze_examples, cut
 from ..training.model_setup import (
     SAVED_MODEL,
     ModelArguments,
@@ -50,7 +50,7 @@ from ..training.model_setup import (
     option,
     run_recipe,
 )
-from ..training.pretraining import MaskedPretrainingArguments, pretrain
+from ..training.pretraining import Objective, PretrainingArguments, pretrain_on
 from ..training.question_answering import (
     Example,
     Reader,
@@ -63,17 +63,19 @@ from ..training.question_answering import (
     score_one,
 )
 from ..training.reports import Highlighted, format_tables, write_highlights, write_report, write_rows
-from ..training.trainers import build_trainer, longest_first, predict_splits, train_and_save
+from ..training.trainers import GroupedTrainer, build_trainer, longest_first, predict_splits, train_and_save
 
 logger = logging.get_logger(__name__)
 
+MOST_CLOZE = 100_000  # cloze questions; longer pre-training repeats them
 DEFAULTS = {"output_dir": "runs/question-answering", "train_sampling_strategy": "group_by_length"}
 
 
 @dataclass
-class DataArguments(MaskedPretrainingArguments):
+class DataArguments(PretrainingArguments):
     """Where questions, documents and answers come from."""
 
+    pretrain_steps: int = option(0, "First train this many steps on cloze questions made from the documents.")
     question_column: str = option("question", "The questions.")
     context_column: str = option("context", "The documents.")
     answers_column: str = option("answers", "Texts and their start positions, or a text to look for in the document.")
@@ -230,23 +232,55 @@ def check_questions(
 def tokenize(
     examples: list[Example], tokenizer: PreTrainedTokenizerBase, args: DataArguments, split: str, trains: bool
 ) -> Dataset:
+    """Encode the examples of a split (`encode`); a warning reports documents that are cut off."""
+    found = encode(examples, tokenizer, args.max_length, trains)
+    if cut_off := sum(read_column(found, "cut_off")):
+        ends = read_column(found, "end_positions") if "end_positions" in found.column_names else []
+        logger.warning(
+            f"{cut_off} documents of the {split} data are cut to --max_length {args.max_length} tokens; "
+            f"{ends.count(IGNORE)} answers lie beyond it."
+        )
+    return found.remove_columns("cut_off")
+
+
+def cloze_questions(
+    documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int
+) -> Dataset:
+    """Encode up to `count` cloze questions about passages of the documents, with at most `length` tokens each.
+
+    Raises:
+        ValueError: the documents have no sentences, or the questions leave no room for their answers.
+    """
+    examples = cloze_examples(cut(documents, tokenizer, length * 3 // 4), count, seed)
+    sizes = tokenizer([x.question for x in examples], add_special_tokens=False, return_length=True)["length"]
+    room = length - tokenizer.num_special_tokens_to_add(pair=True)
+    rows = encode([x for x, size in zip(examples, sizes, strict=True) if size < room], tokenizer, length, trains=True)
+    answered = np.flatnonzero(np.array(read_column(rows, "start_positions")) != IGNORE) if len(rows) else ()
+    if not len(answered):
+        raise ValueError(
+            f"--pretrain_length {length} leaves no room for a question with its passage. Raise it (and --max_length)."
+        )
+    return rows.select(answered).remove_columns("cut_off")
+
+
+def encode(examples: list[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, trains: bool) -> Dataset:
     """Make columns of inputs, `length` and, if known, `start_positions` and `end_positions`, -100 if cut off.
 
     For evaluation, also `char_starts` and `char_ends`, the characters that every token of the document stands for: -1
-    outside the document, and of no width for white space.
+    outside the document, and of no width for white space. `cut_off`: whether the document was longer.
     """
 
-    def encode(batch: dict[str, list[int]]) -> dict[str, list]:
+    def columns_of(batch: dict[str, list[int]]) -> dict[str, list]:
         some = [examples[row] for row in batch["number"]]
         questions, contexts = [x.question for x in some], [x.context for x in some]
-        encoded = tokenizer(questions, contexts, truncation="only_second", max_length=args.max_length)
-        columns: dict[str, list] = {**encoded, "length": [], "cut": []}
+        encoded = tokenizer(questions, contexts, truncation="only_second", max_length=max_length)
+        columns: dict[str, list] = {**encoded, "length": [], "cut_off": []}
         for example, encoding in zip(some, encoded.encodings, strict=True):
             inside = np.array(encoding.sequence_ids, dtype=float) == 1
             offsets = np.array(encoding.offsets)
             starts, ends = np.where(inside, offsets[:, 0], -1), np.where(inside, offsets[:, 1], -1)
             columns["length"].append(len(starts))
-            columns["cut"].append(bool(encoding.overflowing))
+            columns["cut_off"].append(bool(encoding.overflowing))
             if example.answers is not None:
                 first, last = _positions(example.answers, starts, ends)
                 columns.setdefault("start_positions", []).append(first)
@@ -260,14 +294,7 @@ def tokenize(
         return columns
 
     numbers = Dataset.from_dict({"number": range(len(examples))})
-    found = numbers.map(encode, batched=True, batch_size=64, remove_columns=["number"], desc="Tokenizing")
-    if cut := sum(read_column(found, "cut")):
-        ends = read_column(found, "end_positions") if "end_positions" in found.column_names else []
-        logger.warning(
-            f"{cut} documents of the {split} data are cut to --max_length {args.max_length} tokens; "
-            f"{ends.count(IGNORE)} answers lie beyond it."
-        )
-    return found.remove_columns("cut")
+    return numbers.map(columns_of, batched=True, batch_size=64, remove_columns=["number"], desc="Tokenizing")
 
 
 def _positions(answers: list[tuple[str, int]], starts: np.ndarray, ends: np.ndarray) -> tuple[int, int]:
@@ -353,10 +380,19 @@ def run(data: DataArguments, model_args: ModelArguments, args: TrainingArguments
                 encoded[split] = longest_first(encoded[split], len(reader.examples))
                 reader.examples += some
     trains = "train" in examples
-    pieces = token_ids(([text] for text in texts), tokenizer)
-    model_args = pretrain(data, for_pairs(model_args, tokenizer), args, tokenizer, pieces, data.max_length)
+    collator = SpanCollator(tokenizer)
+
+    def cloze(length: int) -> Objective:
+        documents = list(dict.fromkeys(x.context for x in examples["train"]))
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        count = min(data.pretrain_steps * batch, MOST_CLOZE)
+        rows = cloze_questions(documents, tokenizer, length, count, args.seed)
+        return Objective(rows, GroupedTrainer, {"data_collator": collator}, {})
+
+    model_args, head = for_pairs(model_args, tokenizer), AutoModelForQuestionAnswering
+    model_args = pretrain_on(cloze, data, model_args, args, tokenizer, data.max_length, head)
     model = make_model(AutoModelForQuestionAnswering, model_args, tokenizer, data.max_length, trains)
-    options = {"data_collator": SpanCollator(tokenizer), "compute_metrics": reader}
+    options = {"data_collator": collator, "compute_metrics": reader}
     trainer = build_trainer(SpanTrainer, model, args, tokenizer, encoded, **options)
     trainer.count, trainer.max_answer_length = data.n_best_size, data.max_answer_length
     counts = ", ".join(f"{split} {len(some)}" for split, some in examples.items())

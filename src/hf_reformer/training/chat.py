@@ -160,7 +160,7 @@ def draw_replies(
     for i, (name, some) in enumerate(ranks.items()):
         share = [float(((some > place - 1) & (some <= place)).mean()) for place in range(1, size + 1)]
         places.bar(np.arange(1, size + 1) + (i - (len(ranks) - 1) / 2) * width, share, width, label=name)
-    places.axhline(1 / size, color="grey", linestyle=":", label="random guessing")
+    places.axhline(1 / size, color="gray", linestyle=":", label="random guessing")
     places.set(xlabel=f"rank of the true reply among {size}", ylabel="share of replies", title="choosing the reply")
     places.legend()
     figure.savefig(file, dpi=120)

@@ -1,15 +1,17 @@
-"""Pre-training on the texts of a task, by masked tokens, next tokens or denoising, before training on the task."""
+"""Pre-training on the texts of a task, such as by masked tokens, before training on the task itself."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from datasets import Dataset
 from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     PreTrainedTokenizerBase,
+    Trainer,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -50,6 +52,15 @@ class MaskedPretrainingArguments(PretrainingArguments):
     mlm_probability: float = option(0.15, "Share of tokens to mask in pretraining.")
 
 
+class Objective(NamedTuple):
+    """What pre-training learns from: a dataset, for a Trainer with a collator and so on (`parts`) and `options`."""
+
+    dataset: Dataset
+    trainer: type[Trainer]
+    parts: dict[str, Any]
+    options: dict[str, Any]
+
+
 def pretrain(
     data: PretrainingArguments,
     model_args: ModelArguments,
@@ -59,10 +70,7 @@ def pretrain(
     max_length: int,
     head: Any = AutoModelForMaskedLM,
 ) -> ModelArguments:
-    """Pre-train a model on pieces of token ids and return `model_args` that start from it.
-
-    Without `pretrain_steps`, `model_args` are returned unchanged. The model is saved below the output directory of the
-    run. A resumed run continues its pre-training, or uses the result of it.
+    """Pre-train a language model on pieces of token ids; see `pretrain_on`.
 
     Args:
         head: determines the objective. `AutoModelForMaskedLM`: predict masked tokens; `AutoModelForCausalLM`: predict
@@ -71,6 +79,40 @@ def pretrain(
     Raises:
         ValueError: the pieces are too short, the tokenizer has no mask token, or a resumed run has no pre-trained
             model.
+    """
+
+    def language_modeling(length: int) -> Objective:
+        sequences = packed_dataset(pieces, length, "--pretrain_length")
+        parts: dict[str, Any] = {"data_collator": causal_lm_collator}
+        if isinstance(data, MaskedPretrainingArguments):
+            denoises = head is AutoModelForSeq2SeqLM
+            collator = MaskingCollator(tokenizer, data.mlm_probability, args.seed, whole=denoises)
+            parts = {"data_collator": collator, "callbacks": [collator]}
+        options = {"train_sampling_strategy": "random", "remove_unused_columns": True}  # all are of one length
+        return Objective(sequences, LanguageModelTrainer, parts, options)
+
+    return pretrain_on(language_modeling, data, model_args, args, tokenizer, max_length, head)
+
+
+def pretrain_on(
+    make_objective: Callable[[int], Objective],
+    data: PretrainingArguments,
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    head: Any,
+) -> ModelArguments:
+    """Pre-train a model with this head and return `model_args` that start from it.
+
+    Without `pretrain_steps`, `model_args` are returned unchanged. The model is saved below the output directory of the
+    run. A resumed run continues its pre-training, or uses the result of it.
+
+    Args:
+        make_objective: called with the maximum number of tokens per row, unless there is nothing left to train.
+
+    Raises:
+        ValueError: a resumed run has no pre-trained model, or whatever `make_objective` raises.
     """
     if not data.pretrain_steps:
         return model_args
@@ -95,20 +137,17 @@ def pretrain(
         return result
     length = min(data.pretrain_length, max_length)
     with args.main_process_first(desc="preparing the pre-training"):
-        sequences = packed_dataset(pieces, length, "--pretrain_length")
+        objective = make_objective(length)
     options: Any = copy(args)
     options.output_dir, options.max_steps = str(folder), data.pretrain_steps
     options.learning_rate, options.label_smoothing_factor = data.pretrain_learning_rate, 0.0
     options.eval_strategy, options.load_best_model_at_end, options.push_to_hub = "no", False, False
-    options.train_sampling_strategy, options.remove_unused_columns = "random", True
+    for name, value in objective.options.items():
+        setattr(options, name, value)
     model = make_model(head, model_args, tokenizer, max_length)
-    parts: dict[str, Any] = {"data_collator": causal_lm_collator}
-    if isinstance(data, MaskedPretrainingArguments):
-        denoises = head is AutoModelForSeq2SeqLM
-        collator = MaskingCollator(tokenizer, data.mlm_probability, args.seed, whole=denoises)
-        parts = {"data_collator": collator, "callbacks": [collator]}
-    trainer = build_trainer(LanguageModelTrainer, model, options, tokenizer, {"train": sequences}, **parts)
-    train_and_save(trainer, f"Pre-training: {len(sequences):,} sequences of {length} tokens")
+    splits = {"train": objective.dataset}
+    trainer = build_trainer(objective.trainer, model, options, tokenizer, splits, **objective.parts)
+    train_and_save(trainer, f"Pre-training: {len(objective.dataset):,} sequences of up to {length} tokens")
     trainer.accelerator.wait_for_everyone()
     args.resume_from_checkpoint = None
     set_seed(args.seed)  # the task starts from the same random state, whether or not pre-training was resumed

@@ -264,7 +264,7 @@ def draw_recommendations(
             line = np.concatenate([[0], counts.cumsum()]) / len(known)
             shares.plot(np.linspace(0, 1, len(line)), line, label=f"{name} ({reached:.0%} of all items)")
     total = np.concatenate([[0], np.sort(popularity)[::-1].cumsum()]) / max(1, popularity.sum())
-    shares.plot(np.linspace(0, 1, len(total)), total, label="training data", color="grey", linestyle=":")
+    shares.plot(np.linspace(0, 1, len(total)), total, label="training data", color="gray", linestyle=":")
     shares.set(xlabel="share of items, most popular first", ylabel="cumulative share of choices")
     shares.set(title="popularity", xlim=(0, 1), ylim=(0, 1))
     shares.grid(alpha=0.3)

@@ -1,5 +1,5 @@
 // Attention of new tokens on top of a cache, one token after the other: hash it, store it, attend to its buckets and its
-// neighbourhood.
+// neighborhood.
 #pragma once
 
 #include <algorithm>

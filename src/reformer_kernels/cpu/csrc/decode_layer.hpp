@@ -54,7 +54,7 @@ inline void run_dense(const Dense* matrices, int64_t count, const float* x, int6
     });
 }
 
-template <typename T> void normalise(const T* x, const float* weight, const float* bias, int64_t size, double epsilon, float* out) {
+template <typename T> void normalize(const T* x, const float* weight, const float* bias, int64_t size, double epsilon, float* out) {
     double mean = 0, squares = 0;
     for (int64_t i = 0; i < size; i++) mean += out[i] = static_cast<float>(x[i]);
     mean /= size;
@@ -72,7 +72,7 @@ template <typename T> void run_decode_layer(const LayerParams& p) {
     T *x1 = static_cast<T*>(p.x1), *x2 = static_cast<T*>(p.x2);
 
     for (int64_t row = 0; row < rows; row++)
-        normalise(x2 + row * hidden, p.attention_norm, p.attention_norm_bias, hidden, p.epsilon, normed.data() + row * hidden);
+        normalize(x2 + row * hidden, p.attention_norm, p.attention_norm_bias, hidden, p.epsilon, normed.data() + row * hidden);
     Dense projections[3] = {{p.query_proj, nullptr, query.data(), inner}, {p.value_proj, nullptr, value.data(), inner},
                             {p.key_proj, nullptr, key.data(), inner}};
     run_dense(projections, shared ? 2 : 3, normed.data(), rows, hidden, s.threads);
@@ -107,7 +107,7 @@ template <typename T> void run_decode_layer(const LayerParams& p) {
     for (int64_t i = 0; i < rows * hidden; i++) x1[i] += branch[i];
 
     for (int64_t row = 0; row < rows; row++)
-        normalise(x1 + row * hidden, p.feed_forward_norm, p.feed_forward_norm_bias, hidden, p.epsilon, normed.data() + row * hidden);
+        normalize(x1 + row * hidden, p.feed_forward_norm, p.feed_forward_norm_bias, hidden, p.epsilon, normed.data() + row * hidden);
     Dense up{p.up_proj, p.up_bias, activations.data(), wide}, down{p.down_proj, p.down_bias, branch.data(), hidden};
     run_dense(&up, 1, normed.data(), rows, hidden, s.threads);
     for (float& x : activations) x = p.gelu ? 0.5f * x * (1 + std::erf(x * 0.70710678f)) : (x < 0 ? 0.0f : x);

@@ -1,1 +1,1 @@
-"""Compiled kernels of windowed attention, for CPUs and GPUs. They know torch alone; importing registers no model."""
+"""Compiled kernels for windowed attention on CPUs and GPUs; depend only on torch. Importing registers no model."""

@@ -1,4 +1,4 @@
-"""The attention op as torch sees it: one schema, and rules for tracing and autograd, for every backend."""
+"""Registration of the attention op with torch: schema, fake kernels and autograd formulas shared by all backends."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -7,10 +7,10 @@ import torch
 
 
 class AttentionArgs(NamedTuple):
-    """The op's inputs, as `hf_reformer.ops.dispatch.windowed_attention` and `layout.AttentionLayout` describe them.
+    """The inputs of the op, see `hf_reformer.ops.dispatch.windowed_attention` and `layout.AttentionLayout`.
 
-    key: None for shared query/key attention. dropout_key: None if nothing is dropped. query_weights: None if the
-    attention mass is not asked for.
+    key: None for shared query/key attention. dropout_key: None for no dropout. query_weights: None if the attention
+    mass is not needed.
     """
 
     query: torch.Tensor
@@ -37,7 +37,7 @@ _NUM_TENSORS = AttentionArgs._fields.index("block_size")
 
 
 def empty_rows(like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(B, H, T, D) of the same shape, uninitialised, in memory (B, T, H, D): the layout of a projection."""
+    """Allocate an uninitialized tensor with the shape of `like`, (B, H, T, D), laid out as (B, T, H, D)."""
     batch, heads, length, size = like.shape
     return like.new_empty(batch, length, heads, size, dtype=dtype).transpose(1, 2)
 
@@ -49,12 +49,12 @@ def register_attention(
     """Register `reformer_kernels::<backend>_attention` and its backward.
 
     Args:
-        forward: of the fields of `AttentionArgs`; gives the output (B, H, T, D), maximum and sum of every row's
-            softmax, (B, H, T) float32, and the attention mass, (B, T) float32, or an empty tensor without
-            `query_weights`. On a CPU the sum is NaN in rows that came near NaN or infinity.
-        backward: of the output, row maxima and sums, the gradients of output and mass (None: it has none), and then
-            as `forward`; gives the gradients of query, value and, unless it is None, key.
-        dtype_of: of query, key and value: the dtype of outputs and gradients.
+        forward: takes the fields of `AttentionArgs`; returns the output, (B, H, T, D), the maximum and sum of every
+            row's softmax, (B, H, T) float32, and the attention mass, (B, T) float32, or an empty tensor without
+            `query_weights`. On a CPU the sum is NaN in rows whose tiles contain NaN or infinity.
+        backward: takes the output, row maxima and sums, the gradients of output and mass (or None), and then the same
+            as `forward`; returns the gradients of query, value and, unless it is None, key.
+        dtype_of: takes query, key and value; returns the dtype of outputs and gradients.
     """
     name = f"reformer_kernels::{backend}_attention"
     op = torch.library.custom_op(

@@ -1,4 +1,4 @@
-"""The cache that generation uses for earlier tokens."""
+"""The cache of past tokens for generation."""
 
 from .cache import ReformerCache
 

@@ -1,4 +1,4 @@
-"""The cache of a causal Reformer: its layers, and the checks before a model uses one."""
+"""The cache of a causal Reformer, and the checks made before a model uses one."""
 
 from contextlib import nullcontext
 from typing import Any
@@ -10,7 +10,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from ..configuration_reformer import ReformerConfig
 from .cache_layers import ChunkCacheLayer, ReformerCacheLayer, signatures
 
-# What outputs and `generate` call a cache: since transformers 5.24 `cache`, before `past_key_values`.
+# The name of the cache in outputs and `generate`: `cache` since transformers 5.24, `past_key_values` before.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
@@ -29,16 +29,16 @@ class ReformerCache(Cache):
             layer_class = ChunkCacheLayer if chunks and kind != "full" else ReformerCacheLayer
             layers.append(layer_class(config, index, max_cache_len))
         local = [layer for layer in layers if layer.kind == "local"]
-        for layer in layers:  # no cycles among them, so that their memory goes with the last reference
+        for layer in layers:  # no reference cycles, so that memory is freed with the last reference
             layer.sibling_local_layers = [] if layer.kind == "local" else local
         super().__init__(layers=layers, **options)
 
 
 def to_reformer_cache(cache: Any, config: ReformerConfig) -> Cache:
-    """Return a cache filled by a Reformer as is, or an empty transformers cache (dynamic or static) with our layers.
+    """Return a Reformer's cache as is, or an empty transformers cache (dynamic or static) with its layers replaced.
 
     Raises:
-        ValueError: it is neither, or an earlier change to it was interrupted.
+        ValueError: the cache is neither, or an earlier update of it was interrupted.
     """
     if isinstance(getattr(cache, "layers", None), list):
         if [layer.signature for layer in cache.layers if isinstance(layer, ReformerCacheLayer)] == signatures(config):
@@ -71,10 +71,10 @@ def _check_whole(layers: list[Any]) -> None:
 
 
 def check_call(cache: Cache, batch: int, num_hashes: int, num_buckets: Any) -> None:
-    """Checks before any layer writes to the cache.
+    """Check the arguments of a call against the cache before any layer writes to it.
 
     Raises:
-        ValueError: it holds other sequences, or its tokens were hashed with other settings.
+        ValueError: the cache has another batch size, or its tokens were hashed with other settings.
     """
     layers: list[Any] = cache.layers
     if layers[0].seen_tokens and layers[0].batch_size != batch:
@@ -94,24 +94,24 @@ def check_call(cache: Cache, batch: int, num_hashes: int, num_buckets: Any) -> N
 
 
 def whole_step(cache: Any) -> Any:
-    """Wraps a call from its first layer to its end: if the call is interrupted, the cache is refused afterwards.
+    """Return a context for a call, first layer to output: if it is interrupted, the cache is rejected afterwards.
 
-    When nested, the outermost counts: tokens may be cached, but are of no use to a caller that got no output.
+    When nested, the outermost counts: cached tokens are of no use to a caller that got no output.
     """
     return nullcontext() if cache is None or torch.compiler.is_compiling() else WholeStep(cache)
 
 
 def begin_writing(cache: Any) -> None:
-    """From here on, an interrupted `whole_step` leaves a cache that is refused."""
-    if not torch.compiler.is_compiling():  # a graph changes the cache at its end
+    """Mark the cache as being written: it is rejected from now on unless its `whole_step` completes."""
+    if not torch.compiler.is_compiling():  # a graph updates the cache at its end
         cache.layers[0].half_done = True
 
 
 class WholeStep:
-    """The context of `whole_step`."""
+    """The context manager of `whole_step`."""
 
     def __init__(self, cache: Any):
-        self.cache = getattr(cache, "self_attention_cache", cache)  # of an encoder-decoder's two
+        self.cache = getattr(cache, "self_attention_cache", cache)  # one of the two of an encoder-decoder
         self.is_outermost = False
 
     def __enter__(self) -> None:

@@ -1,11 +1,11 @@
-"""Cache layers: projected keys and values, and per head the newest members of every hash bucket.
+"""Cache layers: projected keys and values, and for each head the newest members of every hash bucket.
 
-A decode step changes tensors in place, so that a CUDA graph may record it (`models.recorded_step`). Only growth and
-changes to the sequences create new tensors.
+A decode step updates tensors in place, so that a CUDA graph can capture it (`models.recorded_step`). New tensors are
+allocated only when the cache grows or its sequences are selected, repeated or cropped.
 
 A layer numbers the real tokens of a sequence 0, 1, 2 … and stores them by number: padding takes no memory, and the
-sequences of a batch may differ in length. A decode step then reads the last `lsh_window` members of the new token's
-buckets and the last `local_window` tokens, whatever the length. In chunk mode a step sorts the buckets of all tokens.
+sequences of a batch may differ in length. A decode step reads the last `lsh_window` members of the new token's buckets
+and the last `local_window` tokens, independent of the length. In chunk mode it sorts the buckets of all tokens.
 """
 
 import math
@@ -21,27 +21,27 @@ from ..configuration_reformer import ReformerConfig, padded_length
 from ..ops.bucket_tables import BucketChains
 from ..ops.lsh import num_buckets_total, sum_dtype, unit_sums
 
-GROWTH = 1.125  # of the capacity, when it is full
+GROWTH = 1.125  # factor by which the capacity grows when it is full
 
 
 class ReformerCacheLayer(CacheLayerMixin):
-    """The tokens of one layer, by number; local layers keep only the last ones, by number modulo capacity."""
+    """The cached tokens of one layer, stored by number; local layers keep only the last ones, modulo the capacity."""
 
     is_croppable = True
     # None until there are tokens:
-    keys: Any  # (B, H, capacity, D), turned by position; lsh layers: query/key vectors, not normalized
+    keys: Any  # (B, H, capacity, D), rotated by position; lsh layers: query/key vectors, not normalized
     values: Any  # (B, H, capacity, D)
     buckets: Any  # (B, H, R, capacity) int32, lsh layers
-    sums: Any  # (B, H, D) float64, `lsh.unit_rows` of all keys added up; lsh layers that center what they hash
-    lengths: Any  # (B) int64, real tokens of every sequence
-    longest: Any  # (B) int64, the same before tokens were cropped
-    oldest: Any  # (B) int64, number of the first token that is still kept, once the past is recorded
-    attention_mask: torch.Tensor | None  # (B, seen_tokens) bool, which tokens were real; None: all were
+    sums: Any  # (B, H, D) float64, sum of `lsh.unit_rows` of all keys; lsh layers with centered hashing
+    lengths: Any  # (B) int64, number of real tokens of every sequence
+    longest: Any  # (B) int64, `lengths` before tokens were cropped
+    oldest: Any  # (B) int64, number of the first token still stored when recording of the past began
+    attention_mask: torch.Tensor | None  # (B, seen_tokens) bool, True for real tokens; None: all are real
     chains: Any  # `BucketChains`, the members of every bucket; lsh layers in window mode
     hasher: Any  # `layers.attention.Hasher` of all tokens; lsh layers
-    seen_tokens: int  # how many tokens of each sequence were given so far, padding included
-    selections: int  # how often sequences were selected or repeated
-    half_done: bool  # whether a change was begun and not ended: `cache.to_reformer_cache` refuses it
+    seen_tokens: int  # number of tokens of each sequence so far, including padding
+    selections: int  # number of times that sequences were selected or repeated
+    half_done: bool  # whether an update is unfinished: `cache.to_reformer_cache` then rejects the cache
     makes_chains = True
     per_sequence: tuple[str, ...] = ("keys", "values", "buckets", "sums", "lengths", "longest", "oldest")
     per_sequence += ("attention_mask",)
@@ -52,12 +52,12 @@ class ReformerCacheLayer(CacheLayerMixin):
         self.kind = self.signature[0]
         self.centered = self.kind == "lsh" and config.attention_mode == "window" and config.lsh_centering
         self.local_window, self.lsh_window = config.local_window, config.lsh_window
-        # How many of the last tokens a new one sees by position.
+        # Number of last tokens that a new one attends to by position.
         self.local_reach = config.local_window if self.kind == "local" or config.lsh_include_local else 0
         self.is_sliding = self.kind == "local"
         self.initial_capacity = capacity
         self.record_past = False
-        self.sibling_local_layers: list[ReformerCacheLayer] = []  # empty in local layers: all of them evict alike
+        self.sibling_local_layers: list[ReformerCacheLayer] = []  # empty in local layers: all evict alike
         self.reset()
 
     def reset(self) -> None:
@@ -71,7 +71,7 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Wraps a change of several tensors: if it is interrupted, the layer cannot be used again."""
+        """Wrap an update of several tensors: if it is interrupted, the layer cannot be used again."""
         before, self.half_done = self.half_done, True
         yield
         self.half_done = before
@@ -86,7 +86,7 @@ class ReformerCacheLayer(CacheLayerMixin):
 
     @property
     def is_ring_buffer(self) -> bool:
-        """Whether new tokens replace the oldest."""
+        """Whether new tokens overwrite the oldest ones."""
         return self.kind == "local" and not self.record_past
 
     @property
@@ -94,7 +94,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         return 2 * self.local_window if self.is_ring_buffer else math.inf
 
     def has_room(self, new: int) -> bool:
-        """Whether this number of new tokens fits into the allocated memory."""
+        """Whether `new` more tokens fit into the allocated memory."""
         return self.capacity >= min(self.seen_tokens + new, self.largest_capacity)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -113,10 +113,10 @@ class ReformerCacheLayer(CacheLayerMixin):
     def append(
         self, keys: torch.Tensor, values: torch.Tensor, buckets: torch.Tensor | None, mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """Store new tokens, (B, H, N, D) each; buckets (B, H, R, N); mask (B, N) bool, None: all are real.
+        """Store new tokens: keys and values (B, H, N, D), buckets (B, H, R, N), mask (B, N) bool (None: all are real).
 
         Returns:
-            (B, N) int64, their numbers; -1 for padding.
+            (B, N) int64, the numbers of the tokens; -1 for padding.
         """
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
@@ -137,8 +137,8 @@ class ReformerCacheLayer(CacheLayerMixin):
         return numbers
 
     def reserve(self, new: int, mask: torch.Tensor | None) -> torch.Tensor:
-        """Numbers (B, N) of N new tokens, with memory for them."""
-        numbers = self.lengths[:, None]  # which `commit` changes
+        """Allocate memory for N new tokens and return their numbers, (B, N) int64; -1 for padding."""
+        numbers = self.lengths[:, None]  # a view, which `commit` changes
         numbers = numbers.clone() if new == 1 else numbers + torch.arange(new, device=self.device)
         if mask is not None or self.attention_mask is not None:
             mask = torch.ones_like(numbers, dtype=torch.bool) if mask is None else mask
@@ -168,26 +168,26 @@ class ReformerCacheLayer(CacheLayerMixin):
             self.lengths.copy_(torch.maximum(self.lengths, numbers.amax(-1) + 1))
 
     def changed_in_place(self) -> list[torch.Tensor]:
-        """The tensors that a decode step writes to."""
+        """Return the tensors that a decode step writes to."""
         chains = [] if self.chains is None else [self.chains.newest, self.chains.previous]
         return [x for x in (self.keys, self.values, self.buckets, self.sums, self.lengths, *chains) if x is not None]
 
     def mask_so_far(self) -> torch.Tensor:
-        """(B, seen_tokens) bool, which tokens were real."""
+        """Return the mask of all tokens so far, (B, seen_tokens) bool, True for real ones."""
         if self.attention_mask is not None:
             return self.attention_mask
         return torch.ones(self.batch_size, self.seen_tokens, dtype=torch.bool, device=self.device)
 
     def _write(self, numbers: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, buckets: Any = None) -> None:
-        """Write to the slots of these numbers, except padding and what a ring buffer would overwrite at once."""
+        """Write tokens to the slots of their numbers, except padding and what a ring buffer overwrites at once."""
         newest, last = numbers.max(-1, keepdim=True)  # (B, 1)
         written = (numbers >= 0) & (numbers > newest - self.capacity)
-        # The others are written as the newest is, so that nobody has to count; without any, what is there is.
+        # The others write the newest token again, which keeps shapes fixed; without any new token, the old content.
         column = torch.where(written, torch.arange(numbers.shape[1], device=numbers.device), last)
         slot = numbers.gather(-1, column).clamp(min=0) % self.capacity
 
         def write(kept: torch.Tensor, new: torch.Tensor) -> None:
-            """Along the third dimension."""
+            """Scatter along dimension 2."""
             at, source = (x[:, None, :, None].expand_as(new) for x in (slot, column))
             any_new = (newest >= 0)[..., None, None]
             kept.scatter_(2, at, torch.where(any_new, new.gather(2, source), kept.gather(2, at)))
@@ -198,7 +198,7 @@ class ReformerCacheLayer(CacheLayerMixin):
             write(self.buckets.transpose(2, 3), buckets.transpose(2, 3))
 
     def all_tokens(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """Keys and values (B, H, T, D), buckets (B, H, R, T) or None, and if lengths differ, a (B, T) bool mask."""
+        """Return keys and values (B, H, T, D), buckets (B, H, R, T) or None, and (B, T) bool, None without padding."""
         length = self.seen_tokens
         if self.attention_mask is not None and may_look_at(self.lengths):
             length = max(1, int(self.lengths.max()))
@@ -209,9 +209,9 @@ class ReformerCacheLayer(CacheLayerMixin):
         return self.keys[:, :, :length], self.values[:, :, :length], buckets, mask
 
     def visible_tokens(self, own: torch.Tensor, buckets: torch.Tensor | None) -> torch.Tensor:
-        """Numbers of the tokens that the newest token of every sequence attends to, (B, H or 1, K) int64; -1: none.
+        """Return the numbers of the tokens that each sequence's newest token attends to, (B, H or 1, K) int64.
 
-        own: (B) int64, its number; buckets: (B, H, R, 1).
+        Unused entries are -1. own: (B) int64, numbers of the newest tokens; buckets: (B, H, R, 1), their buckets.
         """
         visible = []
         if self.local_reach:
@@ -224,7 +224,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         return torch.cat(visible, dim=-1)
 
     def input_positions(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Positions of the tokens with these numbers (B, H, N, K) among all input tokens; -1 stays."""
+        """Map token numbers, (B, H, N, K), to positions among all input tokens, padding included; -1 stays -1."""
         if self.attention_mask is None:
             return numbers
         positions = (~self.attention_mask).long().argsort(dim=-1, stable=True)[:, None, None]  # real tokens first
@@ -232,7 +232,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         return torch.where(numbers >= 0, positions, -1)
 
     def last_tokens(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values of the last `count` tokens, (B, H, count, D), and their numbers, (B, count); < 0: none."""
+        """Return keys and values of the last `count` tokens, (B, H, count, D), and numbers, (B, count); < 0: none."""
         numbers = self.lengths[:, None] - count + torch.arange(count, device=self.device)
         slot = (numbers.clamp(min=0) % max(1, self.capacity))[:, None, :, None]
         index = slot.expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
@@ -254,7 +254,7 @@ class ReformerCacheLayer(CacheLayerMixin):
         return self.seen_tokens + query_length, 0
 
     def activate_past_recording(self) -> None:
-        """Store every token from now on, so that any number can be cropped."""
+        """Store every token from now on, so that any number of them can be cropped."""
         if self.kind == "local" and self.seen_tokens and not self.record_past:
             with self._changing():
                 self._keep_by_number()
@@ -263,7 +263,7 @@ class ReformerCacheLayer(CacheLayerMixin):
     def _keep_by_number(self) -> None:
         self.oldest = (torch.maximum(self.longest, self.lengths) - self.capacity).clamp(min=0)
         keys, values, numbers = self.last_tokens(min(self.capacity, self.seen_tokens))
-        capacity = max(self.seen_tokens, 1)  # from here on slots by number, those of evicted tokens unused
+        capacity = max(self.seen_tokens, 1)  # from here on, slots are numbers; those of evicted tokens stay unused
         self.keys, self.values = (x.new_zeros(*x.shape[:2], capacity, x.shape[3]) for x in (keys, values))
         self._write(numbers, keys, values)
         self.record_past = True
@@ -282,8 +282,8 @@ class ReformerCacheLayer(CacheLayerMixin):
         """Remove the last `-tokens_to_remove` tokens.
 
         Raises:
-            ValueError: a positive number, or more tokens than there are.
-            RuntimeError: a local layer has evicted tokens that would return into its window. The cache is unchanged.
+            ValueError: `tokens_to_remove` is positive, or exceeds the number of tokens.
+            RuntimeError: a local layer has evicted tokens that would reenter its window. The cache is unchanged.
         """
         count = -tokens_to_remove
         if count == 0 or not self.is_initialized:
@@ -318,11 +318,11 @@ class ReformerCacheLayer(CacheLayerMixin):
         index = numbers.clamp(min=0)[:, None, None].expand(-1, *self.buckets.shape[1:3], -1)
         if self.sums is not None:
             keys = self.keys.gather(2, index[:, :, 0, :, None].expand(-1, -1, -1, self.keys.shape[3]))
-            self.sums = self.sums - unit_sums(keys, numbers >= 0)  # they were hashed as they are kept
+            self.sums = self.sums - unit_sums(keys, numbers >= 0)  # keys are stored as they were hashed
         self.chains.remove(self.buckets.gather(-1, index), numbers)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Apply a function to every tensor with an entry per sequence."""
+        """Apply a function to every tensor that has an entry per sequence."""
         with self._changing():
             for holder, names in ((self, self.per_sequence), (self.chains, ("newest", "previous"))):
                 for name in names:
@@ -349,9 +349,9 @@ class ReformerCacheLayer(CacheLayerMixin):
 
 
 class ChunkCacheLayer(ReformerCacheLayer):
-    """The tokens of one lsh or local layer in chunk mode. Every sequence is treated alone, without padding."""
+    """The cached tokens of an lsh or local layer in chunk mode. Each sequence is treated alone, without padding."""
 
-    chunks_from: Any  # (B) int64, lsh layers: a new token with fewer tokens before it sees all of them
+    chunks_from: Any  # (B) int64, lsh layers: new tokens with a smaller number attend to all tokens before them
     makes_chains = False  # a decode step sorts all tokens
     per_sequence = (*ReformerCacheLayer.per_sequence, "chunks_from")
 
@@ -361,7 +361,7 @@ class ChunkCacheLayer(ReformerCacheLayer):
         self.chunk = getattr(config, f"{self.kind}_attn_chunk_length")
         self.before = getattr(config, f"{self.kind}_num_chunks_before") or 0
         self.local_window = (self.before + 1) * self.chunk
-        # Up to so many tokens, neither they nor the first step after them are cut into chunks.
+        # Up to this many tokens, neither they nor the first step after them are cut into chunks.
         self.uncut = max(n for n in range(self.chunk + 1) if padded_length(config, n) <= self.chunk)
 
     def commit(self, numbers: torch.Tensor) -> None:
@@ -371,9 +371,9 @@ class ChunkCacheLayer(ReformerCacheLayer):
             self.chunks_from = torch.where(self.lengths > self.uncut, after_cut, after_uncut)
 
     def visible_tokens(self, own: torch.Tensor, buckets: torch.Tensor | None) -> torch.Tensor:
-        """The newest token's chunk in the sequence, or in each round's sort order, and the chunks before it.
+        """Return the tokens of the newest token's chunk and of the chunks before it, by position or in each round.
 
-        A round wraps around at its end, so a token may occur several times. It counts as often as it occurs.
+        Rounds wrap around, so a token may occur several times. It counts as often as it occurs.
         """
         window = torch.arange(self.local_window, device=own.device)
         if buckets is None:
@@ -393,7 +393,7 @@ class ChunkCacheLayer(ReformerCacheLayer):
 
 
 def _extend(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
-    """x padded with zeros to `size` entries along a dimension."""
+    """Pad x with zeros to `size` entries along a dimension."""
     shape = list(x.shape)
     shape[dim] = size
     extended = x.new_zeros(shape)
@@ -402,9 +402,9 @@ def _extend(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
 
 
 def signatures(config: ReformerConfig) -> list[tuple]:
-    """The settings that a cache layer depends on, layer by layer."""
+    """Return the settings that each cache layer depends on."""
     fields = ["attention_mode", "num_attention_heads", "attention_head_size", "local_window", "lsh_window",
               "lsh_include_local", "lsh_centering", "lsh_rotary", "local_attn_chunk_length", "local_num_chunks_before",
               "lsh_attn_chunk_length", "lsh_num_chunks_before"]  # fmt: skip
-    values = vars(config)  # attributes take their time, and every decode step asks
+    values = vars(config)  # faster than attribute access, since this runs in every decode step
     return [(kind, *[values[name] for name in fields]) for kind in values["attn_layers"]]

@@ -1,1 +1,1 @@
-"""Functions on tensors: hashing, layouts, attention and its backends, random numbers. They know torch alone."""
+"""Functions on tensors: hashing, layouts, attention and its backends, random numbers. They depend only on torch."""

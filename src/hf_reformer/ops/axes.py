@@ -1,4 +1,4 @@
-"""Positions as places of a grid of any number of axes, in row-major order."""
+"""Positions as coordinates in a grid with any number of axes, in row-major order."""
 
 import math
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ import torch
 
 
 def along_axes(position_ids: torch.Tensor, shape: Sequence[int]) -> list[torch.Tensor]:
-    """The coordinate of every position along each axis of a grid, all of them shaped as the positions.
+    """Compute the coordinates of positions along each axis of a grid, each with the shape of `position_ids`.
 
-    The first axis has no end: positions behind the grid go on in further rows of it.
+    The first axis is unbounded: positions beyond the grid continue in further rows.
     """
     coordinates, stride = [], math.prod(shape)
     for axis, size in enumerate(shape):

@@ -1,4 +1,4 @@
-"""The coverage loss: how far the attention mass is from reaching all tokens.
+"""The coverage loss: how far the attention mass is from covering all tokens.
 
 For every layer KL(mass || target) = sum over tokens j of mass[j] * log(mass[j] / target[j]), with 0 * log 0 = 0. The
 attention mass is the share of attention that each real token receives, a mean over heads and real queries, before
@@ -10,28 +10,28 @@ from typing import NamedTuple
 
 import torch
 
-TINY = torch.finfo(torch.float32).tiny  # stands for 0 under a logarithm
+TINY = torch.finfo(torch.float32).tiny  # replaces 0 in logarithms
 
 
 class CoverageTarget(NamedTuple):
-    """What the loss compares with. A packed sample counts like a sequence of its own."""
+    """The target of the coverage loss. A packed sample counts as a sequence of its own."""
 
-    query_weights: torch.Tensor  # (B, T), how much each query counts: 1 / n for the n real tokens of its sample
+    query_weights: torch.Tensor  # (B, T), weight of each query: 1 / n for the n real tokens of its sample
     target: torch.Tensor  # (B, T), the mass of evenly spread attention; 0 for padding
-    samples: torch.Tensor  # () int64, how many samples hold a real token, but at least 1
+    samples: torch.Tensor  # () int64, number of samples with a real token, at least 1
 
 
 def coverage_target(
     real: torch.Tensor, ranks: torch.Tensor, samples: torch.Tensor | None = None, causal: bool = False
 ) -> CoverageTarget:
-    """The target of a batch.
+    """Compute the target of a batch.
 
     Args:
         real: (B, T) bool, True for real tokens.
-        ranks: (B or 1, T), number of real tokens of its sample before each token.
-        samples: (B, T), the sample of a packed sequence that a token belongs to; None: one sample each.
+        ranks: (B or 1, T), number of real tokens before each token in its sample.
+        samples: (B, T), index of each token's sample in a packed sequence; None: one sample per sequence.
     """
-    dtype = torch.float32 if real.device.type == "mps" else torch.float64  # it has no float64
+    dtype = torch.float32 if real.device.type == "mps" else torch.float64  # MPS has no float64
     length = real.shape[1]
     if samples is None:
         number = real.sum(-1, keepdim=True).expand_as(real)
@@ -49,7 +49,7 @@ def coverage_target(
 
 
 def coverage_loss(mass: torch.Tensor, target: CoverageTarget) -> torch.Tensor:
-    """KL(mass || target), the mean over samples: (..., B, T) → (...), in the dtype of the target."""
+    """Compute KL(mass || target), averaged over samples: (..., B, T) → (...), in the dtype of the target."""
     mass = mass.to(target.target.dtype)
     even = torch.where(target.target > 0, target.target, 1)
     ratio = mass.clamp(min=TINY).log() - even.log()
@@ -57,11 +57,11 @@ def coverage_loss(mass: torch.Tensor, target: CoverageTarget) -> torch.Tensor:
 
 
 def mass_entropy(mass: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Entropy of the attention mass, as a share of that of even mass: (..., T) → (...), from 0 to 1.
+    """Compute the entropy of the attention mass relative to that of uniform mass: (..., T) → (...), from 0 to 1.
 
     Args:
-        mass: shares of attention, which add up to 1 over the last dimension.
-        mask: 1 for real tokens, broadcast to `mass`. None: all.
+        mass: shares of attention, which sum to 1 over the last dimension.
+        mask: 1 for real tokens, broadcast to `mass`; None: all are real.
     """
     count = _real(mass, mask).sum(-1)
     entropy = torch.special.entr(mass).sum(-1)
@@ -69,7 +69,7 @@ def mass_entropy(mass: torch.Tensor, mask: torch.Tensor | None = None) -> torch.
 
 
 def covered_fraction(mass: torch.Tensor, mask: torch.Tensor | None = None, least: float = 0.1) -> torch.Tensor:
-    """Fraction of the real tokens that receive at least `least` times even mass: (..., T) → (...).
+    """Compute the fraction of real tokens that receive at least `least` times uniform mass: (..., T) → (...).
 
     Arguments as for `mass_entropy`.
     """

@@ -1,7 +1,7 @@
-"""Windowed attention, the one op behind local and LSH attention, and what layers need to lay it out: by any backend.
+"""Windowed attention, the op behind local and LSH attention, and the functions that make its layout, for any backend.
 
-Everything here takes `backend`: `config.attention_backend`. "torch" and "reference" are pure PyTorch. "cpu" and
-"triton" are the compiled kernels of `reformer_kernels`, which may be missing.
+Functions here take `backend`, which is `config.attention_backend`. "torch" and "reference" are pure PyTorch; "cpu" and
+"triton" are the compiled kernels of `reformer_kernels`, which may not be installed.
 """
 
 import functools
@@ -34,28 +34,28 @@ try:
     from reformer_kernels import cpu, triton
     from reformer_kernels.contract import CONTRACT
 
-    # A copy of this file that came with a model may meet kernels of another version.
+    # A copy of this file that is shipped with a model may find another version of the kernels.
     KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton} if CONTRACT == 9 else {}
 except ImportError:  # a model loaded with trust_remote_code, without the package
     KERNELS = {}
 
 logger = logging.getLogger(__name__)
 
-MAX_EMPTY = 2**14  # buckets that counting tokens may find empty
+MAX_EMPTY = 2**14  # maximum number of empty buckets for counting sort
 
 KERNEL_OF_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 
 BACKENDS: dict[str, Callable[..., Any]] = {"torch": tiled_attention, "reference": reference_attention}
 
 
-# --- the choice of a backend
+# --- backend selection
 
 
 def resolve_backend(choice: str = "auto") -> str:
-    """`config.attention_backend`, or the environment variable HF_REFORMER_BACKEND, which overrules it.
+    """Return `choice`, or the value of the environment variable HF_REFORMER_BACKEND, which takes precedence.
 
     Raises:
-        ValueError: no such backend.
+        ValueError: there is no such backend.
     """
     choice = os.environ.get("HF_REFORMER_BACKEND", choice)
     if choice != "auto" and choice not in BACKENDS and choice not in KERNELS:
@@ -67,17 +67,17 @@ def resolve_backend(choice: str = "auto") -> str:
 
 
 def select_backend(choice: str, *tensors: torch.Tensor) -> str:
-    """The backend that serves query, value and perhaps key, (B, H, T, D).
+    """Select the backend for query, value and optionally key, (B, H, T, D).
 
-    "auto" is the compiled kernel of a CPU or a CUDA GPU where it can be used, else "torch". Of a GPU, that is found
-    out at first use (`check_triton`); an explicit "triton" is taken unseen.
+    "auto" selects the compiled kernel of a CPU or CUDA GPU if it can be used, else "torch". GPU kernels are checked at
+    first use (`check_triton`), but not if "triton" is selected explicitly.
 
     Raises:
-        ValueError: no such backend, or it cannot serve these tensors.
+        ValueError: there is no such backend, or it does not support these tensors.
     """
     choice = resolve_backend(choice)
     if choice == "auto":
-        if torch.onnx.is_in_onnx_export():  # ONNX knows torch's operations alone
+        if torch.onnx.is_in_onnx_export():  # ONNX supports only torch's operations
             return "torch"
         kernel = KERNEL_OF_DEVICE.get(tensors[0].device.type)
         if kernel not in KERNELS:
@@ -94,7 +94,7 @@ def select_backend(choice: str, *tensors: torch.Tensor) -> str:
 
 
 def unsupported_reason(backend: str, *tensors: torch.Tensor) -> str | None:
-    """Why a backend of `KERNELS` cannot serve tensors like these, (B, H, T, D), or None."""
+    """Return why a backend of `KERNELS` does not support tensors like these, (B, H, T, D), or None if it does."""
     reason = KERNELS[backend].unsupported_reason(*tensors)
     if reason is None and in_functorch_transform():
         return "it has no rule for torch.func transforms"
@@ -103,23 +103,23 @@ def unsupported_reason(backend: str, *tensors: torch.Tensor) -> str | None:
 
 @torch.compiler.assume_constant_result
 def _library_fault() -> str | None:
-    """Why the compiled library itself cannot be used, or None; it does not change, so dynamo need not look."""
+    """Return why the compiled library cannot be used, or None; a constant, so that dynamo need not trace it."""
     return check_library()
 
 
 @functools.cache
 def check_library() -> str | None:
-    """Compile, load and check the CPU kernels, once a process; why they cannot be used, or None."""
+    """Compile, load and check the CPU kernels, once per process; return why they cannot be used, or None."""
     return KERNELS["cpu"].choose_library(partial(agrees, KERNELS["cpu"]), agrees.__module__)
 
 
 def _triton_fault(*tensors: torch.Tensor) -> str | None:
-    """Why Triton's kernels cannot serve tensors like these on their GPU, or None; nothing compiles for integers."""
+    """Return why the Triton kernels cannot be used for tensors like these, or None; integers need no compiling."""
     floats = [x for x in tensors if x.is_floating_point()]
     if not floats:
         return None
     dtype = KERNELS["triton"].compute_dtype(*floats)
-    sizes = (operator.index(x.shape[-1]) for x in (floats[0], floats[min(1, len(floats) - 1)]))  # no symbols
+    sizes = (operator.index(x.shape[-1]) for x in (floats[0], floats[min(1, len(floats) - 1)]))  # not symbolic
     return _constant_triton_fault(floats[0].device.index or 0, str(dtype).removeprefix("torch."), *sizes)
 
 
@@ -130,17 +130,17 @@ def _constant_triton_fault(*subject: Any) -> str | None:
 
 @functools.cache
 def check_triton(index: int, dtype: str, size: int, value_size: int) -> str | None:
-    """Why Triton's kernels are not used on a GPU for a dtype and head sizes, or None.
+    """Return why the Triton kernels are not used on a GPU for a dtype and head sizes, or None.
 
-    Another process checks them (`kernel_check.triton_agrees`), once for each of their versions: the verdict is kept
-    on disk. So nothing of it runs in this process, whatever it traces, captures or differentiates.
+    Another process checks them (`kernel_check.triton_agrees`), once per version of the kernels; the verdict is stored
+    on disk. The check thus cannot interfere with tracing, graph capture or autograd in this process.
     """
     kernels = KERNELS["triton"]
     return kernels.fault(kernels.Subject(f"cuda:{index}", dtype, size, value_size), agrees.__module__)
 
 
 def describe_backends(dtype: str = "float32", size: int = 64) -> dict[str, str]:
-    """What "auto" takes on every device for a dtype and head size, and why it is not the compiled kernel."""
+    """Return what "auto" selects on every device for a dtype and head size, and why if it is not a compiled kernel."""
     found = {}
     for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
         kernel = KERNEL_OF_DEVICE[torch.device(device).type]
@@ -158,9 +158,9 @@ def _warn_once(reason: str) -> None:
 
 
 def decode_kernel(choice: str, cached_keys: torch.Tensor) -> Any:
-    """The module of `KERNELS` whose `decode_attention` serves a cache of keys like these, (B, H, capacity, D).
+    """Return the module of `KERNELS` whose `decode_attention` supports cached keys like these, (B, H, capacity, D).
 
-    None inside of a trace, and where there is none.
+    Returns None while tracing, or if there is no such module.
     """
     if torch.compiler.is_compiling():
         return None
@@ -169,9 +169,9 @@ def decode_kernel(choice: str, cached_keys: torch.Tensor) -> Any:
 
 
 def transform_needs_reference() -> bool:
-    """Whether a torch.func transform runs that takes plain operations: all but `grad` and `vjp` alone.
+    """Whether a torch.func transform is active that needs plain operations: any but a single `grad` or `vjp`.
 
-    Memory is then that of a matrix of weights.
+    Attention then needs memory for the dense matrix of weights.
     """
     return not torch.compiler.is_compiling() and (in_forward_mode() or functorch_levels() not in ([], ["Grad"]))
 
@@ -193,23 +193,23 @@ def windowed_attention(
     query_weights: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One softmax per token over everything in its windows, each pair counted as `layout` says.
+    """Compute attention: one softmax per token over everything in its windows, counting pairs as `layout` specifies.
 
     Args:
-        query, value: (B, H, T, D) floating. Half precision is accumulated in float32.
-        key: the same, or None for shared query/key attention: keys are then the queries scaled to unit length
-            (`reference.shared_key`), and a token attends to itself only where nothing else is visible.
-        layout: of `window_layout` or `chunk_layout`, batch B (heads H or 1).
-        causal, mask: used by the chunk rule alone, whose softmax keeps the future and padding with a score of -1e9.
-            mask: (B, T) bool, True for real tokens. In window mode `layout` has both built in.
+        query, value: (B, H, T, D), floating point. Half precision is accumulated in float32.
+        key: like `query`, or None for shared query/key attention: keys are then the queries scaled to unit length
+            (`reference.shared_key`), and a token attends to itself only if nothing else is visible.
+        layout: result of `window_layout` or `chunk_layout` for batch size B (heads H or 1).
+        causal, mask: only used by the chunk rule, whose softmax keeps future tokens and padding with a score of -1e9.
+            mask: (B, T) bool, True for real tokens. In window mode both are part of `layout`.
         dropout, dropout_key: dropout on the attention weights, a function of (dropout_key, row, head, query, key).
-        scale: scores are query @ key^T * scale; shared keys have their own.
-        query_weights: (B, T), the weight of every query in the attention mass. No gradient passes to it.
+        scale: scores are query @ key^T * scale; shared keys have their own scale.
+        query_weights: (B, T), the weight of every query in the attention mass. It receives no gradient.
 
     Returns:
-        (B, H, T, D) in value's dtype; a token with empty windows gets 0. And with `query_weights` the attention mass,
-        (B, T) in at least float32, else None: mass[j] is the sum over heads and queries i of
-        P[i, j] * query_weights[i], with the weights P before dropout. Gradients pass through it.
+        The output, (B, H, T, D) in value's dtype, 0 for tokens with empty windows; and with `query_weights` the
+        attention mass, (B, T) in at least float32, else None: mass[j] is the sum over heads and queries i of
+        P[i, j] * query_weights[i], where P are the weights before dropout. It is differentiable.
     """
     if dropout_key is None or dropout == 0:
         dropout, dropout_key = 0.0, None
@@ -222,7 +222,7 @@ def windowed_attention(
         rest = *layout[:3], mask, dropout_key, query_weights, *layout[3:], causal, dropout, scale
         if name == "cpu":
             out, _, row_sum, mass = kernel(query, key, value, *rest)
-            if not values_are_known() or math.isfinite(row_sum.sum()):  # NaN where it read what is not finite
+            if not values_are_known() or math.isfinite(row_sum.sum()):  # NaN if nonfinite values were read
                 return out.to(value.dtype), None if query_weights is None else mass
 
         def attend(query: torch.Tensor, key: Any, value: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -238,7 +238,7 @@ def windowed_attention(
 
 
 def all_finite(*tensors: torch.Tensor | None) -> bool:
-    """Whether no tensor holds NaN or infinity, nor numbers so large that their sum is infinite."""
+    """Whether no tensor contains NaN or infinity, or numbers so large that their sum is infinite."""
     sums = [x.detach().sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in tensors if x is not None]
     return bool(torch.stack([x.double() if x.is_cpu else x for x in sums]).isfinite().all())
 
@@ -250,16 +250,17 @@ def contain_nonfinite(
     key: torch.Tensor | None,
     value: torch.Tensor,
 ) -> tuple[torch.Tensor, Any]:
-    """`attend(query, key, value)`, an attention, where NaN and infinity reach those tokens alone that see them.
+    """Call `attend(query, key, value)` such that NaN and infinity only affect tokens that attend to them.
 
-    In sums over tiles or matrices they would reach all, as 0 * NaN is NaN. Finite inputs give what `attend` gives. On
-    a CPU they are looked at first; a CUDA device, which would have to be waited for, does the same with whatever
-    comes. In compiled graphs and under vmap nothing is done.
+    Sums over tiles or matrices would spread them to all tokens, since 0 * NaN is NaN. The result for finite inputs is
+    that of `attend`. On a CPU, inputs are checked first; on CUDA, where a check would synchronize, they are always
+    masked. In compiled graphs and under vmap nothing is done.
 
     Args:
-        attend: gives (B, H, T, D), and perhaps its weights, (B, H, T, S) or sparse, or the attention mass, (B, S).
-        reach: which queries see any of some keys, (B, H, S) bool → (B, H or 1, T).
-        query: (B, H, T, D); key, value: (B, H, S, D); key may be None, then queries are the keys.
+        attend: returns (B, H, T, D), and optionally its weights, (B, H, T, S) or sparse, or attention mass, (B, S).
+        reach: which queries see any of the given keys, (B, H, S) bool → (B, H or 1, T).
+        query: (B, H, T, D).
+        key, value: (B, H, S, D); without `key`, queries are the keys.
     """
     unknown = not values_are_known() or query.device.type == "meta"
     if unknown or (may_look_at(query) and all_finite(query, key, value)):
@@ -281,15 +282,15 @@ def contain_nonfinite(
 
 
 def largest_entry(x: torch.Tensor) -> torch.Tensor:
-    """Of every row (..., D), in magnitude: (...); NaN where there is one."""
+    """Return the largest magnitude in every row, (..., D) → (...); NaN for rows that contain NaN."""
     return torch.linalg.vector_norm(x.detach(), torch.inf, dim=-1)
 
 
-# --- the functions of `rotary`, `lsh` and `layout`, by the compiled kernels where they serve
+# --- functions of `rotary`, `lsh` and `layout`, by compiled kernels if supported
 
 
 def rotate(x: torch.Tensor, tables: CosAndSin | None, heads: int | None = None, backend: str = "auto") -> torch.Tensor:
-    """`rotary.rotate`, the same in all backends but for the last bits. None: no tables, no turn."""
+    """Call `rotary.rotate`, equal in all backends up to rounding. Without tables, x is returned."""
     if tables is None or heads == 0:
         return x
     if resolve_backend(backend) in ("auto", "cpu") and "cpu" in KERNELS and _kernel_rotates(x):
@@ -310,7 +311,7 @@ def lsh_buckets(
     centering: Centering | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """`lsh.lsh_buckets`. Near-ties may fall differently in different backends."""
+    """Call `lsh.lsh_buckets`. Backends may resolve near-ties differently."""
     name = select_backend(backend, vectors)
     if name not in KERNELS:
         return lsh_buckets_in_torch(vectors, rotations, num_buckets, centering)
@@ -328,7 +329,7 @@ def window_rotations(
     like: torch.Tensor,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """`lsh.window_rotations` for vectors like `like`, (B, H, T, D); equal in all backends but for the last bits."""
+    """Call `lsh.window_rotations` for vectors like `like`, (B, H, T, D); equal in all backends up to rounding."""
     normals = KERNELS["cpu"].normal_rows if select_backend(backend, like) == "cpu" else normal_rows
     return window_rotations_in_torch(key, layer, heads, head_size, num_hashes, num_buckets, normals)
 
@@ -340,7 +341,7 @@ def window_layout(
     block_size: int = 32,
     backend: str = "auto",
 ) -> AttentionLayout:
-    """`layout.window_layout`, the same in all backends."""
+    """Call `layout.window_layout`, equal in all backends."""
     return window_layout_in_torch(groups, causal, mask, block_size, _sorter(backend, groups[0][0]))
 
 
@@ -353,7 +354,7 @@ def chunk_layout(
     mask: torch.Tensor | None,
     backend: str = "auto",
 ) -> AttentionLayout:
-    """`layout.chunk_layout`, the same in all backends."""
+    """Call `layout.chunk_layout`, equal in all backends."""
     sort = _sorter(backend, buckets)
     return chunk_layout_in_torch(buckets, num_buckets, chunk, chunks_before, chunks_after, mask, sort)
 
@@ -365,7 +366,7 @@ def _sorter(backend: str, buckets: torch.Tensor) -> Sort | None:
 def _sort_by_kernel(
     groups: Sequence[torch.Tensor], mask: torch.Tensor | None, counts: Sequence[int | None], *rest: Any
 ) -> list[torch.Tensor]:
-    """It counts the members of every bucket: not where most are empty, as those of many samples are."""
+    """Sort by counting the members of every bucket, unless most buckets are empty, as with many packed samples."""
     most = MAX_EMPTY + 4 * groups[0].shape[-1]
     if all(x.dtype == torch.int32 and (count or 0) <= most for x, count in zip(groups, counts, strict=True)):
         counts = [-1 if count is None else count for count in counts]

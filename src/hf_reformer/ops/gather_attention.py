@@ -1,4 +1,4 @@
-"""Attention over lists of tokens: for decoding, over the tokens of a cache, and wherever weights are returned."""
+"""Attention over lists of tokens, for decoding with a cache and for returning attention weights."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -13,29 +13,29 @@ MAX_GATHERED = 2**24  # elements of gathered keys at once
 
 
 class SparseAttention(NamedTuple):
-    """Which tokens every token attends to, and how much.
+    """The tokens that every token attends to, and their weights.
 
     Attributes:
-        tokens: (B, H, T, K) int64, positions of the tokens attended to, those of a cache included; -1: none.
+        tokens: (B, H, T, K) int64, positions of the tokens attended to, including cached ones; unused entries are -1.
             In chunk mode a token may be listed several times, and its weights add up.
-        weights: (B, H, T, K), 0 where there is none, before dropout; each token's add up to 1, or are all 0 where it
-            sees nothing.
+        weights: (B, H, T, K), weights before dropout, 0 for unused entries; they sum to 1 for each token, or are all
+            0 if nothing is visible to it.
     """
 
     tokens: torch.Tensor
     weights: torch.Tensor
 
     def dense(self, length: int) -> torch.Tensor:
-        """The matrix of weights over `length` tokens, (B, H, T, length)."""
+        """Return the dense matrix of weights over `length` tokens, (B, H, T, length)."""
         matrix = self.weights.new_zeros(*self.weights.shape[:3], length)
         return matrix.scatter_add(-1, self.tokens.clamp(min=0), self.weights)
 
 
-AttentionWeights = SparseAttention | torch.Tensor  # or the matrix of weights, (B, H, T, length)
+AttentionWeights = SparseAttention | torch.Tensor  # sparse, or the dense matrix, (B, H, T, length)
 
 
 def mass_of_weights(attention: AttentionWeights, query_weights: torch.Tensor) -> torch.Tensor:
-    """The attention mass of every token, (B, T), by each query's weight, (B, T); without a cache."""
+    """Compute the attention mass of every token, (B, T), given query weights, (B, T); not for cached tokens."""
     if isinstance(attention, torch.Tensor):
         return torch.einsum("bhns,bn->bs", attention, query_weights.to(attention.dtype))
     mass = (attention.weights * query_weights.to(attention.weights.dtype)[:, None, :, None]).flatten(1)
@@ -55,21 +55,21 @@ def gather_attention(
     dropout: float = 0.0,
     draws: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, SparseAttention]:
-    """One softmax per head and query over the tokens listed.
+    """Compute attention with one softmax per head and query over the listed tokens.
 
     Args:
         query: (B, H, N, D).
-        keys, values: (B, H, C, D); token t stands in slot t % C.
-        tokens: (B, H or 1, N, K) int64; negative: none.
-        own: (B, N) int64, each query's own token.
+        keys, values: (B, H, C, D); token t is stored in slot t % C.
+        tokens: (B, H or 1, N, K) int64; negative entries are unused.
+        own: (B, N) int64, the token of each query.
         scale: of the scores; None for shared query/key attention, whose `keys` are queries (`reference.shared_key`).
-        dedup_pairs: whether a token that is listed several times counts once; otherwise so many times.
-        masked: like `tokens`, bool: listed with a score of -1e9.
-        dropout, draws: on the weights, by `reference.pair_keys` of these queries and of all keys.
+        dedup_pairs: count a token once even if it is listed several times.
+        masked: bool, shaped like `tokens`: entries whose score is -1e9.
+        dropout, draws: dropout on the weights; `reference.pair_keys` of these queries and of all keys.
 
     Returns:
-        (B, H, N, D) in the dtype of `values`, 0 where nothing is listed; and the weights, sorted by token if each
-        counts once.
+        The output, (B, H, N, D) in the dtype of `values`, 0 if nothing is listed; and the weights, sorted by token
+        with `dedup_pairs`.
     """
     batch, heads, slots, size = keys.shape
     tokens = tokens.expand(-1, heads, -1, -1)
@@ -102,7 +102,7 @@ def gather_attention(
 
 
 def concat_queries(results: Iterable[tuple[torch.Tensor, SparseAttention]]) -> tuple[torch.Tensor, SparseAttention]:
-    """What `gather_attention` returned for several queries, one after the other; lists may differ in length."""
+    """Concatenate results of `gather_attention` along the queries; their lists may differ in length."""
     outs, attentions = zip(*results, strict=True)
     width = max(attention.tokens.shape[-1] for attention in attentions)
     pad = torch.nn.functional.pad
@@ -112,8 +112,8 @@ def concat_queries(results: Iterable[tuple[torch.Tensor, SparseAttention]]) -> t
 
 
 def crop(attention: AttentionWeights, length: int) -> AttentionWeights:
-    """The attention of the first `length` tokens; padding behind them weighs nothing."""
-    if isinstance(attention, torch.Tensor):  # as it is where it can be, so that it keeps the gradient it gets
+    """Crop attention to the first `length` tokens; the weights of padding after them become 0."""
+    if isinstance(attention, torch.Tensor):  # unchanged if possible, so that it gets its gradient
         return attention if attention.shape[2] == length else attention[:, :, :length, :length]
     tokens, weights = (x[:, :, :length] for x in attention)
     inside = tokens < length
@@ -121,9 +121,9 @@ def crop(attention: AttentionWeights, length: int) -> AttentionWeights:
 
 
 def visible_tokens(layout: AttentionLayout, queries: torch.Tensor | None = None) -> torch.Tensor:
-    """The tokens in every token's windows, round after round, (B, H, T, K) int64; -1: none.
+    """Return the tokens in every token's windows, round by round, (B, H, T, K) int64; unused entries are -1.
 
-    queries: (Q), of which tokens alone; then (B, H, Q, K).
+    With `queries`, (Q), only for these tokens: (B, H, Q, K).
     """
     rounds, length = layout.perm.shape[2:]
     sorted_pos = inverse_permutation(layout.perm)
@@ -146,7 +146,7 @@ def attention_with_dense_weights(
     scale: float,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`dispatch.windowed_attention` and its weights (B, H, T, T), through which gradients pass; arguments as there."""
+    """Return `dispatch.windowed_attention` and its weights, (B, H, T, T), differentiable; arguments are the same."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         key = None if key is None else key.to(dtype) * scale
@@ -166,7 +166,7 @@ def attention_with_sparse_weights(
     dropout: float = 0.0,
     dropout_key: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, SparseAttention]:
-    """`dispatch.windowed_attention` and its weights, a few queries at a time; arguments as there."""
+    """Compute `dispatch.windowed_attention` and its weights, a few queries at a time; arguments are the same."""
     tokens, (batch, heads, length, size) = visible_tokens(layout), query.shape
     positions = torch.arange(length, device=query.device)
     draws = None if dropout_key is None else pair_keys(dropout_key, batch, heads, length)

@@ -1,6 +1,6 @@
-"""Whether compiled kernels compute on this machine what the definitions say.
+"""Checks that compiled kernels agree with their reference implementations on this machine.
 
-Of a CPU's library it is asked once a process, of a GPU's kernels once for each of their versions.
+The CPU library is checked once per process, GPU kernels once per version of the kernels.
 """
 
 from collections.abc import Iterable
@@ -17,15 +17,15 @@ from .prng import make_key, normal_rows
 from .reference import attention_mass, attention_with_weights, shared_key
 from .rotary import rotary_tables, rotate
 
-# How far a GPU's results may be from the definition in float64, of numbers of size about 1.
+# Tolerated difference of a GPU's results from the reference in float64, for values of magnitude about 1.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
 
-# --- the library of a CPU
+# --- the CPU library
 
 
 def agrees(kernels: Any) -> bool:
-    """Compare every function of the library with its definition, on small inputs that use every mask.
+    """Compare every function of the library with its reference, on small inputs that use every mask.
 
     kernels: `reformer_kernels.cpu`.
     """
@@ -57,7 +57,7 @@ def agrees(kernels: Any) -> bool:
 
 
 def _rotation_agrees(bindings, x) -> bool:
-    """Of all heads or one, and back."""
+    """Compare rotations of all heads or one, and the inverse rotation."""
     tables = rotary_tables(torch.arange(x.shape[2], device="cpu")[None], x.shape[3], 10000.0)
     turned = [bindings.rotate(x, *tables, heads, False) for heads in (1, 2)]
     back, half = bindings.rotate(turned[0], *tables, 1, True), x.bfloat16()
@@ -92,7 +92,7 @@ def _attention_agrees(kernels, query, value, grad, buckets, mask) -> bool:
 
 
 def _tells_what_is_not_finite(kernels, query, value) -> bool:
-    """By sums that are NaN, also of a key that weighs nothing. A compiler with -ffast-math would leave that out."""
+    """Check that nonfinite keys, even of weight 0, and values make row sums NaN, which -ffast-math would break."""
     layout = window_layout([(torch.zeros(2, 1, 1, 192, dtype=torch.int32, device="cpu"), 1, 20)], True, None)
     query, bad_key, bad_value = query.abs(), query.abs(), value.clone()
     bad_key[0, 0, 30], bad_value[0, 0, 30] = -torch.inf, torch.inf
@@ -105,7 +105,7 @@ def _tells_what_is_not_finite(kernels, query, value) -> bool:
 
 
 def _decode_attention_agrees(kernels, query, value, device="cpu") -> bool:
-    """New tokens, one or several at once, attend to what the definition shows: by bucket, and in a local layer's ring.
+    """Compare attention of new tokens, one or several at once, with the reference: by bucket, and in a ring buffer.
 
     query, value: (B, H, T, D), T at least 13.
     """
@@ -144,7 +144,7 @@ def _decode_attention_agrees(kernels, query, value, device="cpu") -> bool:
 
 
 def _decode_layers_agree(kernels) -> bool:
-    """A token through a layer, where it attends to itself alone, comes to what dense layers give."""
+    """Compare a layer step of one token, which attends only to itself, with dense layers."""
     generator = torch.Generator("cpu").manual_seed(2)
     batch, hidden, heads, size, wide = 2, 20, 2, 8, 12
     shapes = {
@@ -167,10 +167,10 @@ def _decode_layers_agree(kernels) -> bool:
     return _close(kernels.decode_layers(x1, x2, [layer]), (y1, y2))
 
 
-# --- the kernels of a GPU
+# --- the GPU kernels
 
 
-# Rule, whether keys are shared, whether causal, whether with padding, dropout, attention mass and several rounds.
+# Rule; whether shared keys; whether causal; whether with padding, dropout, attention mass and several rounds.
 KINDS = tuple(product(("windows", "chunks"), (True, False), (True, False), (True, False)))
 
 
@@ -178,9 +178,9 @@ def triton_agrees(
     kernels: Any, device: torch.device, dtype: torch.dtype, size: int, value_size: int,
     kinds: Iterable[tuple[str, bool, bool, bool]] = KINDS, length: int = 70,
 ) -> bool:  # fmt: skip
-    """Compare kinds of call with their definition, on small inputs that need several tiles: values and gradients.
+    """Compare values and gradients of several kinds of calls with the reference, on small inputs of several tiles.
 
-    kernels: `reformer_kernels.triton`, or what stands for it.
+    kernels: `reformer_kernels.triton`, or a substitute.
     """
     return (
         _triton_hashing_agrees(kernels, device, dtype, size, length)
@@ -190,7 +190,7 @@ def triton_agrees(
 
 
 def _triton_hashing_agrees(kernels, device, dtype, size, length) -> bool:
-    """Of vectors as they are, and less every kind of mean, with padding and packed samples."""
+    """Compare buckets of vectors without and with every kind of centering, with padding and packed samples."""
     generator, factors = torch.Generator("cpu").manual_seed(0), (2, 10)
     vectors = (_normal(generator, 2, 3, length, size) + 0.3).to(dtype)
     rotations = _normal(generator, 3, size, 2, 6)
@@ -263,7 +263,7 @@ def _near(results: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], tol
     return all(gap <= tolerance * max(1.0, largest) for gap, largest in gaps)
 
 
-# --- comparing
+# --- comparisons
 
 
 def _same_buckets(buckets: torch.Tensor, expected: torch.Tensor) -> bool:

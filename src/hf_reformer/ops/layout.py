@@ -1,8 +1,8 @@
-"""Attention layouts: how tokens are sorted in every round, and which sorted positions every token attends to.
+"""Attention layouts: the order of tokens in every round, and the sorted positions that every token attends to.
 
-A *round* is one sort order of the tokens of a head. All rounds end to end are one sequence of `rounds * length` sorted
-positions. Both rules, windows and chunks, are such a sequence (`AttentionLayout`), so one attention op serves both.
-Nothing here carries gradients.
+A *round* is one sort order of the tokens of a head. All rounds are concatenated to `rounds * length` sorted positions.
+Both rules, windows and chunks, have this form (`AttentionLayout`), so one attention op serves both. Nothing here is
+differentiable.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-NO_LIMIT = 2**30  # a window so wide shows everything: no head has half as many sorted positions, which are int32
+NO_LIMIT = 2**30  # a window that shows everything: heads have at most half as many positions, which are int32
 
 Sort = Callable[
     [Sequence[torch.Tensor], torch.Tensor | None, Sequence[int | None], Sequence[int], Sequence[int], int],
@@ -19,17 +19,17 @@ Sort = Callable[
 
 
 class AttentionLayout(NamedTuple):
-    """Sorted position p holds token `perm[p]`, whose window is the sorted positions `window_start[p] … window_end[p]`.
+    """The order and windows of tokens: `perm[p]` attends to the sorted positions `window_start[p] … window_end[p]`.
 
-    Sorted positions count through all R * T, modulo that number; a window that ends before it starts is empty.
+    Sorted positions p run through all R * T, modulo that number; a window that ends before it starts is empty.
 
     Attributes:
         perm: (B, H, R, T) int32, the token at each sorted position; every round is a permutation of the tokens.
-        window_start, window_end: (B, H, R, T) int32; perhaps views of fewer numbers, so not to be written to.
+        window_start, window_end: (B, H, R, T) int32; possibly expanded views, so do not write to them.
         block_size: queries are processed in blocks of this many neighboring sorted positions.
         left_reach, right_reach: no window of a block begins more than `left_reach` positions before the block's first
-            position, or ends more than `right_reach` positions behind its last.
-        dedup_pairs: window rule. A pair that is visible in several rounds counts in the first of them only, and no
+            position, or ends more than `right_reach` positions after its last.
+        dedup_pairs: window rule: a pair that is visible in several rounds only counts in the first of them, and no
             window leaves its round. Otherwise (chunk rule) a pair counts as often as it is visible.
     """
 
@@ -53,12 +53,12 @@ def window_layout(
     """Sort tokens by (bucket, position) and give every token its window inside its bucket.
 
     Args:
-        groups: of rounds: (buckets (B, H, R, T) int32, number of buckets if known, window). The order of positions is
-            a group with one bucket. All share B, H and T (H may be 1 throughout). int64: buckets of many samples.
-        causal: a window is the token itself and the `window - 1` positions before it; otherwise `window // 2` on
-            either side.
+        groups: groups of rounds: (buckets (B, H, R, T) int32, number of buckets if known, window). Sorting by position
+            is a group with one bucket. All share B, H and T (H may be 1 throughout). int64: buckets of many samples.
+        causal: a window is the token itself and the `window - 1` positions before it; otherwise, `window // 2`
+            positions on either side.
         mask: (B, T) bool, True for real tokens, or None. Padding is sorted last and has empty windows.
-        sort: does the work of `sort_by_bucket`, faster.
+        sort: a faster replacement of `sort_by_bucket`.
 
     Returns:
         AttentionLayout with `dedup_pairs=True`; windows never leave their round.
@@ -79,7 +79,7 @@ def window_layout(
 
 
 def window_extent(window: int, causal: bool) -> tuple[int, int]:
-    """How many sorted positions a window reaches to the left and to the right of its token."""
+    """Return the number of sorted positions that a window reaches to the left and to the right of its token."""
     window = min(window, NO_LIMIT)
     return (window - 1, 0) if causal else (window // 2, window // 2)
 
@@ -92,14 +92,14 @@ def sort_by_bucket(
     right_reaches: Sequence[int],
     outputs: int,
 ) -> list[torch.Tensor]:
-    """The first `outputs` of perm, window_start and window_end of the rounds of all groups, (B, H, R, T) int32 each.
+    """Return the first `outputs` of perm, window_start and window_end for all groups, (B, H, R, T) int32 each.
 
-    Tokens are sorted by (bucket, position), padding last. A window reaches so many positions to either side inside its
-    bucket; sorted positions count through all rounds.
+    Tokens are sorted by (bucket, position), padding last. A window extends by the group's reach to either side within
+    its bucket; sorted positions are numbered through all rounds.
 
     Args:
-        groups: buckets of rounds, (B, H, their number, T) each.
-        counts, left_reaches, right_reaches: of every group: number of buckets if known, reach of its windows.
+        groups: buckets of the rounds of each group, (B, H, rounds of the group, T).
+        counts, left_reaches, right_reaches: for each group, number of buckets if known, and reach of its windows.
     """
     each = zip(groups, counts, left_reaches, right_reaches, strict=True)
     found = [_sort_group(buckets, mask, count, left, right, outputs) for buckets, count, left, right in each]
@@ -124,7 +124,7 @@ def _sort_group(
     right_reach: int,
     outputs: int,
 ) -> list[torch.Tensor]:
-    """`sort_by_bucket` of one group, whose sorted positions count within each round."""
+    """Sort one group like `sort_by_bucket`, but with sorted positions numbered within each round."""
     length = buckets.shape[-1]
     sorted_pos = torch.arange(length, dtype=torch.int32, device=buckets.device)
     if mask is not None:
@@ -140,10 +140,10 @@ def _sort_group(
         values, perm = torch.sort(buckets, dim=-1, stable=True)  # (B, H, R, T)
         if outputs == 1:
             return [perm.to(torch.int32)]
-        begins = values != values.roll(1, dims=-1)  # the first position's own number, 0, is right in any case
+        begins = values != values.roll(1, dims=-1)  # 0 is correct for the first position in any case
         first = (begins * sorted_pos).cummax(-1).values
         if outputs == 3:
-            last = torch.where(values != values.roll(-1, dims=-1), sorted_pos, length - 1)  # so is the last one's
+            last = torch.where(values != values.roll(-1, dims=-1), sorted_pos, length - 1)  # likewise for the last
             last = last.flip(-1).cummin(-1).values.flip(-1)
     start = torch.maximum(first, sorted_pos - left_reach)
     real = None if mask is None else sorted_pos < mask.sum(-1, dtype=torch.int32)[:, None, None, None]
@@ -155,7 +155,7 @@ def _sort_group(
 
 
 def _sort_in_onnx(buckets: torch.Tensor, mask: torch.Tensor | None, num_buckets: int | None) -> list[torch.Tensor]:
-    """`perm`, and the first and last position of every token's bucket, by what ONNX has: no stable sort, no cummax."""
+    """Return perm and the bounds of every token's bucket, for ONNX, which has neither stable sort nor cummax."""
     if num_buckets is None:
         raise ValueError(
             "Samples packed into a row by `position_ids` cannot be exported to ONNX, which cannot sort a variable "
@@ -163,8 +163,8 @@ def _sort_in_onnx(buckets: torch.Tensor, mask: torch.Tensor | None, num_buckets:
         )
     buckets, length = buckets.long(), buckets.shape[-1]
     if mask is not None:
-        buckets = torch.where(mask[:, None, None, :], buckets, num_buckets)  # padding is in a last bucket of its own
-    numbers = buckets * length + torch.arange(length, device=buckets.device)  # no two are equal
+        buckets = torch.where(mask[:, None, None, :], buckets, num_buckets)  # padding gets an extra last bucket
+    numbers = buckets * length + torch.arange(length, device=buckets.device)  # all distinct
     perm = torch.sort(numbers, dim=-1).indices
     counts = torch.zeros(*buckets.shape[:-1], num_buckets + 1, dtype=torch.int64, device=buckets.device)
     counts = counts.scatter_add(-1, buckets, torch.ones_like(buckets))
@@ -183,13 +183,13 @@ def chunk_layout(
     mask: torch.Tensor | None,
     sort: Sort | None = None,
 ) -> AttentionLayout:
-    """The legacy chunked rule: all rounds end to end, cut in chunks that see neighboring chunks, wrapping around.
+    """Make the layout of the legacy rule: concatenated rounds, cut into chunks that attend to neighbors, cyclically.
 
     Args:
-        buckets: (B, H, R, T) int32 (zeros for local attention, then R = 1); T is a multiple of `chunk`, or at most
-            `chunk`, and then every token sees all.
-        num_buckets: how many there are; padding (mask False) is sorted behind them.
-        sort: does the work of `sort_by_bucket`, faster.
+        buckets: (B, H, R, T) int32 (zeros for local attention, with R = 1); T is a multiple of `chunk`, or at most
+            `chunk`, in which case all tokens attend to all.
+        num_buckets: number of buckets; padding (mask False) is sorted after them.
+        sort: a faster replacement of `sort_by_bucket`.
     """
     rounds, length = buckets.shape[2:]
     sorted_pos = _sorted_positions(rounds, length, buckets.device)
@@ -208,19 +208,19 @@ def chunk_layout(
 def sees_any(
     tokens: torch.Tensor, layout: AttentionLayout, causal: bool, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Which tokens see any of `tokens`, (B, H, T) bool → (B, H, T) bool, in time of the length.
+    """Find the tokens that attend to any of `tokens`, (B, H, T) bool → (B, H, T) bool, in time linear in the length.
 
-    causal, mask: of the chunk rule, as `dispatch.windowed_attention` takes them; what they hide is not seen.
+    causal, mask: as in `dispatch.windowed_attention`, for the chunk rule; what they mask does not count.
     """
     heads, length = tokens.shape[1], layout.perm.shape[-1]
     perm = layout.perm.expand(-1, heads, -1, -1).long()  # (B, H, R, T)
     if layout.dedup_pairs:
         flags = tokens[:, :, None].expand_as(perm).gather(-1, perm).flatten(2)
-        sums = torch.nn.functional.pad(flags.cumsum(-1), (1, 0))  # (B, H, 1 + R·T): how many stand before a position
+        sums = torch.nn.functional.pad(flags.cumsum(-1), (1, 0))  # (B, H, 1 + R·T): how many lie before a position
         bounds = (layout.window_start, layout.window_end + 1)
         before, up_to = (sums.gather(-1, x.expand_as(perm).flatten(2).long()) for x in bounds)
         seen = (up_to > before).view_as(perm)
-    else:  # the first of them in a token's chunk or neighboring chunks must not lie behind it
+    else:  # causal: the first of them in a token's chunk or neighboring chunks must not lie after the token
         tokens = tokens if mask is None else tokens & mask[:, None]
         number = torch.arange(length, device=perm.device)
         first = torch.where(tokens, number, length)[:, :, None].expand_as(perm).gather(-1, perm)

@@ -1,4 +1,4 @@
-"""Angular LSH (paper, section 2): rotations, buckets, and random exploration buckets. Nothing carries gradients."""
+"""Angular LSH (paper, section 2): rotations, buckets, random exploration buckets. Nothing here is differentiable."""
 
 import math
 from collections.abc import Callable
@@ -9,17 +9,17 @@ import torch
 from ..compat import may_look_at
 from .prng import EXPLORATION, ROTATIONS, fold, normal_rows
 
-SMALLEST_NORM = 1e-12  # that a vector is divided by
-SMALLEST_DIFFERENCE = 2.0**-16  # of an entry of a unit vector from the mean's: less is rounding
+SMALLEST_NORM = 1e-12  # lower bound of divisors in normalization
+SMALLEST_DIFFERENCE = 2.0**-16  # between entries of a unit vector and of the mean; less is rounding error
 
 
 def bucket_factors(num_buckets: int | tuple[int, ...] | list[int]) -> tuple[int, ...]:
-    """Bucket factors as a tuple, whether given as one number or as several."""
+    """Return bucket factors as a tuple, given one number or several."""
     return (num_buckets,) if isinstance(num_buckets, int) else tuple(num_buckets)
 
 
 def num_buckets_total(num_buckets: int | tuple[int, ...] | list[int]) -> int:
-    """Number of buckets in all."""
+    """Return the total number of buckets."""
     return math.prod(bucket_factors(num_buckets))
 
 
@@ -32,9 +32,9 @@ def window_rotations(
     num_buckets: int | tuple[int, ...],
     normals: Callable[[torch.Tensor, int, int], torch.Tensor] = normal_rows,
 ) -> torch.Tensor:
-    """Gaussian rotations (H, D, R, sum(factors) / 2), float32, a function of (key, layer, round) and of the entry.
+    """Draw Gaussian rotations, (H, D, R, sum(factors) / 2) float32, a function of (key, layer, round) and the entry.
 
-    `normals` does the work of `prng.normal_rows`, perhaps faster.
+    `normals`: `prng.normal_rows` or a faster replacement.
     """
     columns = sum(bucket_factors(num_buckets)) // 2
     values = normals(fold(key, layer, ROTATIONS), num_hashes, heads * head_size * columns)  # (R, H·D·columns)
@@ -44,9 +44,9 @@ def window_rotations(
 def seeded_rotations(
     seed: int, heads: int, head_size: int, num_hashes: int, num_buckets: int | tuple[int, ...], like: torch.Tensor
 ) -> torch.Tensor:
-    """The rotations that transformers' own Reformer draws with `hash_seed`, from a private generator.
+    """Draw the rotations of transformers' own Reformer with `hash_seed`, from a private generator.
 
-    Same shape as `window_rotations`, dtype and device of `like`, the same for every layer.
+    Their shape is that of `window_rotations`, with dtype and device of `like`. They are the same for every layer.
     """
     generator = torch.Generator(device=like.device).manual_seed(seed)
     shape = (heads, head_size, num_hashes, sum(bucket_factors(num_buckets)) // 2)
@@ -54,14 +54,14 @@ def seeded_rotations(
 
 
 class Centering(NamedTuple):
-    """Which mean is taken off the vectors before they are hashed: that of the tokens of their own sample.
+    """The mean that is subtracted from vectors before hashing, over the real tokens of their own sample.
 
     Attributes:
-        causal: of the real tokens so far; otherwise of all.
-        mask: (B, T) bool, True for real tokens; None: all are.
-        samples: (B, T) int32, which sample of a packed sequence a token belongs to, 0, 1, … in turn; None: one each.
-        sums: (B, H, D) float64 (`sum_dtype`), causal: `unit_sums` of the tokens before these; None: there are none.
-        counts: (B) int64, how many real tokens those are.
+        causal: average over the real tokens so far; otherwise over all.
+        mask: (B, T) bool, True for real tokens; None: all are real.
+        samples: (B, T) int32, index of each token's sample in a packed sequence: 0, 1, … in order; None: one each.
+        sums: (B, H, D) float64 (`sum_dtype`), if causal: `unit_sums` of earlier tokens; None: there are none.
+        counts: (B) int64, number of real tokens in `sums`.
     """
 
     causal: bool
@@ -72,10 +72,10 @@ class Centering(NamedTuple):
 
 
 def unit_rows(vectors: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Vectors (B, H, T, D) at unit length, in at least float32; 0 for padding and for what is not finite."""
+    """Normalize vectors, (B, H, T, D), to unit length, in at least float32; padding and nonfinite ones become 0."""
     vectors = vectors.detach().to(torch.promote_types(vectors.dtype, torch.float32))
     norm = vectors.norm(dim=-1, keepdim=True)
-    if not (may_look_at(norm) and bool(norm.isfinite().all())):  # squares of large numbers are not finite
+    if not (may_look_at(norm) and bool(norm.isfinite().all())):  # squares of large numbers overflow
         smaller = vectors / vectors.abs().amax(-1, keepdim=True)
         vectors = torch.where(norm.isfinite(), vectors, smaller)
         norm = torch.where(norm.isfinite(), norm, smaller.norm(dim=-1, keepdim=True))
@@ -84,31 +84,31 @@ def unit_rows(vectors: torch.Tensor, mask: torch.Tensor | None = None) -> torch.
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
-    """Of sums over a sequence, so that a million tokens do not drift: float64, where the device has it."""
+    """Return the dtype for sums over a sequence, to avoid drift over a million tokens: float64, if supported."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def unit_sums(vectors: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """`unit_rows` of (B, H, T, D) added up, (B, H, D) float64; head by head, to save memory."""
+    """Sum `unit_rows` over tokens, (B, H, T, D) → (B, H, D) float64 (`sum_dtype`); head by head, to save memory."""
     dtype = sum_dtype(vectors.device)
     return torch.cat([unit_rows(head, mask).sum(2, dtype=dtype) for head in vectors.split(1, dim=1)], dim=1)
 
 
 @torch.no_grad()
 def centered(vectors: torch.Tensor, centering: Centering) -> torch.Tensor:
-    """Unit vectors less their mean: what all of them share tells none of them apart.
+    """Normalize vectors and subtract their mean, a common component that does not tell them apart.
 
-    Hashed as they are, vectors with a large common direction crowd into a few buckets (MagicPIG, Chen et al. 2025,
-    takes the mean off its keys before hashing for this reason). Attention weights are not touched.
+    Without centering, vectors with a large common component crowd into a few buckets (MagicPIG, Chen et al. 2025,
+    subtracts the mean of its keys before hashing for this reason). Attention weights are not affected.
 
     Args:
-        vectors: (B, H, T, D), as `lsh_buckets` takes them.
+        vectors: (B, H, T, D), as for `lsh_buckets`.
 
     Returns:
-        (B, H, T, D) in at least float32. Exactly 0 where a vector is the mean but for rounding, such as the first
-        token of a causal sample and its repetitions, and for padding.
+        (B, H, T, D) in at least float32. Exactly 0 for padding and for vectors that equal the mean up to rounding,
+        such as the first token of a causal sample and its repetitions.
     """
-    heads = range(vectors.shape[1])  # one after the other, to save memory
+    heads = range(vectors.shape[1])  # one at a time, to save memory
     return torch.cat([_centered_head(vectors[:, head : head + 1], centering, head) for head in heads], dim=1)
 
 
@@ -130,7 +130,7 @@ def _centered_head(vectors: torch.Tensor, centering: Centering, head: int) -> to
 
 
 def _within_samples(sums: torch.Tensor, samples: torch.Tensor, causal: bool) -> torch.Tensor:
-    """From running sums (B, H, T, D) those over each token's own sample (B, T), causal: up to the token."""
+    """Convert running sums, (B, H, T, D), to sums over each token's sample, (B, T); if causal, up to the token."""
     sums = torch.nn.functional.pad(sums, (0, 0, 1, 0))
     first, behind = torch.searchsorted(samples, samples), torch.searchsorted(samples, samples, right=True)
     behind = torch.arange(1, 1 + samples.shape[1], device=samples.device).expand_as(first) if causal else behind
@@ -145,15 +145,15 @@ def lsh_buckets(
     num_buckets: int | tuple[int, ...],
     centering: Centering | None = None,
 ) -> torch.Tensor:
-    """Angular LSH (paper, section 2): h(x) = argmax([xR; -xR]) for every round, factors combined.
+    """Hash vectors by angular LSH (paper, section 2): h(x) = argmax([xR; -xR]) in every round, combined over factors.
 
     Args:
-        vectors: (B, H, T, D) shared query/key vectors, not normalized.
+        vectors: (B, H, T, D), shared query/key vectors, not normalized.
         rotations: (H, D, R, sum(factors) / 2).
-        centering: hash them as `centered` returns them; None: as they are.
+        centering: hash `centered(vectors, centering)`; None: the vectors themselves.
 
     Returns:
-        (B, H, R, T) int32 buckets, 0 … product of the factors - 1; the first factor varies fastest.
+        (B, H, R, T) int32, buckets from 0 to the product of the factors - 1; the first factor varies fastest.
     """
     heads, head_size, num_hashes, columns = rotations.shape
     vectors = vectors if centering is None else centered(vectors, centering)
@@ -176,10 +176,10 @@ def lsh_buckets(
 def exploration_buckets(
     key: torch.Tensor, layer: int, heads: int, num_rounds: int, num_buckets: int, ranks: torch.Tensor
 ) -> torch.Tensor:
-    """Random buckets, independent of content: (B, H, num_rounds, T) int32.
+    """Draw random buckets, independent of content: (B, H, num_rounds, T) int32.
 
-    `ranks`: (B, T) int32, the number of real tokens before each token. A bucket depends on (key, layer, round, head,
-    rank) alone, so padding and the other sequences of a batch change nothing.
+    `ranks`: (B, T) int32, the number of real tokens before each token. A bucket depends only on (key, layer, round,
+    head, rank), so padding and the other sequences of a batch have no effect.
     """
     rounds = torch.arange(num_rounds, dtype=torch.int32, device=ranks.device)[:, None]
     head = torch.arange(heads, dtype=torch.int32, device=ranks.device)[:, None, None]
@@ -188,7 +188,7 @@ def exploration_buckets(
 
 
 def legacy_num_buckets(length: int, chunk: int, max_positions: int) -> int | tuple[int, int]:
-    """The legacy rule by the input's length: a power of two near 2 * length / chunk, factorised if it is large."""
+    """Return the legacy rule's number of buckets: a power of two near 2 * length / chunk, factorized if large."""
     bits = (2 * (length // chunk)).bit_length() - 1
     limit = 2 * max(int((max_positions // chunk) ** 0.5), chunk)
     return 2**bits if 2**bits <= limit else (2 ** (bits // 2), 2 ** (bits - bits // 2))

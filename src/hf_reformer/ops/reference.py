@@ -1,6 +1,6 @@
-"""The definition of windowed attention: dense, readable, differentiable by plain autograd, any float dtype.
+"""Reference implementation of windowed attention: dense, readable, differentiable by autograd, in any float dtype.
 
-Needs memory and time of length squared. Every other backend is compared with it, values and gradients.
+Memory and time are quadratic in the length. Values and gradients of all other backends are compared with it.
 """
 
 from typing import Any
@@ -10,18 +10,18 @@ import torch
 from .layout import AttentionLayout
 from .prng import fold, keep_threshold, pair_scramble
 
-SELF_SCORE = -1e5  # shared query/key: a token attends to itself only where nothing else is visible
-MASKED_SCORE = -1e9  # chunk rule: padding and the future stay in the softmax with this score
+SELF_SCORE = -1e5  # shared query/key: a token attends to itself only if nothing else is visible
+MASKED_SCORE = -1e9  # chunk rule: padding and future tokens stay in the softmax with this score
 
 
 def inverse_permutation(perm: torch.Tensor) -> torch.Tensor:
-    """Inverse of every round's permutation: (B, H, R, T) int64, every token's sorted position within the round."""
+    """Invert the permutation of every round: (B, H, R, T) int64, each token's sorted position within the round."""
     sorted_pos = torch.arange(perm.shape[-1], device=perm.device).expand(perm.shape)
     return torch.empty_like(sorted_pos, memory_format=torch.contiguous_format).scatter(-1, perm.long(), sorted_pos)
 
 
 def visible_counts(layout: AttentionLayout) -> torch.Tensor:
-    """(B, H, T, T) int64: how many positions of token i's windows hold token j, over all rounds."""
+    """Count how many positions in token i's windows hold token j, over all rounds: (B, H, T, T) int64."""
     rounds, length = layout.perm.shape[2:]
     total = rounds * length
     sorted_pos = inverse_permutation(layout.perm)
@@ -40,15 +40,15 @@ def visible_counts(layout: AttentionLayout) -> torch.Tensor:
 
 
 def shared_key(query: torch.Tensor) -> torch.Tensor:
-    """Keys of shared query/key attention: queries scaled to unit length (paper, section 2); (..., D) → (..., D)."""
+    """Return keys for shared query/key attention: queries scaled to unit length (paper, section 2); (..., D)."""
     size = query.shape[-1]
     return query * torch.rsqrt(query.square().mean(-1, keepdim=True) + 1e-6) * size**-0.5
 
 
 def pair_keys(key: torch.Tensor, batch: int, heads: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random numbers of queries (B, H, T) and of keys (T), int32; a pair's dropout bit is a function of both.
+    """Draw random numbers for queries, (B, H, T), and keys, (T), int32; a pair's dropout bit is a function of both.
 
-    key: (), or (2): the key, and the number of the first head, where these are some of a layer's heads.
+    key: (), or (2): the key, and the index of the first head if these are only some of a layer's heads.
     """
     rows, head, position = (torch.arange(n, dtype=torch.int32, device=key.device) for n in (batch, heads, length))
     if key.dim():
@@ -57,14 +57,14 @@ def pair_keys(key: torch.Tensor, batch: int, heads: int, length: int) -> tuple[t
 
 
 def dropout_factors(key: torch.Tensor, p: float, batch: int, heads: int, length: int) -> torch.Tensor:
-    """(B, H, T, T) float64: 0 where a pair is dropped, 1 / (1 - p) elsewhere."""
+    """Return (B, H, T, T) float64: 0 for dropped pairs, 1 / (1 - p) for the others."""
     queries, keys = pair_keys(key, batch, heads, length)
     is_kept = pair_scramble(queries[..., None], keys).long() >= keep_threshold(p)
     return is_kept.double() / (1 - p) if p < 1 else torch.zeros_like(is_kept, dtype=torch.float64)
 
 
 def attention_mass(weights: torch.Tensor, query_weights: torch.Tensor) -> torch.Tensor:
-    """Weights (B, H, N, S) and the queries' weights in the sum, (B, N) → attention mass of every key, (B, S)."""
+    """Compute the attention mass of every key, (B, S), from weights, (B, H, N, S), and query weights, (B, N)."""
     return torch.einsum("bhns,bn->bs", weights, query_weights.to(weights.dtype))
 
 
@@ -78,7 +78,7 @@ def windowed_attention(
     query_weights: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The op itself, see `dispatch.windowed_attention`. Half precision computes in float32."""
+    """Compute the op of `dispatch.windowed_attention`. Half precision is computed in float32."""
     key = key if key is None or scale == 1 else key * scale
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
@@ -100,9 +100,9 @@ def attention_with_weights(
     dropout_key: torch.Tensor | None = None,
     shared: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, H, T, D), and the weights (B, H, T, T) before dropout.
+    """Compute the output, (B, H, T, D), and the weights before dropout, (B, H, T, T).
 
-    Arguments as those of `dispatch.windowed_attention`; `shared`: `key` is the `shared_key` of `query`.
+    Arguments are those of `dispatch.windowed_attention`; `shared`: `key` is the `shared_key` of `query`.
     """
     length = query.shape[-2]
     batch, heads = query.shape[:2]
@@ -122,7 +122,7 @@ def attention_with_weights(
     row_max = scores.detach().amax(-1, keepdim=True).clamp(min=-1e30)
     weights = counts.to(scores.dtype) * (scores - row_max).exp()
     row_sum = weights.sum(-1, keepdim=True)
-    weights = weights / torch.where(row_sum > 0, row_sum, 1)  # a token with empty windows gives 0
+    weights = weights / torch.where(row_sum > 0, row_sum, 1)  # tokens with empty windows get 0
     used = weights
     if dropout > 0 and dropout_key is not None:
         used = weights * dropout_factors(dropout_key, dropout, batch, heads, length).to(weights.dtype)

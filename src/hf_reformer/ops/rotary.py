@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021), along one axis or several."""
+"""Rotary position embeddings (Su et al. 2021) along one axis or several."""
 
 from collections.abc import Sequence
 
@@ -12,11 +12,11 @@ CosAndSin = tuple[torch.Tensor, torch.Tensor]  # cos and sin
 def rotary_tables(
     position_ids: torch.Tensor, head_size: int, theta: float, shape: Sequence[int] | None = None
 ) -> CosAndSin:
-    """cos and sin, each (B or 1, 1, T, D) float32: angles p * theta^(-2i / D) (Su et al. 2021, 3.2.2).
+    """Compute cos and sin, each (B or 1, 1, T, D) float32, of angles p * theta^(-2i / D) (Su et al. 2021, 3.2.2).
 
     Args:
-        shape: positions count through a grid of this shape, in row-major order. Each axis turns an equal share of the
-            pairs by its own coordinate; where they cannot be shared equally, the last axes have one more.
+        shape: shape of a grid that positions index in row-major order. Each axis rotates an equal share of the pairs
+            by its own coordinate; if they cannot be divided equally, the last axes have one more.
     """
     axes = [position_ids] if shape is None else along_axes(position_ids, shape)
     pairs, parts = head_size // 2, []
@@ -30,7 +30,7 @@ def rotary_tables(
 
 
 def rotate(x: torch.Tensor, tables: CosAndSin, heads: int | None = None) -> torch.Tensor:
-    """Turn (B, H, T, D) vectors by their positions, those of the first `heads` or of all, in at least float32."""
+    """Rotate vectors, (B, H, T, D), by their positions, in the first `heads` or all heads, in at least float32."""
     if heads is not None and heads < x.shape[1]:
         return torch.cat([rotate(x[:, :heads], tables), x[:, heads:]], dim=1)
     cos, sin = tables

@@ -1,10 +1,10 @@
-"""One sequence over several processes, by exchanging heads (Jacobs et al. 2023, arXiv 2309.14509).
+"""Sequence parallelism: processes share a sequence by exchanging heads (Jacobs et al. 2023, arXiv 2309.14509).
 
-Every process holds a share of the tokens, and inside attention all tokens of a share of the heads. Sort orders and
-windows belong to a head, so the result is that of one process.
+Every process holds a share of the tokens and, within attention, all tokens of a share of the heads. Sort orders and
+windows are per head, so the result equals that of a single process.
 
-Gradients follow torch's collectives: what all processes compute alike, such as the loss, counts once for each. So the
-mean over the processes, as DistributedDataParallel takes it, is the gradient of one process.
+Gradients follow torch's collectives: values that all processes compute, such as the loss, count once per process. The
+mean over processes, as in DistributedDataParallel, is thus the gradient of a single process.
 """
 
 import math
@@ -17,15 +17,15 @@ import torch.distributed as dist
 
 
 class SequenceShard(NamedTuple):
-    """A process's part of sequences that several processes share."""
+    """The part of a process in sequences that several processes share."""
 
-    group: Any  # the processes that share a sequence; all are given the same inputs
-    rank: int  # this process's number among them
-    size: int  # how many they are
-    length: int  # tokens of the whole sequence
+    group: Any  # the processes that share a sequence; all get the same inputs
+    rank: int  # rank of this process in the group
+    size: int  # number of processes in the group
+    length: int  # number of tokens of the whole sequence
 
     def first(self, rank: int) -> int:
-        """First token of a process's share; shares differ by at most one token."""
+        """Return the first token of a process's share; shares differ by at most one token."""
         small, longer = divmod(self.length, self.size)
         return rank * small + min(rank, longer)
 
@@ -38,16 +38,16 @@ class SequenceShard(NamedTuple):
         return self.first(self.rank + 1)
 
     def shares(self) -> list[int]:
-        """Number of tokens of every process."""
+        """Return the number of tokens of every process."""
         return [self.first(rank + 1) - self.first(rank) for rank in range(self.size)]
 
     def own_heads(self, heads: int) -> slice:
-        """The heads whose attention this process computes."""
+        """Return the heads whose attention this process computes."""
         return slice(self.rank * heads // self.size, (self.rank + 1) * heads // self.size)
 
 
 def make_sequence_shard(group: Any, length: int, heads: int) -> SequenceShard:
-    """This process's part.
+    """Make the shard of this process.
 
     Raises:
         ValueError: the heads cannot be divided evenly, or there are fewer tokens than processes.
@@ -95,12 +95,12 @@ def check_same_inputs(group: Any, device: torch.device, inputs: dict[str, Any]) 
 
 
 def _fingerprint(value: Any) -> int:
-    """An int64 that depends on shapes and numbers, not on their dtype; the same in every process."""
+    """Compute an int64 that depends on shapes and values, but not on dtypes; the same in every process."""
     if isinstance(value, torch.Tensor):
-        flat = value.detach().reshape(-1).double()  # one float64 of every number and its position
+        flat = value.detach().reshape(-1).double()  # a float64 that depends on every value and its position
         total = flat @ torch.arange(1, len(flat) + 1, dtype=torch.float64, device=value.device)
         return hash((*value.shape, int(total.view(torch.int64))))
-    if isinstance(value, dict):  # by name; what is None may be there or not
+    if isinstance(value, dict):  # by name; a missing value is equal to None
         return hash(tuple(_fingerprint(value[key]) for key in sorted(value) if value[key] is not None))
     if isinstance(value, list | tuple):
         return hash(tuple(_fingerprint(x) for x in value))
@@ -108,14 +108,14 @@ def _fingerprint(value: Any) -> int:
 
 
 def broadcast(x: torch.Tensor, group: Any) -> torch.Tensor:
-    """The x of the group's first process."""
+    """Return the x of the first process in the group."""
     x = x.clone()
     dist.broadcast(x, dist.get_global_rank(group, 0), group=group)
     return x
 
 
 class _Exchange(torch.autograd.Function):
-    """A linear map over all processes; its gradient is that of the adjoint map."""
+    """A linear map over all processes, whose gradient is given by the adjoint map."""
 
     @staticmethod
     def forward(ctx, x, exchange, adjoint):
@@ -140,7 +140,7 @@ def _sum(x: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def _all_to_all(parts: Iterable[torch.Tensor], shapes: list[tuple], group: Any) -> list[torch.Tensor]:
-    """Send part i to process i; what comes from each has the shape given."""
+    """Send part i to process i; return what each process sent, in the given shapes."""
     flat = [part.reshape(-1) for part in parts]
     sizes, received_sizes = [x.numel() for x in flat], [math.prod(shape) for shape in shapes]
     forth = partial(_send, sizes=sizes, received_sizes=received_sizes, group=group)
@@ -150,7 +150,7 @@ def _all_to_all(parts: Iterable[torch.Tensor], shapes: list[tuple], group: Any) 
 
 
 def all_to_all_heads(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
-    """(B, H, own tokens, D) → (B, own heads, T, D)"""
+    """Exchange own tokens of all heads for all tokens of own heads: (B, H, own tokens, D) → (B, own heads, T, D)."""
     batch, heads, _, size = x.shape
     own = heads // shard.size
     shapes = [(batch, own, share, size) for share in shard.shares()]
@@ -158,13 +158,13 @@ def all_to_all_heads(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
 
 
 def all_to_all_tokens(x: torch.Tensor, shard: SequenceShard) -> torch.Tensor:
-    """(B, own heads, T, D) → (B, H, own tokens, D)"""
+    """Exchange all tokens of own heads for own tokens of all heads: (B, own heads, T, D) → (B, H, own tokens, D)."""
     shape = (*x.shape[:2], shard.end - shard.begin, x.shape[3])
     return torch.cat(_all_to_all(x.split(shard.shares(), dim=2), [shape] * shard.size, shard.group), dim=1)
 
 
 def gather_sequence(x: torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
-    """(B, own tokens, ...) → (B, T, ...), on every process."""
+    """Gather all tokens on every process: (B, own tokens, ...) → (B, T, ...)."""
     if shard is None:
         return x
     shapes = [(x.shape[0], share, *x.shape[2:]) for share in shard.shares()]
@@ -172,7 +172,7 @@ def gather_sequence(x: torch.Tensor, shard: SequenceShard | None) -> torch.Tenso
 
 
 def all_reduce(x: torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
-    """Every process's x added up."""
+    """Sum x over all processes."""
     if shard is None:
         return x
     add = partial(_sum, group=shard.group)
@@ -180,12 +180,12 @@ def all_reduce(x: torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
 
 
 def local_tokens(x: torch.Tensor | None, shard: SequenceShard | None) -> torch.Tensor | None:
-    """(B, T, ...) → (B, own tokens, ...); everything where nothing is shared."""
+    """Return this process's tokens, (B, T, ...) → (B, own tokens, ...); all of them without a shard."""
     return x if x is None or shard is None else x[:, shard.begin : shard.end]
 
 
 def tokens_at(hidden: torch.Tensor, positions: torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
-    """(B, own tokens, D) and positions (B, N) in the whole sequence → (B, N, D), on every process."""
+    """Gather states, (B, own tokens, D), at positions (B, N) of the whole sequence: (B, N, D), on every process."""
     index = positions if shard is None else positions - shard.begin
     inside = (index >= 0) & (index < hidden.shape[1])
     states = hidden.gather(1, index.clamp(0, hidden.shape[1] - 1)[..., None].expand(-1, -1, hidden.shape[2]))

@@ -1,9 +1,9 @@
 """Windowed attention in pure PyTorch, on any device.
 
-It works through the sorted positions in blocks of tiles: it gathers the rows of a block, forms the scores in tiles,
-combines rounds by a running maximum and sum, and computes all scores again in backward. Nothing of size length x keys
-is kept. It uses arithmetic rather than masks: on a CPU, `where` and `masked_fill` cost twice as much as a matrix
-product of the same size.
+Sorted positions are processed in blocks of tiles: the rows of a block are gathered, scores are computed in tiles,
+rounds are combined by a running maximum and sum, and all scores are recomputed in backward. Nothing of size
+length x keys is stored. Arithmetic is used instead of masks, since on a CPU `where` and `masked_fill` cost twice as
+much as a matrix product of the same size.
 """
 
 from collections.abc import Iterator
@@ -17,15 +17,15 @@ from .layout import AttentionLayout
 from .prng import keep_threshold, pair_scramble
 from .reference import MASKED_SCORE, SELF_SCORE, inverse_permutation, pair_keys, shared_key, windowed_attention
 
-MAX_LENGTH = 2**22  # tokens of a sequence; beyond it float32 would no longer tell positions apart
-BLOCK_SCORES = 2**20  # scores worked on at a time: 4 MiB in float32, about what caches hold
-MASK_PENALTY = 1e30  # taken off the score of a pair that is not visible, times how far; beyond every real score
-FLOOR = -1e8  # running maxima start here: above every masked pair, below every visible one
-LOG2_E = 1.4426950408889634  # queries are scaled by it: exp2 costs half of exp, and a tenth where it underflows
+MAX_LENGTH = 2**22  # tokens of a sequence; beyond it, float32 cannot distinguish positions
+BLOCK_SCORES = 2**20  # scores processed at a time: 4 MiB in float32, about the size of caches
+MASK_PENALTY = 1e30  # times the distance to the window, subtracted from scores of invisible pairs; exceeds all scores
+FLOOR = -1e8  # initial running maximum: above every masked score, below every visible one
+LOG2_E = 1.4426950408889634  # scale of queries: exp2 costs half as much as exp, and a tenth if it underflows
 
 
 class _Rule(NamedTuple):
-    """What a block needs to know beside tensors."""
+    """The settings of a call other than tensors."""
 
     shared: bool
     causal: bool
@@ -33,16 +33,16 @@ class _Rule(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """Everything in terms of rows of the flattened (B, T, H) tensors: row = (b * T + token) * H + h; N rows in all."""
+    """Inputs as N rows of the flattened (B, T, H) tensors: row = (b * T + token) * H + h."""
 
     query: torch.Tensor  # (N, D), scaled by LOG2_E
     key: torch.Tensor  # (N, D)
     layout: AttentionLayout
     rule: _Rule
-    row: torch.Tensor  # (B·H, R, T) int32, row at every sorted position
+    row: torch.Tensor  # (B·H, R, T) int32, the row at every sorted position
     window_start: torch.Tensor  # (B·H, R, T) int32
     window_end: torch.Tensor
-    sorted_pos: torch.Tensor | None  # (R, N) float32, twice the position of every row; only where pairs count once
+    sorted_pos: torch.Tensor | None  # (R, N) float32, twice the sorted position of every row; only if pairs count once
     center: torch.Tensor | None  # (R, N) float32, window_start + window_end of every row, within its round
     width: torch.Tensor | None  # (R, N) float32, window_end - window_start + 1
     mask: torch.Tensor | None  # (N) bool
@@ -75,49 +75,49 @@ def _make_rows(query, key, layout: AttentionLayout, mask, dropout_key, rule: _Ru
 
 
 def _flat_rows(x: torch.Tensor) -> torch.Tensor:
-    """(B, H, T, D) → (N, D) in at least float32; free for a projection's own layout."""
+    """Flatten (B, H, T, D) → (N, D), in at least float32; without a copy for the layout of projections."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return x.transpose(1, 2).reshape(-1, x.shape[-1]).to(dtype)
 
 
 def _unflatten_rows(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """(N, D) → (B, H, T, D) of `like`'s dtype."""
+    """Unflatten (N, D) → (B, H, T, D), in the dtype of `like`."""
     batch, heads, length = like.shape[:3]
     return rows.view(batch, length, heads, -1).transpose(1, 2).to(like.dtype)
 
 
 def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """(B, T) → (N)"""
+    """Repeat for all heads, (B, T) → (N)."""
     return x[:, :, None].expand(-1, -1, heads).reshape(-1)
 
 
 class _Block(NamedTuple):
-    """A rectangle of tiles of one round: n tiles of C queries, each with its K keys."""
+    """A block of n tiles of one round, with C queries and K keys each."""
 
     round: int
     query: torch.Tensor  # (n·C) int32 rows
     key: torch.Tensor  # (n·K) int32 rows
-    target: torch.Tensor  # (n·C) int32 rows to write to; N for the filling of a last, partial tile
-    masked: torch.Tensor | None  # (n, C, K): above 0 where the pair is not visible in this round (window rule)
+    target: torch.Tensor  # (n·C) int32 rows to write to; N for the padding of a last, partial tile
+    masked: torch.Tensor | None  # (n, C, K): positive for pairs that are not visible in this round (window rule)
     shape: tuple[int, int, int]  # n, C, K
     q: torch.Tensor  # (n, C, D)
     k: torch.Tensor  # (n, K, D)
 
     def of_queries(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, D) or (N) → (n, C, D or 1)"""
+        """Gather the queries of the block, (N, D) or (N) → (n, C, D or 1)."""
         return x.index_select(0, self.query).view(*self.shape[:2], -1)
 
     def of_keys(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, D) → (n, K, D), or (N) → (n, 1, K)"""
+        """Gather the keys of the block, (N, D) → (n, K, D) or (N) → (n, 1, K)."""
         rows = x.index_select(0, self.key)
         return rows.view(self.shape[0], 1, -1) if x.dim() == 1 else rows.view(self.shape[0], self.shape[2], -1)
 
 
 def _blocks(rows: _Rows) -> Iterator[_Block]:
-    """Cut every round in blocks of about BLOCK_SCORES scores."""
+    """Divide every round into blocks of about BLOCK_SCORES scores."""
     layout, (heads, rounds, length) = rows.layout, rows.row.shape
     tile, left, right = layout.block_size, layout.left_reach, layout.right_reach
-    whole = torch.compiler.is_exporting()  # a graph for any batch and length has no loop over them, and no single tile
+    whole = torch.compiler.is_exporting()  # graphs for any batch and length: no loops over them, no single tile
     tiles, keys = length // tile + 2 if whole else -(-length // tile), tile + left + right
     per_head = tiles if whole else max(1, min(tiles, BLOCK_SCORES // (tile * keys)))
     per_block = heads if whole else max(1, BLOCK_SCORES // (tile * keys * tiles))
@@ -132,9 +132,9 @@ def _blocks(rows: _Rows) -> Iterator[_Block]:
         query = rows.row[:, round_index, inside]  # (heads, tiles·C)
         target = torch.where(query_pos < length, query, rows.row.numel() // rounds)
         if layout.dedup_pairs:
-            key = rows.row[:, round_index, key_pos.clamp(0, length - 1)]  # what is added at the ends is not visible
+            key = rows.row[:, round_index, key_pos.clamp(0, length - 1)]  # padding at the ends is not visible
             first, last = rows.window_start[:, round_index, inside], rows.window_end[:, round_index, inside]
-            last = torch.where(query_pos < length, last, first - 1)  # the filling of a last tile has empty windows
+            last = torch.where(query_pos < length, last, first - 1)  # the padding of a last tile has empty windows
             first, last = (x.unfold(-1, tile, tile) - (offset + begin) for x in (first, last))
         else:
             key = rows.row.flatten(1)[:, (key_pos + begin) % (rounds * length)]
@@ -151,14 +151,14 @@ def _blocks(rows: _Rows) -> Iterator[_Block]:
 
 
 def _outside(first: torch.Tensor, last: torch.Tensor, keys: int) -> torch.Tensor:
-    """|2k - (first + last)| - (last - first): above 0 where key k of a tile lies outside first … last."""
+    """Return |2k - (first + last)| - (last - first), positive if key k of a tile lies outside first … last."""
     first, last = (x.reshape(-1, x.shape[-1], 1).float() for x in (first, last))
     twice = torch.arange(0, 2 * keys, 2, dtype=torch.float32, device=first.device)
     return (twice - (first + last)).abs_().sub_(last - first)
 
 
 def _block_scores(block: _Block, rows: _Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Scores (n, C, K) of the softmax in units of log 2; and where they are fixed numbers, or None."""
+    """Compute scores, (n, C, K), in units of log 2, and a mask of those that are constants, or None."""
     scores = torch.bmm(block.q, block.k.transpose(1, 2))
     if block.masked is None:
         return _chunk_scores(scores, block, rows)
@@ -168,7 +168,7 @@ def _block_scores(block: _Block, rows: _Rows) -> tuple[torch.Tensor, torch.Tenso
             distance = block.of_keys(rows.sorted_pos[earlier]) - block.of_queries(rows.center[earlier])
             width = block.of_queries(rows.width[earlier])
             masked = torch.maximum(masked, torch.sub(width, distance.abs_(), out=distance), out=masked)
-    if rows.rule.shared and torch.compiler.is_exporting():  # no writing to a view
+    if rows.rule.shared and torch.compiler.is_exporting():  # no writes to views
         _, tile, keys = block.shape
         is_self = torch.ones(tile, keys, dtype=torch.bool, device=scores.device)
         is_self = is_self.triu(rows.layout.left_reach).tril(rows.layout.left_reach)
@@ -179,9 +179,9 @@ def _block_scores(block: _Block, rows: _Rows) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _chunk_scores(scores: torch.Tensor, block: _Block, rows: _Rows) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The legacy chunked rule's order of fills: padding and future first, a token itself last."""
+    """Fill constants in the order of the legacy rule: padding and the future first, the token itself last."""
     n, tile, keys = block.shape
-    query, key = block.query.view(n, tile, 1), block.key.view(n, 1, keys)  # rows of one head grow with the position
+    query, key = block.query.view(n, tile, 1), block.key.view(n, 1, keys)  # rows of a head increase with the position
     masked = query < key if rows.rule.causal else None
     if rows.mask is not None:
         padding = ~block.of_keys(rows.mask)
@@ -196,13 +196,13 @@ def _chunk_scores(scores: torch.Tensor, block: _Block, rows: _Rows) -> tuple[tor
 
 
 def _block_weights(block: _Block, rows: _Rows, row_max, row_sum) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weights (n, C, K) before dropout, from every row's maximum and sum; and where scores are fixed, or None."""
+    """Compute weights before dropout, (n, C, K), from row maxima and sums, and a mask of constant scores, or None."""
     scores, fixed = _block_scores(block, rows)
     return scores.sub_(block.of_queries(row_max)).exp2_().mul_(block.of_queries(row_sum).reciprocal_()), fixed
 
 
 def _dropout_scale(block: _Block, rows: _Rows, dtype: torch.dtype) -> torch.Tensor | None:
-    """Dropout factors (n, C, K) of a block, or None."""
+    """Return the dropout factors of a block, (n, C, K), or None."""
     if rows.query_key is None or rows.key_key is None:
         return None
     drawn, dropout = pair_scramble(block.of_queries(rows.query_key), block.of_keys(rows.key_key)), rows.rule.dropout
@@ -212,9 +212,9 @@ def _dropout_scale(block: _Block, rows: _Rows, dtype: torch.dtype) -> torch.Tens
 
 
 class TiledAttention(torch.autograd.Function):
-    """The pure-PyTorch backend; saves the inputs, the output and each row's maximum and sum.
+    """The pure-PyTorch backend, which saves the inputs, the output and the maximum and sum of each row.
 
-    With `query_weights`, (B, T), it gives the attention mass besides.
+    With `query_weights`, (B, T), it also returns the attention mass.
     """
 
     @staticmethod
@@ -222,7 +222,7 @@ class TiledAttention(torch.autograd.Function):
         batch, heads, length, _ = query.shape
         with torch.autocast(query.device.type, enabled=False):
             rows, v = _make_rows(query, key, layout, mask, dropout_key, rule), _flat_rows(value)
-            total = v.shape[0] + 1  # one more row takes the filling of partial tiles
+            total = v.shape[0] + 1  # an extra row for the padding of partial tiles
             out = v.new_zeros(total, v.shape[-1])
             row_max = rows.query.new_full((total,), FLOOR if layout.dedup_pairs else 10 * MASKED_SCORE)
             row_sum = rows.query.new_zeros(total)
@@ -274,7 +274,7 @@ class TiledAttention(torch.autograd.Function):
 
 
 def _dense_backward(rule, query, key, value, layout, mask, dropout_key, query_weights, grad_out, grad_mass):
-    """Gradients of query, key and value by plain operations, which vmap knows."""
+    """Compute gradients of query, key and value by plain operations, which vmap supports."""
 
     def attend(query, key, value):
         options = {"causal": rule.causal, "mask": mask, "dropout": rule.dropout, "dropout_key": dropout_key}
@@ -287,7 +287,7 @@ def _dense_backward(rule, query, key, value, layout, mask, dropout_key, query_we
 
 
 def _weight_sums(rows: _Rows, row_max, row_sum, query_weights=None, grad_mass=None) -> torch.Tensor:
-    """Sums of weights before dropout, (N): of query_weights * weight over queries, or weight * grad_mass over keys."""
+    """Sum query_weights * weight over queries or weight * grad_mass over keys, with weights before dropout; (N)."""
     sums = torch.zeros_like(row_sum)
     for block in _blocks(rows):
         weights, _ = _block_weights(block, rows, row_max, row_sum)
@@ -301,7 +301,7 @@ def _weight_sums(rows: _Rows, row_max, row_sum, query_weights=None, grad_mass=No
 
 
 def _forward_block(block: _Block, rows: _Rows, v, out, row_max, row_sum) -> None:
-    """Add a block's share to the running sums `out`, `row_sum` (relative to the running maximum `row_max`)."""
+    """Add a block to the running sums `out` and `row_sum`, which are relative to the running maximum `row_max`."""
     n, tile, _ = block.shape
     scores, _ = _block_scores(block, rows)
     old = row_max.index_select(0, block.target)
@@ -320,14 +320,14 @@ def _forward_block(block: _Block, rows: _Rows, v, out, row_max, row_sum) -> None
 
 
 def _backward_block(block: _Block, rows: _Rows, v, grad, delta, row_max, row_sum, grads, of_mass) -> None:
-    """Add a block's share to the gradients of q, k, v (Dao et al. 2022, section 3.1: D = rowsum(dO * O)).
+    """Add a block to the gradients of q, k, v (Dao et al. 2022, section 3.1: D = rowsum(dO * O)).
 
-    of_mass: the queries' weights in the attention mass, and the gradient of every key's mass, (N) each; or None.
+    of_mass: query weights of the attention mass, and the gradient of every key's mass, (N) each; or None.
     """
     dq, dk, dv = grads
     weights, fixed = _block_weights(block, rows, row_max, row_sum)
     grad_out = block.of_queries(grad)
-    grad_scores = torch.bmm(grad_out, block.of_keys(v).transpose(1, 2))  # of the weights, at first
+    grad_scores = torch.bmm(grad_out, block.of_keys(v).transpose(1, 2))  # first those of the weights
     dropout_scale = _dropout_scale(block, rows, weights.dtype)
     used = weights
     if dropout_scale is not None:
@@ -358,12 +358,12 @@ def tiled_attention(
     scale: float = 1.0,
     query_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Any]:
-    """`dispatch.windowed_attention` in pure PyTorch, on any device.
+    """Compute `dispatch.windowed_attention` in pure PyTorch, on any device.
 
     Raises:
-        ValueError: more tokens than can be counted.
+        ValueError: there are more than MAX_LENGTH tokens, or 2^31 or more rows.
     """
-    exporting = torch.compiler.is_exporting()  # to a graph of any size
+    exporting = torch.compiler.is_exporting()  # graphs have dynamic sizes
     if not exporting and (query.shape[2] > MAX_LENGTH or query.shape[:3].numel() >= 2**31):
         raise ValueError(
             f"query of shape {tuple(query.shape)}: positions are counted in float32 and rows in int32, which holds up "

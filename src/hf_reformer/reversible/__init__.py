@@ -1,1 +1,1 @@
-"""Reversible residual layers with exact reconstruction, for any layer: knows torch, and nothing of Reformer."""
+"""Reversible residual layers with exact reconstruction, for any layer; depends on torch, but not on the Reformer."""

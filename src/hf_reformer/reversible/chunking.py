@@ -1,6 +1,6 @@
-"""Functions that treat every token alike, on a few tokens at a time (paper, section 3: chunking).
+"""Chunking of token-wise functions: a few tokens are processed at a time (paper, section 3).
 
-What such a function computes in between then stays in the processor's cache, and never exists for the whole sequence.
+Intermediate results then stay in the processor's cache, and never exist for the whole sequence.
 """
 
 import math
@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-# Numbers in a chunk of a stream, all sequences together: enough for matrix products at full speed on a CPU.
+# Elements in a chunk of a stream, over all sequences: enough for matrix products at full speed on a CPU.
 CHUNK_ELEMENTS = 2**20
 
 Tensors = list[torch.Tensor | None]
 
 
 class Handoff:
-    """A value for one receiver: `take()` gives it and forgets it, so its memory goes when the receiver is done."""
+    """A value for one receiver: `take()` returns and drops it, so its memory is freed once the receiver is done."""
 
     def __init__(self, value: Any):
         self._value = value
@@ -27,7 +27,7 @@ class Handoff:
 
 
 def tokens_per_chunk(x: torch.Tensor, requested: int = 0) -> int:
-    """Tokens per chunk of x, (B, T, ...): the number requested, or for 0 what is fastest on its device."""
+    """Return the tokens per chunk of x, (B, T, ...): the requested number, or for 0 the fastest on its device."""
     if requested:
         return requested
     if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -36,17 +36,17 @@ def tokens_per_chunk(x: torch.Tensor, requested: int = 0) -> int:
 
 
 def token_chunks(size: int, *tensors: torch.Tensor | None) -> Iterator[tuple[int, list[Any]]]:
-    """Chunks of `size` tokens, the last perhaps shorter: the first token's position, and views of every tensor."""
+    """Yield chunks of at most `size` tokens: the position of the first token, and views of every tensor."""
     length = next(x.shape[1] for x in tensors if x is not None)
     if size >= length:
-        yield 0, [*tensors]  # not by `range`, which would fix the length that a graph is traced with
+        yield 0, [*tensors]  # without `range`, which would specialize a traced graph to this length
         return
     for offset in range(0, length, size):
         yield offset, [None if x is None else x[:, offset : offset + size] for x in tensors]
 
 
 class ChunkedBuffer:
-    """Tensors (B, T, ...) that are filled chunk by chunk: those given, or new ones. None stays None."""
+    """Tensors, (B, T, ...), to be filled chunk by chunk: the given ones, or new ones. None stays None."""
 
     def __init__(self, length: int, *tensors: torch.Tensor):
         self.length = length
@@ -64,7 +64,7 @@ class ChunkedBuffer:
 
 
 def map_tokens(function: Callable[..., Tensors], size: int, *tensors: Any) -> Tensors:
-    """`function(offset, *chunks)` of all chunks, put together: (B, T, ...) each."""
+    """Apply `function(offset, *chunks)` to all chunks and concatenate the results, (B, T, ...) each."""
     if size >= tensors[0].shape[1]:
         return function(0, *tensors)
     chunks = token_chunks(size, *tensors)

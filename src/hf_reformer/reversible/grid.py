@@ -1,4 +1,4 @@
-"""The number format of the residual streams: values rounded to a grid, so that additions can be undone exactly."""
+"""The number format of the residual streams: values on a grid, so that additions can be undone exactly."""
 
 from typing import NamedTuple
 
@@ -6,9 +6,9 @@ import torch
 
 
 class Grid(NamedTuple):
-    """The number format of the residual streams: a dtype, and the exponent of its grid of multiples of 2^-bits.
+    """The number format of the residual streams: a dtype, and a grid of multiples of 2^-bits.
 
-    Sums are exact while |stream| <= `limit`. `bits=None` does not round (evaluation).
+    Sums are exact while |stream| <= `limit`. With `bits=None`, values are not rounded (evaluation).
     """
 
     dtype: torch.dtype
@@ -21,8 +21,8 @@ class Grid(NamedTuple):
 
 
 def choose_grid(precision: str, weight_dtype: torch.dtype, rounded: bool) -> Grid:
-    """The streams' grid for `residual_precision` ("float64" or "float32") and the dtype of the model's weights."""
-    if weight_dtype == torch.float64:  # tests: finer, so that finite differences see through it
+    """Choose the grid for `residual_precision` ("float64" or "float32") and the dtype of the model's weights."""
+    if weight_dtype == torch.float64:  # for tests: fine enough for finite differences
         return Grid(torch.float64, 40 if rounded else None)
     if precision == "float64":
         return Grid(torch.float64, 32 if rounded else None)
@@ -30,7 +30,7 @@ def choose_grid(precision: str, weight_dtype: torch.dtype, rounded: bool) -> Gri
 
 
 class _AddRounded(torch.autograd.Function):
-    """Round to the grid and add to a stream, in the stream's dtype; both gradients pass unchanged."""
+    """Rounding to the grid and addition to a stream, in the stream's dtype; both gradients pass unchanged."""
 
     generate_vmap_rule = True
 
@@ -48,7 +48,7 @@ class _AddRounded(torch.autograd.Function):
 
 
 class _AddRoundedForwardMode(_AddRounded):
-    """The same in eager mode, with a derivative in forward mode, which torch.compile does not take."""
+    """The same for eager mode, with a forward-mode derivative, which torch.compile does not support."""
 
     @staticmethod
     def jvp(ctx, stream_tangent, tangent, _):
@@ -56,12 +56,12 @@ class _AddRoundedForwardMode(_AddRounded):
 
 
 def _multiples(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """x as a whole number of 2^-bits, the nearest, in at least float32."""
+    """Return x in units of 2^-bits, rounded to integers, in at least float32."""
     return (x.to(torch.promote_types(x.dtype, torch.float32)) * 2.0**bits).round_()
 
 
 def add_rounded(stream: torch.Tensor, x: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """stream + x, where x is rounded to the grid."""
+    """Round x to the grid and add it to the stream."""
     if grid.bits is None:
         return stream + x.to(grid.dtype)
     function = _AddRounded if torch.compiler.is_compiling() else _AddRoundedForwardMode
@@ -69,11 +69,11 @@ def add_rounded(stream: torch.Tensor, x: torch.Tensor, grid: Grid) -> torch.Tens
 
 
 def subtract_rounded(stream: torch.Tensor, x: torch.Tensor, grid: Grid, in_place: bool = False) -> torch.Tensor:
-    """Undoes `add_rounded`, without a gradient."""
+    """Undo `add_rounded`, without gradients."""
     step, size = (x, 1.0) if grid.bits is None else (_multiples(x, grid.bits), 2.0**-grid.bits)
     return stream.sub_(step, alpha=size) if in_place else torch.sub(stream, step, alpha=size)
 
 
 def to_stream(x: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """x in the streams' dtype, on the grid; no zero is negative, so that equal numbers have equal bits."""
+    """Convert x to the streams' dtype and grid, without negative zeros, so that equal numbers have equal bits."""
     return add_rounded(x.new_zeros((), dtype=grid.dtype).expand(x.shape), x, grid)

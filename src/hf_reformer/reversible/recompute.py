@@ -1,4 +1,4 @@
-"""Running a part of the model a second time just as the first: same parameters, flags, autocast, random numbers."""
+"""Recomputation of parts of the model under identical parameters, flags, autocast state and random numbers."""
 
 import contextlib
 import copy
@@ -23,9 +23,9 @@ from ..compat import (
 
 
 def can_reverse() -> bool:
-    """Whether the reversible Function may run: recording a graph, not traced, not in a functorch transform.
+    """Whether the reversible Function may run: autograd is recording, without tracing or a functorch transform.
 
-    Nor in a CUDA graph: what it keeps of random generators cannot be read while one records.
+    It cannot run during CUDA graph capture, when the state of random generators cannot be read.
     """
     return (
         torch.is_grad_enabled()
@@ -37,7 +37,7 @@ def can_reverse() -> bool:
 
 
 def layer_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
-    """Named parameters, and plain tensors that stand where a parameter was (FSDP1 keeps views there)."""
+    """Return named parameters, and plain tensors in place of parameters (FSDP1 puts views there)."""
     tensors: dict[str, torch.Tensor] = dict(layer.named_parameters())
     for name, module in layer.named_modules():
         for key, value in module.__dict__.items():
@@ -47,22 +47,22 @@ def layer_tensors(layer: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def hooked_module(root: nn.Module, itself: bool = True) -> str | None:
-    """What watches or changes a call of a module, or of those within it alone, in words; None: nothing does.
+    """Describe what observes or changes calls of a module and its submodules, or of these only; None if nothing does.
 
-    What it does cannot be repeated in backward: it may be gone by then, or keep what it is given.
+    Hooks cannot be repeated in backward: they may be removed by then, or keep their arguments.
     """
     if has_global_hooks():
         return "hooks on all modules"
     for name, module in root.named_modules():
         own = vars(module)
         hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
-        replaced = "forward" in own and "_hf_hook" not in own  # accelerate's, which move tensors between devices
+        replaced = "forward" in own and "_hf_hook" not in own  # accelerate's hooks move tensors between devices
         if (itself or module is not root) and (hooks or own["_backward_pre_hooks"] or replaced):
             return f"a hook on `{name}`" if name else f"a hook on a {type(module).__name__}"
     return None
 
 
-# The default generators and the modules' settings are shared by all threads that walk one graph.
+# The default generators and the modules' settings are shared by all threads that traverse one graph.
 _REPLAY_LOCK = threading.RLock()
 _ABSENT = object()
 
@@ -83,19 +83,19 @@ def autocast_state(device: torch.device) -> tuple[bool, torch.dtype]:
 
 
 def autocast_again(device: torch.device, state: tuple[bool, torch.dtype]) -> torch.autocast:
-    """That state, without its cache: so the gradients of every use of a weight are added in the weight's precision."""
+    """Return autocast with this state but no cache, so that a weight's gradients are summed in its precision."""
     return torch.autocast(device.type, dtype=state[1], enabled=state[0], cache_enabled=False)
 
 
 class Settings:
-    """The attributes in a dictionary as they are now, to be put back for a while; those that `counts(name, value)`."""
+    """A snapshot of the attributes in a dictionary for which `counts(name, value)`, to be restored temporarily."""
 
     def __init__(self, own: dict[str, Any], counts: Callable[[str, Any], bool]):
         self.own, self.counts = own, counts
         self.before = {name: _copy(value) for name, value in own.items() if counts(name, value)}
 
     def changed(self) -> dict[str, Any]:
-        """What stands now where something else stood."""
+        """Return the current values of attributes that have changed."""
         now, before = self.own, self.before
         changed = {name: now.get(name, _ABSENT) for name, x in before.items() if not _same(now.get(name, _ABSENT), x)}
         added = now.keys() - before.keys()
@@ -109,7 +109,7 @@ class Settings:
                 self.own[name] = value
 
 
-_EMPTY: dict[type, Any] = {kind: kind() for kind in (dict, OrderedDict, list, set)}  # modules hold many of these
+_EMPTY: dict[type, Any] = {kind: kind() for kind in (dict, OrderedDict, list, set)}  # modules have many of these
 
 
 def _copy(value: Any) -> Any:
@@ -119,7 +119,7 @@ def _copy(value: Any) -> Any:
 
 
 def _same(now: Any, before: Any) -> bool:
-    """Whether a value is the same, or a copy whose entries are."""
+    """Whether a value is the same object, or a copy with the same entries."""
     if now is before or type(now) is not type(before):
         return now is before
     if isinstance(now, dict):
@@ -130,7 +130,7 @@ def _same(now: Any, before: Any) -> bool:
 
 
 def _settings_of(modules: tuple[nn.Module, ...]) -> list[Settings]:
-    """All that modules compute by but tensors and the modules within: flags, hooks, an adapter's scale, configs."""
+    """Snapshot what modules use besides tensors and submodules: flags, hooks, the scale of an adapter, configs."""
     configs = {id(config): config for m in modules if hasattr(config := vars(m).get("config"), "__dict__")}
     return [
         *(Settings(vars(m), lambda name, value: name not in ("_parameters", "_modules") and not _is_tensor(value))
@@ -145,10 +145,10 @@ def _is_tensor(value: Any) -> bool:
 
 
 class ReplayState:
-    """What parts of a layer ran under, to run them again just so: autocast, settings, foreign randomness if any.
+    """The state in which parts of a layer ran, to rerun them in it: autocast, settings and generator states if used.
 
-    Our own randomness comes from keys. Modules put into a layer by others (adapters) may draw from the default
-    generators; then, and only then, their state is kept.
+    Our own random numbers come from keys. Third-party modules in a layer (adapters) may use the default generators;
+    only then are their states stored.
     """
 
     def __init__(self, layer: nn.Module, device: torch.device):
@@ -170,17 +170,17 @@ class ReplayState:
 
     @contextlib.contextmanager
     def restored(self, tensors: dict[str, torch.Tensor] | None) -> Iterator[None]:
-        """The modules as they were: with their settings, and with other tensors where some are given."""
+        """Restore the modules' settings temporarily, and replace their tensors if `tensors` is given."""
         if tuple(self.layer.modules()) != self.modules:
             raise RuntimeError(
                 f"Modules within {type(self.layer).__name__} were added, removed or replaced after the forward, so it "
                 "cannot be run again for the gradients. Call backward first."
             )
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_REPLAY_LOCK)  # before looking: another thread may have put back settings of its own
+            stack.enter_context(_REPLAY_LOCK)  # before comparing: another thread may have restored settings
             changed = [(settings, now) for settings in self.settings if (now := settings.changed())]
             if tensors is None and not changed:
-                stack.close()  # nothing shared is touched, so threads may go on side by side
+                stack.close()  # nothing shared is changed, so threads may run in parallel
             if tensors is not None:
                 stack.enter_context(reparametrize_module(self.layer, tensors))
             for settings, now in changed:
@@ -190,7 +190,7 @@ class ReplayState:
 
     @contextlib.contextmanager
     def replay(self, part: Hashable = None) -> Iterator[None]:
-        """A part of the layer as it ran, within `restored`."""
+        """Return a context to rerun a part of the layer as it ran; to be used within `restored`."""
         state = self.states[part]
         with contextlib.ExitStack() as stack:
             if state is not None:
@@ -203,10 +203,10 @@ class ReplayState:
 
 
 def recomputed(module: nn.Module, function: Callable, x: torch.Tensor, *args: Any) -> torch.Tensor:
-    """`function(x, *args)`, which uses `module`; backward runs it again instead of keeping what is inside.
+    """Call `function(x, *args)`, which uses `module`; backward recomputes it instead of storing intermediate results.
 
-    Unlike torch's checkpoint, with the parameters and settings of this forward: when backward comes they may be others
-    (functional_call, `eval()`, another adapter). Not for a module with hooks (`hooked_module`).
+    Unlike torch's checkpoint, this uses the parameters and settings of the forward pass, which may have changed by the
+    time of backward (functional_call, `eval()`, another adapter). Not for modules with hooks (`hooked_module`).
     """
     if not can_reverse():
         traced = torch.is_grad_enabled() and torch.compiler.is_compiling()

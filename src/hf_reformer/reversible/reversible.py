@@ -1,11 +1,11 @@
-"""Reversible residual layers (Gomez et al. 2017; paper, section 3) whose reconstruction is exact, bit for bit.
+"""Reversible residual layers (Gomez et al. 2017; paper, section 3) with bitwise exact reconstruction.
 
-y1 = x1 + f(x2), y2 = x2 + g(y1). The streams live on a fixed grid: the embeddings and every branch output are rounded
-to multiples of 2^-k before they are added, so that additions are exact and subtractions undo them. Rounding has the
+y1 = x1 + f(x2), y2 = x2 + g(y1). The streams lie on a fixed grid: the embeddings and all branch outputs are rounded to
+multiples of 2^-k before they are added, so that additions are exact and subtractions undo them. Rounding has the
 gradient of the identity. Backward rebuilds each layer's inputs from its outputs, so memory does not grow with depth.
 
-One autograd Function per layer takes the two streams, the layer's parameters and whatever else carries gradients as
-inputs and *returns* their gradients. So wrappers that watch parameters (DDP, FSDP2, adapters) see an ordinary graph.
+One autograd Function per layer takes the two streams, the layer's parameters and all other differentiable tensors as
+inputs and *returns* their gradients, so wrappers that observe parameters (DDP, FSDP2, adapters) see a normal graph.
 """
 
 import warnings
@@ -33,11 +33,11 @@ from .chunking import ChunkedBuffer, Handoff, Tensors, map_tokens, token_chunks,
 from .grid import Grid, add_rounded, subtract_rounded
 from .recompute import ReplayState, autocast_again, autocast_state, hooked_module, layer_tensors, recomputed
 
-StageContext = Callable[[Hashable], AbstractContextManager]  # of a part of a layer, by its name
+StageContext = Callable[[Hashable], AbstractContextManager]  # the context of a part of a layer, given its name
 
 
 class LayerStages:
-    """The token-wise parts of a layer, by name, as they run on chunks of tokens; each in the `context` of its name."""
+    """The token-wise parts of a layer, called by name on chunks of tokens, each in the `context` of its name."""
 
     def __init__(self, layer: Any, ctx: Any, grid: Grid, context: StageContext):
         self.layer, self.ctx, self.grid, self.context = layer, ctx, grid, context
@@ -56,18 +56,18 @@ def residual_step(
     states: Sequence[torch.Tensor] = (),
     context: StageContext | None = None,
 ) -> tuple[Any, ...]:
-    """The layer's equations, for every way through a stack: (y1, y2, *report).
+    """Compute the equations of a layer, as used by every path through a stack; returns (y1, y2, *report).
 
     Args:
-        layer: has `qkv_projection(x2, ctx, offset)`, a list; `attend(Handoff of that list, ctx, *states)`, a tuple of
-            the mixed values and whatever else the layer reports (tensors, or None); `output_projection(mixed, ctx,
-            offset)`; and `feed_forward_branch(y1, ctx, offset)`, where `offset` is the position of a chunk's first
-            token. `chunk_size`: tokens of a chunk, 0 for an automatic number. Where it is given, the plain path
-            recomputes the feed-forward branch in backward.
-        x1, x2: (B, T, D) streams of the grid's dtype.
-        ctx: what the parts need besides; handed to them as it is.
-        states: further tensors with gradients for `attend` (encoder states).
-        context: context manager of a part, by its name. Default: autocast as it is now.
+        layer: has the methods `qkv_projection(x2, ctx, offset)`, which returns a list; `attend(Handoff of that list,
+            ctx, *states)`, which returns a tuple of the mixed values and further reports (tensors or None);
+            `output_projection(mixed, ctx, offset)`; and `feed_forward_branch(y1, ctx, offset)`, where `offset` is the
+            position of a chunk's first token. `chunk_size`: tokens per chunk, 0 for an automatic number; otherwise,
+            the plain path recomputes the feed-forward branch in backward.
+        x1, x2: (B, T, D), streams in the grid's dtype.
+        ctx: further inputs, passed to all parts unchanged.
+        states: further differentiable tensors for `attend` (encoder states).
+        context: returns the context manager of a part, given its name. Default: the current autocast state.
     """
     stages = LayerStages(layer, ctx, grid, context or _current_autocast(x2.device))
     size = tokens_per_chunk(x2, layer.chunk_size)
@@ -97,7 +97,7 @@ def _current_autocast(device: torch.device) -> StageContext:
 
 
 class StreamHandoff:
-    """Hands reconstructed streams from layer to layer during backward. One per forward call of a stack."""
+    """The transfer of reconstructed streams between layers in backward; one instance per forward call of a stack."""
 
     def __init__(self, grid: Grid, depth: int):
         self.grid, self.depth = grid, depth
@@ -106,10 +106,14 @@ class StreamHandoff:
         self._link: tuple[int, tuple[torch.Tensor, torch.Tensor], tuple[int, int]] | None = None
 
     def enter(self, index: int, x1: torch.Tensor, x2: torch.Tensor) -> None:
-        """Check that layer `index` gets what layer `index - 1` gave; if something replaced it, keep the original."""
+        """Check that layer `index` gets the output of layer `index - 1`; if it was replaced, keep the original.
+
+        Raises:
+            RuntimeError: the streams were modified in place.
+        """
         link, self._link = self._link, None
         if link is None or link[0] != index - 1:
-            return  # the first layer, or a recomputation by somebody's checkpoint wrapper
+            return  # the first layer, or a recomputation by an outer checkpoint wrapper
         previous, streams, versions = link
         if any(version_of(x) != version for x, version in zip(streams, versions, strict=True)):
             raise RuntimeError(
@@ -127,7 +131,11 @@ class StreamHandoff:
         self._pending[current_graph_task_id(), index] = streams
 
     def take(self, index: int) -> tuple[torch.Tensor, torch.Tensor, bool]:
-        """Outputs of layer `index`, and whether they may be overwritten."""
+        """Return the outputs of layer `index`, and whether they may be overwritten.
+
+        Raises:
+            RuntimeError: they have not been reconstructed.
+        """
         streams = self._pending.pop((current_graph_task_id(), index), None)
         if index in self._originals:
             return *self._originals[index], False
@@ -148,22 +156,22 @@ def checksum(x: torch.Tensor) -> torch.Tensor:
 
 
 class ReversibleFunction(torch.autograd.Function):
-    """One layer of a reversible stack: the values of `residual_step`, with nothing kept but the last layer's output.
+    """One layer of a reversible stack: `residual_step`, saving no activations except the output of the last layer.
 
-    `apply(layer, ctx, handoff, index, names, x1, x2, *states, *tensors)`: the layer is number `index` of the stack of
-    `handoff`, and `names` and `tensors` are those of `layer_tensors(layer)`; otherwise as `residual_step`.
+    `apply(layer, ctx, handoff, index, names, x1, x2, *states, *tensors)`: `index` is the position of the layer in the
+    stack of `handoff`; `names` and `tensors` are those of `layer_tensors(layer)`; the rest is as for `residual_step`.
     """
 
     @staticmethod
     def forward(fn, layer, ctx, handoff, index, names, x1, x2, *tensors):
         state = ReplayState(layer, x1.device)
         handoff.enter(index, x1, x2)
-        bottom = index == 0 or not any(fn.needs_input_grad[5:7])  # the last layer that backward comes to
+        bottom = index == 0 or not any(fn.needs_input_grad[5:7])  # the last layer that backward reaches
         fn.checksums = (checksum(x1), checksum(x2)) if bottom else None
         fn.size = tokens_per_chunk(x2, layer.chunk_size)
         states = tensors[: len(tensors) - len(names)]
         y1, y2, *report = residual_step(layer, x1, x2, ctx, handoff.grid, states, state.record)
-        report = [x if x is None else x.detach() for x in report]  # compiled parts record a graph, which ends here
+        report = [x if x is None else x.detach() for x in report]  # compiled parts record a graph, which is cut here
         handoff.leave(index, y1, y2)
         fn.layer, fn.ctx, fn.handoff, fn.index, fn.names, fn.state = layer, ctx, handoff, index, names, state
         fn.set_materialize_grads(False)
@@ -194,7 +202,7 @@ class ReversibleFunction(torch.autograd.Function):
 
 
 class GradientAccumulator:
-    """Gradients of a layer's parameters, added up over chunks and branches."""
+    """Sums of the gradients of a layer's parameters over chunks and branches."""
 
     def __init__(self, tensors: list[torch.Tensor]):
         self.tensors = tensors
@@ -202,7 +210,7 @@ class GradientAccumulator:
         self.owned = [False] * len(tensors)
 
     def differentiate(self, outputs: list, grads: Tensors, inputs: Tensors) -> Tensors:
-        """The inputs' gradients; those of the parameters are added. `outputs` are tensors or edges of the graph."""
+        """Return the inputs' gradients and accumulate the parameters'. `outputs` are tensors or edges of the graph."""
         pairs = [(out, grad) for out, grad in zip(outputs, grads, strict=True) if out is not None and grad is not None]
         if not pairs:
             return [None] * len(inputs)
@@ -216,7 +224,7 @@ class GradientAccumulator:
             if grad is None:
                 continue
             if total is None:
-                self.sums[index] = grad  # perhaps shared with another parameter
+                self.sums[index] = grad  # possibly shared with another parameter
             elif self.owned[index]:
                 total.add_(grad)
             else:
@@ -229,7 +237,7 @@ class GradientAccumulator:
 
 
 def _reject_external_leaves(roots, known: list[torch.Tensor]) -> None:
-    """Raise RuntimeError if the graph of a part of a layer ends in a tensor whose gradient would be lost."""
+    """Raise RuntimeError if the graph of a part of a layer has a leaf whose gradient would be lost."""
     seen = {get_gradient_edge(x).node for x in known}
     waiting = [root.grad_fn if isinstance(root, torch.Tensor) else root.node for root in roots]
     while waiting:
@@ -247,7 +255,7 @@ def _reject_external_leaves(roots, known: list[torch.Tensor]) -> None:
 
 
 def _edge(x: torch.Tensor | None):
-    """Where backward enters x's graph: without x itself, which can go."""
+    """Return the edge at which backward enters the graph of x, without keeping x itself alive."""
     return get_gradient_edge(x) if x is not None and x.requires_grad else None
 
 
@@ -255,10 +263,10 @@ def invert_layer(
     stages: LayerStages, states: Sequence[Any], size: int, outputs: Handoff, d1: Any, d2: Any,
     grad_report: Sequence[Any], leaves: list[torch.Tensor], need: Sequence[bool],
 ) -> tuple[Any, Any, Any, Any, Tensors]:  # fmt: skip
-    """Undo a layer: x1, x2, their gradients, and those of the leaves that need one.
+    """Invert a layer and return x1, x2, their gradients, and those of the leaves, None for leaves that need none.
 
-    outputs: y1, y2, and whether they may be overwritten. Every tensor as large as a stream goes as soon as it can:
-    here training needs most memory.
+    outputs: y1, y2, and whether they may be overwritten. Tensors as large as a stream are freed as early as possible,
+    since training reaches its peak memory here.
     """
     y1, y2, reusable = outputs.take()
     totals = GradientAccumulator([x for x, n in zip(leaves, need, strict=True) if n])
@@ -273,7 +281,7 @@ def _invert_branch(
     stages: LayerStages, name: str, size: int, y: Any, inputs: Any, grad: Any, base: Any,
     totals: GradientAccumulator, reusable: bool,
 ) -> list[Any]:  # fmt: skip
-    """Undo y = x + branch(inputs): x, perhaps in the memory of y; the gradient of `inputs` by y's, added to `base`."""
+    """Invert y = x + branch(inputs): return x, possibly in y's memory, and `base` plus the gradient of `inputs`."""
     x, step = ChunkedBuffer(y.shape[1], *[y] * reusable), ChunkedBuffer(y.shape[1])
     for offset, (y_chunk, chunk, grad_chunk, base_chunk) in token_chunks(size, y, inputs, grad, base):
         leaf = chunk.detach().requires_grad_()
@@ -291,7 +299,7 @@ def _invert_attention_branch(
     stages: LayerStages, states: Sequence[Any], size: int, y1: Any, x2: Any, d1: Any, d2: Any,
     totals: GradientAccumulator, reusable: bool, grad_report: Sequence[Any],
 ) -> list[Any]:  # fmt: skip
-    """Undo y1 = x1 + f(x2): x1, and the gradient of x2 by those of y1 and of the layer's report, added to d2."""
+    """Invert y1 = x1 + f(x2): return x1, and d2 plus x2's gradient from those of y1 and the report."""
     projected, graphs = ChunkedBuffer(x2.shape[1]), []
     for offset, (chunk,) in token_chunks(size, x2):
         leaf = chunk.detach().requires_grad_()
@@ -320,11 +328,11 @@ def _sum(a: torch.Tensor | None, b: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _parameters(fn, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor], dict[str, torch.Tensor] | None]:
-    """The tensors to differentiate by, and what to swap into the layer where the saved ones cannot serve.
+    """Return the parameters to differentiate with respect to, and tensors to swap into the layer, or None.
 
-    They are not its own under functional_call, an outer checkpoint, or saved-tensor hooks; and which of them are
-    trained may have changed since, as where another adapter is made active. And hooks on a tensor would see each of
-    its partial gradients, where they are meant for the sum.
+    The saved tensors are not the layer's own under functional_call, an outer checkpoint or saved-tensor hooks. Some
+    may have been frozen or unfrozen since, as when another adapter is activated. Hooks on a tensor would see every
+    partial gradient instead of the sum.
     """
     now = layer_tensors(fn.layer)
     own = all(now.get(name) is tensor for name, tensor in zip(fn.names, saved, strict=True))
@@ -335,14 +343,14 @@ def _parameters(fn, saved: list[torch.Tensor], need) -> tuple[list[torch.Tensor]
     return saved, dict(zip(fn.names, saved, strict=True))
 
 
-# What CUDA devices have not reported yet: whether a reconstruction was wrong, when that is known, the grid's limit.
+# Pending results of CUDA devices: whether a reconstruction was wrong, when that is known, the grid's limit.
 _PENDING: list[tuple[torch.Tensor, Any, float]] = []
 
 
 def warn_if_inexact(before: tuple[torch.Tensor, ...], streams: tuple[torch.Tensor, ...], grid: Grid) -> None:
-    """Warn where streams have other checksums than `before`; of a CUDA device, which is not waited for, a step later.
+    """Warn if the checksums of streams differ from `before`; on CUDA one step later, without synchronization.
 
-    NaN and infinity are no reason: the loss shows them.
+    Does not warn of NaN and infinity, which the loss shows.
     """
     same = (checksum(streams[0]) == before[0]) & (checksum(streams[1]) == before[1])
     if may_look_at(same):
@@ -375,10 +383,10 @@ def _warn_of_inexact_gradients(limit: float) -> None:
 
 
 def needs_plain_path(layer: nn.Module) -> str | None:
-    """Why `layer` cannot be run again as it was, in words, or None.
+    """Return why `layer` cannot be rerun under identical conditions, or None if it can.
 
-    Something has hooks on modules within it, or its parameters may be others then: FSDP2 wraps modules within it, or
-    it computes weights from others (torch's parametrizations) and keeps them in `parametrize.cached()`.
+    It cannot if its submodules have hooks, or if its parameters may differ by then: FSDP2 wraps submodules, or weights
+    are computed from others (torch's parametrizations) and cached by `parametrize.cached()`.
     """
     for m in layer.modules():
         if m is not layer and type(m).__name__.startswith("FSDP") and hasattr(m, "unshard"):

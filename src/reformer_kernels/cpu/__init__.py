@@ -1,4 +1,4 @@
-"""The CPU backend: C++ kernels, compiled on first use, called through ctypes, registered as torch ops."""
+"""The CPU backend: C++ kernels, compiled at first use, called through ctypes and registered as torch ops."""
 
 import torch
 
@@ -15,11 +15,11 @@ __all__ = [
     "unsupported_reason",
 ]  # fmt: skip
 
-DECODED_DTYPES = tuple(bindings.DTYPES)  # of a cache that `decode_attention` serves
+DECODED_DTYPES = tuple(bindings.DTYPES)  # cache dtypes that `decode_attention` supports
 
 
 def unsupported_reason(*tensors: torch.Tensor) -> str | None:
-    """Why the kernels cannot serve tensors like these, (B, H, T, D), or None. Integers need only be on a CPU."""
+    """Return why tensors like these, (B, H, T, D), are not supported, or None. Integers only need to be on a CPU."""
     for x in tensors:
         if x.device.type != "cpu":
             return f"it runs on a CPU, not on {x.device.type}"

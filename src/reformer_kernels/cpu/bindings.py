@@ -1,7 +1,7 @@
-"""The C++ kernels as torch ops on a CPU: tensors become structures of pointers and strides for the compiled library.
+"""The C++ kernels as torch ops on a CPU: tensors are passed to the library as structures of pointers and strides.
 
-Inputs are read where they lie, in any layout whose last dimension is contiguous. Outputs and gradients are
-(B, T, H, D) in memory, as projections want them.
+Inputs are read in place, in any layout whose last dimension is contiguous. Outputs and gradients are laid out as
+(B, T, H, D), like projections.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ def pointer(x: torch.Tensor | None) -> int | None:
 
 
 def readable(*tensors: torch.Tensor | None, dtype: torch.dtype | None = None) -> list[Any]:
-    """In one dtype, their own if it can be, and in layouts that the kernel reads; copies only where they must be."""
+    """Convert tensors to one dtype, their own if supported, and to a readable layout, without needless copies."""
     if dtype is None:
         dtypes = {x.dtype for x in tensors if x is not None}
         dtype = dtypes.pop() if len(dtypes) == 1 and dtypes <= DTYPES.keys() else torch.float32
@@ -39,7 +39,7 @@ def readable(*tensors: torch.Tensor | None, dtype: torch.dtype | None = None) ->
 
 
 def _end_to_end(x: torch.Tensor) -> torch.Tensor:
-    """(B, 1 or H, R, T) → (B, 1 or H, R * T), a view where the rounds lie end to end."""
+    """Flatten rounds, (B, 1 or H, R, T) → (B, 1 or H, R * T); a view if they are contiguous."""
     is_view = x.stride(-1) == 1 and x.stride(-2) == x.shape[-1]
     return (x if is_view else x.contiguous()).flatten(2)
 
@@ -51,7 +51,7 @@ def _numbers(x: torch.Tensor) -> torch.Tensor:
 def _call(
     function: str, args: AttentionArgs, grad_out: torch.Tensor | None = None, **pointers: torch.Tensor | None
 ) -> None:
-    """Run a function of the library on the op's inputs, and on what `pointers` and `grad_out` add to its structure."""
+    """Call a function of the library with the op's inputs, `grad_out` and further `pointers` to tensors."""
     if not args.query.numel():
         return
     query, key, value = readable(args.query, args.key, args.value)
@@ -77,10 +77,10 @@ def _call(
 
 
 def forward(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output (B, H, T, D) float32, maximum and sum (B, H, T) of every row's softmax, and the attention mass.
+    """Compute the output, (B, H, T, D) float32, softmax maximum and sum of every row, (B, H, T), and attention mass.
 
     Raises:
-        ValueError: more sorted positions than `contract.MAX_POSITIONS`.
+        ValueError: there are more sorted positions than `contract.MAX_POSITIONS`.
     """
     args = AttentionArgs(*inputs)
     check_positions(args.perm)
@@ -99,7 +99,7 @@ def backward(
     out: torch.Tensor, row_max: torch.Tensor, row_sum: torch.Tensor, grad_out: torch.Tensor,
     grad_mass: torch.Tensor | None, *inputs: Any,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Gradients of query, value and, unless it is shared, key, float32, from those of the output and the mass."""
+    """Compute float32 gradients of query, value and, unless shared, key, from those of the output and the mass."""
     args, (grad_out,) = AttentionArgs(*inputs), readable(grad_out.float())
     grads = [empty_rows(x, torch.float32) for x in (args.query, args.value, args.key) if x is not None]
     pointers = {"row_max": row_max, "row_sum": row_sum}
@@ -121,12 +121,12 @@ def lsh_buckets(
     vectors: torch.Tensor, rotations: torch.Tensor, factors: list[int], centered: bool, causal: bool,
     mask: torch.Tensor | None, samples: torch.Tensor | None, sums: torch.Tensor | None, counts: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Buckets (B, H, R, T) int32, as `lsh.lsh_buckets`; near-ties may fall differently.
+    """Compute buckets, (B, H, R, T) int32, like `lsh.lsh_buckets`, except that near-ties may differ.
 
-    What follows `centered` are the fields of `lsh.Centering`.
+    The arguments after `centered` are the fields of `lsh.Centering`.
 
     Raises:
-        ValueError: rotations and factors contradict each other, or samples are not numbered 0, 1, … in turn.
+        ValueError: rotations do not match the factors, or samples are not numbered 0, 1, … in order.
     """
     if rotations.shape[-1] != sum(factors) // 2:
         raise ValueError(f"Rotations of {rotations.shape[-1]} columns don't fit bucket factors {factors}.")
@@ -160,7 +160,7 @@ def _(vectors, rotations, factors, centered, causal, mask, samples, sums, counts
 
 @torch.library.custom_op("reformer_kernels::cpu_normal_rows", mutates_args=(), device_types="cpu")
 def normal_rows(key: torch.Tensor, rows: int, count: int) -> torch.Tensor:
-    """(rows, count) float32, as `prng.normal_rows`, equal but for the last bits."""
+    """Draw (rows, count) float32 numbers, equal to `prng.normal_rows` up to rounding."""
     values = key.new_empty(rows, count, dtype=torch.float32)
     if values.numel():
         params = NormalParams(key.data_ptr(), rows, count, torch.get_num_threads(), values.data_ptr())
@@ -178,9 +178,9 @@ def sort_by_bucket(
     groups: Sequence[torch.Tensor], mask: torch.Tensor | None, counts: Sequence[int], left_reaches: Sequence[int],
     right_reaches: Sequence[int], outputs: int,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """The first `outputs` of perm, window_start and window_end, as `layout.sort_by_bucket` gives them.
+    """Return the first `outputs` of perm, window_start and window_end, like `layout.sort_by_bucket`.
 
-    counts: -1 where the number of buckets is unknown.
+    counts: -1 if the number of buckets is unknown.
     """
     batch, heads, _, length = groups[0].shape
     rounds = sum(buckets.shape[2] for buckets in groups)
@@ -188,7 +188,7 @@ def sort_by_bucket(
     pointers, mask, first = [x.data_ptr() for x in results], None if mask is None else mask.contiguous(), 0
     for buckets, count, *reaches in zip(groups, counts, left_reaches, right_reaches, strict=True):
         if buckets.numel():
-            flat = _end_to_end(buckets)  # perhaps a copy, which must live until the call is over
+            flat = _end_to_end(buckets)  # possibly a copy, which must live until the call returns
             params = SortParams(
                 strided(flat), pointer(mask), batch, heads, length, buckets.shape[2], rounds, first,
                 int(buckets.max()) + 1 if count < 0 else count, torch.get_num_threads(), *reaches, *pointers,
@@ -207,12 +207,12 @@ def _(groups, mask, counts, left_reaches, right_reaches, outputs):
 
 @torch.library.custom_op("reformer_kernels::cpu_rotate", mutates_args=(), device_types="cpu")
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, turned_heads: int, inverse: bool) -> torch.Tensor:
-    """`rotary.rotate` of (B, H, T, D), float32 or bfloat16, or with `inverse` its inverse, which is its gradient, too.
+    """Compute `rotary.rotate` of (B, H, T, D), float32 or bfloat16, or with `inverse` its inverse (its gradient).
 
     cos, sin: (B or 1, 1, T, D) float32.
 
     Raises:
-        ValueError: tables of another shape.
+        ValueError: the tables have another shape.
     """
     if cos.shape != sin.shape or cos.shape not in ((n, 1, *x.shape[2:]) for n in (1, x.shape[0])):
         raise ValueError(f"Tables of shape {tuple(cos.shape)}, {tuple(sin.shape)} don't fit vectors {tuple(x.shape)}.")

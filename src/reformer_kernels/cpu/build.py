@@ -1,8 +1,8 @@
-"""The compiled C++ kernels: those that came with the package, or compiled on first use and kept in the user's cache.
+"""The compiled C++ kernels: shipped with the package, or compiled at first use and stored in the user's cache.
 
-There is one shared library per vector width. A stored library ends with a digest of its name and bytes. What is loaded
-is what was read and compared with it, from memory: so neither a file that was cut short nor one that changes later can
-end the process.
+There is one shared library per vector width. A stored library ends with a digest of its name and bytes. It is read,
+compared with its digest and loaded from memory, so that neither a truncated file nor one that changes later can crash
+the process.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ from .sources import FLAGS, PREBUILT, SOURCES, VARIANTS, library_prefix, prebuil
 
 logger = logging.getLogger(__name__)
 
-COMPILE_SECONDS = 120  # longer than that, something is wrong
-ANSWER_SECONDS = 10  # the same of a compiler's version, and of loading what it wrote
-MAX_BYTES = 2**26  # of a library
+COMPILE_SECONDS = 120  # timeout of compilation
+ANSWER_SECONDS = 10  # timeout of printing the compiler's version, and of loading its output
+MAX_BYTES = 2**26  # maximum size of a library
 LOAD = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).hf_sizeof"
 REHEARSE = """
 import ctypes, importlib, json, sys
@@ -49,15 +49,15 @@ importlib.import_module(sys.argv[2]).agrees(cpu)
 
 
 class KernelBuildError(Exception):
-    """Why there is no compiled kernel, worded for users."""
+    """An error because no compiled kernel can be used; the message tells users why."""
 
 
 class KernelDisagreementError(KernelBuildError):
-    """It computes something else than its definition."""
+    """An error because a kernel disagrees with its reference implementation."""
 
 
 def supported_variants() -> list[str]:
-    """Variants that this processor supports, best first; HF_REFORMER_CPU_VARIANT selects one of them.
+    """Return the variants that this processor supports, best first; HF_REFORMER_CPU_VARIANT selects one of them.
 
     Raises:
         ValueError: the environment variable names no variant, or one that this processor does not support.
@@ -71,10 +71,10 @@ def supported_variants() -> list[str]:
 
 
 def compiler() -> list[str]:
-    """The C++ compiler and its first arguments: $CXX, else the first of c++, g++ and clang++.
+    """Return the C++ compiler and its first arguments: $CXX, else the first of c++, g++ and clang++.
 
     Raises:
-        KernelBuildError: there is none, or what CXX names cannot be found.
+        KernelBuildError: there is none, CXX is not a valid command or cannot be found, or this is Windows.
     """
     if sys.platform == "win32":
         raise KernelBuildError("the compiled kernels are not built on Windows")
@@ -92,7 +92,7 @@ def compiler() -> list[str]:
 
 
 def run_limited(command: list[str], seconds: float) -> tuple[int | None, str]:
-    """The exit status, or None after so many seconds, when all its processes are stopped; and what it wrote."""
+    """Run a command; return its exit status, or None if it was killed after `seconds`, and the end of its output."""
     with tempfile.TemporaryFile() as output:
         status: int | None = None
         process = subprocess.Popen(
@@ -112,7 +112,7 @@ def run_limited(command: list[str], seconds: float) -> tuple[int | None, str]:
 
 @functools.cache
 def _version(command: tuple[str, ...]) -> tuple[str, str]:
-    """What a compiler says of itself, and why it cannot be used, or ""."""
+    """Return the version text of a compiler, and why it cannot be used, or ""."""
     try:
         status, version = run_limited([*command, "--version"], ANSWER_SECONDS)
     except OSError as error:
@@ -122,17 +122,21 @@ def _version(command: tuple[str, ...]) -> tuple[str, str]:
     return version, ""
 
 
-# --- where libraries are kept
+# --- storage of libraries
 
 
 def cache_folders() -> list[Path]:
-    """$HF_REFORMER_CACHE; or hf_reformer in the user's cache directory and, without a home, one of temporary files."""
+    """Return candidate folders: $HF_REFORMER_CACHE, or those in the user's cache and in the temporary directory.
+
+    Raises:
+        KernelBuildError: there are none.
+    """
     if chosen := os.environ.get("HF_REFORMER_CACHE"):
         return [Path(chosen)]
     places = []
     with contextlib.suppress(RuntimeError):  # the user has no home
         places.append(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_reformer")
-    with contextlib.suppress(OSError, AttributeError):  # nothing can be written to; Windows numbers no users
+    with contextlib.suppress(OSError, AttributeError):  # no writable directory; no user ids on Windows
         places.append(Path(tempfile.gettempdir(), f"hf_reformer-{os.getuid()}"))
     if not places:
         raise KernelBuildError("there is no folder for compiled kernels; set HF_REFORMER_CACHE to one")
@@ -140,10 +144,10 @@ def cache_folders() -> list[Path]:
 
 
 def library_path(variant: str) -> Path:
-    """Path of the compiled variant: where it lies, or else will. Its name is a hash of sources, compiler and flags.
+    """Return the path of the compiled variant, existing or not. Its name has hashes of sources, compiler and flags.
 
     Raises:
-        KernelBuildError: no compiler, nor a library of these sources that one compiled before.
+        KernelBuildError: there is no compiler, nor a library that was compiled earlier from these sources.
     """
     prefix, folders = library_prefix(variant, SOURCES), cache_folders()
     try:
@@ -153,7 +157,7 @@ def library_path(variant: str) -> Path:
             raise KernelBuildError(fault)
     except KernelBuildError:
         stored = [path for folder in folders for path in sorted(folder.glob(prefix + "*.so"))]
-        if stored and not os.environ.get("CXX"):  # compiled where there was one, perhaps when an image was made
+        if stored and not os.environ.get("CXX"):  # compiled earlier, perhaps when an image was built
             return stored[0]
         raise
     name = prefix + hashlib.sha256(os.fsencode(version + shlex.join(command))).hexdigest()[:8] + ".so"
@@ -169,16 +173,16 @@ def _can_be_written(folder: Path) -> bool:
 def _make_folder(folder: Path) -> None:
     for path in reversed([folder, *folder.parents]):
         if not path.is_dir():
-            path.mkdir(0o755, exist_ok=True)  # whatever the umask, nobody else writes to it
+            path.mkdir(0o755, exist_ok=True)  # not writable by others, whatever the umask
 
 
 def _stranger(path: Path, status: os.stat_result) -> str | None:
-    """Who else could have written a file or folder, or None: whoever it belongs to, a group, or all."""
+    """Return who else may have written to a file or folder (its owner, a group or everyone), or None."""
     if status.st_uid not in (0, os.geteuid()):
         return f"{path} belongs to user {status.st_uid}"
     if (
         stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX
-    ):  # everybody may add to it, and change what is theirs
+    ):  # sticky: everyone may add files, but only change their own
         return None
     if status.st_mode & stat.S_IWOTH or (status.st_mode & stat.S_IWGRP and not _is_private(status.st_gid)):
         return f"others may write to {path}"
@@ -186,7 +190,7 @@ def _stranger(path: Path, status: os.stat_result) -> str | None:
 
 
 def _is_private(gid: int) -> bool:
-    """Whether a group holds the user alone: many systems make one for each, and let it write."""
+    """Whether the user is a group's only member: many systems create a group per user, with write permission."""
     import grp
     import pwd
 
@@ -198,9 +202,10 @@ def _is_private(gid: int) -> bool:
 
 
 def _check_folder(folder: Path) -> None:
-    """
+    """Check that only the user can write to a folder.
+
     Raises:
-        KernelBuildError: somebody else could put a library there.
+        KernelBuildError: others could put a library there.
     """
     for path in (folder, *folder.parents):
         if stranger := _stranger(path, path.stat()):
@@ -211,13 +216,13 @@ def _check_folder(folder: Path) -> None:
 
 
 def _read_file(path: Path) -> bytes:
-    """The bytes of a regular file that nobody else could have written.
+    """Read a regular file that nobody else could have written.
 
     Raises:
-        OSError: there is none, or it cannot be read.
-        KernelBuildError: it is something else, or of somebody else.
+        OSError: there is no such file, or it cannot be read.
+        KernelBuildError: it is not a regular file, is too large, or others could have written it.
     """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)  # a pipe would make it wait
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)  # opening a pipe would block
     with open(handle, "rb") as file:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
@@ -228,10 +233,10 @@ def _read_file(path: Path) -> bytes:
 
 
 def _read_stored(path: Path) -> bytes | None:
-    """The library stored there, None if there is none; only its own name fits its digest.
+    """Read a stored library and check its digest, which covers its name; return None if there is none.
 
     Raises:
-        KernelBuildError: it is damaged, or another, or somebody else could have put it there.
+        KernelBuildError: it is unreadable or damaged, is another library, or others could have put it there.
     """
     try:
         stored = _read_file(path)
@@ -250,12 +255,12 @@ def _unsealed(path: Path, stored: bytes) -> bytes:
 
 
 def _read_prebuilt(path: Path) -> bytes | None:
-    """The library that a wheel brought, None if it brought none. It is trusted as the Python files beside it are."""
+    """Read the library shipped with a wheel, None if there is none. It is trusted like the Python files next to it."""
     return _unsealed(path, path.read_bytes()) if path.is_file() else None
 
 
 def _store(path: Path, library: bytes, folder: Path) -> None:
-    """By way of a file in `folder`, beside it, so that it appears whole."""
+    """Write a library with its digest, atomically, by way of a file in `folder`."""
     written = folder / "stored"
     with open(os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "wb") as file:
         file.write(library + seal(path.name, library))
@@ -275,17 +280,18 @@ def load_library(
     compile_missing: bool = True,
     rehearsal: str | None = None,
 ) -> ctypes.CDLL:
-    """The compiled variant: unless CXX is set, the one that came with the package; from the cache; or compiled now.
+    """Load a variant: the one shipped with the package unless CXX is set, a cached one, or a newly compiled one.
 
     Args:
-        check: raises KernelBuildError for a library that cannot be used: a stored one is then compiled anew, and a new
+        check: raises KernelBuildError for a library that cannot be used: a stored one is then recompiled, and a new
             one is not stored.
-        compile_missing: whether it may be compiled.
-        rehearsal: a module whose `agrees` another process calls first with what was compiled now: it may crash, as of
-            instructions that this processor lacks.
+        compile_missing: whether the variant may be compiled.
+        rehearsal: a module whose `agrees` is first called in another process with a newly compiled library, which may
+            crash, for example if the processor lacks its instructions.
 
     Raises:
-        KernelBuildError: no compiler, or it fails, or its library cannot be used.
+        KernelBuildError: there is no compiler, it fails, or the library cannot be used.
+        KernelDisagreementError: raised by `check`; nothing is recompiled.
     """
     if not os.environ.get("CXX"):
         prebuilt = prebuilt_path(variant, PREBUILT, SOURCES)
@@ -316,7 +322,7 @@ def _load_stored(
     warn: bool,
     read: Callable[[Path], bytes | None] = _read_stored,
 ) -> ctypes.CDLL | None:
-    """None: there is none, or it cannot be used, which `warn` says."""
+    """Load and check a stored library; None if there is none or it cannot be used, in which case `warn` warns."""
     try:
         stored = read(path)
         if stored is None:
@@ -333,13 +339,13 @@ def _load_stored(
 
 
 def _load(library: bytes) -> ctypes.CDLL:
-    """From memory, or where that cannot be from a file of this process alone."""
+    """Load a library from memory or, if that is impossible, from a temporary file."""
     if hasattr(os, "memfd_create"):
         handle = os.memfd_create("reformer_kernels")
         with contextlib.suppress(OSError), open(handle, "wb", closefd=False) as file:
             file.write(library)
             file.flush()
-            return ctypes.CDLL(f"/proc/self/fd/{handle}")  # stays open: the library is known by this name
+            return ctypes.CDLL(f"/proc/self/fd/{handle}")  # stays open: it is the name of the library
         os.close(handle)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernels.so").write_bytes(library)
@@ -347,7 +353,7 @@ def _load(library: bytes) -> ctypes.CDLL:
 
 
 def _check_length(library: bytes) -> None:
-    """An ELF file ends with its table of sections: what is cut short would load, and end the process later."""
+    """Raise KernelBuildError for a truncated ELF file, which ends with its section table: it might crash later."""
     if library[:5] == b"\x7fELF\x02":
         (table,) = struct.unpack_from("=Q", library.ljust(64), 40)
         if table + math.prod(struct.unpack_from("=HH", library.ljust(64), 58)) > len(library):
@@ -361,7 +367,7 @@ def _compile(variant: str, path: Path, check: Callable[[ctypes.CDLL], None], reh
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         first, last = [*compiler(), *FLAGS, *VARIANTS[variant]], [str(SOURCES / "api.cpp"), "-o", str(built)]
-        for threads in (["-fopenmp"], []):  # without OpenMP (Apple, clang without libomp) it starts its own threads
+        for threads in (["-fopenmp"], []):  # without OpenMP (Apple, clang without libomp): own threads
             command = [*first, *threads, *last]
             status, output = run_limited(command, end - time.monotonic())
             if status is None:
@@ -373,11 +379,11 @@ def _compile(variant: str, path: Path, check: Callable[[ctypes.CDLL], None], reh
         try:
             compiled = _read_file(built)
             _check_length(compiled)
-            if sys.executable and not getattr(sys, "frozen", False):  # another process crashes in this one's place
+            if sys.executable and not getattr(sys, "frozen", False):  # another process may crash
                 status, _ = run_limited([sys.executable, "-I", "-S", "-c", LOAD, str(built)], ANSWER_SECONDS)
                 if status is None or status < 0:
                     raise KernelBuildError("loading it ends a process")
-                if rehearsal:  # what else goes wrong there is seen here
+                if rehearsal:  # other failures will show up here
                     arguments = [str(built), rehearsal, json.dumps(list(map(str, sys.path)))]
                     status, _ = run_limited([sys.executable, "-c", REHEARSE, *arguments], end - time.monotonic())
                     if status is not None and status < 0:

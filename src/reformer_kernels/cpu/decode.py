@@ -1,4 +1,4 @@
-"""Calls of the compiled library for generation: new tokens on top of a cache."""
+"""Calls of the compiled library for generation, which add new tokens to a cache."""
 
 import ctypes
 from ctypes import byref
@@ -12,16 +12,16 @@ from .library import DecodeParams, LayerParams, StackParams, current_library
 
 
 class DecodeLayer(NamedTuple):
-    """What `decode_layers` needs of a layer.
+    """The weights, cache and settings of a layer for `decode_layers`.
 
     Attributes:
-        weights: float32 and contiguous, by their names in `library.LayerParams`; `key_proj` None: shared query/key.
-        cache: its cache.
-        indices: (B, 1) int64, the new tokens' indices in their sequences, or -1: padding.
+        weights: float32, contiguous, named as in `library.LayerParams`; `key_proj` is None for shared query/key.
+        cache: the cache of the layer.
+        indices: (B, 1) int64, the new tokens' indices in their sequences, or -1 for padding.
         rotary: cos and sin, (B or 1, 1, 1, head size) float32; None: no rotary positions.
-        turned_heads: how many heads rotary positions turn, the first ones.
-        gelu: the activation is GELU, otherwise ReLU.
-        epsilon: of both norms.
+        turned_heads: number of heads that rotary positions rotate, starting from the first.
+        gelu: whether the activation is GELU, otherwise ReLU.
+        epsilon: epsilon of both layer norms.
         local_window, scale: as for `decode_attention`.
     """
 
@@ -37,7 +37,7 @@ class DecodeLayer(NamedTuple):
 
 
 def _decode_params(cache: CacheTensors, indices: torch.Tensor, local_window: int, scale: float) -> Any:
-    """All but the new tokens' vectors and the output. The structure holds on to the tensors that it points at."""
+    """Set all parameters except the new tokens' vectors and the output; the result keeps indices and factors alive."""
     batch, heads, capacity, size = cache.keys.shape
     indices, factors = indices.contiguous(), cache.factors
     factor_array = (ctypes.c_int64 * max(1, len(factors)))(*factors)
@@ -55,19 +55,19 @@ def _decode_params(cache: CacheTensors, indices: torch.Tensor, local_window: int
     return params
 
 
-@torch.compiler.disable  # a trace cannot hold addresses
+@torch.compiler.disable  # graphs cannot contain addresses
 def decode_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vectors: torch.Tensor | None, indices: torch.Tensor,
     cache: CacheTensors, local_window: int, scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Write new tokens to the cache and attend from each, as `cache_layers` and `gather_attention` do.
+    """Write new tokens to the cache and compute their attention, like `cache_layers` and `gather_attention`.
 
     Args:
-        query, key, value: (B, H, T, D), query and key rotated by position.
-        vectors: (B, H, T, D), what is hashed; None in local layers.
-        indices: (B, T) int64, the tokens' indices in their sequences, or -1: padding, whose output is 0.
-        local_window: the token itself and its predecessors that it attends to whatever their buckets.
-        scale: of the scores.
+        query, key, value: (B, H, T, D), with query and key rotated by position.
+        vectors: (B, H, T, D), the vectors to hash; None in local layers.
+        indices: (B, T) int64, the tokens' indices in their sequences, or -1 for padding, whose output is 0.
+        local_window: number of last tokens, including itself, that a token attends to whatever their buckets.
+        scale: factor of the scores.
 
     Returns:
         (B, H, T, D) in value's dtype.
@@ -84,15 +84,15 @@ def decode_attention(
 
 
 def decode_layers(x1: torch.Tensor, x2: torch.Tensor, layers: list[DecodeLayer]) -> tuple[torch.Tensor, torch.Tensor]:
-    """One new token of every sequence through whole layers, on top of their caches.
+    """Run one new token of every sequence through whole layers, using and updating their caches.
 
     Args:
-        x1, x2: residual streams (B, 1, D), float64 or float32.
+        x1, x2: residual streams, (B, 1, D), float64 or float32.
 
     Returns:
-        The streams behind the layers.
+        The streams after the layers.
     """
-    x1, x2 = (x.clone(memory_format=torch.contiguous_format) for x in (x1, x2))  # the kernel adds to them in place
+    x1, x2 = (x.clone(memory_format=torch.contiguous_format) for x in (x1, x2))  # kernels add to them in place
     stack, kept = (LayerParams * len(layers))(), []
     for params, layer in zip(stack, layers, strict=True):
         attention = _decode_params(layer.cache, layer.indices, layer.local_window, layer.scale)

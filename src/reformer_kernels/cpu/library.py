@@ -1,4 +1,4 @@
-"""The compiled library: its structures as ctypes sees them, how it is loaded, and which variant is in use."""
+"""The compiled library: its ctypes structures, how it is loaded, and which variant is in use."""
 
 import ctypes
 import logging
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def _read_structures(header: str) -> dict[str, type[ctypes.Structure]]:
-    """The structures that csrc/params.hpp declares, by name."""
+    """Parse the structures that csrc/params.hpp declares, by name."""
     structures: dict[str, type[ctypes.Structure]] = {}
     kinds: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
     for name, body in re.findall(r"struct (\w+) \{(.*?)\};", re.sub("//.*", "", header), re.DOTALL):
@@ -46,10 +46,10 @@ def _raise_error(code: int, function: Any, arguments: Any) -> None:
 
 
 def bind_functions(library: ctypes.CDLL) -> None:
-    """Make a compiled library ready to be called.
+    """Declare the functions of a compiled library.
 
     Raises:
-        build.KernelBuildError: its functions or structures are not those of this file.
+        build.KernelBuildError: its functions or structures do not match this file.
     """
     try:
         library.hf_sizeof.restype = ctypes.c_int64
@@ -73,9 +73,9 @@ _library: ctypes.CDLL | None = None
 
 
 def choose_library(agrees: Callable[[], bool], rehearsal: str | None = None) -> str | None:
-    """Use the best variant that compiles and `agrees` with the definitions. Returns why there is none, or None.
+    """Use the best variant that compiles and `agrees` with the reference. Return why there is none, or None.
 
-    rehearsal: as `build.load_library` takes it.
+    rehearsal: as for `build.load_library`.
     """
     reason = None
     for variant in build.supported_variants():
@@ -87,19 +87,24 @@ def choose_library(agrees: Callable[[], bool], rehearsal: str | None = None) -> 
                 "The %s attention kernel disagrees with its definition here and is not used. Please report this, with "
                 "the processor's name.", variant
             )  # fmt: skip
-        except build.KernelBuildError as error:  # a lesser variant may have been compiled before
+        except build.KernelBuildError as error:  # a lesser variant may have been compiled earlier
             reason = reason or str(error)
     return reason or "no compiled kernel agrees with its definition here"
 
 
 def _try(agrees: Callable[[], bool], library: ctypes.CDLL) -> None:
-    """Use a library, if it is one and `agrees`."""
+    """Use a library if it matches this package and `agrees`.
+
+    Raises:
+        build.KernelBuildError: it does not match.
+        build.KernelDisagreementError: it does not agree with the reference.
+    """
     global _library
     bind_functions(library)
     used = False
     _library = library
     try:
-        with ThreadPoolExecutor(1) as fresh:  # a thread of its own: the caller's grad mode and autocast don't matter
+        with ThreadPoolExecutor(1) as fresh:  # a new thread, independent of the caller's grad mode and autocast
             used = fresh.submit(agrees).result()
     finally:
         _library = library if used else None
@@ -108,10 +113,10 @@ def _try(agrees: Callable[[], bool], library: ctypes.CDLL) -> None:
 
 
 def current_library() -> ctypes.CDLL:
-    """The variant in use; without `choose_library`, the best one that compiles.
+    """Return the library in use; if none was chosen, that of the best variant that compiles.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: no variant can be used.
     """
     reason = choose_library(lambda: True) if _library is None else None
     if _library is None:
@@ -120,5 +125,5 @@ def current_library() -> ctypes.CDLL:
 
 
 def current_variant() -> str:
-    """The name of the variant in use."""
+    """Return the name of the variant in use."""
     return current_library().hf_variant().decode()

@@ -1,6 +1,6 @@
-"""What the compiled CPU kernels are made of, and how a library is named and sealed.
+"""Sources and compiler flags of the CPU kernels, and the names and digests of compiled libraries.
 
-The standard library is all that this file imports, as setup.py runs it where there is no torch.
+This file only imports the standard library, since setup.py runs it without torch.
 """
 
 import hashlib
@@ -8,9 +8,9 @@ import platform
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "csrc"
-PREBUILT = Path(__file__).parent / "prebuilt"  # where a wheel brings libraries
+PREBUILT = Path(__file__).parent / "prebuilt"  # libraries shipped with a wheel
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fPIC", "-shared"]
-# What each variant asks of the compiler; every processor runs the last one.
+# Compiler flags of each variant; every processor supports the last one.
 VARIANTS = {
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"],
     "avx2": ["-mavx2", "-mfma"],
@@ -19,7 +19,7 @@ VARIANTS = {
 
 
 def library_prefix(variant: str, sources: Path = SOURCES) -> str:
-    """What the name of a library of these sources and this kind of machine begins with; who compiled it follows."""
+    """Return the name prefix of libraries for these sources and this machine type; the compiler's hash follows."""
     digest = hashlib.sha256()
     for source in sorted(sources.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
@@ -28,10 +28,10 @@ def library_prefix(variant: str, sources: Path = SOURCES) -> str:
 
 
 def prebuilt_path(variant: str, folder: Path = PREBUILT, sources: Path = SOURCES) -> Path:
-    """Where a wheel has the variant, if it has it."""
+    """Return the path of the variant in a wheel, if included."""
     return folder / f"{library_prefix(variant, sources)}prebuilt.so"
 
 
 def seal(name: str, library: bytes) -> bytes:
-    """The digest that a stored library ends with: only its own name fits it."""
+    """Return the digest that ends a stored library; it covers the name."""
     return hashlib.sha256(name.encode() + b"\0" + library).digest()

@@ -1,6 +1,6 @@
-"""The GPU backend: Triton kernels, a launch for every round.
+"""The GPU backend: Triton kernels, launched once per round.
 
-It can be imported where Triton is missing; ask `unsupported_reason` before the first call.
+It can be imported without Triton; call `unsupported_reason` before the first call.
 """
 
 import importlib.util
@@ -24,7 +24,7 @@ DECODED_DTYPES = _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unsupported_reason(*tensors: torch.Tensor) -> str | None:
-    """Why the kernels cannot serve tensors like these, (B, H, T, D), or None. Integers need only be on a GPU."""
+    """Return why tensors like these, (B, H, T, D), are not supported, or None. Integers only need to be on a GPU."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     for x in tensors:

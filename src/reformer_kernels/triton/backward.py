@@ -1,9 +1,10 @@
 """Backward kernels of one round of every head: gradients of queries, and of keys and values.
 
-Scores are computed again from the saved maximum and sum of every token. Two kernels, because sums over keys belong to
-queries and sums over queries belong to keys: each keeps its own in registers and writes rows that no other program of
-the launch writes (within a round every token stands once; rounds are launched one after another). No atomics, so
-gradients are the same in every run. Gradients gather in float32 and turn to the inputs' dtype in the last round.
+Scores are recomputed, and weights follow from the saved maximum and sum of every token. There are two kernels, since
+sums over keys belong to queries and sums over queries to keys: each accumulates its own in registers and writes rows
+that no other program of the launch writes (every token occurs once in a round; rounds are launched one after another).
+Without atomics, gradients are the same in every run. They are accumulated in float32 and converted to the inputs'
+dtype in the last round.
 """
 
 from typing import Any, NamedTuple
@@ -31,25 +32,25 @@ from .pairs import (
 
 
 class Saved(NamedTuple):
-    """What the forward left, and what came back."""
+    """Results saved by the forward pass, and incoming gradients."""
 
     out: Any  # (B, T, H, value_size)
-    grad_out: Any  # the same: gradient of the output
+    grad_out: Any  # likewise: gradient of the output
     row_max: Any  # (B, H, T) float32: maximum of every query's scores
-    row_sum: Any  # (B, H, T) float32: sum of its weights
+    row_sum: Any  # (B, H, T) float32: sum of every query's weights
     delta: Any  # (B, H, T) float32: sum of out * grad_out, written by the first launch of `backward_queries_round`
-    query_weights: Any = None  # (B, T) float32; these three are None where the attention mass has no gradient
-    grad_mass: Any = None  # (B, T) float32: that gradient
-    mass_dot: Any = None  # (B, H, T) float32: the sum of every query's weights times it
+    query_weights: Any = None  # (B, T) float32; the last three are None if the attention mass has no gradient
+    grad_mass: Any = None  # (B, T) float32: gradient of the attention mass
+    mass_dot: Any = None  # (B, H, T) float32: sum of every query's weights times grad_mass
 
 
 @triton.jit
 def weights_and_grad_scores(
     products, grad_weights, delta, inputs, saved, at, queries, keys, numbers, QUERY_AXIS: tl.constexpr, kind
 ):
-    """Weights after dropout, and the gradients of the scores (in natural units): two tiles of float32.
+    """Compute weights after dropout and the gradients of scores (in natural units): two float32 tiles.
 
-    From `pair_products` of query and key, those of grad_out and value, and the queries' delta (float32).
+    products, grad_weights: `pair_products` of query and key, and of grad_out and value. delta: float32, by query.
     """
     weights = softmax_weights(products, inputs, saved.row_max, saved.row_sum, at, queries, keys, QUERY_AXIS, kind)
     used = weights
@@ -66,9 +67,9 @@ def weights_and_grad_scores(
 
 @triton.jit(do_not_specialize=["length", "round"])
 def backward_queries_round(inputs, saved, sums, target, numbers, length, round, kind):
-    """Gradient of a tile of queries; of shared query/key attention only the queries' part of it.
+    """Compute the gradient of a tile of queries; for shared query/key attention, only the queries' part of it.
 
-    sums, target: (B, T, H, size), the gradient so far in float32, and the new one.
+    sums, target: (B, T, H, size), the gradient so far, in float32, and the new one.
     """
     at, pos, inside = locate(kind.queries, numbers, length, round)
     queries = queries_at(inputs, at, pos, kind)
@@ -101,7 +102,7 @@ def backward_queries_round(inputs, saved, sums, target, numbers, length, round, 
 
 @triton.jit
 def positions_that_see(at, pos, inside, block_size, left_reach, right_reach, kind):
-    """First and last sorted position to which any of the positions `inside` (n) may be visible."""
+    """Return the first and last sorted position to which any of the positions `inside` (n) may be visible."""
     first = tl.min(pos, axis=0) - right_reach
     last = tl.max(tl.where(inside, pos, -FARTHEST), axis=0) + left_reach
     first, last = first - wrap(first, block_size), last - wrap(last, block_size) + block_size - 1
@@ -126,13 +127,13 @@ def backward_keys_round(
     right_reach,
     kind,
 ):
-    """Gradients of a tile of keys and values, over the queries to which the tile is visible: those of this round
-    (window rule), or of any round (chunk rule, whose windows wrap around).
+    """Compute gradients of a tile of keys and values over the queries to which it is visible.
 
-    sums, target: (B, T, H, size), the gradient so far in float32 of the keys, or of the queries if they are the keys,
-        and the new one.
-    value_sums, value_target: (B, T, H, value_size), the same of the values.
-    block_size: reach counts from the ends of blocks of so many positions.
+    These are queries of this round (window rule), or of any round (chunk rule, whose windows wrap around).
+
+    sums, target: (B, T, H, size), the gradient of keys (or queries if shared) so far, in float32, and the new one.
+    value_sums, value_target: (B, T, H, value_size), likewise for values.
+    block_size: reaches are relative to the ends of blocks of this many positions.
     """
     at, pos, inside = locate(kind.keys, numbers, length, round)
     keys = keys_at(inputs, at, pos, kind)
@@ -151,9 +152,9 @@ def backward_keys_round(
         )
         grad_values += matmul(used.to(grads.dtype), grads)
         grad_keys += matmul(grad_scores.to(queries.rows.dtype), queries.rows)
-    if kind.shared:  # key = query * factor: take out the part along the key, which a unit length does not pass on
+    if kind.shared:  # key = query * factor: remove the component along the key, which normalization discards
         grad_keys = grad_keys * keys.factor[:, None]
-        key_rows = load_rows(inputs.key, at, keys.token, kind.size, kind.block)  # again: registers are dear
+        key_rows = load_rows(inputs.key, at, keys.token, kind.size, kind.block)  # loaded again to save registers
         single = key_rows.to(tl.float32)
         along_key = keys.factor * keys.factor * tl.sum(single * grad_keys, axis=1)
         grad_keys -= single * along_key[:, None]

@@ -1,4 +1,4 @@
-"""From tensors to the launches of a generation step."""
+"""Launches of the kernels of a generation step."""
 
 import torch
 import triton
@@ -13,7 +13,7 @@ def run_decode_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vectors: torch.Tensor | None, indices: torch.Tensor,
     cache: CacheTensors, local_window: int, scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """As `decode_attention`; a local layer's ring must be able to hold the windows of all new tokens."""
+    """Run `decode_attention`; the ring buffer of a local layer must hold the windows of all new tokens."""
     batch, heads, length, size = query.shape
     capacity = cache.keys.shape[2]
     query, key, value, indices = (x.detach().contiguous() for x in (query, key, value, indices))

@@ -1,7 +1,7 @@
-"""Kernels of generation: new tokens are put into a cache, and attend to what their windows show of it.
+"""Generation kernels: new tokens are written to a cache and attend to the tokens in their windows.
 
-They are two launches, since what threads of one have written all threads of the next can read. A token's part of a
-chain (`hf_reformer.ops.bucket_tables`) goes from one to the other as a list.
+Two launches are used, since results of one are visible to all threads of the next. The members of a token's buckets
+(`hf_reformer.ops.bucket_tables`) are passed from one to the other as lists.
 """
 
 import triton
@@ -16,7 +16,7 @@ def bucket_of(
     vector, rotations, head, rounds, round, columns, SIZE: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
     FACTORS: tl.constexpr,
 ):  # fmt: skip
-    """The bucket in one round of a vector (BLOCK), as a number."""
+    """Compute the bucket of a vector (BLOCK) in one round, a scalar."""
     d = tl.arange(0, BLOCK)[:, None]
     turn = rotations + ((head * SIZE + d).to(tl.int64) * rounds + round) * columns
     bucket, stride = 0, 1
@@ -44,11 +44,11 @@ def place_tokens(
     capacity, rounds, columns, num_buckets, window, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
     COLUMNS: tl.constexpr, FACTORS: tl.constexpr, HASHED: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
-    """Write the new tokens of one head of one sequence to the cache, one after the other; those below 0 are padding.
+    """Write the new tokens of one head of one sequence to the cache, one after another.
 
-    key, value, vectors: (B, H, N, SIZE), of N new tokens; vectors are what is hashed.
-    indices: (B, N) int64, the tokens' indices in their sequences.
-    keys and so on: `contract.CacheTensors`.
+    key, value, vectors: (B, H, N, SIZE), for N new tokens; vectors are hashed.
+    indices: (B, N) int64, the tokens' indices in their sequences; negative for padding.
+    keys … sums: the fields of `contract.CacheTensors`.
     chains: (B, H, N, R, window) int32, for every token 1 + the newest members of its buckets, itself first; 0: none.
     ROUNDS: R, padded to a power of two.
     """
@@ -68,7 +68,7 @@ def place_tokens(
                 if CENTERED:
                     vector = tl.sum(unit_length(vector[None, :]), axis=0)
                     total = tl.load(sums + row * SIZE + d, mask=real, other=0.0) + vector.to(tl.float64)
-                    tl.debug_barrier()  # all threads have read: several hold the same numbers
+                    tl.debug_barrier()  # all threads must have read, since several hold the same elements
                     tl.store(sums + row * SIZE + d, total, mask=real)
                     vector = (vector.to(tl.float64) - total * (1.0 / (index + 1).to(tl.float64))).to(tl.float32)
                     differs = tl.max(tl.abs(vector), axis=0) >= SMALLEST_DIFFERENCE
@@ -91,7 +91,7 @@ def place_tokens(
                 for i in range(1, window):
                     tl.store(chain + i, member, mask=exists)
                     member = tl.load(links + member, mask=exists, other=0)
-                tl.debug_barrier()  # the next token follows what was written
+                tl.debug_barrier()  # the next token reads what was written
 
 
 @triton.jit
@@ -99,7 +99,7 @@ def attend_more(
     maximum, total, weighted, query, token, seen, row, index, keys, values, capacity, scale, SIZE: tl.constexpr,
     BLOCK: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax of one query (1, BLOCK) over some more tokens (n) of its head, those `seen` (n)."""
+    """Update the online softmax of one query (1, BLOCK) with more tokens (n) of its head, those `seen` (n)."""
     d = tl.arange(0, BLOCK)[None, :]
     at = (row * capacity + token % capacity)[:, None] * SIZE + d
     there = seen[:, None] & (d < SIZE)
@@ -123,9 +123,9 @@ def attend_to_cache(
     query, indices, keys, values, buckets, chains, out, heads, length, capacity, rounds, window, local_window, scale,
     SIZE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, HASHED: tl.constexpr,
 ):  # fmt: skip
-    """One new token's attention: to the last `local_window` tokens, and to what its chains list beside them.
+    """Compute attention of one new token to the last `local_window` tokens and to further ones listed in its chains.
 
-    query, out: (B, H, N, SIZE); padding gives 0.
+    query, out: (B, H, N, SIZE); the output of padding is 0.
     """
     new = tl.program_id(0).to(tl.int64)
     row, n = new // length, new % length
@@ -151,7 +151,7 @@ def attend_to_cache(
                     member = tl.load(chain + at, mask=at < window, other=0)
                     token = (member - 1).to(tl.int64)
                     seen = (member > 0) & (token < first)
-                    for earlier in range(round):  # whose chain lists all of its bucket from the chain's end on
+                    for earlier in range(round):  # its chain lists the bucket from the chain's end on
                         table = buckets + (row * rounds + earlier) * capacity
                         same = tl.load(table + token, mask=seen, other=-1) == tl.load(table + index)
                         end = tl.load(chains + (new * rounds + earlier) * window + window - 1)

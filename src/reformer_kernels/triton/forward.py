@@ -1,7 +1,7 @@
 """Forward kernels: inverse permutations, and attention of one round of every head.
 
-Rounds are launched one after another. Within a round every token stands once, so each program owns the rows it writes
-and the running sums of a token pass from launch to launch without atomics: results are the same in every run.
+Rounds are launched one after another. Every token occurs once in a round, so each program owns the rows it writes, and
+running sums are passed from launch to launch without atomics: results are the same in every run.
 """
 
 import triton
@@ -26,9 +26,9 @@ from .pairs import (
 def invert_permutations(
     perm, window_start, window_end, pos_of, start_of, end_of, positions, length, total, BLOCK: tl.constexpr
 ):
-    """By sorted position → by token: every token's sorted position and window, all (B, H or 1, R, T) int32.
+    """Compute every token's sorted position and window from those by sorted position, all (B, H or 1, R, T) int32.
 
-    A program takes BLOCK of all `positions`; length is T, total is R * T.
+    A program processes BLOCK of all `positions`; length is T, total is R * T.
     """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = at < positions
@@ -40,7 +40,7 @@ def invert_permutations(
 
 @triton.jit
 def visible_range(queries, inside):
-    """First and last sorted position visible to any of the queries `inside` (n); first > last if there is none."""
+    """Return the first and last sorted position visible to any query `inside` (n); first > last if there is none."""
     sees = inside & (queries.window_start <= queries.window_end)
     first = tl.min(tl.where(sees, queries.window_start, FARTHEST), axis=0)
     last = tl.max(tl.where(sees, queries.window_end, -FARTHEST), axis=0)
@@ -49,11 +49,11 @@ def visible_range(queries, inside):
 
 @triton.jit(do_not_specialize=["length", "round"])
 def forward_round(inputs, sums, out, row_max, row_sum, numbers, length, round, kind):
-    """Online softmax of a tile of queries over all that is visible in this round (Dao et al. 2022, section 3.1).
+    """Update the online softmax of a tile of queries with all keys visible in this round (Dao et al. 2022, sec. 3.1).
 
-    sums: (B, T, H, value_size) float32, weighted values so far, relative to the running maximum.
-    out: the same, new, or after the last round the output.
-    row_max, row_sum: (B, H, T) float32, running maximum of the scores and running sum of the weights.
+    sums: (B, T, H, value_size) float32, sum of weighted values so far, relative to the running maximum.
+    out: the new sums, or the output after the last round.
+    row_max, row_sum: (B, H, T) float32, running maximum of scores and running sum of weights.
     """
     at, pos, inside = locate(kind.queries, numbers, length, round)
     queries = queries_at(inputs, at, pos, kind)
@@ -81,7 +81,7 @@ def forward_round(inputs, sums, out, row_max, row_sum, numbers, length, round, k
         weighted = weighted * decay[:, None] + matmul(weights.to(values.dtype), values)
         maximum = larger
     if kind.last:
-        total = tl.where(total == 0, 1.0, total)  # a token with an empty window gives 0
+        total = tl.where(total == 0, 1.0, total)  # tokens with empty windows get 0
         weighted = weighted / total[:, None]
     tl.store(row_max + number, maximum, mask=inside)
     tl.store(row_sum + number, total, mask=inside)

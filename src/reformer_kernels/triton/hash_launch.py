@@ -1,4 +1,4 @@
-"""From vectors to buckets: the launches of the hashing kernels, and the sums of what lies outside of a tile."""
+"""Launches of the hashing kernels, and sums of the vectors outside of each tile."""
 
 import torch
 import triton
@@ -7,14 +7,14 @@ from .hashing import hash_tokens, sum_tiles
 from .launch import as_rows, block_of, capability_of
 from .tiles import choose_tiles
 
-UNIT = 2.0**-32  # of sums of unit vectors as integers, which come out the same whatever their order
+UNIT = 2.0**-32  # resolution of sums of unit vectors as integers, which do not depend on the order
 
 
 def counts_of(
     mask: torch.Tensor | None, samples: torch.Tensor | None, counts: torch.Tensor | None, causal: bool,
     like: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
-    """How many tokens each token's mean is over, (B, T) int64; `like`: (B, H, T, D)."""
+    """Return the number of tokens in the mean of each token, (B, T) int64; `like`: (B, H, T, D)."""
     batch, _, length, _ = like.shape
     real = torch.ones(batch, length, dtype=torch.bool, device=like.device) if mask is None else mask
     so_far = real.cumsum(-1) + (0 if counts is None else counts[:, None])
@@ -29,7 +29,7 @@ def counts_of(
 def sums_outside(
     heads: torch.Tensor, tails: torch.Tensor, samples: torch.Tensor | None, sums: torch.Tensor | None, tile: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`before` and `behind` of `hash_tokens`, from the sums of `sum_tiles`, (B, H, tiles, D) each."""
+    """Compute `before` and `behind` of `hash_tokens` from the sums of `sum_tiles`, (B, H, tiles, D) each."""
 
     def running(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.pad((x.double() / UNIT).round().long().cumsum(2), (0, 0, 1, 0))
@@ -57,7 +57,7 @@ def run_hashing(
     vectors: torch.Tensor, rotations: torch.Tensor, factors: list[int], centered: bool, causal: bool,
     mask: torch.Tensor | None, samples: torch.Tensor | None, sums: torch.Tensor | None, counts: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Buckets (B, H, R, T) int32; arguments as those of `torch_ops.lsh_buckets`."""
+    """Compute buckets, (B, H, R, T) int32; arguments are those of `torch_ops.lsh_buckets`."""
     batch, heads, length, size = vectors.shape
     rounds, columns = rotations.shape[2:]
     buckets = torch.empty(batch, heads, rounds, length, dtype=torch.int32, device=vectors.device)

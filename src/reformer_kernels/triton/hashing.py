@@ -1,8 +1,8 @@
-"""Hashing kernels: of every token the largest of its projections, which are never written to memory.
+"""Hashing kernels: find the largest projection of every token, without writing projections to memory.
 
-Vectors may be hashed at unit length less a mean over their sample (`hf_reformer.ops.lsh.centered`). A tile of tokens
-adds up itself what it sees of its own tile, by a product with a matrix of zeros and ones; what lies before and behind
-comes from the sums of whole tiles, which `launch.sums_outside` adds up.
+Vectors may be normalized and centered by the mean of their sample (`hf_reformer.ops.lsh.centered`). Within its own
+tile, a program sums them by a product with a matrix of zeros and ones; the sums before and after the tile are those of
+whole tiles, accumulated by `hash_launch.sums_outside`.
 """
 
 import triton
@@ -10,14 +10,14 @@ import triton.language as tl
 
 from .pairs import matmul
 
-SMALLEST_NORM = tl.constexpr(1e-12)  # these two are those of `lsh`
+SMALLEST_NORM = tl.constexpr(1e-12)  # both as in `lsh`
 SMALLEST_DIFFERENCE = tl.constexpr(2.0**-16)
-LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32: what is not above it is finite
+LARGEST = tl.constexpr(3.4028234663852886e38)  # largest finite float32
 
 
 @triton.jit
 def tokens_of(heads, length, TILE: tl.constexpr):
-    """This program's sequence, head, number of its tile and the tile's tokens."""
+    """Return this program's sequence, head, tile index and the tokens of the tile."""
     tiles = tl.cdiv(length, TILE)
     program = tl.program_id(0)
     index, tile = program // tiles, program % tiles
@@ -26,7 +26,7 @@ def tokens_of(heads, length, TILE: tl.constexpr):
 
 @triton.jit
 def vectors_of(vectors, batch, head, heads, length, token, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """(n, BLOCK) float32: vectors of n tokens, (B, T, H, SIZE) in memory; 0 beyond the sequence and beyond SIZE."""
+    """Load vectors of n tokens, (n, BLOCK) float32, from (B, T, H, SIZE); 0 beyond the sequence and beyond SIZE."""
     column = tl.arange(0, BLOCK)[None, :]
     row = (batch.to(tl.int64) * length + token) * heads + head
     inside = (token < length)[:, None] & (column < SIZE)
@@ -35,7 +35,7 @@ def vectors_of(vectors, batch, head, heads, length, token, SIZE: tl.constexpr, B
 
 @triton.jit
 def unit_length(rows):
-    """Rows at unit length, 0 where they are not finite; those too large to be squared are scaled first."""
+    """Normalize rows to unit length, nonfinite ones to 0; rows too large to be squared are scaled first."""
     norm = tl.sqrt(tl.sum(rows * rows, axis=1))
     if tl.max(tl.where(norm <= LARGEST, 0, 1), axis=0) > 0:
         largest = tl.max(tl.abs(rows), axis=1)
@@ -46,7 +46,7 @@ def unit_length(rows):
 
 @triton.jit
 def real_tokens(mask, batch, length, token, MASKED: tl.constexpr):
-    """Which of n tokens are inside the sequence and no padding."""
+    """Whether each of n tokens is inside the sequence and not padding."""
     real = token < length
     if MASKED:
         real = real & (tl.load(mask + batch.to(tl.int64) * length + token, mask=real, other=0) != 0)
@@ -58,9 +58,9 @@ def sum_tiles(
     vectors, mask, samples, head_sums, tail_sums, heads, length, SIZE: tl.constexpr, BLOCK: tl.constexpr,
     TILE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Sums of a tile's unit vectors: of those in the sample of its first token, and in that of its last.
+    """Sum a tile's unit vectors that are in the sample of its first token, and those in the sample of its last.
 
-    samples: (B, T) int32. head_sums, tail_sums: (B, H, tiles, SIZE) float32; equal unless PACKED, then one is written.
+    samples: (B, T) int32. head_sums, tail_sums: (B, H, tiles, SIZE) float32; only head_sums is written unless PACKED.
     """
     batch, head, tile, token = tokens_of(heads, length, TILE)
     rows = unit_length(vectors_of(vectors, batch, head, heads, length, token, SIZE, BLOCK))
@@ -84,13 +84,13 @@ def hash_tokens(
     stride, SIZE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, COLUMNS: tl.constexpr, CENTERED: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Buckets of a tile of tokens in all rounds, or the share in them of a factor that is not the first.
+    """Compute the buckets of a tile of tokens in all rounds for one factor, and add them to those of earlier factors.
 
-    before, behind: (B, H, tiles, SIZE) float32, sums of unit vectors of the first token's sample in front of the tile,
-        and of the last token's behind it.
-    shares: (B, T) float32, 1 / number of the tokens whose mean is taken off.
-    rotations: (H, SIZE, R, columns) float32; the factor's begin at `column` and are `half` as many as it has buckets.
-    buckets: (B, H, R, T) int32; this factor's count `stride` each.
+    before, behind: (B, H, tiles, SIZE) float32, sums of unit vectors of the first token's sample before the tile, and
+        of the last token's sample after it.
+    shares: (B, T) float32, 1 / number of tokens in the subtracted mean.
+    rotations: (H, SIZE, R, columns) float32; this factor's are `half` columns, half its buckets, from `column` on.
+    buckets: (B, H, R, T) int32; this factor's are multiplied by `stride`.
     """
     batch, head, tile, token = tokens_of(heads, length, TILE)
     rows = vectors_of(vectors, batch, head, heads, length, token, SIZE, BLOCK)

@@ -1,4 +1,4 @@
-"""From tensors to kernel launches: `run_forward` and `run_backward` without autograd."""
+"""Kernel launches: `run_forward` and `run_backward`, without autograd."""
 
 from typing import Any, NamedTuple
 
@@ -17,45 +17,46 @@ from .torch_ops import compute_dtype
 
 
 class LaunchArgs(NamedTuple):
-    """What all launches of one call have in common."""
+    """Arguments shared by all launches of one call."""
 
     inputs: Inputs
     numbers: Numbers
     kind: Kind
-    windows: dict[str, int]  # reach counts from every position (window rule), or from the ends of chunks
+    windows: dict[str, int]  # reaches are relative to every position (window rule) or to the ends of chunks
     rounds: int
     query_weights: torch.Tensor | None
-    scale: float  # of the keys, which are scaled already
+    scale: float  # scale of the keys, which is already applied
 
 
 def as_rows(x: torch.Tensor) -> torch.Tensor:
-    """(B, H, T, D) in memory (B, T, H, D), at an address that is a multiple of 16; no copy if it lies so already.
+    """Lay out (B, H, T, D) as (B, T, H, D) in memory, aligned to 16 bytes; copies only if needed.
 
-    The address, because Triton compiles another kernel for other ones, and equal inputs must give equal bits.
+    The alignment matters since Triton compiles another kernel for other addresses, and equal inputs must give equal
+    bits.
     """
     x = x.transpose(1, 2).contiguous()
     return (x if x.data_ptr() % 16 == 0 else x.clone()).transpose(1, 2)
 
 
 def block_of(size: int) -> int:
-    """A head size padded to what a tensor core takes."""
+    """Pad a head size to one that tensor cores support."""
     return max(16, triton.next_power_of_2(size))
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:
-    """The compute capability of a GPU; of a CPU, where kernels are interpreted, that of the oldest one served."""
+    """Return the compute capability of a GPU; for a CPU, which interprets kernels, the lowest one supported."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
 
 def key_factor(query: torch.Tensor) -> torch.Tensor:
-    """(B, H, T) float32: `reference.shared_key` is the query times this."""
+    """Return the factors by which queries are multiplied in `reference.shared_key`, (B, H, T) float32."""
     size = query.shape[-1]
     mean = torch.linalg.vector_norm(query, dim=-1, dtype=torch.float32).square() / size
     return (torch.rsqrt(mean + 1e-6) * size**-0.5).contiguous()
 
 
 def by_token(perm: torch.Tensor, window_start: torch.Tensor, window_end: torch.Tensor) -> list[torch.Tensor]:
-    """Sorted position, window start and end of every token, to tell which pairs are visible in earlier rounds."""
+    """Return sorted position, window start and end by token, which tell if pairs are visible in earlier rounds."""
     rounds, length = perm.shape[2:]
     inverse = [torch.empty_like(perm) for _ in range(3)]
     positions, block = perm.numel(), 1024
@@ -67,10 +68,10 @@ def by_token(perm: torch.Tensor, window_start: torch.Tensor, window_end: torch.T
 
 
 def prepare(args: AttentionArgs) -> LaunchArgs:
-    """The op's arguments, as the kernels take them.
+    """Convert the op's arguments to those of the kernels.
 
     Raises:
-        ValueError: more sorted positions than `contract.MAX_POSITIONS`.
+        ValueError: there are more sorted positions than `contract.MAX_POSITIONS`.
     """
     check_positions(args.perm)
     batch, heads, _, size = args.query.shape
@@ -81,7 +82,7 @@ def prepare(args: AttentionArgs) -> LaunchArgs:
     layout_heads, rounds = args.perm.shape[1:3]
     inverse = by_token(*layout) if args.dedup_pairs and rounds > 1 else [None] * 3
     mask, dropout_key = None if args.dedup_pairs else args.mask, args.dropout_key
-    if dropout_key is not None and not dropout_key.dim():  # without the number of the first head
+    if dropout_key is not None and not dropout_key.dim():  # without the index of the first head
         dropout_key = torch.stack([dropout_key, torch.zeros_like(dropout_key)])
     factor = key_factor(query) if shared else None
     real = None if mask is None else mask.contiguous().view(torch.uint8)
@@ -98,11 +99,11 @@ def prepare(args: AttentionArgs) -> LaunchArgs:
 
 
 def launch(kernel: Any, name: str, args: LaunchArgs, index: int, **options: Any) -> None:
-    """Launch `kernel` for round `index`; `name` is what `tiles.choose_tiles` calls it, `options` its own arguments."""
+    """Launch `kernel` for round `index`; `name`: its name in `tiles.choose_tiles`; `options`: its own arguments."""
     batch, heads, length, _ = args.inputs.query.shape
     query, widest = args.inputs.query, max(args.kind.block, args.kind.value_block)
     queries, keys, warps, stages = choose_tiles(name, query.dtype, widest, capability_of(query.device))
-    last = name == "forward" and index == args.rounds - 1  # others do nothing else in the last round
+    last = name == "forward" and index == args.rounds - 1  # the last round is special only for this kernel
     kind = args.kind._replace(queries=queries, keys=keys, first=index == 0, last=last)
     grid = (batch * heads * triton.cdiv(length, keys if name.endswith("_keys") else queries),)
     options |= {"inputs": args.inputs, "numbers": args.numbers, "length": length, "round": index}
@@ -110,7 +111,7 @@ def launch(kernel: Any, name: str, args: LaunchArgs, index: int, **options: Any)
 
 
 def run_forward(args: LaunchArgs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output (B, H, T, D), every token's maximum (in units of log 2) and sum (B, H, T), and the attention mass."""
+    """Compute output, (B, H, T, D), row maxima (in units of log 2) and sums, (B, H, T), and attention mass, (B, T)."""
     value = args.inputs.value
     out = empty_rows(value, value.dtype)
     sums = _accumulator(out, args.rounds > 1)
@@ -131,7 +132,7 @@ def run_backward(
     args: LaunchArgs, out: torch.Tensor, row_max: torch.Tensor, row_sum: torch.Tensor, grad_out: torch.Tensor,
     grad_mass: torch.Tensor | None,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Gradients of query, value and, unless it is shared, key, from those of output and attention mass."""
+    """Compute gradients of query, value and, unless it is shared, key, from those of output and attention mass."""
     several, shared = args.rounds > 1, args.kind.shared
     grad_query, grad_key, grad_value = (empty_rows(x, x.dtype) for x in args.inputs[:3])
     query_sums = _accumulator(grad_query, several or shared)
@@ -159,5 +160,5 @@ def run_backward(
 
 
 def _accumulator(result: torch.Tensor, needed: bool) -> torch.Tensor:
-    """Where a sum in float32 gathers before it is written to `result`, which serves itself if it is float32."""
+    """Return a float32 buffer for sums before they are written to `result`, or `result` itself if it suffices."""
     return empty_rows(result, torch.float32) if needed and result.dtype != torch.float32 else result

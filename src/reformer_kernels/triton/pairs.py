@@ -1,11 +1,11 @@
-"""What the kernels share: where things lie, and what a pair of query and key comes to.
+"""Functions shared by the kernels: memory layout, and the scores and weights of pairs of queries and keys.
 
-Rows: query, key, value, output and gradients lie as (B, T, H, D), as projections make them, so token t of head h of
-sequence b is row (b * T + t) * H + h. Numbers of a token (maximum, sum, …) lie as (B, H, T), the layout as
+Query, key, value, output and gradients are stored as (B, T, H, D), like projections, so token t of head h of sequence
+b is row (b * T + t) * H + h. Scalars per token (maximum, sum, …) are stored as (B, H, T), the layout as
 (B, H or 1, R, T).
 
-A vector of queries or keys becomes a row or a column of a tile by `along`: the kernels that loop over keys have
-queries down (axis 0) and keys across (axis 1), the one that loops over queries has it the other way round.
+`along` makes a vector of queries or keys a row or a column of a tile: kernels that loop over keys have queries on axis
+0 and keys on axis 1; those that loop over queries have them the other way round.
 """
 
 from typing import Any, NamedTuple
@@ -18,66 +18,66 @@ from .. import contract
 LOG2_E = tl.constexpr(1.4426950408889634)  # scores are kept in units of log 2, for exp2
 SELF = tl.constexpr(contract.SELF_SCORE * 1.4426950408889634)
 MASKED = tl.constexpr(contract.MASKED_SCORE * 1.4426950408889634)
-FLOOR = tl.constexpr(-1e30)  # running maxima start here: below every score, and finite, so differences stay numbers
+FLOOR = tl.constexpr(-1e30)  # initial running maximum: below every score, and finite, so that differences are not NaN
 FARTHEST = tl.constexpr(2**31 - 1)  # beyond every position
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 GOLDEN, MIX_1, MIX_2 = (tl.constexpr(x % 2**32) for x in (contract.GOLDEN, contract.MIX_1, contract.MIX_2))
 
 
 class Inputs(NamedTuple):
-    """Tensors that every kernel reads; None where its kind has no use for them."""
+    """Tensors that every kernel reads; None if its kind does not need them."""
 
     query: Any  # (B, T, H, size)
-    key: Any  # the same; of shared query/key attention the queries
+    key: Any  # likewise; for shared query/key attention, the queries
     value: Any  # (B, T, H, value_size)
     factor: Any  # (B, H, T) float32: shared keys are queries times this
-    perm: Any  # (B, H or 1, R, T) int32, as `layout.AttentionLayout` has them
+    perm: Any  # (B, H or 1, R, T) int32, as in `layout.AttentionLayout`
     window_start: Any
     window_end: Any
-    pos_of: Any  # the same by token: its sorted position and its window
+    pos_of: Any  # sorted position and window by token, likewise
     start_of: Any
     end_of: Any
     attention_mask: Any  # (B, T) uint8, 1 for real tokens
-    dropout_key: Any  # (2) int32: the key, and the number of the first head
+    dropout_key: Any  # (2) int32: the key, and the index of the first head
 
 
 class Numbers(NamedTuple):
-    """Numbers that are the same in every call of a model."""
+    """Scalars that are the same in every call of a model."""
 
     heads: Any
     layout_heads: Any
     rounds: Any
     threshold: Any  # random numbers below it are dropped
-    keep_scale: Any  # what is kept is multiplied by this
+    keep_scale: Any  # kept values are multiplied by this
 
 
 class Kind(NamedTuple):
-    """What a kernel is compiled for, beside dtypes; the last four fields differ from launch to launch."""
+    """Compile-time constants of a kernel besides dtypes; the last four fields vary between launches."""
 
     size: int
     value_size: int
-    block: int  # the sizes, padded to what a tensor core takes
+    block: int  # the sizes, padded for tensor cores
     value_block: int
-    shared: bool  # keys are made of the queries
+    shared: bool  # keys are computed from queries
     dedup_pairs: bool  # window rule
-    causal: bool  # the future is filled (chunk rule)
-    padded: bool  # padding is filled (chunk rule)
+    causal: bool  # future tokens get a constant score (chunk rule)
+    padded: bool  # padding gets a constant score (chunk rule)
     dropout: bool
     has_grad_mass: bool = False
-    queries: int = 0  # rows of a tile
+    queries: int = 0  # queries and keys of a tile
     keys: int = 0
-    first: bool = False  # this round is the first, or the last
+    first: bool = False  # whether this round is the first or the last
     last: bool = False
 
 
 class Head(NamedTuple):
-    """One head of one sequence: its sizes, and where its parts of the tensors begin."""
+    """One head of one sequence: sizes, and offsets of its parts of the tensors."""
 
     batch: Any
     head: Any
     heads: Any
     length: Any
-    round: Any  # which this launch works on
+    round: Any  # the round of this launch
     positions: Any  # R * T
     first_row: Any
     first_number: Any
@@ -104,12 +104,12 @@ class Keys(NamedTuple):
     draw: Any
 
 
-# --- where things are
+# --- memory layout
 
 
 @triton.jit
 def locate(TILE: tl.constexpr, numbers, length, round):
-    """This program's head, the sorted positions of its tile (n), and which of them are inside the round (n)."""
+    """Return this program's head, the sorted positions of its tile (n), and which are inside the round (n)."""
     tiles = tl.cdiv(length, TILE)
     program = tl.program_id(0)
     index = program // tiles
@@ -125,7 +125,7 @@ def locate(TILE: tl.constexpr, numbers, length, round):
 
 @triton.jit
 def load_rows(x, at, token, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """(n, BLOCK): the rows of n tokens, zeros beyond SIZE."""
+    """Load the rows of n tokens, (n, BLOCK), zero beyond SIZE."""
     column = tl.arange(0, BLOCK)[None, :]
     row = at.first_row + token.to(tl.int64) * at.heads
     if SIZE == BLOCK:
@@ -137,7 +137,7 @@ def load_rows(x, at, token, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_rows(x, rows, inside, at, token, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Write (n, BLOCK) rows to the tokens that are `inside` (n)."""
+    """Store rows, (n, BLOCK), of tokens that are `inside` (n)."""
     column = tl.arange(0, BLOCK)[None, :]
     row = at.first_row + token.to(tl.int64) * at.heads
     tl.store(x + row[:, None] * SIZE + column, rows.to(x.dtype.element_ty), mask=inside[:, None] & (column < SIZE))
@@ -145,13 +145,13 @@ def store_rows(x, rows, inside, at, token, SIZE: tl.constexpr, BLOCK: tl.constex
 
 @triton.jit
 def wrap(pos, positions):
-    """pos modulo positions, 0 … positions - 1."""
+    """Return pos modulo positions, in 0 … positions - 1."""
     return (pos % positions + positions) % positions
 
 
 @triton.jit
 def queries_at(inputs, at, pos, kind):
-    """The queries at n sorted positions. They and their windows may lie laps before the first or behind the last."""
+    """Load the queries at n sorted positions. They and their windows may lie whole laps outside of 0 … R * T - 1."""
     wrapped = wrap(pos, at.positions)
     token = tl.load(inputs.perm + at.first_pos + wrapped)
     window_start = tl.load(inputs.window_start + at.first_pos + wrapped) + (pos - wrapped)
@@ -162,7 +162,7 @@ def queries_at(inputs, at, pos, kind):
 
 @triton.jit
 def keys_at(inputs, at, pos, kind):
-    """The keys at n sorted positions, which may lie laps before the first or behind the last."""
+    """Load the keys at n sorted positions, which may lie whole laps outside of 0 … R * T - 1."""
     token = tl.load(inputs.perm + at.first_pos + wrap(pos, at.positions))
     factor = tl.load(inputs.factor + at.first_number + token) if kind.shared else None
     rows = load_rows(inputs.key, at, token, kind.size, kind.block)
@@ -171,21 +171,21 @@ def keys_at(inputs, at, pos, kind):
 
 @triton.jit
 def along(x, AXIS: tl.constexpr):
-    """A vector (n) as a column (n, 1) on axis 0, or as a row (1, n) on axis 1."""
+    """Reshape a vector (n) to a column (n, 1) on axis 0, or to a row (1, n) on axis 1."""
     return tl.expand_dims(x, 1 - AXIS)
 
 
 @triton.jit
 def matmul(a, b):
-    """a @ b in float32; of float32 as three products of 19-bit numbers, which lose next to nothing."""
-    if INTERPRETED:  # it multiplies the bits of bfloat16 as if they were integers
+    """Compute a @ b in float32; of float32 inputs by three TF32 products (19 bits), almost without loss."""
+    if INTERPRETED:  # the interpreter would multiply bfloat16 bits as integers
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="tf32x3")
 
 
 @triton.jit
 def pair_products(query_rows, key_rows, QUERY_AXIS: tl.constexpr):
-    """A tile of float32: the dot product of every query's row with every key's."""
+    """Compute the dot products of all query rows with all key rows, a float32 tile."""
     if QUERY_AXIS == 0:
         products = matmul(query_rows, tl.trans(key_rows))
     else:
@@ -195,20 +195,20 @@ def pair_products(query_rows, key_rows, QUERY_AXIS: tl.constexpr):
 
 @triton.jit
 def load_numbers(x, at, token):
-    """Numbers (B, T) of n tokens."""
+    """Load the scalars, (B, T), of n tokens."""
     return tl.load(x + at.batch.to(tl.int64) * at.length + token)
 
 
-# --- what a pair comes to
+# --- scores and weights
 
 
 @triton.jit
 def fill_fixed(
     x, masked: tl.constexpr, itself: tl.constexpr, inputs, at, queries, keys, QUERY_AXIS: tl.constexpr, kind
 ):
-    """A tile of float32 with all pairs filled whose score is a fixed number.
+    """Fill the pairs of a float32 tile whose score is a constant.
 
-    In the legacy rule's order: `masked` for the future and padding first, `itself` for a token itself last.
+    In the order of the legacy rule: first `masked` for the future and padding, then `itself` for the token itself.
     """
     query, key = along(queries.token, QUERY_AXIS), along(keys.token, 1 - QUERY_AXIS)
     if kind.causal:
@@ -223,9 +223,9 @@ def fill_fixed(
 
 @triton.jit
 def pair_scores(products, inputs, at, queries, keys, QUERY_AXIS: tl.constexpr, kind):
-    """Scores of the softmax in units of log 2, from `pair_products` of query and key.
+    """Compute scores in units of log 2 from `pair_products` of query and key.
 
-    -inf where the pair is not visible in this round, or (window rule) was visible in an earlier one.
+    They are -inf for pairs that are not visible in this round, or (window rule) were visible in an earlier one.
     """
     scores = products * LOG2_E
     if kind.shared:
@@ -236,7 +236,7 @@ def pair_scores(products, inputs, at, queries, keys, QUERY_AXIS: tl.constexpr, k
     scores = tl.where(visible, scores, float("-inf"))
     if kind.dedup_pairs and not kind.first:
         by_token = at.first_pos
-        for _ in range(at.round):  # not unrolled: one kernel serves any number of rounds, with as many registers
+        for _ in range(at.round):  # not unrolled: one kernel, with the same registers, for any number of rounds
             pos = along(tl.load(inputs.pos_of + by_token + keys.token), 1 - QUERY_AXIS)
             first = along(tl.load(inputs.start_of + by_token + queries.token), QUERY_AXIS)
             last = along(tl.load(inputs.end_of + by_token + queries.token), QUERY_AXIS)
@@ -247,19 +247,19 @@ def pair_scores(products, inputs, at, queries, keys, QUERY_AXIS: tl.constexpr, k
 
 @triton.jit
 def softmax_weights(products, inputs, row_max, row_sum, at, queries, keys, QUERY_AXIS: tl.constexpr, kind):
-    """A tile of weights before dropout, float32, from the saved maximum and sum of every query's scores."""
+    """Compute weights before dropout, a float32 tile, from the saved maximum and sum of every query."""
     scores = pair_scores(products, inputs, at, queries, keys, QUERY_AXIS, kind)
     number = at.first_number + queries.token
     share = 1 / tl.load(row_sum + number)
     return tl.exp2(scores - along(tl.load(row_max + number), QUERY_AXIS)) * along(share, QUERY_AXIS)
 
 
-# --- dropout, bit for bit that of `prng`
+# --- dropout, bitwise equal to that of `prng`
 
 
 @triton.jit
 def fold(key, counter):
-    """`prng.fold` on uint32."""
+    """Compute `prng.fold` on uint32."""
     x = (key ^ (counter * GOLDEN)) + 1
     x = (x ^ (x >> 16)) * MIX_1
     x = (x ^ (x >> 13)) * MIX_2
@@ -268,7 +268,7 @@ def fold(key, counter):
 
 @triton.jit
 def query_draw(inputs, at, token):
-    """`reference.pair_keys` of the queries."""
+    """Compute `reference.pair_keys` of the queries."""
     key = tl.load(inputs.dropout_key).to(tl.uint32, bitcast=True)
     head = at.head + tl.load(inputs.dropout_key + 1)
     key = fold(fold(key, at.batch.to(tl.uint32, bitcast=True)), head.to(tl.uint32, bitcast=True))
@@ -277,14 +277,14 @@ def query_draw(inputs, at, token):
 
 @triton.jit
 def key_draw(inputs, token):
-    """`reference.pair_keys` of the keys."""
+    """Compute `reference.pair_keys` of the keys."""
     key = tl.load(inputs.dropout_key).to(tl.uint32, bitcast=True)
     return fold(fold(key, tl.full([], 2**32 - 1, tl.uint32)), token.to(tl.uint32, bitcast=True))
 
 
 @triton.jit
 def drop(x, queries, keys, numbers, QUERY_AXIS: tl.constexpr):
-    """The tile after dropout (`prng.pair_scramble`)."""
+    """Apply dropout to a tile (`prng.pair_scramble`)."""
     drawn = (along(queries.draw, QUERY_AXIS) ^ along(keys.draw, 1 - QUERY_AXIS)) * MIX_1
     drawn = (drawn ^ (drawn >> 15)) * MIX_2
     return x * tl.where(drawn.to(tl.int32, bitcast=True) >= numbers.threshold, numbers.keep_scale, 0.0)

@@ -1,7 +1,6 @@
-"""Sums of the weights alone, one round of every head: over queries the attention mass, over keys what its gradient
-needs.
+"""Sums of weights in one round of every head: over queries for the attention mass, over keys for its gradient.
 
-Weights are those before dropout, computed again from the saved maximum and sum of every token, as in backward.
+Weights are those before dropout, recomputed from the saved maximum and sum of every token, as in backward.
 """
 
 import triton
@@ -14,11 +13,11 @@ from .pairs import along, keys_at, load_numbers, locate, pair_products, queries_
 
 @triton.jit(do_not_specialize=["length", "round"])
 def sweep_queries_round(inputs, row_max, row_sum, grad_mass, mass_dot, numbers, length, round, kind):
-    """Over all that is visible to a tile of queries in this round.
+    """Sum weights * grad_mass over all keys visible to a tile of queries in this round.
 
     row_max, row_sum: (B, H, T) float32, maximum of every query's scores and sum of its weights.
     grad_mass: (B, T) float32.
-    mass_dot: (B, H, T) float32, the sum of every query's weights * grad_mass, so far and new.
+    mass_dot: (B, H, T) float32, the sum for every query, updated in place.
     """
     at, pos, inside = locate(kind.queries, numbers, length, round)
     queries = queries_at(inputs, at, pos, kind)
@@ -38,10 +37,10 @@ def sweep_queries_round(inputs, row_max, row_sum, grad_mass, mass_dot, numbers, 
 def sweep_keys_round(
     inputs, row_max, row_sum, query_weights, mass, numbers, length, round, block_size, left_reach, right_reach, kind
 ):
-    """Over the queries to which a tile of keys is visible, as in `backward_keys_round`.
+    """Sum weights * query_weights over the queries to which a tile of keys is visible, as in `backward_keys_round`.
 
     query_weights: (B, T) float32.
-    mass: (B, H, T) float32, the sum over queries of weight * query_weights, so far and new.
+    mass: (B, H, T) float32, the sum for every key, updated in place.
     """
     at, pos, inside = locate(kind.keys, numbers, length, round)
     keys = keys_at(inputs, at, pos, kind)

@@ -1,4 +1,4 @@
-"""The Triton kernels as torch ops, and those of generation. Triton is imported on the first call."""
+"""The Triton kernels as torch ops, and the functions for generation. Triton is imported at the first call."""
 
 import torch
 
@@ -7,7 +7,7 @@ from ..contract import CacheTensors, check_fits
 
 
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
-    """The dtype of the tensors, float32 if they have several."""
+    """Return the dtype of the tensors, float32 if they differ."""
     dtypes = {x.dtype for x in tensors if x is not None}
     return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
@@ -36,12 +36,12 @@ def lsh_buckets(
     vectors: torch.Tensor, rotations: torch.Tensor, factors: list[int], centered: bool, causal: bool,
     mask: torch.Tensor | None, samples: torch.Tensor | None, sums: torch.Tensor | None, counts: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
-    """Buckets (B, H, R, T) int32, as `lsh.lsh_buckets`; near-ties may fall differently.
+    """Compute buckets, (B, H, R, T) int32, like `lsh.lsh_buckets`, except that near-ties may differ.
 
-    What follows `centered` are the fields of `lsh.Centering`.
+    The arguments after `centered` are the fields of `lsh.Centering`.
 
     Raises:
-        ValueError: rotations and factors contradict each other.
+        ValueError: rotations do not match the factors.
     """
     from .hash_launch import run_hashing
 
@@ -61,15 +61,15 @@ def decode_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vectors: torch.Tensor | None, indices: torch.Tensor,
     cache: CacheTensors, local_window: int, scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Write new tokens to the cache and attend from each, as `reformer_kernels.cpu.decode_attention` does.
+    """Write new tokens to the cache and compute their attention, like `reformer_kernels.cpu.decode_attention`.
 
-    The device is not waited for. Not for a trace, which would not see what is written.
+    Does not synchronize. Must not be traced, since a trace would miss the writes.
     """
     from .decode_launch import run_decode_attention
 
     check_fits(cache, query, indices)
     capacity = cache.keys.shape[2]
-    # A ring holds the windows of so many tokens at once; what is kept by buckets is no ring.
+    # A ring buffer holds the windows of this many tokens at once; LSH layers have no ring buffer.
     piece = query.shape[2] if cache.newest is not None else capacity - min(local_window, capacity) + 1
     parts = []
     with torch.cuda.device_of(query):

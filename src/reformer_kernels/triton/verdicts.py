@@ -1,7 +1,7 @@
-"""Whether the kernels may be used on a GPU: another process checks them there, and the verdict is kept on disk.
+"""Checks of the kernels on a GPU, in another process; the verdicts are stored on disk.
 
-Another process, because a kernel that goes wrong may leave its process without its GPU: after an illegal memory
-access every later call of CUDA fails. It leaves alone whatever this process records, traces or differentiates.
+Another process is used because a faulty kernel may make the GPU unusable for its process: after an illegal memory
+access, all later CUDA calls fail. The check also cannot interfere with tracing, graph capture or autograd here.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from ..cpu.build import KernelBuildError, cache_folders, run_limited
 
 logger = logging.getLogger(__name__)
 
-CHECK_SECONDS = 900  # compiling takes one or two minutes; longer than that, something is wrong
+CHECK_SECONDS = 900  # timeout; compiling takes one or two minutes
 CHECK = """
 import json, sys
 module, subject, answer, sys.path[:] = json.loads(sys.argv[1])
@@ -36,11 +36,12 @@ verdicts.answer(module, verdicts.Subject(*subject), answer)
 
 
 class Verdict(NamedTuple):
-    """What came of a check.
+    """The result of a check.
 
     Attributes:
-        reason: why the kernels are not used; None: they agree with their definition.
-        lasting: whether it is as true tomorrow, with the same versions; not where memory or a compiler was missing.
+        reason: why the kernels are not used; None if they agree with the reference.
+        lasting: whether the result will be the same later with the same versions; false if memory or a compiler was
+            missing.
     """
 
     reason: str | None
@@ -48,11 +49,11 @@ class Verdict(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """What is compiled, and checked, by itself.
+    """A configuration that is compiled and checked separately.
 
     Attributes:
-        device: such as "cuda:0".
-        dtype: of query, key and value, such as "float32".
+        device: for example "cuda:0".
+        dtype: dtype of query, key and value, for example "float32".
         size, value_size: head sizes.
     """
 
@@ -63,7 +64,7 @@ class Subject(NamedTuple):
 
 
 def judge(agrees: Callable[[], bool]) -> Verdict:
-    """The verdict of a check that runs here and now."""
+    """Run a check in this process and return the verdict."""
     from triton import CompilationError, OutOfResources
     from triton.runtime.errors import PTXASError
 
@@ -83,7 +84,7 @@ def _in_short(error: BaseException) -> str:
 
 
 def answer(module: str, subject: Subject, path: str) -> None:
-    """What the other process does: write its verdict to a file."""
+    """Check the kernels and write the verdict to a file; runs in the other process."""
     device, dtype, agrees = (
         torch.device(subject.device),
         getattr(torch, subject.dtype),
@@ -95,7 +96,7 @@ def answer(module: str, subject: Subject, path: str) -> None:
 
 
 def check_elsewhere(subject: Subject, module: str) -> Verdict:
-    """The verdict of another process, by `triton_agrees` of a module."""
+    """Check the kernels in another process, by `triton_agrees` of a module."""
     if not sys.executable or getattr(sys, "frozen", False):
         return Verdict("its kernels are checked by another process, and there is no Python to start", lasting=False)
     logger.warning(
@@ -115,7 +116,7 @@ def check_elsewhere(subject: Subject, module: str) -> Verdict:
 
 
 def identity(subject: Subject, module: str) -> dict[str, Any]:
-    """All that a verdict depends on: what is checked, by what, on which GPU, with which versions."""
+    """Return all that a verdict depends on: what is checked, by what, on which GPU, with which versions."""
     import triton
 
     properties = torch.cuda.get_device_properties(subject.device)
@@ -133,7 +134,7 @@ def identity(subject: Subject, module: str) -> dict[str, Any]:
 
 
 def driver_version() -> str:
-    """Of the GPU's driver, as the system tells it; else the version of CUDA that it brings."""
+    """Return the version of the GPU driver as the system reports it, else the CUDA version it supports."""
     with contextlib.suppress(OSError):
         return Path("/proc/driver/nvidia/version").read_text(encoding="utf-8").splitlines()[0]
     version = ctypes.c_int()
@@ -145,7 +146,7 @@ def driver_version() -> str:
 
 @functools.cache
 def sources_digest(check: str | None) -> str:
-    """A digest of the kernels and of the file that checks them."""
+    """Compute a digest of the kernels and of the file that checks them."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
     for path in [*sorted(folder.glob("*.py")), folder.parent / "attention_op.py", *([Path(check)] if check else [])]:
@@ -154,9 +155,9 @@ def sources_digest(check: str | None) -> str:
 
 
 def remembered(identity: dict[str, Any], check: Callable[[], Verdict]) -> str | None:
-    """Why the kernels are not used, or None: as it was stored under this identity, else as `check` says now.
+    """Return why the kernels are not used, or None: as stored for this identity, or else by calling `check`.
 
-    One process checks, others that want to know the same wait for it. Where nothing can be stored, each checks.
+    One process runs the check while others that need it wait. If nothing can be stored, every process runs it.
     """
     paths = _paths(identity)
     for path in paths:
@@ -176,13 +177,13 @@ def _paths(identity: dict[str, Any]) -> list[Path]:
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     try:
         return [folder / f"triton-{digest}.json" for folder in cache_folders()]
-    except KernelBuildError:  # there is no folder
+    except KernelBuildError:  # there is no cache folder
         return []
 
 
 @contextlib.contextmanager
 def _locked(paths: list[Path]) -> Iterator[Path | None]:
-    """The first of several paths that can be written, for one process at a time; None: none can be."""
+    """Lock the first of several paths that is writable and yield it, or None if there is none."""
     with contextlib.ExitStack() as stack:
         writable = None
         for path in paths:
@@ -195,7 +196,7 @@ def _locked(paths: list[Path]) -> Iterator[Path | None]:
 
 
 def _read(path: Path, identity: dict[str, Any]) -> Verdict | None:
-    """The verdict stored there, None for anything else."""
+    """Read the verdict stored for this identity, None if there is no valid one."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["identity"] == identity and (stored["reason"] is None or isinstance(stored["reason"], str)):
@@ -206,7 +207,7 @@ def _read(path: Path, identity: dict[str, Any]) -> Verdict | None:
 
 
 def _store(path: Path, identity: dict[str, Any], verdict: Verdict) -> None:
-    """By way of a file beside it, so that it appears whole."""
+    """Write a verdict atomically, by way of a file next to it."""
     handle, name = tempfile.mkstemp(prefix=path.stem, dir=path.parent)
     try:
         with open(handle, "w", encoding="utf-8") as file:
@@ -218,7 +219,7 @@ def _store(path: Path, identity: dict[str, Any], verdict: Verdict) -> None:
 
 
 def fault(subject: Subject, module: str) -> str | None:
-    """Why the kernels cannot be used for a subject on its GPU, or None; checked if need be, by a module."""
+    """Return why the kernels cannot be used for a subject on its GPU, or None; checked by a module if needed."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET is set, and the interpreter is slower than PyTorch"
     return remembered(identity(subject, module), functools.partial(check_elsewhere, subject, module))

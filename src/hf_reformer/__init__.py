@@ -1,4 +1,4 @@
-"""Reformer for Hugging Face transformers: long sequences on little memory."""
+"""Reformer for Hugging Face transformers: long sequences with little memory."""
 
 from .analysis.memory import MemoryEstimate, estimate_memory
 from .configuration_reformer import ReformerConfig

@@ -1,4 +1,4 @@
-"""`python -m hf_reformer` is `hf-reformer`."""
+"""Run `hf-reformer` as `python -m hf_reformer`."""
 
 from reformer_cli.main import main
 

@@ -1,8 +1,8 @@
-"""Every private name of torch, transformers and peft that the package depends on, each with its reason.
+"""Private names of torch, transformers and peft that the package depends on, each with the reason.
 
-A release of one of these libraries may change any of them. tests/test_compat.py checks each entry and says which one
-broke, so that this is the only file to mend. It is exported with the modeling code and used by rooms that know torch
-alone: transformers and peft are imported inside functions only.
+Any release of these libraries may change them. tests/test_compat.py checks every entry and reports which one broke,
+so this is the only file to fix. It is exported with the modeling code and used by subpackages that depend on torch
+alone, so transformers and peft are imported inside functions only.
 """
 
 import sys
@@ -20,91 +20,91 @@ from torch.nn.utils import parametrize, stateless
 
 
 def in_functorch_transform() -> bool:
-    """Inside vmap, grad or another torch.func transform. There is no public way to ask."""
+    """Whether vmap, grad or another torch.func transform is running. There is no public API for this."""
     return torch._C._functorch.maybe_current_level() is not None
 
 
 def functorch_levels() -> list[str]:
-    """The torch.func transforms that are running, outermost first: "Vmap", "Grad" (grad, vjp), "Jvp" …"""
+    """Return the running torch.func transforms, outermost first: "Vmap", "Grad" (grad, vjp), "Jvp" …"""
     stack = torch._C._functorch.get_interpreter_stack() or []
     return [interpreter.key().name for interpreter in stack]
 
 
 def in_vmap() -> bool:
-    """Whether `torch.vmap` runs; False in a graph that dynamo traces, which cannot ask."""
+    """Whether `torch.vmap` is running; False while dynamo traces, where this cannot be determined."""
     return not torch.compiler.is_compiling() and "Vmap" in functorch_levels()
 
 
 def in_forward_mode() -> bool:
-    """Whether derivatives are computed in forward mode (`torch.autograd.forward_ad`, `torch.func.jvp`)."""
+    """Whether forward-mode derivatives are being computed (`torch.autograd.forward_ad`, `torch.func.jvp`)."""
     return forward_ad._current_level >= 0
 
 
 def in_fake_mode() -> bool:
-    """Whether tensors are made without memory or values (FakeTensorMode), to learn what a computation would take."""
+    """Whether tensors are created without memory or values (FakeTensorMode), to estimate what a computation needs."""
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def fake_tensors() -> AbstractContextManager[Any]:
-    """Within it tensors are made without memory or values; operations on them give those of the right shapes."""
+    """Return a context in which tensors have no memory or values and operations only compute shapes."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode()
 
 
 def values_are_known() -> bool:
-    """Whether code may look at what tensors hold: not in a compiled graph, nor of a sample that vmap hides."""
+    """Whether code may inspect tensor values: not while compiling, under vmap or with fake tensors."""
     return not torch.compiler.is_compiling() and not in_vmap() and not in_fake_mode()
 
 
 def may_look_at(x: torch.Tensor) -> bool:
-    """Whether code may look at what a tensor holds, and need not wait for it: a CUDA device works behind the host."""
+    """Whether code may inspect the values of a tensor without waiting: CUDA devices run asynchronously to the host."""
     return values_are_known() and x.device.type not in ("cuda", "meta")
 
 
 def in_graph_capture() -> bool:
-    """Whether a CUDA graph records what runs: without values, and without states of random generators."""
+    """Whether a CUDA graph is being captured: values and states of random generators are then unavailable."""
     possible = not torch.compiler.is_compiling() and torch.cuda.is_initialized()
     return possible and torch.cuda.is_current_stream_capturing()
 
 
 def current_graph_task_id() -> int:
-    """The id of the running backward pass, -1 outside of one. Tells apart two passes through one graph."""
+    """Return the id of the running backward pass, or -1 outside of one. It distinguishes passes through one graph."""
     return torch._C._current_graph_task_id()
 
 
 def will_engine_execute(node: Any) -> bool:
-    """Whether the running backward pass will reach `node`; a stream that nobody takes must not be kept."""
+    """Whether the running backward pass will reach `node`; a stream that no node takes must not be kept."""
     return torch._C._will_engine_execute_node(node)
 
 
 def reparametrize_module(module: nn.Module, tensors: dict[str, torch.Tensor]) -> AbstractContextManager[None]:
-    """Other tensors in the place of parameters, for a `with` block; `functional_call` serves whole forwards only."""
+    """Return a context that replaces parameters by other tensors; `functional_call` only covers a whole forward."""
     return stateless._reparametrize_module(module, tensors)
 
 
 def nonstrict_trace(function: Callable) -> Callable:
-    """A function that dynamo puts into its graph without looking into; unlike `allow_in_graph`, it takes modules."""
+    """Make a function opaque: dynamo puts it into its graph untraced. Unlike `allow_in_graph`, it accepts modules."""
     return torch._dynamo.nonstrict_trace(function)
 
 
 def parametrization_cache_enabled() -> bool:
-    """Inside `parametrize.cached()`, where parametrized weights are computed once and kept."""
+    """Whether `parametrize.cached()` is active, in which parametrized weights are computed once and kept."""
     return bool(parametrize._cache_enabled)
 
 
 def active_ddp_module() -> Any:
-    """The DistributedDataParallel module whose forward is running, or None. Dynamo splits graphs at its buckets."""
+    """Return the DistributedDataParallel module in forward, or None. Dynamo splits graphs at its buckets."""
     return DistributedDataParallel._active_ddp_module
 
 
 def assert_async(condition: torch.Tensor, message: str) -> None:
-    """An assertion inside compiled graphs that does not wait for the device."""
+    """Assert a condition, also in compiled graphs, without waiting for the device."""
     torch._assert_async(condition, message)
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """How often a tensor was modified in place. Autograd uses the same counter for the same check."""
+    """Return how often a tensor was modified in place, the counter that autograd uses for its own check."""
     return tensor._version
 
 
@@ -113,11 +113,11 @@ def has_gradient_hooks(tensor: torch.Tensor) -> bool:
     return bool(tensor._backward_hooks)
 
 
-GLOBAL_HOOKS = vars(torch.nn.modules.module)  # hooks on all modules are in its variables `_global_…`
+GLOBAL_HOOKS = vars(torch.nn.modules.module)  # holds the hooks on all modules, in variables named `_global_…`
 
 
 def has_global_hooks() -> bool:
-    """Whether there are hooks on all modules, as module trackers and flop counters register them."""
+    """Whether there are global module hooks, as registered by module trackers and FLOP counters."""
     return bool(torch.nn.modules.module._has_any_global_hook())
 
 
@@ -129,36 +129,36 @@ def has_forward_pre_hook(module: nn.Module, hook: Callable) -> bool:
 
 
 def load_pretrained_weights(model: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """The library's step of `from_pretrained` that reads weights into a model; the report comes first."""
+    """Run the step of `from_pretrained` that loads weights into a model; returns the loading report first."""
     from transformers import PreTrainedModel
 
     return PreTrainedModel._load_pretrained_model(model, *args, **kwargs)
 
 
 def forget_weight_conversions(model: Any) -> None:
-    """After `from_pretrained(key_mapping=...)`, `save_pretrained` would write the old names again."""
+    """Keep `save_pretrained` from writing the old names again after `from_pretrained(key_mapping=...)`."""
     model._weight_conversions = None
 
 
 def mark_initialized(parameter: nn.Parameter) -> None:
-    """Keep the library from drawing a parameter again that was filled while loading."""
+    """Keep the library from reinitializing a parameter that was filled while loading."""
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def register_model_name(auto_class: Any, model_type: str, class_name: str) -> None:
-    """Enter a model in an Auto class's table of names, which `register` leaves alone; label smoothing reads it."""
+    """Add a model to an Auto class's table of names, which `register` does not update; label smoothing reads it."""
     auto_class._model_mapping._model_mapping[model_type] = class_name
 
 
 def register_pipeline_task(task: str, entry: dict[str, Any]) -> None:
-    """Enter a pipeline like the library's own. Of a task by `register_pipeline`, every saved folder holds the code."""
+    """Add a pipeline like a built-in one; with `register_pipeline`, its code would be saved with every model."""
     from transformers.pipelines import PIPELINE_REGISTRY
 
     PIPELINE_REGISTRY.supported_tasks[task] = entry
 
 
 def pipeline_entry(task: str) -> dict[str, Any]:
-    """What the library knows of a pipeline's task: the class, Auto classes, default models."""
+    """Return the library's entry for a pipeline task: class, Auto classes, default models."""
     from transformers.pipelines import PIPELINE_REGISTRY
 
     return PIPELINE_REGISTRY.supported_tasks[task]
@@ -170,9 +170,9 @@ PEFT_TABLES = "peft.utils.constants"
 
 
 def peft_target_tables() -> Iterator[tuple[str, dict[str, Any]]]:
-    """The default target modules of each kind of adapter: (kind, table from model type to module names). No registry.
+    """Yield peft's default target modules as (kind of adapter, table from model type to module names).
 
-    peft must have been imported.
+    There is no public registry. peft must have been imported.
     """
     prefix, suffix = "TRANSFORMERS_MODELS_TO_", "_MODULES_MAPPING"
     for name, table in vars(sys.modules[PEFT_TABLES]).items():
@@ -180,8 +180,8 @@ def peft_target_tables() -> Iterator[tuple[str, dict[str, Any]]]:
             yield name.removeprefix(prefix).removesuffix(suffix), table
 
 
-# ---- members of library classes that subclasses override or set, or that are read in place
-# class → names of attributes, or a method with its first parameters as we rely on them → the reason
+# ---- members of library classes that subclasses override or set, or that are read directly
+# class → attribute names, or a method with the leading parameters that we rely on → reason
 
 MEMBERS: dict[str, dict[str, str]] = {
     "torch.nn.Module": {

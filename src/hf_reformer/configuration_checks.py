@@ -1,4 +1,4 @@
-"""Bounds of the config's fields, and which of them contradict each other; nothing of this computes."""
+"""Validation of the config: bounds of its fields, and contradictions between them."""
 
 import math
 import sys
@@ -9,11 +9,11 @@ from transformers.activations import ACT2FN
 
 LAYER_KINDS = ("local", "lsh", "full")
 MAX_BUCKETS = 2**20
-MAX_FACTOR = 2**14  # of the number of buckets: a hash round scores so many at once
-MAX_COLUMNS = 2**16  # of rotations, all hash rounds together: numbers that are computed for every token and head
-MAX_WINDOW = 2**30  # no sequence is longer, so larger windows mean the same
+MAX_FACTOR = 2**14  # of each factor of `num_buckets`: a hash round scores this many at once
+MAX_COLUMNS = 2**16  # of the rotations of all hash rounds: numbers computed for every token and head
+MAX_WINDOW = 2**30  # no sequence is longer, so larger windows make no difference
 MAX_PARAMETERS = 2**40
-# A config.json may come from anybody. What nothing could compute is refused before anything of its size is made.
+# A config.json may be untrusted: infeasible sizes are rejected before anything of that size is allocated.
 MAX_NUMBERS = {
     "num_hidden_layers": 2**11, "num_attention_heads": 2**12, "attention_head_size": 2**14, "hidden_size": 2**20,
     "feed_forward_size": 2**24, "vocab_size": 2**31 - 1, "max_position_embeddings": 2**31 - 1, "num_labels": 2**18,
@@ -48,7 +48,7 @@ CHOICES = {
 
 
 def check_limits(config: Any, num_labels: Any = None, torch_dtype: Any = None, **kwargs: Any) -> None:
-    """Raise ValueError for values that would take too long, or fail, before the fields can be checked together."""
+    """Raise ValueError for values that would fail or take too long before the fields can be checked together."""
     for name, limit in MAX_ENTRIES.items():
         value = getattr(config, name)
         kinds = dict if name in ("id2label", "label2id") else (list, tuple, int)
@@ -330,7 +330,7 @@ def _check_chunks(config: Any) -> None:
 
 
 def check_num_buckets(num_buckets: int | tuple[int, ...] | list[int] | None, num_hashes: int) -> None:
-    """Raise ValueError unless every factor is an even number of at least 2, and not too many; None is accepted."""
+    """Raise ValueError unless all factors are even, at least 2 and within the limits; None is accepted."""
     if num_buckets is None:
         return
     factors = tuple(num_buckets) if isinstance(num_buckets, (list, tuple)) else (num_buckets,)

@@ -1,4 +1,4 @@
-"""ReformerConfig: all hyperparameters of a Reformer model, validated together when a config is created."""
+"""ReformerConfig: the hyperparameters of a Reformer model, validated together when a config is created."""
 
 import copy
 import math
@@ -13,7 +13,7 @@ from .configuration_checks import MAX_WINDOW, check_fields, check_limits
 
 logger = logging.get_logger(__name__)
 
-# Defaults of transformers' own Reformer that differ from ours; its config.json omits them.
+# Defaults of transformers' own Reformer that differ from ours; config.json files omit them.
 _BUILTIN_DEFAULTS = {
     "axial_norm_std": 1.0,
     "axial_pos_embds": True,
@@ -46,43 +46,44 @@ def from_builtin(config: dict[str, Any]) -> dict[str, Any]:
 @strict
 class ReformerConfig(PreTrainedConfig):
     r"""
-    Names follow transformers' own Reformer. This list contains the fields that are new or have a different meaning.
+    Configuration of a Reformer. Names follow transformers' own Reformer; only fields that are new or have a different
+    meaning are listed.
 
     Args:
         attn_layers (`list[str]`, *optional*):
             Kind of each layer: `"local"` (a window over the sequence), `"lsh"` (windows inside hash buckets, shared
             query and key) or `"full"` (exact attention). Default: `num_hidden_layers` (6) alternating local and lsh.
         attention_mode (`str`, defaults to `"window"`):
-            `"window"`: every token attends to the union of its windows over several sort orders; each pair counts
+            `"window"`: every token attends to the union of its windows in several sort orders; each pair counts
             once. `"chunk"`: the legacy chunk rule of Trax and transformers, for old checkpoints.
         lsh_window, local_window (`int`, defaults to 128):
-            Window mode: positions that a token attends to in a hash order or in the sequence. Causal: itself and the
-            `window - 1` before it; bidirectional: itself and `window // 2` on either side. Values above 2^30 are
-            reduced to 2^30.
+            Window mode: number of positions that a token attends to in a hash order or in the sequence. Causal:
+            itself and the `window - 1` before it; bidirectional: itself and `window // 2` on either side. Values
+            above 2^30 are reduced to 2^30.
         lsh_include_local (`bool`, defaults to `True`): Window mode: lsh layers also attend to their `local_window`.
         lsh_centering (`bool`, *optional*):
-            Window mode: hash the vectors used in scores (with rotary positions, at unit length), minus their mean
-            over the sample, in causal models up to the token. Otherwise they are hashed as projected, and nearly all
-            tokens share a few buckets. Default: True, except in models saved by version 0.1.
+            Window mode: hash the vectors used in scores (with rotary positions, at unit length) minus their mean over
+            the sample, in causal models over the tokens so far. Otherwise, vectors are hashed as projected, and
+            nearly all tokens fall into a few buckets. Default: True, except in models saved by version 0.1.
         lsh_rotary (`float`, defaults to 1.0):
             Share of the heads of lsh layers that use rotary positions: the first ones, and at least one if above 0.
-            The others compare content alone, at any distance.
+            The others compare content only, regardless of distance.
         lsh_exploration_orders (`int`, defaults to 1):
             Window mode, training only: additional orders with random buckets, so that every pair can learn to attend.
         resample_rotations (`bool`, defaults to `True`):
-            Draw new hash rotations in every training forward pass; otherwise use those of evaluation.
+            Draw new hash rotations in every training forward pass; if False, use those of evaluation.
         hash_seed (`int`, *optional*):
-            Seed of the rotations in evaluation (`None`: 0); in chunk mode, if given, also in training.
+            Seed of the rotations in evaluation (`None`: 0); in chunk mode, if set, also in training.
         num_buckets (`int` or `list[int]`, *optional*):
-            Number of hash buckets, even, or a list of even factors. Default: the power of two nearest to
+            Number of hash buckets (even), or a list of even factors. Default: the power of two nearest to
             `max_position_embeddings / lsh_window`, as two factors above 128; in chunk mode it depends on the input
             length.
         initializer_range (`float`, *optional*):
             Standard deviation of new weights. Default: 0.6 / sqrt(hidden_size), which is 0.053 for a width of 128.
         type_vocab_size (`int`, defaults to 0):
-            Number of token types, 2 for pairs of texts: with `token_type_ids`, an embedding tells each token which of
-            them it belongs to. That of type 0 is always zero, the others begin there. 0: `token_type_ids` are
-            ignored, as in causal language models.
+            Number of token types, 2 for pairs of texts: embeddings of the `token_type_ids` distinguish the texts. The
+            embedding of type 0 is always zero; the others are initialized to zero. 0: `token_type_ids` are ignored,
+            as in causal language models.
         position_embedding_type (`str`, *optional*):
             `"rotary"` (default), `"axial"` (default in chunk mode, whose old checkpoints have no rotary positions, for
             odd head sizes, and if `axial_pos_shape` or `axial_pos_embds_dim` is given) or `"learned"`. The older
@@ -91,89 +92,91 @@ class ReformerConfig(PreTrainedConfig):
             Sizes and widths of any number of axes. Default: two powers of two that cover `max_position_embeddings`,
             the first with a quarter of the hidden size.
         axial_norm_std (`float`, defaults to 0.02):
-            Standard deviation of new axial tables. With the built-in's 1.0, models from scratch learn far more slowly.
+            Standard deviation of new axial tables. With 1.0, the built-in default, new models learn far more slowly.
         rope_theta (`float`, defaults to 10000.0): Base of the rotary frequencies.
         rotary_shape (`list[int]`, *optional*):
-            Positions run through a grid of this shape in row-major order, such as (28, 28) for the pixels of an
-            image, and rotary positions rotate an equal share of each head along every axis. The first axis is
-            unbounded.
+            Positions traverse a grid of this shape in row-major order, such as (28, 28) for the pixels of an image,
+            and rotary positions rotate an equal share of each head along every axis. The first axis is unbounded.
         classifier_pooling (`str`, *optional*):
-            Pooling of sequence classification: `"mean"` over the real tokens (default when bidirectional), the
+            Pooling for sequence classification: `"mean"` over the real tokens (default when bidirectional), the
             `"last"` real token (default when causal) or the `"first"` one (converted checkpoints).
         reversible (`bool`, defaults to `True`):
-            Recompute activations from layer outputs in backward, so that activation memory does not grow with depth.
+            Recompute activations from layer outputs in the backward pass, so that memory does not grow with depth.
         residual_precision (`str`, defaults to `"float64"`):
-            Residual streams as `"float64"` on a grid of 2^-32 (range 2^21) or `"float32"` on a grid of 2^-16 (exact
-            while |stream| <= 256; less memory, for the longest sequences and for devices without float64).
+            Precision of the residual streams: `"float64"` on a grid of 2^-32 (range 2^21), or `"float32"` on a grid of
+            2^-16 (exact while |stream| <= 256; less memory, for very long sequences and devices without float64).
         hidden_dropout_prob (`float`, defaults to 0.0):
-            Dropout of embeddings, of branch outputs, inside feed-forward layers and of the last hidden states. Use
-            it for texts that are seen several times; it slows learning on texts that are seen once.
+            Dropout on embeddings, on branch outputs, inside feed-forward layers and on the last hidden states. Use it
+            if texts are seen several times; it slows learning on texts that are seen once.
         attention_backend (`str`, defaults to `"auto"`):
-            `"auto"` uses the compiled kernel on a CPU if it is available, else pure PyTorch; `"cpu"`, `"torch"`,
-            `"triton"` and `"reference"` raise an error where they cannot run. The environment variable
+            `"auto"` uses the compiled kernel of a CPU or CUDA device if it is available, else pure PyTorch; `"cpu"`,
+            `"torch"`, `"triton"` and `"reference"` raise an error if they cannot run. The environment variable
             `HF_REFORMER_BACKEND` overrides this field.
         tie_word_embeddings (`bool`, defaults to `False`):
-            The language-model head shares the embedding weights, after a projection that merges the streams.
+            Share the embedding weights with the language-model head, after a projection that merges the streams.
         chunk_size_feed_forward, chunk_size_lm_head (`int`, defaults to 0):
-            Tokens processed at a time in the token-wise parts of a layer and in the language-model loss; they need
-            not divide the sequence length. 0: automatic. Otherwise the feed-forward is recomputed in backward even
-            with `reversible=False`.
+            Number of tokens processed at a time in the token-wise parts of a layer and in the language-model loss; it
+            need not divide the sequence length. 0: automatic. Otherwise, the feed-forward is recomputed in the
+            backward pass even with `reversible=False`.
         coverage_loss_weight (`float`, defaults to 0.0):
-            Weight of the coverage loss in a head's loss, a KL penalty that is low when every token receives attention.
-            Outputs contain it as `coverage_loss` (layers), unweighted.
+            Weight of the coverage loss in a head's loss: a KL penalty that is low if every token receives attention.
+            Outputs contain it unweighted as `coverage_loss` (layers).
         is_decoder (`bool`, defaults to `False`): Causal attention. `ReformerForCausalLM` always sets it.
         is_encoder_decoder (`bool`, defaults to `False`):
-            A bidirectional encoder and a causal decoder, used by `ReformerForConditionalGeneration`. Other classes
+            Use a bidirectional encoder and a causal decoder, as `ReformerForConditionalGeneration` does. Other classes
             use only the encoder.
         decoder_attn_layers (`list[str]`, *optional*): Kind of each decoder layer. Defaults to `attn_layers`.
         tie_encoder_decoder (`bool`, defaults to `False`):
-            Encoder and decoder share everything but cross-attention. Token embeddings are always shared.
+            Share all weights of encoder and decoder except cross-attention and the final norms. Token embeddings are
+            always shared.
         decoder_start_token_id (`int`, *optional*): Defaults to `pad_token_id`, or else `bos_token_id`.
         frame_size, frame_stride (`int`, defaults to 320 and 160):
-            Speech and audio: length of a frame, and distance between frames, in samples (or steps of
-            `input_features`); 20 and 10 ms at 16 kHz. A frame is a token.
+            Speech and audio: length of a frame and distance between frames, in samples (or steps of
+            `input_features`); 20 and 10 ms at 16 kHz. Each frame is a token.
         frame_transform (`str`, defaults to `"linear"`):
-            What is mapped linearly to a frame's embedding: `"linear"`: its samples; `"spectrum"`: its log power
-            spectrum, with a Hann window.
+            Input of the linear map that embeds a frame: its samples (`"linear"`) or its log power spectrum with a
+            Hann window (`"spectrum"`).
         gain_window (`int`, defaults to 0):
-            Automatic gain control: of a waveform's samples their mean is subtracted, and they are divided by their
-            standard deviation, both within so many samples (half of them on either side; in causal models, up to the
-            sample itself). 0: as they are.
+            Automatic gain control: subtract from every sample of a waveform the mean of a window of this many samples,
+            and divide by its standard deviation. The window is centered on the sample; in causal models it ends
+            there. 0: off.
         num_input_features (`int`, defaults to 1): Size of each step of `input_features`; 1 for waveforms.
         ctc_loss_reduction (`str`, defaults to `"mean"`), ctc_zero_infinity (`bool`, defaults to `False`):
             As in `torch.nn.CTCLoss`. The blank is `pad_token_id`.
         num_channels (`int`, defaults to 3), patch_size (`int`, defaults to 1):
             Images: number of channels, and side length of the square patches that are tokens; 1 for pixels.
         prediction_length, context_length (`int`, defaults to 24 and 96):
-            Time series: number of steps to predict, and number of past steps used, the last ones of a longer past.
-            A shorter past is used as it is.
+            Time series: number of steps to predict, and number of past steps used: the last ones of a longer past, or
+            all of a shorter one.
         patch_length (`int`, defaults to 8): Number of time steps in one token.
         input_size (`int`, defaults to 1):
-            Number of series. With 1, any number of series is predicted, each independently; with more, each series
+            Number of series. If 1, any number of series can be predicted, each independently; otherwise, each series
             also has its own embedding.
-        mix_series (`bool`, defaults to `False`): A token holds a patch of all `input_size` series, not of one.
-        num_time_features (`int`, defaults to 0): Number of features known for every step, past and future, such as
-            the hour.
+        mix_series (`bool`, defaults to `False`): Tokens are patches of all `input_size` series, not of one.
+        num_time_features (`int`, defaults to 0):
+            Number of features that are known for every step, past and future, such as the hour.
         scaling (`str`, *optional*, defaults to `"std"`):
-            What is first subtracted from each series' window, and what it is then divided by: its mean and standard
-            deviation (`"std"`), its last value and standard deviation (`"last"`), nothing and its mean absolute value
-            (`"mean"`), or neither (`None`).
+            How each series' window is shifted and scaled: by its mean and standard deviation (`"std"`), by its last
+            value and standard deviation (`"last"`), only scaled, by its mean absolute value (`"mean"`), or neither
+            (`None`).
         series_mean, series_std (`list[float]`, *optional*):
             Statistics of every series in the training data. The model standardizes its inputs with them and computes
             its loss on standardized values; predictions are in the units of the data.
         series_names, predicted_series (`list[str]`, *optional*):
-            Names of the series, in the model's order, and which of them the model was trained to predict; only
-            the past of the others is known. The recipe uses them to find the columns of a table.
+            Names of the series, in the model's order, and those that the model was trained to predict; the others are
+            only known in the past. The recipe uses the names to find the columns of a table.
         relative_positions (`bool`, defaults to `False`):
-            Series whose names share a prefix and end in x and y are positions relative to the last place of the first
-            such pair, rotated into its direction of travel. The caller transforms inputs, and forecasts back.
+            Series whose names share a prefix and end in x and y are positions relative to the last position of the
+            first such pair, rotated into its direction of travel. The caller transforms inputs, and forecasts back.
         loss (`str`, defaults to `"nll"`):
-            `"nll"`: negative log-likelihood under `distribution_output`; `"mse"` or `"mae"`: of a point forecast.
-        distribution_output (`str`, defaults to `"student_t"`): Or `"normal"`, `"negative_binomial"` (for counts).
+            Negative log-likelihood under `distribution_output` (`"nll"`), or the error of a point forecast (`"mse"`,
+            `"mae"`).
+        distribution_output (`str`, defaults to `"student_t"`):
+            `"student_t"`, `"normal"` or `"negative_binomial"` (for counts).
         linear_skip (`bool`, defaults to `False`):
-            Adds a linear map of the context, initialized to zero, to forecasts: one shared by all series, or, with
-            `mix_series`, one from all series to all.
-        individual_skip (`bool`, defaults to `False`): Gives each series a linear map of its own (`linear_skip`).
+            Add a linear map of the context, initialized to zero, to the forecasts: one map shared by all series, or
+            with `mix_series` one from all series to all.
+        individual_skip (`bool`, defaults to `False`): Use a separate linear map for each series (`linear_skip`).
         num_parallel_samples (`int`, defaults to 100): Number of samples that `generate` draws for every time series.
 
     Raises:
@@ -297,18 +300,18 @@ class ReformerConfig(PreTrainedConfig):
             self.initializer_range = round(0.6 / math.sqrt(max(1, self.hidden_size)), 4)
         self._resolve_positions()
         self._resolve_decoder()
-        if self.lsh_centering is None:  # a saved config that says nothing of it is version 0.1's
+        if self.lsh_centering is None:  # saved configs without this field are of version 0.1
             self.lsh_centering = self.transformers_version is None
         if self.num_buckets is None and self.attention_mode == "window":
             self.num_buckets = default_num_buckets(self.max_position_embeddings, self.lsh_window)
         super().__post_init__(**kwargs)
 
     def validate_fields(self) -> None:
-        """Called by `validate`, which the `strict` decorator adds and calls."""
+        """Check the fields. Called by `validate`, which the `strict` decorator adds and calls."""
         check_fields(self)
 
     def _resolve_positions(self) -> None:
-        """Fill in position fields that were left open; `validate_fields` checks the result."""
+        """Fill in position fields that were not given; `validate_fields` checks the result."""
         if self.position_embedding_type is None:
             named = self.axial_pos_shape is not None or self.axial_pos_embds_dim is not None
             cannot_rotate = self.attention_mode == "chunk" or self.attention_head_size % 2 == 1
@@ -333,7 +336,7 @@ class ReformerConfig(PreTrainedConfig):
             self.decoder_start_token_id = self.bos_token_id if self.pad_token_id is None else self.pad_token_id
 
     def to_encoder_decoder(self) -> "ReformerConfig":
-        """This config, or a copy with `is_encoder_decoder` set."""
+        """Return this config if it is an encoder-decoder's, otherwise a copy with `is_encoder_decoder` set."""
         if self.is_encoder_decoder:
             return self
         config = copy.deepcopy(self)
@@ -343,7 +346,7 @@ class ReformerConfig(PreTrainedConfig):
         return config
 
     def decoder_config(self) -> "ReformerConfig":
-        """The config of the decoder: a causal model whose `attn_layers` are `decoder_attn_layers`."""
+        """Return the config of the decoder: a causal model whose `attn_layers` are `decoder_attn_layers`."""
         config = copy.deepcopy(self)
         config.attn_layers, config.num_hidden_layers = self.decoder_attn_layers, len(self.decoder_attn_layers)
         config.is_decoder, config.is_encoder_decoder = True, False
@@ -355,7 +358,7 @@ class ReformerConfig(PreTrainedConfig):
 
     @property
     def pooling(self) -> str:
-        """`classifier_pooling`, or its default."""
+        """The pooling of sequence classification: `classifier_pooling`, or its default."""
         return self.classifier_pooling or ("last" if self.is_decoder else "mean")
 
     @property
@@ -368,12 +371,12 @@ class ReformerConfig(PreTrainedConfig):
 
     @property
     def inputs_to_logits_ratio(self) -> int:
-        """Samples of a recording per logit of `ReformerForCTC`; transformers uses this name."""
+        """Number of samples of a recording per logit of `ReformerForCTC`; transformers uses this name."""
         return self.frame_stride
 
     @property
     def grid_width(self) -> int | None:
-        """Columns of the position grid, from `rotary_shape` or axial positions; None without a grid."""
+        """Number of columns of the position grid, from `rotary_shape` or axial positions; None without a grid."""
         shape = {"rotary": self.rotary_shape, "axial": self.axial_pos_shape}.get(self.position_embedding_type)
         return None if shape is None or len(shape) < 2 else shape[-1]
 
@@ -384,7 +387,7 @@ class ReformerConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Overrides in `kwargs` are also validated, and replace saved fields that were derived from them."""
+        """Make a config. Overrides in `kwargs` are validated too, and saved fields derived from them are replaced."""
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in ReformerConfig.__annotations__}
         derived = {"attn_layers": "num_hidden_layers", "num_hidden_layers": "attn_layers"}
         derived |= {"position_embedding_type": "axial_pos_embds", "axial_pos_embds": "position_embedding_type"}
@@ -397,7 +400,10 @@ class ReformerConfig(PreTrainedConfig):
 
 
 def default_num_buckets(max_positions: int, window: int) -> int | tuple[int, int]:
-    """Power of two nearest to `max_positions / window`, from 2 to 2^20; two factors above 128 (paper, section 2)."""
+    """Return the power of two nearest to `max_positions / window`, from 2 to 2^20.
+
+    Above 128, it is returned as two factors (paper, section 2).
+    """
     bits = max(1, min(20, round(math.log2(max(2, max_positions / max(1, window))))))
     return 2**bits if bits <= 7 else (2 ** (bits // 2), 2 ** (bits - bits // 2))
 
@@ -413,7 +419,7 @@ def _tell_kept_num_buckets(config: ReformerConfig) -> None:
 
 
 def padded_length(config: ReformerConfig, length: int) -> int:
-    """Chunk mode: the common multiple of chunk lengths that a longer input is padded to; else the length itself."""
+    """Return the length that inputs are padded to: in chunk mode, if longer than a chunk, a multiple of all chunks."""
     kinds = {kind for kind in config.attn_layers if kind != "full"}
     chunks = [getattr(config, f"{kind}_attn_chunk_length") for kind in kinds]
     if config.attention_mode == "window" or not chunks or length <= min(chunks):

@@ -1,4 +1,4 @@
-"""Modules and functions by their names of version 0.1: importing them works, with a warning."""
+"""Modules and functions under their names of version 0.1, which can be imported with a warning."""
 
 import sys
 import warnings
@@ -8,7 +8,7 @@ from typing import Any
 
 MOVED = {
     "cli": "reformer_cli.main",
-    "cli.main": "reformer_cli.main",  # the entry of development versions, which an editable installation keeps
+    "cli.main": "reformer_cli.main",  # entry point of development versions, kept by editable installations
     "convert": "hf_reformer.hub.convert",
     "coverage_callback": "hf_reformer.training.coverage_callback",
     "distributed": "hf_reformer.training.distributed",
@@ -27,7 +27,7 @@ RENAMED = {
 
 
 class MovedModule(ModuleType):
-    """Takes its names from the module that holds them now."""
+    """A module whose names come from the module that holds them now."""
 
     def __getattr__(self, name: str) -> Any:
         module, new = MOVED[self.__name__.removeprefix(f"{__package__}.")], RENAMED.get(name, name)

@@ -11,11 +11,11 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-BYTE_OFFSET = 2  # what google/reformer-enwik8 was trained with: id = byte + 2
+BYTE_OFFSET = 2  # as in google/reformer-enwik8: id = byte + 2
 WHITE_SPACE = [byte + BYTE_OFFSET for byte in b" \t\n\r\f\v"]
 PAD, EOS, MASK, BOS = "<|pad|>", "<|eos|>", "<|mask|>", "<|bos|>"
 
-# The `tokenizers` library writes bytes as visible characters, one each ("Ġ" is the space).
+# The `tokenizers` library represents every byte by a visible character ("Ġ" is the space).
 VOCAB: dict[str, int] = {
     PAD: 0,
     EOS: 1,
@@ -37,14 +37,14 @@ class ReformerByteTokenizer(TokenizersBackend):
     | 259      | `<\|bos\|>`                                               |
     | 260 on   | added tokens, such as a `cls_token`                       |
 
-    No tokens are added around a text. A pair becomes `A <|eos|> B`. Both need 258 ids, so a model with 258 embeddings
-    (google/reformer-enwik8) can read them; masking and `<|bos|>` need 260, the `vocab_size`. `add_bos_token=True` and
-    `add_eos_token=True` add those two around the whole.
+    By default, no tokens are added around a text, and a pair becomes `A <|eos|> B`. Both use 258 ids and thus suit
+    models with 258 embeddings (google/reformer-enwik8); masking and `<|bos|>` need 260, the `vocab_size`.
+    `add_bos_token=True` and `add_eos_token=True` add these tokens around a text or pair.
 
     Offsets count characters: each byte of "é" points to that one character. Decoding is UTF-8; invalid bytes become
     U+FFFD, and ids outside the vocabulary, such as the -100 of labels, are skipped.
 
-    Text that spells a special token (`"<|pad|>"`) is read as that token, as everywhere in transformers;
+    Text that spells a special token (`"<|pad|>"`) is read as that token, as in all of transformers;
     `split_special_tokens=True` reads it as bytes. The pair format is fixed when the tokenizer is created: to change
     `sep_token` later, set it and call `update_post_processor()`.
 
@@ -52,10 +52,10 @@ class ReformerByteTokenizer(TokenizersBackend):
         pad_token, eos_token, mask_token, bos_token: Special tokens. Ids 0, 1, 258 and 259 keep the names above; any
             other name, here or below, is a new token after them.
         sep_token: Token between the two texts of a pair, or `None`.
-        add_prefix_space: Put a space before a text that does not start with one. With `is_split_into_words=True` this
-            separates words.
-        vocab: The vocabulary in `tokenizer.json`, which is only checked.
-        model_input_names: What it returns. Add `"token_type_ids"` for models that tell the texts of a pair apart
+        add_prefix_space: Add a space before a text that does not start with one. With `is_split_into_words=True`,
+            this separates words.
+        vocab: The vocabulary of `tokenizer.json`, which is only checked.
+        model_input_names: Names of the outputs. Add `"token_type_ids"` for models that distinguish the texts of a pair
             (`ReformerConfig.type_vocab_size`).
 
     Raises:
@@ -82,7 +82,7 @@ class ReformerByteTokenizer(TokenizersBackend):
         **kwargs: Any,
     ) -> None:
         self._tokenizer = Tokenizer(BPE(vocab=VOCAB, merges=[]))  # nothing is normalized, nothing merged
-        # Splitting into words changes no id; it serves `word_ids()`, so that labels and masks can follow words.
+        # Splitting into words changes no ids; it enables `word_ids()`, so that labels and masks can follow words.
         self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=True)
         self._tokenizer.decoder = decoders.ByteLevel()
         special = [AddedToken(token, normalized=False, special=True) for token in (PAD, EOS, MASK, BOS)]
@@ -101,24 +101,24 @@ class ReformerByteTokenizer(TokenizersBackend):
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """Read `tokenizer.json` if it exists; without files (google/reformer-enwik8) the bytes are the vocabulary."""
+        """Read `tokenizer.json` if it exists; without files (google/reformer-enwik8), use the byte vocabulary."""
         name = kwargs.get("name_or_path", "")
         vocab_file = kwargs.pop("vocab_file", None)
         if kwargs.get("tokenizer_file") is None:
-            if vocab_file is not None:  # of SentencePiece
+            if vocab_file is not None:  # a SentencePiece model
                 raise ValueError(_foreign(name))
             logger.warning(f"'{name}' has no tokenizer files; its text is read as bytes.")
         return super().convert_to_native_format(trust_remote_code=trust_remote_code, **kwargs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> BatchEncoding:
-        """As for every tokenizer of the library; an empty text alone gives integers, too."""
+        """Tokenize as in transformers; tensors are integers even if all texts are empty."""
         return _typed(super().__call__(*args, **kwargs))
 
     def pad(self, encoded_inputs: Any, *args: Any, **kwargs: Any) -> BatchEncoding:
-        """As for every tokenizer of the library; offsets are padded, too, and show words.
+        """Pad as in transformers, and also pad offsets, adapted to whole-word masking.
 
-        For whole-word masking: transformers takes for a word what has no gap in its offsets. So white space before a
-        word, and every further byte of one character, become empty spans at the end of what they stand for.
+        For whole-word masking, transformers treats tokens without a gap in their offsets as one word. So white space
+        before a word and all but the first byte of a character become empty spans at the end of what they represent.
         """
         several = isinstance(encoded_inputs, (list, tuple))
         rows = encoded_inputs if several else [encoded_inputs]
@@ -137,7 +137,7 @@ class ReformerByteTokenizer(TokenizersBackend):
         return _typed(padded)
 
     def update_post_processor(self) -> None:
-        """Write the formats `[bos] A [eos]` and `[bos] A sep B [eos]` for the present special tokens."""
+        """Set the formats `[bos] A [eos]` and `[bos] A sep B [eos]` for the current special tokens."""
         bos = [self.bos_token] if self.add_bos_token and self.bos_token else []
         eos = [self.eos_token] if self.add_eos_token and self.eos_token else []
         sep = [self.sep_token] if self.sep_token else []
@@ -148,14 +148,14 @@ class ReformerByteTokenizer(TokenizersBackend):
         )
 
     def train_new_from_iterator(self, *args: Any, **kwargs: Any) -> "TokenizersBackend":
-        """Raise an error: there is nothing to learn, and learned merges would change the ids of the bytes."""
+        """Raise NotImplementedError: there is nothing to learn, and merges would change the ids of the bytes."""
         raise NotImplementedError(
             "ReformerByteTokenizer has no vocabulary to train: its tokens are the 256 bytes. Use it, or train "
             "another tokenizer and give its size to the model as `vocab_size`."
         )
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Turn tokens into text. A list with anything else holds words, which pipelines join again."""
+        """Convert tokens to text. Strings that are not all tokens are words of a pipeline and are joined."""
         vocab = self.get_vocab()
         if all(token in vocab for token in tokens):
             return super().convert_tokens_to_string(tokens)
@@ -165,12 +165,12 @@ class ReformerByteTokenizer(TokenizersBackend):
         ids = [token_ids] if isinstance(token_ids, int) else token_ids
         try:
             return super()._decode(ids, *args, **kwargs)
-        except OverflowError:  # the Rust side takes 0 ≤ id < 2³²
+        except OverflowError:  # the Rust code accepts 0 ≤ id < 2³²
             return super()._decode([i for i in ids if 0 <= i < len(self)], *args, **kwargs)
 
 
 def _typed(encoded: BatchEncoding) -> BatchEncoding:
-    """Tensors without a number, which torch makes floats of one axis less than they would have."""
+    """Fix empty tensors, which torch creates as floats and, for offsets, with an axis missing."""
     for name, x in encoded.items():
         if isinstance(x, torch.Tensor) and x.numel() == 0:
             shape = (*x.shape, 2) if name == "offset_mapping" and x.dim() < 3 else x.shape
@@ -179,7 +179,7 @@ def _typed(encoded: BatchEncoding) -> BatchEncoding:
 
 
 def _word_offsets(ids: Any, offsets: Any) -> list[tuple[int, int]]:
-    """The offsets of one text's bytes with a gap before every word and none inside."""
+    """Return the offsets of the bytes of one text, with a gap before every word and none inside."""
     found, before = [], None
     for token, span in zip(ids, offsets, strict=True):
         start, end = map(int, span)

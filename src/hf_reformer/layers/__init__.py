@@ -1,1 +1,1 @@
-"""The modules of a layer: attention, feed-forward, position embeddings, and the layer itself."""
+"""Reformer layers and their modules: attention, feed-forward and position embeddings."""

@@ -1,4 +1,4 @@
-"""The attention branch of local and LSH layers. Layers of kind "full" have `full_attention.FullAttention`."""
+"""The attention branch of local and LSH layers. "full" layers use `full_attention.FullAttention`."""
 
 import math
 from functools import partial
@@ -30,19 +30,19 @@ from .full_attention import AttentionProjections, attention_dropout_key, merge_h
 
 
 class Hasher(NamedTuple):
-    """What hashes the vectors of a layer, in one call or over the life of a cache."""
+    """The hash function of a layer, for one call or for the lifetime of a cache."""
 
-    rotations: torch.Tensor  # (H, D, R, sum(factors) / 2), as `lsh.lsh_buckets` takes them
-    num_buckets: int | tuple[int, ...]  # of every round, or their factors
+    rotations: torch.Tensor  # (H, D, R, sum(factors) / 2), as in `lsh.lsh_buckets`
+    num_buckets: int | tuple[int, ...]  # per round, or their factors
     backend: str  # the config's choice
 
     def buckets(self, vectors: torch.Tensor, centering: Centering | None) -> torch.Tensor:
-        """(B, H, T, D) → (B, H, R, T) int32"""
+        """Hash vectors (B, H, T, D) into buckets (B, H, R, T) int32."""
         return lsh_buckets(vectors, self.rotations, self.num_buckets, centering, self.backend)
 
 
 class ReformerAttention(AttentionProjections):
-    """Windowed attention over sort orders."""
+    """Windowed attention over several sort orders of the tokens."""
 
     def __init__(self, config: ReformerConfig, layer: int):
         kinds: Any = config.attn_layers
@@ -57,7 +57,7 @@ class ReformerAttention(AttentionProjections):
         self.after = getattr(config, f"{self.kind}_num_chunks_after") or 0
 
     def forward(self, projected: Handoff, ctx: ForwardContext) -> tuple[torch.Tensor, AttentionReport]:
-        """What `qkv` gave → (B, T, H * head_size), every head's attention side by side; and what `ctx` asks for."""
+        """Attend with the output of `qkv`; returns the concatenated heads, (B, T, H * head_size), and a report."""
         split: list[Any] = [None if x is None else split_heads(x, self.heads, ctx.shard) for x in projected.take()]
         query, key, value = split
         projected_query, turned = query, self.turned_heads
@@ -81,7 +81,7 @@ class ReformerAttention(AttentionProjections):
         length, mask, query_weights = value.shape[2], ctx.mask, ctx.query_weights
         num_buckets = 0 if buckets is None else num_buckets_total(self._num_buckets(ctx))
         sorted_by = value.shape[1], real_tokens(ctx, value), vectors, buckets, num_buckets, ctx.samples, query
-        if ctx.padded_length > length:  # chunk mode works on whole chunks
+        if ctx.padded_length > length:  # chunk mode needs whole chunks
             more = ctx.padded_length - length
             mask = value.new_ones(value.shape[0], length, dtype=torch.bool) if mask is None else mask
             mask, query_weights, buckets = (_pad(x, (0, more)) for x in (mask, query_weights, buckets))
@@ -108,28 +108,28 @@ class ReformerAttention(AttentionProjections):
         return merge_heads(out[:, :, :length], ctx.shard), report
 
     def _sees_all_unhashed(self, ctx: ForwardContext) -> bool:
-        """Whether an input is so short that every token sees all it may, whatever its bucket."""
+        """Whether the input is so short that buckets do not matter: every token sees all tokens that it may see."""
         if self.mode == "chunk":
             return ctx.padded_length <= self.chunk
         if ctx.want_sorting or torch.compiler.is_compiling() or not self.config.lsh_include_local:
-            return False  # a graph is for any length
+            return False  # a graph must serve any length
         return ctx.padded_length <= 1 + window_extent(self.config.local_window, self.causal)[0]
 
     def layout(
         self, buckets: torch.Tensor | None, mask: torch.Tensor | None, ctx: ForwardContext, value: torch.Tensor
     ) -> AttentionLayout:
-        """Which order the tokens of `value` (B, H, T, D) are sorted into, and the windows there.
+        """Compute the sort orders of the tokens of `value` (B, H, T, D) and the windows in them.
 
         Args:
-            buckets: (B, H, R, T) int32 in lsh layers.
-            mask: (B, T) bool, or None: all tokens are real.
+            buckets: (B, H, R, T) int32 in lsh layers, otherwise None.
+            mask: (B, T) bool, True for real tokens; None if all are real.
         """
         config, (batch, heads, length, _) = self.config, value.shape
         heads = 1 if buckets is None else heads
         position = torch.zeros(batch, heads, 1, length, dtype=torch.int32, device=value.device)
         count = 1 if buckets is None else num_buckets_total(self._num_buckets(ctx))
         if self.mode == "chunk":
-            if buckets is None:  # chunks follow the sequence; padding stays in its place and is masked in the softmax
+            if buckets is None:  # chunks follow the sequence; padding stays in place and is masked in the softmax
                 buckets, mask = position, None
             return chunk_layout(buckets, count, self.chunk, self.before, self.after, mask, self.backend)
         groups: list[tuple[torch.Tensor, int | None, int]] = [(position, 1, config.local_window)]
@@ -141,13 +141,13 @@ class ReformerAttention(AttentionProjections):
                 explored = exploration_buckets(key, self.layer, self.heads, orders, count, ctx.ranks)
                 explored = explored if ctx.shard is None else explored[:, ctx.shard.own_heads(self.heads)]
                 groups.append((explored.expand(batch, -1, -1, -1), count, config.lsh_window))
-        if ctx.samples is not None:  # the samples of a sequence lie one after the other in every order
-            sample = ctx.samples[:, None, None, :].long()  # a number for every bucket of every sample
+        if ctx.samples is not None:  # every order keeps the samples of a sequence apart
+            sample = ctx.samples[:, None, None, :].long()  # a distinct number for every bucket of every sample
             groups = [(sample * (count or 1) + group, None, window) for group, count, window in groups]
         return window_layout(groups, self.causal, mask, backend=self.backend)
 
     def buckets(self, vectors: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        """(B, H, R, T) int32 of vectors (B, H, T, D), which follow those of the cache."""
+        """Hash vectors (B, H, T, D), which continue those of the cache, into buckets (B, H, R, T) int32."""
         hasher, centering = self.hasher(vectors, ctx), None
         if self.centered:
             cache_layer = None if ctx.cache is None else ctx.cache.layers[self.layer]
@@ -156,7 +156,7 @@ class ReformerAttention(AttentionProjections):
         return hasher.buckets(vectors, centering)
 
     def hasher(self, vectors: torch.Tensor, ctx: ForwardContext) -> Hasher:
-        """What hashes vectors (B, H, T, D) in this call: the cache's, once it holds tokens."""
+        """Return the hash function for vectors (B, H, T, D): that of the cache if it has one, otherwise a new one."""
         cache_layer = None if ctx.cache is None else ctx.cache.layers[self.layer]
         if cache_layer is not None and cache_layer.hasher is not None:
             return cache_layer.hasher
@@ -174,7 +174,7 @@ class ReformerAttention(AttentionProjections):
         return hasher
 
     def _num_buckets(self, ctx: ForwardContext) -> int | tuple[int, ...]:
-        """This call's own; where there are none those of the cache, or the legacy rule by length."""
+        """Return the number of buckets of this call, else of the cache, else by the legacy rule for its length."""
         if ctx.num_buckets is not None:
             return ctx.num_buckets
         hasher = None if ctx.cache is None else ctx.cache.layers[self.layer].hasher
@@ -183,7 +183,7 @@ class ReformerAttention(AttentionProjections):
         return legacy_num_buckets(max(ctx.padded_length, self.chunk), self.chunk, self.config.max_position_embeddings)
 
     def _randomness(self, ctx: ForwardContext, device: torch.device) -> torch.Tensor:
-        """The key of rotations and exploration: this forward's, or in evaluation a fixed one."""
+        """Return the key for rotations and exploration: that of this forward pass, or in evaluation a fixed one."""
         if ctx.training and ctx.key is not None and self.config.resample_rotations:
             return ctx.key
         return make_key(self.config.hash_seed or 0, device)

@@ -1,7 +1,7 @@
-"""Local and LSH attention of new tokens over those of a cache and each other: `prefill` for many, `decode` for few.
+"""Local and LSH attention of new tokens to cached tokens and each other: `prefill` for many, `decode` for few.
 
-In window mode each new token gets what one forward over all tokens would give it. In chunk mode it follows the legacy
-rule of decoding (`cache_layers.ChunkCacheLayer`).
+In window mode, results equal those of one forward pass over all tokens. Chunk mode follows the legacy decoding rule
+(`cache_layers.ChunkCacheLayer`).
 """
 
 from typing import Any
@@ -13,12 +13,12 @@ from ..ops.gather_attention import SparseAttention, concat_queries, gather_atten
 from ..ops.lsh import bucket_factors
 from .forward_context import ForwardContext
 
-MAX_DECODE_TOKENS = 8  # new tokens, up to which each is looked up by itself
-DECODE_COST_RATIO = 16  # cost of looking up one token, in tokens of one forward over all
+MAX_DECODE_TOKENS = 8  # up to this many new tokens, each is looked up separately
+DECODE_COST_RATIO = 16  # cost of looking up one token, in tokens of one forward pass over all
 
 
 def prefers_decode(attention: Any, new_tokens: int, ctx: ForwardContext) -> bool:
-    """Whether so many new tokens on top of the cache are better looked up one by one, or have to be."""
+    """Whether to look up this many new tokens one by one, because it is faster or the only way."""
     if attention.mode == "chunk" or ctx.want_weights or new_tokens <= MAX_DECODE_TOKENS:
         return True
     seen = ctx.cache.layers[attention.layer].seen_tokens
@@ -28,15 +28,15 @@ def prefers_decode(attention: Any, new_tokens: int, ctx: ForwardContext) -> bool
 def prefill(
     attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vectors: Any, ctx: ForwardContext
 ) -> tuple[torch.Tensor, None]:
-    """Many new tokens at once: windows over cached and new tokens, of which only the new ones are queries.
+    """Process many new tokens at once, with windows over cached and new tokens; only new tokens are queries.
 
     Args:
         attention: a `ReformerAttention`.
-        query, key, value: (B, H, N, D) of the new tokens, query and key turned by position.
+        query, key, value: (B, H, N, D) of the new tokens, query and key with rotary positions applied.
         vectors: (B, H, N, D), to be hashed; None in local layers.
 
     Returns:
-        (B, H, N, D); and None, as there are no weights.
+        The attention output, (B, H, N, D), and None in place of weights.
     """
     cache_layer, new, group = ctx.cache.layers[attention.layer], value.shape[2], attention.heads
     if vectors is None:
@@ -53,7 +53,7 @@ def prefill(
         tokens = cache_layer.append(key, value, buckets, ctx.mask)
         keys, values, buckets, mask = cache_layer.all_tokens()
         queries = keys
-        # A few heads at a time, so that what is as long as the context is no larger than what is as long as the input.
+        # A few heads at a time, so that tensors over the context are no larger than tensors over the input.
         group = max(1, attention.heads * new // keys.shape[2])
     first = torch.where(tokens >= 0, tokens, keys.shape[2]).amin(-1)[:, None, None, None]
     tokens, outputs = tokens.clamp(min=0)[:, None, :, None], []
@@ -71,11 +71,11 @@ def prefill(
 
 
 def cache_tensors(kernel: Any, cache_layer: Any) -> Any:
-    """What the decode functions of `reformer_kernels.cpu` read and write of a cache layer."""
+    """Collect the tensors of a cache layer that the decode functions of `reformer_kernels.cpu` read and write."""
     hasher, chains = cache_layer.hasher, cache_layer.chains
     if hasher is None:
         return kernel.CacheTensors(cache_layer.keys, cache_layer.values)
-    window = min(cache_layer.lsh_window, chains.previous.shape[-1] - 1)  # as in `last`: the kernel allocates for it
+    window = min(cache_layer.lsh_window, chains.previous.shape[-1] - 1)  # as in `last`: the kernel allocates this much
     return kernel.CacheTensors(
         cache_layer.keys, cache_layer.values, cache_layer.buckets, chains.newest, chains.previous, hasher.rotations,
         bucket_factors(hasher.num_buckets), window, cache_layer.sums,
@@ -85,12 +85,12 @@ def cache_tensors(kernel: Any, cache_layer: Any) -> Any:
 def decode(
     attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, vectors: Any, ctx: ForwardContext
 ) -> tuple[torch.Tensor, SparseAttention | None]:
-    """New tokens one after the other, each looked up in the cache by itself: nothing is of the context's length.
+    """Process new tokens one by one, looking up each in the cache: no tensor grows with the context.
 
-    Arguments as those of `prefill`.
+    The arguments are those of `prefill`.
 
     Returns:
-        (B, H, N, D); and the weights, where `ctx` asks for them.
+        The attention output, (B, H, N, D), and the weights if `ctx` requests them, else None.
     """
     cache_layer = ctx.cache.layers[attention.layer]
     windows = attention.mode == "window"

@@ -1,8 +1,8 @@
-"""All reversible layers as one Function, for graphs: a compiled training step then keeps what an eager one keeps.
+"""All reversible layers as one autograd Function, so that compiled training steps save no more than eager ones.
 
-Dynamo cannot follow the Function of a single layer, whose backward finds its streams in Python objects and
-differentiates. So it puts the stack into its graph as one call that it does not look into, and AOTAutograd runs the
-call to see what it computes, forward and backward. What decides that and is no tensor has to be an argument.
+Dynamo cannot trace the Function of a single layer, whose backward takes its streams from Python objects and calls
+autograd. So the stack enters the graph as one opaque call, which AOTAutograd traces forward and backward. Everything
+that determines its result and is not a tensor has to be an argument.
 """
 
 import contextlib
@@ -23,24 +23,28 @@ from .forward_context import AttentionReport, ForwardContext
 
 
 def supports_compiled_stack(layers: Any, ctx: ForwardContext) -> bool:
-    """Whether a graph may hold the layers as one call: in training, as they were made, and in one process."""
+    """Whether a graph may contain the layers as one call: compiled, unmodified, and in a single process."""
     if not torch.compiler.is_dynamo_compiling() or torch.compiler.is_exporting() or torch.__version__ < "2.13":
-        return False  # older dynamo hands no modules to such calls
-    split = active_ddp_module() is not None  # dynamo makes graphs of its buckets
+        return False  # older versions of dynamo cannot pass modules to opaque calls
+    split = active_ddp_module() is not None  # dynamo splits the graph at DDP's buckets
     return not split and ctx.shard is None and all(layer.is_unmodified() for layer in layers)
 
 
 def compiled_stack(
     layers: Any, x1: torch.Tensor, x2: torch.Tensor, ctx: ForwardContext, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor, list[AttentionReport]]:
-    """Both streams, (B, T, D) each, through all layers (an nn.ModuleList), and the attention mass; for graphs only."""
+    """Run both streams, (B, T, D) each, through all layers (an nn.ModuleList); only while compiling.
+
+    Returns:
+        Both streams and one report per layer with its attention mass, if requested.
+    """
     fields = {name: value for name, value in zip(ctx._fields, ctx, strict=True) if value is not None}
     x1, x2, *masses = _opaque(layers, x1, x2, fields, grid.bits, _settings(layers))
     return x1, x2, [AttentionReport(mass=mass) for mass in masses]
 
 
 def _settings(layers: Any) -> str:
-    """All numbers, texts and flags of the layers and of their config: dynamo guards what goes in here."""
+    """Collect all numbers, strings and flags of the layers and their config in a string, for dynamo to guard on."""
     holders = [layers[0].attention.config, *(module for layer in layers for module in layer.modules())]
     plain = [
         value for holder in holders for value in vars(holder).values() if isinstance(value, (bool, int, float, str))
@@ -57,7 +61,7 @@ def _opaque(layers, x1, x2, fields, bits, settings):
 
 
 class _Stack(torch.autograd.Function):
-    """Saves the streams after the last layer, and rebuilds all others from them."""
+    """Runs all layers; saves only the streams after the last one and reconstructs the others in backward."""
 
     @staticmethod
     def forward(fn, layers, names, ctx, grid, x1, x2, *tensors):
@@ -92,7 +96,7 @@ class _Stack(torch.autograd.Function):
             grads = layer_grads + grads
         grads = [d1, d2, *grads]
         checked = next(i for i, grad in enumerate(grads) if fn.needs_input_grad[4 + i] and grad is not None)
-        grads[checked] = _checked(grads[checked], y1, y2, sum1, sum2, fn.grid.bits)  # compilers cannot leave it out
+        grads[checked] = _checked(grads[checked], y1, y2, sum1, sum2, fn.grid.bits)  # compilers must not drop it
         return None, None, None, None, *grads
 
 
@@ -102,13 +106,13 @@ def _again(layer, tensors, device, autocast, stage) -> Iterator[None]:
         yield
 
 
-# Two ops that compilers do not look into, named after this module: a copy of this file elsewhere registers its own.
+# Two ops opaque to compilers, named after this module, so that a copy of this file can register its own.
 _NAMESPACE = re.sub(r"\W", "_", __name__)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::key_again", mutates_args=())
 def _key_again(key: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """The key, once there is `after`: so that masks are drawn again in backward, not kept from forward."""
+    """Return the key, with a dependency on `after`, so that masks are redrawn in backward instead of being saved."""
     return key.clone()
 
 
@@ -116,7 +120,7 @@ def _key_again(key: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 def _checked(
     grad: torch.Tensor, x1: torch.Tensor, x2: torch.Tensor, sum1: torch.Tensor, sum2: torch.Tensor, bits: int
 ) -> torch.Tensor:
-    """`grad`; warns where the rebuilt streams are not those whose checksums were taken."""
+    """Return `grad`; warn if the checksums of the reconstructed streams differ from the given ones."""
     warn_if_inexact((sum1, sum2), (x1, x2), Grid(x1.dtype, bits))
     return grad.clone()
 

@@ -1,4 +1,4 @@
-"""The feed-forward branch, the layer norm that every branch begins with, and dropout by keys."""
+"""The feed-forward branch, the layer norm at the start of every branch, and keyed dropout."""
 
 import torch
 from torch import nn
@@ -9,26 +9,26 @@ from ..ops.prng import FEED_FORWARD_DROPOUT, HIDDEN_DROPOUT, dropout, fold
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm that takes its input in any dtype, such as the residual streams', and answers in its weight's."""
+    """LayerNorm that accepts any floating dtype, such as that of the residual streams; outputs its weight's dtype."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x.to(self.weight.dtype))
 
 
 class Dropout(nn.Dropout):
-    """Dropout by a key (`prng.dropout`). `p` and `training` are where every tool looks for them, and count alone."""
+    """Keyed dropout (`prng.dropout`), controlled by `p` and `training` alone, as in `nn.Dropout`."""
 
     @property
     def rate(self) -> float:
         return self.p if self.training else 0.0
 
     def forward(self, x: torch.Tensor, key: torch.Tensor | None, offset: int = 0) -> torch.Tensor:  # type: ignore[override]
-        """(B, T, D) → (B, T, D); no `key`, no dropout. `offset`: position of x[:, 0] in its sequence."""
+        """Apply dropout to (B, T, D) if a `key` is given. `offset`: position of x[:, 0] in its sequence."""
         return dropout(x, self.rate, key, offset)
 
 
 class FeedForward(nn.Module):
-    """Two projections with dropout before and after."""
+    """Two projections with an activation between them, and dropout after each."""
 
     def __init__(self, config: ReformerConfig):
         super().__init__()
@@ -38,7 +38,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(config.feed_forward_size, config.hidden_size)
 
     def forward(self, x: torch.Tensor, key: torch.Tensor | None, offset: int = 0) -> torch.Tensor:
-        """(B, T, D) → (B, T, D); `key` and `offset` as those of `ReformerAttention.output`."""
+        """Map (B, T, D) to (B, T, D); `key` and `offset` as in `AttentionProjections.output`."""
         x = self.up_proj(x)
         x = self.dropout(x, key if key is None else fold(key, HIDDEN_DROPOUT), offset)
         x = self.down_proj(self.act(x))

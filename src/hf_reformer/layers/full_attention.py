@@ -1,6 +1,6 @@
-"""Exact attention, over a layer's own tokens ("full" layers) or over an encoder's states (cross-attention).
+"""Exact attention, over a layer's own tokens ("full" layers) or an encoder's states (cross-attention).
 
-It goes through the library's attention interface: `attn_implementation="sdpa"` (the default) or `"eager"`.
+It uses the library's attention interface: `attn_implementation="sdpa"` (the default) or `"eager"`.
 """
 
 from typing import Any
@@ -21,11 +21,11 @@ from ..reversible.chunking import Handoff
 from .feed_forward import Dropout
 from .forward_context import AttentionReport, EncoderContext, ForwardContext, Sorting, real_tokens
 
-MAX_SCORES = 2**24  # scores computed at once for the attention mass
+MAX_SCORES = 2**24  # number of scores computed at once for the attention mass
 
 
 class AttentionProjections(nn.Module):
-    """What all attention has: projections to queries, keys and values, and back: `qkv(x)`, then `output(mixed)`."""
+    """Base class of attention modules: projections to queries, keys and values (`qkv`), and back (`output`)."""
 
     def __init__(self, config: ReformerConfig, layer: int, kind: str, over_encoder: bool = False):
         super().__init__()
@@ -44,19 +44,19 @@ class AttentionProjections(nn.Module):
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
 
     def qkv(self, x: torch.Tensor) -> list[torch.Tensor | None]:
-        """(B, T, D) normalized stream → query, key (None where it is the query) and value, (B, T, H * head_size).
+        """Project the normalized stream, (B, T, D), to query, key and value, (B, T, H * head_size) each.
 
-        Over an encoder the query alone.
+        The key is None if it equals the query. Cross-attention projects only the query.
         """
         if self.kind == "lsh":
             return [self.qk_proj(x), None, self.v_proj(x)]
         return [self.q_proj(x)] if self.over_encoder else [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
 
     def output(self, mixed: torch.Tensor, key: torch.Tensor | None, offset: int = 0) -> torch.Tensor:
-        """What attention gave, (B, T, H * head_size) → (B, T, D).
+        """Project the concatenated heads, (B, T, H * head_size), to (B, T, D).
 
         Args:
-            key: of this layer's dropout, None in evaluation.
+            key: random key of this layer's dropout; None in evaluation.
             offset: position of mixed[:, 0] in its sequence.
         """
         key = None if key is None else fold(key, CROSS_DROPOUT if self.over_encoder else OUTPUT_DROPOUT)
@@ -64,7 +64,7 @@ class AttentionProjections(nn.Module):
 
 
 class FullAttention(AttentionProjections):
-    """One softmax per query over all keys that it may see.
+    """Attention with one softmax per query over all keys that it may see.
 
     With `over_encoder`, keys and values are projected from the encoder's last hidden state, (B, S, 2 D).
     """
@@ -76,10 +76,12 @@ class FullAttention(AttentionProjections):
     def forward(
         self, projected: Handoff, ctx: ForwardContext, states: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, AttentionReport]:
-        """What `qkv` gave → (B, T, H * head_size). A query that may see nothing gets 0.
+        """Attend with the output of `qkv`; returns the concatenated heads, (B, T, H * head_size), and a report.
+
+        The output of a query that may see nothing is 0.
 
         Args:
-            states: (B, S, 2 D), the encoder's, of which `ctx.encoder` tells more.
+            states: (B, S, 2 D), the encoder's states, described by `ctx.encoder`.
         """
         shard = None if self.over_encoder else ctx.shard
         query, *own = (split_heads(x, self.heads, shard) for x in projected.take())
@@ -92,13 +94,13 @@ class FullAttention(AttentionProjections):
         dropout_key, rate, mass = attention_dropout_key(self, ctx), self.dropout.rate, None
 
         def attend(query: torch.Tensor, key: Any, value: torch.Tensor) -> tuple[torch.Tensor, Any]:
-            """(B, H, T, D), and the weights where they are asked for."""
+            """Compute the output, (B, H, T, D), and the weights if requested."""
             if ctx.want_weights:
                 visible = allowed if sees is None else allowed & sees
                 factors = None if dropout_key is None else dropout_factors(dropout_key, rate, *query.shape[:3])
                 out, weights = eager_attention(self, query, key, value, visible, self.scale, causal, factors)
                 return out.transpose(1, 2), weights
-            if dropout_key is not None:  # masks by key, which the library's functions do not know
+            if dropout_key is not None:  # keyed dropout masks, which the library's functions do not support
                 layout = dense_layout(value, self.causal, ctx)
                 options: Any = {"scale": self.scale, "dropout": rate, "dropout_key": dropout_key}
                 options["backend"] = self.config.attention_backend
@@ -110,7 +112,7 @@ class FullAttention(AttentionProjections):
             return out if sees is None else torch.where(sees, out, 0), None
 
         def reach(tokens: torch.Tensor) -> torch.Tensor:
-            """Which queries, (B, H or 1, T), may see any of these keys, (B, H, S)."""
+            """Return which queries, (B, H or 1, T), may see any of these keys, (B, H, S)."""
             if allowed is None:
                 last = tokens.cumsum(-1) if causal else tokens.sum(-1, keepdim=True).expand(query.shape[:3])
                 return last > 0
@@ -140,10 +142,11 @@ class FullAttention(AttentionProjections):
         return merge_heads(out.to(dtype), shard), report
 
     def _own_tokens(self, query, key, value, ctx: ForwardContext) -> tuple[Any, ...]:
-        """Query, key and value of all tokens so far, and about them:
+        """Prepare self-attention over all tokens so far.
 
-        which keys each query may see (`make_attention_mask`); which queries see any, (B, 1, T, 1), or None;
-        and for keys of a cache where their tokens stand in the input, (B, 1, 1, T), or None.
+        Returns:
+            Query, key and value; which keys each query may see (`make_attention_mask`); which queries see any,
+            (B, 1, T, 1), or None; and with a non-empty cache the input positions of the keys, (B, 1, 1, T), or None.
         """
         query, key = (rotate(x, ctx.rotary, backend=self.config.attention_backend) for x in (query, key))
         cache_layer: Any = None if ctx.cache is None else ctx.cache.layers[self.layer]
@@ -160,7 +163,7 @@ class FullAttention(AttentionProjections):
         return query, key, value, allowed, None if ctx.mask is None else ctx.mask[:, None, :, None], None
 
     def _encoder_tokens(self, states: torch.Tensor, encoder: EncoderContext) -> tuple[Any, ...]:
-        """The same of the source's tokens, without the query. The cache computes keys and values once."""
+        """Prepare cross-attention likewise, without query and positions. Cached keys and values are computed once."""
         mask, cache = encoder
         if cache is not None and len(cache.layers) > self.layer:
             key, value = cache.layers[self.layer].keys, cache.layers[self.layer].values
@@ -171,22 +174,22 @@ class FullAttention(AttentionProjections):
         if mask is None:
             return key, value, None, None
         sees = mask.any(-1)[:, None, None, None]  # (B, 1, 1, 1)
-        return key, value, mask[:, None, None] | ~sees, sees  # never without any
+        return key, value, mask[:, None, None] | ~sees, sees  # no row without a visible key
 
 
 def split_heads(x: torch.Tensor, heads: int, shard: SequenceShard | None = None) -> torch.Tensor:
-    """(B, T, H * head_size) → (B, H, T, head_size); of a shared sequence all tokens of this process's heads."""
+    """Split (B, T, H * head_size) into (B, H, T, head_size); with a shard, all tokens of this process's heads."""
     x = x.unflatten(-1, (heads, -1)).transpose(1, 2)
     return x if shard is None else all_to_all_heads(x, shard)
 
 
 def merge_heads(x: torch.Tensor, shard: SequenceShard | None = None) -> torch.Tensor:
-    """The inverse of `split_heads`."""
+    """Undo `split_heads`."""
     return (x if shard is None else all_to_all_tokens(x, shard)).transpose(1, 2).flatten(2)
 
 
 def attention_dropout_key(attention: Any, ctx: ForwardContext) -> torch.Tensor | None:
-    """The key of a layer's dropout on attention weights, as `reference.pair_keys` takes it; None without dropout."""
+    """Return the key of a layer's attention dropout, as in `reference.pair_keys`; None without dropout."""
     if ctx.layer_key is None or not attention.dropout.rate:
         return None
     key = fold(ctx.layer_key, ATTENTION_DROPOUT)
@@ -206,16 +209,16 @@ def eager_attention(
     dropout_factors: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plain computation in at least float32, by the library's attention interface.
+    """Compute attention in at least float32, with the signature of the library's attention interface.
 
     Args:
         query: (B, H, T, D); key, value: (B, H, S, D).
-        attention_mask: bool, broadcast to (B, 1, T, S), what each query may see; None: all, or with `is_causal` what
-            is not behind it.
-        dropout_factors: (B, H, T, T), by which the weights are multiplied.
+        attention_mask: bool, broadcast to (B, 1, T, S), True for keys that a query may see; None: all keys, or with
+            `is_causal` none after the query.
+        dropout_factors: (B, H, T, T), multiplied with the weights.
 
     Returns:
-        (B, T, H, D) in the dtype of `value`, and the weights before dropout, (B, H, T, S).
+        The output, (B, T, H, D) in the dtype of `value`, and the weights before dropout, (B, H, T, S).
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
@@ -233,9 +236,9 @@ def full_attention_mass(
     causal: bool = False,
     scale: float = 1.0,
 ) -> torch.Tensor:
-    """The attention mass that every key receives, (B, S) in at least float32: `dispatch.windowed_attention`'s.
+    """Compute the attention mass of every key, (B, S) in at least float32, as in `dispatch.windowed_attention`.
 
-    A few queries at a time, whose weights are recomputed in backward: memory grows with the longer of the two lengths.
+    Queries are processed a few at a time and their weights recomputed in backward, so memory grows linearly.
 
     Args:
         query: (B, H, T, D); key: (B, H, S, D); query_weights: (B, T), 0 for padding.
@@ -262,21 +265,21 @@ def full_attention_mass(
 
 
 def _visible(allowed: torch.Tensor | None, causal: bool, shape: tuple[int, ...], device: Any) -> torch.Tensor | None:
-    """`allowed`, or which of S keys T queries may see, (T, S), where causality alone says so; None: all."""
+    """Return `allowed`, or if it is None and attention is causal, which of S keys T queries may see, (T, S)."""
     if allowed is not None or not causal:
         return allowed
     return torch.ones(shape[-2:], dtype=torch.bool, device=device).tril()
 
 
 def _softmax(scores: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-    """Over the keys that are visible; the weights of others are 0."""
+    """Apply the softmax over visible keys; the weights of others are 0."""
     if visible is None:
         return scores.softmax(-1)
     return scores.masked_fill(~visible, torch.finfo(scores.dtype).min).softmax(-1) * visible
 
 
 def make_attention_mask(ctx: ForwardContext, length: int, causal: bool, device: torch.device) -> torch.Tensor | None:
-    """Which tokens of its sequence each may see, bool, broadcast to (B, 1, T, T); None: `ctx` hides none."""
+    """Return which tokens each token may see, bool, broadcast to (B, 1, T, T); None if `ctx` hides none."""
     if ctx.mask is None and ctx.samples is None:
         return None
     allowed = torch.ones(1, 1, length if causal else 1, length, dtype=torch.bool, device=device)
@@ -289,7 +292,7 @@ def make_attention_mask(ctx: ForwardContext, length: int, causal: bool, device: 
 
 
 def dense_layout(value: torch.Tensor, causal: bool, ctx: ForwardContext) -> AttentionLayout:
-    """Windows that show every real token of the same sample: exact attention as the op of the other layers."""
+    """Make windows of all real tokens of a sample, for exact attention by the op of the other layers."""
     batch, _, length, _ = value.shape
     position = torch.zeros(batch, 1, 1, length, dtype=torch.int32, device=value.device)
     count = 1 if ctx.samples is None else None

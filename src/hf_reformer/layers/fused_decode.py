@@ -1,6 +1,6 @@
-"""A decode step through whole layers in one call of the compiled kernel: generation on a CPU.
+"""Decode steps through whole layers in one call of the compiled kernel, for generation on a CPU.
 
-Module by module, a small layer's step spends as long between its operations as in them.
+Run module by module, small layers spend as much time between operations as in them.
 """
 
 from collections.abc import Callable
@@ -14,20 +14,20 @@ from ..ops.dispatch import decode_kernel
 from .cached_attention import cache_tensors
 from .forward_context import ForwardContext
 
-MAX_BATCH_SIZE = 8  # with more, matrix products of the whole batch are faster
+MAX_BATCH_SIZE = 8  # for larger batches, matrix products over the whole batch are faster
 ACTIVATIONS = {nn.ReLU: False, GELUActivation: True}
 
 
 def plan_fused_decode(layers: Any, ctx: ForwardContext, like: torch.Tensor, dtype: torch.dtype) -> Callable | None:
-    """What takes both streams (B, 1, D) of one new token per sequence through the layers, as their modules would.
+    """Make a function that runs both streams (B, 1, D) of one new token per sequence through the layers.
 
     Args:
-        like: (B, T, D), what the streams begin with.
-        dtype: that of the streams.
+        like: (B, T, D), the initial value of the streams.
+        dtype: dtype of the streams.
 
     Returns:
-        (x1, x2, …) → (y1, y2, reports, of which there are none); or None unless this is a decode step with everything
-        that the kernel knows: unmodified layers with float32 weights on a CPU.
+        (x1, x2, …) → (y1, y2, empty list of reports), equivalent to the layers' modules; or None unless this is a
+        decode step that the kernel supports: unmodified layers with float32 weights on a CPU.
     """
     if ctx.cache is None or like.shape[1] != 1 or like.shape[0] > MAX_BATCH_SIZE:
         return None
@@ -59,10 +59,10 @@ def plan_fused_decode(layers: Any, ctx: ForwardContext, like: torch.Tensor, dtyp
 
 
 def _describe(layer: Any, cache_layers: list) -> tuple[Any, dict[str, torch.Tensor | None], tuple] | None:
-    """A layer's cache, weights and options, for `DecodeLayer`; None if it cannot."""
-    if "expected_types" not in layer.__dict__ or not layer.is_unmodified():  # a wrapper, perhaps
+    """Collect a layer's cache, weights and options for `DecodeLayer`; None if the kernel does not support it."""
+    if "expected_types" not in layer.__dict__ or not layer.is_unmodified():  # it may be a wrapper
         return None
-    parts = layer._modules  # every token comes here, and a module's attributes take their time
+    parts = layer._modules  # this runs for every token, and attribute access on modules is slow
     attention, feed_forward = parts["attention"], parts["feed_forward"]
     if attention.kind == "full" or attention.mode != "window":
         return None
@@ -74,7 +74,7 @@ def _describe(layer: Any, cache_layers: list) -> tuple[Any, dict[str, torch.Tens
         return None
     up_proj, down_proj = projections["up_proj"], projections["down_proj"]
     hidden, wide, inner = down_proj.out_features, up_proj.out_features, attention.heads * attention.head_size
-    table = [  # the kernel's name, the module, its weight's shape, and the kernel's name of its bias
+    table = [  # name in the kernel, module, shape of its weight, name of its bias in the kernel
         ("attention_norm", norm, (hidden,), "attention_norm_bias"),
         ("feed_forward_norm", second_norm, (hidden,), "feed_forward_norm_bias"),
         ("query_proj", projections["qk_proj" if attention.kind == "lsh" else "q_proj"], (inner, hidden), None),

@@ -1,4 +1,4 @@
-"""Axial position embeddings (Trax). Rotary ones are `ops.rotary`."""
+"""Axial position embeddings (Trax). For rotary ones, see `ops.rotary`."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from ..ops.axes import along_axes
 
 
 class _Tables(nn.ParameterList):
-    """Parameters that are asked for by a call, so that hooks which bring offloaded weights see it."""
+    """A ParameterList that is read by calling it, so that hooks that load offloaded weights run."""
 
     __call__ = nn.Module.__call__
 
@@ -18,12 +18,12 @@ class _Tables(nn.ParameterList):
 
 
 class AxialPositionEmbeddings(nn.Module):
-    """A grid of positions: one small table per axis, their rows concatenated.
+    """Embeddings of a grid of positions: one small table per axis, with their rows concatenated.
 
-    Position p of a grid of shape (s_0, …, s_n) is the multi-index of p in row-major order; its embedding is the
-    concatenation of one row of each table. Every length up to the product of the shape works, in training too.
+    In a grid of shape (s_0, …, s_n), position p is a multi-index in row-major order; its embedding is the
+    concatenation of one row of each table. Any length up to the product of the shape works, also in training.
 
-    `weights[i]` has shape (1, …, s_i, …, 1, dims[i]), as older checkpoints store it.
+    `weights[i]` has shape (1, …, s_i, …, 1, dims[i]), as in older checkpoints.
     """
 
     def __init__(self, shape: Sequence[int], dims: Sequence[int]):
@@ -35,7 +35,7 @@ class AxialPositionEmbeddings(nn.Module):
         )
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
-        """(B or 1, T) int64 → (B or 1, T, sum(dims))"""
+        """Embed position ids (B or 1, T) int64 as (B or 1, T, sum(dims))."""
         parts = []
         for index, size, weight in zip(along_axes(position_ids, self.shape), self.shape, self.weights(), strict=True):
             parts.append(nn.functional.embedding(index % size, weight.view(size, -1)))

@@ -20,7 +20,7 @@ from .forward_context import ForwardContext
 from .full_attention import FullAttention
 
 COMPILED_PARTS = ("qkv_projection", "output_projection", "feed_forward_branch")
-RECOMPILE_LIMIT = 64  # kinds of layers, with and without a graph, first chunks and others
+RECOMPILE_LIMIT = 64  # variants: kinds of layers, with and without autograd, first and later chunks
 
 
 class ReformerLayer(GradientCheckpointingLayer):
@@ -39,11 +39,11 @@ class ReformerLayer(GradientCheckpointingLayer):
         self.expected_types = [ReformerLayer, *map(type, _modules_of(self)[1:])]
 
     def is_unmodified(self) -> bool:
-        """Whether the layer is as it was made: without adapters, hooks, weights of another kind or compiled parts."""
+        """Whether the layer is as constructed: without adapters, hooks, other types of weights or compiled parts."""
         modules = _modules_of(self)
         if self.has_compiled_parts or [*map(type, modules)] != self.expected_types:
             return False
-        for module in modules:  # in one pass: generation asks for every token
+        for module in modules:  # in one pass, since generation calls this for every token
             own = module.__dict__
             hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"]
             if hooked or own["_backward_pre_hooks"] or "forward" in own:
@@ -53,11 +53,11 @@ class ReformerLayer(GradientCheckpointingLayer):
         return True
 
     def qkv_projection(self, x2: torch.Tensor, ctx: ForwardContext, offset: int) -> list[torch.Tensor | None]:
-        """(B, T, D) → what `attend` takes, (B, T, H * head_size) each; `offset`: position of the first token."""
+        """Project (B, T, D) to the inputs of `attend`, (B, T, H * head_size) each. `offset`: position of x2[:, 0]."""
         return self.attention.qkv(self.attention_norm(x2))
 
     def attend(self, projected: Handoff, ctx: ForwardContext, *states: torch.Tensor) -> tuple[Any, ...]:
-        """(B, T, H * head_size), and the fields of an `AttentionReport`."""
+        """Compute the attention output, (B, T, H * head_size), followed by the fields of an `AttentionReport`."""
         mixed, report = self.attention(projected, ctx)
         return mixed, *report
 
@@ -68,10 +68,10 @@ class ReformerLayer(GradientCheckpointingLayer):
         return self.feed_forward(self.feed_forward_norm(y1), ctx.layer_key, ctx.offset + offset)
 
     def compile_parts(self, **options: Any) -> None:
-        """Compile all but attention, which is compiled as it is; `options` are `torch.compile`'s.
+        """Compile all parts except attention, which has compiled kernels; `options` are those of `torch.compile`.
 
-        The parts are called with and without a graph, and both have to give the same bits. So a forward that would
-        record no graph records one and drops it (`has_compiled_parts`).
+        The parts run with and without autograd, and both have to give the same bits. So a forward pass that would
+        not record a graph records and discards one (`has_compiled_parts`).
         """
         self.has_compiled_parts, self.compile_options = True, options
         options = {"dynamic": True, **options}
@@ -81,7 +81,7 @@ class ReformerLayer(GradientCheckpointingLayer):
             setattr(self, name, torch.compile(getattr(self, name), **options))
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: compiled parts belong to this very layer, so a copy compiles its own."""
+        """Return the state for copies and pickles, without compiled parts: a copy compiles its own."""
         return {name: value for name, value in vars(self).items() if name not in COMPILED_PARTS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -99,11 +99,14 @@ class ReformerLayer(GradientCheckpointingLayer):
         index: int = 0,
         *states: torch.Tensor,
     ) -> tuple[Any, ...]:
-        """(x2, x1), each (B, T, D) in the grid's dtype → (y2, y1), and an `AttentionReport`'s fields, if any is set.
+        """Map (x2, x1), each (B, T, D) in the grid's dtype, to (y2, y1).
 
         Args:
-            handoff, index: of a reversible stack, and the layer's number there; None: the plain path.
+            handoff, index: handoff of a reversible stack and the layer's index in it; None: use the plain path.
             states: encoder states for `attend`, with gradients.
+
+        Returns:
+            (y2, y1), followed by the fields of an `AttentionReport` if any is set.
         """
         ctx = ctx.for_layer(self.attention.layer)
         if x2.dtype != grid.dtype:
@@ -126,8 +129,8 @@ class ReformerLayer(GradientCheckpointingLayer):
 
 
 def _modules_of(module: nn.Module) -> list[nn.Module]:
-    """The module and all within it, as `module.modules()`, which takes five times as long."""
+    """List a module and its submodules, like `module.modules()` but five times as fast."""
     modules = [module]
-    for parent in modules:  # the list grows while it is read
+    for parent in modules:  # the list grows during iteration
         modules += [child for child in parent._modules.values() if child is not None]
     return modules

@@ -1,1 +1,1 @@
-"""The backbone, its heads, their losses and outputs."""
+"""The backbone, task heads, losses and outputs."""

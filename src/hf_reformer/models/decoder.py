@@ -80,12 +80,12 @@ class ReformerDecoder(ReformerModel):
             raise ValueError("`cache` and `past_key_values` are two names for one argument. Give one of them.")
         states: Any = encoder_hidden_states
         batch = given_shape(input_ids, inputs_embeds)[0]
-        if has_no_token(states):  # treat a source without tokens as one of padding
+        if has_no_token(states):  # treat an empty source as padding
             states = nn.functional.pad(states, (0, 0, 0, 1))
             encoder_attention_mask = torch.zeros(states.shape[:2], dtype=torch.int64, device=states.device)
         self._check_source(states, encoder_attention_mask, batch)
         both = self._both_caches(past_key_values if cache is None else cache, use_cache, states)
-        if both is None or both.get_seq_length() == 0:  # and not for every token that is generated
+        if both is None or both.get_seq_length() == 0:  # not for every generated token
             check_mask_values(encoder_attention_mask)
         mask = None if encoder_attention_mask is None else encoder_attention_mask.to(states.device) != 0
         if mask is not None and may_look_at(mask) and bool(mask.all()):
@@ -107,7 +107,7 @@ class ReformerDecoder(ReformerModel):
     def _coverage(
         self, reports: list[AttentionReport], target: CoverageTarget, encoder: EncoderContext | None
     ) -> torch.Tensor:
-        """Per layer, the sum of the losses over the target's tokens and over the source's, (layers)."""
+        """Compute the coverage loss of every layer, (layers): the sum over the target's and the source's tokens."""
         own = super()._coverage(reports, target, encoder)
         cross = torch.stack([report.encoder_mass for report in reports])
         real = (target.query_weights > 0).any(-1, keepdim=True).expand(cross.shape[1:])  # sequences with a target
@@ -130,7 +130,7 @@ class ReformerDecoder(ReformerModel):
             )
 
     def _both_caches(self, cache: Any, use_cache: bool | None, states: torch.Tensor) -> EncoderDecoderCache | None:
-        """Caches of the target's tokens and of the source's keys and values; the latter is new for each target."""
+        """Return the caches of target tokens and of source keys and values; the latter is new for each target."""
         if cache is not None and not isinstance(cache, EncoderDecoderCache):
             raise ValueError(
                 f"The cache given is a {type(cache).__name__}, but an encoder-decoder keeps two. Give what an earlier "

@@ -1,6 +1,6 @@
-"""From signals to embeddings: linear maps of the frames of a recording and of the patches of an image.
+"""Embeddings of signals: linear maps of the frames of a recording and of the patches of an image.
 
-Their outputs are the `inputs_embeds` of `ReformerModel`; each module replaces its token embeddings.
+Their outputs are the `inputs_embeds` of `ReformerModel`; each module takes the place of its token embeddings.
 """
 
 import torch
@@ -12,15 +12,14 @@ from ..layers.position_embeddings import AxialPositionEmbeddings
 from ..ops.lsh import sum_dtype
 from .input_checks import check_mask_values, refuse_values
 
-GAIN_FLOOR = 1e-4  # of the variance that samples are scaled by, likewise: silence stays silent
-SPECTRUM_FLOOR = 1e-4  # of the power in a spectrum; that of a normalized waveform is about 1
+GAIN_FLOOR = 1e-4  # added to the variance of the samples: silence stays silent
+SPECTRUM_FLOOR = 1e-4  # added to the power spectrum; the power of a normalized waveform is about 1
 
 
 class FrameEmbeddings(nn.Module):
-    """Embed frames of `frame_size` steps, `frame_stride` apart, of a signal (B, N, F).
+    """Embeddings of frames of `frame_size` steps, `frame_stride` apart, of a signal (B, N, F).
 
-    The first frame starts with the signal. The last frame is padded with zeros if necessary, so no part of the
-    signal is lost.
+    The first frame starts with the signal. The last one is zero-padded if necessary, so that no part is lost.
     """
 
     def __init__(self, config: ReformerConfig):
@@ -31,7 +30,7 @@ class FrameEmbeddings(nn.Module):
         self.projection = nn.Linear(width, config.hidden_size)
 
     def forward(self, signal: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, N, F), zero where padded, and its mask (B, N), ones first → (B, frames, D)"""
+        """Embed (B, N, F), zero at padding, with mask (B, N), ones first, as (B, frames, D)."""
         count, dtype = self.count(signal.shape[1]), self.projection.weight.dtype
         if count == 0:
             return self.projection(
@@ -47,11 +46,11 @@ class FrameEmbeddings(nn.Module):
         return self.projection(frames.flatten(-2))
 
     def count(self, steps: int) -> int:
-        """Number of frames of a signal."""
+        """Return the number of frames of a signal of `steps` steps."""
         return count_frames(steps, self.size, self.stride)
 
     def mask(self, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(B, N) mask of steps, ones first → (B, frames) mask of the frames that belong to the signal."""
+        """Turn a mask of steps, (B, N), ones first, into the mask of frames that belong to the signal, (B, frames)."""
         lengths = attention_mask.long().sum(-1, keepdim=True)
         counts = (lengths - self.size + self.stride - 1).div(self.stride, rounding_mode="floor").clamp(min=0) + 1
         counts = torch.where(lengths > 0, counts, 0)
@@ -59,18 +58,18 @@ class FrameEmbeddings(nn.Module):
 
 
 def evenly_loud(x: torch.Tensor, mask: torch.Tensor | None, window: int, causal: bool) -> torch.Tensor:
-    """Automatic gain control: subtract from samples their mean within a window and divide by their deviation there.
+    """Apply automatic gain control: subtract the mean of a window and divide by its standard deviation.
 
     Args:
-        x: (B, N) waveforms, zero where padded.
-        mask: (B, N), 1 for real samples, which come first; None: all are.
-        window: its samples, half of them on either side; causal: the last one is the sample itself.
+        x: (B, N) waveforms, zero at padding.
+        mask: (B, N), 1 for real samples, which come first; None if all are real.
+        window: size of the window in samples, half on either side; if `causal`, it ends with the sample itself.
     """
     dtype, length = sum_dtype(x.device), x.shape[1]
     position = torch.arange(length, device=x.device)
     ends = position.new_full((len(x), 1), length) if mask is None else mask.to(x.device).long().sum(-1, keepdim=True)
     behind = torch.minimum(position + (1 if causal else window // 2 + 1), ends)
-    first = (position - (window - 1 if causal else window // 2)).clamp(min=0).minimum(behind)  # none of padding
+    first = (position - (window - 1 if causal else window // 2)).clamp(min=0).minimum(behind)  # excludes padding
     wide, count = x.to(dtype), (behind - first).clamp(min=1)
     sums = (nn.functional.pad(values.cumsum(-1), (1, 0)) for values in (wide, wide.square()))
     mean, power = ((total.gather(1, behind) - total.gather(1, first)) / count for total in sums)
@@ -79,12 +78,12 @@ def evenly_loud(x: torch.Tensor, mask: torch.Tensor | None, window: int, causal:
 
 
 def count_frames(steps: int, size: int, stride: int) -> int:
-    """Number of frames of a signal: those that begin in it, but for those that hold nothing new."""
+    """Count the frames that start within a signal and contain samples that no earlier frame does."""
     return 0 if steps == 0 else max(0, -(-(steps - size) // stride)) + 1
 
 
 def log_spectrum(frames: torch.Tensor) -> torch.Tensor:
-    """(…, size) samples → (…, size // 2 + 1) log10 power spectrum, computed in at least float32."""
+    """Compute the log10 power spectrum, (…, size // 2 + 1), of samples (…, size) in at least float32."""
     x = frames.to(torch.promote_types(frames.dtype, torch.float32))
     size = x.shape[-1]
     spectrum = torch.fft.rfft(x * torch.hann_window(size, dtype=x.dtype, device=x.device))
@@ -98,11 +97,11 @@ def checked_signal(
     input_features: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The signal of an audio head, (B, N, F), zero where masked.
+    """Check the inputs of an audio head and return the signal, (B, N, F), zero where masked.
 
     Args:
-        input_values: (B, N) samples of waveforms; or
-        input_features: (B, N, F) features of every step.
+        input_values: (B, N), samples of waveforms; or
+        input_features: (B, N, F), features of every step.
         attention_mask: (B, N), 1 for real steps, which come first.
 
     Raises:
@@ -139,7 +138,7 @@ def checked_signal(
 
 
 def check_finite(x: torch.Tensor, name: str) -> None:
-    """Raise ValueError for NaN and infinity; in eager mode only."""
+    """Raise ValueError for NaN or infinity; in eager mode only."""
     if values_are_known() and x.is_floating_point() and x.numel():
         where = ""
         if may_look_at(x) and not (right := x.isfinite()).all():
@@ -148,10 +147,10 @@ def check_finite(x: torch.Tensor, name: str) -> None:
 
 
 class PatchEmbeddings(nn.Module):
-    """Embed square patches of an image, in row-major order, `patch_size` pixels on a side. 1: single pixels.
+    """Embeddings of square patches of an image, `patch_size` pixels on a side, in row-major order.
 
-    Rotary positions encode how far apart patches are. With `rotary_shape`, tables for rows and columns also encode
-    where they are, as axial positions do.
+    Rotary positions only encode relative positions. With `rotary_shape`, tables for rows and columns also encode
+    absolute positions, as axial embeddings do.
     """
 
     def __init__(self, config: ReformerConfig):
@@ -164,7 +163,7 @@ class PatchEmbeddings(nn.Module):
             self.places = AxialPositionEmbeddings(config.rotary_shape, (half, config.hidden_size - half))
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, C, height, width) → (B, patches, D); patches that cross the edge are padded with zeros."""
+        """Embed (B, C, height, width) as (B, patches, D); patches that cross the edge are zero-padded."""
         height, width = (-(-side // self.size) * self.size for side in pixel_values.shape[2:])
         missing = (0, width - pixel_values.shape[3], 0, height - pixel_values.shape[2])
         x = nn.functional.pad(pixel_values.to(self.projection.weight.dtype), missing)
@@ -176,7 +175,7 @@ class PatchEmbeddings(nn.Module):
         return x + self.places(torch.arange(x.shape[1], device=x.device)[None] if positions is None else positions)
 
     def position_ids(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
-        """(1, patches) positions in the model's grid; None where they are 0, 1, 2 …"""
+        """Return the positions of patches in the model's grid, (1, patches); None if they are 0, 1, 2 …"""
         rows, columns = (-(-side // self.size) for side in pixel_values.shape[2:])
         if self.grid_width in (None, columns):
             return None

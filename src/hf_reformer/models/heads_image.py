@@ -33,8 +33,8 @@ class ReformerForImageClassification(ReformerPreTrainedModel):
     ) -> ReformerImageClassifierOutput:
         r"""
         Args:
-            pixel_values: (B, num_channels, height, width), images of any size. A token is a square patch, `patch_size`
-                pixels on a side, at its place in the grid of `rotary_shape` or `axial_pos_shape`.
+            pixel_values: (B, num_channels, height, width), images of any size. Tokens are square patches, `patch_size`
+                pixels on a side, at their positions in the grid of `rotary_shape` or `axial_pos_shape`.
             labels: (B) int64 classes; floats, (B) or (B, num_labels), for regression or multi-label classification.
         """
         check_pixels(self.config, pixel_values)

@@ -1,4 +1,4 @@
-"""Audio heads: transcription by connectionist temporal classification (Graves et al. 2006), and classification."""
+"""Audio heads: transcription with connectionist temporal classification (Graves et al. 2006), and classification."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from .pretrained import ReformerPreTrainedModel
 
 
 class ReformerForCTC(ReformerPreTrainedModel):
-    """Reformer for speech recognition: logits of every character for every frame, and CTC loss."""
+    """Reformer for speech recognition: character logits for every frame, and CTC loss."""
 
     main_input_name = "input_values"
     accepts_loss_kwargs = False  # the loss is a mean over rows
@@ -45,18 +45,18 @@ class ReformerForCTC(ReformerPreTrainedModel):
         Args:
             input_values: (B, N) waveforms of any length; or `input_features`: (B, N, num_input_features).
             attention_mask: (B, N), 1 for real samples, which come first.
-            labels: (B, L) int64, ids of the transcripts, -100 for no character.
+            labels: (B, L) int64, ids of the transcripts, -100 for padding.
 
         Returns:
             ReformerCTCOutput with `logits` (B, frames, vocab_size), one frame for every `frame_stride` samples. At
-            padding, all characters but the blank have the lowest number of the dtype.
+            padding, all logits but the blank's are the lowest number of the dtype.
         """
         signal = checked_signal(self.config, input_values, input_features, attention_mask)
         outputs, mask, shard = listen(self.model, signal, attention_mask, **kwargs)
         logits = gather_sequence(self.lm_head(self.dropout(outputs.last_hidden_state)), shard)
         loss = None if labels is None else ctc_loss(self.config, logits, mask, labels)
         blank = self.config.pad_token_id
-        if mask is not None and blank is not None:  # who takes the likeliest characters then hears nothing there
+        if mask is not None and blank is not None:  # greedy decoding then finds nothing there
             others = torch.arange(logits.shape[-1], device=logits.device) != blank
             padding = (mask == 0).to(logits.device)[..., None]
             logits = logits.masked_fill(padding & others, torch.finfo(logits.dtype).min)
@@ -104,7 +104,7 @@ class ReformerForAudioClassification(ReformerPreTrainedModel):
 def listen(
     model: ReformerModel, signal: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any
 ) -> tuple[Any, torch.Tensor | None, Any]:
-    """The backbone's output for a signal (B, N, F), the mask (B, frames) of its frames, and this process's shard."""
+    """Run the backbone on a signal (B, N, F); returns its output, the mask (B, frames) of frames, and the shard."""
     frames: Any = model.embed_tokens
     embeds = frames(signal, attention_mask)
     mask = None if attention_mask is None else frames.mask(attention_mask)
@@ -115,13 +115,13 @@ def listen(
 def ctc_loss(
     config: ReformerConfig, logits: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor
 ) -> torch.Tensor:
-    """Connectionist temporal classification in at least float32, with `config.pad_token_id` as the blank.
+    """Compute the CTC loss in at least float32, with `config.pad_token_id` as the blank.
 
     Args:
-        logits: (B, frames, vocab_size); mask: (B, frames), ones first; labels: (B, L) int64, -100 for no character.
+        logits: (B, frames, vocab_size); mask: (B, frames), ones first; labels: (B, L) int64, -100 for padding.
 
     Raises:
-        ValueError: labels of another batch size, outside the vocabulary, or equal to the blank.
+        ValueError: no valid blank; labels of another batch size, outside the vocabulary, or equal to the blank.
     """
     blank = config.pad_token_id
     if blank is None or not 0 <= blank < config.vocab_size:
@@ -141,7 +141,7 @@ def ctc_loss(
     frames = logits.shape[1]
     lengths = labels.new_full(labels.shape[:1], frames) if mask is None else mask.sum(-1).to(logits.device)
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    with torch.backends.cudnn.flags(enabled=False):  # it has limits of its own, and is not deterministic
+    with torch.backends.cudnn.flags(enabled=False):  # cuDNN's loss has limits of its own and is not deterministic
         return nn.functional.ctc_loss(
             scores.transpose(0, 1),
             labels[real],

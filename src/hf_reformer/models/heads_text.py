@@ -1,4 +1,4 @@
-"""Task heads for text, except language models: each has a backbone, one projection and one loss."""
+"""Task heads for text other than language models: each has a backbone, a classifier and a loss."""
 
 from typing import Any
 
@@ -66,7 +66,7 @@ class ReformerForSequenceClassification(ReformerPreTrainedModel):
 
 
 class ReformerForTokenClassification(ReformerPreTrainedModel):
-    """Reformer with a classifier on every token."""
+    """Reformer with a classification head on every token."""
 
     def __init__(self, config: ReformerConfig):
         super().__init__(config)
@@ -102,7 +102,7 @@ class ReformerForTokenClassification(ReformerPreTrainedModel):
 
 
 class ReformerForQuestionAnswering(ReformerPreTrainedModel):
-    """Reformer with a span head: scores of every token as start and as end of the answer."""
+    """Reformer with a span head that scores every token as start and as end of the answer."""
 
     accepts_loss_kwargs = False  # the loss is a mean over rows
 
@@ -124,14 +124,14 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> ReformerQuestionAnsweringOutput:
-        r"""`start_positions`, `end_positions`: (B) int64; a position outside the input (truncated) or on padding is
+        r"""`start_positions`, `end_positions`: (B) int64; positions outside the input (truncated) or on padding are
         ignored. Logits at padding are the lowest number of the dtype."""
         kwargs.update(token_type_ids=token_type_ids, return_dict=True)
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         shard = self.model.shard(given_shape(input_ids, inputs_embeds)[1])
         scores = gather_sequence(self.qa_outputs(outputs.last_hidden_state), shard)  # (B, T, 2)
         real = torch.ones_like(scores[..., 0], dtype=torch.bool)
-        if attention_mask is not None:  # no answer starts or ends on padding, so its width changes no loss
+        if attention_mask is not None:  # no answer starts or ends on padding, so its length does not affect the loss
             real = (attention_mask != 0).to(scores.device)
             scores = scores.masked_fill(~real[..., None], torch.finfo(scores.dtype).min)
         logits = {"start_logits": scores[..., 0], "end_logits": scores[..., 1]}
@@ -149,7 +149,7 @@ class ReformerForQuestionAnswering(ReformerPreTrainedModel):
 
 
 class ReformerForMultipleChoice(ReformerPreTrainedModel):
-    """Reformer that scores every choice of a question."""
+    """Reformer with a head that scores every choice of a question."""
 
     accepts_loss_kwargs = False  # the loss is a mean over questions
 
@@ -170,7 +170,7 @@ class ReformerForMultipleChoice(ReformerPreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> ReformerMultipleChoiceOutput:
-        r"""Inputs are (B, choices, T); `labels`: (B) int64, the index of the right choice."""
+        r"""Inputs are (B, choices, T); `labels`: (B) int64, the index of the correct choice."""
         inputs = input_ids if inputs_embeds is None else inputs_embeds
         if inputs is None or inputs.dim() != (3 if inputs_embeds is None else 4):
             shape = None if inputs is None else tuple(inputs.shape)
@@ -187,13 +187,13 @@ class ReformerForMultipleChoice(ReformerPreTrainedModel):
 def pool(
     hidden: torch.Tensor, attention_mask: torch.Tensor | None, pooling: str, shard: SequenceShard | None = None
 ) -> torch.Tensor:
-    """(B, T, D) → (B, D): mean over the real tokens, or the last or first real one; over all processes' tokens.
+    """Pool (B, T, D) to (B, D): the mean of the real tokens of all processes, or the last or first one.
 
-    A sequence without real tokens gives 0, regardless of its padding.
+    The result is 0 for a sequence without real tokens, regardless of its padding.
     """
     batch, length = hidden.shape[0], hidden.shape[1] if shard is None else shard.length
     mask = hidden.new_ones(batch, length) if attention_mask is None else (attention_mask != 0).to(hidden.device)
-    mask = mask.to(torch.promote_types(hidden.dtype, torch.float32))  # half precision cannot count a long sequence
+    mask = mask.to(torch.promote_types(hidden.dtype, torch.float32))  # half precision cannot count long sequences
     if pooling == "mean":
         weights = local_tokens(mask / mask.sum(-1, keepdim=True).clamp(min=1), shard)
         return all_reduce((hidden * weights[..., None]).sum(1), shard).to(hidden.dtype)
@@ -209,7 +209,7 @@ def classifier_dropout(config: ReformerConfig) -> float:
 
 
 def classification_loss(config: ReformerConfig, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The loss for `config.problem_type`, or else for the number and dtype of labels. Does not change the config."""
+    """Compute the loss for `config.problem_type`; if None, by `num_labels` and dtype. Does not change the config."""
     several = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
     kind = config.problem_type or ("regression" if config.num_labels == 1 else several)
     if kind == "single_label_classification":
@@ -222,11 +222,11 @@ def classification_loss(config: ReformerConfig, logits: torch.Tensor, labels: to
 
 
 def _inside(positions: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """(B) targets of a span head, -100 for those outside the input or on padding; `real`: (B, T) bool."""
+    """Return the targets of a span head, (B), -100 if outside the input or on padding; `real`: (B, T) bool."""
     positions = positions.reshape(-1).to(real.device)
     check_label_shape(positions, real.shape[:1])
     length = real.shape[1]
     nearest = torch.where(positions >= 0, positions.long(), length).clamp(max=length)
-    real = torch.cat([real, torch.zeros_like(positions, dtype=torch.bool)[:, None]], dim=1)  # nothing behind the end
+    real = torch.cat([real, torch.zeros_like(positions, dtype=torch.bool)[:, None]], dim=1)  # past the end is not real
     inside = real.gather(1, nearest[:, None])[:, 0]
     return torch.where(inside, positions, IGNORE)

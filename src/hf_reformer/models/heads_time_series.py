@@ -1,4 +1,4 @@
-"""Time series forecasting in one pass: all steps to predict are query tokens appended to the past."""
+"""Time series forecasting in one pass: the steps to predict are query tokens appended to the past."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from .outputs import ReformerTimeSeriesOutput
 from .pretrained import ReformerPreTrainedModel, ZeroLinear
 
 DISTRIBUTIONS = {"student_t": StudentTOutput, "normal": NormalOutput, "negative_binomial": NegativeBinomialOutput}
-MEANS = ("loc", "value")  # the parameters that are shifted with the values
+MEANS = ("loc", "value")  # parameters that are shifted with the values
 SCALERS = {
     "std": "TimeSeriesStdScaler", "last": "TimeSeriesStdScaler", "mean": "TimeSeriesMeanScaler",
     None: "TimeSeriesNOPScaler",
@@ -27,14 +27,14 @@ SCALERS = {
 
 
 def _make_scaler(scaling: str | None) -> Any:
-    """transformers' own. Its module needs docstrings, which `python -OO` drops, so other heads do without it."""
+    """Make a scaler of transformers. Imported here, as its module fails under `python -OO`, which drops docstrings."""
     from transformers.models.time_series_transformer import modeling_time_series_transformer as library
 
-    return getattr(library, SCALERS[scaling])(SimpleNamespace(default_scale=1.0))  # else that of others in the batch
+    return getattr(library, SCALERS[scaling])(SimpleNamespace(default_scale=1.0))  # else that of the batch
 
 
 class SeriesEmbeddings(nn.Module):
-    """Embed patches of time series, past and future. Missing values are 0 and marked as such."""
+    """Embeddings of patches of time series, past and future. Missing values are 0 and flagged as missing."""
 
     def __init__(self, config: ReformerConfig):
         super().__init__()
@@ -47,23 +47,23 @@ class SeriesEmbeddings(nn.Module):
             self.series = nn.Embedding(config.input_size, config.hidden_size)
 
     def forward(self, steps: torch.Tensor, patches: int) -> torch.Tensor:
-        """(B, S, N, F) features of every step of S sequences, whose last `patches` are the future → (B, S, T, D)"""
+        """Embed the steps of S sequences, (B, S, N, F), as (B, S, T, D); the last `patches` patches are the future."""
         x = self.projection(steps.unflatten(2, (-1, self.patch)).flatten(3))
         x = x + nn.functional.pad(self.future.weight.expand(patches, -1), (0, 0, x.shape[2] - patches, 0))
         return x if self.series is None else x + self.series.weight[:, None]
 
 
 class Window(NamedTuple):
-    """The context of a forecast: values (B, N, S), scaled per window, 0 where missing."""
+    """The context of a forecast: values (B, N, S), scaled per window, and 0 if missing."""
 
     values: torch.Tensor
-    observed: torch.Tensor  # (B, N, S), of the dtype of the values
+    observed: torch.Tensor  # (B, N, S), in the dtype of the values
     loc: torch.Tensor  # (B, 1, S)
     scale: torch.Tensor  # (B, 1, S)
 
 
 class SeriesGenerationMixin:
-    """`generate` for forecasts. Without this base, transformers adds text generation to every class from the Hub."""
+    """`generate` for forecasts. Without this base class, transformers adds text generation to classes from the Hub."""
 
     config: Any
     distribution: Any
@@ -78,9 +78,9 @@ class SeriesGenerationMixin:
         num_parallel_samples: int | None = None,
         **kwargs: Any,
     ) -> SampleTSPredictionOutput:
-        """Draw `num_parallel_samples` of every future value independently; `sequences`: (B, samples, P[, S]).
+        """Draw `num_parallel_samples` independent samples of every future value; `sequences`: (B, samples, P[, S]).
 
-        Other arguments are those of `forward`. One forward pass serves all samples.
+        Other arguments are those of `forward`, which runs once for all samples.
 
         Raises:
             ValueError: the model predicts single values, not distributions (`config.loss`).
@@ -104,7 +104,7 @@ class SeriesGenerationMixin:
 
     @classmethod
     def can_generate(cls) -> bool:
-        """False: this is no text generation, so there is no `generation_config`."""
+        """Return False: this is not text generation, so there is no `generation_config`."""
         return False
 
 
@@ -121,7 +121,7 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         self.distribution = DISTRIBUTIONS[config.distribution_output]() if config.loss == "nll" else None
         outputs = config.patch_length * (config.input_size if config.mix_series else 1)
         names = ["value"] if self.distribution is None else list(self.distribution.args_dim)
-        # forecasts begin as those of the linear map alone
+        # so that initial forecasts are those of the linear map alone
         kinds = {name: ZeroLinear if config.linear_skip and name in MEANS else nn.Linear for name in names}
         self.parameters_proj = nn.ModuleDict(
             {name: kind(2 * config.hidden_size, outputs) for name, kind in kinds.items()}
@@ -146,13 +146,13 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
     ) -> ReformerTimeSeriesOutput:
         r"""
         Args:
-            past_values: (B, N) of one series or (B, N, S) of several, any N; NaN marks a missing value.
-            past_observed_mask: as `past_values`, 1 for observed values. A series that starts later than others in
-                its batch has zeros before its start.
+            past_values: (B, N) for one series or (B, N, S) for several, any N; NaN marks missing values.
+            past_observed_mask: like `past_values`, 1 for observed values. Use zeros before the start of a series that
+                starts later than others in its batch.
             past_time_features: (B, N, num_time_features), known for every step.
             future_values: (B, P[, S]), P = `prediction_length`: the targets, NaN where unknown.
             future_time_features: (B, P, num_time_features).
-            future_observed_mask: as `future_values`, 1 for values that count in the loss.
+            future_observed_mask: like `future_values`, 1 for values that count in the loss.
         """
         past, alone = self._with_series_axis(past_values, "past_values")
         window = self._window(past, past_observed_mask)
@@ -182,7 +182,7 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         return self._head_output(ReformerTimeSeriesOutput, outputs, loss, **fields)
 
     def _with_series_axis(self, values: torch.Tensor | None, name: str) -> tuple[torch.Tensor, bool]:
-        """(B, N[, S]) → (B, N, S) in the model's dtype, and whether the series axis was added."""
+        """Check values (B, N[, S]); returns (B, N, S) in at least float32, and whether the series axis was added."""
         config, shape = self.config, None if values is None else tuple(values.shape)
         if shape is None or len(shape) not in (2, 3) or 0 in shape:
             raise ValueError(f"`{name}` has shape {shape}; it must be (batch, steps) or (batch, steps, series).")
@@ -195,12 +195,12 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         return x, len(shape) == 2
 
     def _units(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the training data, (S) each, or 0 and 1."""
+        """Return mean and standard deviation of the training data, (S) each, or 0 and 1."""
         mean, std = self.config.series_mean, self.config.series_std
         return x.new_tensor([0.0] if mean is None else mean), x.new_tensor([1.0] if std is None else std)
 
     def _window(self, past: torch.Tensor, observed_mask: torch.Tensor | None) -> Window:
-        """The last `context_length` steps, standardized and scaled; a shorter past is padded with unobserved steps."""
+        """Standardize and scale the last `context_length` steps; a shorter past is padded with unobserved steps."""
         observed = _observed(past, observed_mask, "past")
         mean, std = self._units(past)
         x = (past.nan_to_num() - mean) / std * observed
@@ -217,9 +217,9 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
     def _steps(
         self, window: Window, length: int, past_features: torch.Tensor | None, future_features: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features of every step, past and future, (B, S, N, F), in whole patches; S = 1 if series are mixed.
+        """Assemble the features of every step, past and future, (B, S, N, F), in whole patches.
 
-        Also returns which steps exist, (B, S, N) bool: not those before a series starts.
+        S = 1 if series are mixed. Also returns which steps exist, (B, S, N) bool: those from the start of a series on.
         """
         config, patch = self.config, self.config.patch_length
         before, behind = -config.context_length % patch, -config.prediction_length % patch
@@ -248,7 +248,7 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         return features.to(self.device, self.dtype)
 
     def _forecast_parameters(self, hidden: torch.Tensor, window: Window) -> tuple[torch.Tensor, ...]:
-        """Parameters of the distributions, (B, P, S) each, in at least float32; or a single one, the values."""
+        """Compute the parameters of the distributions, (B, P, S) each, in at least float32; or only the values."""
         steps, params = self.config.prediction_length, []
         for name, projection in self.parameters_proj.items():
             x = projection(hidden).to(window.values.dtype)  # (B, S or 1, patches, patch · (1 or S))
@@ -265,7 +265,7 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         return tuple(self.distribution.domain_map(*(x[..., None] for x in params)))
 
     def _skip(self, values: torch.Tensor) -> torch.Tensor:
-        """(B, N, S) → (B, P, S), by one map for each series, for every series, or for all of them together."""
+        """Map (B, N, S) to (B, P, S), with one map per series, one shared by all, or one from all series to all."""
         if self.config.mix_series:
             return self.skip(values.flatten(1)).unflatten(1, (self.config.prediction_length, -1))
         if self.config.individual_skip:
@@ -278,13 +278,13 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         batches: Iterable[Mapping[str, torch.Tensor]],
         penalties: Sequence[float] = (0.1, 1.0, 10.0, 100.0, 1e3, 3e3, 1e4, 3e4, 1e5),
     ) -> None:
-        """Set the linear map of the context to a ridge regression, so that training starts from its forecasts.
+        """Fit the linear map of the context by ridge regression, so that training starts from its forecasts.
 
         Args:
-            batches: `past_values`, `future_values` and their masks, as for a call, in order of time. A missing future
-                value counts as the one before it; a window's series without any future is left out.
-            penalties: on the weights, in the scale that the model sees. The one is taken that predicts the last fifth
-                of all windows best from the others; then all are used.
+            batches: `past_values`, `future_values` and their masks, as in `forward`, in chronological order. Missing
+                future values repeat the last one before them; series without any in a window are left out.
+            penalties: candidate penalties on the weights, in the scale that the model sees. The one chosen predicts
+                the last fifth of all windows best from the others; the final fit then uses all windows.
 
         Raises:
             ValueError: the model has no such map (`config.linear_skip`).
@@ -292,11 +292,11 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         if not self.config.linear_skip:
             raise ValueError("The model has no linear map to fit. Make it with `linear_skip=True`.")
         maps, windows = list(self.skip) if self.config.individual_skip else [self.skip], list(batches)
-        like, size = maps[0].weight, maps[0].in_features + 1  # with a constant for the bias
-        products = like.new_zeros(len(maps), 2, size, size, dtype=torch.float64)  # of rows to fit, and to choose by
+        like, size = maps[0].weight, maps[0].in_features + 1  # plus a constant for the bias
+        products = like.new_zeros(len(maps), 2, size, size, dtype=torch.float64)  # for fitting and for validation
         targets = like.new_zeros(len(maps), 2, size, maps[0].out_features, dtype=torch.float64)
         count = sum(len(batch["past_values"]) for batch in windows)
-        left = count + -count // 5  # windows to fit; one at least is left to choose by
+        left = count + -count // 5  # windows for fitting; at least one is left for validation
         for batch in windows:
             for part, piece in enumerate((slice(left), slice(left, None))):
                 some = {name: values[piece] for name, values in batch.items()}
@@ -306,11 +306,11 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
                         targets[number, part] += x.T @ y
             left = max(0, left - len(batch["past_values"]))
         shrunk = torch.eye(size, dtype=torch.float64, device=like.device)
-        shrunk[-1, -1] = 1e-6  # the bias is free
+        shrunk[-1, -1] = 1e-6  # the bias is not penalized
         for skip, product, target in zip(maps, products, targets, strict=True):
 
             def error(penalty: float, product: Any = product, target: Any = target) -> float:
-                """Squared error on the rows to choose by, less a constant."""
+                """Compute the squared error on the validation rows, up to a constant."""
                 found = torch.linalg.solve(product[0] + penalty * shrunk, target[0])
                 return (found * (product[1] @ found - 2 * target[1])).sum().item()
 
@@ -319,10 +319,10 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
             skip.bias.copy_(fitted[:, -1])
 
     def _skip_rows(self, batch: Mapping[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """For every linear map, what it is given, and 1, and what it is to give, float64.
+        """Make the regression problem of every linear map: inputs with a constant 1, and targets, float64.
 
-        (rows, inputs + 1) and (rows, outputs) each. Both are multiplied by the scale of the window: errors count as in
-        the loss, not more where little happens.
+        Shapes are (rows, inputs + 1) and (rows, outputs). Both are multiplied by the scale of the window, so that
+        errors count as in the loss instead of more in quiet windows.
         """
         past, _ = self._with_series_axis(batch["past_values"], "past_values")
         future, _ = self._with_series_axis(batch["future_values"], "future_values")
@@ -357,7 +357,7 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
         mean: torch.Tensor,
         std: torch.Tensor,
     ) -> torch.Tensor:
-        """Mean loss over observed, standardized values; 0 if there are none."""
+        """Compute the mean loss over observed, standardized values; 0 if there are none."""
         wanted = (past.shape[0], self.config.prediction_length, past.shape[2])
         if future.shape != wanted:
             raise ValueError(f"`future_values` have shape {tuple(future.shape)}: batch, steps, series; not {wanted}.")
@@ -372,7 +372,7 @@ class ReformerForTimeSeriesPrediction(SeriesGenerationMixin, ReformerPreTrainedM
 
 
 def _observed(values: torch.Tensor, mask: torch.Tensor | None, name: str) -> torch.Tensor:
-    """(B, N, S), 1 where a value was observed."""
+    """Return the mask of observed values, (B, N, S), in the dtype of the values."""
     observed = ~values.isnan()
     if mask is not None:
         mask = mask if mask.dim() == 3 else mask[..., None]

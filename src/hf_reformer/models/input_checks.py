@@ -1,4 +1,4 @@
-"""Input validation before anything is computed, and detection of packed samples."""
+"""Validation of inputs before any computation, and detection of packed samples."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from ..ops.dispatch import resolve_backend
 
 
 def reject_tracing(config: Any) -> None:
-    """Raise NotImplementedError if TorchScript traces a model with sort orders, which it cannot represent."""
+    """Raise NotImplementedError if TorchScript traces a model with sort orders, which traces cannot represent."""
     if torch.jit.is_tracing() and set(config.attn_layers) != {"full"}:
         way = "torch.onnx.export(dynamo=False)" if torch.onnx.is_in_onnx_export() else "torch.jit.trace"
         raise NotImplementedError(
@@ -27,7 +27,7 @@ def check_inputs(
 ) -> None:  # fmt: skip
     """Raise ValueError for invalid inputs. Values are checked in eager mode only.
 
-    On a CUDA device, checking values would require synchronization, so a device assertion rejects them instead.
+    On a CUDA device, checking values would require synchronization, so device assertions reject them instead.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("Give exactly one of `input_ids` and `inputs_embeds`.")
@@ -75,7 +75,7 @@ def check_inputs(
 def reject_ignored_packing_args(
     position_ids: torch.Tensor | None, cu_seq_lens_q: Any = None, seq_idx: torch.Tensor | None = None, **ignored: Any
 ) -> None:
-    """Raise ValueError for other arguments that indicate packed samples if there are no `position_ids`."""
+    """Raise ValueError if other arguments indicate packed samples but there are no `position_ids`."""
     name = "cu_seq_lens_q" if cu_seq_lens_q is not None and len(cu_seq_lens_q) > 2 else None
     advice = (
         "indicates packed samples. They are separated by `position_ids` that restart at 0, and there are none (prompt "
@@ -136,7 +136,7 @@ def _check_values(
 
 
 def check_mask_values(mask: torch.Tensor | None) -> None:
-    """Raise ValueError for values other than 0 and 1; in eager mode only."""
+    """Raise ValueError for mask values other than 0 and 1; in eager mode only."""
     if mask is not None and values_are_known():
         refuse_values(
             (mask == 0) | (mask == 1),
@@ -146,7 +146,7 @@ def check_mask_values(mask: torch.Tensor | None) -> None:
 
 
 def refuse_values(right: torch.Tensor, message: str) -> None:
-    """Raise ValueError unless all of `right` are True; on a CUDA device, by an asynchronous assertion instead."""
+    """Raise ValueError unless all of `right` is True; on a CUDA device, use an asynchronous assertion instead."""
     if may_look_at(right):
         if not bool(right.all()):
             raise ValueError(message)
@@ -155,10 +155,10 @@ def refuse_values(right: torch.Tensor, message: str) -> None:
 
 
 def packed_samples(position_ids: torch.Tensor, ranks: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
-    """Which sample of its row each token belongs to, (B, T) int32; None if every row is one sample.
+    """Return each token's sample within its row, (B, T) int32; None if every row is one sample.
 
-    A row is packed if the numbering of its real tokens restarts at 0, as data collators write it. Any other numbering
-    is that of a single sample. Never None if values cannot be inspected.
+    A row is packed if the numbering of its real tokens restarts at 0, as written by data collators. Any other
+    numbering is that of a single sample. Never None if values cannot be inspected.
     """
     begins = (position_ids == 0) & (ranks > 0)
     odd = (position_ids[:, 1:] != 0) & (position_ids[:, 1:] != position_ids[:, :-1] + 1)
@@ -171,9 +171,9 @@ def packed_samples(position_ids: torch.Tensor, ranks: torch.Tensor, mask: torch.
 
 
 def reject_packed_samples(samples: torch.Tensor, advice: str) -> None:
-    """Raise ValueError for samples that would be mixed; in compiled code, at run time.
+    """Raise ValueError for samples that would be mixed; without access to values, by a device assertion.
 
-    advice: without double quotes, since inductor copies it verbatim into C++.
+    `advice` must not contain double quotes, since inductor copies it verbatim into C++.
     """
     message = f"`position_ids` restart at 0 within a row, which packs several samples into it. {advice}"
     if may_look_at(samples):
@@ -182,10 +182,10 @@ def reject_packed_samples(samples: torch.Tensor, advice: str) -> None:
 
 
 def has_no_token(inputs: torch.Tensor | None) -> bool:
-    """Whether the input is a batch of texts without tokens, (B, 0) or (B, 0, D)."""
+    """Whether the input is a batch of empty sequences, (B, 0) or (B, 0, D)."""
     return inputs is not None and inputs.dim() > 1 and inputs.shape[0] > 0 and inputs.shape[1] == 0
 
 
 def given_shape(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Size:
-    """(B, T) of the input, which the backbone has checked."""
+    """Return the shape (B, T) of the input."""
     return (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]

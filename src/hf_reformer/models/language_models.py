@@ -1,4 +1,4 @@
-"""Causal and masked language models: backbone, one projection, and a loss that never materializes all logits."""
+"""Causal and masked language models: backbone, head, and a loss that in training never materializes all logits."""
 
 import copy
 from typing import Any
@@ -22,9 +22,9 @@ from .pretrained import ReformerPreTrainedModel
 
 
 class ReformerLMBase(ReformerPreTrainedModel):
-    """The head of causal and masked language models, and its chunked loss.
+    """Base class of language models: backbone, head and chunked loss.
 
-    With `tie_word_embeddings`, `lm_head` shares the embedding weights, and both streams are merged into one for it.
+    With `tie_word_embeddings`, `lm_head` shares the embedding weights, and a projection merges both streams for it.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -46,9 +46,9 @@ class ReformerLMBase(ReformerPreTrainedModel):
         self.lm_head = value
 
     def _loss_and_logits(self, hidden, targets, shard: SequenceShard | None, num_items, logits_to_keep=0):
-        """Loss and logits from the hidden states of this process's tokens, (B, T, 2 D), and targets of all, or None.
+        """Compute loss and logits from this process's hidden states, (B, T, 2 D), and all targets or None.
 
-        In training with targets, logits are computed for a few tokens at a time and are not returned.
+        In training with targets, logits are computed for a few tokens at a time and not returned.
         """
         loss = logits = None
         every = isinstance(logits_to_keep, int) and logits_to_keep == 0
@@ -57,7 +57,7 @@ class ReformerLMBase(ReformerPreTrainedModel):
             logits = self.lm_head(kept_tokens(hidden, logits_to_keep, shard))
         if targets is not None:
             targets = targets.to(hidden.device)
-            check_labels(targets, self.config.vocab_size)  # those of all processes, so that all raise or none
+            check_labels(targets, self.config.vocab_size)  # targets of all processes, so that all raise or none
             num_items = (targets != IGNORE).sum() if num_items is None else num_items
             own = local_tokens(targets, shard).reshape(-1)
             if logits is not None and every:
@@ -72,14 +72,14 @@ class ReformerLMBase(ReformerPreTrainedModel):
 
 
 class ReformerGenerativeLM(ReformerLMBase, GenerationMixin):
-    """A language model with transformers' `generate`, using our cache."""
+    """A language model with transformers' `generate` and our cache."""
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return True  # the library says no to every class with `reformer` in its name
 
     def _prepare_attention_mask_for_generation(self, inputs_tensor, generation_config, model_kwargs):
-        """Guessed from padding ids, as in transformers; cached tokens keep their mask: texts may hold that id."""
+        """Infer the mask from padding ids, as in transformers; cached tokens keep theirs: texts may hold the id."""
         library: Any = super()
         mask = library._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
         cache = model_kwargs.get("past_key_values", model_kwargs.get("cache"))
@@ -91,7 +91,7 @@ class ReformerGenerativeLM(ReformerLMBase, GenerationMixin):
         return torch.cat([layers[0].mask_so_far().to(mask), new], dim=-1)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        """The cache that transformers chooses, with our layers; none under sequence parallelism."""
+        """Prepare the cache that transformers selects, with our layers; none under sequence parallelism."""
         if self.model.sequence_group is not None:
             if "inputs_embeds" in model_kwargs:
                 raise ValueError(
@@ -122,7 +122,7 @@ class ReformerGenerativeLM(ReformerLMBase, GenerationMixin):
 
 
 class ReformerForCausalLM(ReformerGenerativeLM):
-    """Reformer with a language-model head. Always causal, whatever `config.is_decoder` says; without token types."""
+    """Reformer with a language-model head. Always causal, regardless of `config.is_decoder`; without token types."""
 
     def __init__(self, config: ReformerConfig):
         if not config.is_decoder or config.type_vocab_size:
@@ -148,16 +148,16 @@ class ReformerForCausalLM(ReformerGenerativeLM):
     ) -> ReformerCausalLMOutput:
         r"""
         Args:
-            labels: (B, T) int64: the tokens themselves (they are shifted here), -100 for no target.
-            logits_to_keep: compute logits of this many last positions (0: all), or of these indices.
-            num_items_in_batch: the summed loss is divided by it (gradient accumulation in the Trainer).
+            labels: (B, T) int64, the tokens themselves (shifted inside the model), -100 for no target.
+            logits_to_keep: number of last positions to compute logits for (0: all), or their indices.
+            num_items_in_batch: divisor of the summed loss (gradient accumulation in the Trainer).
             num_hashes, num_buckets: as in `ReformerModel`; named here so that `generate` accepts them.
-            shift_labels: (B, T) int64: the target of every position, already shifted; instead of `labels`.
+            shift_labels: (B, T) int64, the target of every position, already shifted; instead of `labels`.
 
         Returns:
             ReformerCausalLMOutput. `logits` (B, T, vocab_size) is None in training with labels.
         """
-        shift_labels = kwargs.pop("shift_labels", None)  # in the signature, Trainer would want it in evaluation
+        shift_labels = kwargs.pop("shift_labels", None)  # not in the signature: Trainer would require it in evaluation
         kwargs.update(num_hashes=num_hashes, num_buckets=num_buckets, return_dict=True)
         given = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs["cache"]
         with whole_step(given):
@@ -202,7 +202,7 @@ class ReformerForMaskedLM(ReformerLMBase):
         token_type_ids: torch.LongTensor | None = None,
         **kwargs: Any,
     ) -> ReformerMaskedLMOutput:
-        r"""`labels`: (B, T) int64, -100 where nothing was masked. `logits` is None in training with labels."""
+        r"""`labels`: (B, T) int64, -100 at tokens that were not masked. `logits` is None in training with labels."""
         kwargs.update(token_type_ids=token_type_ids, return_dict=True)
         outputs = self.model(input_ids, attention_mask, position_ids, inputs_embeds, **kwargs)
         shape = given_shape(input_ids, inputs_embeds)
@@ -213,7 +213,7 @@ class ReformerForMaskedLM(ReformerLMBase):
 
 
 def kept_tokens(hidden: torch.Tensor, logits_to_keep: int | torch.Tensor, shard: SequenceShard | None) -> torch.Tensor:
-    """The hidden states whose logits are needed; gathered from all processes unless all logits are needed."""
+    """Select the hidden states whose logits are needed, from all processes unless all logits are needed."""
     if shard is None or (isinstance(logits_to_keep, int) and logits_to_keep == 0):
         return slice_logits_to_keep(hidden, logits_to_keep)
     positions = torch.arange(shard.length, device=hidden.device).expand(hidden.shape[0], -1)[..., None]

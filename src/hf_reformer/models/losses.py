@@ -1,4 +1,4 @@
-"""Losses of the heads: exact under gradient accumulation, 0 without targets, never with all logits of a sequence."""
+"""Losses of the heads: exact under gradient accumulation, 0 without targets, and optionally chunked."""
 
 import warnings
 from functools import partial
@@ -16,7 +16,9 @@ Count = torch.Tensor | int | None
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, num_items: Count = None) -> torch.Tensor:
-    """Mean cross-entropy over labels other than -100, or their sum divided by `num_items`; 0 without targets.
+    """Compute the mean cross-entropy over labels other than -100, or their sum divided by `num_items`.
+
+    The loss is 0 without targets.
 
     Args:
         logits: (N, C) floating; computed in at least float32.
@@ -35,16 +37,16 @@ def chunked_cross_entropy(
     chunk: int = 0,
     num_items: Count = None,
 ) -> torch.Tensor:
-    """`cross_entropy(head(hidden), labels)`, with logits for `chunk` tokens at a time, also in backward.
+    """Compute `cross_entropy(head(hidden), labels)` with logits for `chunk` tokens at a time, also in backward.
 
     Args:
         hidden: (N, D); head: D → vocab_size.
-        chunk: tokens at a time; 0: enough for about four million logits.
+        chunk: number of tokens at a time; 0: enough for about four million logits.
     """
     check_labels(labels, vocab_size)
     chunk = chunk or max(1, MAX_LOGITS // vocab_size)
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    # Before torch 2.13, FSDP2 has already freed the weights of its root when a checkpoint in it is recomputed.
+    # Before torch 2.13, FSDP2 frees the weights of its root before a checkpoint within it is recomputed.
     keep_logits = chunk >= hidden.shape[0] or (torch.__version__ < "2.13" and dist.is_initialized())
     keep_logits = keep_logits or hooked_module(head) is not None
     of_head = partial(_head_loss, head)
@@ -61,12 +63,12 @@ def add_coverage_loss(
     num_items: Count = None,
     training: bool = False,
 ) -> torch.Tensor | None:
-    """A task's loss plus `weight` times the coverage loss of all layers; None if the task has no loss.
+    """Add `weight` times the coverage loss of all layers to a task's loss; None if the task has no loss.
 
     Args:
         coverage: (layers), or None.
         targets, num_items: if the task's loss is divided by `num_items`, a batch's coverage loss is weighted by
-            its share of the targets, so that accumulated batches give a mean.
+            its share of the targets, so that accumulated batches yield a mean.
         training: warn if there is a coverage loss but no loss to add it to.
     """
     if coverage is None or not weight:
@@ -86,7 +88,7 @@ def add_coverage_loss(
 
 
 def check_labels(labels: torch.Tensor, classes: int) -> None:
-    """Raise ValueError for labels that are neither -100 nor a class; in eager mode only."""
+    """Raise ValueError for labels that are neither -100 nor a class index; in eager mode only."""
     if not values_are_known() or labels.numel() == 0:
         return
     if labels.is_floating_point() or labels.dtype == torch.bool:

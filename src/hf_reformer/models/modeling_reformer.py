@@ -1,4 +1,4 @@
-"""ReformerModel: embeddings, a stack of reversible layers, a final norm over both streams."""
+"""ReformerModel: embeddings, a stack of reversible layers, and a final norm over both streams."""
 
 from collections.abc import Callable
 from functools import partial
@@ -44,9 +44,9 @@ logger = logging.get_logger(__name__)
 
 
 class ReformerModel(ReformerPreTrainedModel):
-    """The bare model: bidirectional, or causal with `config.is_decoder=True`.
+    """The bare Reformer model: bidirectional, or causal with `config.is_decoder=True`.
 
-    Its last hidden state is twice as wide as `hidden_size`: both residual streams, the attention stream first.
+    The last hidden state is twice as wide as `hidden_size`: both residual streams, the attention stream first.
     """
 
     layer_class = ReformerLayer
@@ -70,11 +70,11 @@ class ReformerModel(ReformerPreTrainedModel):
         self.post_init()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, without sequence parallelism: a process group cannot be copied."""
+        """Return the state for copies and pickles, without sequence parallelism: process groups cannot be copied."""
         return self.__dict__ | {"sequence_group": None}
 
     def shard(self, length: int) -> SequenceShard | None:
-        """This process's shard of sequences of `length` tokens; None unless `enable_sequence_parallel` was called."""
+        """Return this process's shard of sequences of `length` tokens; None without sequence parallelism."""
         group = self.sequence_group
         return None if group is None else make_sequence_shard(group, length, self.config.num_attention_heads)
 
@@ -82,7 +82,7 @@ class ReformerModel(ReformerPreTrainedModel):
         return self.embed_tokens
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embed_tokens = value  # type: ignore[assignment]  # whatever the caller puts there
+        self.embed_tokens = value  # type: ignore[assignment]  # any module
 
     @can_return_tuple
     def forward(
@@ -108,33 +108,33 @@ class ReformerModel(ReformerPreTrainedModel):
     ) -> ReformerModelOutput:
         r"""
         Args:
-            input_ids: (B, T) int64, any T up to the positions the config covers; or `inputs_embeds`: (B, T, D).
+            input_ids: (B, T) int64, any T up to the positions that the config covers; or `inputs_embeds`: (B, T, D).
             attention_mask: (B, T), 1 for real tokens. Zeros may be anywhere; outputs there are meaningless.
             position_ids: (B, T). Default: in window mode the number of real tokens before each token, so that left
-                padding changes nothing; in chunk mode 0 … T - 1. Where they restart at 0 within a sequence, another
-                sample begins. Samples packed into one sequence do not attend to each other (window mode).
-            num_hashes, num_buckets: number of hash rounds and of buckets for this call.
+                padding changes nothing; in chunk mode 0 … T - 1. Positions that restart at 0 within a sequence mark
+                a new sample. Samples packed into one sequence do not attend to each other (window mode).
+            num_hashes, num_buckets: number of hash rounds and of buckets in this call.
             output_hidden_states: also return the feed-forward stream before every layer and after the last, (B, T, D)
                 each. In training this uses the plain path, whose memory grows with depth.
-            output_attentions: also return every layer's attention: with True, weight matrices (B, H, T, before + T);
-                with `"sparse"`, `gather_attention.SparseAttention`, whose size grows linearly with the length. Both
-                are computed token by token, slowly, on the plain path.
-            cache, past_key_values: two names for what an earlier call returned, or an empty cache; the inputs continue
+            output_attentions: also return the attention of every layer: as matrices (B, H, T, before + T) if True, or
+                as `gather_attention.SparseAttention`, whose size is linear in the length, if `"sparse"`. Both are
+                slow: they are computed token by token on the plain path.
+            cache, past_key_values: two names for the cache of an earlier call, or an empty one; the inputs continue
                 it. `attention_mask` must then also cover the earlier tokens: (B, before + T).
-            use_cache: return a cache (causal models). A call with a cache computes as in evaluation. In chunk mode its
-                tokens follow the legacy decoding rule, which differs from a single call (docs/generation.md).
-            output_coverage: also return every layer's `coverage.coverage_loss`. Default: if
+            use_cache: return a cache (causal models). Calls with a cache compute as in evaluation. In chunk mode, they
+                follow the legacy decoding rule, which differs from a single call (docs/generation.md).
+            output_coverage: also return the `coverage.coverage_loss` of every layer. Default: True if
                 `config.coverage_loss_weight` is above 0 and there is no cache.
-            output_attention_mass: also return the attention mass that every token receives, per layer (B, T).
+            output_attention_mass: also return the attention mass that every token receives, (B, T) per layer.
             output_sorting: also return how every layer sorted the tokens, `forward_context.Sorting`; not with a
                 cache. Uses the plain path.
             encoder_hidden_states, encoder_context: the source of a decoder (`ReformerDecoder`).
-            token_type_ids: (B, T), which text of a pair each token belongs to, if `config.type_vocab_size` is above 0;
-                otherwise ignored. Default: zeros.
+            token_type_ids: (B, T), the text of a pair that each token belongs to; ignored if `config.type_vocab_size`
+                is 0. Default: zeros.
 
         Returns:
-            ReformerModelOutput with `last_hidden_state` (B, T, 2 D), the cache, as `cache` since transformers 5.24, or
-            `past_key_values` before, and `coverage_loss` (layers).
+            ReformerModelOutput with `last_hidden_state` (B, T, 2 D), the cache (as `cache` since transformers 5.24,
+            before as `past_key_values`), and `coverage_loss` (layers).
 
         Raises:
             ValueError: invalid shapes, ids, positions or masks; the message says which and why.
@@ -171,7 +171,7 @@ class ReformerModel(ReformerPreTrainedModel):
         ctx, positions = self._make_context(
             embeds, inputs.shape[1], shard, attention_mask, position_ids, num_hashes, num_buckets, cache
         )
-        if ctx.mask is not None:  # what padding holds does not matter, but 0 * NaN is NaN
+        if ctx.mask is not None:  # the values of padding do not matter, but 0 * NaN is NaN
             padding = ~local_tokens(ctx.mask, shard)[..., None]
             embeds = embeds.masked_fill(padding & ~embeds.isfinite(), 0)
         target, real = None, ctx.mask
@@ -190,11 +190,11 @@ class ReformerModel(ReformerPreTrainedModel):
         if self.config.position_embedding_type != "rotary":
             embeds = embeds + self.position_embeddings(local_tokens(positions, shard))
         embeds = self.dropout(embeds, _subkey(ctx.key, EMBEDDING_DROPOUT), ctx.offset)
-        precision = "float32" if embeds.device.type == "mps" else self.config.residual_precision  # it has no float64
+        precision = "float32" if embeds.device.type == "mps" else self.config.residual_precision  # MPS has no float64
         grid = choose_grid(precision, self.norm.weight.dtype, rounded=torch.is_grad_enabled())
         run_stack = self._choose_stack(ctx, grid, embeds, bool(output_hidden_states))
         stream = Handoff(to_stream(embeds, grid))
-        del embeds, inputs_here  # so that the layers can free what they have used up
+        del embeds, inputs_here  # so that layers can free their inputs
         states = () if encoder_hidden_states is None else (encoder_hidden_states,)
         with whole_step(cache):
             if cache is not None:
@@ -217,9 +217,9 @@ class ReformerModel(ReformerPreTrainedModel):
             )
 
     def _without_tokens(self, inputs: torch.Tensor, embeds: bool, states: bool, **kwargs: Any) -> ReformerModelOutput:
-        """The output for texts without tokens: that of one padding token, which is then removed.
+        """Compute the output for empty sequences: that of one padding token, which is then removed.
 
-        So every parameter has a gradient of zeros, as distributed training requires.
+        This way, every parameter gets a gradient of zeros, as distributed training requires.
         """
         mask = torch.zeros(inputs.shape[0], 1, dtype=torch.int64, device=inputs.device)
         one = (
@@ -241,7 +241,7 @@ class ReformerModel(ReformerPreTrainedModel):
     def _coverage(
         self, reports: list[AttentionReport], target: CoverageTarget, encoder: EncoderContext | None
     ) -> torch.Tensor:
-        """The coverage loss of every layer, (layers)."""
+        """Compute the coverage loss of every layer, (layers)."""
         mass = torch.stack([report.mass for report in reports])
         return coverage_loss(mass, target).to(mass.dtype)
 
@@ -257,7 +257,7 @@ class ReformerModel(ReformerPreTrainedModel):
             raise ValueError(f"`output_attentions={output_attentions!r}` is not possible: {reason}.")
 
     def _cache(self, cache: Any, use_cache: bool | None) -> Cache | None:
-        """The cache of this call: the one given, or a new one if requested."""
+        """Return the cache of this call: the given one, or a new one if requested and possible."""
         if cache is None and not use_cache:
             return None
         reason = None
@@ -275,17 +275,17 @@ class ReformerModel(ReformerPreTrainedModel):
         return cache
 
     def _choose_stack(self, ctx: ForwardContext, grid: Grid, embeds: torch.Tensor, record_states: bool) -> Callable:
-        """The path through the layers: (stream, ctx, grid, *encoder states) → (x1, x2, reports, states or None).
+        """Choose a path through the layers: (stream, ctx, grid, *encoder states) → (x1, x2, reports, states or None).
 
-        All paths give the same values: a decode step in one kernel call, or in one call for each supported layer; the
-        whole stack as one call in a compiled graph; or layer by layer: recomputed in backward in a traced graph,
-        reversible, or plain, if more than the final values is requested.
+        All paths give the same values: decode steps in one kernel call, or one per supported layer; the whole stack
+        as one call in a compiled graph; or layer by layer: recomputed in the backward pass of a traced graph,
+        reversible, or plain if more than the final values is requested.
         """
         observed = record_states or ctx.want_weights or ctx.want_sorting
         step = None if observed else plan_fused_decode(self.layers, ctx, embeds, grid.dtype)
         if step is not None:
             return partial(_run_whole, step)
-        # Traced into a graph, layers one by one cannot rebuild their inputs, but the graph can compute them again.
+        # Layers traced one by one cannot reconstruct their inputs, but the graph can recompute them.
         traced = self.config.reversible and torch.is_grad_enabled() and torch.compiler.is_compiling()
         traced = traced and ctx.cache is None and not (ctx.want_weights or ctx.want_sorting)
         if traced and not observed and ctx.encoder is None and supports_compiled_stack(self.layers, ctx):
@@ -309,13 +309,13 @@ class ReformerModel(ReformerPreTrainedModel):
         self, embeds: torch.Tensor, length: int, shard: SequenceShard | None, attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None, num_hashes: Any, num_buckets: Any, cache: Any,
     ) -> tuple[ForwardContext, torch.Tensor]:  # fmt: skip
-        """The context of this forward pass, and the position ids (B or 1, T)."""
+        """Make the context of this forward pass; also returns the position ids, (B or 1, T)."""
         config, device = self.config, embeds.device
         positions = torch.arange(length, device=device)[None]
         mask = None if attention_mask is None else attention_mask != 0
         if mask is not None and cache is None and values_are_known():
-            # With a mask exact attention has no flash kernel and makes a matrix of all pairs: so much slower that even
-            # a CUDA device is waited for, once.
+            # With a mask, exact attention has no flash kernel and materializes all pairs, which is so slow that it is
+            # worth synchronizing with a CUDA device once.
             waits = mask.is_cuda and "full" in config.attn_layers and not in_graph_capture()
             looks = may_look_at(mask) or waits
             mask = None if looks and bool(mask.all()) else mask
@@ -345,7 +345,7 @@ class ReformerModel(ReformerPreTrainedModel):
         if config.position_embedding_type == "rotary":
             rotary = rotary_tables(position_ids, config.attention_head_size, config.rope_theta, config.rotary_shape)
         training = self.training and cache is None
-        # Dropout alone may be in training: many evaluations then are a sample of models (Gal and Ghahramani 2016).
+        # Only dropout may be in training mode, for Monte Carlo dropout (Gal and Ghahramani 2016).
         drops = training or (cache is None and any(isinstance(m, Dropout) and m.rate for m in self.modules()))
         key = draw_key(device) if drops else None
         if key is not None and shard is not None:
@@ -392,16 +392,16 @@ def _run_layers(
     """Run layer by layer.
 
     Args:
-        handoff: if given, run reversibly.
-        fuse: in a decode step, run each layer that the kernel supports in one call.
+        handoff: if given, run the layers reversibly.
+        fuse: in a decode step, run each layer that the kernel supports as one call.
         recompute: recompute each layer in the backward pass of a traced graph.
-        state_dtype: record the feed-forward stream around the layers, in this dtype.
+        state_dtype: if given, record the feed-forward stream before and after every layer in this dtype.
     """
     x1 = x2 = stream.take()
     reports, hidden_states = [], []
 
     def record(stream: torch.Tensor) -> torch.Tensor:
-        """The stream, routed through the recorded state so that gradients pass through it."""
+        """Record the stream and return it, routed through the recorded state so that gradients pass through it."""
         hidden_states.append(stream.to(state_dtype))
         if hidden_states[-1] is stream or not torch.is_grad_enabled():
             return stream
@@ -422,10 +422,10 @@ def _run_layers(
 
 
 def new_tokens(cache: Cache, mask: torch.Tensor | None) -> tuple[torch.Tensor | None, torch.Tensor | int]:
-    """The new tokens' part of a mask (B, before + T), None if all are real; and the (B, 1) real tokens before.
+    """Return the new tokens' part of a mask (B, before + T), None if all are real, and the count of real ones before.
 
     Raises:
-        ValueError: the mask contradicts the one that the cache was filled with.
+        ValueError: the mask contradicts the one used to fill the cache.
     """
     layer: Any = cache.layers[0]
     before = layer.lengths[:, None] if layer.seen_tokens else 0

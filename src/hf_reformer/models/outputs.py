@@ -8,12 +8,12 @@ from transformers.utils import ModelOutput
 
 from ..layers.forward_context import Sorting
 
-# In each: `coverage_loss` (layers), `coverage.coverage_loss` of every layer, without `config.coverage_loss_weight`.
+# In all classes, `coverage_loss` (layers) is the unweighted `coverage.coverage_loss` of every layer.
 
 
 @dataclass
 class ReformerModelOutput(modeling_outputs.BaseModelOutputWithPastAndCrossAttentions):
-    """Output of the backbone or a decoder; `attention_mass` and `sorting` per layer, see `ReformerModel`."""
+    """Output of the backbone or a decoder; `attention_mass` and `sorting` have one entry per layer."""
 
     coverage_loss: torch.Tensor | None = None
     attention_mass: tuple[torch.Tensor, ...] | None = None
@@ -62,10 +62,10 @@ class ReformerImageClassifierOutput(modeling_outputs.ImageClassifierOutput):
 
 @dataclass
 class ReformerTimeSeriesOutput(ModelOutput):
-    """Output of `ReformerForTimeSeriesPrediction` for P predicted steps, and S series if the past has that axis.
+    """Output of `ReformerForTimeSeriesPrediction` for P predicted steps, and S series if the past has a series axis.
 
     `prediction_outputs`: (B, P[, S]) forecasts, the means of the distributions, in the units of the data. `params`:
-    distribution parameters, (B, P[, S]) each, for values minus `loc`, divided by `scale`, both (B, 1[, S]).
+    distribution parameters, (B, P[, S]) each, of the values minus `loc` divided by `scale`, both (B, 1[, S]).
     """
 
     loss: torch.Tensor | None = None

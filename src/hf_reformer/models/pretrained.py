@@ -1,4 +1,4 @@
-"""The base class of all models: weight initialization and loading, also from other Reformers' checkpoints."""
+"""The base class of all models: initialization and loading of weights, also of transformers' own Reformer."""
 
 import inspect
 import json
@@ -21,7 +21,7 @@ from ..layers.reformer_layer import ReformerLayer
 from ..ops.sequence_parallel import check_group, check_same_inputs
 from .losses import add_coverage_loss
 
-# Parameter names of transformers' own Reformer, and ours. Names that match no pattern are left alone.
+# Parameter names of transformers' own Reformer, and ours. Names that match no pattern stay unchanged.
 BUILTIN_NAMES = {
     r"^(reformer\.)?embeddings\.word_embeddings\.": "model.embed_tokens.",
     r"^(reformer\.)?embeddings\.position_embeddings\.embedding\.": "model.position_embeddings.",
@@ -40,26 +40,26 @@ BUILTIN_NAMES = {
     r"^lm_head\.decoder\.weight$": "lm_head.weight",
 }
 
-# Files of transformers 4, and since 5.24, hold the head's bias by this name too. Where they differ, this one counts.
+# Files of transformers 4, and since 5.24, also hold the head's bias under this name, which takes precedence.
 LEGACY_LM_HEAD_BIAS = "lm_head.decoder.bias"
 
-MOST_PARTS = 2**20  # of a tuple in a file of torch; those of tensors have a dozen
-MOST_PARAMETERS = 2**28  # more of them are loaded only from files that hold a good share of them
+MOST_PARTS = 2**20  # of a tuple in a torch file; the tuples of tensors have about a dozen
+MOST_PARAMETERS = 2**28  # larger models are only loaded from files of a plausible size
 
-# What a folder of an encoder-decoder holds besides the encoder, which is all that other models read of it.
+# Weights of an encoder-decoder besides the encoder; other models load only the encoder.
 DECODER_KEY_PATTERN = r"^(decoder|lm_head|merge_streams)\."
 
 
 class ZeroLinear(nn.Linear):
-    """A linear map initialized to zero, so that adding its output changes nothing at first."""
+    """A linear layer initialized to zero, so that adding its output initially changes nothing."""
 
 
 class ZeroEmbedding(nn.Embedding):
-    """A table initialized to zero, likewise; its `padding_idx` stays zero."""
+    """An embedding initialized to zero, likewise; the row of `padding_idx` stays zero."""
 
 
 class ReformerPreTrainedModel(PreTrainedModel):
-    """Weight initialization and loading, also from folders of transformers' own Reformer."""
+    """Base class for initialization and loading of weights, also from folders of transformers' own Reformer."""
 
     config_class = ReformerConfig
     config: ReformerConfig
@@ -73,11 +73,11 @@ class ReformerPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As for every transformers model. Also reads folders of transformers' own Reformer, renaming the weights.
+        """Load a model as in transformers; also reads folders of transformers' own Reformer, renaming the weights.
 
         Raises:
-            ValueError: an index in the folder names files outside it, or its config describes a model far larger
-                than the files.
+            ValueError: an index in the folder names files outside it, or its config describes a model far larger than
+                its files.
         """
         name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
         folder = Path(name, kwargs.get("subfolder") or "") if isinstance(name, (str, Path)) else None
@@ -87,7 +87,7 @@ class ReformerPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("key_mapping", BUILTIN_NAMES)
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        forget_weight_conversions(model)  # what is saved from now on bears our own names
+        forget_weight_conversions(model)  # from now on, weights are saved under our own names
         return loaded
 
     @staticmethod
@@ -119,15 +119,15 @@ class ReformerPreTrainedModel(PreTrainedModel):
     def enable_sequence_parallel(self, group: Any) -> None:
         """Split every sequence among the processes of a `torch.distributed` group (sequence parallelism).
 
-        From then on, all processes must receive the same inputs. Outside attention, each computes its share of the
-        tokens, inside attention its share of the heads. Results are exact, and each process needs a share of the
-        memory. Losses and the heads' logits are complete on every process; hidden states are those of a process's own
-        tokens. Gradients equal those of one process once averaged over the group, as DistributedDataParallel does.
-        `None` disables it.
+        Afterwards, all processes must receive the same inputs. Each computes its share of the tokens outside attention
+        and its share of the heads inside. Results are exact, and memory is divided among the processes. Losses and
+        logits of the heads are complete on every process; hidden states are those of its own tokens. Gradients equal
+        those of a single process after averaging over the group, as DistributedDataParallel does. `None` disables
+        sequence parallelism.
 
         Raises:
             ValueError: not a group of this process; in `forward`, inputs that differ between processes, a number of
-                heads that the group's size does not divide, or fewer tokens than processes.
+                heads that is not divisible by the group's size, or fewer tokens than processes.
         """
         if group is not None:
             check_group(group)
@@ -136,19 +136,19 @@ class ReformerPreTrainedModel(PreTrainedModel):
         self.base_model.sequence_group = group
 
     def share_sequences(self, group: Any) -> None:
-        """The name of `enable_sequence_parallel` in version 0.1."""
+        """Deprecated name of `enable_sequence_parallel` from version 0.1."""
         warnings.warn("share_sequences is deprecated. Use enable_sequence_parallel.", FutureWarning, stacklevel=2)
         self.enable_sequence_parallel(group)
 
     def compile_layers(self, **options: Any) -> None:
         """Compile the token-wise parts of every layer in place: projections, feed-forward, and the norms around them.
 
-        Recommended for deep models, since compiling takes only as long as for one layer. With torch 2.13 or later,
-        `torch.compile` of the whole model also works. Its training memory is also flat in depth, except with hooks or
-        adapters in the layers and under DDP, where it is that of gradient checkpointing.
+        Recommended for deep models, since compilation takes only as long as for one layer. With torch 2.13 or later,
+        `torch.compile` of the whole model also works. Its training memory does not grow with depth either, except
+        with hooks or adapters in the layers or under DDP, where it is that of gradient checkpointing.
 
         Args:
-            options: those of `torch.compile`.
+            options: options of `torch.compile`.
         """
         for layer in self.modules():
             if isinstance(layer, ReformerLayer):
@@ -158,7 +158,7 @@ class ReformerPreTrainedModel(PreTrainedModel):
         self, output_class: type, outputs: Any, loss: torch.Tensor | None, targets: Any = None, num_items: Any = None,
         **fields: Any,
     ) -> Any:  # fmt: skip
-        """A head's output: its loss plus the coverage loss (`add_coverage_loss`), its fields, and the backbone's."""
+        """Make a head's output: its loss plus the coverage loss (`add_coverage_loss`), and all other fields."""
         weight, coverage = self.config.coverage_loss_weight, outputs.coverage_loss
         loss = add_coverage_loss(loss, coverage, weight, targets, num_items, training=self.training)
         states = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
@@ -181,13 +181,13 @@ class ReformerPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, nn.ParameterList):  # of axial positions; the owner, without parameters of its own,
-            for weight in module:  # never gets here: the library passes it over in classes that it does not ship
+        elif isinstance(module, nn.ParameterList):  # of axial positions; their owner has no parameters of its
+            for weight in module:  # own and never gets here: the library skips it in classes that it does not ship
                 init.normal_(weight, std=self.config.axial_norm_std)
 
 
 def named_files(folder: Path) -> list[Path]:
-    """Files named by the JSON files of a checkpoint directory: weight shards and tokenizer versions."""
+    """List the files named by the JSON files of a checkpoint folder: weight shards and tokenizer versions."""
     found: list[Any] = []
     for pattern, field in (
         ("*.index.json", "weight_map"),
@@ -198,21 +198,21 @@ def named_files(folder: Path) -> list[Path]:
             try:
                 named = json.loads(file.read_text(encoding="utf-8")).get(field)
             except (OSError, ValueError, AttributeError, RecursionError):
-                continue  # whoever needs it says so
+                continue  # whatever reads the file reports it
             found += named.values() if isinstance(named, dict) else named if isinstance(named, list) else [named]
     return [folder / name for name in dict.fromkeys(name for name in found if isinstance(name, str) and name)]
 
 
 def check_torch_file(path: Any) -> None:
-    """Raise UnpicklingError for a `torch.save` file that would take practically endless time or memory to read.
+    """Raise UnpicklingError for a `torch.save` file that is damaged or would take endless time or memory to read.
 
-    Tuples in a pickle may share parts, so a few bytes can describe one with 2^60 parts; as a key, all are hashed.
+    Tuples in a pickle may share parts, so a few bytes can describe one with 2^60 parts; as a key, all get hashed.
     """
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
             file.seek(0)
-            if magic != b"PK\3\4":  # as torch wrote until 1.6: five pickles, then the values
+            if magic != b"PK\3\4":  # the format before torch 1.6: five pickles, then the values
                 for _ in range(5):
                     _check_tuples(file)
                 return
@@ -230,7 +230,7 @@ def check_torch_file(path: Any) -> None:
 
 def _check_tuples(file: IO[bytes]) -> None:
     """Raise ValueError for a pickle with a tuple of more than `MOST_PARTS` parts, counted recursively."""
-    stack: list[int] = []  # how many parts each object has that its hash depends on
+    stack: list[int] = []  # number of parts of each object that its hash depends on
     marks: list[int] = []
     memo: dict[Any, int] = {}
     for instruction, argument, _ in pickletools.genops(file):
@@ -253,7 +253,7 @@ def _check_tuples(file: IO[bytes]) -> None:
 
 
 def check_inputs_match_across_ranks(model: Any, args: tuple, kwargs: dict) -> None:
-    """Check this before a forward pass can fail in one process and leave the others waiting."""
+    """Check that inputs match, before a forward pass can fail in one process and leave the others waiting."""
     group = model.base_model.sequence_group
     if group is None or torch.compiler.is_compiling():
         return

@@ -1,4 +1,4 @@
-"""Generation with a CUDA graph: a decode step is recorded once and replayed for every further token."""
+"""Generation with a CUDA graph: a decode step is captured once and replayed for every further token."""
 
 from typing import Any
 
@@ -9,17 +9,17 @@ from .input_checks import check_inputs
 
 
 class RecordedStep:
-    """Decode steps on one cache. The first step runs normally; the second is recorded, and from then on replayed.
+    """Decode steps on one cache. The first step runs normally; the second is captured and replayed from then on.
 
-    A graph writes to the tensors that it was recorded with. So the cache needs memory for all future tokens, and
-    after its sequences are selected, repeated or cropped, the step is recorded again.
+    A graph writes to the tensors that it was captured with. So the cache needs memory for all future tokens, and the
+    step is captured again after sequences of the cache are selected, repeated or cropped.
 
     Args:
         model: a causal Reformer on a CUDA device, in window mode, without "full" layers.
         cache: a `ReformerCache(model.config, max_cache_len=...)` that holds a prompt.
 
     Raises:
-        ValueError: another kind of model.
+        ValueError: a different kind of model.
     """
 
     def __init__(self, model: Any, cache: Any):
@@ -34,20 +34,18 @@ class RecordedStep:
         self.layers: list[Any] = self.cache.layers
         self.is_warm = False
         self.graph: Any = None
-        self.recorded: list[
-            torch.Tensor
-        ] = []  # what the graph writes to; kept, so that no other takes an id of theirs
+        self.recorded: list[torch.Tensor] = []  # what the graph writes to; kept alive so that their ids are not reused
         self.path: list[Any] = []
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """One more token for every sequence, (B, 1) int64, none of them padding → logits (B, 1, V).
+        """Process one more token per sequence, (B, 1) int64, without padding; returns logits (B, 1, V).
 
         Raises:
-            ValueError: a different shape, an empty cache, or one without room.
+            ValueError: an invalid shape or dtype, an empty cache, or one without room.
         """
         self._check(input_ids)
-        if not self.is_warm:  # compiles kernels
+        if not self.is_warm:  # this step compiles kernels
             self.is_warm = True
             return self._logits(input_ids)
         if self.graph is None or self.path != self._path():
@@ -67,7 +65,7 @@ class RecordedStep:
         return [x for layer in self.layers for x in layer.changed_in_place()]
 
     def _path(self) -> list[Any]:
-        """What determines a step's operations: the tensors that it changes, and whether tokens were masked."""
+        """Return what determines a step's operations: the tensors it changes, and whether tokens were masked."""
         return [*map(id, self._changed()), *(layer.attention_mask is None for layer in self.layers)]
 
     def _check(self, input_ids: torch.Tensor) -> None:
@@ -85,7 +83,7 @@ class RecordedStep:
         check_inputs(self.model.config, input_ids, None, None, None, None, None, seen)
 
     def _record(self, input_ids: torch.Tensor) -> None:
-        """Recording a graph computes nothing, so the counters on the host are restored."""
+        """Capture a step. This computes nothing, so the counters on the host are restored."""
         counted = [(layer.seen_tokens, layer.attention_mask) for layer in self.layers]
         recorded, path = self._changed(), self._path()
         ids, graph = input_ids.clone(), torch.cuda.CUDAGraph()

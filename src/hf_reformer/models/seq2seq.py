@@ -1,4 +1,4 @@
-"""Encoder-decoder: a bidirectional Reformer reads the source; a causal one with cross-attention writes the target."""
+"""Encoder-decoder: a bidirectional Reformer and a causal one with cross-attention to its states."""
 
 from typing import Any
 
@@ -20,9 +20,9 @@ from .outputs import ReformerSeq2SeqLMOutput
 class ReformerForConditionalGeneration(ReformerGenerativeLM):
     """Encoder-decoder with a language-model head, regardless of `config.is_encoder_decoder`.
 
-    `model` is the encoder, a `ReformerModel`. So other classes can load it from a folder of this class, and this class
-    can start from the encoder in any folder. `decoder` is the decoder. They share the token embeddings, and with
-    `config.tie_encoder_decoder` everything but the decoder's cross-attention and the final norms.
+    The encoder, `model`, is a `ReformerModel`. So other classes can load it from a folder of this class, and this
+    class can start from the encoder in any folder. It shares token embeddings with `decoder`, and with
+    `config.tie_encoder_decoder` everything except the decoder's cross-attention and the final norms.
     """
 
     def __init__(self, config: ReformerConfig):
@@ -36,20 +36,20 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
         self._tied_weights_keys |= type(self)._tied_weights_keys if config.tie_word_embeddings else {}
         self.post_init()
         if config.tie_encoder_decoder:  # two layers that share weights cannot be wrapped one by one
-            self._no_split_modules = set()  # type: ignore[assignment]  # as the library has it by now
+            self._no_split_modules = set()  # type: ignore[assignment]  # the library makes it a set
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As for every transformers model; from a folder of another model, loads the encoder."""
+        """Load a model as in transformers; from a folder of another model, load only the encoder."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if model.generation_config.decoder_start_token_id is None:  # the folder holds none
+        if model.generation_config.decoder_start_token_id is None:  # not in the folder
             model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id
         model._check_sharing()
         return loaded
 
     def _check_sharing(self) -> None:
-        """Raise ValueError if shared weights have different values in the folder, so that they were not tied."""
+        """Raise ValueError if shared weights differ in the folder and were therefore not tied."""
         if not self.config.tie_encoder_decoder or getattr(self, "hf_quantizer", None) is not None:
             return
         named = dict(self.named_parameters(remove_duplicate=False))
@@ -62,7 +62,7 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
             )
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
-        """Names of tied weights and their sources; unlike in transformers, not only with `tie_word_embeddings`."""
+        """Map tied weights to their sources; unlike in transformers, also without `tie_word_embeddings`."""
         names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
         return {name: source for name, source in self._tied_weights_keys.items() if {name, source} <= names}
 
@@ -89,7 +89,7 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
             )
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """(B, T) labels → the decoder's input: shifted right, after the start token, with -100 as padding."""
+        """Shift labels (B, T) to the right, after the start token, and replace -100 by padding."""
         check_labels(labels, self.config.vocab_size)
         pad = self.config.decoder_start_token_id if self.config.pad_token_id is None else self.config.pad_token_id
         shifted = nn.functional.pad(labels[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
@@ -119,12 +119,12 @@ class ReformerForConditionalGeneration(ReformerGenerativeLM):
         r"""
         Args:
             input_ids, attention_mask, inputs_embeds, token_type_ids: the source, as in `ReformerModel`, (B, S).
-            encoder_outputs: the encoder's output, instead of a source; its first entry is (B, S, 2 D). If it has no
+            encoder_outputs: output of the encoder, instead of a source; its first entry is (B, S, 2 D). Without a
                 `coverage_loss`, only the decoder's is used.
             decoder_input_ids or decoder_inputs_embeds: the target so far, (B, T), after the start token. Default:
                 `labels`, shifted.
-            decoder_attention_mask: (B, T), 1 for real tokens; with a cache, also for the earlier tokens.
-            labels: (B, T) int64, the target of every position, not shifted again; -100 for none.
+            decoder_attention_mask: (B, T), 1 for real tokens; with a cache, it also covers the earlier tokens.
+            labels: (B, T) int64, the target of every position (not shifted again), -100 for no target.
             cache, past_key_values: two names for an `EncoderDecoderCache`, from an earlier call or empty.
             use_cache, logits_to_keep, num_items_in_batch: as in `ReformerForCausalLM`.
             num_hashes, num_buckets, output_attentions, output_hidden_states: as in `ReformerModel`, for both stacks.

@@ -163,13 +163,14 @@ def test_a_head_says_whether_its_loss_counts_items(cls):
 # --- the language-model loss in chunks
 
 
+@pytest.mark.parametrize("ignored", ["some", "most", "all"])
 @pytest.mark.parametrize("chunk", [0, 1, 7, 59, 60, 1000])
-def test_a_chunked_loss_equals_the_whole(chunk):
+def test_a_chunked_loss_equals_the_whole(chunk, ignored):
     generator = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(8, 30).double()
     hidden = torch.randn(60, 8, generator=generator, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 30, (60,), generator=generator)
-    labels[::5] = -100
+    labels[torch.arange(60) % 6 < {"some": 1, "most": 5, "all": 6}[ignored]] = -100
     wanted = [hidden, *head.parameters()]
     whole = cross_entropy(head(hidden), labels)
     expected = torch.autograd.grad(whole, wanted)
@@ -177,6 +178,15 @@ def test_a_chunked_loss_equals_the_whole(chunk):
     assert max_abs_diff(loss, whole) <= 1e-12
     for a, b in zip(torch.autograd.grad(loss, wanted), expected, strict=True):
         assert max_abs_diff(a, b) <= 1e-12
+
+
+def test_logits_are_computed_only_for_targets_if_these_are_few():
+    head, rows = torch.nn.Linear(8, 30), []
+    head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    labels = torch.full((60,), -100)
+    labels[[3, 17, 40]] = 5
+    chunked_cross_entropy(torch.randn(60, 8, requires_grad=True), head, labels, 30).backward()
+    assert rows == [3]
 
 
 def test_a_chunked_loss_uses_the_weights_of_its_own_forward():

@@ -39,11 +39,17 @@ def chunked_cross_entropy(
 ) -> torch.Tensor:
     """Compute `cross_entropy(head(hidden), labels)` with logits for `chunk` tokens at a time, also in backward.
 
+    If most tokens have no target, as with masked tokens, no logits are computed for them, except on a GPU, where
+    selecting the others would wait for the device.
+
     Args:
         hidden: (N, D); head: D → vocab_size.
         chunk: number of tokens at a time; 0: enough for about four million logits.
     """
     check_labels(labels, vocab_size)
+    if may_look_at(labels) and 2 * (labels != IGNORE).sum() < len(labels):
+        targets = (labels != IGNORE).nonzero()[:, 0]
+        hidden, labels = hidden[targets], labels[targets]
     chunk = chunk or max(1, MAX_LOGITS // vocab_size)
     total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     # Before torch 2.13, FSDP2 frees the weights of its root before a checkpoint within it is recomputed.

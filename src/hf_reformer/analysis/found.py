@@ -1,4 +1,4 @@
-"""How much of exact attention hashing finds."""
+"""Measure how much of exact attention LSH attention covers."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,18 +11,18 @@ from .lsh_stats import LayerView, bucket_balance_by_head, view_layers
 
 
 class AttentionFound(NamedTuple):
-    """How much of exact attention an lsh layer covers, per head: (H) float64 each, over the selected queries.
+    """Coverage of exact attention by one lsh layer, over the selected queries; per-head tensors, (H) float64 each.
 
-    The mass is that of the exact softmax: the layer's own scores over all keys that a query may attend to. The local
-    window is that of the position order; without a position order it is the token itself.
+    Mass is the exact softmax of the layer's own scores over all keys that a query may attend to. The local window is
+    the window in position order; without a position order, it is the token itself.
 
     Attributes:
-        layer: number of the layer; a decoder's layers follow those of its encoder.
-        found: share of all mass on pairs that are visible in any order.
-        beyond: share of all mass that lies beyond the local window.
-        hashed: share of `beyond` that the hash orders find; 1 if there is none, as for the next three.
-        more_local, random, best: the same for an equal number of other keys beyond the window: the next ones, random
-            ones (in expectation), or those with the largest weights.
+        layer: index of the layer; decoder layers follow those of the encoder.
+        found: fraction of the total mass on pairs that are visible in any sort order.
+        beyond: fraction of the total mass beyond the local window.
+        hashed: fraction of `beyond` that the hash orders find; 1 if `beyond` is 0, as for the next three.
+        more_local, random, best: the same for an equal number of other keys beyond the window: the nearest ones,
+            random ones (in expectation), or those with the largest weights.
         keys: average number of keys per query that the hash orders add beyond the window.
         bucket_entropy, fullest_bucket: "entropy" and "largest" of `bucket_balance`.
     """
@@ -43,19 +43,22 @@ class AttentionFound(NamedTuple):
 def attention_found(
     model: torch.nn.Module, inputs: Mapping[str, Any], queries: int = 256, **more: Any
 ) -> list[AttentionFound]:
-    """How much of exact attention each lsh layer covers, compared with simpler choices of the same number of keys.
+    """Measure how much of exact attention each lsh layer covers, compared with simpler choices of as many keys.
 
     Args:
-        model: any model of this package, in window or chunk mode. In training mode `found` includes exploration
+        model: any model of this package, in window or chunk mode. In training mode, `found` includes exploration
             orders.
         inputs: the model's inputs: `input_ids`, `attention_mask`, …
         queries: number of real tokens per sequence, evenly spaced, for which exact attention is computed. Memory grows
-            with this number times the length.
+            with this number times the sequence length.
         more: other arguments of the model, such as `num_hashes`.
 
     Returns:
-        One `AttentionFound` per layer that hashes; none for a layer that sees its whole input (chunk mode, short
-        inputs).
+        One `AttentionFound` per layer that hashes; layers that see their whole input (chunk mode, short inputs) are
+        omitted.
+
+    Raises:
+        ValueError: `queries` is less than 1.
     """
     if queries < 1:
         raise ValueError(f"`queries={queries}` leaves nothing to examine. Give at least 1.")
@@ -64,7 +67,7 @@ def attention_found(
 
 
 def format_found(layers: Sequence[AttentionFound]) -> str:
-    """A table of the result of `attention_found`, one line per head."""
+    """Format the result of `attention_found` as a table, one line per head."""
     names = AttentionFound._fields[1:]
     lines = ["layer  head  " + "  ".join(f"{name.replace('_', ' '):>5}" for name in names)]
     for layer in layers:
@@ -84,7 +87,7 @@ def _layer_found(view: LayerView, layer: int, queries: int) -> AttentionFound:
 
 
 def _row_sums(view: LayerView, row: int, queries: int) -> torch.Tensor:
-    """Sums over the selected queries of a sequence, (8, H) float64: their number, then as in `AttentionFound`."""
+    """Sum over the selected queries of a sequence: (8, H) float64, their number, then as in `AttentionFound`."""
     real = view.mask[row]
     tokens, rank = real.nonzero().squeeze(-1), real.cumsum(-1)
     count = min(queries, len(tokens))
@@ -106,13 +109,13 @@ def _row_sums(view: LayerView, row: int, queries: int) -> torch.Tensor:
     far = allowed & ~own & ~local  # (H, Q, T)
     hashed = hashed & far
     number, far_mass = hashed.sum(-1), mass * far
-    step = rank - rank[chosen, None]  # (Q, T): real tokens between
-    step = torch.where(far[0], 2 * step.abs() + (step > 0), 2 * len(real) + 1)  # heads share the position order
+    step = rank - rank[chosen, None]  # (Q, T): distance in real tokens
+    step = torch.where(far[0], 2 * step.abs() + (step > 0), 2 * len(real) + 1)  # all heads share the position order
     most = int(number.max()) if number.numel() else 0
     nearest = step.topk(most, largest=False).indices.expand(len(mass), -1, -1)
 
     def sum_of_first(weights: torch.Tensor) -> torch.Tensor:
-        """Sum of the first weights (H, Q, most), as many as the hash orders show keys: (H, Q)"""
+        """Sum the first weights, as many as the hash orders show keys: (H, Q, most) → (H, Q)."""
         return torch.nn.functional.pad(weights.cumsum(-1), (1, 0)).gather(-1, number[..., None]).squeeze(-1)
 
     sums = [
@@ -125,15 +128,15 @@ def _row_sums(view: LayerView, row: int, queries: int) -> torch.Tensor:
         sum_of_first(far_mass.topk(most).values),
         number,
     ]
-    return torch.stack([x.to(mass.dtype) for x in sums]).cpu().double().sum(-1)  # not every device has float64
+    return torch.stack([x.to(mass.dtype) for x in sums]).cpu().double().sum(-1)  # not every device supports float64
 
 
 def _shown_by_order(view: LayerView, row: int, queries: torch.Tensor) -> torch.Tensor:
-    """Which tokens are in the windows of the given tokens, per order: (R, H, Q, T) bool."""
+    """Mark the tokens in the windows of the given tokens in each sort order: (R, H, Q, T) bool."""
     perm, start, end = (x.expand(len(view.mask), view.heads, -1, -1)[row][None] for x in view.layout[:3])
     listed = visible_tokens(view.layout._replace(perm=perm, window_start=start, window_end=end), queries)[0]
     listed = listed.unflatten(-1, (len(view.names), -1)).movedim(-2, 0)  # (R, H, Q, width)
-    length = perm.shape[-1]  # in chunk mode the input was padded
+    length = perm.shape[-1]  # in chunk mode, the input was padded
     shown = torch.zeros(*listed.shape[:3], length + 1, dtype=torch.bool, device=listed.device)
     shown.scatter_(-1, torch.where(listed < 0, length, listed), True)
     return shown[..., : view.mask.shape[1]]

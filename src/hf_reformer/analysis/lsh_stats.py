@@ -12,12 +12,12 @@ from ..ops.layout import AttentionLayout
 
 
 class LayerView(NamedTuple):
-    """How one layer sorted its tokens in one forward pass.
+    """The sort orders of one layer in one forward pass.
 
     Attributes:
         kind: "local", "lsh" or "full".
-        causal: whether tokens attend only to earlier ones.
-        names: names of the sort orders: "position", "hash 1", …, "exploration 1", …
+        causal: whether attention is causal.
+        names: the sort orders: "position", "hash 1", …, "exploration 1", …
         heads, layout, mask, vectors, buckets, num_buckets, samples, query: as in `forward_context.Sorting`.
     """
 
@@ -35,7 +35,7 @@ class LayerView(NamedTuple):
 
     @property
     def orders(self) -> AttentionLayout:
-        """The former name of `layout`."""
+        """Deprecated alias of `layout`."""
         return self.layout
 
 
@@ -43,14 +43,14 @@ def view_layer(model: torch.nn.Module, input_ids: torch.Tensor, layer: int, **in
     """Run the model and record how one of its layers sorted the tokens.
 
     Args:
-        model: any model of this package. In training mode, uses rotations of this forward pass, and exploration
-            orders.
+        model: any model of this package. In training mode, the view includes the rotations drawn for this forward
+            pass, and exploration orders.
         input_ids: (B, T) int64.
-        layer: number of the layer, from 0; a decoder's layers follow those of its encoder.
+        layer: zero-based index of the layer; decoder layers follow those of the encoder.
         inputs: other arguments of the model, such as `attention_mask` or `num_hashes`.
 
     Raises:
-        ValueError: there is no such layer; or a cache is given, with which a forward pass sorts only part of the
+        ValueError: there is no such layer; or a cache is given, in which case a forward pass sorts only some of the
             tokens.
     """
     views = view_layers(model, input_ids=input_ids, **inputs)
@@ -84,7 +84,7 @@ def _view(attention: Any, sorting: Any) -> LayerView:
 
 
 def stack_outputs(model: torch.nn.Module, stacks: Sequence[ReformerModel], **inputs: Any) -> list[ReformerModelOutput]:
-    """The outputs of the given stacks in a forward pass of the model, regardless of what its head returns."""
+    """Run the model and return the outputs of the given stacks, regardless of what its head returns."""
     outputs: dict[torch.nn.Module, ReformerModelOutput] = {}
     hooks = [stack.register_forward_hook(lambda stack, _, output: outputs.update({stack: output})) for stack in stacks]
     try:
@@ -96,25 +96,25 @@ def stack_outputs(model: torch.nn.Module, stacks: Sequence[ReformerModel], **inp
 
 
 def bucket_sizes(view: LayerView) -> torch.Tensor:
-    """Number of real tokens in every bucket, (B, H, R, num_buckets) int64."""
+    """Count the real tokens in every bucket: (B, H, R, num_buckets) int64."""
     buckets = buckets_of(view).long()
     sizes = buckets.new_zeros(*buckets.shape[:3], view.num_buckets)
     return sizes.scatter_add_(-1, buckets, view.mask[:, None, None].expand_as(buckets).long())
 
 
 def bucket_balance(view: LayerView) -> dict[str, float]:
-    """How evenly tokens are spread over buckets, for logging; means over sequences, heads and rounds.
+    """Measure how evenly tokens are spread over buckets, for logging: means over sequences, heads and rounds.
 
     Returns:
-        "largest": number of tokens in the largest bucket, as a multiple of an even share; "used": share of non-empty
-        buckets; "entropy": normalized entropy of a token's bucket, 1 if all are equally full and 0 if all tokens share
-        one.
+        "largest": size of the largest bucket, relative to an even share; "used": fraction of non-empty buckets;
+        "entropy": normalized entropy of the bucket distribution, 1 if all buckets are equally full, 0 if all tokens
+        share one.
     """
     return {name: heads.mean().item() for name, heads in bucket_balance_by_head(view).items()}
 
 
 def bucket_balance_by_head(view: LayerView) -> dict[str, torch.Tensor]:
-    """The numbers of `bucket_balance` per head, (H) float64 each; sequences of only padding do not count."""
+    """Compute `bucket_balance` per head, (H) float64 each; sequences that consist of padding are ignored."""
     sizes = bucket_sizes(view)[view.mask.any(-1)].cpu().double()
     share = sizes / sizes.sum(-1, keepdim=True).clamp(min=1)
     entropy = torch.special.entr(share).sum(-1) / torch.log(torch.tensor(view.num_buckets).double())
@@ -123,14 +123,14 @@ def bucket_balance_by_head(view: LayerView) -> dict[str, torch.Tensor]:
 
 
 def round_agreement(view: LayerView, neighbors: int = 8, queries: int = 256) -> torch.Tensor:
-    """Share of nearest neighbors that share a bucket in the first round, in one of the first two, and so on.
+    """Compute the fraction of nearest neighbors that share a bucket in any of the first 1, 2, …, R rounds.
 
     Args:
         neighbors: number of nearest neighbors, by angle, among the real tokens of the same sequence and head.
         queries: number of tokens per sequence, evenly spaced, whose neighbors are used.
 
     Returns:
-        (R) float64, non-decreasing: the more rounds, the more pairs share a bucket in one of them.
+        (R) float64, non-decreasing: more rounds can only add pairs that share a bucket.
     """
     buckets, vectors, length = buckets_of(view), view.vectors, view.mask.shape[1]
     chosen = torch.linspace(0, length - 1, min(queries, length), device=vectors.device).long()
@@ -147,11 +147,11 @@ def round_agreement(view: LayerView, neighbors: int = 8, queries: int = 256) -> 
 
 
 def attention_mass(attention: AttentionWeights, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """The share of all attention that every token receives, (B, H, length); sums to 1 for each head.
+    """Compute the share of all attention that each token receives: (B, H, length), which sums to 1 for each head.
 
     Args:
-        attention: that of one layer from `output_attentions`: `SparseAttention`, or weights (B, H, T, length).
-        mask: (B, T), 1 for real tokens: attention from other tokens does not count. Needed only in chunk mode, where
+        attention: one layer's output of `output_attentions`: `SparseAttention`, or weights (B, H, T, length).
+        mask: (B, T), 1 for real tokens; attention from other tokens is ignored. Needed only in chunk mode, where
             padding also attends.
     """
     tokens, weights, length = as_lists(attention, mask)
@@ -161,10 +161,10 @@ def attention_mass(attention: AttentionWeights, mask: torch.Tensor | None = None
 
 
 def visible_pairs(view: LayerView, row: int = 0, head: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All pairs in a head's windows, as often as they occur.
+    """Return all pairs in a head's windows, including duplicates.
 
     Returns:
-        Query, key, and the index (in `names`) of the sort order whose window contains the pair, (N) int64 each.
+        Query, key, and the index in `names` of the sort order whose window contains the pair, (N) int64 each.
     """
     check_index(row=(row, len(view.mask)), head=(head, view.heads))
     real, layout = view.mask[row], view.layout
@@ -173,7 +173,7 @@ def visible_pairs(view: LayerView, row: int = 0, head: int = 0) -> tuple[torch.T
     tokens = visible_tokens(own)[0, 0]  # (T, R * width)
     order = torch.arange(len(view.names), device=tokens.device).repeat_interleave(tokens.shape[1] // len(view.names))
     query = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(tokens)
-    real = torch.nn.functional.pad(real, (0, len(tokens) - len(real)))  # in chunk mode the input was padded
+    real = torch.nn.functional.pad(real, (0, len(tokens) - len(real)))  # in chunk mode, the input was padded
     visible = (tokens >= 0) & real[query] & real[tokens.clamp(min=0)]
     visible = visible & (tokens <= query) if view.causal else visible
     return query[visible], tokens[visible], order.expand_as(tokens)[visible]
@@ -187,7 +187,7 @@ def buckets_of(view: LayerView) -> torch.Tensor:
 
 
 def check_index(**indices: tuple[int, int]) -> None:
-    """Raise ValueError, naming the argument, unless each index is below its count."""
+    """Raise ValueError, naming the argument, unless each index is at least 0 and below its count."""
     for name, (index, count) in indices.items():
         if not 0 <= index < count:
             allowed = f"0 to {count - 1} are possible" if count else "the model has none of this package's layers"
@@ -195,7 +195,7 @@ def check_index(**indices: tuple[int, int]) -> None:
 
 
 def as_lists(attention: AttentionWeights, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The fields of `SparseAttention`, with padding's own attention 0, and the number of tokens to attend to."""
+    """Return the fields of `SparseAttention`, with attention from padding zeroed, and the number of key tokens."""
     if isinstance(attention, torch.Tensor):
         tokens = torch.arange(attention.shape[-1], device=attention.device).expand(attention.shape)
         attention = SparseAttention(tokens, attention)

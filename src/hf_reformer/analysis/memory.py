@@ -1,4 +1,4 @@
-"""Estimate the memory of a step: the model runs with tensors that have shapes, but neither memory nor values."""
+"""Estimate the memory of a step by running the model with fake tensors, which have shapes but no data."""
 
 import math
 import operator
@@ -43,24 +43,24 @@ MODELS: dict[str, type[ReformerPreTrainedModel]] = {
         ReformerForConditionalGeneration,
     )
 }
-CHOICES = 2  # of a question, in multiple choice
-# The moments of a step, in turn. What is made at "loss" are logits, losses and their gradients.
+CHOICES = 2  # per question, in multiple choice
+# The phases of a step, in order. "loss" creates logits, losses and their gradients.
 FORWARD, LOSS, BACKWARD, UPDATE = "forward", "loss", "backward", "update"
 
 
 class Living(NamedTuple):
-    """A live storage; `number` distinguishes it from a later one at the same address."""
+    """A live storage; `number` distinguishes it from later ones at the same address."""
 
     number: int
     size: int
-    moment: str  # when it was made
+    moment: str  # the phase in which it was created
 
 
 class Census(TorchDispatchMode):
-    """Bytes of the live storages returned by operations: `now`, and their `peak`.
+    """A counter of the bytes in live storages returned by operations: `now`, and at their `peak`.
 
     Attributes:
-        moment: name of the current phase; `at_peak` holds what was live at the peak of each phase.
+        moment: name of the current phase; `at_peak` holds the storages that were live at the peak of each phase.
     """
 
     def __init__(self, *ignored: torch.Tensor):
@@ -96,16 +96,16 @@ class Census(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes at the peak of a step, without those of Python and its libraries.
+    """Memory at the peak of a step in bytes, excluding Python and its libraries.
 
     Attributes:
         weights: all parameters and buffers.
-        gradients: parameter gradients that exist at that point.
+        gradients: parameter gradients allocated at that point.
         optimizer: optimizer states.
-        kept: what forward stored for backward and is still needed: the residual streams after the last layer and the
-            hidden states that the head reads; without reversible layers, the activations of all layers.
+        kept: what the forward pass saved for backward and is still needed: the residual streams after the last layer
+            and the hidden states that the head reads; without reversible layers, the activations of all layers.
         layers: working memory of one layer, or of its backward pass, including the streams that it reconstructs.
-        logits: logits and loss, their gradients and what they are computed from.
+        logits: logits and loss, their gradients and intermediate results.
         cache: keys, values and buckets of the cached tokens.
         moment: when the peak occurs: `"forward"`, `"loss"` (including its backward), `"backward"` or `"update"`.
     """
@@ -121,12 +121,12 @@ class MemoryEstimate:
 
     @property
     def parts(self) -> dict[str, int]:
-        """Bytes by part."""
+        """Return the bytes of each part."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "moment"}
 
     @property
     def total(self) -> int:
-        """The sum of the parts."""
+        """Return the sum of all parts."""
         return sum(self.parts.values())
 
     def __str__(self) -> str:
@@ -134,7 +134,7 @@ class MemoryEstimate:
 
 
 def format_memory(estimates: dict[str, MemoryEstimate]) -> str:
-    """A table of estimates in MiB, one named column for each."""
+    """Format estimates as a table in MiB, one named column each."""
     rows = [["MiB", *estimates]]
     for part in MemoryEstimate().parts:
         sizes = [estimate.parts[part] for estimate in estimates.values()]
@@ -159,24 +159,24 @@ def estimate_memory(
     autocast: torch.dtype | None = None,
     optimizer_states: int = 2,
 ) -> MemoryEstimate:
-    """Memory of a training step, or a forward pass, of `batch_size` sequences of `length` tokens on a CPU.
+    """Estimate the memory of a training step or forward pass with `batch_size` sequences of `length` tokens on a CPU.
 
-    Nothing is computed: the model runs with tensors that only have shapes, and every storage is counted from its
-    allocation until it is freed. Long sequences are extrapolated from shorter ones. Internal allocations of the
-    compiled kernel, about a hundredth, are not counted.
+    Nothing is computed: the model runs with fake tensors, and every storage is counted from its allocation until it
+    is freed. Long sequences are extrapolated from shorter ones. Internal allocations of the compiled kernel, about 1%,
+    are not counted.
 
     Args:
-        training: a training step: forward, backward, update. Otherwise a forward pass without gradients.
-        model_class: default: the class that `config.architectures` names; else `ReformerForConditionalGeneration`,
+        training: estimate a training step (forward, backward, update) instead of a forward pass without gradients.
+        model_class: default: the class in `config.architectures`, or else `ReformerForConditionalGeneration`,
             `ReformerForCausalLM` or, for an encoder, `ReformerForMaskedLM`.
-        use_cache: for a forward pass: prefill a cache with a prompt, as `generate` does, and compute the last token's
+        use_cache: in a forward pass, prefill a cache with a prompt, as `generate` does, and compute the last token's
             logits.
         dtype: dtype of the weights, and of computations outside of autocast.
         autocast: the dtype of `torch.autocast`, bfloat16 for the Trainer's `bf16=True`; None: no autocast.
-        optimizer_states: numbers that the optimizer stores per weight: 2 for AdamW, 0 for plain SGD.
+        optimizer_states: number of values that the optimizer stores per weight: 2 for AdamW, 0 for plain SGD.
 
     Raises:
-        ValueError: sizes that the model cannot take, or options that exclude each other.
+        ValueError: the model does not support these sizes, or options exclude each other.
     """
     if not isinstance(config, ReformerConfig):
         raise ValueError(
@@ -192,9 +192,9 @@ def estimate_memory(
     causal = model_class is ReformerForCausalLM or (model_class is ReformerModel and config.is_decoder)
     if use_cache and (training or not causal):
         raise ValueError("`use_cache=True` is for causal models (`config.is_decoder`) with `training=False`.")
-    unsupported_reason("cpu")  # compiles and checks the kernel, if that is still to be done
+    unsupported_reason("cpu")  # compiles and checks the kernel, unless already done
     run = partial(_run, config, model_class, batch_size, training, use_cache, dtype, autocast, optimizer_states)
-    # Chunks of tokens, and of logits, are of fixed sizes; beyond some of them memory grows linearly.
+    # Chunks of tokens and logits have fixed sizes; beyond a few chunks, memory grows linearly.
     chunk = CHUNK_ELEMENTS // (batch_size * config.hidden_size)
     short = 2 * max(1, chunk, MAX_LOGITS // (2 * batch_size * config.vocab_size))
     long = short + 2 * max(1, chunk)
@@ -207,7 +207,7 @@ def estimate_memory(
 
 
 def known_class(name: str) -> type[ReformerPreTrainedModel]:
-    """The class of that name.
+    """Return the class with the given name.
 
     Raises:
         ValueError: its inputs are not tokens, or it is not a class of this package.
@@ -222,7 +222,7 @@ def known_class(name: str) -> type[ReformerPreTrainedModel]:
 
 
 def default_class(config: ReformerConfig) -> type[ReformerPreTrainedModel]:
-    """The class that `config.architectures` names; otherwise the language model that fits the config."""
+    """Return the class in `config.architectures`, or else the language model that fits the config."""
     if config.architectures:
         return known_class(config.architectures[0])
     if config.is_encoder_decoder:
@@ -231,7 +231,7 @@ def default_class(config: ReformerConfig) -> type[ReformerPreTrainedModel]:
 
 
 def _extrapolate(first: MemoryEstimate, second: MemoryEstimate, steps: float) -> MemoryEstimate:
-    """Extrapolate linearly: `steps` times the step from `first` to `second`, beyond `second`."""
+    """Extrapolate linearly beyond `second`, by `steps` times the difference between `first` and `second`."""
     grown = {name: size + steps * (size - first.parts[name]) for name, size in second.parts.items()}
     return MemoryEstimate(**{name: max(0, math.ceil(size)) for name, size in grown.items()}, moment=second.moment)
 
@@ -240,13 +240,11 @@ def _run(
     config: ReformerConfig, model_class: Callable[..., Any], batch: int, training: bool, use_cache: bool,
     dtype: torch.dtype, autocast: torch.dtype | None, optimizer_states: int, length: int,
 ) -> list[MemoryEstimate]:  # fmt: skip
-    """One estimate for each phase."""
+    """Return one estimate for each phase."""
     with fake_tensors(), warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # those of the model itself come when it runs, and a fake tensor has no address
+        warnings.simplefilter("ignore")  # the model warns when it really runs, and a fake tensor has no address
         before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)  # a fake parameter cannot be given another later
+        torch.set_default_dtype(dtype)  # the dtype of a fake parameter cannot be changed later
         try:
             model = model_class(config).train(training)
         finally:
@@ -297,7 +295,7 @@ def _run(
             made = "logits" if x.moment == LOSS else "layers"
             sizes["gradients" if x.number in grads else lasts if x.number in lasting else made] += x.size
         estimates.append(MemoryEstimate(**sizes, moment=moment))
-    if training:  # AdamW works on one parameter after the other, with two more numbers for each of its weights
+    if training:  # AdamW updates one parameter at a time, with two temporary values per weight
         largest = max(x.numel() * x.element_size() for x in trained)
         all_grads = sum(x.numel() * x.element_size() for x in trained)
         estimates.append(MemoryEstimate(weights, all_grads, states + 2 * largest, moment=UPDATE))
@@ -305,7 +303,7 @@ def _run(
 
 
 def example_inputs(model: Any, batch: int, length: int, training: bool) -> dict[str, Any]:
-    """Token ids for a model, and in training labels."""
+    """Make token ids for a model, and in training also labels."""
     config, kind = model.config, type(model)
     shape = (batch, CHOICES, length) if kind is ReformerForMultipleChoice else (batch, length)
     inputs: dict[str, Any] = {"input_ids": torch.ones(shape, dtype=torch.int64)}

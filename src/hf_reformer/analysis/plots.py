@@ -1,7 +1,7 @@
 """Plots of LSH attention: buckets, visible pairs, attention weights, attention mass.
 
-The numbers come from the model's own forward pass (`view_layer`, or `output_attentions`). Every plot is drawn into the
-given Axes, or into a new figure, and returned as Axes; nothing is shown or saved.
+The data come from the model's own forward pass (`view_layer`, or `output_attentions`). Every function draws into the
+given Axes, or a new figure, and returns the Axes; nothing is shown or saved.
 """
 
 from collections.abc import Sequence
@@ -24,11 +24,11 @@ from .lsh_stats import (
 )
 
 SIDE = 256  # pixels of a plot of pairs; longer sequences are drawn in blocks of tokens
-MAX_LABELS = 64  # tokens whose text can still be read along an axis
+MAX_LABELS = 64  # number of tokens whose text is legible along an axis
 
 
 def plot_buckets(view: LayerView, hash_round: int = 0, row: int = 0, head: int = 0, ax: Any = None) -> Any:
-    """The bucket of every real token over its position, in one hash round."""
+    """Plot the bucket of every real token over its position, in one hash round."""
     buckets = buckets_of(view)
     batch, heads, rounds, _ = buckets.shape
     check_index(row=(row, batch), head=(head, heads), hash_round=(hash_round, rounds))
@@ -42,16 +42,16 @@ def plot_buckets(view: LayerView, hash_round: int = 0, row: int = 0, head: int =
 
 
 def plot_pairs(view: LayerView, row: int = 0, head: int = 0, ax: Any = None, side: int = SIDE) -> Any:
-    """Which tokens attend to which: every token's windows, each pair in the color of the first order that contains it.
+    """Plot which tokens attend to which, each visible pair in the color of the first sort order that contains it.
 
-    If the input is longer than `side`, a pixel represents a block of tokens, in the color of the first order that
+    If the input is longer than `side`, each pixel represents a block of tokens, in the color of the first order that
     contains any of its pairs.
     """
     query, key, order = visible_pairs(view, row, head)
     length, count = view.mask.shape[1], len(view.names)
     step = -(-length // side)
     size = -(-length // step)
-    image = order.new_full((size * size,), count)  # count: nothing is shown
+    image = order.new_full((size * size,), count)  # count: not visible
     image.scatter_reduce_(0, query // step * size + key // step, order, "amin")
     ax = _axes(ax)
 
@@ -76,13 +76,13 @@ def plot_attention(
     ax: Any = None,
     side: int = SIDE,
 ) -> Any:
-    """The attention weights of a head, one row of pixels per query token.
+    """Plot the attention weights of a head, one row of pixels per query token.
 
     Args:
         attention, mask: as for `attention_mass`.
-        tokens: texts of the tokens, as labels on both axes; for short inputs.
-        side: if there are more tokens, a pixel represents a block of them: the share of attention that the tokens of
-            its row give to those of its column, so that every row still sums to 1.
+        tokens: texts of the tokens, as labels for both axes; only for short inputs.
+        side: if there are more tokens, each pixel represents a block: the share of attention that the tokens of its
+            row give to those of its column, so that every row still sums to 1.
     """
     image, steps = attention_image(attention, row, head, mask, side)
     columns = as_lists(attention)[2]
@@ -109,7 +109,7 @@ def plot_attention(
 def attention_image(
     attention: AttentionWeights, row: int = 0, head: int = 0, mask: torch.Tensor | None = None, side: int = SIDE
 ) -> tuple[torch.Tensor, tuple[int, int]]:
-    """The weights of a head in at most `side` rows and columns, and the number of tokens per row and column."""
+    """Return a head's weights in at most `side` rows and columns, and the number of tokens per row and column."""
     tokens, weights, columns = as_lists(attention, mask)
     check_index(row=(row, len(tokens)), head=(head, tokens.shape[1]))
     tokens, weights = tokens[row, head].clamp(min=0), weights[row, head]  # (T, K)
@@ -127,10 +127,12 @@ def plot_attention_mass(
     ax: Any = None,
     causal: bool | None = None,
 ) -> Any:
-    """The share of attention that every token receives, one line per head; arguments as for `attention_mass`.
+    """Plot the share of attention that every token receives, one line per head.
 
-    causal: whether the layer is causal; if given, a dashed line shows the mass under uniform attention, the target of
-    the coverage loss. Not with packed samples.
+    Args:
+        attention, mask: as for `attention_mass`.
+        causal: whether the layer is causal. If given, a dashed line shows the mass under uniform attention, the target
+            of the coverage loss. Not supported for packed samples.
     """
     mass = attention_mass(attention, mask)
     check_index(row=(row, len(mass)))
@@ -147,7 +149,7 @@ def plot_attention_mass(
 
 
 def plot_bucket_sizes(view: LayerView, ax: Any = None) -> Any:
-    """Histogram of bucket sizes over all sequences, heads and rounds; the line marks an even share."""
+    """Plot a histogram of bucket sizes over all sequences, heads and rounds; the dashed line marks an even share."""
     sizes = bucket_sizes(view).double()
     even = view.mask.sum(-1).clamp(min=1)[:, None, None, None] / view.num_buckets
     ax = _axes(ax)
@@ -159,7 +161,7 @@ def plot_bucket_sizes(view: LayerView, ax: Any = None) -> Any:
 
 
 def plot_round_agreement(view: LayerView, neighbors: int = 8, ax: Any = None) -> Any:
-    """Share of nearest neighbors that share a bucket, over the number of rounds; `view_layer` accepts `num_hashes`."""
+    """Plot the fraction of nearest neighbors that share a bucket over the number of rounds (`num_hashes`)."""
     share = round_agreement(view, neighbors).cpu()
     rounds = torch.arange(1, len(share) + 1)
     ax = _axes(ax)
@@ -172,10 +174,10 @@ def plot_round_agreement(view: LayerView, neighbors: int = 8, ax: Any = None) ->
 
 
 def plot_attention_found(layers: Sequence[AttentionFound], ax: Any = None) -> Any:
-    """Share of exact attention beyond the local window that hash orders find, compared with as many other keys.
+    """Plot how much exact attention beyond the local window hash orders find, compared with as many other keys.
 
-    One group of bars per head, from the result of `attention_found`. Below each is the share of all its attention that
-    lies beyond the window.
+    Draws one group of bars per head from the result of `attention_found`; its label gives the share of the head's
+    attention that lies beyond the window.
     """
     if not layers:
         raise ValueError("There is nothing to plot: no layer hashed this input.")
@@ -211,14 +213,14 @@ def _axes(ax: Any) -> Any:
 
 
 def _show(ax: Any, image: torch.Tensor, row_step: int, column_step: int, **options: Any) -> Any:
-    """An image of pairs whose axes count tokens."""
+    """Draw an image of pairs, with axes in tokens."""
     extent = (-0.5, image.shape[1] * column_step - 0.5, image.shape[0] * row_step - 0.5, -0.5)
     ax.set(xlabel="attends to", ylabel="token")
     return ax.imshow(image.numpy(), extent=extent, interpolation="nearest", **options)
 
 
 def _color(name: str) -> Any:
-    """Gray for the position order, colors for hash rounds, black and dark gray for exploration."""
+    """Return gray for the position order, a color for a hash round, black or dark gray for exploration."""
     from matplotlib import colormaps
 
     kind, _, number = name.partition(" ")

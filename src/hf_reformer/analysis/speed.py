@@ -20,10 +20,10 @@ def measure_seconds(
     repeats: int = 3,
     device: str | torch.device = "cpu",
 ) -> float:
-    """Median time of a step of a new model in seconds, after a warm-up step.
+    """Measure the median time of a step of a newly initialized model in seconds, after a warm-up step.
 
     Args:
-        training: forward, backward and an AdamW update; otherwise a forward pass without gradients.
+        training: time forward, backward and an AdamW update; otherwise a forward pass without gradients.
         model_class: as in `estimate_memory`.
     """
     model_class = default_class(config) if model_class is None else model_class

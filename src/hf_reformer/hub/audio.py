@@ -1,4 +1,4 @@
-"""Convert audio of any kind to what models expect: one channel of float32 samples at the model's sampling rate."""
+"""Convert audio to the format that models expect: mono float32 samples at the model's sampling rate."""
 
 import importlib
 import io
@@ -10,22 +10,24 @@ from typing import Any
 
 import numpy as np
 
-CHANNELS = 8  # a recording has at most so many; that tells which axis they are
+CHANNELS = 8  # the most that a recording may have; tells which axis is channels
 
 
 def waveform(source: Any, sampling_rate: int, from_rate: int | None = None) -> np.ndarray:
-    """(N) float32 samples, N at least 1, at `sampling_rate`; channels are averaged.
+    """Convert a recording to (N) float32 samples at `sampling_rate`, N at least 1; channels are averaged.
 
     Args:
-        source: a file's path or its bytes (wav, flac, ogg, mp3: what soundfile reads); samples as an array, tensor or
-            list, integers of any width or floats; a mapping with `array` (or `raw`) and `sampling_rate`, or with
+        source: a path or the bytes of a file that soundfile reads (wav, flac, ogg, mp3); samples as an array, tensor
+            or list of floats or integers of any width; a mapping with `array` (or `raw`) and `sampling_rate`, or with
             `bytes` or `path`, as in columns of `datasets`; or an object with `get_all_samples`, such as torchcodec's
             decoders.
-        from_rate: the sampling rate of given samples; None: `sampling_rate`.
+        from_rate: the sampling rate if `source` consists of samples; None: `sampling_rate`.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: there is no such file, or it is not audio, is empty, contains NaN,
-            or has axes that could be either channels or samples.
+        FileNotFoundError: there is no such file.
+        ImportError: soundfile or scipy is needed but not installed.
+        ValueError: the source is not audio, is empty, contains NaN or infinity, or has axes that could be either
+            channels or samples.
     """
     name = "The recording"
     if isinstance(source, Mapping):
@@ -57,7 +59,7 @@ def waveform(source: Any, sampling_rate: int, from_rate: int | None = None) -> n
 
 
 def resampled(samples: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
-    """(N) float32 samples resampled by a polyphase filter."""
+    """Resample (N) float32 samples with a polyphase filter."""
     if from_rate < 1 or to_rate < 1:
         raise ValueError(f"Sampling rates of {from_rate} and {to_rate} Hz are not possible. Give at least 1.")
     if from_rate == to_rate:
@@ -83,7 +85,7 @@ def _read(source: Any, name: str) -> tuple[np.ndarray, int]:
 
 
 def _as_floats(source: Any, name: str) -> np.ndarray:
-    """Scale integers to numbers between -1 and 1."""
+    """Convert samples to float32, scaling integers to the range from -1 to 1."""
     try:
         samples = np.asarray(source.detach().cpu() if hasattr(source, "detach") else source)
     except ValueError as error:
@@ -92,7 +94,7 @@ def _as_floats(source: Any, name: str) -> np.ndarray:
         raise ValueError(f"{name} is an array of {samples.dtype}; samples are numbers.")
     if samples.dtype.kind == "i":
         largest = np.iinfo(samples.dtype).max
-        if samples.itemsize == 8:  # what lists become: nobody knows the width of their cells; 16 bits are usual
+        if samples.itemsize == 8:  # a list, whose sample width is unknown; usually 16 bits
             largest = 2**15 - 1 if not samples.size or np.abs(samples).max() <= 2**15 else 2**31 - 1
         return (samples / (largest + 1.0)).astype(np.float32)
     if samples.dtype.kind == "u":
@@ -102,7 +104,7 @@ def _as_floats(source: Any, name: str) -> np.ndarray:
 
 
 def _mixed(samples: np.ndarray, name: str) -> np.ndarray:
-    """The mean of all channels, of (samples, channels) or (channels, samples)."""
+    """Average the channels of (samples, channels) or (channels, samples)."""
     if samples.ndim > 2:
         raise ValueError(f"{name} has the shape {samples.shape}; it must be samples, or samples and channels.")
     few = [axis for axis in (0, 1) if samples.shape[axis] <= CHANNELS]

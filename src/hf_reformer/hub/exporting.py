@@ -1,7 +1,7 @@
-"""Share a model as a directory or a Hub repository that also works where this package is not installed.
+"""Share a model as a directory or Hub repository that works without this package.
 
-The directory contains the weights, the modeling code, and a config whose `auto_map` says where each Auto class finds
-its model in that code. `save_pretrained` and the Trainer write no code.
+The directory contains the weights, the modeling code, and a config whose `auto_map` tells each Auto class where to
+find its model in that code. `save_pretrained` and the Trainer do not write code.
 """
 
 import copy
@@ -38,7 +38,7 @@ from .model_folder import (
 )
 from .registration import AUTO_CLASSES, MODEL_CLASSES
 
-# Files of an earlier model in the same place, which the new model may not overwrite.
+# Files of a previous model in the same place, which the new model might not overwrite.
 PROCESSOR_FILE = "preprocessor_config.json"
 MODEL_FILE_PATTERNS = [PROCESSOR_FILE, *MODEL_FILES, *TOKENIZER_FILES, "additional_chat_templates/*"]
 READ_FROM_HUB = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -57,20 +57,20 @@ def export(
     overwrite: bool = False,
     **card: Any,
 ) -> Path:
-    """Write a directory that `from_pretrained(folder, trust_remote_code=True)` reads without this package.
+    """Write a directory that `from_pretrained(folder, trust_remote_code=True)` loads without this package.
 
-    Every Auto class that supports our models can load it, not only the class of its own head. Weights keep their
-    dtype. If the config names a compiled backend, the exported config says "auto" instead.
+    Every Auto class that supports our models can load it, not only that of its own head. Weights keep their dtype. If
+    the config names a compiled backend, the exported config contains "auto" instead.
 
     Args:
         model: one of our models; or a checkpoint directory or Hub repository, whose tokenizer, processor and
-            `trainer_state.json` are then included.
-        folder: the directory to write. It must be empty or not exist.
+            `trainer_state.json` are then used as defaults.
+        folder: the directory to write. It must be empty or not exist, unless `overwrite` is set.
         tokenizer: saved with the model.
         processor: a feature extractor or image processor, also saved with the model.
         state: `trainer.state`, for the scores on the model card.
-        name: the name under which people will load it, for the model card. Default: the name of the directory.
-        overwrite: replace the model in a non-empty directory in one step; other files in it stay.
+        name: the name to load the model by, for the model card. Default: the name of the directory.
+        overwrite: replace the model in a non-empty directory in one step; other files are kept.
         card: further fields of the model card, see `model_card`: `language`, `license`, `datasets`, `base_model`,
             `tags`, `dataset_name`, `notes`.
 
@@ -78,7 +78,7 @@ def export(
         The directory.
 
     Raises:
-        FileExistsError: `folder` is not empty, or a file.
+        FileExistsError: `folder` is a file or not empty.
         ValueError: the model cannot be exported, for example because of unmerged adapters or weights without values;
             the message says what to do first. Nothing is written.
     """
@@ -115,13 +115,13 @@ def push_to_hub(
 ) -> CommitInfo:
     """Upload what `export` writes to a Hub repository, which is created if necessary.
 
-    Files of a previously uploaded model, and its model card, are deleted or replaced.
+    Files of a previously uploaded model, including its model card, are deleted or replaced.
 
     Args:
         model, tokenizer, processor, state, card: as in `export`; its errors are raised before anything is uploaded.
         repo_id: "user/name", or "name" for your own account.
         private: visibility of a new repository. Default: the owner's setting.
-        token: default: the one from `hf auth login`.
+        token: access token. Default: the one from `hf auth login`.
         revision: the branch to upload to, created if necessary.
         commit_message: first line of the commit message.
 
@@ -146,9 +146,12 @@ def push_to_hub(
 
 
 def read(source: str | PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None, TrainerState | None, Any]:
-    """Model, tokenizer, Trainer state and processor of a checkpoint directory or Hub repository; None if missing.
+    """Read model, tokenizer, Trainer state and processor of a checkpoint directory or Hub repository.
 
-    A ValueError says why the model cannot be read.
+    All but the model are None if missing.
+
+    Raises:
+        ValueError: any of them cannot be read; the message says why.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -176,7 +179,7 @@ def read(source: str | PathLike) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 
 
 def saved_processor(folder: Path) -> Any:
-    """The feature extractor or image processor in a checkpoint directory, or None; ValueError if it is damaged."""
+    """Read a checkpoint's feature extractor or image processor, None if missing. Raises ValueError if damaged."""
     file = folder / PROCESSOR_FILE
     if not file.exists():
         return None
@@ -188,7 +191,7 @@ def saved_processor(folder: Path) -> Any:
 
 
 def saved_state(folder: Path) -> TrainerState | None:
-    """The Trainer's state in a checkpoint directory, or None; ValueError if it is invalid."""
+    """Read the Trainer's state from a checkpoint, None if missing. Raises ValueError if invalid."""
     file = folder / "trainer_state.json"
     if not file.exists():
         return None
@@ -209,7 +212,7 @@ def _is_count(value: Any) -> bool:
 
 
 def check_model(model: Any) -> None:
-    """Raise ValueError for a model that could not be saved in an exported directory, or loaded from it."""
+    """Raise ValueError if the model could not be saved in an exported directory, or loaded from it."""
     if hasattr(model, "peft_config"):
         raise ValueError(
             "The model has adapters attached. Merge them, `model = model.merge_and_unload()`, or share only the "
@@ -242,7 +245,7 @@ def check_model(model: Any) -> None:
             f"`{quantized[0]}` is a {type(tensors[quantized[0]].data).__name__}, quantized in place without a record "
             "in the config. Export the original, or quantize with `from_pretrained(..., quantization_config=...)`."
         )
-    with torch.device("meta"):  # what the class creates from the config is what the directory must hold
+    with torch.device("meta"):  # the directory must hold what the class creates from the config
         from_config = type(model)(copy.deepcopy(model.config)).state_dict()
     shapes = {name: tuple(x.shape) for name, x in tensors.items()}
     expected = {name: tuple(x.shape) for name, x in from_config.items()}
@@ -256,7 +259,7 @@ def check_model(model: Any) -> None:
 
 
 def _loaded(model: Any, tokenizer: Any, state: Any, processor: Any) -> tuple[Any, Any, Any, Any]:
-    """The same four, read from a directory or repository if `model` names one; arguments take precedence."""
+    """Return the same four, read from a directory or repository if `model` names one; arguments take precedence."""
     if isinstance(model, (str, PathLike)):
         model, *saved = read(model)
         given = (tokenizer, state, processor)
@@ -266,13 +269,13 @@ def _loaded(model: Any, tokenizer: Any, state: Any, processor: Any) -> tuple[Any
 
 
 def code_files() -> dict[str, str]:
-    """File names and texts of the exported code: the modules of our classes, and everything they import."""
+    """Return file names and texts of the exported code: the modules of our classes, and everything they import."""
     classes = (ReformerConfig, *MODEL_CLASSES.values())
     return flatten({cls.__module__.partition(".")[2] for cls in classes})  # dotted names within the package
 
 
 def auto_map() -> dict[str, str]:
-    """Module and name of each Auto class's model in the exported code."""
+    """Return the module and name of each Auto class's model in the exported code."""
     classes = {"AutoConfig": ReformerConfig, **{auto.__name__: cls for auto, cls in AUTO_CLASSES.items()}}
     return {auto: f"{short_name(cls.__module__)}.{cls.__name__}" for auto, cls in classes.items()}
 

@@ -1,21 +1,20 @@
-"""The modeling code as one flat directory: the Hub's copier only follows `from .name import x` between files in one
-directory.
+"""Flatten the modeling code into one directory, as the Hub's copier follows `from .name import x` only within one.
 
 Every module that the exported classes depend on is written under its short name, with the module part of its relative
-imports rewritten; the rest of the text stays.
+imports rewritten; the rest of the text is unchanged.
 """
 
 import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# Lines, not syntax, because the copier reads lines too: text of a docstring that looks like an import counts as one.
+# Matches lines, not syntax, like the copier: docstring text that looks like an import counts as one.
 RELATIVE_IMPORT = re.compile(r"^(\s*from\s+)(\.+)([\w.]*)(?=\s+import\s)", flags=re.MULTILINE)
 PACKAGE_IMPORT = re.compile(r"^\s*(?:from|import)\s+hf_reformer\b", flags=re.MULTILINE)
 
 
 def flatten(entries: set[str]) -> dict[str, str]:
-    """File names and texts of the flat directory.
+    """Return file names and texts of the flat directory.
 
     Args:
         entries: dotted names of modules within the package; everything that they import relatively is added.
@@ -39,7 +38,7 @@ def flatten(entries: set[str]) -> dict[str, str]:
 
 
 def flat_imports(module: str, text: str) -> tuple[str, list[str]]:
-    """The text of a module with flat imports, and the modules that it imports, dotted within the package."""
+    """Return a module's text with flat imports, and the dotted names (in the package) of the modules it imports."""
     if found := PACKAGE_IMPORT.search(text):
         raise ValueError(f"{module}: `{found[0].strip()}` would need the package. Use a relative import.")
     room, imported = module.split(".")[:-1], []
@@ -56,10 +55,10 @@ def flat_imports(module: str, text: str) -> tuple[str, list[str]]:
 
 
 def source_file(module: str) -> Path:
-    """The file of a module, given by its dotted name within the package."""
+    """Return the file of a module, given its dotted name within the package."""
     return PACKAGE / f"{module.replace('.', '/')}.py"
 
 
 def short_name(module: str) -> str:
-    """`ops.lsh` → `lsh`"""
+    """Return the last part of a dotted name: `ops.lsh` → `lsh`."""
     return module.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Model cards: a model's README.md, generated from its config and the Trainer's records."""
+"""Model cards: README.md files generated from a model's config and the Trainer's state."""
 
 import inspect
 import json
@@ -35,17 +35,17 @@ SIGNAL_TAGS = {
     "image-classification",
     "time-series-forecasting",
 }
-LAYER_NUMBERS = "attention_found|bucket_entropy|fullest_bucket|received_entropy|reached_share"  # of the callbacks
+LAYER_NUMBERS = "attention_found|bucket_entropy|fullest_bucket|received_entropy|reached_share"  # logged by callbacks
 NON_METRICS = re.compile(rf"(.*_)?(runtime|({LAYER_NUMBERS})(_layer_\d+)?)|.*_per_second|.*_time")
 RESERVED_FIELDS = {"library_name", "pipeline_tag", "model_name", "eval_results", "ignore_metadata_errors"}
-MOST_SCORES = 100  # of an evaluation
+MOST_SCORES = 100  # per evaluation
 FIELDS = {
     name for name, field in inspect.signature(ModelCardData).parameters.items() if field.kind == field.KEYWORD_ONLY
 } - RESERVED_FIELDS
 
 
 class Evaluation(NamedTuple):
-    """Scores of one evaluation by the Trainer. `final`: run after training, on the final weights."""
+    """Scores of one evaluation by the Trainer. `final`: it ran after training, on the final weights."""
 
     step: int
     scores: dict[str, float]
@@ -53,7 +53,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluations(history: list[dict[str, Any]]) -> list[Evaluation]:
-    """All evaluations of a Trainer's `log_history`, in order; those of several datasets at one step are merged."""
+    """Return all evaluations in a `log_history`, in order; those on several datasets at one step are merged."""
     found: list[Evaluation] = []
     final = False
     for entry in history:
@@ -70,20 +70,20 @@ def evaluations(history: list[dict[str, Any]]) -> list[Evaluation]:
 
 
 def _in_a_cell(name: str) -> str:
-    """A metric's name as one line of plain text: a record may come from anyone, and a card is a web page."""
+    """Sanitize a metric's name to one line of plain text: records are untrusted, and a card is a web page."""
     return " ".join(re.sub(r"[^\w@%.,:;/()=+-]+", " ", name).split())[:80]
 
 
 def _is_score(value: Any) -> bool:
-    """Whether a record's value is a number that a card can show."""
+    """Return whether a logged value is a number that a card can show."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and not abs(value) >= 10**300
 
 
 def evaluation_of_weights(state: TrainerState, found: list[Evaluation]) -> Evaluation | None:
-    """The evaluation of the weights that the state was saved with, or None if the record is ambiguous.
+    """Return the evaluation of the weights saved with the state, or None if there is none or it is ambiguous.
 
-    It is one after training, or one at the last step. If training has ended and an earlier step was better, the
-    Trainer may have loaded that step (`load_best_model_at_end`), which it does not record.
+    This is an evaluation after training, or at the last step. If training has ended and an earlier step was better,
+    the Trainer may have loaded that step (`load_best_model_at_end`), which it does not record.
     """
     if not found:
         return None
@@ -94,7 +94,7 @@ def evaluation_of_weights(state: TrainerState, found: list[Evaluation]) -> Evalu
 
 
 def table(found: list[Evaluation], weights: Evaluation | None, best_step: int | None) -> str:
-    """Markdown: rows for the evaluation of these weights, the best one during training, and the last one."""
+    """Make a Markdown table of the evaluation of these weights, the best one during training, and the last one."""
     best = next((x for x in found if x.step == best_step and not x.final), None)
     rows: dict[int, list[str]] = {}
     for name, evaluation in (("these weights", weights), ("best", best), ("last", found[-1])):
@@ -118,7 +118,7 @@ def _listed(value: Any) -> list[str]:
 
 
 def example_inputs(config: Any, task: str) -> str | None:
-    """Python code for random inputs of a signal model; None for others."""
+    """Return Python code for random inputs of a signal model; None for other models."""
     shapes: dict[str, tuple[int, ...]] = {}
     if task in ("audio-classification", "automatic-speech-recognition"):
         features = config.num_input_features
@@ -170,17 +170,18 @@ def model_card(
     notes: str | None = None,
     **metadata: Any,
 ) -> ModelCard:
-    """The card of a model. `card.save(path)` writes it.
+    """Make the card of a model; `card.save(path)` writes it.
 
     Args:
         model: one of our models.
-        name: the name to load in the example: a Hub repository or a directory.
-        tokenizer: the tokenizer of the example.
+        name: the Hub repository or directory that the example loads.
+        tokenizer: the tokenizer for the example.
         state: `trainer.state`, the source of all scores.
         with_code: whether the modeling code is exported with the model.
-        dataset_name: the evaluation dataset, in words. Scores are part of the metadata if this or `datasets` is given.
-        training: settings to list. Default: those in `state`.
-        notes: Markdown for the end of the card.
+        dataset_name: display name of the evaluation dataset. The metadata include scores if this or `datasets` is
+            given.
+        training: training settings to list. Default: those in `state`.
+        notes: Markdown to append to the card.
         metadata: fields of `huggingface_hub.ModelCardData`, such as `language`, `license`, `datasets`, `base_model`,
             `tags`.
 

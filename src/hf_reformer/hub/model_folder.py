@@ -1,4 +1,4 @@
-"""Checkpoint directories: reading them, with clear errors if damaged, and replacing them atomically."""
+"""Read checkpoint directories, with clear errors if they are damaged, and replace them atomically."""
 
 import ctypes
 import fnmatch
@@ -20,19 +20,19 @@ from transformers.utils import logging
 
 from ..models.pretrained import named_files
 
-# Files of a model and its tokenizer, besides code, config.json and README.md; exactly, as others may begin like them.
+# Files of a model and its tokenizer, besides code, config.json and README.md; exact, as other names may start alike.
 MODEL_FILES = ["model.safetensors", f"model-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors", "generation_config.json"]
 MODEL_FILES += ["model.safetensors.index.json"]
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json"]
 TOKENIZER_FILES += ["vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
 TOKENIZER_FILES += ["chat_template.jinja", "chat_template.json", "additional_chat_templates"]
-# Raised while reading weights that are damaged or do not match the config.
+# Raised on reading weights that are damaged or do not match the config.
 LOAD_ERRORS = (SafetensorError, pickle.UnpicklingError, EOFError, LookupError, RuntimeError, TypeError)
 
 
 @contextmanager
 def readable(source: Any) -> Iterator[None]:
-    """Turn errors about a wrong config or wrong weights into a ValueError that says so."""
+    """Convert errors about an invalid config or weights into a ValueError with a clear message."""
     try:
         yield
     except StrictDataclassError as error:
@@ -42,9 +42,9 @@ def readable(source: Any) -> Iterator[None]:
 
 
 def check_own_files(folder: Path) -> None:
-    """Raise ValueError if a directory contains a link to a file elsewhere, or its config or index names one.
+    """Raise ValueError if a directory links to a file elsewhere, or its config or index names one.
 
-    In the Hub's cache, links to the repository's own blobs are allowed. Pipes and devices are also refused.
+    In the Hub's cache, links to the repository's own blobs are allowed. Pipes and devices are also rejected.
     """
     own = [folder.resolve()]
     if own[0].parent.name == "snapshots":
@@ -66,7 +66,7 @@ def check_own_files(folder: Path) -> None:
 
 
 def saved_config(folder: Path) -> dict[str, Any]:
-    """The contents of a checkpoint directory's config.json.
+    """Read the config.json of a checkpoint directory.
 
     Raises:
         ValueError: it is missing or not a JSON object, or the directory contains an adapter or files from elsewhere.
@@ -92,7 +92,7 @@ def saved_config(folder: Path) -> dict[str, Any]:
 
 
 def load_model(model_class: Any, source: Any, dtype: str = "auto", **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A checkpoint's model and the loading report; RuntimeError if weights differ in size from the config."""
+    """Load a model; also returns the loading report. Raises RuntimeError if shapes do not match the config."""
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, report = model_class.from_pretrained(source, dtype=dtype, **options)
     for key, saved, expected in sorted(report["mismatched_keys"]):
@@ -101,7 +101,7 @@ def load_model(model_class: Any, source: Any, dtype: str = "auto", **options: An
 
 
 def other_task(model: PreTrainedModel) -> str | None:
-    """The class that saved a model, if it is for another task: the weights may fit, but outputs would be random."""
+    """Return the class that saved a model if it is for another task: the weights may fit, but outputs are random."""
 
     def task(name: str) -> str | None:
         found = re.search(r"For[A-Z]\w*$", name)
@@ -114,12 +114,12 @@ def other_task(model: PreTrainedModel) -> str | None:
 
 
 def load_tokenizer(source: Any, **options: Any) -> Any:
-    """A checkpoint's tokenizer; ValueError if its files are damaged."""
+    """Load a checkpoint's tokenizer. Raises ValueError if its files are damaged."""
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except (ImportError, OSError, ValueError):
         raise
-    except Exception as error:  # whatever was raised on the way
+    except Exception as error:  # damaged files can raise any exception
         raise ValueError(
             f"The tokenizer in {source} cannot be read: {type(error).__name__}: {error}. Its files are damaged: save "
             "it again with `tokenizer.save_pretrained`."
@@ -128,13 +128,14 @@ def load_tokenizer(source: Any, **options: Any) -> Any:
 
 @contextmanager
 def written_whole(folder: Path, replaced: list[str] | None = None) -> Iterator[Path]:
-    """A directory to write into that atomically becomes `folder` when the block ends, or not at all.
+    """Yield a directory to write into, which replaces `folder` as a whole if the block succeeds.
 
-    If `folder` exists, its files stay, except those that are written again or match a pattern in `replaced`. They are
-    linked into the new directory, which is then exchanged with the old one.
+    If `folder` exists, its files are kept, except those that are written again or match a pattern in `replaced`: they
+    are linked into the new directory, which is then exchanged with the old one. An empty current directory or mount
+    point is filled file by file instead.
 
     Raises:
-        OSError: the directory cannot be replaced, because it is the current one or a mount point.
+        OSError: the directory cannot be replaced: it is not empty, and the current one or a mount point.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     others = list(folder.iterdir()) if folder.exists() else []
@@ -147,13 +148,13 @@ def written_whole(folder: Path, replaced: list[str] | None = None) -> Iterator[P
         yield new
         for path in [path for path in new.rglob("*") if path.is_file()]:
             with open(path, "rb") as file:
-                os.fsync(file.fileno())  # the contents are on the disk before the name is
+                os.fsync(file.fileno())  # contents reach the disk before the name
         if folder.exists():
             shutil.copymode(folder, new)
         if not others and not current and not folder.is_mount():
             new.rename(folder)
         elif not others:
-            for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):  # which makes it a model
+            for path in sorted(new.iterdir(), key=lambda path: path.name == "config.json"):  # it makes this a model
                 shutil.move(path, folder / path.name)
         else:
             for path in others:
@@ -163,9 +164,9 @@ def written_whole(folder: Path, replaced: list[str] | None = None) -> Iterator[P
 
 
 def _link(source: Path, target: Path) -> None:
-    """Hard-link a file, or the files of a directory, under another name, unless that is taken.
+    """Hard-link a file, or the files of a directory, to `target`, unless it exists.
 
-    Copies if the file system does not support hard links.
+    Copies if the file system does not support hard links. Raises OSError if only one of the two is a directory.
     """
 
     def link(source: Any, target: Any) -> None:
@@ -184,7 +185,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _exchange(new: Path, folder: Path) -> None:
-    """Swap two directories: atomically on Linux, else in two steps; the first is undone if the second fails."""
+    """Swap two directories: atomically on Linux, else in two steps, undoing the first if the second fails."""
     libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     here, both_ways = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     if hasattr(libc, "renameat2") and not libc.renameat2(here, os.fsencode(new), here, os.fsencode(folder), both_ways):
@@ -200,7 +201,7 @@ def _exchange(new: Path, folder: Path) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress transformers' loading report; what matters in it is raised as an error."""
+    """Suppress transformers' loading report; relevant problems are raised as errors."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

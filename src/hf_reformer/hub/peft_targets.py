@@ -1,7 +1,8 @@
-"""Default target modules of our models for peft, so that `LoraConfig()` needs no `target_modules`.
+"""Default target modules for peft, so that `LoraConfig()` needs no `target_modules` for our models.
 
-For each kind of adapter, peft has a table from model types to module names, and no way to register an entry. So the
-entries are written into its tables: now if peft is already imported, else when it is. It is never imported here.
+For each kind of adapter, peft has a table from model types to module names, but no way to register an entry. So
+entries are added to its tables directly: now if peft is already imported, otherwise once it is. This module never
+imports it.
 """
 
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 from ..compat import PEFT_TABLES, peft_target_tables
 from ..configuration_reformer import ReformerConfig
 
-# Queries and values, as for nearly every model in peft's tables. In an lsh layer, queries are also keys.
+# Queries and values, as for nearly every model in peft's tables. In lsh layers, queries are also keys.
 QUERIES_AND_VALUES = ["qk_proj", "q_proj", "v_proj"]
 # Adapters with other targets, by the middle of their table's name. IA3 scales keys, values and inputs of `down_proj`.
 TARGETS_BY_METHOD = {
@@ -27,7 +28,7 @@ TARGETS_BY_METHOD = {
 
 
 def register_adapters() -> None:
-    """Add our models to peft's tables, now or as soon as peft is imported. Calling it again changes nothing."""
+    """Add our models to peft's tables, now or as soon as peft is imported. Calling it again has no effect."""
     if PEFT_TABLES in sys.modules:
         fill_tables()
     elif not any(isinstance(finder, _FillWhenImported) for finder in sys.meta_path):
@@ -35,13 +36,13 @@ def register_adapters() -> None:
 
 
 def fill_tables() -> None:
-    """Add our models to all of peft's tables; existing entries stay."""
+    """Add our models to all of peft's tables; existing entries are kept."""
     for kind, table in peft_target_tables():
         table.setdefault(ReformerConfig.model_type, list(TARGETS_BY_METHOD.get(kind, QUERIES_AND_VALUES)))
 
 
 class _FillWhenImported(MetaPathFinder):
-    """Finds peft's module of tables like Python does, and fills the tables once the module has been executed."""
+    """A finder that locates peft's module of tables as Python does, and fills the tables once it has been executed."""
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if fullname != PEFT_TABLES:

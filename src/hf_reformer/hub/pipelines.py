@@ -1,4 +1,4 @@
-"""A question-answering pipeline for whole documents; transformers 5 has none, earlier versions read in chunks."""
+"""A question-answering pipeline for whole documents; transformers 5 has none, earlier versions split documents."""
 
 import inspect
 import math
@@ -15,22 +15,22 @@ TASK = "long-document-question-answering"
 
 
 class LongDocumentQuestionAnswering(Pipeline):
-    """Finds the answer to a question in a document, in one pass over the whole document.
+    """Extractive question answering in one pass over a whole document.
 
-    The tokenizer encodes the two as a pair, question first. An answer is a span of the document that neither starts
-    nor ends with whitespace. Its score is the probability of its first token as the start times that of its last
-    token as the end. Both are normalized over the document's non-whitespace tokens and the *null position*, the first
-    token of the input, which training data uses for questions without an answer.
+    The tokenizer encodes question and document as a pair, in this order. An answer is a span of the document without
+    leading or trailing whitespace. Its score is the probability that its first token is the start times the
+    probability that its last token is the end. Both are normalized over the document's non-whitespace tokens and the
+    *null position*, the first token of the input, which training data uses for questions without an answer.
 
-    Works with every question-answering head of transformers and every fast tokenizer. Batching changes no result.
+    Works with any question-answering head of transformers and any fast tokenizer. Batching does not change results.
 
     Args:
-        model: A model for question answering.
-        tokenizer: Its fast tokenizer.
-        kwargs: Arguments common to all pipelines (`device`, `batch_size` …), and the options of a call.
+        model: a model for question answering.
+        tokenizer: its fast tokenizer.
+        kwargs: arguments common to all pipelines (`device`, `batch_size`, …), and options of `__call__`.
 
     Raises:
-        ValueError: The model has no question-answering head, or the tokenizer is missing or gives no offsets.
+        ValueError: the model has no question-answering head, or the tokenizer is missing or not a fast one.
 
     Example:
         >>> reader = pipeline("long-document-question-answering", model=folder)
@@ -55,22 +55,23 @@ class LongDocumentQuestionAnswering(Pipeline):
         """Answer one question or many.
 
         Args:
-            question: A string, or a list of them; or a dict with `question` and `context`, a list of such dicts, or
-                a torch `Dataset` or generator of them.
-            context: The document, or a list of documents. One document serves all questions, and one question is
-                asked about all documents.
-            top_k: Maximum number of answers, best first, none of which overlaps a better one. Default 1.
-            max_answer_length: Maximum number of tokens in an answer. Default 64.
-            handle_impossible_answer: Also return "no answer", as an empty one from 0 to 0. Default False.
-            batch_size: Number of inputs in a batch. Default 1.
+            question: a string or list of strings; or a dict with `question` and `context`, or a list, torch `Dataset`
+                or generator of such dicts.
+            context: the document, or a list of documents. A single document is used for all questions, and a single
+                question for all documents.
+            top_k: maximum number of answers, best first, none of which overlaps a better one. Default: 1.
+            max_answer_length: maximum number of tokens in an answer. Default: 64.
+            handle_impossible_answer: also consider "no answer", an empty answer from 0 to 0. Default: False.
+            batch_size: number of inputs per batch. Default: 1.
 
         Returns:
-            A dict for every question, or a list of dicts with `top_k` above 1: `score`, the characters `start` and
-            `end`, and `answer`, which is `context[start:end]`. A list of inputs gives a list.
+            For each question a dict, or a list of dicts if `top_k` is above 1: `score`, the character positions
+            `start` and `end`, and `answer`, which is `context[start:end]`. A list of inputs gives a list.
 
         Raises:
-            TypeError: An input is none of the above, or an option is unknown.
-            ValueError: A text is empty, lists differ in length, an input is too long, or scores are not finite.
+            TypeError: an input is none of the above, or an option is unknown.
+            ValueError: a text is empty, lists differ in length, an input is too long, an option is not a positive
+                integer, or scores are not finite.
         """
         inputs = question if context is None else _pairs(question, context)
         return [] if isinstance(inputs, list) and not inputs else super().__call__(inputs, **kwargs)
@@ -87,10 +88,10 @@ class LongDocumentQuestionAnswering(Pipeline):
 
     def preprocess(self, inputs: Any) -> dict[str, Any]:
         question, context = _question_and_context(inputs)
-        options = {"truncation": False, "verbose": False}  # the model's limit counts, not the tokenizer's
+        options = {"truncation": False, "verbose": False}  # the limit is checked below
         encoded = self.tokenizer(question, context, return_tensors="pt", return_attention_mask=True, **options)
         limit = min(self.tokenizer.model_max_length, getattr(self.model.config, "max_position_embeddings", math.inf))
-        limit = getattr(self.model.config, "covered_positions", limit)  # of our models
+        limit = getattr(self.model.config, "covered_positions", limit)  # only our models have it
         length = encoded["input_ids"].shape[1]
         if length > limit:
             asked = self.tokenizer(question, add_special_tokens=False, verbose=False)["input_ids"]
@@ -116,7 +117,7 @@ class LongDocumentQuestionAnswering(Pipeline):
         max_answer_length: int = 64,
         handle_impossible_answer: bool = False,
     ) -> dict[str, Any] | list[dict[str, Any]]:
-        """The answers in one document: logits (1, T), padded or not."""
+        """Return the answers in one document, given logits (1, T), padded or not."""
         encoding, context = model_outputs["encoding"], model_outputs["context"]
         real = model_outputs["attention_mask"][0] != 0
         solid = torch.tensor(solid_tokens(encoding, context))
@@ -135,7 +136,7 @@ class LongDocumentQuestionAnswering(Pipeline):
 
 
 def register_pipelines() -> None:
-    """Register `pipeline("long-document-question-answering", …)`. Calling it again changes nothing."""
+    """Register `pipeline("long-document-question-answering", …)`. Calling it again has no effect."""
     entry = {"impl": LongDocumentQuestionAnswering, "pt": (AutoModelForQuestionAnswering,), "default": {}}
     register_pipeline_task(TASK, {**entry, "type": "text"})
 
@@ -148,13 +149,13 @@ def best_spans(
     count: int,
     max_length: int,
 ) -> Iterator[tuple[int, int, float]]:
-    """First token, last token and score of the best spans, none of which shares a character with a better one.
+    """Yield first token, last token and score of the best spans, none of which shares a character with a better one.
 
     Time grows with T · `max_length`, memory with T. Ties go to the earliest span, then to the shortest.
 
     Args:
-        starts, ends: (T) scores of every token as first and last one, -inf where no span may start or end.
-        inside: (T) bool, the tokens that spans may contain.
+        starts, ends: (T) scores of every token as the first and last one, -inf where no span may start or end.
+        inside: (T) bool, True for tokens that spans may contain.
         offsets: the character range of every token.
         count, max_length: maximum number of spans, and of tokens in a span.
     """
@@ -166,13 +167,13 @@ def best_spans(
         if score == -math.inf:
             return
         yield first, last, score
-        low, high = first, last + 1  # widened to whole characters: a token may be a part of one
+        low, high = first, last + 1  # widened to whole characters, as a token may be part of one
         while low > 0 and inside[low - 1] and offsets[low - 1][1] > offsets[first][0]:
             low -= 1
         while high < len(free) and inside[high] and offsets[high][0] < offsets[last][1]:
             high += 1
         free[low:high] = False
-        reach = slice(max(0, low - max_length + 1), high)  # where the spans began that are no longer possible
+        reach = slice(max(0, low - max_length + 1), high)  # starts of spans that are no longer possible
         scores[reach], shifted = _best_lasts(starts[reach], ends[reach], free[reach], max_length)
         lasts[reach] = shifted + reach.start
 
@@ -180,7 +181,7 @@ def best_spans(
 def _best_lasts(
     starts: torch.Tensor, ends: torch.Tensor, free: torch.Tensor, max_length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """For every first token, (T), the score of its best span over `free` tokens, and the end of that span."""
+    """Find the best span of `free` tokens from every first token: its score and last token, (T) each."""
     length = len(starts)
     best = torch.full_like(starts, -math.inf)
     lasts = torch.arange(length)
@@ -196,13 +197,13 @@ def _best_lasts(
 
 
 def trimmed(context: str, start: int, end: int) -> tuple[str, int]:
-    """The text from `start` to `end` without surrounding whitespace, and where it starts."""
+    """Return the text from `start` to `end` without surrounding whitespace, and the position where it starts."""
     span = context[start:end]
     return span.strip(), start + len(span) - len(span.lstrip())
 
 
 def log_probabilities(logits: torch.Tensor, solid: torch.Tensor) -> torch.Tensor:
-    """(T) logits → (T) log-probabilities over the first token and the `solid` ones; -inf elsewhere."""
+    """Compute log-probabilities over the first token and the `solid` ones, -inf elsewhere: (T) → (T) float64."""
     taking_part = solid.clone()
     taking_part[0] = True
     found = logits.double().masked_fill(~taking_part, -math.inf).log_softmax(-1)
@@ -212,7 +213,7 @@ def log_probabilities(logits: torch.Tensor, solid: torch.Tensor) -> torch.Tensor
 
 
 def solid_tokens(encoding: Any, context: str) -> list[bool]:
-    """Which tokens of the document contain more than whitespace, so that an answer may start or end there."""
+    """Mark the document's tokens that contain more than whitespace, so that an answer may start or end there."""
     return [
         sequence == 1 and not (context[start:end].isspace() or start == end)
         for sequence, (start, end) in zip(encoding.sequence_ids, encoding.offsets, strict=True)
@@ -220,7 +221,7 @@ def solid_tokens(encoding: Any, context: str) -> list[bool]:
 
 
 def _pairs(question: Any, context: Any) -> Any:
-    """Questions and documents, single or in lists, as one dict or a list of them."""
+    """Combine questions and documents, single or in lists, into a dict or a list of dicts."""
     several, many = isinstance(question, (list, tuple)), isinstance(context, (list, tuple))
     if not several and not many:
         return {"question": question, "context": context}

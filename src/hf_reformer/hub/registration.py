@@ -1,7 +1,7 @@
 """Register our models with transformers' Auto classes.
 
 Auto classes fall back to comparing config classes by name, and transformers' own Reformer also has a `ReformerConfig`.
-So ours is registered with every Auto class that supports the built-in; otherwise an Auto class would build the
+So ours must be registered with every Auto class that supports the built-in; otherwise an Auto class would build the
 built-in's head from our config.
 """
 
@@ -49,20 +49,20 @@ MODEL_CLASSES = {cls.__name__: cls for cls in AUTO_CLASSES.values()}
 def register(replace_builtin: bool = False) -> None:
     """Make `AutoConfig`, `AutoModel…` and `AutoTokenizer` return our classes for `model_type: hf_reformer`.
 
-    Importing the package calls this once; calling it again changes nothing. Configs, models and tokenizers of
-    transformers' own Reformer still give the built-in classes. Also registers our models' default targets with peft,
-    and with `pipeline` the question-answering pipeline and audio pipelines that need no ffmpeg.
+    Importing the package calls this; calling it again has no effect. Configs, models and tokenizers of transformers'
+    own Reformer still use the built-in classes. Also registers our models' default targets with peft, and
+    pipelines for question answering and for audio without ffmpeg.
 
     Args:
-        replace_builtin: also return our classes, in this process, for a checkpoint whose config says
-            `model_type: reformer`. A config object of the built-in class still gives the built-in model.
+        replace_builtin: in this process, also return our classes for checkpoints with `model_type: reformer`. A
+            config object of the built-in class still yields the built-in model.
     """
     transformers.AutoConfig.register(ReformerConfig.model_type, ReformerConfig, exist_ok=True)
     transformers.AutoTokenizer.register(ReformerConfig, tokenizer_class=ReformerByteTokenizer, exist_ok=True)
     for auto_class, model_class in AUTO_CLASSES.items():
         auto_class.register(ReformerConfig, model_class, exist_ok=True)
-        # Whoever asks the tables whether a model type is a sequence-to-sequence one, as lm-eval does, means all its
-        # models. Ours are causal; encoder-decoders say in `architectures` what they are.
+        # Code that looks up in the tables whether a model type is sequence-to-sequence, such as lm-eval, applies the
+        # answer to all its models. Ours are causal; encoder-decoders are identified by `architectures`.
         seq2seq = auto_class is transformers.AutoModelForSeq2SeqLM
         name = f"{ReformerConfig.model_type}_encoder_decoder" if seq2seq else ReformerConfig.model_type
         register_model_name(auto_class, name, model_class.__name__)
@@ -70,4 +70,4 @@ def register(replace_builtin: bool = False) -> None:
     register_pipelines()
     register_signal_pipelines()
     if replace_builtin:
-        CONFIG_MAPPING.register("reformer", ReformerConfig, exist_ok=True)  # `AutoConfig.register` wants its own name
+        CONFIG_MAPPING.register("reformer", ReformerConfig, exist_ok=True)  # `AutoConfig.register` requires our type

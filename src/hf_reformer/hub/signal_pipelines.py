@@ -1,4 +1,4 @@
-"""transformers' audio pipelines for our models: soundfile reads files, and any sampling rate is accepted.
+"""transformers' audio pipelines for our models: files are read with soundfile, and any sampling rate is accepted.
 
 transformers' own versions need ffmpeg for files and torchaudio for resampling. Other models are unaffected.
 """
@@ -13,8 +13,7 @@ from .audio import waveform
 
 
 class SpeechRecognition(AutomaticSpeechRecognitionPipeline):
-    """`pipeline("automatic-speech-recognition")`: a recording of any length in one pass, unless `chunk_length_s`
-    splits it."""
+    """The `"automatic-speech-recognition"` pipeline: one pass for any length, unless `chunk_length_s` is given."""
 
     def _sanitize_parameters(self, **kwargs: Any) -> Any:
         config: Any = self.model.config
@@ -37,7 +36,7 @@ class SpeechRecognition(AutomaticSpeechRecognitionPipeline):
 
 
 class AudioClassification(AudioClassificationPipeline):
-    """`pipeline("audio-classification")`."""
+    """The `"audio-classification"` pipeline."""
 
     def preprocess(self, inputs: Any) -> Any:
         if _reads(self.model, inputs):
@@ -46,7 +45,7 @@ class AudioClassification(AudioClassificationPipeline):
 
 
 def register_signal_pipelines() -> None:
-    """Make `pipeline` use these for their tasks. Calling it again changes nothing."""
+    """Make `pipeline` use these classes for their tasks. Calling it again has no effect."""
     for task, ours in (
         ("automatic-speech-recognition", SpeechRecognition),
         ("audio-classification", AudioClassification),
@@ -55,6 +54,6 @@ def register_signal_pipelines() -> None:
 
 
 def _reads(model: Any, inputs: Any) -> bool:
-    """Whether the model is one of ours and the recording is not a URL, which is left to transformers."""
+    """Return whether the model is one of ours and the recording is not a URL, which transformers handles."""
     on_the_web = isinstance(inputs, str) and inputs.startswith(("http://", "https://"))
     return model.config.model_type == ReformerConfig.model_type and not on_the_web

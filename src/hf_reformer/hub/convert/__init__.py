@@ -1,4 +1,4 @@
-"""Checkpoints of other Reformer implementations: transformers' own, reformer-pytorch, Trax. Frozen: no extensions."""
+"""Conversion of other Reformers' checkpoints: transformers' own, reformer-pytorch, Trax. Frozen: no new features."""
 
 from .conversion import convert, detect, read_folder, to_builtin, to_window
 

@@ -24,8 +24,8 @@ BUILTIN_HEADS = {name: getattr(transformers, name) for name in HEADS if hasattr(
 BUILTIN_HEADS["ReformerForCausalLM"] = transformers.ReformerModelWithLMHead
 COPIED = [*TOKENIZER_FILES, "tokenizer.*.json", "tokenization_*.py"]
 DERIVED_FIELDS = {"attention_mode", "position_embedding_type", "classifier_pooling", "num_hidden_layers"}  # no loss
-DERIVED_FIELDS |= {"lsh_centering", "lsh_rotary"}  # nor these: chunks are hashed as they are, without rotary positions
-SIGNAL_FIELDS = {  # nor these: no head of the built-in reads signals
+DERIVED_FIELDS |= {"lsh_centering", "lsh_rotary"}  # no effect: chunk mode hashes without them
+SIGNAL_FIELDS = {  # no effect: no head of the built-in reads signals
     "frame_size", "frame_stride", "frame_transform", "gain_window", "num_input_features", "ctc_loss_reduction",
     "ctc_zero_infinity",
     "num_channels", "patch_size", "prediction_length", "context_length", "patch_length", "input_size", "mix_series",
@@ -46,23 +46,23 @@ def convert(
     fields: dict[str, Any] | None = None,
     lm_bias: bool = True,
 ) -> list[str]:
-    """Read a checkpoint of any kind, write it as a folder, and return the remaining differences, one line each.
+    """Convert a checkpoint to a model folder and return the remaining differences, one line each.
 
     Tokenizer files in the source folder are copied. Everything is checked before anything is written.
 
     Args:
-        source: A folder of transformers' own Reformer or of ours, a file of reformer-pytorch (a state dict saved by
+        source: a folder of transformers' own Reformer or of ours, or a file of reformer-pytorch (a state dict saved by
             `torch.save` or safetensors) or of Trax (a pickle, compressed or not).
-        output: A folder that is empty or does not exist.
-        kind: Format of `source`: "builtin", "reformer-pytorch", "trax" or "hf_reformer". None: detected.
-        to: Format to write: "hf_reformer" or "builtin".
-        head: Our class to load a folder with, such as "ReformerForCausalLM". None: the class that saved it.
+        output: a folder that is empty or does not exist.
+        kind: format of `source`: "builtin", "reformer-pytorch", "trax" or "hf_reformer". None: detected.
+        to: format to write: "hf_reformer" or "builtin".
+        head: our class to load a folder with, such as "ReformerForCausalLM". None: the class that saved it.
         attention_mode: "window" converts chunk mode to window mode, see `to_window`. None or "chunk": no change.
-        fields: Config fields that the source lacks (see `from_trax`, `from_reformer_pytorch`), or for window mode.
+        fields: config fields that the source lacks (see `from_trax`, `from_reformer_pytorch`), or for window mode.
         lm_bias: False sets the bias of a language model's head to 0, like transformers 5.0 to 5.23.
 
     Raises:
-        ValueError, OSError: the source cannot be read, has no counterpart, or the output is not empty.
+        ValueError, OSError: the source cannot be read or has no counterpart, or the output is not empty.
     """
     source, output = Path(source), Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -94,7 +94,7 @@ def convert(
 
 
 def detect(source: Path) -> str:
-    """The format of a source, detected from its files; ValueError or OSError if it is unknown."""
+    """Detect the format of a source from its files. Raises ValueError or OSError if it is unknown."""
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist.")
     if source.is_file():
@@ -109,7 +109,7 @@ def detect(source: Path) -> str:
 
 
 def read(source: Path, kind: str, head: str | None, fields: dict[str, Any]) -> tuple[Any, list[str]]:
-    """Our model with the weights of a source of that kind, and the remaining differences."""
+    """Read a source of the given kind into our model; also returns the remaining differences."""
     if kind not in KINDS:
         raise ValueError(f"`kind={kind!r}` is unknown. Choose one of {KINDS}.")
     if head is not None and kind not in FOLDERS:
@@ -133,7 +133,7 @@ def read(source: Path, kind: str, head: str | None, fields: dict[str, Any]) -> t
 
 
 def read_folder(source: Path, head: str | None = None) -> tuple[Any, list[str]]:
-    """Our model from a folder of transformers' own Reformer, or of ours, and what was left out."""
+    """Load our model from a folder of transformers' own Reformer or of ours; also returns what was left out."""
     saved = next(iter(from_builtin(saved_config(source)).get("architectures") or []), None)
     name = head or saved
     if name not in HEADS:
@@ -147,7 +147,7 @@ def read_folder(source: Path, head: str | None = None) -> tuple[Any, list[str]]:
 
 
 def read_state_dict(source: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name from a safetensors or `torch.save` file, including those inside a training checkpoint."""
+    """Read tensors by name from a safetensors or `torch.save` file, also from inside a training checkpoint."""
     if source.suffix == ".safetensors":
         return load_file(source)
     check_torch_file(source)
@@ -171,11 +171,15 @@ def to_window(model: Any, fields: dict[str, Any] | None = None) -> tuple[Any, li
     """Convert a chunk-mode model to window mode with the same weights; also returns notes on the new settings.
 
     Windows cover as many positions as chunks did on average: `(before + 1 / 2) * length` in causal models, where a
-    token sees half of its own chunk, `(before + 1 + after) * length` in others. `num_buckets` is chosen from
-    `max_position_embeddings` and the window. Outputs differ; compare, or train a little, before you rely on them.
+    token sees half of its own chunk, otherwise `(before + 1 + after) * length`. `num_buckets` is derived from
+    `max_position_embeddings` and the window. Outputs differ: compare them, or fine-tune briefly, before relying on
+    them.
 
     Args:
-        fields: fields of `ReformerConfig` to override. A ValueError says how they contradict each other.
+        fields: fields of `ReformerConfig` to override.
+
+    Raises:
+        ValueError: the model is in window mode already, or fields are unknown or contradict each other.
     """
     config = model.config
     if config.attention_mode == "window":
@@ -187,7 +191,7 @@ def to_window(model: Any, fields: dict[str, Any] | None = None) -> tuple[Any, li
         own = max(1, length // 2) if config.is_decoder else (1 + after) * length
         windows[f"{kind}_window"] = before * length + own
     if windows:
-        windows.setdefault("local_window", windows.get("lsh_window"))  # lsh layers look there, too
+        windows.setdefault("local_window", windows.get("lsh_window"))  # lsh layers use it, too
         windows.setdefault("lsh_window", windows["local_window"])
     chosen = {"num_buckets": None, "lsh_centering": True, **windows, **(fields or {}), "attention_mode": "window"}
     if unknown := sorted(set(chosen) - set(ReformerConfig.__dataclass_fields__)):
@@ -216,7 +220,8 @@ def to_window(model: Any, fields: dict[str, Any] | None = None) -> tuple[Any, li
 def to_builtin(model: Any) -> tuple[Any, list[str]]:
     """Convert a chunk-mode model to transformers' own Reformer, with identical weights; also returns what is lost.
 
-    A ValueError says why the built-in cannot express a model.
+    Raises:
+        ValueError: the built-in cannot express this model; the message says why.
     """
     config, name = model.config, type(model).__name__
     kind, shape = config.position_embedding_type, config.axial_pos_shape
@@ -242,7 +247,7 @@ def to_builtin(model: Any) -> tuple[Any, list[str]]:
     fields = {key: value for key, value in old.items() if key not in {*DERIVED_FIELDS, "model_type", "architectures"}}
     for key, described in transformers.ReformerConfig.__dataclass_fields__.items():
         if fields.get(key, 0) is None and type(None) not in get_args(described.type):
-            fields[key] = described.default  # of kinds of layers that the model lacks
+            fields[key] = described.default  # for layer kinds that the model lacks
     made = BUILTIN_HEADS[name](transformers.ReformerConfig(**fields))
     state = {builtin_name(key, name): value for key, value in model.state_dict().items()}
     adds_bias = LEGACY_LM_HEAD_BIAS in made.state_dict()
@@ -259,7 +264,7 @@ def to_builtin(model: Any) -> tuple[Any, list[str]]:
 
 
 def builtin_name(key: str, head: str) -> str:
-    """The built-in's name for one of our parameters: BUILTIN_NAMES reversed, longer names first."""
+    """Return the built-in's name for one of our parameters: BUILTIN_NAMES reversed, longer names first."""
     alone = head == "ReformerModel"
     key = f"model.{key}" if alone else key
     for pattern, ours in sorted(BUILTIN_NAMES.items(), key=lambda pair: -len(pair[1])):

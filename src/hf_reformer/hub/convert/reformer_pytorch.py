@@ -1,4 +1,4 @@
-"""Convert weights of the package reformer-pytorch (its `ReformerLM`) to ours, in chunk mode."""
+"""Convert weights of reformer-pytorch's `ReformerLM` to our model in chunk mode."""
 
 import re
 from typing import Any
@@ -10,9 +10,9 @@ from ...configuration_reformer import ReformerConfig
 from ...models.language_models import ReformerForCausalLM, ReformerForMaskedLM
 
 State = dict[str, torch.Tensor]
-MOST_PARAMETERS = 2**28  # beside 20 times what a file holds: tables of positions and products of matrices
+MOST_PARAMETERS = 2**28  # plus 20 times those in the file, for position tables and matrix products
 LAYER = "reformer.layers.blocks.{}."
-NEEDED = ("causal", "bucket_size", "n_hashes")  # and what `sizes` cannot find
+NEEDED = ("causal", "bucket_size", "n_hashes")  # plus what `sizes` cannot infer
 WITHOUT_EFFECT = ["ff_chunks", "attn_chunks", "reverse_thres", "pkm_num_keys", "axial_position_shape", "ff_mult"]
 WITHOUT_EFFECT += ["random_rotations_per_head"]
 OPTIONAL: dict[str, Any] = {"ff_activation": "gelu", "use_full_attn": False, "full_attn_thres": 0}
@@ -29,7 +29,7 @@ NO_COUNTERPART = {  # in our chunk mode
     "return_embeddings": "its model has no head and normalizes the mean of both streams; ours keeps them separate",
     "ff_glu": "its feed-forward multiplies two projections; ours has one",
 }
-TRACES = {  # in the names of the weights
+TRACES = {  # in the parameter names
     "use_scale_norm": r"\.norm\.g$",
     "use_rezero": r"\.[fg]\.net\.g$",
     "num_mem_kv": r"\.mem_kv$",
@@ -38,10 +38,10 @@ TRACES = {  # in the names of the weights
 
 
 def from_reformer_pytorch(state: State, arguments: dict[str, Any]) -> tuple[Any, list[str]]:
-    """Our model with the weights of a `ReformerLM`, and the remaining differences.
+    """Make our model from the weights of a `ReformerLM`; also returns the remaining differences.
 
     Args:
-        state: its `state_dict()`; prefixes of wrappers (`net.`, `module.`) are ignored.
+        state: its `state_dict()`; wrapper prefixes (`net.`, `module.`) are ignored.
         arguments: its constructor arguments. Those determined by the shapes may be omitted, and are checked if given.
 
     Raises:
@@ -55,7 +55,7 @@ def from_reformer_pytorch(state: State, arguments: dict[str, Any]) -> tuple[Any,
         )
     prefix = names[0].removesuffix("token_emb.weight")
     state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    state = {key: value for key, value in state.items() if ".irrev_blocks." not in key}  # the same tensors again
+    state = {key: value for key, value in state.items() if ".irrev_blocks." not in key}  # duplicates of the others
     check_arguments(state, arguments)
     given = {**OPTIONAL, **arguments, **sizes(state, arguments)}
     config = make_config(given)
@@ -77,7 +77,7 @@ def from_reformer_pytorch(state: State, arguments: dict[str, Any]) -> tuple[Any,
 
 
 def check_arguments(state: State, arguments: dict[str, Any]) -> None:
-    """Raise ValueError for arguments that are unknown, missing or without counterpart."""
+    """Raise ValueError for arguments that are unknown, missing or have no counterpart."""
     known = {*NEEDED, *WITHOUT_EFFECT, *OPTIONAL, *IN_SHAPES, *NO_COUNTERPART}
     if unknown := sorted(set(arguments) - known):
         raise ValueError(f"{unknown} are no arguments of ReformerLM. Known are {sorted(known)}.")
@@ -97,7 +97,7 @@ def check_arguments(state: State, arguments: dict[str, Any]) -> None:
 
 
 def sizes(state: State, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Sizes from the shapes, completed by arguments; ValueError for one that contradicts them or is missing."""
+    """Infer sizes from shapes, then arguments. Raises ValueError if one is missing or contradicts the shapes."""
     first = LAYER.format(0)
     query = state[first + "f.net.fn.toqk.weight"]
     kinds = {"pos_emb.emb.weight": "absolute", "pos_emb.weights.0": "axial", "pos_emb.inv_freq": "fixed"}
@@ -128,7 +128,7 @@ def sizes(state: State, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def depth(state: State) -> int:
-    """The number of layers; ValueError unless they are numbered without gaps."""
+    """Return the number of layers. Raises ValueError unless they are numbered without gaps."""
     blocks = {found[1] for key in state if (found := re.match(r"reformer\.layers\.blocks\.(\d{1,9})\.", key))}
     if absent := {str(i) for i in range(len(blocks))} - blocks:
         raise ValueError(f"Layer {min(absent, key=int)} is missing, while others have higher numbers.")
@@ -137,7 +137,7 @@ def depth(state: State) -> int:
 
 def make_config(given: dict[str, Any]) -> ReformerConfig:
     length, bucket = given["max_seq_len"], given["bucket_size"]
-    rotary = given["positions"] == "rotary" and not given["use_full_attn"]  # exact attention has no positions there
+    rotary = given["positions"] == "rotary" and not given["use_full_attn"]  # ignored by their exact attention
     return ReformerConfig(
         attention_mode="chunk",
         attn_layers=["lsh"] * given["depth"],
@@ -161,7 +161,7 @@ def make_config(given: dict[str, Any]) -> ReformerConfig:
 
 
 def convert_weights(weights: State, given: dict[str, Any], config: ReformerConfig) -> tuple[State, float]:
-    """Our state dict, and the largest share of a `to_out.bias` that could not be kept."""
+    """Make our state dict; also returns the largest share of a `to_out.bias` that could not be preserved."""
     into = weights.get("to_model_dim.weight", torch.eye(given["dim"], dtype=torch.float64))
     shift = weights.get("to_model_dim.bias", torch.zeros(given["dim"], dtype=torch.float64))
     made = {"model.embed_tokens.weight": weights["token_emb.weight"] @ into.T + shift}
@@ -179,14 +179,14 @@ def convert_weights(weights: State, given: dict[str, Any], config: ReformerConfi
         bias = head.new_zeros(len(head))
     else:
         head, bias = weights["out.1.weight"], weights["out.1.bias"]
-    if "out.0.weight" in weights:  # their two projections as one
+    if "out.0.weight" in weights:  # merges their two projections
         head, bias = head @ weights["out.0.weight"], bias + head @ weights["out.0.bias"]
     made["lm_head.weight"], made["lm_head.bias"] = head.repeat(1, 2) / 2, bias
     return made, left
 
 
 def position_table(weights: State, given: dict[str, Any]) -> torch.Tensor:
-    """One row per position, (max_seq_len, emb_dim)."""
+    """Return the position embeddings, (max_seq_len, emb_dim)."""
     length, kind = given["max_seq_len"], given["positions"]
     if kind == "absolute":
         return weights["pos_emb.emb.weight"]
@@ -195,7 +195,7 @@ def position_table(weights: State, given: dict[str, Any]) -> torch.Tensor:
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
     if kind == "axial":
         tables = [weights[f"pos_emb.weights.{axis}"] for axis in range(sum("pos_emb.weights." in k for k in weights))]
-        table = sum(tables[1:], tables[0]).flatten(0, -2)  # summed over the axes, where ours stand side by side
+        table = sum(tables[1:], tables[0]).flatten(0, -2)  # summed over the axes; ours are concatenated
         if len(table) < length:
             raise ValueError(f"`max_seq_len={length}` is more than the {len(table)} positions of the axial tables.")
         return table[:length]
@@ -203,18 +203,19 @@ def position_table(weights: State, given: dict[str, Any]) -> torch.Tensor:
 
 
 def convert_layer(weights: State, layer: int, given: dict[str, Any], rotary: bool) -> tuple[State, float]:
-    """One layer under our names, and the share of its output bias, which ours lacks, that could not be kept.
+    """Convert one layer to our names; also returns the share of its output bias that could not be preserved.
 
-    Norm bias, query and value projections are changed so that this bias is added to attention's output. A normalized
-    vector n sums to 0, so adding c/κ · (1/scale)ᵀ to a projection's matrix adds a constant c for every token:
-    (1/scale)ᵀ (scale * n + bias) = Σ bias/scale = κ. The norm's bias is first shifted along `scale` until κ equals its
-    width; the same technique preserves the projections' outputs. Attention weights sum to 1, so a constant in all
-    values comes out multiplied by `out`. If `out` is singular, no constant can produce a part of the bias.
+    Our output projection has no bias. Instead, the norm's bias and the query and value projections are changed so that
+    attention's output includes it. A normalized vector n sums to 0, so adding c/κ · (1/scale)ᵀ to a projection's
+    matrix adds a constant c for every token: (1/scale)ᵀ (scale * n + bias) = Σ bias/scale = κ. The norm's bias is
+    first shifted along `scale` until κ equals the norm's width; the same technique preserves the projections' outputs.
+    Attention weights sum to 1, so a constant in all values is output multiplied by `out`. If `out` is singular, part
+    of the bias cannot be produced by any constant.
     """
     heads, size = given["heads"], given["dim_head"]
     f, g = (LAYER.format(layer) + f"{branch}.net." for branch in "fg")
-    query = weights[f + "fn.toqk.weight"] / size**0.5  # our scores are not divided by it: their keys are normalized
-    if rotary:  # their pairs are neighbors, ours half a head apart
+    query = weights[f + "fn.toqk.weight"] / size**0.5  # ours does not scale scores, as keys are normalized
+    if rotary:  # they rotate adjacent pairs, ours are half a head apart
         order = torch.cat([torch.arange(0, size, 2), torch.arange(1, size, 2)])
         query = query.unflatten(0, (heads, size))[:, order].flatten(0, 1)
     value = weights[f + "fn.tov.weight"]
@@ -241,7 +242,7 @@ def convert_layer(weights: State, layer: int, given: dict[str, Any], rotary: boo
 
 
 def notes(given: dict[str, Any], weights: State, left: float) -> list[str]:
-    """The remaining differences in the converted model, one line each."""
+    """List the remaining differences of the converted model, one line each."""
     lines = [
         "The head normalizes both streams together, not their mean: apart from a bias that all tokens share, logits "
         "are multiplied by a positive number for each token. The most likely token almost always stays the same; "

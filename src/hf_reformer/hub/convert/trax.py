@@ -1,4 +1,4 @@
-"""Convert weights of Trax (its `ReformerLM`) to ours, in chunk mode; with a reader of its pickles that calls nothing.
+"""Convert weights of Trax's `ReformerLM` to our model in chunk mode, with a pickle reader that calls no pickled code.
 
 The reader interprets a pickle's instructions itself. Numbers, strings and plain containers are read as is. Arrays are
 built only from a shape, the name of a numeric dtype, and bytes that fill the shape exactly. Every other object becomes
@@ -20,10 +20,10 @@ from ...configuration_reformer import ReformerConfig
 from ...models.language_models import ReformerForCausalLM
 
 NOT_IN_WEIGHTS = {"lsh": ("num_hashes", "num_buckets", "lsh_attn_chunk_length"), "local": ("local_attn_chunk_length",)}
-MALFORMED = (LookupError, TypeError, ValueError, AttributeError)  # raised where data has another form than expected
-MOST_PARTS = 100_000  # of a tree of weights; a model of 100 layers has about 2,000
-MOST_INSTRUCTIONS = 1_000_000  # seconds; a checkpoint has some thousands
-MOST_UNPACKED = 20  # times the size of a compressed file: weights hardly shrink, zeros of an optimizer's slots do
+MALFORMED = (LookupError, TypeError, ValueError, AttributeError)  # raised if data has an unexpected structure
+MOST_PARTS = 100_000  # in a tree of weights; a model with 100 layers has about 2,000
+MOST_INSTRUCTIONS = 1_000_000  # takes seconds; a checkpoint has a few thousand
+MOST_UNPACKED = 20  # times the compressed size: weights hardly compress, zeros in optimizer slots do
 NUMBERS = {f"{kind}{size}" for kind in "iuf" for size in (1, 2, 4, 8)} - {"f1"} | {"b1"}
 VALUES = {"INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"}
 VALUES |= {"STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"}
@@ -32,16 +32,15 @@ CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()
 
 
 def from_trax(tree: Any, fields: dict[str, Any]) -> tuple[Any, list[str]]:
-    """Our causal language model with the weights of Trax's ReformerLM, and the remaining differences.
+    """Make our causal language model from the weights of Trax's ReformerLM; also returns the remaining differences.
 
     Args:
         tree: what Trax pickles, a dictionary with "weights" or (since June 2020) "flat_weights", or those weights.
-        fields: settings that the weights do not determine, under the names in `ReformerConfig`: `num_hashes`,
-            `num_buckets` (may be None), `lsh_attn_chunk_length`, `local_attn_chunk_length`; others if they differ from
-            Trax's defaults.
+        fields: fields of `ReformerConfig` that the weights do not determine: `num_hashes`, `num_buckets` (may be
+            None), `lsh_attn_chunk_length`, `local_attn_chunk_length`; others if they differ from Trax's defaults.
 
     Raises:
-        ValueError: the tree has another form, or a field is missing or contradicts the shapes.
+        ValueError: the tree has an unexpected structure, or a field is unknown, missing or contradicts the shapes.
     """
     held = tree if isinstance(tree, dict) else {}
     weights = next((held[name] for name in ("weights", "flat_weights") if name in held), tree)
@@ -67,7 +66,7 @@ def from_trax(tree: Any, fields: dict[str, Any]) -> tuple[Any, list[str]]:
         **{"layer_norm_eps": 1e-6, "eos_token_id": None, **shapes, **fields, "attention_mode": "chunk"}
         | {"is_decoder": True, "tie_word_embeddings": False}
     )
-    with torch.device("meta"):  # weights that contradict each other may ask for any size
+    with torch.device("meta"):  # inconsistent weights may imply any size
         model: Any = ReformerForCausalLM(config)
     try:
         model.load_state_dict(state, assign=True)
@@ -81,9 +80,9 @@ def from_trax(tree: Any, fields: dict[str, Any]) -> tuple[Any, list[str]]:
 
 
 def read_tree(weights: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Our state dict, and the config fields determined by its shapes.
+    """Make our state dict; also returns the config fields determined by its shapes.
 
-    Only arrays are read, in order, which is the same in a tree and in the flat list of later versions: embeddings,
+    Only the arrays are used. Their order is the same in a tree and in the flat list of later versions: embeddings,
     axial positions, layers (each a norm, attention, a norm, two dense layers), a norm, the head.
     """
     waiting = _tensors(weights)[::-1]
@@ -99,7 +98,7 @@ def read_tree(weights: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     tables: list[torch.Tensor] = []
     layers: list[tuple[str, torch.Size]] = []
     while waiting and waiting[-1].dim() >= 3:
-        tables.append(waiting.pop()[0])  # Trax has an axis for the batch in front
+        tables.append(waiting.pop()[0])  # Trax has a leading batch axis
     if len(tables) < 2:
         raise TypeError("its positions are not axial")
     state |= {f"model.position_embeddings.weights.{axis}": table for axis, table in enumerate(tables)}
@@ -130,7 +129,7 @@ def read_tree(weights: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def _layer(norm: list, attention: list, second_norm: list, up: list, down: list) -> tuple[dict, str]:
-    """One layer under our names, and its kind: LSH attention has a single projection for query and key."""
+    """Convert one layer to our names; also returns its kind: LSH layers have a single query/key projection."""
     if len(attention) not in (3, 4):
         raise TypeError(f"attention has {len(attention)} arrays, where lsh has 3 and local attention 4")
     kind = "lsh" if len(attention) == 3 else "local"
@@ -149,7 +148,7 @@ def _layer(norm: list, attention: list, second_norm: list, up: list, down: list)
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
-    """Copies of the arrays in a tree of lists and tuples, in order."""
+    """Copy the arrays in a tree of lists and tuples to tensors, in order."""
     arrays: list[np.ndarray] = []
     waiting, seen = [tree], 0
     while waiting:
@@ -175,7 +174,7 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 
 class Foreign:
-    """Placeholder for an object or function that is not read; `str` gives its name."""
+    """A placeholder for an object or function that is not read; `str` gives its name."""
 
     def __init__(self, name: str):
         self.name = name
@@ -185,14 +184,14 @@ class Foreign:
 
 
 class PickledType(Foreign):
-    """A numpy dtype of numbers: its code and byte order."""
+    """A numeric NumPy dtype: its code and byte order."""
 
     def __init__(self, code: Any):
         super().__init__("numpy.dtype")
         self.code, self.order = code, "="
 
     def build(self, state: Any) -> None:
-        """Take the byte order from what numpy pickles; refuse anything that makes the type more than a number."""
+        """Set the byte order from NumPy's pickled state; reject states of types other than plain numbers."""
         plain = isinstance(state, tuple) and len(state) == 8 and state[2:7] == (None, None, None, -1, -1)
         if not plain or state[1] not in ("<", ">", "=", "|") or state[7] != 0:
             raise UnpicklingError("it holds an array with fields, objects or alignment, and only numbers are read")
@@ -206,7 +205,7 @@ class PickledType(Foreign):
 
 
 class PickledArray(Foreign):
-    """An array of numbers: `array`, once its values have been read."""
+    """A numeric array: `array`, None until its values have been read."""
 
     def __init__(self) -> None:
         super().__init__("numpy.ndarray")
@@ -222,14 +221,14 @@ class PickledArray(Foreign):
         self.fill(shape, kind, values, "F" if fortran else "C")
 
     def fill(self, shape: Any, kind: Any, values: Any, order: Any) -> "PickledArray":
-        """Read the values, after checking everything that describes them."""
+        """Validate shape, type and order, then read the values."""
         if not isinstance(kind, PickledType):
             raise UnpicklingError("an array in it has no type of numbers")
         dtype = kind.dtype()
         if not isinstance(shape, tuple) or len(shape) > 8 or not all(type(n) is int for n in shape):
             raise UnpicklingError("the shape of an array in it is no tuple of up to 8 whole numbers")
         if isinstance(values, str):
-            values = values.encode("latin1")  # how Python 2 wrote bytes
+            values = values.encode("latin1")  # bytes pickled by Python 2
         if not isinstance(values, (bytes, bytearray)) or order not in ("C", "F"):
             raise UnpicklingError(f"the values of an array in it are {type(values).__name__}, and not plain bytes")
         if not all(0 <= n < 2**31 for n in shape) or math.prod(shape) * dtype.itemsize != len(values):
@@ -247,7 +246,7 @@ class PickledArray(Foreign):
 
 
 class _Bounded:
-    """A stream limited to a number of bytes, for `pickletools.genops`."""
+    """A stream with a limit on the number of bytes read, for `pickletools.genops`."""
 
     def __init__(self, stream: Any, limit: int):
         self.stream, self.limit, self.left = stream, limit, limit
@@ -267,7 +266,7 @@ class _Bounded:
 
 
 def read_pickle(path: str | Path) -> Any:
-    """The contents of a pickle, gzipped or not, with a `PickledArray` for every array; nothing in it is called.
+    """Read a pickle, gzipped or not, with a `PickledArray` for every array; nothing in it is called.
 
     Raises:
         ValueError: it is not a pickle, is truncated or too large, or contains non-numeric arrays.
@@ -389,7 +388,7 @@ def _extend(target: Any, items: list[Any]) -> None:
 
 
 def _put(target: Any, items: list[Any]) -> Any:
-    """Put alternating keys and values into a dictionary; only string keys are kept, as others can be slow to hash."""
+    """Add alternating keys and values to a dictionary; only string keys are kept, as others can be slow to hash."""
     if isinstance(target, dict):
         target.update((key, value) for key, value in zip(items[::2], items[1::2], strict=True) if type(key) is str)
     elif not isinstance(target, Foreign):
@@ -398,11 +397,11 @@ def _put(target: Any, items: list[Any]) -> Any:
 
 
 def _made(function: Any, arguments: Any) -> Any:
-    """The result of calling a function or class that numpy uses to pickle arrays; else a placeholder."""
+    """Emulate a call of a function or class that NumPy uses to pickle arrays; return a placeholder for any other."""
     if type(function) is not Foreign:
         raise UnpicklingError(f"it calls a {type(function).__name__}")
     given = arguments if isinstance(arguments, tuple) else ()
-    name = function.name.replace("numpy.core.", "numpy._core.")  # numpy 1 and 2
+    name = function.name.replace("numpy.core.", "numpy._core.")  # NumPy 1 and 2
     match name, len(given):
         case "numpy._core.multiarray._reconstruct", 3 if str(given[0]) == str(Foreign("numpy.ndarray")):
             return PickledArray()
@@ -412,10 +411,10 @@ def _made(function: Any, arguments: Any) -> Any:
             return PickledArray().fill((), given[0], given[1], "C")
         case "numpy._core.numeric._frombuffer", 4:
             return PickledArray().fill(given[2], given[1], given[0], given[3])
-        case "numpy._core.numeric._frombuffer", 5:  # axes in another order than in memory
+        case "numpy._core.numeric._frombuffer", 5:  # the axes are not in memory order
             return PickledArray().fill(given[2], given[1], given[0], "C").transpose(given[4])
         case "_codecs.encode", 2 if given[1] == "latin1" and isinstance(given[0], str):
-            return given[0].encode("latin1")  # bytes, before protocol 3
+            return given[0].encode("latin1")  # bytes before protocol 3
         case "__builtin__.bytes" | "builtins.bytes", 0:
             return b""
         case "collections.OrderedDict", 0:

@@ -1,5 +1,5 @@
-"""Time and memory of hf_reformer beside other implementations: `python -m benchmarks.run --help`, and `.gpu`."""
+"""Time and memory of hf_reformer compared to other implementations: `python -m benchmarks.run --help`, and `.gpu`."""
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are made from configs; nothing may reach for the Hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # models are made from configs; nothing may access the Hub

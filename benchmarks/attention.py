@@ -1,4 +1,4 @@
-"""Sections on attention: whole cores against the baselines, single ops against the machine, break-even, growth."""
+"""Sections on attention: whole cores vs. baselines, single ops vs. the machine's rates, break-even, growth."""
 
 from collections.abc import Sequence
 
@@ -12,12 +12,12 @@ from .cases import BACKWARD, BOTH, FORWARD, Case, Entry, Group, Run, Settings
 
 HF_REFORMER = ["hf-reformer chunk", "hf-reformer window"]
 REFORMERS = [*HF_REFORMER, "transformers", "reformer-pytorch"]
-BOUNDS = ["local", "sdpa"]  # neither depends on the number of rounds
+BOUNDS = ["local", "sdpa"]  # independent of the number of rounds
 TORCH_BACKEND = ["hf-reformer chunk torch", "hf-reformer window torch"]
-MIDDLE = 4096  # here everything is measured: both directions, and the bounds beside every number of rounds
+MIDDLE = 4096  # at this length everything is measured: both directions, and the bounds with every number of rounds
 LONGEST_SDPA, LONGEST_OTHER_ROUNDS = 65536, 16384
 FLOAT = 4  # bytes
-FLOPS_PER_PAIR = {FORWARD: 4 * SIZE, BACKWARD: 10 * SIZE}  # operations in products, for a visible pair
+FLOPS_PER_PAIR = {FORWARD: 4 * SIZE, BACKWARD: 10 * SIZE}  # operations in matrix products per visible pair
 
 
 def entries(case: Case, impls: Sequence[str]) -> list[Entry]:
@@ -29,7 +29,7 @@ def bounds(length: int) -> list[str]:
 
 
 def core_groups(settings: Settings) -> list[Group]:
-    """Whole cores, time and memory. Causal throughout, and bidirectional at one length."""
+    """Return groups for time and memory of whole cores: causal at all lengths, bidirectional at one."""
     main = settings.main_rounds
     lengths = settings.choose((512, 1024, 4096, 16384, 65536, 131072), (1024, 4096, 16384))
     found = []
@@ -54,7 +54,7 @@ def core_groups(settings: Settings) -> list[Group]:
 
 
 def centering_groups(settings: Settings) -> list[Group]:
-    """What it costs to take the mean off vectors before they are hashed."""
+    """Return groups for the cost of subtracting the mean from vectors before hashing."""
     cases = [
         Case(section="centering", length=length, work=work, rounds=settings.main_rounds, causal=causal)
         for length in settings.choose((4096, 16384), (4096,))
@@ -65,7 +65,7 @@ def centering_groups(settings: Settings) -> list[Group]:
 
 
 def op_groups(settings: Settings) -> list[Group]:
-    """Single ops in turn with the machine's own rates, which change with its load."""
+    """Return groups of single ops, alternating with the machine's own rates, which change with its load."""
     found = []
     for length in settings.choose((4096, 16384, 65536), (4096,)):
         forward, backward = (
@@ -80,7 +80,7 @@ def op_groups(settings: Settings) -> list[Group]:
 
 
 def break_even_groups(settings: Settings) -> list[Group]:
-    """One hash round and the order of positions, windows of 128 as in the default config, against exact attention."""
+    """Return groups of one hash round plus the position order, windows of 128 as by default, and exact attention."""
     lengths = settings.choose((128, 192, 256, 320, 384, 512, 768, 1024), (128, 256, 384, 512))
     cases = [
         Case(section="break-even", length=length, work=work, rounds=1)
@@ -91,7 +91,7 @@ def break_even_groups(settings: Settings) -> list[Group]:
 
 
 def growth_groups(settings: Settings) -> list[Group]:
-    """A long sequence beside a shorter one, in turn."""
+    """Return groups of a long and a shorter sequence, in alternation."""
     found = []
     for work in (FORWARD, BOTH):
         cases = [
@@ -103,14 +103,14 @@ def growth_groups(settings: Settings) -> list[Group]:
 
 
 def make_core_run(case: Case, impl: str) -> Run:
-    """A whole core, ready to be called; `bytes` are its results alone: out, and the gradients of q and v."""
+    """Make the run of a whole core; `bytes` counts its results only: out, and the gradients of q and v."""
     result = BATCH * HEADS * case.length * SIZE * case.torch_dtype.itemsize
     call = run_function(make_core(case, impl), case, case.work)
     return Run(call, bytes=result if case.work == FORWARD else 3 * result)
 
 
 def make_op(case: Case, impl: str) -> Run:
-    """One op, with what it cannot do without: products for visible pairs, inputs read and outputs written once."""
+    """Make the run of one op, with its minimum work: products of visible pairs; reading inputs, writing outputs."""
     if impl in environment.RATES:
         return environment.make(case, impl)
     mode, op = impl.split()
@@ -123,7 +123,7 @@ def make_op(case: Case, impl: str) -> Run:
     def attend(q, v):
         return windowed_attention(q, None, v, layout, causal=case.causal)[0]
 
-    tensors = 3 if case.work == FORWARD else 6  # q, v, out; with the gradients of all three
+    tensors = 3 if case.work == FORWARD else 6  # q, v, out; and the gradients of all three
     return Run(
         run_function(attend, case, case.work),
         flops=FLOPS_PER_PAIR[case.work] * pairs,
@@ -133,7 +133,7 @@ def make_op(case: Case, impl: str) -> Run:
 
 
 def make_layout_run(case: Case, mode: str) -> Run:
-    """Hash and sort: rotations are products, the rest is reading q and writing three numbers per sorted position."""
+    """Make a hash-and-sort run: products for rotations; q is read, three numbers per sorted position are written."""
     q, *_ = inputs(case.length)
     columns = sum(bucket_factors(num_buckets_for(mode, case.length))) // 2 * case.rounds
     rows = q.numel() // SIZE  # B·H·T
@@ -145,6 +145,6 @@ def make_layout_run(case: Case, mode: str) -> Run:
 
 
 def visible_pairs(layout: AttentionLayout) -> int:
-    """Pairs in all windows or chunks, over all heads."""
+    """Count the pairs in all windows or chunks, over all heads."""
     pairs = int((layout.window_end.long() - layout.window_start.long() + 1).clamp(min=0).sum())
     return pairs * (HEADS // layout.window_start.shape[1])

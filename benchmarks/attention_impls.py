@@ -1,7 +1,7 @@
-"""Attention cores of hf_reformer and of the baselines: hash, sort, attention, combination of rounds, nothing else.
+"""Attention cores of hf_reformer and the baselines: hash, sort, attention, combination of rounds, nothing else.
 
-All take projected q, v of (B, H, T, D) in the projection's own layout, that is (B, T, H, D) transposed, and give the
-same shape. Queries are keys, and the gradients of both inputs are computed by all.
+All take projected q, v of shape (B, H, T, D) in the projection's memory layout, i.e. (B, T, H, D) transposed, and
+return the same shape. Queries are also the keys, and all compute the gradients of both inputs.
 """
 
 import functools
@@ -23,12 +23,12 @@ from .cases import BACKWARD, FORWARD, Case
 
 BATCH, HEADS, SIZE, CHUNK, WINDOW = 1, 8, 64, 64, 96
 
-Core = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # q, v: (B, H, T, D) → out of the same shape
+Core = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # q, v: (B, H, T, D) → out, of the same shape
 
 
-@functools.lru_cache(maxsize=2)  # that of the warm-up, and the length that is measured
+@functools.lru_cache(maxsize=2)  # the warm-up's length, and the measured one
 def inputs(length: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-    """q, v and the gradient of the output, standard normal (B, H, T, D): the same tensors for all."""
+    """Draw q, v and the gradient of the output, standard normal, (B, H, T, D): the same tensors for all."""
     torch.manual_seed(0)
     shape = BATCH, length, HEADS, SIZE
     return [torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)]
@@ -39,7 +39,7 @@ def inputs_of(case: Case) -> list[torch.Tensor]:
 
 
 def run_function(function: Core, case: Case, work: str) -> Callable[[], Any]:
-    """A call of `function`: forward, backward alone, or both. It gives the results, to be kept."""
+    """Make a call of `function`: forward, backward only, or both. It returns the results, so that they are kept."""
     q, v, grad = inputs_of(case)
     if work == FORWARD:
         return torch.no_grad()(lambda: function(q, v))
@@ -59,7 +59,7 @@ def run_function(function: Core, case: Case, work: str) -> Callable[[], Any]:
 
 
 def num_buckets_for(mode: str, length: int, window: int = WINDOW) -> int | tuple[int, ...]:
-    """Number of buckets that fits the length: in chunk mode by the legacy rule, which is also transformers'."""
+    """Return the number of buckets for the length: in chunk mode by the legacy rule, as in transformers."""
     return legacy_num_buckets(length, CHUNK, length) if mode == "chunk" else default_num_buckets(length, window)
 
 
@@ -75,7 +75,7 @@ def make_layout(
     centered: bool = True,
     backend: str = "auto",
 ) -> AttentionLayout:
-    """Hash and sort in one of the attention modes, rotations drawn afresh as in training.
+    """Hash and sort in one of the attention modes, with newly drawn rotations as in training.
 
     `position` and `exploration` add rounds in window mode.
     """
@@ -100,12 +100,12 @@ def make_layout(
 def position_group(
     batch: int, heads: int, length: int, window: int, device: torch.device
 ) -> tuple[torch.Tensor, int, int]:
-    """The order of positions, as `window_layout` takes it."""
+    """Make the position order as an argument of `window_layout`."""
     return torch.zeros(batch, heads, 1, length, dtype=torch.int32, device=device), 1, window
 
 
 def hf_reformer_core(mode: str, rounds: int, causal: bool, backend: str = "auto", **options: Any) -> Core:
-    """The LSH core of hf_reformer."""
+    """Make the LSH core of hf_reformer."""
 
     def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         layout = make_layout(mode, q, rounds, causal, backend=backend, **options)
@@ -115,7 +115,7 @@ def hf_reformer_core(mode: str, rounds: int, causal: bool, backend: str = "auto"
 
 
 def hf_reformer_local_core(case: Case, window: int) -> Core:
-    """The local core of hf_reformer; its keys are made beforehand."""
+    """Make the local core of hf_reformer; its keys are precomputed."""
     causal, key = case.causal, inputs_of(case)[0] * SIZE**-0.5
 
     def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,7 @@ def hf_reformer_local_core(case: Case, window: int) -> Core:
 
 
 class FixedOutput(torch.nn.Module):
-    """Stands for a projection: returns a tensor made beforehand."""
+    """A stand-in for a projection that returns a precomputed tensor."""
 
     tensor: torch.Tensor
 
@@ -138,7 +138,7 @@ class FixedOutput(torch.nn.Module):
 
 
 def transformers_core(length: int, rounds: int, causal: bool, device: str = "cpu") -> Core:
-    """transformers' own LSH attention without its projections."""
+    """Make a core from transformers' LSH attention without its projections."""
     from transformers import ReformerConfig
     from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
@@ -165,7 +165,7 @@ def transformers_core(length: int, rounds: int, causal: bool, device: str = "cpu
 
 
 def reformer_pytorch_core(rounds: int, causal: bool) -> Core:
-    """reformer-pytorch's LSH attention; its lengths are multiples of two chunks."""
+    """Make a core from reformer-pytorch's LSH attention; lengths must be multiples of two chunks."""
     from reformer_pytorch.reformer_pytorch import LSHAttention
 
     module = LSHAttention(bucket_size=CHUNK, n_hashes=rounds, causal=causal).eval()
@@ -177,12 +177,12 @@ def reformer_pytorch_core(rounds: int, causal: bool) -> Core:
 
 
 def full_core(causal: bool) -> Core:
-    """torch's exact attention, query and key shared."""
+    """Make a core from torch's exact attention, with shared query and key."""
     return lambda q, v: F.scaled_dot_product_attention(q, q, v, is_causal=causal)
 
 
 def flash_core(causal: bool) -> Core:
-    """The same, by flash attention or not at all."""
+    """Make the same core with flash attention only; fails if that is unavailable."""
 
     def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
@@ -193,12 +193,12 @@ def flash_core(causal: bool) -> Core:
 
 @functools.cache
 def flex_function(device: str) -> Callable[..., torch.Tensor]:
-    """torch's flex attention; on a GPU compiled, once for all lengths but the first."""
+    """Return torch's flex attention; on a GPU compiled, once for all lengths but the first."""
     return torch.compile(flex_attention) if device == "cuda" else flex_attention
 
 
 def flex_core(case: Case) -> Core:
-    """Causal sliding windows by torch's flex attention, of as many positions as windows of all rounds show."""
+    """Make causal sliding windows with torch's flex attention; they show as many positions as all rounds' windows."""
     window = WINDOW * case.rounds
     blocks = sliding_blocks(case.length, window, case.device)
     attend = flex_function(case.device)
@@ -206,7 +206,7 @@ def flex_core(case: Case) -> Core:
 
 
 def sliding_blocks(length: int, window: int, device: str, size: int = 128) -> BlockMask:
-    """Which blocks of `size` keys a block of as many queries sees: some of them, or all; nothing as large as T × T."""
+    """Make the mask of key blocks that each query block sees partly or fully, without a tensor of size T × T."""
 
     def visible(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (key <= query) & (key > query - window)
@@ -223,15 +223,15 @@ def sliding_blocks(length: int, window: int, device: str, size: int = 128) -> Bl
 
 
 def local_core(causal: bool) -> Core:
-    """Bound: torch's exact attention inside chunks along the sequence, one back; no hash, no sort, one round."""
+    """Make a bound: torch's exact attention in chunks along the sequence, one back; no hash, no sort, one round."""
 
     def cut(x: torch.Tensor) -> torch.Tensor:
-        """(B, H, T, D) → (B·(C - 1), H, 2·chunk, D): every chunk but the first, behind its predecessor."""
+        """(B, H, T, D) → (B·(C - 1), H, 2·chunk, D): each chunk but the first, preceded by its predecessor."""
         return x.unfold(2, 2 * CHUNK, CHUNK).permute(0, 2, 1, 4, 3).flatten(0, 1)
 
     def run(q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         batch, heads, length, size = q.shape
-        head = slice(CHUNK)  # the first chunk has none before it
+        head = slice(CHUNK)  # the first chunk has no predecessor
         first = F.scaled_dot_product_attention(q[:, :, head], q[:, :, head], v[:, :, head], is_causal=causal)
         query = q[:, :, CHUNK:].unflatten(2, (-1, CHUNK)).transpose(1, 2).flatten(0, 1)  # (B·(C - 1), H, chunk, D)
         visible = torch.ones(CHUNK, 2 * CHUNK, dtype=torch.bool).tril(CHUNK) if causal else None
@@ -243,7 +243,7 @@ def local_core(causal: bool) -> Core:
 
 
 def make_core(case: Case, impl: str) -> Core:
-    """A core by its name."""
+    """Make a core by name."""
     rounds, causal = case.rounds, case.causal
     makers: dict[str, Callable[[], Core]] = {
         "hf-reformer chunk": lambda: hf_reformer_core("chunk", rounds, causal),

@@ -1,4 +1,4 @@
-"""What is measured: a `Case` has the shapes; a section's maker turns it and an implementation's name into a `Run`."""
+"""Measurements: a `Case` holds the shapes; a section's maker turns it and an implementation's name into a `Run`."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -13,30 +13,30 @@ WARM_UP_LENGTH, WARM_UP_LAYERS = 512, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One set-up, the same for time and memory, in this process or another."""
+    """One setup, the same for time and memory, in this process or another."""
 
     section: str
     length: int
-    work: str = FORWARD  # what one call does
+    work: str = FORWARD  # the work of one call
     rounds: int = 2
     causal: bool = True
     layers: int = 0  # of a whole model; 0 for single ops
     device: str = "cpu"  # or "cuda"
-    dtype: str = "float32"  # of tensors and of inference; training steps keep their weights and use autocast
+    dtype: str = "float32"  # of tensors and inference; training steps keep float32 weights and use autocast
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
     def warm_up(self) -> "Case":
-        """The same thing in small."""
+        """Return a small version of the case."""
         return replace(self, length=min(self.length, WARM_UP_LENGTH), layers=min(self.layers, WARM_UP_LAYERS))
 
 
 class Run(NamedTuple):
-    """Something to call, and the least it must do: floating-point operations in products, bytes read and written.
+    """A function to call and its minimum work: floating-point operations in products, bytes read and written.
 
-    `bytes` of a core is what its results alone occupy.
+    For a core, `bytes` is the size of its results only.
     """
 
     call: Callable[[], Any]
@@ -46,18 +46,18 @@ class Run(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An implementation on a case."""
+    """An implementation applied to a case."""
 
     case: Case
     impl: str
 
 
 class Group(NamedTuple):
-    """Entries measured side by side; ratios are to the first.
+    """Entries measured together; ratios are to the first.
 
     Attributes:
-        scale: what a call may take, in single ops.
-        in_a_row: calls timed together; a time is one call's share.
+        scale: time allowed for a call, in units of a single op's.
+        in_a_row: number of calls timed together; the time is per call.
     """
 
     quantity: str  # "time", "memory", or "check": whether a call agrees with the definition
@@ -67,7 +67,7 @@ class Group(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What the command line says about the size of a run."""
+    """Command-line settings for the size of a run."""
 
     lengths: list[int] | None
     rounds: list[int]
@@ -75,14 +75,14 @@ class Settings(NamedTuple):
 
     @property
     def main_rounds(self) -> int:
-        """The number of rounds at which everything is measured."""
+        """Return the number of rounds at which everything is measured."""
         return 2 if 2 in self.rounds else self.rounds[0]
 
     def choose(self, long: Iterable[int], short: Iterable[int]) -> list[int]:
-        """A section's lengths: those of the command line, else its own."""
+        """Choose a section's lengths: those from the command line, else its own."""
         return sorted(self.lengths or (short if self.short else long))
 
     def ends(self, long: Iterable[int], short: Iterable[int]) -> list[int]:
-        """The shortest and the longest of them."""
+        """Return the shortest and the longest of these lengths."""
         lengths = self.choose(long, short)
         return sorted({lengths[0], lengths[-1]})

@@ -1,4 +1,4 @@
-"""Whether every kind of call agrees with the definition (`reference`), values and every gradient, on any device."""
+"""Checks that all kinds of calls agree with the definition (`reference`), values and gradients, on any device."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ from hf_reformer.ops.prng import make_key
 
 from .cases import Case, Entry, Group
 
-# Largest difference from the reference in float64 on the same (rounded) inputs of size about 1; as in the tests.
+# Maximum difference from the float64 reference on the same (rounded) inputs of magnitude about 1; as in the tests.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-MODEL_TOLERANCE = 1e-3  # relative, of all gradients of a float32 model together, or of logits
+MODEL_TOLERANCE = 1e-3  # relative: all gradients of a float32 model together, or logits
 BATCH, HEADS, SIZE, WINDOW, CHUNK = 2, 3, 64, 48, 64
 DROPOUT = 0.3
 LSH, LOCAL, CHUNKS = "lsh", "local", "lsh in chunks"
@@ -26,13 +26,13 @@ PADDED_MODEL = "model: a step of training, padded, coverage loss, dropout"
 
 
 def backends(device: str) -> list[str]:
-    """Those that serve tensors of the device, and are checked."""
+    """Return the backends to check that support tensors on the device."""
     like = torch.zeros(1, 1, 1, SIZE, device=device)
     return [name for name in KERNELS if unsupported_reason(name, like, like) is None] + ["torch"]
 
 
 def groups(device: str, length: int) -> list[Group]:
-    """Every kind of call by every backend, the most telling first; the length must be a multiple of `CHUNK`."""
+    """Return all kinds of calls with all backends, most important first; the length must be a multiple of `CHUNK`."""
     calls = [(CACHED, True, 2, "float32"), (PADDED_MODEL, True, 2, "float32"), (PACKED_MODEL, False, 2, "float32")]
     for extra in EXTRAS:
         rules = (LSH, LOCAL) if PACKED in extra else (LSH, LOCAL, CHUNKS)  # chunks cannot hold packed samples
@@ -51,7 +51,7 @@ def groups(device: str, length: int) -> list[Group]:
 
 
 def check(case: Case, backend: str) -> float:
-    """The largest difference over what is allowed: at most 1 where the backend agrees."""
+    """Return the largest difference over the allowed one: at most 1 if the backend agrees."""
     if case.work == CACHED:
         return cached_difference(case, backend) / MODEL_TOLERANCE
     if case.layers:
@@ -63,7 +63,7 @@ def check(case: Case, backend: str) -> float:
 
 
 def op_difference(case: Case, backend: str) -> float:
-    """Of output, attention mass and the gradients of query, key and value, in units of the tolerance."""
+    """Compute the largest difference in output, mass and gradients of query, key, value, relative to the tolerance."""
     rule, *extras = case.work.split(", ")
     generator = torch.Generator().manual_seed(0)
 
@@ -95,19 +95,19 @@ def op_difference(case: Case, backend: str) -> float:
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The largest one, infinite where a number is none."""
+    """Return the largest absolute difference; infinity if there is a NaN."""
     found = (a.double() - b.double()).abs().max().item()
     return found if found == found else float("inf")
 
 
 def padding(case: Case) -> torch.Tensor:
-    """(B, T) bool: the first sequence is padded on the left, the second on the right."""
+    """Make a mask, (B, T) bool: the first sequence is padded on the left, the second on the right."""
     position, pad = torch.arange(case.length, device=case.device), case.length // 5
     return torch.stack([position >= pad, position < case.length - 2 * pad])
 
 
 def samples_of(case: Case) -> torch.Tensor:
-    """(B, T) int32: three samples of different lengths in every row."""
+    """Make sample numbers, (B, T) int32: three samples of different lengths in every row."""
     position = torch.arange(case.length, device=case.device)
     return ((position >= case.length // 4).int() + (position >= case.length // 2).int()).expand(BATCH, -1)
 
@@ -115,7 +115,7 @@ def samples_of(case: Case) -> torch.Tensor:
 def make_layout(
     rule: str, query: torch.Tensor, causal: bool, mask: torch.Tensor | None, samples: torch.Tensor | None
 ) -> AttentionLayout:
-    """Windows along the sequence, or along it and in two orders by hash, or in chunks by hash."""
+    """Make windows along the sequence, optionally also in two orders by hash; or chunks by hash."""
     length = query.shape[2]
     factors = default_num_buckets(length, WINDOW)
     rotations = window_rotations(make_key(0, query.device), 0, HEADS, SIZE, 2, factors)
@@ -136,7 +136,7 @@ def make_layout(
 
 
 def make_model(case: Case, backend: str, **changes: Any) -> Any:
-    """A small float32 model with a local and an lsh layer, the same weights whatever the backend."""
+    """Make a small float32 model with a local and an lsh layer; its weights do not depend on the backend."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "vocab_size": 64, "hidden_size": 2 * SIZE, "num_attention_heads": 2, "attention_head_size": SIZE,
@@ -155,7 +155,7 @@ def make_tokens(case: Case) -> torch.Tensor:
 
 @torch.no_grad()
 def cached_difference(case: Case, backend: str) -> float:
-    """Logits of a prompt and of steps after it, against those of one forward over all, relative to the largest."""
+    """Compare logits of a prompt and steps after it with those of one forward over all, relative to the largest."""
     model, tokens = make_model(case, backend).eval(), make_tokens(case)
     prompt = case.length - 4
     found = model(tokens[:, :prompt], use_cache=True)
@@ -168,7 +168,7 @@ def cached_difference(case: Case, backend: str) -> float:
 
 
 def model_difference(case: Case, backend: str) -> float:
-    """Relative error of the loss and all gradients together against the same model on `reference`."""
+    """Compute the relative error of the loss and all gradients together, against the same model on `reference`."""
     tokens = make_tokens(case)
     changes: dict[str, Any] = {}
     inputs: dict[str, Any] = {"input_ids": tokens, "labels": tokens}
@@ -185,7 +185,7 @@ def model_difference(case: Case, backend: str) -> float:
 
     def run(name: str) -> torch.Tensor:
         model = make_model(case, name, **changes).train()
-        torch.manual_seed(2)  # the key of this forward's randomness
+        torch.manual_seed(2)  # seeds the randomness of this forward
         loss = model(**inputs).loss
         grads = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
         return torch.cat([loss.detach().view(1), *(x.flatten() for x in grads)]).double()

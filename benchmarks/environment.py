@@ -1,4 +1,4 @@
-"""The machine itself: its facts, its matrix-product rate, its copy bandwidth."""
+"""The machine: facts about it, its matrix-product rate, its copy bandwidth."""
 
 import os
 import platform
@@ -14,12 +14,12 @@ from hf_reformer.ops.dispatch import select_backend
 from .cases import Case, Entry, Group, Run, Settings
 
 RATES = ("mm", "copy")
-PRODUCT, PRODUCTS = 1024, 10  # edge of the square matrices whose product sets the rate; how many in a call
+PRODUCT, PRODUCTS = 1024, 10  # size of the square matrices whose products measure the rate; products per call
 COPIED = 2**27  # bytes
 
 
 def facts(device: str = "cpu") -> dict[str, str]:
-    """What a reader needs to place the numbers."""
+    """Return the facts that a reader needs to interpret the numbers."""
     like = torch.zeros(1, 1, 1, 64, device=device)
     return {
         **(gpu_facts() if device == "cuda" else {}),
@@ -36,7 +36,7 @@ def facts(device: str = "cpu") -> dict[str, str]:
 
 
 def gpu_facts() -> dict[str, str]:
-    """The GPU that is used, and what its kernels are compiled with."""
+    """Describe the GPU, and what its kernels are compiled with."""
     found = torch.cuda.get_device_properties(0)
     return {
         "GPU": f"{found.name}, compute capability {found.major}.{found.minor}",
@@ -47,7 +47,7 @@ def gpu_facts() -> dict[str, str]:
 
 
 def processor() -> str:
-    """Model name of the processor, and the SIMD instructions that torch uses on it."""
+    """Return the processor's model name, and the SIMD instructions that torch uses on it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -57,7 +57,7 @@ def processor() -> str:
 
 
 def huge_pages() -> str:
-    """The kernel's setting, and whether torch's allocator asks for them."""
+    """Return the kernel's huge-page setting, and whether torch's allocator requests them."""
     try:
         words = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text().split()
     except OSError:
@@ -67,7 +67,7 @@ def huge_pages() -> str:
 
 
 def asks_for_huge_pages() -> bool:
-    """Whether this process runs with `--huge_pages`."""
+    """Return whether this process runs with `--huge_pages`."""
     return os.environ.get("THP_MEM_ALLOC_ENABLE") == "1"
 
 
@@ -76,7 +76,7 @@ def groups(settings: Settings) -> list[Group]:
 
 
 def make(case: Case, impl: str) -> Run:
-    """`mm`: square float32 products into memory already touched. `copy`: one long copy, counted as read and write."""
+    """Make a run. `mm`: square float32 products into memory touched before. `copy`: a long copy, read plus write."""
     if impl == "mm":
         a, b, product = (torch.randn(PRODUCT, PRODUCT) for _ in range(3))
 

@@ -1,4 +1,4 @@
-"""Time of one more token at a given context."""
+"""Time to generate one more token after a given context."""
 
 from collections.abc import Callable
 from typing import Any
@@ -35,7 +35,7 @@ def groups(settings: Settings) -> list[Group]:
 
 
 def prefill_groups(settings: Settings) -> list[Group]:
-    """A prompt at once and in chunks."""
+    """Return groups of a prompt processed at once and in chunks."""
     found = []
     for length in settings.choose([65536], [16384]):
         case = Case(section="prefill", length=length, work=PREFILL, rounds=ROUNDS, layers=LAYERS)
@@ -46,7 +46,7 @@ def prefill_groups(settings: Settings) -> list[Group]:
 
 
 def make(case: Case, impl: str) -> Run:
-    """The step after `length` tokens. Filling a cache is not timed; what the baselines' caches hold doesn't matter."""
+    """Make the step after `length` tokens. Filling caches is not timed; contents of the baselines' do not matter."""
     torch.manual_seed(0)
     makers: dict[str, Callable[[Case], tuple[Callable[[], Any], Any]]] = {
         "hf-reformer": hf_reformer_step, "hf-reformer recorded": recorded_step, "transformers": transformers_step,
@@ -60,7 +60,7 @@ def make(case: Case, impl: str) -> Run:
 
 
 def tensors_in(kept: Any) -> list[torch.Tensor]:
-    """All tensors of a cache."""
+    """Return all tensors of a cache."""
     if isinstance(kept, torch.Tensor):
         return [kept]
     parts = kept if isinstance(kept, list | tuple) else vars(kept).values() if hasattr(kept, "__dict__") else []
@@ -68,7 +68,7 @@ def tensors_in(kept: Any) -> list[torch.Tensor]:
 
 
 def make_prefill(case: Case, impl: str) -> Run:
-    """A cache of the whole prompt, from nothing."""
+    """Make a run that fills a new cache with the whole prompt."""
     torch.manual_seed(0)
     model: Any = hf_reformer_model(2 * case.length, case.layers).eval()
     prompt = torch.randint(2, VOCABULARY, (1, case.length))
@@ -85,12 +85,12 @@ def make_prefill(case: Case, impl: str) -> Run:
 
 
 def ready(model: nn.Module, case: Case) -> Any:
-    """The model for inference, where and in what the case says."""
+    """Prepare the model for inference, on the device and in the dtype of the case."""
     return model.eval().to(case.device, case.torch_dtype)
 
 
 def hf_reformer_step(case: Case) -> tuple[Callable[[], Any], Any]:
-    """The cache grows by a token a call, as in generation."""
+    """Make a step of hf_reformer; the cache grows by one token per call, as in generation."""
     model = ready(hf_reformer_model(2 * case.length, case.layers), case)
     context = torch.randint(2, VOCABULARY, (1, case.length), device=case.device)
     token = torch.tensor([[2]], device=case.device)
@@ -99,7 +99,7 @@ def hf_reformer_step(case: Case) -> tuple[Callable[[], Any], Any]:
 
 
 def recorded_step(case: Case) -> tuple[Callable[[], Any], Any]:
-    """The same as a CUDA graph, with memory for as many tokens as are ever measured."""
+    """Make the same step as a CUDA graph, with memory for the maximum number of tokens that are measured."""
     model = ready(hf_reformer_model(2 * case.length, case.layers), case)
     context = torch.randint(2, VOCABULARY, (1, case.length), device=case.device)
     token = torch.tensor([[2]], device=case.device)
@@ -110,7 +110,7 @@ def recorded_step(case: Case) -> tuple[Callable[[], Any], Any]:
 
 
 def transformers_step(case: Case) -> tuple[Callable[[], Any], Any]:
-    """A step of transformers' Reformer; its cache of buckets and states is filled with random ones."""
+    """Make a step of transformers' Reformer; its cache is filled with random buckets and states."""
     model = ready(transformers_model(2 * case.length, case.layers), case)
     placed: dict[str, Any] = {"device": case.device, "dtype": case.torch_dtype}
     token, prompt = (torch.full((1, count), 2, device=case.device) for count in (1, 128))
@@ -123,7 +123,7 @@ def transformers_step(case: Case) -> tuple[Callable[[], Any], Any]:
     ]
 
     def call() -> Any:
-        cache = ReformerDynamicCache()  # tensors are shared with the filled one, which thus stays as it is
+        cache = ReformerDynamicCache()  # shares its tensors with the filled one, which stays unchanged
         cache.buckets_cache, cache.states_cache, cache._seen_tokens = list(buckets), list(states), case.length
         return model(input_ids=token, past_buckets_states=cache, use_cache=True).logits
 
@@ -131,7 +131,7 @@ def transformers_step(case: Case) -> tuple[Callable[[], Any], Any]:
 
 
 def full_step(case: Case) -> tuple[Callable[[], Any], Any]:
-    """Keys and values lie in place, as in a static cache: nothing is copied."""
+    """Make a step of exact attention; keys and values are in place, as in a static cache: nothing is copied."""
     model = ready(FullModel(case.length + 1, case.layers), case)
     token, shape = torch.tensor([[2]], device=case.device), (1, HEADS, case.length + 1, HEAD_SIZE)
     past: Cache = [

@@ -1,14 +1,14 @@
-"""Check hf_reformer on a GPU, then measure it there against others; nothing is downloaded or begun after five minutes.
+"""Check hf_reformer on a GPU and compare it with others there; downloads nothing, starts nothing after five minutes.
 
 From the root of the repository, with the package and its `bench` extra installed:
 
     python -m benchmarks.gpu                            # results.csv, report.md and plots in runs/gpu
-    python -m benchmarks.gpu --device cpu --tiny        # tries everything on a CPU in a minute; its times say nothing
+    python -m benchmarks.gpu --device cpu --tiny        # tests everything on a CPU in a minute; times are meaningless
     python -m benchmarks.gpu --only core step --minutes 3
 
-The most telling comes first, and what does not fit into the minutes is written as skipped. Rows go to results.csv
-group by group, as they are measured. What is out of memory or not supported becomes a row that says so. If a kernel
-leaves the GPU unusable for the process, the command starts itself again behind it.
+The most important measurements come first; those that do not fit into the time are recorded as skipped. Rows are
+written to results.csv group by group, as they are measured; out-of-memory and unsupported cases are recorded as such.
+If a kernel leaves the GPU unusable for the process, the command restarts itself after that group.
 """
 
 import argparse
@@ -32,8 +32,8 @@ from .results import Row, append
 from .runner import DeviceLostError, Limits, Runner, carry_out
 from .targets import Target, find_gpu_targets
 
-MINUTES, CHECKS_SHARE = 5.0, 0.3  # by then the last group begins; the part of them by which the last check does
-BUDGET, LONGEST = 1.0, 3.0  # seconds for the repetitions of a group, and for a call of a single op
+MINUTES, CHECKS_SHARE = 5.0, 0.3  # when the last group may start, and the fraction of it at which the last check may
+BUDGET, LONGEST = 1.0, 3.0  # seconds for a group's repetitions, and for one call of a single op
 TINY_BUDGET = 0.01
 SECTIONS = ("correctness", "core", "step", "causal", "classifier", "generation", "step-growth")
 MILLION = 2**20
@@ -83,7 +83,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def core_groups(device: str, tiny: bool) -> list[Group]:
-    """Cores over length; in bfloat16 and both directions first."""
+    """Return groups of cores over length; bfloat16 with forward and backward first."""
     lengths = (128, 256) if tiny else (4096, 16384, 32768, 65536, 262144)
     own = "hf-reformer window"
     taken = select_backend("auto", *(torch.zeros(1, 1, 1, 64, device=device),) * 2)
@@ -102,7 +102,7 @@ def core_groups(device: str, tiny: bool) -> list[Group]:
 
 
 def model_groups(section: str, device: str, tiny: bool) -> list[Group]:
-    """Training steps of whole models, in time and memory, or one more token."""
+    """Return groups of training steps of whole models, in time and memory; or of generating one more token."""
     layers = 2 if tiny else LAYERS
     case = Case(section=section, length=0, work=STEP, rounds=ROUNDS, layers=layers, device=device, dtype="bfloat16")
     case = replace(case, causal=section != "classifier")
@@ -112,7 +112,7 @@ def model_groups(section: str, device: str, tiny: bool) -> list[Group]:
     elif section == "classifier":
         impls = tuple(impl for impl in rivals.CLASSIFIERS if impl != "mamba")
     if section == "generation":
-        impls += ("hf-reformer recorded",) if device != "cpu" else ()  # as a CUDA graph
+        impls += ("hf-reformer recorded",) if device != "cpu" else ()  # runs a CUDA graph
         lengths, cases = (256,) if tiny else (1024, 16384, 65536, 262144), [replace(case, work=NEXT)]
     else:
         lengths, cases = (384 if section == "classifier" else 256,) if tiny else (16384, 65536), [case]
@@ -122,7 +122,7 @@ def model_groups(section: str, device: str, tiny: bool) -> list[Group]:
         for case in cases:
             known = set(impls)
             if device == "cpu" and case.work == INFERENCE:
-                known.discard("mistral flex")  # it would compile for half a minute
+                known.discard("mistral flex")  # would compile for half a minute
             entries = [Entry(replace(case, length=length), impl) for impl in impls if impl in known]
             found.append(Group("time", entries, layers, in_a_row=16 if section == "generation" else 1))
             if case.work == STEP:
@@ -131,7 +131,7 @@ def model_groups(section: str, device: str, tiny: bool) -> list[Group]:
 
 
 def million_groups(device: str, tiny: bool) -> list[Group]:
-    """Steps on a million tokens, beside a shorter sequence."""
+    """Return groups of steps on a million tokens, and on a shorter sequence."""
     case = Case(section="step-growth", length=0, work=STEP, rounds=ROUNDS, device=device, dtype="bfloat16")
     case = replace(case, layers=2 if tiny else LAYERS)
     return [
@@ -143,7 +143,7 @@ def million_groups(device: str, tiny: bool) -> list[Group]:
 
 
 def plan(args: argparse.Namespace) -> list[Group]:
-    """All groups of the named sections after the checks, the most telling first."""
+    """Return all groups of the named sections after the checks, most important first."""
     core = core_groups(args.device, args.tiny)
     first = sum(group.entries[0].case.work == BOTH and group.entries[0].case.dtype == "bfloat16" for group in core)
     step, causal, generation, classifier = (
@@ -155,10 +155,10 @@ def plan(args: argparse.Namespace) -> list[Group]:
 
 
 def measure_all(args: argparse.Namespace, path: Path) -> None:
-    """Check, then measure, group by group into the file.
+    """Check, then measure, writing to the file group by group.
 
     Raises:
-        DeviceLostError: with the number of groups that are done.
+        DeviceLostError: carries the number of completed groups.
     """
     trial = " (a trial: its times say nothing about a GPU)" * (args.device == "cpu")
     begin = time.monotonic()
@@ -178,7 +178,7 @@ def measure_all(args: argparse.Namespace, path: Path) -> None:
 
 
 def start_again(args: argparse.Namespace, first: int, spent: float) -> None:
-    """In a fresh process, behind the group that left the GPU unusable."""
+    """Continue in a new process after the group that left the GPU unusable."""
     print("The GPU cannot be used by this process any more. Going on in another one.", flush=True)
     command = [sys.executable, "-m", "benchmarks.gpu", "--device", args.device, "--only", *args.only]
     command += ["--minutes", str(args.minutes), "--output_dir", str(args.output_dir)] + ["--tiny"] * args.tiny
@@ -193,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
     if path.exists() and not args.first:
         path.replace(path.with_name("results_before.csv"))
     logging.set_verbosity_error()
-    torch._dynamo.config.recompile_limit = 64  # flex attention is compiled anew for dtypes, masks and directions
+    torch._dynamo.config.recompile_limit = 64  # flex attention is recompiled for dtypes, masks and directions
     try:
         measure_all(args, path)
     except DeviceLostError as error:

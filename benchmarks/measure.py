@@ -1,4 +1,4 @@
-"""How things are measured: in turn, by medians; memory in a process of its own."""
+"""Measurement methods: alternating calls and medians for time; a separate process for memory."""
 
 import gc
 import json
@@ -17,17 +17,17 @@ import torch
 from .cases import Case
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-START_UP = 60.0  # seconds a measuring process may take beside the call itself
-# Implementations whose time grows with the square of the length.
+START_UP = 60.0  # seconds that a measuring process may take beyond the call itself
+# Implementations whose time is quadratic in the length.
 QUADRATIC = ("sdpa", "full", "flash", "modernbert", "mamba", "llama", "mistral")
 Key = TypeVar("Key", bound=Hashable)
 
 
 class TimingBudget(NamedTuple):
-    """How long to measure.
+    """Limits on the duration of measurements.
 
     Attributes:
-        budget: seconds for the repetitions of a group; at least `min_repeats` are done, whatever they take.
+        budget: seconds for the repetitions of a group; at least `min_repeats` are done in any case.
         once_over: an implementation whose first call takes longer is not called again.
     """
 
@@ -39,7 +39,7 @@ class TimingBudget(NamedTuple):
 
 @dataclass
 class Timing:
-    """Seconds of one implementation, one entry per repetition. `failure` says why there are none."""
+    """Seconds of one implementation, one entry per repetition. `failure` is the reason if there are none."""
 
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Timing:
         return statistics.median(self.wall)
 
     def ratio(self, base: "Timing") -> float:
-        """Median of this time over the base's, repetition by repetition where both were repeated."""
+        """Return the median ratio to the base's time, paired by repetition if both were repeated."""
         if self.once or base.once:
             return self.median / base.median
         pairs = zip(self.wall, base.wall, strict=False)
@@ -59,7 +59,7 @@ class Timing:
 
 
 def describe(error: BaseException) -> str:
-    """One line on an error, short enough for a table."""
+    """Describe an error on one line, short enough for a table."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:160]
 
 
@@ -67,7 +67,7 @@ Clock = Callable[[Callable[[], Any], int], tuple[float, float]]
 
 
 def timed(call: Callable[[], Any], in_a_row: int = 1) -> tuple[float, float]:
-    """Wall and processor seconds of one of so many calls. Their results die after the clock is read."""
+    """Measure wall and CPU seconds per call over `in_a_row` calls. Results are freed after the clock is read."""
     results: list[Any] = [None] * in_a_row
     cpu, wall = time.process_time(), time.perf_counter()
     for index in range(in_a_row):
@@ -78,7 +78,7 @@ def timed(call: Callable[[], Any], in_a_row: int = 1) -> tuple[float, float]:
 
 
 def timed_on_gpu(call: Callable[[], Any], in_a_row: int = 1) -> tuple[float, float]:
-    """The same on a CUDA device, from the beginning of the first call's work there to the end of the last one's."""
+    """Measure the same on a CUDA device, from the start of the first call's work to the end of the last call's."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     cpu = time.process_time()
@@ -96,13 +96,13 @@ CLOCKS: dict[str, Clock] = {"cpu": timed, "cuda": timed_on_gpu}
 def alternate(
     calls: Mapping[Key, Callable[[], Any]], budget: TimingBudget, in_a_row: int = 1, clock: Clock = timed
 ) -> dict[Key, Timing]:
-    """Call all implementations in turn, back and forth, again and again; the first round warms up.
+    """Time all implementations in alternation, in repeated rounds of alternating order; the first round is a warm-up.
 
-    One that fails is out, and the others go on.
+    An implementation that fails is dropped, and the others continue.
     """
     timings = {key: Timing() for key in calls}
     gc.collect()
-    gc.freeze()  # what is there by now need not be looked through between the rounds
+    gc.freeze()  # existing objects need not be scanned between rounds
     gc.disable()
     try:
         for key, call in calls.items():
@@ -116,7 +116,7 @@ def alternate(
         while repeats < budget.max_repeats and again:
             if repeats >= budget.min_repeats and time.perf_counter() - start > budget.budget:
                 break
-            again.reverse()  # so that none always follows the same other one
+            again.reverse()  # so that no implementation always follows the same one
             for key in again:
                 attempt(timings[key], calls[key], in_a_row, clock)
             again = [key for key in again if not timings[key].failure]
@@ -129,10 +129,10 @@ def alternate(
 
 
 def attempt(timing: Timing, call: Callable[[], Any], in_a_row: int, clock: Clock) -> None:
-    """Add one call's time, or the reason why there is none."""
+    """Add the time of one call, or the reason for its failure."""
     try:
         wall, cpu = clock(call, in_a_row)
-    except Exception as error:  # whatever it is, it is recorded, and the others go on
+    except Exception as error:  # any error is recorded, and the others continue
         timing.failure = describe(error)
         return
     timing.wall.append(wall)
@@ -140,7 +140,7 @@ def attempt(timing: Timing, call: Callable[[], Any], in_a_row: int, clock: Clock
 
 
 class Forecasts:
-    """What a call will take, from the longest input on which the same was measured."""
+    """Forecasts of the time of a call, from the last input on which the same was measured."""
 
     def __init__(self) -> None:
         self.known: dict[tuple, tuple[int, float]] = {}
@@ -153,18 +153,18 @@ class Forecasts:
         self.known[self.key(case, impl, threads)] = case.length, seconds
 
     def seconds(self, case: Case, impl: str, threads: int) -> float:
-        """0 where nothing is known."""
+        """Forecast the seconds of a call; 0 if nothing is known."""
         length, seconds = self.known.get(self.key(case, impl, threads), (case.length, 0.0))
         return seconds * (case.length / length) ** (2 if impl in QUADRATIC else 1)
 
 
 def peak_memory(case: Case, impl: str, threads: int, timeout: float) -> dict[str, Any]:
-    """Memory that one call takes beyond what was there before it, measured in a fresh process.
+    """Measure, in a new process, the memory that one call takes beyond that in use before it.
 
     Returns:
-        What `benchmarks.memory` prints: `peak_bytes`, `bytes`, `note`. Otherwise `failure`.
+        The output of `benchmarks.memory`: `peak_bytes`, `bytes`, `note`; or, if it fails, `failure`.
     """
-    # By default glibc keeps freed blocks of up to 32 MB: gaps in its heap would count, others in every run.
+    # By default glibc keeps freed blocks of up to 32 MB: gaps in its heap, different in every run, would count.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     request = json.dumps({"case": asdict(case), "impl": impl, "threads": threads})
     command = [sys.executable, "-m", "benchmarks.memory", request]

@@ -1,4 +1,4 @@
-"""Peak memory of one call; started by `measure.peak_memory` in a process of its own.
+"""Measure the peak memory of one call; started by `measure.peak_memory` in a separate process.
 
 python -m benchmarks.memory '{"case": {"section": "core", "length": 4096}, "impl": "sdpa", "threads": 1}'
 """
@@ -18,11 +18,11 @@ import torch
 from .cases import Case
 from .plan import make
 
-SHARE = 0.9  # of the memory that is free, for one measuring process
+SHARE = 0.9  # of the free memory, for one measuring process
 
 
 def proc(file: str, name: str) -> int | None:
-    """A field of a file in /proc in bytes, None where the system does not tell."""
+    """Return a field of a file in /proc in bytes; None if the system does not provide it."""
     try:
         found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc", file).read_text(), re.MULTILINE)
     except OSError:
@@ -31,7 +31,7 @@ def proc(file: str, name: str) -> int | None:
 
 
 def bound_memory() -> None:
-    """Limit this process to most of the free memory: an implementation that needs more then fails by itself."""
+    """Limit this process to most of the free memory, so that an implementation that needs more fails on its own."""
     free, used = proc("meminfo", "MemAvailable"), proc("self/status", "VmData")
     if free is None or used is None:
         return
@@ -41,18 +41,18 @@ def bound_memory() -> None:
 
 
 def resident() -> int:
-    """Bytes in memory now; where the system does not tell, the highest so far."""
+    """Return the resident bytes; if the system does not provide them, their peak so far."""
     return proc("self/status", "VmRSS") or highest()
 
 
 def highest() -> int:
-    """The most bytes ever in memory."""
+    """Return the peak resident bytes so far."""
     unit = 1 if sys.platform == "darwin" else 1024
     return proc("self/status", "VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def forget_highest() -> bool:
-    """Set the high-water mark to what is in memory now. Whether that worked."""
+    """Reset the high-water mark to the resident memory, and return whether that worked."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -61,7 +61,7 @@ def forget_highest() -> bool:
 
 
 def give_back() -> None:
-    """Return freed memory to the system, so that it does not count as being there before."""
+    """Return freed memory to the system, so that it does not count as in use before the call."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
@@ -70,7 +70,7 @@ def give_back() -> None:
 
 
 def peak_of(call: Callable[[], Any], device: str) -> tuple[int, bool]:
-    """The most bytes that a call takes beyond those before it, and whether that is exact."""
+    """Return the peak bytes that a call takes beyond those in use before it, and whether the number is exact."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -93,7 +93,7 @@ def main() -> None:
     torch.set_num_threads(request["threads"])
     bound_memory()
     case, impl = Case(**request["case"]), request["impl"]
-    make(case.warm_up(), impl).call()  # libraries, threads and kernels are loaded by now
+    make(case.warm_up(), impl).call()  # loads libraries, threads and kernels
     run = make(case, impl)
     peak, exact = peak_of(run.call, case.device)
     note = run.note if exact else f"{run.note} lower bound: the high-water mark could not be reset".strip()

@@ -1,4 +1,4 @@
-"""Whole models of one size: hf_reformer's, transformers' own Reformer, and a Transformer on exact attention."""
+"""Whole models of the same size: hf_reformer's, transformers' Reformer, and a Transformer with exact attention."""
 
 from typing import Any
 
@@ -12,11 +12,11 @@ import hf_reformer
 
 VOCABULARY, HIDDEN, HEADS, HEAD_SIZE, FEED_FORWARD = 320, 512, 8, 64, 1024
 LAYERS, ROUNDS = 6, 2
-Cache = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of every layer, (B, H, T, D) each
+Cache = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values per layer, (B, H, T, D) each
 
 
 def common(length: int, layers: int, causal: bool) -> dict[str, Any]:
-    """What both Reformers' configs say alike. All else is each package's default, but for dropout: there is none."""
+    """Return the config fields shared by both Reformers, without dropout. The others are each package's defaults."""
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": HIDDEN,
@@ -38,13 +38,13 @@ def hf_reformer_config(length: int, layers: int, causal: bool, **changes: Any) -
 
 
 def hf_reformer_model(length: int, layers: int, causal: bool = True, **changes: Any) -> nn.Module:
-    """That of hf_reformer, with the head that fits the direction."""
+    """Make the hf_reformer model, with the head for the direction."""
     config = hf_reformer_config(length, layers, causal, **changes)
     return hf_reformer.ReformerForCausalLM(config) if causal else hf_reformer.ReformerForMaskedLM(config)
 
 
 def transformers_model(length: int, layers: int, causal: bool = True) -> nn.Module:
-    """transformers' own Reformer; in training its axial shape must multiply to the very length."""
+    """Make transformers' Reformer; in training, its axial shape must multiply to exactly the length."""
     bits = length.bit_length() - 1
     if length != 2**bits:
         raise ValueError(f"length {length}: transformers' Reformer is measured at powers of two only")
@@ -59,7 +59,7 @@ def transformers_model(length: int, layers: int, causal: bool = True) -> nn.Modu
 
 
 class FullLayer(nn.Module):
-    """Pre-norm layer of an ordinary Transformer on torch's exact attention."""
+    """A pre-norm layer of a standard Transformer with torch's exact attention."""
 
     def __init__(self, causal: bool):
         super().__init__()
@@ -70,7 +70,7 @@ class FullLayer(nn.Module):
         self.up_proj, self.down_proj = nn.Linear(HIDDEN, FEED_FORWARD), nn.Linear(FEED_FORWARD, HIDDEN)
 
     def forward(self, x: torch.Tensor, past: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
-        """`x`: (B, T, D); with `past`, the last token alone, whose key and value go to the last position there."""
+        """Apply the layer to (B, T, D); with `past`, to the last token only, storing its key and value at the end."""
         q, k, v = self.qkv_proj(self.attention_norm(x)).unflatten(-1, (3, HEADS, HEAD_SIZE)).permute(2, 0, 3, 1, 4)
         if past is not None:
             past[0][:, :, -1:], past[1][:, :, -1:] = k, v
@@ -81,7 +81,7 @@ class FullLayer(nn.Module):
 
 
 class FullModel(nn.Module):
-    """Transformer of the same size: as many layers, heads and features. Positions are a fixed table."""
+    """A Transformer of the same size: as many layers, heads and features. Position embeddings are a fixed table."""
 
     def __init__(self, length: int, layers: int, causal: bool = True, checkpointing: bool = False):
         super().__init__()
@@ -94,7 +94,7 @@ class FullModel(nn.Module):
         self.lm_head = nn.Linear(HIDDEN, VOCABULARY, bias=False)
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean loss of (B, T) tokens."""
+        """Compute the mean loss of (B, T) tokens."""
         x = self.embed_tokens(input_ids) + self.positions[: input_ids.shape[1]]
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
@@ -104,7 +104,7 @@ class FullModel(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     def next_logits(self, token: torch.Tensor, past: Cache) -> torch.Tensor:
-        """Logits of the token, (1, 1), that goes to the last position of every layer's keys and values."""
+        """Compute the logits of a token, (1, 1), written to the last position of every layer's keys and values."""
         x = self.embed_tokens(token) + self.positions[past[0][0].shape[2] - 1]
         for layer, kept in zip(self.layers, past, strict=True):
             x = layer(x, kept)

@@ -1,4 +1,4 @@
-"""Which sections there are, and the way from a case to something to call."""
+"""The list of sections, and the functions that turn cases into runs."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,7 +12,7 @@ class Section(NamedTuple):
     make: Callable[[Case, str], Run]
 
 
-# The most telling first, for runs that end by the clock.
+# Most important first, for runs with a time limit.
 SECTIONS = {
     "machine": Section(environment.groups, environment.make),
     "core": Section(attention.core_groups, attention.make_core_run),
@@ -33,7 +33,7 @@ SECTIONS = {
 
 
 def plan(settings: Settings, sections: list[str], impls: list[str] | None = None) -> list[Group]:
-    """All groups of the named sections, with all implementations or the named ones."""
+    """Return all groups of the named sections, with all implementations or the named ones."""
     groups = [group for name, section in SECTIONS.items() if name in sections for group in section.groups(settings)]
     names = {entry.impl for group in groups for entry in group.entries}
     if unknown := set(impls or []) - names:
@@ -45,5 +45,5 @@ def plan(settings: Settings, sections: list[str], impls: list[str] | None = None
 
 
 def make(case: Case, impl: str) -> Run:
-    """An implementation on a case, ready to be called."""
+    """Make the run of an implementation on a case."""
     return SECTIONS[case.section].make(case, impl)

@@ -1,4 +1,4 @@
-"""Lines over length and depth, from rows alone; both axes logarithmic, every line named at its end."""
+"""Line plots over length and depth, from result rows only; log-log axes, every line labeled at its end."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -44,7 +44,7 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A file of panels, each a quantity of a kind of work."""
+    """A file of panels, each showing one quantity for one kind of work."""
 
     name: str
     section: str
@@ -64,11 +64,11 @@ PLOTS = [
     Plot("step_over_depth", "depth", "layers", (("time", STEP), ("memory", STEP))),
 ]
 UNITS: dict[str, Callable[[Row], float]] = {"time": lambda row: row.seconds, "memory": lambda row: row.peak_bytes}
-LABEL_GAP = 0.058  # of the panel's height, between names
+LABEL_GAP = 0.058  # between labels, as a fraction of the panel's height
 
 
 def draw_all(rows: list[Row], folder: Path) -> list[Path]:
-    """Every plot for which there are rows that make a line."""
+    """Draw every plot for which there are enough rows for a line, and return the files."""
     machines = sorted({row.machine for row in rows if row.quantity == "time"})
     made = []
     for plot in PLOTS:
@@ -85,9 +85,9 @@ def draw_all(rows: list[Row], folder: Path) -> list[Path]:
 
 
 def panel_rows(rows: list[Row], plot: Plot, panel: tuple[str, str], machine: tuple) -> list[Row]:
-    """Rows of one panel: causal if there are, at two rounds if there are, of one length if depth is the axis.
+    """Select one panel's rows: causal (except classifiers), two rounds if available, one length if depth is the axis.
 
-    None if it is a point. Memory does not depend on the number of threads.
+    Empty if they have only one point. Memory does not depend on the number of threads.
     """
     quantity, work = panel
     found = [row for row in rows if (row.section, row.quantity, row.work) == (plot.section, quantity, work)]
@@ -154,7 +154,7 @@ def draw_panel(panel, rows: list[Row], axis: str) -> None:
 
 
 def name_lines(panel, ends: dict[str, tuple[float, float]]) -> None:
-    """Names in the right margin, apart from each other, with a thin line to where each curve ends."""
+    """Label curves in the right margin, without overlap, with a thin line to the end of each curve."""
     to_panel = panel.transData + panel.transAxes.inverted()
     positions = {impl: to_panel.transform(end) for impl, end in ends.items()}
     ordered = sorted(ends, key=lambda impl: positions[impl][1])
@@ -175,7 +175,7 @@ def name_lines(panel, ends: dict[str, tuple[float, float]]) -> None:
 
 
 def spread(heights: list[float], gap: float) -> list[float]:
-    """Ascending heights moved as little as a few rounds of pushing neighbors apart need."""
+    """Spread ascending heights by a few rounds of pushing neighbors apart, moving them as little as needed."""
     moved = list(heights)
     for _ in range(200):
         for i in range(len(moved) - 1):

@@ -1,4 +1,4 @@
-"""Tables and plots from results alone."""
+"""A report of tables and plots, made from the results only."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -27,7 +27,7 @@ TITLES = {
     "prefill": "A prompt, with a cache, at once and in chunks",
     "step-growth": "Growth of a training step",
 }
-WHOLE_MODELS = ("core", "step", "classifier", "causal", "generation")  # sections that name where others are faster
+WHOLE_MODELS = ("core", "step", "classifier", "causal", "generation")  # sections that list where others are faster
 NOTES = """\
 All numbers: float32, batch 1, 8 heads of 64. Times are wall-clock medians of calls in turn, back and forth, within \
 one process, after a call each to warm up; in brackets the median ratio to the first of them. `*`: too slow to \
@@ -67,10 +67,10 @@ inference gives the classes of a text; a causal model's the logits after the las
 
 
 class Page(NamedTuple):
-    """What a report says beside its tables.
+    """Contents of a report other than its tables.
 
     Attributes:
-        targets: a heading and targets for each table of them.
+        targets: returns a heading and a list of targets for each table of targets.
     """
 
     title: str
@@ -79,7 +79,7 @@ class Page(NamedTuple):
 
 
 def cpu_targets(rows: list[Row]) -> Iterable[tuple[str, list[Target]]]:
-    """For every thread count and page setting."""
+    """Yield the targets for every thread count and page setting."""
     timed = sorted({row.machine for row in rows if row.quantity == "time"})
     for machine in timed or sorted({row.machine for row in rows if row.threads}):
         yield f"Targets, {name_of(machine)}", find_targets(rows, *machine[2:])
@@ -89,7 +89,7 @@ CPU_PAGE = Page("Benchmarks", NOTES, cpu_targets)
 
 
 def write_report(results: Path, folder: Path, page: Page = CPU_PAGE) -> list[Path]:
-    """Write report.md and the plots into `folder`; the paths of all that was made."""
+    """Write report.md and the plots to `folder`, and return their paths."""
     rows = load(results)
     plots = draw_all(rows, folder)
     parts = [f"# {page.title}", facts_table(rows), page.notes]
@@ -110,7 +110,7 @@ def write_report(results: Path, folder: Path, page: Page = CPU_PAGE) -> list[Pat
 
 
 def table(head: list[str], lines: Iterable[list[str]]) -> str:
-    """A markdown table."""
+    """Format a Markdown table."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows)
 
@@ -150,7 +150,7 @@ def quantity(value: float, unit: str) -> str:
 
 
 def check_table(rows: list[Row]) -> list[str]:
-    """How many calls agree with the definition, and a line each."""
+    """Summarize how many calls agree with the definition, with a table row for each."""
     done = [row for row in rows if row.status != "skipped"]
     agree = sum(row.status == "ok" for row in done)
     lines = []
@@ -165,7 +165,7 @@ def check_table(rows: list[Row]) -> list[str]:
 
 
 def section_tables(rows: list[Row]) -> list[str]:
-    """For every quantity and machine setting a table: a line per case, a column per implementation."""
+    """Make a table for every quantity and machine setting: a row per case, a column per implementation."""
     found = []
     for kind in ("time", "memory"):
         mine = [row for row in rows if row.quantity == kind]
@@ -185,7 +185,7 @@ def section_tables(rows: list[Row]) -> list[str]:
 
 
 def where_others_lead(rows: list[Row]) -> list[str]:
-    """A sentence on where hf_reformer, the first of its group, is slower or larger than others."""
+    """Make a sentence on where hf_reformer, the first of its group, is slower or larger than others."""
     better = {"time": "faster", "memory": "smaller"}[rows[0].quantity]
     behind = [row for row in rows if row.ratio is not None and row.ratio < 1 and is_rival(row)]
     if not behind:
@@ -195,7 +195,7 @@ def where_others_lead(rows: list[Row]) -> list[str]:
 
 
 def is_rival(row: Row) -> bool:
-    """Whether a row's ratio is that of another package to hf_reformer."""
+    """Return whether a row's ratio compares another package with hf_reformer."""
     others = row.impl.startswith("hf-reformer") or row.impl in ("attention part", *RATES)
     return row.base.startswith("hf-reformer ") and not others
 
@@ -214,7 +214,7 @@ def case_table(rows: list[Row]) -> str:
 
 
 def cell(row: Row) -> str:
-    """The value, its ratio to the first of its group, and a mark where it was called once; or why there is none."""
+    """Format a value, its ratio to the first of its group and a mark if called once; or why there is none."""
     if row.value is None:
         return f"skipped: {row.note}" if row.status == "skipped" else row.status
     shown = f"{row.value * 1e3:.4g} ms" if row.quantity == "time" else f"{row.value / 2**20:.4g} MiB"
@@ -224,7 +224,7 @@ def cell(row: Row) -> str:
 
 
 def op_table(rows: list[Row]) -> str:
-    """Ops with their rates, and the share of the floor that products and copies at the machine's rates would set."""
+    """Make a table of ops with their rates, and the share of the floor set by the machine's product and copy rates."""
     lines = []
     for row in sorted(rows, key=lambda row: row.length):
         if row.seconds is None:
@@ -238,7 +238,7 @@ def op_table(rows: list[Row]) -> str:
 
 
 def floor_of(row: Row, rows: list[Row]) -> float | None:
-    """Seconds that the op's products and bytes would take at the rates measured beside it."""
+    """Compute the seconds that an op's products and bytes would take at the rates measured with it."""
     product, copy = (
         next((other for other in rows if (other.impl, other.length) == (impl, row.length)), None) for impl in RATES
     )

@@ -1,4 +1,4 @@
-"""The results file: one row per implementation and case, and per fact about the environment."""
+"""The results file: one row per implementation and case, and one per fact about the environment."""
 
 import csv
 from collections.abc import Iterable, Iterator
@@ -11,15 +11,15 @@ from .cases import Case
 
 @dataclass(frozen=True, kw_only=True)
 class Row(Case):
-    """A line of the CSV; numbers that were not measured are None.
+    """A row of the CSV; numbers that were not measured are None.
 
     Attributes:
         quantity: "time", "memory", "check" or "fact".
-        status: "ok"; "once" (too slow to repeat); "skipped" or "failed", and the note says why.
+        status: "ok"; "once" (too slow to repeat); "skipped" or "failed", with the reason in the note.
         seconds, fastest, cpu_seconds: medians over `repeats` calls, and the fastest.
-        ratio: this time or memory over that of `base`, the implementation (and length) at the head of the group; of a
+        ratio: this time or memory over that of `base`, the first implementation (and length) of the group; for a
             check, the largest difference over the allowed one.
-        flops, bytes: the least a call must do; see `cases.Run`.
+        flops, bytes: the minimum work of a call; see `cases.Run`.
     """
 
     quantity: str
@@ -40,27 +40,27 @@ class Row(Case):
 
     @property
     def value(self) -> float | None:
-        """Seconds, or bytes at the peak."""
+        """Return the seconds, or the peak bytes."""
         return self.seconds if self.quantity == "time" else self.peak_bytes
 
     @property
     def setting(self) -> tuple:
-        """The case, without the implementation."""
+        """Return the case without the implementation."""
         return self.quantity, self.section, self.causal, self.rounds, self.layers, self.work, self.length
 
     @property
     def machine(self) -> tuple[str, str, int, bool]:
-        """What a table has in common: device, dtype, threads (0 on a GPU), and whether pages are huge."""
+        """Return the setting that a table shares: device, dtype, threads (0 on a GPU), and whether pages are huge."""
         return self.device, self.dtype, self.threads, self.huge_pages
 
     @property
     def identity(self) -> tuple:
-        """What a later row must share to replace this one."""
+        """Return the key that a later row must share to replace this one."""
         return self.setting, self.impl, self.machine
 
 
 def name_of(machine: tuple[str, str, int, bool]) -> str:
-    """In words, see `Row.machine`."""
+    """Describe a machine setting in words; see `Row.machine`."""
     device, dtype, threads, huge_pages = machine
     words = [f"{threads} thread{'s' * (threads > 1)}" if device == "cpu" else "GPU"]
     words += ["huge pages"] if huge_pages else []
@@ -77,10 +77,10 @@ PARSERS = {
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to the file, at once, so that a run that ends early leaves what it has.
+    """Append rows to the file immediately, so that a run that ends early keeps its results.
 
     Raises:
-        ValueError: the file's columns are others.
+        ValueError: the file has other columns.
     """
     fresh = not path.exists()
     if not fresh:
@@ -94,12 +94,12 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 
 def current_name(impl: str) -> str:
-    """An implementation's name, also where it is that of older results."""
+    """Return an implementation's current name, also for names in older results."""
     return impl.replace("ours", "hf-reformer").replace("built-in", "transformers")
 
 
 def check(path: Path) -> None:
-    """Raise ValueError unless the file holds whole rows of these results."""
+    """Raise ValueError unless the file consists of complete rows with these columns."""
     text = path.read_text()
     header = text.partition("\n")[0].replace("rival", "impl")  # the column's name in older files
     if header.split(",") != COLUMNS:
@@ -109,14 +109,14 @@ def check(path: Path) -> None:
 
 
 def tidy(value: Any) -> Any:
-    """Floats with six digits, None as nothing."""
+    """Format floats with six digits, and None as an empty string."""
     if isinstance(value, float):
         return f"{value:.6g}"
     return "" if value is None else value
 
 
 def load(path: Path) -> list[Row]:
-    """All rows; of several on the same thing the last one counts, and one without a number only if none has one."""
+    """Load all rows; of several with the same identity, the last counts, preferring rows with a number."""
     found: dict[tuple, Row] = {}
     for row in read(path):
         if row.value is not None or found.get(row.identity, row).value is None:

@@ -1,15 +1,14 @@
-"""What people choose instead, from transformers' own configs, in the sizes of `models`: classifiers and causal models.
+"""Popular alternatives from transformers' own configs, in the sizes of `models`: classifiers and causal models.
 
-All are made from random weights, without dropout, in float32. Where a feed-forward is gated, its three matrices hold
-as many weights as the two of the others, to 2 %. What a token sees in a layer is about 256 tokens in every model with
-windows:
+All have random weights, no dropout, and float32. Gated feed-forwards have three matrices with as many weights as the
+two of the others, within 2 %. In all models with windows, a token sees about 256 tokens per layer:
 
-- hf_reformer, as its config comes: 128 in local layers; in lsh layers 128 and 2 × 128 by hash, and in training 128
+- hf_reformer with its default config: 128 in local layers; in lsh layers 128 and 2 × 128 by hash, and in training 128
   more by exploration. On average over the layers 256, in training 320.
 - Longformer: 257 around it, and the first token, which sees everything.
 - BigBird: three blocks around it, three random ones, the first and the last, of 32 tokens each: 256.
-- ModernBERT: 257 around it in two of three layers, everything in the third.
-- Mistral: the last 256. Llama: everything before it. Mamba: a state of all before it.
+- ModernBERT: 257 around it in two out of three layers, everything in the third.
+- Mistral: the last 256. Llama: everything before it. Mamba: a state of all tokens before it.
 """
 
 from collections.abc import Callable
@@ -26,17 +25,17 @@ from .cases import INFERENCE, STEP, Case, Entry, Group, Run, Settings
 from .models import FEED_FORWARD, HEADS, HIDDEN, LAYERS, ROUNDS, VOCABULARY, hf_reformer_config, hf_reformer_model
 from .training import CHECKPOINTS_FROM, training_step
 
-SEEN = 256  # tokens that a token sees in a layer
+SEEN = 256  # tokens visible to a token per layer
 GATED = 672  # width of a gated feed-forward: about two thirds of FEED_FORWARD
 CLASSES, LABEL = 2, 1
-BLOCKS = 8  # of BigBird that a token sees: 3 around it, 3 random, 2 at the ends
+BLOCKS = 8  # visible to a token in BigBird: 3 around it, 3 random, 2 at the ends
 CLASSIFIERS = ("hf-reformer", "longformer", "bigbird", "modernbert", "mamba")
 CAUSAL = ("hf-reformer", "llama", "mistral")
 SLOW = ("mamba",)  # a step on 1024 tokens takes minutes
 
 
 def groups(section: str, causal: bool, impls: tuple[str, ...], settings: Settings) -> list[Group]:
-    """A training step, its memory, and inference, over length."""
+    """Return groups of training steps, their memory, and inference, over length."""
     found = []
     for length in settings.choose((1024, 4096, 16384, 65536), (1024, 2048)):
         for work in (STEP, INFERENCE):
@@ -45,7 +44,7 @@ def groups(section: str, causal: bool, impls: tuple[str, ...], settings: Setting
             if work == STEP or not settings.short:
                 found.append(Group("memory", entries, LAYERS))
             if causal and work == INFERENCE and not settings.short:
-                entries = [*entries, Entry(case, "mistral flex")]  # compiles for a minute; on CPUs without a backward
+                entries = [*entries, Entry(case, "mistral flex")]  # compiles for a minute; no backward on CPUs
             found.append(Group("time", entries, LAYERS))
     return sorted(found, key=lambda group: (group.entries[0].case.length, group.quantity == "memory"))
 
@@ -59,7 +58,7 @@ def causal_groups(settings: Settings) -> list[Group]:
 
 
 def make(case: Case, impl: str) -> Run:
-    """A training step, or inference: logits of the classes, or of the next token after all."""
+    """Make a training step, or inference: logits of the classes, or of the token after the last."""
     torch.manual_seed(0)
     model: Any = make_model(case, impl).to(case.device)
     tokens = torch.randint(2, VOCABULARY, (1, case.length), device=case.device)
@@ -79,7 +78,7 @@ def make(case: Case, impl: str) -> Run:
 
 
 def make_model(case: Case, impl: str) -> nn.Module:
-    """A classifier or a causal model by its name."""
+    """Make a classifier or a causal model by name."""
     length, layers = case.length, case.layers
     makers: dict[tuple[bool, str], Callable[[], nn.Module]] = {
         (False, "hf-reformer"): lambda: hf_reformer_classifier(length, layers),
@@ -96,7 +95,7 @@ def make_model(case: Case, impl: str) -> nn.Module:
 
 
 def common(layers: int) -> dict[str, Any]:
-    """What configs of all rivals say alike."""
+    """Return the config fields shared by all rivals."""
     return {
         "vocab_size": VOCABULARY,
         "hidden_size": HIDDEN,
@@ -108,7 +107,7 @@ def common(layers: int) -> dict[str, Any]:
 
 
 def attending(length: int, layers: int, feed_forward: int) -> dict[str, Any]:
-    """The same of those with attention."""
+    """Return the config fields shared by all rivals with attention."""
     return common(layers) | {
         "num_attention_heads": HEADS,
         "intermediate_size": feed_forward,
@@ -125,17 +124,17 @@ def hf_reformer_classifier(length: int, layers: int) -> nn.Module:
 
 
 def longformer(length: int, layers: int) -> nn.Module:
-    """Its positions begin behind the padding token's id."""
+    """Make a Longformer; its positions start after the padding token's id."""
     sizes = attending(length, layers, FEED_FORWARD) | {"max_position_embeddings": length + 1}
     config = transformers.LongformerConfig(**sizes, **NO_DROPOUT, attention_window=SEEN, num_labels=CLASSES)
     return transformers.LongformerForSequenceClassification(config)
 
 
 def bigbird(length: int, layers: int) -> nn.Module:
-    """Block-sparse attention.
+    """Make a BigBird with block-sparse attention.
 
     Raises:
-        ValueError: the length is one at which it would attend to everything instead.
+        ValueError: at this length it would use full attention instead.
     """
     config = transformers.BigBirdConfig(
         **attending(length, layers, FEED_FORWARD),
@@ -166,7 +165,7 @@ def modernbert(length: int, layers: int) -> nn.Module:
 
 
 class MambaClassifier(nn.Module):
-    """transformers' Mamba, which has no head for classes: one on the mean over all tokens."""
+    """transformers' Mamba, which has no classification head, with one on the mean over all tokens."""
 
     def __init__(self, layers: int):
         super().__init__()
@@ -177,7 +176,7 @@ class MambaClassifier(nn.Module):
         self.model.gradient_checkpointing_enable()
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor | None = None) -> Any:
-        """Logits (1, classes) of tokens (1, T), and the loss of a label (1,)."""
+        """Compute logits (1, classes) of tokens (1, T), and the loss for a label (1,)."""
         logits = self.classifier(self.model(input_ids).last_hidden_state.mean(1))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return transformers.modeling_outputs.SequenceClassifierOutput(loss=loss, logits=logits)
@@ -189,7 +188,7 @@ def llama(length: int, layers: int) -> nn.Module:
 
 
 def mistral(length: int, layers: int, attention: str) -> nn.Module:
-    """Sliding windows: by `sdpa` under a mask of all pairs, or by `flex_attention`, compiled, in blocks."""
+    """Make a Mistral with sliding windows: `sdpa` with a mask of all pairs, or compiled `flex_attention` in blocks."""
     config = transformers.MistralConfig(
         **attending(length, layers, GATED),
         num_key_value_heads=HEADS,

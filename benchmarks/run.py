@@ -1,17 +1,17 @@
-"""Measure hf_reformer against other Reformers, exact and local attention, and the models that people choose instead.
+"""Compare hf_reformer with other Reformers, exact and local attention, and popular alternative models.
 
 From the root of the repository, with the package and its `bench` extra installed:
 
     python -m benchmarks.run --short                             # ten minutes on two cores
     python -m benchmarks.run                                     # everything; hours
-    python -m benchmarks.run --only core --lengths 65536 --rounds 2 --threads 2 --append     # one piece of it
+    python -m benchmarks.run --only core --lengths 65536 --rounds 2 --threads 2 --append     # a part of it
     python -m benchmarks.run --only step --lengths 65536 --impls full --threads 2 --append  # one slow baseline
-    python -m benchmarks.run --only core --huge_pages --append   # where page faults weigh less
-    python -m benchmarks.run --only classifier causal --short    # beside what people choose, in a few minutes
-    python -m benchmarks.run --report                            # tables and plots again, from what is there
+    python -m benchmarks.run --only core --huge_pages --append   # page faults cost less
+    python -m benchmarks.run --only classifier causal --short    # popular alternatives, in a few minutes
+    python -m benchmarks.run --report                            # redo tables and plots from existing results
 
-Every repetition calls all implementations in turn, so that a busy machine slows them alike. Rows go to
-results.csv at once; report.md and the plots beside it are made from it alone.
+Every repetition calls all implementations in turn, so that a busy machine slows them equally. Rows are written to
+results.csv immediately; report.md and the plots are made from that file only.
 """
 
 import argparse
@@ -73,13 +73,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def restart_with_huge_pages() -> None:
-    """The allocator reads its setting when the process begins."""
+    """Restart this process: the allocator reads its setting at startup."""
     environment = os.environ | {"THP_MEM_ALLOC_ENABLE": "1"}
     os.execve(sys.executable, [sys.executable, "-m", "benchmarks.run", *sys.argv[1:]], environment)
 
 
 def measure_all(args: argparse.Namespace, path: Path) -> None:
-    """Carry out the plan."""
+    """Run all planned measurements."""
     try:
         groups = plan(Settings(args.lengths, args.rounds, args.short), args.only, args.impls)
     except ValueError as error:

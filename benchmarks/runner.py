@@ -1,4 +1,4 @@
-"""Carries out groups of measurements and gives their rows, on a CPU or a GPU."""
+"""Runs groups of measurements, on a CPU or a GPU, and returns their result rows."""
 
 import gc
 import time
@@ -21,13 +21,13 @@ from .results import Row, append
 
 
 class Limits(NamedTuple):
-    """Seconds.
+    """Time limits in seconds.
 
     Attributes:
         budget: for the repetitions of a group.
         longest_run: for one call of a single op; models get more.
-        deadline: what has not begun by then, of `time.monotonic`, is written as skipped.
-        in_process: memory is measured here, as on a GPU in any case, not in a process of its own.
+        deadline: groups not started by this `time.monotonic` are recorded as skipped.
+        in_process: measure memory in this process, as always on a GPU, instead of a separate one.
     """
 
     budget: float
@@ -41,7 +41,7 @@ class Limits(NamedTuple):
 
 
 class Runner:
-    """Carries out groups and gives their rows."""
+    """Runs groups of measurements and returns their rows."""
 
     def __init__(self, limits: Limits):
         self.limits = limits
@@ -58,7 +58,7 @@ class Runner:
         return [self.row(group.quantity, entry, threads, status="skipped", note=why) for entry in group.entries]
 
     def measure(self, group: Group, threads: int) -> list[Row]:
-        """Rows of a group; those that would take too long are skipped."""
+        """Measure the rows of a group; those that would take too long are skipped."""
         if self.limits.left < 0:
             return self.skipped(group, threads, "out of time")
         allowed = min(self.limits.longest_run * group.scale, self.limits.left)
@@ -76,7 +76,7 @@ class Runner:
         for entry in group.entries:
             try:
                 ratio, note = check(*entry), ""
-            except Exception as error:  # the backend's own, whatever it is
+            except Exception as error:  # any error of the backend
                 ratio, note = None, describe(error)
             status = "ok" if ratio is not None and ratio <= 1 else "failed"
             yield self.row("check", entry, threads, status=status, ratio=ratio, note=note)
@@ -92,11 +92,11 @@ class Runner:
             yield self.row("memory", entry, threads, **found)
 
     def memory_here(self, entry: Entry) -> dict:
-        """What `peak_memory` gives, in this process."""
+        """Measure like `peak_memory`, but in this process."""
         try:
             run = self.prepare(entry)
             peak, _ = peak_of(run.call, entry.case.device)
-        except Exception as error:  # out of memory, or it cannot take the case
+        except Exception as error:  # out of memory, or the case is not supported
             return {"failure": describe(error)}
         return {"peak_bytes": peak, "bytes": run.bytes, "note": run.note}
 
@@ -107,7 +107,7 @@ class Runner:
         for entry in group.entries:
             try:
                 runs[entry] = self.prepare(entry)
-            except Exception as error:  # it is not installed or cannot take the case
+            except Exception as error:  # not installed, or the case is not supported
                 failures[entry] = Timing(failure=describe(error))
         budget = TimingBudget(self.limits.budget, once_over=self.limits.budget * group.scale)
         clock = CLOCKS[group.entries[0].case.device] if group.entries else CLOCKS["cpu"]
@@ -117,7 +117,7 @@ class Runner:
             yield self.time_row(entry, threads, timings[entry], timings[group.entries[0]], runs.get(entry))
 
     def prepare(self, entry: Entry) -> Run:
-        """The entry ready to be called; the first of its kind is called in small, which loads what it needs."""
+        """Make the run of an entry; the first of its kind is warmed up on a small case, which loads what it needs."""
         kind = entry.case.section, entry.case.work, entry.case.dtype, entry.impl
         if kind not in self.warm:
             make(entry.case.warm_up(), entry.impl).call()
@@ -145,7 +145,7 @@ class Runner:
 
 
 class DeviceLostError(Exception):
-    """A call has left the GPU unusable for this process; `done` groups are in the file."""
+    """Raised after a call that left the GPU unusable for this process; `done` groups are in the file."""
 
     def __init__(self, done: int):
         super().__init__("The GPU cannot be used by this process any more.")
@@ -153,10 +153,10 @@ class DeviceLostError(Exception):
 
 
 def carry_out(runner: Runner, work: Iterable[tuple[Group, int]], path: Path, first: int = 0) -> None:
-    """Measure groups from `first` on, each with so many threads, group by group into the file.
+    """Measure groups from `first` on, each with its number of threads, and write them to the file group by group.
 
     Raises:
-        DeviceLostError: after a group.
+        DeviceLostError: the GPU is unusable after a group.
     """
     work = list(work)
     begin = time.monotonic()
@@ -177,7 +177,7 @@ def carry_out(runner: Runner, work: Iterable[tuple[Group, int]], path: Path, fir
 
 
 def with_base(rows: list[Row]) -> list[Row]:
-    """Name the first row as everyone's base, and compare peaks of memory to its own."""
+    """Set the first row as the base of all, and compute the ratios of peak memory to it."""
     if not rows or rows[0].value is None:
         return rows
     base = rows[0]
@@ -187,7 +187,7 @@ def with_base(rows: list[Row]) -> list[Row]:
 
 
 def label_of(group: Group, threads: int) -> str:
-    """What the cases of a group have in common, on a line."""
+    """Describe on one line what the cases of a group have in common."""
     case = group.entries[0].case
     lengths, works = (list(dict.fromkeys(getattr(e.case, name) for e in group.entries)) for name in ("length", "work"))
     words = [case.section, group.quantity, f"{' and '.join(map(str, lengths))} tokens"]
@@ -197,6 +197,6 @@ def label_of(group: Group, threads: int) -> str:
 
 
 def name_of(row: Row, group: Group) -> str:
-    """The implementation, and what sets its case apart from others of the group."""
+    """Return the implementation's name, with what distinguishes its case from others of the group."""
     varies = [name for name in ("work", "length") if len({getattr(entry.case, name) for entry in group.entries}) > 1]
     return " ".join([row.impl, *(str(getattr(row, name)) for name in varies)])

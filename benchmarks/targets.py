@@ -1,4 +1,4 @@
-"""What the package sets out to reach, beside what was measured."""
+"""The package's performance targets, compared with measurements."""
 
 import math
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ BREAK_EVEN = 384  # tokens
 
 
 class Target(NamedTuple):
-    """A line of the table: `measured` must be at least (or at most) `wanted`; None where it was not measured."""
+    """A row of the table: `measured` must be at least (or at most) `wanted`; None if it was not measured."""
 
     what: str
     against: str
@@ -32,13 +32,13 @@ class Target(NamedTuple):
 
 
 class Measured:
-    """Rows found by what they are about."""
+    """Result rows, found by section, implementation and case."""
 
     def __init__(self, rows: list[Row]):
         self.rows = rows
 
     def all(self, section: str, impl: str, **wanted: Any) -> list[Row]:
-        """Rows that hold a number; times unless `quantity` says otherwise."""
+        """Return the matching rows with a number; times unless `quantity` is given."""
         wanted = {"quantity": "time", "section": section, "impl": impl} | wanted
         found = [row for row in self.rows if all(getattr(row, name) == value for name, value in wanted.items())]
         return [row for row in found if row.value is not None]
@@ -47,12 +47,12 @@ class Measured:
         return next(iter(self.all(section, impl, **wanted)), None)
 
     def quotient(self, section: str, above: str, below: str, **wanted: Any) -> float | None:
-        """Time or memory of one implementation over another's, on the same case."""
+        """Return the time or memory of one implementation over another's on the same case."""
         return over(self.one(section, above, **wanted), self.one(section, below, **wanted))
 
 
 def over(above: Row | None, below: Row | None) -> float | None:
-    """Quotient of two rows; by their paired ratios where they stood in one group."""
+    """Compute the quotient of two rows, from their paired ratios if they were in the same group."""
     if above is None or below is None or not above.value or not below.value:
         return None
     if above.base == below.base and above.ratio and below.ratio:
@@ -61,7 +61,7 @@ def over(above: Row | None, below: Row | None) -> float | None:
 
 
 def find_targets(rows: list[Row], threads: int, huge_pages: bool) -> list[Target]:
-    """The whole table for one thread count of a CPU. Memory does not depend on it and counts anyway."""
+    """Return all targets for one thread count of a CPU. Memory does not depend on it and is always included."""
     mine = [row for row in rows if row.device == "cpu" and row.huge_pages == huge_pages]
     measured = Measured([row for row in mine if row.threads == threads or row.quantity == "memory"])
     parts = (cores, modes, centering, shares, memory, break_even, steps, coverage, torch_backend, growth)
@@ -69,9 +69,9 @@ def find_targets(rows: list[Row], threads: int, huge_pages: bool) -> list[Target
 
 
 def find_gpu_targets(rows: list[Row]) -> list[Target]:
-    """Goals on a GPU, forward and backward of causal cores in bfloat16.
+    """Return the targets on a GPU: forward and backward of causal cores in bfloat16.
 
-    Against flash attention they are what hash-sparse flash attention reached at half the length (Pagliardini et al.
+    Those against flash attention are what hash-sparse flash attention reached at half the length (Pagliardini et al.
     2023).
     """
     measured = Measured(rows)
@@ -132,7 +132,7 @@ def shares(measured: Measured) -> Iterator[Target]:
 
 
 def share(op: Row | None, product: Row | None) -> float | None:
-    """Part of the rate of large matrix products that an op reaches."""
+    """Compute an op's rate as a fraction of that of large matrix products."""
     slowness = over(op, product)
     if not slowness or not op.flops or not product.flops:
         return None
@@ -156,7 +156,7 @@ def break_even(measured: Measured) -> Iterator[Target]:
 
 
 def break_even_length(measured: Measured, work: str) -> tuple[float | None, str]:
-    """Where exact attention begins to take longer for good: between the last length where it wins and the next."""
+    """Find the length beyond which exact attention stays slower: between the last one where it wins and the next."""
     hf_reformer = {row.length: row for row in measured.all("break-even", "hf-reformer default", work=work)}
     exact = {row.length: row for row in measured.all("break-even", "sdpa", work=work)}
     ratios = [
@@ -198,7 +198,7 @@ def coverage(measured: Measured) -> Iterator[Target]:
 
 
 def over_floor(measured: Measured, case: dict[str, Any]) -> float | None:
-    """Time of a step over that of its dense products at the measured rate plus its attention."""
+    """Compute the time of a step over that of its dense products at the measured rate plus its attention."""
     step, product, attention = (measured.one("step", impl, **case) for impl in ("hf-reformer", "mm", "attention part"))
     products, attended = over(product, step), over(attention, step)
     if not products or not attended or not product.flops or not step.flops:
@@ -227,7 +227,7 @@ def growth(measured: Measured) -> Iterator[Target]:
 
 
 def growth_of(measured: Measured, section: str, impl: str, work: str) -> Target:
-    """Time per token of the longest sequence over that of the shortest."""
+    """Compute the time per token of the longest sequence over that of the shortest."""
     rows = sorted(measured.all(section, impl, work=work), key=lambda row: row.length)
     setting, ratio = f"{128 * K} to {16 * K} tokens", None
     if len(rows) > 1:

@@ -1,4 +1,4 @@
-"""Whole training steps: forward, loss, backward and optimizer, against whole models and against the floor."""
+"""Whole training steps (forward, loss, backward and optimizer), compared with other models and with the floor."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +13,9 @@ from .attention_impls import hf_reformer_core, hf_reformer_local_core, run_funct
 from .cases import BOTH, FORWARD, STEP, Case, Entry, Group, Run, Settings
 from .models import LAYERS, ROUNDS, VOCABULARY, FullModel, hf_reformer_config, hf_reformer_model, transformers_model
 
-CHECKPOINTS_FROM = 65536  # tokens from which others recompute their layers
+CHECKPOINTS_FROM = 65536  # number of tokens from which others recompute their layers
 HALF = "bf16"
-MIDDLE = 4096  # here both directions are measured
+MIDDLE = 4096  # both directions are measured at this length
 NARROW = {"hidden_size": 256, "num_attention_heads": 4, "feed_forward_size": 512}  # of experiments/million_tokens.py
 
 
@@ -24,7 +24,7 @@ def step_case(section: str, length: int, layers: int = LAYERS, causal: bool = Tr
 
 
 def step_groups(settings: Settings) -> list[Group]:
-    """Steps of six layers, in one group with what makes up the floor."""
+    """Return groups of steps of six layers, together with the components of the floor."""
     lengths = settings.choose((1024, 4096, 16384, 65536), (16384,))
     cases = [step_case("step", length) for length in lengths]
     found = []
@@ -35,13 +35,13 @@ def step_groups(settings: Settings) -> list[Group]:
     for case in cases:
         impls = ["hf-reformer", "transformers", "full"]
         if settings.short or case.length >= CHECKPOINTS_FROM:
-            impls.remove("full")  # as long to run as for the time above
+            impls.remove("full")  # takes as long as the time measurement above
         found.append(Group("memory", [Entry(case, impl) for impl in impls], LAYERS))
     return found
 
 
 def depth_groups(settings: Settings) -> list[Group]:
-    """Steps of models of growing depth."""
+    """Return groups of steps of models of growing depth."""
     found = []
     for length in settings.choose((4096,), (2048,)):
         for layers in (2, 8) if settings.short else (2, 4, 8, 16):
@@ -52,13 +52,13 @@ def depth_groups(settings: Settings) -> list[Group]:
 
 
 def growth_groups(settings: Settings) -> list[Group]:
-    """A step of hf_reformer on a long sequence beside a shorter one, in turn."""
+    """Return a group of hf_reformer steps on a long and a shorter sequence, in alternation."""
     cases = [step_case("step-growth", length) for length in settings.ends((16384, 131072), (4096, 16384))]
     return [Group("time", [Entry(case, "hf-reformer") for case in cases], LAYERS)]
 
 
 def coverage_groups(settings: Settings) -> list[Group]:
-    """A step of hf_reformer with and without the coverage loss, in turn."""
+    """Return groups of hf_reformer steps with and without the coverage loss, in alternation."""
     cases = [step_case("coverage", length) for length in settings.choose((4096, 16384), (4096,))]
     return [
         Group("time", [Entry(case, impl) for impl in ("hf-reformer", "hf-reformer coverage")], LAYERS)
@@ -67,14 +67,14 @@ def coverage_groups(settings: Settings) -> list[Group]:
 
 
 def autocast_groups(settings: Settings) -> list[Group]:
-    """Steps in float32 and under autocast in bfloat16, for which some processors have instructions."""
+    """Return groups of steps in float32 and bfloat16 autocast, for which some processors have instructions."""
     cases = [step_case("autocast", length) for length in settings.choose((4096, 16384), (4096,))]
     impls = ["hf-reformer", f"hf-reformer {HALF}", "full", f"full {HALF}"]
     return [Group("time", [Entry(case, impl) for impl in impls], LAYERS) for case in cases]
 
 
 def make(case: Case, impl: str) -> Run:
-    """One training step on random tokens, or a part of the floor."""
+    """Make the run of a training step on random tokens, or of a component of the floor."""
     if impl.endswith(HALF):
         case, impl = replace(case, dtype="bfloat16"), impl.removesuffix(f" {HALF}")
     if impl in environment.RATES:
@@ -101,9 +101,9 @@ def make(case: Case, impl: str) -> Run:
 
 
 def training_step(model: nn.Module, case: Case, tokens: torch.Tensor, labels: torch.Tensor) -> Callable[[], None]:
-    """Forward, loss, backward, AdamW. The optimizer's state exists beforehand: memory counts the step alone.
+    """Make a step: forward, loss, backward, AdamW. The optimizer state exists before: memory is that of the step only.
 
-    Forward and loss run in autocast unless the case is float32.
+    Forward and loss run under autocast unless the case is float32.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     for parameter in model.parameters():
@@ -123,7 +123,7 @@ def training_step(model: nn.Module, case: Case, tokens: torch.Tensor, labels: to
 
 
 def dense_flops(model: nn.Module, length: int) -> float:
-    """Operations of a reversible step's dense products: 2 forward, 2 recomputed (but for the head), 4 backward."""
+    """Count operations of a reversible step's dense products: 2 forward, 2 recomputed (except head), 4 backward."""
     total = 0.0
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -132,7 +132,7 @@ def dense_flops(model: nn.Module, length: int) -> float:
 
 
 def attention_part(case: Case) -> Callable[[], None]:
-    """What attention a reversible step of one local and one lsh layer cannot do without, as in the default config."""
+    """Make the minimum attention work of a reversible step of one local and one lsh layer with the default config."""
     config: Any = hf_reformer_config(case.length, 2, case.causal)
     explored = config.lsh_exploration_orders
     lsh = hf_reformer_core(

@@ -1,10 +1,10 @@
-"""Run the tests that transformers has for all of its models on ours, for every kind of stack.
+"""Run the common model tests of transformers on our models, for every kind of layer stack.
 
     python dev/common_tests.py                      # all, about ten minutes
-    python dev/common_tests.py -k "mixed and save"  # further arguments are pytest's
+    python dev/common_tests.py -k "mixed and save"  # arguments are passed to pytest
 
-The tests come with the source distribution of the installed transformers, which pip fetches. It lacks the mixins of
-export and of generation, in whose place stand empty ones.
+pip downloads the tests with the source distribution of the installed transformers. It lacks the mixins for export and
+generation, which are replaced by empty ones.
 """
 
 import importlib.metadata
@@ -28,7 +28,7 @@ LACKING = {
 
 
 def fetch() -> None:
-    """The tests, once, into a folder of their own."""
+    """Download the tests into a separate folder, unless they are there."""
     if not (FOLDER / "tests").is_dir():
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "transformers"]
         with tempfile.TemporaryDirectory() as downloads:
@@ -54,7 +54,7 @@ from transformers.models.auto import modeling_auto  # noqa: E402
 import hf_reformer  # noqa: E402
 from hf_reformer import ReformerConfig  # noqa: E402
 
-# The tests choose labels by the names of classes in the library's own tables.
+# The tests choose labels by looking up class names in transformers' own tables.
 for _table, _name in {
     "MODEL_MAPPING_NAMES": "ReformerModel",
     "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": "ReformerForCausalLM",
@@ -73,7 +73,7 @@ STACKS = {"local": ["local"] * 2, "lsh": ["lsh"] * 2, "mixed": ["local", "lsh"],
 
 
 class Tester:
-    """What the common tests ask for a model to test."""
+    """The model tester that the common tests expect."""
 
     batch_size, seq_length, num_choices, vocab_size, hidden_size, num_attention_heads = 3, 7, 4, 99, 32, 4
 

@@ -1,11 +1,11 @@
 """Compile the Triton kernels ahead of time, without a GPU, and show what they need: registers, stack, shared memory.
 
-    python dev/compile_triton.py           # both rules, where they cost most, in bfloat16 and float32
+    python dev/compile_triton.py           # both rules, most expensive calls, in bfloat16 and float32
     python dev/compile_triton.py --all     # every kind of call, and float16
     python dev/compile_triton.py --kernels backward_keys --tiles 64,32,8,1    # try other tiles
 
-The package's own launches are compiled, in place of being run, for GPUs that need not be there. Exits with status 1 if
-a kernel keeps registers in memory (its stack) or needs more shared memory than a small GPU gives a block.
+The package's own launches are compiled instead of run, for GPUs that need not be present. Exits with status 1 if a
+kernel spills registers to memory (its stack) or needs more shared memory than a small GPU has per block.
 """
 
 import argparse
@@ -35,10 +35,10 @@ from reformer_kernels.triton import decode_launch, hash_launch, launch
 from reformer_kernels.triton.tiles import Tiles, choose_tiles
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-SHARED_LIMIT = 99 * 1024  # bytes a block may have on sm_86, sm_89 and sm_120, the tightest of the supported GPUs
-# With so many registers a thread, one more block fits on a multiprocessor. To get there, the assembler gives up a few
-# of its own accord, in some kinds of call that cost less than others: it has registers left, so no tile is too large.
-OF_ALL, GIVEN_UP = (128, 168), 32  # registers and bytes a thread
+SHARED_LIMIT = 99 * 1024  # bytes per block on sm_86, sm_89 and sm_120, the tightest of the supported GPUs
+# With this many registers per thread, one more block fits on a multiprocessor. To reach it, the assembler chooses to
+# spill a few in some of the cheaper kinds of call: it has registers left, so no tile is too large.
+OF_ALL, GIVEN_UP = (128, 168), 32  # registers and bytes per thread
 STEPS = {"attend_to_cache": (*OF_ALL, 48)}  # five blocks of 8 warps
 
 
@@ -56,11 +56,11 @@ class Case(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a compiled kernel takes."""
+    """Resources of a compiled kernel."""
 
-    registers: int  # a thread
-    stack: int  # bytes a thread
-    shared: int  # bytes a block
+    registers: int  # per thread
+    stack: int  # bytes per thread
+    shared: int  # bytes per block
 
     def too_much(self, kernel: str) -> bool:
         allowed = GIVEN_UP if self.registers in STEPS.get(kernel, OF_ALL) else 0
@@ -68,16 +68,16 @@ class Needs(NamedTuple):
 
 
 def absent_driver(arch: int) -> SimpleNamespace:
-    """Stands for the driver of a GPU that is not there."""
+    """Make a stand-in for the driver of a GPU that is not present."""
     return SimpleNamespace(
-        get_current_device=lambda: arch,  # compiled kernels are kept by device
+        get_current_device=lambda: arch,  # compiled kernels are cached per device
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", arch, 32),
     )
 
 
 def launches_of(case: Case, kernels: list[str]) -> Iterator[tuple[str, dict, Needs]]:
-    """Name, arguments and needs of every kernel that a call and its backward launch."""
+    """Yield the name, arguments and needs of every kernel that a call and its backward launch."""
     length, shape = 64, (1, case.heads, 64, case.size)
     query, value = (torch.zeros(shape, dtype=case.dtype) for _ in range(2))
     mask = torch.ones(1, length, dtype=torch.bool)
@@ -126,7 +126,7 @@ def launches_of(case: Case, kernels: list[str]) -> Iterator[tuple[str, dict, Nee
 
 
 def caches_of(case: Case, rotations: torch.Tensor) -> list[CacheTensors]:
-    """Of a local layer, and of an lsh layer."""
+    """Make the caches of a local layer and of an lsh layer."""
     rows, rounds, capacity = (1, case.heads), (1, case.heads, case.rounds), 256
     keys = torch.zeros(*rows, capacity, case.size, dtype=case.dtype)
     chains = BucketChains(rounds, 32, capacity, keys.device)
@@ -146,11 +146,11 @@ def needs_of(compiled) -> Needs:
 
 
 def cases_of(archs: list[int], dtypes: list[torch.dtype], sizes: list[int], every: bool) -> list[Case]:
-    """The costliest kinds of call: shared query/key and dropout; windows in rounds that have others before them."""
+    """Return the costliest kinds of call: shared query/key and dropout; window rounds preceded by other rounds."""
     cases = []
     for arch, dtype, size in itertools.product(archs, dtypes, sizes):
         case = Case(arch, dtype, size)
-        # One head and one round are constants to Triton: another way through its compiler.
+        # Triton specializes on the constant 1: one head and one round take another path through its compiler.
         cases += [case, case._replace(rule="chunk", rounds=1, heads=1)]
         if every:
             for rule, shared, dropout in itertools.product(["window", "chunk"], [True, False], [0.0, 0.1]):

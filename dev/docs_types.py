@@ -1,4 +1,4 @@
-"""For the API reference: types as transformers writes them, (`int`, defaults to `0`), without their marks."""
+"""An extension for the API reference: removes the markup of types in transformers' style, (`int`, defaults to `0`)."""
 
 import re
 from typing import Any

@@ -1,7 +1,7 @@
-"""Processor time, user and system, that the command and the package take to start: the least of some fresh processes.
+"""Measure the startup CPU time (user and system) of the command and the package: the minimum of several processes.
 
 python dev/import_time.py
-python dev/import_time.py --required    # as if no optional library were installed; those slow down transformers
+python dev/import_time.py --required    # as if no optional libraries were installed; they slow down transformers
 """
 
 import argparse
@@ -27,7 +27,7 @@ CASES = {
 
 
 def processor_time(code: str) -> float:
-    """Seconds of one process."""
+    """Measure the CPU seconds of one process that runs `code`."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,10 +1,10 @@
-"""Run notebooks and keep their outputs in the files, but nothing that tells of this machine or of the day.
+"""Run notebooks and save their outputs, except for anything specific to this machine or time.
 
 python dev/run_notebooks.py                                    # all of them
 python dev/run_notebooks.py notebooks/01_quickstart.ipynb      # some
 
-Dropped are: progress bars and warnings (stderr, widgets), how long they took, the version of Python, and colors of
-pictures beyond 256. Cells tagged `skip-execution` are left as they are. tests/test_notebooks.py checks what is kept.
+These are dropped: progress bars and warnings (stderr, widgets), run times, the Python version, and image colors beyond
+256. Cells tagged `skip-execution` are left unchanged. tests/test_notebooks.py checks what is kept.
 """
 
 import argparse
@@ -25,11 +25,11 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-PROGRESS = re.compile(r"<div>\s*<progress.*?</div>", re.DOTALL)  # what the Trainer shows above its table
+PROGRESS = re.compile(r"<div>\s*<progress.*?</div>", re.DOTALL)  # shown by the Trainer above its table
 
 
 def kept(outputs: list[nbformat.NotebookNode]) -> Iterator[nbformat.NotebookNode]:
-    """The outputs for readers: no warning, no progress bar, small pictures."""
+    """Yield the outputs for readers: no warnings, no progress bars, small images."""
     for output in outputs:
         data = output.get("data", {})
         if "text/html" in data:
@@ -42,7 +42,7 @@ def kept(outputs: list[nbformat.NotebookNode]) -> Iterator[nbformat.NotebookNode
 
 
 def smaller(picture: str) -> str:
-    """A PNG in base64 with at most 256 colors."""
+    """Reduce a base64 PNG to at most 256 colors."""
     buffer = BytesIO()
     image = Image.open(BytesIO(base64.b64decode(picture))).convert("RGB")
     image.quantize(256, dither=Image.Dither.NONE).save(buffer, "PNG", optimize=True)
@@ -50,7 +50,7 @@ def smaller(picture: str) -> str:
 
 
 def run(file: Path) -> None:
-    """Run a notebook in its folder, offline, on one thread, and write it with its outputs."""
+    """Run a notebook in its folder, offline, on one thread, and save it with its outputs."""
     notebook = nbformat.read(file, as_version=4)
     NotebookClient(notebook, timeout=1800, record_timing=False, coalesce_streams=True).execute(cwd=file.parent)
     notebook.metadata = nbformat.from_dict(METADATA)

@@ -1,7 +1,7 @@
-"""A wheel, installed into an empty environment and tried there: python dev/try_wheel.py WHEEL [SITE_PACKAGES]
+"""Install a wheel into an empty environment and test it there: python dev/try_wheel.py WHEEL [SITE_PACKAGES]
 
-Without any other library every `--help` works, and all files are there that the package reads. With those of
-SITE_PACKAGES (default: of the Python that runs this) a model computes; where the wheel brings kernels, by them and
+Without other libraries, every `--help` must work, and all files that the package reads must exist. With those in
+SITE_PACKAGES (default: of the Python that runs this), a model must compute; if the wheel has kernels, with them and
 without a compiler.
 """
 

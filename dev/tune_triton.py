@@ -1,11 +1,11 @@
-"""Measure tiles of the Triton kernels on the GPU at hand, and print the entry of `triton/tiles.py` that it comes to.
+"""Benchmark tiles of the Triton kernels on this machine's GPU, and print the resulting entries of `triton/tiles.py`.
 
     python dev/tune_triton.py                                # both precisions, heads of 64 and 128, 16384 tokens
     python dev/tune_triton.py --sizes 64 --precisions half
-    TRITON_INTERPRET=1 python dev/tune_triton.py --tiny      # on a CPU, to see that it runs; its times mean nothing
+    TRITON_INTERPRET=1 python dev/tune_triton.py --tiny      # on a CPU, to test that it runs; times are meaningless
 
-One kernel's tiles are changed at a time, while the others keep theirs. Candidates that do not compile or run out of
-resources are left out. Nothing is tuned while a model runs: the table is the only thing that this is for.
+Tiles are changed for one kernel at a time. Candidates that do not compile or run out of resources are skipped. Models
+are not tuned at run time: the only purpose is to fill the table.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def candidates(tiny: bool) -> list[Tiles]:
 
 
 def inputs_of(dtype: torch.dtype, size: int, length: int, device: str) -> AttentionArgs:
-    """A causal call of an lsh layer in training: shared keys, two hash rounds and the position order, dropout."""
+    """Make a causal call of an lsh layer in training: shared keys, two hash rounds and the position order, dropout."""
     generator = torch.Generator().manual_seed(0)
     query, value = (torch.randn(1, 8, length, size, generator=generator).to(device, dtype) for _ in range(2))
     buckets = torch.randint(0, max(2, length // 64), (1, 8, 2, length), generator=generator).int().to(device)
@@ -48,7 +48,7 @@ def inputs_of(dtype: torch.dtype, size: int, length: int, device: str) -> Attent
 
 
 def call_of(kernel: str, args: AttentionArgs, times: int) -> Callable[[], object]:
-    """What is timed for a kernel, so many times: it, and little else that other tiles would change."""
+    """Return the function to time for a kernel, callable `times` times; other tiles change little else in it."""
     if kernel == "hash":
         heads, size = args.query.shape[1], args.query.shape[3]
         rotations = torch.randn(heads, size, 2, 64, device=args.query.device)
@@ -65,7 +65,7 @@ def call_of(kernel: str, args: AttentionArgs, times: int) -> Callable[[], object
 
 
 def decode_step(keys: torch.Tensor, values: torch.Tensor, times: int) -> Callable[[], object]:
-    """The last token after all others, so many times, with two hash rounds of windows of 64 and the last 128."""
+    """Return a step for the last token, callable `times` times: two hash rounds of windows of 64, and the last 128."""
     (batch, heads, length, size), device = keys.shape, keys.device
     rotations, sums = (torch.randn(*shape, device=device) for shape in ((heads, size, 2, 64), (batch, heads, size)))
     buckets = lsh_buckets(keys, rotations, 128)
@@ -73,7 +73,7 @@ def decode_step(keys: torch.Tensor, values: torch.Tensor, times: int) -> Callabl
     chains.add(buckets[..., :-1], torch.arange(length - 1, device=device).expand(batch, -1))
     token, value = keys[:, :, -1:], values[:, :, -1:]
     index, sums = torch.full((batch, 1), length - 1, device=device), sums.double()
-    newest = [chains.newest.clone() for _ in range(times)]  # a step writes there; copied before the clock runs
+    newest = [chains.newest.clone() for _ in range(times)]  # a step writes to it; copied before timing starts
 
     def call() -> torch.Tensor:
         kept = buckets, newest.pop(), chains.previous, rotations, (128,), 64, sums
@@ -100,7 +100,7 @@ def wait(device: str) -> None:
 
 
 def measure(kernel: str, dtype: torch.dtype, size: int, options: argparse.Namespace) -> list[tuple[float, Tiles]]:
-    """Times of all candidates that run, the shortest first."""
+    """Time all candidates that run; fastest first."""
     found = []
     args = inputs_of(dtype, size, options.length, options.device)
     for tiles in candidates(options.tiny):
@@ -138,7 +138,7 @@ def main() -> None:
     print(f"# compute capability {launch.capability_of(torch.device(options.device))}, torch {torch.__version__}")
     for precision, kernel in itertools.product(options.precisions, options.kernels):
         if kernel in ("hash", "decode") and precision == "half":
-            continue  # it computes in float32 whatever it is given
+            continue  # always computes in float32
         for size in options.sizes:
             times = measure(kernel, DTYPES[precision], size, options)
             now = choose_tiles(kernel, DTYPES[precision], size, launch.capability_of(torch.device(options.device)))

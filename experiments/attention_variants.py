@@ -1,24 +1,24 @@
-"""Does choosing keys by content pay? Byte language models trained with lsh layers against others of the same size.
+"""Does choosing keys by content pay off? Compares byte language models with lsh layers and others of the same size.
 
     python experiments/attention_variants.py --train_file book.txt --seeds 0 1 2
     python experiments/attention_variants.py --train_file book.txt --validation_file end.txt \\
         --validate_on validation_file --seeds 0 1 2
 
-Layers of kind local stay as they are, with small windows. In the place of the lsh layers a model has:
+Local layers stay unchanged, with small windows. The lsh layers are replaced by:
 
-    exact          lsh layers that see every token before: exact attention with shared queries and keys
+    exact          lsh layers that see all previous tokens: exact attention with shared queries and keys
     full           exact attention with separate queries and keys (kind "full")
     local          local layers that see as many keys as an lsh layer: local window + rounds × lsh window
-    local-shared   the same with shared queries and keys
-    lsh            lsh layers, as the config has them
-    version-0.1    lsh layers as they were: rotary positions, vectors hashed with their mean
-    followed       lsh layers that take off a center that training follows; with --overrides reversible=False
-    sinks          lsh layers, and every layer sees the first four tokens of the sequence, too
+    local-shared   the same, with shared queries and keys
+    lsh            lsh layers as configured
+    version-0.1    lsh layers as in version 0.1: rotary positions, vectors hashed with their mean
+    followed       lsh layers that subtract a running mean updated in training; with --overrides reversible=False
+    sinks          lsh layers; every layer also sees the first four tokens of the sequence
     random         lsh layers that hash random vectors: the control
 
-The text is plain, or far tokens matter in it: passages are repeated and records asked again, at least a quarter of the
-sequence later (`common.mix_far`), or recall is mixed in (`common.mix_recall`). There `--answer_steps` come first, in
-which the far answers alone are learned. Bits per byte are means over all bytes and over those whose answer lies far.
+The text is plain, or distant tokens matter in it: passages are repeated and records queried at least a quarter of the
+sequence later (`common.mix_far`), or recall is mixed in (`common.mix_recall`). In that case, `--answer_steps` steps on
+the distant answers only come first. Bits per byte are averaged over all bytes, and over those with a distant answer.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ class Arguments(TextOptions, Options):
 
 
 def build(variant: str, args: Arguments) -> tuple[Any, contextlib.ExitStack]:
-    """A new model, and the context that it has to run in."""
+    """Make a new model, and the context in which it must run."""
     layers, fields, contexts = list(args.layers), {}, contextlib.ExitStack()
     swap = {"full": "full", "local": "local"}.get(variant, "lsh")
     lsh_layers = [i for i, kind in enumerate(layers) if kind == "lsh"]

@@ -2,10 +2,10 @@
 
     python experiments/bucket_balance.py --train_file book.txt --validation_file end.txt --validate_on validation_file
 
-Models are `ReformerConfig()` of a width and a kind of position embeddings, causal, on bytes, but for `--length` and
-`--overrides`.
-For every lsh layer: the entropy of a token's bucket (1: all equally full, 0: one holds all), and how full the fullest
-bucket is, as a multiple of an even share; means of heads, rounds and sequences.
+Models are causal byte models with the defaults of `ReformerConfig()`, except for width, kind of position embeddings,
+`--length` and `--overrides`.
+For every lsh layer: the entropy of a token's bucket (1: all equally full, 0: one holds all), and the size of the
+largest bucket as a multiple of an even share, averaged over heads, rounds and sequences.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ def build(hidden_size: int, positions: str, args: Arguments) -> ReformerForCausa
 
 
 def balance(model: ReformerForCausalLM, ids: torch.Tensor) -> dict[int, dict[str, float]]:
-    """Entropy and fullest bucket of every lsh layer, by its number."""
+    """Compute the bucket entropy and the largest bucket of every lsh layer, by layer number."""
     kinds, numbers = model.config.attn_layers, {}
     for layer in (number for number, kind in enumerate(kinds) if kind == "lsh"):
         found = bucket_balance(view_layer(model.eval(), ids, layer))
@@ -108,7 +108,7 @@ def measure(args: Arguments) -> None:
 
 
 def draw(experiment: Experiment, rows: list[dict[str, str]]) -> None:
-    """A color for a kind of positions, a marker for a width; dashed before training."""
+    """Plot the results: a color per kind of positions, a marker per width; dashed before training."""
     figure, axes = experiment.figure(2)
     kinds, widths = (list(dict.fromkeys(row[name] for row in rows)) for name in ("positions", "hidden_size"))
     for ax, value, goal in zip(axes, ("entropy", "fullest"), (0.85, 4), strict=True):

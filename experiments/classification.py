@@ -1,13 +1,13 @@
-"""What does the classification recipe reach with its defaults, and what do first tokens that all see add to it?
+"""How accurate is the classification recipe with its defaults, and do first tokens that are visible to all improve it?
 
     python experiments/classification.py --train_file train.parquet --validation_file validation.parquet
     python experiments/classification.py --train_file train.jsonl --variants defaults sinks random --seeds 0 1 2
 
-    defaults    `hf-reformer train classification` with no other option
-    sinks       the same, and every layer sees the first four tokens of the text, too
+    defaults    `hf-reformer train classification` with no other options
+    sinks       the same, but every layer also sees the first four tokens of the text
     random      the same as defaults, but its lsh layers hash random vectors
 
-Without a validation file, a tenth of the training texts is judged: to choose by.
+Without a validation file, a tenth of the training texts is held out for evaluation, to choose by.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ class Arguments(Options):
 
 
 def demo_file(folder: Path) -> Path:
-    """Pieces of code, and whether they are in upper or lower case: 64 texts."""
+    """Write a file of 64 pieces of code, labeled by whether they are in upper or lower case."""
     code = demo_text().decode(errors="ignore")
     rows = [code[64 * i : 64 * (i + 1)] for i in range(64)]
     cases = [{"text": row.upper() if i % 2 else row.lower(), "label": i % 2} for i, row in enumerate(rows)]
@@ -54,7 +54,7 @@ def demo_file(folder: Path) -> Path:
 
 
 def accuracy(variant: str, seed: int, args: Arguments) -> float:
-    """Of one run of the recipe."""
+    """Return the accuracy of one run of the recipe."""
     with tempfile.TemporaryDirectory() as folder, VARIANTS[variant]():
         options = ["--train_file", str(args.train_file or demo_file(Path(folder))), "--seed", str(seed)]
         if args.validation_file is not None:
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def draw(experiment: Experiment, rows: list[dict[str, str]]) -> None:
-    """Accuracies of all runs so far."""
+    """Plot the accuracies of all runs so far."""
     figure, (ax,) = experiment.figure()
     names = list(dict.fromkeys(f"{row['data']}\n{row['judged_on']}" for row in rows))
     for variant, marker in zip(VARIANTS, "osx", strict=True):

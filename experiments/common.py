@@ -1,7 +1,7 @@
-"""What the experiments share: models by width, a training loop that resumes, results as rows of a CSV, texts as bytes.
+"""Code shared by experiments: models by width, a training loop that resumes, results as CSV rows, texts as bytes.
 
-A sweep that was interrupted goes on: rows that are in its CSV are not computed again, and a run that had begun goes on
-from its checkpoint in `runs/experiments`. With `--short` everything starts afresh and goes to `runs/evidence-short`.
+Interrupted sweeps resume: rows in the CSV are not recomputed, and a run that had started continues from its checkpoint
+in `runs/experiments`. With `--short`, everything starts from scratch and is written to `runs/evidence-short`.
 """
 
 import copy
@@ -63,7 +63,7 @@ class TextOptions:
 
 
 def parse(arguments_class: Any, short: Mapping[str, Any], argv: Sequence[str] | None = None) -> Any:
-    """Arguments of a script; `short` holds the defaults that `--short` changes."""
+    """Parse the arguments of a script; `short` holds the defaults that `--short` changes."""
     doc = sys.modules[arguments_class.__module__].__doc__
     parser = HfArgumentParser(arguments_class, description=doc, formatter_class=RawDescriptionHelpFormatter)
     argv = sys.argv[1:] if argv is None else argv
@@ -79,9 +79,9 @@ def parse(arguments_class: Any, short: Mapping[str, Any], argv: Sequence[str] | 
 
 
 class Results:
-    """A CSV file, to which every finished run adds a row; `keys` are the columns that tell runs apart.
+    """A CSV file to which every finished run adds a row; `keys` are the columns that identify a run.
 
-    Several processes may share a sweep: a row is one write at the end of the file.
+    Several processes may share a sweep: each row is appended by a single write.
     """
 
     def __init__(self, file: Path, keys: Sequence[str], values: Sequence[str]):
@@ -96,7 +96,7 @@ class Results:
             return list(csv.DictReader(lines))
 
     def find(self, key: Mapping[str, Any]) -> list[dict[str, str]]:
-        """The rows that agree with `key`, which may name some columns only."""
+        """Return the rows that match `key`, which may contain only some columns."""
         return [row for row in self.rows() if all(row[name] == str(value) for name, value in key.items())]
 
     def add(self, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
@@ -119,7 +119,7 @@ def _rounded(value: Any) -> Any:
 
 
 class Experiment:
-    """Where an experiment's results, checkpoints and picture are."""
+    """The results, checkpoints and figure of an experiment."""
 
     def __init__(self, name: str, args: Options, keys: Sequence[str], values: Sequence[str]):
         self.name, self.short = name, args.short
@@ -132,14 +132,14 @@ class Experiment:
         self.results = Results(file, keys, values)
 
     def checkpoint(self, key: Mapping[str, Any]) -> Path | None:
-        """The file of a run, whose name depends on all of `key`."""
+        """Return the checkpoint file of a run, whose name depends on all of `key`."""
         if self.short:
             return None
         text = json.dumps({name: str(value) for name, value in key.items()}, sort_keys=True)
         return ROOT / "runs" / "experiments" / self.name / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.pt"
 
     def figure(self, panels: int = 1, width: float = 5.0, height: float = 3.6) -> tuple[Any, list[Any]]:
-        """A figure, and its axes side by side."""
+        """Make a figure and its axes, side by side."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(width * panels, height), layout="constrained")
@@ -152,7 +152,7 @@ class Experiment:
 
 
 def table(rows: Sequence[Mapping[str, Any]], down: Sequence[str], across: str, value: str) -> str:
-    """A Markdown table of the means of `value`, with their spread where there are several: mean ± half the range."""
+    """Format a Markdown table of means of `value`; with their spread if there are several: mean ± half the range."""
     groups: dict[tuple[str, ...], dict[str, list[float]]] = {}
     for row in rows:
         if row[value] != "":
@@ -176,7 +176,7 @@ def _mean_and_spread(numbers: list[float]) -> str:
 
 
 def make_config(length: int, hidden_size: int = 128, layers: Sequence[str] = (), **fields: Any) -> ReformerConfig:
-    """A causal model of bytes, without dropout; `fields` may change anything."""
+    """Make the config of a causal byte model without dropout; `fields` may override anything."""
     heads = max(1, hidden_size // 64)
     base = {
         "vocab_size": 256, "hidden_size": hidden_size, "num_attention_heads": heads,
@@ -196,14 +196,14 @@ def make_model(
     head: Any = None,
     **fields: Any,
 ) -> Any:
-    """A new model of `head` (default: a causal language model); see `make_config`."""
+    """Make a new model of class `head` (default: a causal language model); see `make_config`."""
     fields = {**fields, **parse_overrides(overrides)}
     return (head or ReformerForCausalLM)(make_config(length, hidden_size, layers, **fields))
 
 
 @contextmanager
 def layer_config(model: Any, kind: str, **fields: Any) -> Iterator[None]:
-    """Give the layers of a kind a config of their own, since `local_window` is one number for all layers."""
+    """Give the layers of a kind their own config, since `local_window` is a single number for all layers."""
     attentions = [layer.attention for layer in model.model.layers if layer.attention.kind == kind]
     before = [attention.config for attention in attentions]
     try:
@@ -218,21 +218,21 @@ def layer_config(model: Any, kind: str, **fields: Any) -> Iterator[None]:
 
 
 def see_all(model: Any) -> Any:
-    """A context in which lsh layers see every token before: exact attention with shared queries and keys."""
+    """Return a context in which lsh layers see all previous tokens: exact attention with shared queries and keys."""
     return only_local(model, model.config.max_position_embeddings)
 
 
 def only_local(model: Any, window: int) -> Any:
-    """A context in which lsh layers see the `window` tokens before, and hashing shows them nothing."""
+    """Return a context in which lsh layers see only the `window` previous tokens, and none by hashing."""
     fields = {"lsh_include_local": True, "local_window": window, "lsh_window": 1, "lsh_exploration_orders": 0}
     return layer_config(model, "lsh", **fields)
 
 
 @contextmanager
 def random_hashing() -> Iterator[None]:
-    """A context in which lsh layers hash random vectors in the place of their own.
+    """Make lsh layers hash random vectors instead of their own within this context.
 
-    They depend on the rotations alone: new ones in every training step, the same when a reversible layer runs again.
+    They depend only on the rotations: new in every training step, the same when a reversible layer is recomputed.
     """
     original = Hasher.buckets
 
@@ -249,9 +249,9 @@ def random_hashing() -> Iterator[None]:
 
 @contextmanager
 def followed_center(momentum: float = 0.99) -> Iterator[None]:
-    """A context in which unit vectors are hashed less a center per head that training follows, their exponential mean.
+    """Subtract a center per head, an exponential moving average in training, from unit vectors before hashing.
 
-    It begins at zero and is fixed in evaluation. Needs `reversible=False`: a layer that runs again would find another.
+    It starts at zero and is fixed in evaluation. Needs `reversible=False`: a recomputed layer would use another one.
     """
     centers: dict[Any, torch.Tensor] = {}
 
@@ -268,7 +268,7 @@ def followed_center(momentum: float = 0.99) -> Iterator[None]:
 
 @contextmanager
 def scaled_hashing() -> Iterator[None]:
-    """A context in which unit vectors are hashed less the mean of the tokens so far, over their standard deviation."""
+    """Hash unit vectors minus the mean of the tokens so far, over their standard deviation, within this context."""
 
     def buckets(self: Any, vectors: torch.Tensor, ctx: Any) -> torch.Tensor:
         units = unit_rows(vectors, ctx.mask).double()
@@ -283,7 +283,7 @@ def scaled_hashing() -> Iterator[None]:
 
 @contextmanager
 def sink_tokens(count: int) -> Iterator[None]:
-    """A context in which every token of local and lsh layers also sees the first `count` tokens of its row."""
+    """Let every token in local and lsh layers also see the first `count` tokens of its row, within this context."""
     original = attention_module.window_layout
 
     def with_sinks(*args: Any, **kwargs: Any) -> AttentionLayout:
@@ -321,14 +321,14 @@ def train(
     name: str = "",
     bf16: bool = False,
 ) -> list[float]:
-    """Train with AdamW: warm-up, then linear decay to a twentieth. Returns the loss of every step.
+    """Train with AdamW, with warm-up and linear decay to a twentieth, and return the loss of every step.
 
     Args:
-        batch: draws the next inputs, labels among them, with a generator whose state is part of the checkpoint.
-        checkpoint: file that is written every `save_every` steps and at the end; if it exists, training goes on there.
-        watch: called every `watch_every` steps with their number and `state`; True ends training.
-        state: what `watch` and `batch` keep; part of the checkpoint.
-        bf16: autocast of every forward by itself; a longer one would go on with the weights that it cast first.
+        batch: draws the next inputs, including labels, with a generator whose state is part of the checkpoint.
+        checkpoint: file written every `save_every` steps and at the end; if it exists, training resumes from it.
+        watch: called every `watch_every` steps with the step number and `state`; True ends training.
+        state: state of `watch` and `batch`; part of the checkpoint.
+        bf16: use a separate autocast context per forward; a longer one would reuse the weights it cast first.
     """
     state = {} if state is None else state
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
@@ -385,7 +385,7 @@ def train(
 
 
 def demo_text(size: int = 2**20) -> bytes:
-    """Source code of an installed package: a text without a download."""
+    """Return source code of an installed package: a text that needs no download."""
     folder, text = package_folder("transformers"), bytearray()
     for path in sorted(folder.glob("models/*/modeling_*.py")):
         if len(text) >= size:
@@ -395,7 +395,7 @@ def demo_text(size: int = 2**20) -> bytes:
 
 
 def read_texts(args: TextOptions) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bytes to train on and bytes to judge by, 1-d uint8. The tail of the training text is never trained on."""
+    """Read bytes for training and evaluation, 1-d uint8. The tail of the training text is never trained on."""
     text = demo_text() if args.train_file is None else args.train_file.read_bytes()
     data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     train, tail = data[: -args.tail], data[-args.tail :]
@@ -407,35 +407,35 @@ def read_texts(args: TextOptions) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def random_rows(data: torch.Tensor, rows: int, length: int, generator: torch.Generator) -> torch.Tensor:
-    """Stretches of a text, (rows, length) int64."""
+    """Draw random stretches of a text, (rows, length) int64."""
     begin = torch.randint(0, len(data) - length + 1, (rows, 1), generator=generator)
     return data[begin + torch.arange(length)].long()
 
 
 def even_rows(data: torch.Tensor, rows: int, length: int) -> torch.Tensor:
-    """Evenly spaced stretches of a text, as many as fit without overlap but at most `rows`, (rows, length) int64."""
+    """Return evenly spaced stretches of a text without overlap, at most `rows`, (rows, length) int64."""
     rows = max(1, min(rows, len(data) // length))
     begin = torch.linspace(0, len(data) - length, rows).long()[:, None]
     return data[begin + torch.arange(length)].long()
 
 
 CELL = 8  # bytes of a record: a line "ab=37;" between two line breaks
-UNKNOWN = 8  # bytes of a repeated passage that are needed to know which it is
+UNKNOWN = 8  # bytes of a repeated passage needed to recognize it
 
 
 def mix_far(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make far tokens matter in rows of text: repeat passages, and state records that are asked again later.
+    """Make distant tokens matter in rows of text: repeat passages, and state records that are queried later.
 
-    What is in the first or second quarter of a row comes again two quarters later, at another place there, so at least
-    a quarter of the row lies between. In each of the two pairs of quarters a passage (64 to 256 bytes; in short rows
-    an eighth of the row at most) is repeated, in long rows one per KiB; and records (`ab=37;` in a line of its own, a
-    key occurs once) are stated, one per 128 bytes of the row.
+    Content of the first or second quarter of a row recurs two quarters later, at another position there, so that at
+    least a quarter of the row lies between. In each of the two pairs of quarters, a passage (64 to 256 bytes; in short
+    rows at most an eighth of the row) is repeated, in long rows one per KiB; and records (`ab=37;` on a separate line,
+    with unique keys) are stated, one per 128 bytes of the row.
 
     Args:
         ids: (rows, T) int64 bytes, T a multiple of 256.
 
     Returns:
-        The new rows; and where answers lie far, (rows, T) bool: the values of the records that are asked, and repeated
+        The new rows; and the bytes whose answers are far away, (rows, T) bool: values of queried records, and repeated
         passages after their first 8 bytes.
     """
     rows, length = ids.shape
@@ -443,23 +443,23 @@ def mix_far(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor
         raise ValueError(f"Rows of {length} bytes: their length must be a multiple of 256.")
     ids, far = ids.clone(), torch.zeros_like(ids, dtype=torch.bool)
     quarter, slot = length // 4, min(256, length // 8)
-    slots, cells = quarter // slot, slot // CELL  # slots of a quarter, cells of a slot
+    slots, cells = quarter // slot, slot // CELL  # slots per quarter, cells per slot
     passages, records = max(1, slots // 2), length // 128
-    keys = torch.rand(rows, 26 * 26, generator=generator).argsort(-1)  # another for every record of a row
+    keys = torch.rand(rows, 26 * 26, generator=generator).argsort(-1)  # distinct for every record of a row
     row = torch.arange(rows)[:, None, None]
     for first in (0, 1):
         stated, asked = (
             torch.rand(rows, slots, generator=generator).argsort(-1) * slot + quarter * (first + part)
             for part in (0, 2)
-        )  # (rows, slots): in a random order
-        # Passages lie in the first of these slots, each at its begin.
+        )  # (rows, slots), in random order
+        # Passages are in the first of these slots, each at its start.
         shortest = min(64, slot // 2)
         size = torch.randint(shortest, slot + 1, (rows, passages, 1), generator=generator)
         offset = torch.arange(slot).expand(rows, passages, slot)
         source, target = (x[:, :passages, None] + offset for x in (stated, asked))
         ids[row, target] = torch.where(offset < size, ids[row, source], ids[row, target])
         far[row, target] = (offset >= UNKNOWN) & (offset < size)
-        # Records lie in random cells of the others.
+        # Records are in random cells of the others.
         key = keys[:, first * records :][:, :records]
         value = torch.randint(0, 100, (rows, records), generator=generator)
         line = torch.stack(
@@ -478,20 +478,20 @@ def mix_far(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor
     return ids, far
 
 
-KEY_BYTES, VALUE_BYTES = (128, 64), (192, 16)  # the first, and how many: bytes that the text then does not have
+KEY_BYTES, VALUE_BYTES = (128, 64), (192, 16)  # the first, and how many: bytes removed from the text
 
 
 def mix_recall(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mix recall into rows of text: a key byte with its value behind it, asked again at least a quarter later.
+    """Mix recall into rows of text: a key byte followed by its value, queried at least a quarter of the row later.
 
-    In the first half of a row of T bytes T / 32 keys are stated, 64 at most, at random even places. In its last
-    quarter each is asked three times.
+    In the first half of a row of T bytes, T / 32 keys (at most 64) are stated at random even positions. In its last
+    quarter, each is queried three times.
 
     Args:
-        ids: (rows, T) int64 bytes; those of 128 and above become others.
+        ids: (rows, T) int64 bytes; those of 128 and above are replaced.
 
     Returns:
-        The new rows; and where the answers lie, (rows, T) bool.
+        The new rows; and the positions of the answers, (rows, T) bool.
     """
     rows, length = ids.shape
     ids, far, pairs = ids % 128, torch.zeros_like(ids, dtype=torch.bool), min(KEY_BYTES[1], length // 32)
@@ -510,7 +510,7 @@ def mix_recall(ids: torch.Tensor, generator: torch.Generator) -> tuple[torch.Ten
 def text_rows(
     data: torch.Tensor, kind: str, rows: int, length: int, generator: torch.Generator, even: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of a text, "plain", "far" (`mix_far`) or "recall" (`mix_recall`), and where answers lie far."""
+    """Return rows of a text, "plain", "far" (`mix_far`) or "recall" (`mix_recall`), and where answers are far away."""
     ids = even_rows(data, rows, length) if even else random_rows(data, rows, length, generator)
     if kind in ("far", "recall"):
         return (mix_far if kind == "far" else mix_recall)(ids, generator)
@@ -520,7 +520,7 @@ def text_rows(
 
 
 def text_batches(data: torch.Tensor, kind: str, rows: int, length: int) -> Callable[[torch.Generator], Inputs]:
-    """What `train` takes, for a causal language model."""
+    """Make the `batch` argument of `train` for a causal language model."""
 
     def batch(generator: torch.Generator) -> Inputs:
         ids, _ = text_rows(data, kind, rows, length, generator)
@@ -530,10 +530,10 @@ def text_batches(data: torch.Tensor, kind: str, rows: int, length: int) -> Calla
 
 
 def answer_batches(data: torch.Tensor, kind: str, rows: int, length: int) -> Callable[[torch.Generator], Inputs]:
-    """The same with the loss on the far answers alone. Every batch has as many tokens.
+    """Make the same with the loss on distant answers only. All batches have the same number of tokens.
 
-    Rows are of `length`, its half, its quarter, … down to the shortest that holds a far answer (64 or 256 bytes): what
-    is learned on short ones holds on long ones.
+    Row lengths are `length`, its half, its quarter, … down to the shortest that holds a distant answer (64 or 256
+    bytes): what is learned on short rows holds on long ones.
     """
     shortest = 64 if kind == "recall" else 256
     halvings = max(n for n in range(length.bit_length()) if n == 0 or length % (shortest << n) == 0)
@@ -549,9 +549,9 @@ def answer_batches(data: torch.Tensor, kind: str, rows: int, length: int) -> Cal
 def train_on_text(
     model: Any, data: torch.Tensor, key: Mapping[str, Any], experiment: Experiment, name: str
 ) -> list[float]:
-    """Train on the text, length, rows, seed and steps that `key` names; first `answer_steps` on the far answers alone.
+    """Train on the text, length, rows, seed and steps in `key`, after `answer_steps` on distant answers only.
 
-    Returns the loss of every step on all bytes. Checkpoints depend on all of `key` but what names the evaluation.
+    Returns the loss of every step on all bytes. Checkpoints depend on all of `key` except the evaluation settings.
     """
     trained = {field: value for field, value in key.items() if field not in ("validated_on", "eval_rows")}
     like, rate = (key["text"], key["rows"], key["length"]), key["learning_rate"]
@@ -569,7 +569,7 @@ def train_on_text(
 
 @torch.no_grad()
 def bits_per_byte(model: Any, ids: torch.Tensor, far: torch.Tensor, rows: int = 2, **inputs: Any) -> dict[str, float]:
-    """Mean bits of a byte given those before it: of all ("bits") and of those whose answer lies far ("far_bits")."""
+    """Compute mean bits per byte given those before it: over all ("bits") and with distant answers ("far_bits")."""
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
     for some, marked in zip(ids.split(rows), far.split(rows), strict=True):
@@ -583,6 +583,6 @@ def bits_per_byte(model: Any, ids: torch.Tensor, far: torch.Tensor, rows: int = 
 
 
 def product(**axes: Iterable[Any]) -> Iterator[dict[str, Any]]:
-    """Every combination of the values, as dictionaries."""
+    """Yield every combination of the values, as dictionaries."""
     for values in itertools.product(*axes.values()):
         yield dict(zip(axes, values, strict=True))

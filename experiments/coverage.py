@@ -1,14 +1,14 @@
 """Does the coverage loss make attention reach all tokens, and does it help if the answer depends on all of them?
 
-    python experiments/coverage.py                                        # some minutes on two cores
+    python experiments/coverage.py                                        # a few minutes on two cores
     python experiments/coverage.py --train_file a.parquet --validation_file b.parquet --steps 200
 
-Without files, the task is: among random tokens there are a few marked ones, at random positions, each a 0 or a 1.
-Which of the two is in the majority? A causal model answers at the last token. With files (columns `text` and `label`),
-a bidirectional model predicts the label of each text.
+Without files, the task is majority: a few marked tokens, each a 0 or a 1, are at random positions among random tokens;
+which of the two is more frequent? A causal model answers at the last token. With files (columns `text` and `label`), a
+bidirectional model predicts the label of each text.
 
-Every seed trains with each weight of the coverage loss, on the same data from the same initial weights. A line of the
-output is a run; the last lines are means over seeds.
+For every seed, a model is trained with each weight of the coverage loss, on the same data from the same initial
+weights. The output has a line per run, and finally the means over seeds.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from hf_reformer.data.tables import read_examples
 from hf_reformer.ops.coverage import covered_fraction, mass_entropy
 from hf_reformer.training.coverage_callback import attention_mass_by_layer
 
-NOISE = 30  # number of tokens without meaning; the two marked ones follow
+NOISE = 30  # number of meaningless tokens; the two marked ones follow
 ZERO, ONE = NOISE, NOISE + 1
 Batch = dict[str, torch.Tensor]
 
 
 class Majority:
-    """Which of two marked tokens is in the majority?"""
+    """The task of deciding which of two marked tokens is in the majority."""
 
     vocab_size, num_labels, pad_token_id = NOISE + 2, 2, 0
 
@@ -61,7 +61,7 @@ class Majority:
 
 
 class Documents:
-    """What label does a text have?"""
+    """The task of predicting the label of a text."""
 
     is_decoder = False
 
@@ -110,7 +110,7 @@ def train(task: Majority | Documents, seed: int, weight: float, arguments: argpa
 
 @torch.no_grad()
 def evaluate(model: Any, task: Majority | Documents) -> dict[str, float]:
-    """Means over the validation examples."""
+    """Compute means over the validation examples."""
     sums: Counter[str] = Counter()
     for batch in task.validation():
         out = model(**batch, output_coverage=False)
@@ -128,7 +128,7 @@ def evaluate(model: Any, task: Majority | Documents) -> dict[str, float]:
 
 
 def mass_percentiles(model: Any, batch: Batch) -> torch.Tensor:
-    """Attention mass of tokens over the uniform share: percentiles 0 to 100, means over layers and sequences."""
+    """Compute percentiles 0 to 100 of attention mass over the uniform share: means over layers and sequences."""
     masks, curves = batch["attention_mask"].bool(), []
     masses = attention_mass_by_layer(model, batch["input_ids"], attention_mask=batch["attention_mask"])
     for mass, mask in zip(masses.unbind(1), masks, strict=True):
@@ -138,7 +138,7 @@ def mass_percentiles(model: Any, batch: Batch) -> torch.Tensor:
 
 
 def draw(curves: dict[str, torch.Tensor], file: Path) -> None:
-    """Plot the results of mass_percentiles, a line for each weight."""
+    """Plot the results of `mass_percentiles`, a line for each weight."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")

@@ -3,9 +3,9 @@
     python experiments/defaults.py --settings "" initializer_range=0.05 initializer_range=0.05,num_hashes=4
     python experiments/defaults.py --tasks majority --widths 64 128 --seeds 0 1 2
 
-Models are `ReformerConfig(hidden_size=…)` with the fields of a setting, and else the defaults. `lm` is a causal model
-of bytes, judged in bits per byte; `majority` a bidirectional classifier of sequences in which a few tokens, anywhere,
-say 0 or 1 and the label is what most of them say (`coverage.Majority`), judged by accuracy.
+Models are `ReformerConfig(hidden_size=…)` with the fields of a setting, and the defaults otherwise. `lm` is a causal
+byte model, evaluated in bits per byte; `majority` is a bidirectional classifier of sequences in which a few tokens at
+random positions are 0 or 1 and the label is their majority (`coverage.Majority`), evaluated by accuracy.
 """
 
 import argparse

@@ -1,14 +1,14 @@
 """Learn to copy: the duplication task of the paper (section 5.1), a test of whether LSH attention can learn.
 
-A sequence is 0 w 0 w with a random word w. The model predicts the second w, each symbol of which has occurred half the
-sequence earlier. Only hashing can find it: the order by position is off and the windows are short. Prints the accuracy
-with full attention and with 1, 2, 4 and 8 hash rounds at evaluation, per seed, and the paper's Table 2 beside it.
+A sequence is 0 w 0 w with a random word w. The model predicts the second w, each symbol of which occurred half the
+sequence earlier. Only hashing can find it: the position order is off and the windows are short. Prints the accuracy
+with full attention and with 1, 2, 4 and 8 hash rounds at evaluation, per seed, next to the paper's Table 2.
 
     python experiments/duplication.py --train_with 2 --seeds 0 1 2                  # 128 tokens: minutes
     python experiments/duplication.py --length 1024 --window 96 --chunk 64 --hidden_size 256 --num_attention_heads 4 \\
         --steps 20000 --attention_modes window chunk                                # the paper's table
 
-Full attention (`--train_with 0`) is that of an LSH layer whose windows, or whose one chunk, show every token before.
+Full attention (`--train_with 0`) is that of an LSH layer whose windows, or whose only chunk, show all previous tokens.
 """
 
 import contextlib
@@ -26,9 +26,9 @@ from transformers.hf_argparser import HfArg
 from hf_reformer import ReformerConfig, ReformerForCausalLM
 from hf_reformer.training.model_setup import parse_overrides
 
-FULL = 0  # as a number of rounds
+FULL = 0  # represented as a number of rounds
 ROUNDS = (FULL, 8, 4, 2, 1)
-# Kitaev, Kaiser and Levskaya 2020 (arXiv 2001.04451), Table 2: percent by rounds of training, for ROUNDS.
+# Kitaev, Kaiser and Levskaya 2020 (arXiv 2001.04451), Table 2: percent by training rounds, for ROUNDS.
 PAPER = {
     FULL: (100, 94.8, 92.5, 76.9, 52.5),
     4: (0.8, 100, 99.9, 99.4, 91.9),
@@ -88,7 +88,7 @@ def make_model(args: Arguments, rounds: int = 2) -> ReformerForCausalLM:
 
 @contextlib.contextmanager
 def attention_of(model: ReformerForCausalLM, rounds: int) -> Any:
-    """A context in which the model attends fully, if `rounds` is FULL."""
+    """Make the model use full attention within this context if `rounds` is FULL."""
     attention: Any = model.model.layers[0].attention
     if rounds != FULL:
         yield
@@ -102,7 +102,7 @@ def attention_of(model: ReformerForCausalLM, rounds: int) -> Any:
 
 
 def draw(args: Arguments, rows: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sequences 0 w 0 w and their labels, -100 outside the second w: (rows, length) each."""
+    """Draw sequences 0 w 0 w and their labels, -100 outside the second w: (rows, length) each."""
     half = args.length // 2
     word = torch.randint(1, args.symbols + 1, (rows, half - 1), generator=generator)
     word = torch.nn.functional.pad(word, (1, 0))  # 0 w
@@ -113,7 +113,7 @@ def draw(args: Arguments, rows: int, generator: torch.Generator) -> tuple[torch.
 
 @torch.no_grad()
 def accuracy(model: ReformerForCausalLM, args: Arguments, rounds: int) -> float:
-    """Of the second w, with so many hash rounds or with full attention."""
+    """Compute the accuracy on the second w, with the given number of hash rounds or with full attention."""
     ids, labels = draw(args, 64, torch.Generator().manual_seed(12345))
     model.eval()
     with attention_of(model, rounds):
@@ -123,7 +123,7 @@ def accuracy(model: ReformerForCausalLM, args: Arguments, rounds: int) -> float:
 
 
 def learn(args: Arguments, seed: int, rounds: int = 2, checkpoint: Path | None = None) -> tuple[int, dict[int, float]]:
-    """Train one model: (steps used, accuracy by number of rounds)."""
+    """Train one model, and return the steps used and the accuracy by number of rounds."""
     set_seed(seed)
     model, name = make_model(args, rounds), "full attention" if rounds == FULL else f"{rounds} rounds"
 
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def plot(experiment: Experiment, rows: list[dict[str, str]]) -> None:
-    """Accuracies as tables, ours and the paper's."""
+    """Plot our accuracies and the paper's as tables."""
     tables: dict[str, dict[tuple[int, int], float]] = {}
     cells = ("attention_mode", "length", "trained_with", "evaluated_with")
     for mode, length, trained, evaluated in dict.fromkeys(tuple(row[name] for name in cells) for row in rows):

@@ -1,21 +1,21 @@
-"""How much does a model lose that was trained with exact attention, when hashing chooses the keys instead?
+"""How much does a model trained with exact attention lose when hashing chooses the keys instead?
 
     python experiments/exact_then_windows.py --train_file book.txt
     python experiments/exact_then_windows.py --train_file book.txt --validation_file end.txt \\
         --validate_on validation_file --seeds 0 1 2
 
-A byte language model is trained while its lsh layers see every token before (shared queries and keys). Then they are
+A byte language model is trained while its lsh layers see all previous tokens (shared queries and keys). Then they are
 evaluated with their windows, in `rounds` hash rounds. A row of the CSV is a way to choose keys and a number of rounds:
 
-    exact      every token before
-    lsh, lsh-uncentered   hashing as the config has it, and without the mean taken off (`lsh_centering=False`)
+    exact      all previous tokens
+    lsh, lsh-uncentered   hashing as configured, and without subtracting the mean (`lsh_centering=False`)
     random     hashing of random vectors
-    local      no hashing, and as many more keys in the local window: rounds × lsh window
-    none       the local window alone
+    local      no hashing, but as many more keys in the local window: rounds × lsh window
+    none       the local window only
 
-`loss` is what is lost against exact attention, in bits per byte. `found` is the share of the exact softmax's mass
-beyond the local window that falls on the keys chosen, `best` what the best choice of as many keys would find: means of
-layers and heads (`hf_reformer.analysis.attention_found`).
+`loss` is the loss compared to exact attention, in bits per byte. `found` is the share of the exact softmax's mass
+beyond the local window that falls on the chosen keys, `best` the share that the best choice of as many keys would
+find, averaged over layers and heads (`hf_reformer.analysis.attention_found`).
 """
 
 import contextlib
@@ -53,7 +53,7 @@ KEYS = (
     "lsh_window", "num_buckets", "learning_rate", "overrides", "validated_on", "eval_rows", "keys_by", "rounds",
 )  # fmt: skip
 VALUES = ("bits", "far_bits", "loss", "far_loss", "found", "best")
-ONCE = ("exact", "none")  # rounds change nothing
+ONCE = ("exact", "none")  # rounds make no difference
 LABELS = {
     "exact": "exact attention", "none": "the local window alone", "lsh": "hashed",
     "lsh-uncentered": "hashed with their mean", "random": "random vectors hashed", "local": "as many more local keys",
@@ -85,7 +85,7 @@ class Arguments(TextOptions, Options):
 
 @contextmanager
 def keys_chosen(model: Any, by: str, rounds: int, args: Arguments) -> Iterator[dict[str, int]]:
-    """A context in which lsh layers see such keys; gives the inputs that a forward takes for it."""
+    """Make lsh layers see the chosen keys within this context, and yield the extra inputs that a forward needs."""
     with contextlib.ExitStack() as contexts:
         if by == "exact":
             contexts.enter_context(see_all(model))
@@ -102,7 +102,7 @@ def keys_chosen(model: Any, by: str, rounds: int, args: Arguments) -> Iterator[d
 
 
 def mass_found(model: Any, ids: torch.Tensor, by: str, rounds: int, args: Arguments) -> dict[str, float]:
-    """Shares of the exact attention's mass beyond the local window, means of layers and heads (see above)."""
+    """Compute shares of exact attention's mass beyond the local window, averaged over layers and heads (see above)."""
     if by in ONCE:
         return {"found": float(by == "exact"), "best": math.nan}
     with keys_chosen(model, "lsh" if by == "local" else by, rounds, args):  # "local": as many keys as hashing shows
@@ -142,7 +142,7 @@ def measure(
     experiment: Experiment,
     texts: Sequence[torch.Tensor],
 ) -> None:
-    """Train a model, and evaluate it in all ways that are wanted."""
+    """Train a model, and evaluate it in all the wanted ways."""
     set_seed(key["seed"])
     model = make_model(
         args.length, args.hidden_size, args.layers, args.overrides, local_window=args.local_window,
@@ -163,7 +163,7 @@ def measure(
 
 
 def draw(experiment: Experiment, rows: list[dict[str, str]], args: Arguments) -> None:
-    """What is lost of all bytes and of far answers, and what is found, for every text."""
+    """Plot the loss on all bytes and on distant answers, and the mass found, for every text."""
     panels = [
         (text, value)
         for text in args.texts
@@ -196,7 +196,7 @@ def draw(experiment: Experiment, rows: list[dict[str, str]], args: Arguments) ->
 
 
 def means(rows: list[dict[str, str]], value: str, rounds: Sequence[int]) -> list[float]:
-    """Of a column, over seeds, by number of rounds."""
+    """Compute the means of a column over seeds, by number of rounds."""
     groups = [[float(row[value]) for row in rows if row["rounds"] == str(number)] for number in rounds]
     return [sum(group) / len(group) for group in groups]
 

@@ -4,8 +4,8 @@
     python experiments/listops.py --pretraining_steps 0 --train_rows 10000
     python experiments/listops.py --validation_file listops.validation.parquet --eval_every 500
 
-Rows are made by the rules of its published generator, each from the seed and its own number: operators MIN, MAX, MED
-(an even count: the mean of the middle two, rounded down) and SM (the sum modulo 10) of 2 to 10 arguments, an argument
+Rows follow the rules of its published generator, each made from the seed and its number: operators MIN, MAX, MED (an
+even count: the mean of the middle two, rounded down) and SM (the sum modulo 10) with 2 to 10 arguments, each argument
 a list with probability 1/4, at most 10 levels deep. Brackets that the generator adds for parsing are not tokens there
 either. The paper reports 37.27 % for a Reformer.
 
@@ -37,7 +37,7 @@ OPERATORS: dict[str, Callable[[list[int]], int]] = {
 TOKENS = ["[PAD]", "[MASK]", *map(str, range(10)), *OPERATORS, "]"]
 ID = {token: number for number, token in enumerate(TOKENS)}
 PAD, MASK = 0, 1
-GROUP = 8  # batches, of whose rows a batch takes some that are about as long as one another
+GROUP = 8  # batches whose rows are drawn together and sorted by length; one of them is used
 KEYS = (
     "layers", "seed", "steps", "pretraining_steps", "train_rows", "batch_size", "min_length", "max_length",
     "hidden_size", "local_window", "lsh_window", "num_hashes", "learning_rate", "overrides", "bf16", "judged",
@@ -74,7 +74,7 @@ class Arguments(Options):
 
 
 def make_list(draw: random.Random, depth: int, args: Arguments, room: int) -> tuple[list[str], int] | None:
-    """The tokens of an argument and its value; None if it would have more than `room` tokens."""
+    """Make an argument, and return its tokens and value; None if it would have more than `room` tokens."""
     if depth >= args.max_depth or draw.random() > 0.25:
         value = draw.randrange(10)
         return ([str(value)], value) if room > 0 else None
@@ -90,7 +90,7 @@ def make_list(draw: random.Random, depth: int, args: Arguments, room: int) -> tu
 
 
 def make_row(name: str, args: Arguments) -> tuple[list[str], int]:
-    """Tokens and answer of the row of this name: the first list whose length is inside the limits."""
+    """Make the tokens and answer of the row with this name: the first list whose length is within the limits."""
     draw = random.Random(name)
     while True:
         row = make_list(draw, 1, args, args.max_length - 1)
@@ -103,13 +103,13 @@ def encode(tokens: Sequence[str]) -> torch.Tensor:
 
 
 def collate(rows: Sequence[torch.Tensor]) -> Inputs:
-    """Pad at the right."""
+    """Pad rows on the right."""
     ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=PAD).long()
     return {"input_ids": ids, "attention_mask": (ids != PAD).long()}
 
 
 def mask_tokens(inputs: Inputs, probability: float, generator: torch.Generator) -> Inputs:
-    """Hide some of the tokens, which become the labels."""
+    """Mask some of the tokens, which become the labels."""
     ids = inputs["input_ids"]
     hidden = (torch.rand(ids.shape, generator=generator) < probability) & (ids != PAD)
     hidden[:, 0] |= ~hidden.any(-1)  # at least one
@@ -117,7 +117,7 @@ def mask_tokens(inputs: Inputs, probability: float, generator: torch.Generator) 
 
 
 class Rows:
-    """The rows of a split, made when they are asked for and kept."""
+    """The rows of a split, made on demand and cached."""
 
     def __init__(self, split: str, seed: int, args: Arguments):
         self.make = cache(lambda number: self._make(f"{split} {seed} {number}", args))
@@ -133,7 +133,7 @@ class Rows:
 
 
 def read_rows(file: Path) -> tuple[Callable[[Sequence[int]], Inputs], int]:
-    """A file's rows: what gives those of some numbers, and how many there are."""
+    """Read a file's rows: return a function that makes a batch from row numbers, and the number of rows."""
     examples = read_examples(file)
     texts, answers = [encode(text.split()) for text in examples["text"]], torch.tensor([*map(int, examples["label"])])
 
@@ -164,12 +164,12 @@ def build(head: Any, args: Arguments) -> Any:
 def learn(
     args: Arguments, seed: int, experiment: Experiment, key: dict[str, Any]
 ) -> tuple[Any, list[dict[str, float]]]:
-    """Pre-train and train a model; and its evaluations in training: step, accuracy."""
+    """Pre-train and train a model, and return it with its evaluations during training: step, accuracy."""
     set_seed(seed)
     rows, held_out = Rows("train", seed, args), Rows("held out", seed, args)
 
     def numbers(generator: torch.Generator) -> list[int]:
-        """Of rows that are about as long as one another, so that there is little padding."""
+        """Draw the numbers of rows of similar lengths, so that there is little padding."""
         drawn = torch.randint(0, args.train_rows, (args.batch_size * GROUP,), generator=generator).tolist()
         begin = args.batch_size * int(torch.randint(0, GROUP, (), generator=generator))
         return sorted(drawn, key=lambda number: len(rows.make(number)[0]))[begin : begin + args.batch_size]

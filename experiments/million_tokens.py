@@ -1,7 +1,7 @@
-"""One training step, and inference, on one sequence of 1,048,576 tokens (paper, section 1): peak memory and time.
+"""Peak memory and time of a training step, and inference, on one sequence of 1,048,576 tokens (paper, section 1).
 
-The sequence is the source code of Python's own standard library, as bytes; the model a byte language model of six
-layers. Each job runs in its own process, so that peak memory is measured per job.
+The sequence is the source code of Python's standard library, as bytes; the model is a byte language model with six
+layers. Each job runs in a separate process, so that peak memory is measured per job.
 
     python experiments/million_tokens.py                # train, then infer
     python experiments/million_tokens.py --jobs infer --length 262144
@@ -40,10 +40,10 @@ class Arguments:
 
 
 def read_bytes(length: int) -> torch.Tensor:
-    """(1, length) int64: the standard library's source files, one after the other.
+    """Read the standard library's source files, concatenated, (1, length) int64.
 
     Raises:
-        ValueError: they are shorter than that.
+        ValueError: the files are shorter than `length` in total.
     """
     text = bytearray()
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
@@ -67,7 +67,7 @@ def make_model(args: Arguments) -> ReformerForCausalLM:
 
 
 def show_layers(model: ReformerForCausalLM, passes: int) -> tqdm:
-    """A progress bar of attention layers; backward runs each of them again."""
+    """Show a progress bar over attention layers; backward runs each of them again."""
     bar = tqdm(total=passes * len(model.model.layers), unit="layer")
 
     def advance(*_) -> None:
@@ -79,7 +79,7 @@ def show_layers(model: ReformerForCausalLM, passes: int) -> tqdm:
 
 
 def train(args: Arguments) -> None:
-    """Forward, backward and an AdamW step."""
+    """Run forward, backward and an AdamW step."""
     model = make_model(args).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
     ids = read_bytes(args.length)
@@ -92,7 +92,7 @@ def train(args: Arguments) -> None:
 
 
 def infer(args: Arguments) -> None:
-    """The logits of the last token."""
+    """Compute the logits of the last token."""
     model = make_model(args).eval()
     ids = read_bytes(args.length)
     with torch.no_grad(), show_layers(model, passes=1), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
@@ -106,7 +106,7 @@ def run_job(job: str, args: Arguments) -> None:
     begin = time.perf_counter()
     {"train": train, "infer": infer}[job](args)
     seconds = time.perf_counter() - begin
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes there, KiB elsewhere
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     print(
         f"{job}: {args.length:,} tokens in {seconds:.0f} s ({args.length / seconds:,.0f} a second), "
@@ -118,7 +118,7 @@ def main() -> None:
     (args,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
     if unknown := set(args.jobs) - {"train", "infer"}:
         raise SystemExit(f"--jobs {' '.join(sorted(unknown))}: the jobs are train and infer.")
-    # glibc keeps freed blocks of up to 32 MB for itself; with a fixed threshold large ones go back to the system.
+    # glibc keeps freed blocks of up to 32 MB; with a fixed threshold, large ones are returned to the system.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**20))
     for job in args.jobs:
         process = multiprocessing.get_context("spawn").Process(target=run_job, args=(job, args))

@@ -1,14 +1,14 @@
-"""Can lsh layers recall what lies far beyond every local window? Many key–value pairs, each asked again.
+"""Can lsh layers recall what lies far beyond every local window? A task of many key–value pairs, each queried later.
 
     python experiments/recall.py --seeds 0 1 2                             # lsh layers, and local ones instead
     python experiments/recall.py --start_length 128 --lengths 2048 4096    # a curriculum that doubles the length
 
-A row of random tokens holds `pairs` keys, each followed by its value, at random places in its first half. In its last
-quarter every key comes again, in another order, and the model has to say the value. So at least a quarter of the row
+A row of random tokens holds `pairs` keys, each followed by its value, at random positions in its first half. In its
+last quarter every key recurs, in another order, and the model must predict the value. So at least a quarter of the row
 lies between, and local layers can only guess: 1 / `values`. Shorter rows hold fewer pairs, one per 16 tokens.
 
-Lsh layers hash as they do; or random vectors, the control; or they see every token before (`variants`). Training
-begins at `start_length`. When a row of that length is recalled (`target`, or after `stage_steps`), the length doubles,
+Lsh layers hash as usual; or random vectors, as a control; or they see all previous tokens (`variants`). Training
+starts at `start_length`. When rows of that length are recalled (`target`, or after `stage_steps`), the length doubles,
 up to the longest of `lengths`.
 """
 
@@ -61,7 +61,7 @@ class Arguments(Options):
 
 
 def draw(args: Arguments, rows: int, length: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows, and labels: the answers, -100 elsewhere; (rows, length) each."""
+    """Draw rows and labels (the answers, -100 elsewhere), (rows, length) each."""
     pairs, vocabulary = min(args.pairs, length // 16), args.keys + args.values
     ids = torch.randint(vocabulary, vocabulary + args.fillers, (rows, length), generator=generator)
     labels = torch.full_like(ids, -100)
@@ -81,7 +81,7 @@ def draw(args: Arguments, rows: int, length: int, generator: torch.Generator) ->
 
 @torch.no_grad()
 def accuracy(model: Any, args: Arguments, length: int, rounds: int | None = None) -> float:
-    """Share of the values recalled in rows of this length."""
+    """Compute the share of the values recalled in rows of this length."""
     generator, hits, count = torch.Generator().manual_seed(10**6), 0, 0
     model.eval()
     for _ in range(args.eval_rows):
@@ -101,12 +101,12 @@ def build(layers: str, args: Arguments) -> Any:
 
 
 def sees(model: Any, variant: str) -> AbstractContextManager:
-    """A context in which lsh layers see what the variant says."""
+    """Return the context in which lsh layers see what the variant specifies."""
     return {"lsh": nullcontext, "random": random_hashing, "exact": lambda: see_all(model)}[variant]()
 
 
 def learn(model: Any, args: Arguments, seed: int, checkpoint: Any = None, name: str = "") -> list[dict[str, float]]:
-    """Train by the curriculum; every evaluation: step, length, accuracy."""
+    """Train with the curriculum, and return all evaluations: step, length, accuracy."""
     state: dict[str, Any] = {"length": args.start_length, "stage_begin": 0, "history": []}
 
     def batch(generator: torch.Generator) -> Inputs:

@@ -1,11 +1,11 @@
-"""Do reversible layers, and queries shared with keys, cost anything? Loss curves of equal runs (paper, Figure 3).
+"""Do reversible layers, and sharing queries with keys, reduce quality? Loss curves of equal runs (paper, Figure 3).
 
     python experiments/reversible_and_shared.py --train_file book.txt --seeds 0 1 2
 
-    reversible, plain   the default layers, recomputed in backward or kept: the curves must coincide
-    shared, separate    all layers see every token before, with queries and keys shared (kind lsh) or not (kind local)
+    reversible, plain   the default layers, recomputed in backward or stored: the curves must coincide
+    shared, separate    all layers see all previous tokens, with shared (kind lsh) or separate (local) queries and keys
 
-Same data and steps; within each pair also the same seeds of everything random. Columns are the mean training loss of
+All use the same data and steps; each pair also uses the same random seeds. Columns are the mean training loss over
 `every` steps, in bits per byte; the last row of a run holds the loss on the held-out text.
 """
 
@@ -39,7 +39,7 @@ KEYS = (
 SHORT = {
     "length": 256, "steps": 20, "rows": 2, "hidden_size": 64, "num_layers": 2, "every": 5, "eval_rows": 2,
 }  # fmt: skip
-BITS = 1.4426950408889634  # of a nat
+BITS = 1.4426950408889634  # per nat
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Arguments(TextOptions, Options):
 
 
 def build(variant: str, args: Arguments) -> tuple[Any, Any]:
-    """A new model, and the context that it has to run in."""
+    """Make a new model, and the context in which it must run."""
     layers = {"shared": ["lsh"], "separate": ["local"]}.get(variant, ["local", "lsh"]) * args.num_layers
     fields: dict[str, Any] = {"reversible": variant != "plain", "lsh_window": 32, "local_window": 32}
     if variant == "separate":
@@ -69,7 +69,7 @@ def build(variant: str, args: Arguments) -> tuple[Any, Any]:
 def run(key: dict[str, Any], args: Arguments, experiment: Experiment, texts: Sequence[torch.Tensor]) -> None:
     set_seed(key["seed"])
     model, context = build(key["variant"], args)
-    torch.manual_seed(key["seed"])  # models of different kinds have drawn different numbers
+    torch.manual_seed(key["seed"])  # different models have drawn different random numbers
     with context:
         losses = train(
             model, text_batches(texts[0], "plain", args.rows, args.length), args.steps, seed=key["seed"],

@@ -1,11 +1,11 @@
 """How does the time of a training step grow with the length, at a constant number of tokens (paper, Figure 5)?
 
-    python experiments/step_time.py                        # 65,536 tokens a step: 64 × 1k to 1 × 64k
+    python experiments/step_time.py                        # 65,536 tokens per step: 64 × 1k to 1 × 64k
     python experiments/step_time.py --tokens 16384 --lengths 1024 4096 16384
 
 A step is forward, backward and AdamW of a byte model whose layers are all of kind lsh, or all of kind full (exact
-attention by torch's `scaled_dot_product_attention`). The number of buckets follows the length, as the config has it.
-A kind that needed more than `max_seconds` for a step is not measured at greater lengths. `ratio` is the time over that
+attention with torch's `scaled_dot_product_attention`). The number of buckets depends on the length, as by default.
+A kind that took more than `max_seconds` for a step is not measured at greater lengths. `ratio` is the time over that
 of the shortest length.
 """
 
@@ -37,7 +37,7 @@ class Arguments(Options):
 
 
 def step_seconds(kind: str, length: int, args: Arguments) -> list[float]:
-    """Seconds of every measured step."""
+    """Measure the seconds of every step after a warm-up."""
     set_seed(0)
     model = make_model(
         length, args.hidden_size, [kind] * args.num_layers, args.overrides, lsh_window=args.window,

@@ -1,4 +1,4 @@
-"""What commands accept: texts, files, numbers, and an output to write to."""
+"""Inputs of commands (texts, files, numbers), and a check that there is an output."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ LONGEST = 2**26  # characters of a prompt
 
 
 def json_fields(text: str | None) -> dict[str, Any] | None:
-    """The fields of a JSON object, given as text or as the name of a file."""
+    """Read the fields of a JSON object, given as text or as a file name."""
     if text is None:
         return None
     try:
@@ -25,13 +25,13 @@ def json_fields(text: str | None) -> dict[str, Any] | None:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """The text to continue, with \\n for \\r\\n, without a byte order mark and without a final newline."""
+    """Read the prompt. In a file or stdin, \\r\\n becomes \\n; a byte order mark and a final newline are dropped."""
     name = args.prompt_file or "The prompt"
     if args.prompt is not None:
         return checked(args.prompt, name)
     if args.prompt_file is not None:
         with open(args.prompt_file, encoding="utf-8", errors="surrogateescape", newline="") as file:
-            text = file.read(LONGEST + 4)  # with a byte order mark and an end of line
+            text = file.read(LONGEST + 4)  # leaves room for a byte order mark and a line end
     elif sys.stdin is None:
         raise ValueError("stdin is closed. Give the text by --prompt or --prompt_file.")
     else:
@@ -40,10 +40,10 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def checked(text: str, name: str) -> str:
-    """A text from the user. Bytes that Python could not decode in the locale's encoding are read as UTF-8.
+    """Check a text from the user. Bytes that Python could not decode in the locale's encoding are decoded as UTF-8.
 
     Raises:
-        ValueError: they are not UTF-8, or the text is too long for a prompt.
+        ValueError: the bytes are not UTF-8, or the text is too long for a prompt.
     """
     if len(text) > LONGEST:
         raise ValueError(f"{name} has more than {LONGEST:,} characters, which is more than a prompt can have.")
@@ -57,13 +57,13 @@ def checked(text: str, name: str) -> str:
 
 
 def check_stdout() -> None:
-    """Raise ValueError if there is no stdout; for commands whose result is text."""
+    """Raise ValueError if stdout is closed; for commands whose result is text."""
     if sys.stdout is None:
         raise ValueError("stdout is closed, and the text would be lost. Redirect it to a file, or to /dev/null.")
 
 
 def positive(text: str) -> int:
-    """An integer of at least 1."""
+    """Parse an integer of at least 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return int(text)

@@ -25,7 +25,7 @@ LOST_PEER = (
     "process says why. Resume from the newest checkpoint with --resume_from_checkpoint last. (Found: {})"
 )
 SAMPLING = ("temperature", "top_p", "top_k")
-RECIPES = {  # a module of `hf_reformer.recipes` each
+RECIPES = {  # each is a module of `hf_reformer.recipes`
     "classification": "label texts or pairs of texts, or predict a number for them",
     "language-model": "causal and masked language models, evaluated in bits per byte",
     "seq2seq": "translation, summarization and other text-to-text tasks",
@@ -57,7 +57,7 @@ def run_train(args: argparse.Namespace) -> None:
             if int(os.environ.get("WORLD_SIZE", "1")) > 1 and re.search("gloo|nccl|connection", str(error), re.I):
                 raise ConnectionError(LOST_PEER.format(error)) from error
             raise
-        except BrokenPipeError as error:  # not of stdout, which lasts
+        except BrokenPipeError as error:  # not from stdout, which `Lasting` protects
             raise RuntimeError(f"A pipe between processes broke: {error}") from error
 
 
@@ -71,20 +71,20 @@ def run_demo(args: argparse.Namespace) -> None:
 
 
 def load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
-    """The model, its tokenizer, and the options for `text_generation.generate`."""
+    """Load the model and its tokenizer, and return both with the options for `text_generation.generate`."""
     from .text_generation import load
 
     check_stdout()
     for name, most in {"temperature": sys.float_info.max, "top_p": 1, "top_k": sys.maxsize}.items():
         value = getattr(args, name)
-        if value is not None and not 0 <= value <= most:  # nor is NaN
+        if value is not None and not 0 <= value <= most:  # rejects NaN, too
             raise ValueError(f"--{name} {value} is not between 0 and {most}.")
     greedy = args.greedy or (args.temperature is not None and args.temperature < COLD)
     sampling = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     if unused := [name for name in sampling if args.greedy or (name != "temperature" and greedy)]:
         raise ValueError(f"--greedy always takes the most likely token. Leave out --{', --'.join(unused)}.")
     if args.seed is not None:
-        from transformers import set_seed  # which imports half of the library
+        from transformers import set_seed  # imports half of the library
 
         set_seed(args.seed)
     model, tokenizer = load(args.model, args.device, args.dtype, args.trust_remote_code)
@@ -245,7 +245,7 @@ def run_env(args: argparse.Namespace) -> None:
 
 
 def add_text(parser: argparse.ArgumentParser, name: str, help: str) -> None:
-    """Options --name and --name_file, for `read_prompt`."""
+    """Add the options --name and --name_file, for `read_prompt`."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(f"--{name}", dest="prompt", metavar="TEXT", help=help)
     file_help = "a file with the text; a final newline is dropped"
@@ -253,7 +253,7 @@ def add_text(parser: argparse.ArgumentParser, name: str, help: str) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser for all commands; each sets `run`, the function that runs it."""
+    """Make the parser for all commands; each sets `run` to the function that runs it."""
     loading = argparse.ArgumentParser(add_help=False)
     add = loading.add_argument
     add("--model", required=True, metavar="PATH", help="directory or Hub name of a causal language model")
@@ -351,22 +351,22 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error in one line; for an unexpected error, with its type and where it was raised."""
+    """Format an error message on one line; for an unexpected error, with its type and where it was raised."""
     text = " ".join(str(error).split())
     if not isinstance(error, ImportError | OSError | ValueError | SystemExit):
         frames = traceback.extract_tb(error.__traceback__)
         text = f"{type(error).__name__}: {text} ({Path(frames[-1].filename).name}, line {frames[-1].lineno})"
-    return "hf-reformer: " + text.split(" Model type should be one of")[0]  # hundreds
+    return "hf-reformer: " + text.split(" Model type should be one of")[0]  # hundreds of them
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. The exit status is 2 for an error, 130 for Ctrl-C.
+    """Run a command and return its exit status: 2 after an error, 130 after Ctrl-C.
 
     TRANSFORMERS_VERBOSITY=debug shows where an error was raised.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        # GNU's OpenMP threads wait for each other in a loop, for several milliseconds by default. Where other programs
-        # hold the cores, most of the time goes there, and training takes up to ten times as long.
+        # GNU OpenMP threads busy-wait for each other, by default for several milliseconds. If other programs occupy
+        # the cores, most of the time is spent there, and training takes up to ten times as long.
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     prepare_streams()
     try:

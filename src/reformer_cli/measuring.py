@@ -5,7 +5,7 @@ from typing import Any
 
 from .inputs import check_stdout, json_fields, read_prompt
 
-PLOTS = {  # a function of `hf_reformer.analysis` each
+PLOTS = {  # each is a function of `hf_reformer.analysis`
     "pairs": "plot_pairs",
     "buckets": "plot_buckets",
     "bucket_sizes": "plot_bucket_sizes",
@@ -17,10 +17,10 @@ PLOTS = {  # a function of `hf_reformer.analysis` each
 
 
 def config_and_class(args: argparse.Namespace) -> tuple[Any, Any]:
-    """The config given by --model, --fields and --length, and the class that --head names, or None.
+    """Return the config given by --model, --fields and --length, and the class named by --head, or None.
 
     Raises:
-        ValueError: there is no such field, class or model.
+        ValueError: a field, class or model does not exist.
     """
     from transformers import AutoConfig
 

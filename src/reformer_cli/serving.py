@@ -1,4 +1,4 @@
-"""transformers' own OpenAI-compatible server (`transformers serve`) with one of our models and persistent caches."""
+"""transformers' own OpenAI-compatible server (`transformers serve`) for one of our models, with persistent caches."""
 
 from typing import Any, NamedTuple
 
@@ -21,9 +21,9 @@ from .text_generation import cache_for, common_length, load, room_for_new_tokens
 
 
 class OneModel(ModelManager):
-    """transformers' manager with one model, loaded as by `hf-reformer generate`.
+    """A model manager with a single model, loaded as by `hf-reformer generate`.
 
-    transformers looks the class up by name within itself, where ours is missing, or another class has its name.
+    transformers would look up the class by name among its own, where ours is missing or another has the same name.
     """
 
     def __init__(self, name: str, device: str, dtype: str, trust_remote_code: bool):
@@ -45,7 +45,7 @@ class OneModel(ModelManager):
 
 
 class Turn(NamedTuple):
-    """A cache and the ids of the tokens in it."""
+    """A cache and the ids of its tokens."""
 
     cache: Any
     ids: list[int]
@@ -55,8 +55,8 @@ class Remembering:
     """A model whose `generate` continues the cache of an earlier call that began with the same tokens.
 
     Args:
-        turns: of earlier calls, the latest last; at most `most` are kept. A call removes the cache that it continues
-            and puts it back when it is complete.
+        turns: caches of earlier calls, newest last; at most `most` are kept. A call removes the cache that it
+            continues and puts it back when it is complete.
     """
 
     def __init__(self, model: Any, turns: list[Turn], most: int):
@@ -66,7 +66,7 @@ class Remembering:
         return getattr(self.model, name)
 
     def generate(self, input_ids: torch.Tensor, generation_config: Any, **options: Any) -> torch.Tensor:
-        """Ids of the prompt (1, T) → ids of prompt and answer.
+        """Generate an answer to the ids of a prompt, (1, T), and return the ids of both.
 
         Raises:
             HTTPException: the prompt leaves no room for an answer.
@@ -90,7 +90,7 @@ class Remembering:
         return out.sequences
 
     def _take(self, ids: list[int]) -> Any:
-        """The cache that shares the most tokens with `ids`, and at least half of its own, cropped to them; or None."""
+        """Take the cache sharing most tokens with `ids` and crop it to them; None if that is under half of its own."""
         shared = [common_length(ids, turn.ids) for turn in self.turns]
         best = max(range(len(shared)), key=shared.__getitem__, default=None)
         if best is None or 2 * shared[best] < len(self.turns[best].ids):
@@ -99,7 +99,7 @@ class Remembering:
 
 
 class RememberingManager(GenerateManager):
-    """transformers' manager, which calls `model.generate` in a separate thread, one request at a time."""
+    """A generation manager with caches; like transformers', it runs one request at a time, in a separate thread."""
 
     def __init__(self, most: int):
         super().__init__()
@@ -117,13 +117,13 @@ class RememberingManager(GenerateManager):
 
 
 class Checked:
-    """Rejects requests that the handler of transformers would answer wrongly or fail on."""
+    """Mixin for transformers' handlers that rejects requests which they would answer wrongly or fail on."""
 
     model_manager: Any
     needs_template = True
 
     async def handle_request(self, body: dict, request_id: str) -> Any:
-        logprobs = body.get("logprobs")  # 0 asks for those of the tokens themselves
+        logprobs = body.get("logprobs")  # 0 requests those of the generated tokens
         if body.get("n") not in (None, 1) or not (logprobs is None or logprobs is False):
             raise HTTPException(400, "A request gets one answer, without log-probabilities. Leave out n and logprobs.")
         if self.needs_template and self.model_manager.tokenizer.chat_template is None:
@@ -147,7 +147,7 @@ class Completions(Checked, CompletionHandler):
 
 
 async def _tell(request: Request, error: Any) -> JSONResponse:
-    """An error in the format that OpenAI clients expect."""
+    """Return an error in the format that OpenAI clients expect."""
     body = {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": None}
     return JSONResponse({"error": body}, status_code=error.status_code)
 
@@ -156,7 +156,7 @@ def make_server(
     name: str, host: str, port: int, *, device: str, dtype: str, trust_remote_code: bool, conversations: int,
     enable_cors: bool = False, log_level: str = "info",
 ) -> uvicorn.Server:  # fmt: skip
-    """A server for one model, ready to run.
+    """Make a server for one model, ready to run.
 
     Args:
         conversations: number of caches to keep between requests, each as large as its conversation; 0: none.

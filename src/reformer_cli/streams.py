@@ -1,4 +1,4 @@
-"""Standard streams that may be closed, broken, full, or in an encoding that lacks characters."""
+"""Handling of standard streams that may be closed, broken, full, or in an encoding that lacks characters."""
 
 import io
 import os
@@ -15,24 +15,24 @@ def prepare_streams() -> None:
     """
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            with suppress(io.UnsupportedOperation):  # something has been read from stdin
+            with suppress(io.UnsupportedOperation):  # stdin has already been read from
                 stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "backslashreplace")
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number
     if sys.stderr is None:
         sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def discard(stream: Any) -> None:
-    """Discard what the stream still buffers, and everything written later."""
+    """Discard what the stream has buffered, and everything written later."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def finish_output() -> None:
-    """Flush stdout now: while Python shuts down, an error could not be handled."""
+    """Flush stdout now: an error during Python's shutdown could not be handled."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -42,7 +42,7 @@ def finish_output() -> None:
 
 
 class Lasting:
-    """A stream that discards what cannot be written, and says so once, so that a long run survives its terminal."""
+    """A stream that discards what cannot be written, warning once, so that a long run survives its terminal."""
 
     def __init__(self, stream: Any):
         self.stream = stream
@@ -51,14 +51,14 @@ class Lasting:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write to the stream as long as possible."""
+        """Write to the stream; after an error, discard all output."""
         try:
             return self.stream.write(text)
         except OSError as error:
             return self._discard(error, len(text))
 
     def flush(self) -> None:
-        """Flush the stream as long as possible."""
+        """Flush the stream; after an error, discard all output."""
         try:
             self.stream.flush()
         except OSError as error:

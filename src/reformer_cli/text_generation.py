@@ -1,4 +1,4 @@
-"""Streamed text from causal language models, and conversations that keep their cache between turns."""
+"""Streaming generation with causal language models, and conversations that keep their cache between turns."""
 
 import json
 from pathlib import Path
@@ -14,11 +14,11 @@ from hf_reformer.models.language_models import ReformerForCausalLM
 
 logger = logging.get_logger(__name__)
 
-PIECE = 2**20  # characters that are tokenized at once: a tokenizer takes up to 300 bytes of memory for each
+PIECE = 2**20  # characters tokenized at once: a tokenizer takes up to 300 bytes of memory per character
 
 
 def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> tuple[Any, Any]:
-    """Model and tokenizer of a checkpoint directory or Hub repository; also loads transformers' Reformer.
+    """Load model and tokenizer from a checkpoint directory or Hub repository; supports transformers' Reformer, too.
 
     Raises:
         OSError, ValueError: they cannot be loaded, or the model is not a causal language model.
@@ -57,7 +57,7 @@ def load(name: str, device: str = "auto", dtype: str = "auto", trust_remote_code
 
 
 def special_ids(model: Any, tokenizer: Any, *more_eos: int | None) -> dict[str, Any]:
-    """For `model.generate`: the ids that end a text, including `more_eos`, and the id to pad with."""
+    """Return options for `model.generate`: the ids that end a text, including `more_eos`, and the padding id."""
     eos = model.generation_config.eos_token_id
     eos = [*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id, *more_eos]
     eos = [token_id for token_id in eos if token_id is not None]
@@ -66,7 +66,7 @@ def special_ids(model: Any, tokenizer: Any, *more_eos: int | None) -> dict[str, 
 
 
 def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids of a text, without special tokens. Texts longer than `PIECE` characters are split at line ends."""
+    """Tokenize a text without special tokens. Texts longer than `PIECE` characters are split at line ends."""
     ids: list[int] = []
     start = 0
     while start < len(text):
@@ -77,7 +77,7 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def prompt_ids(model: Any, tokenizer: Any, text: str, bos: bool = True) -> list[int]:
-    """The ids of a text after the BOS token (if the model has one), as in training with the language-model recipe."""
+    """Tokenize a text and prepend BOS (if the model has it), as in training with the language-model recipe."""
     ids = token_ids(tokenizer, text)
     bos_id = tokenizer.bos_token_id
     if bos and bos_id is not None and bos_id < model.get_input_embeddings().num_embeddings and ids[:1] != [bos_id]:
@@ -88,10 +88,10 @@ def prompt_ids(model: Any, tokenizer: Any, text: str, bos: bool = True) -> list[
 
 
 def room_for_new_tokens(model: Any, length: int) -> int | None:
-    """How many tokens can follow `length` others; None: any number.
+    """Return how many tokens can follow `length` others; None: any number.
 
     Raises:
-        ValueError: there is no room for any.
+        ValueError: there is no room for another token.
     """
     config = model.config.get_text_config()
     rotary = getattr(config, "position_embedding_type", None) == "rotary" or getattr(config, "rope_parameters", None)
@@ -105,13 +105,13 @@ def room_for_new_tokens(model: Any, length: int) -> int | None:
 
 
 def common_length(a: list[int], b: list[int]) -> int:
-    """Length of the common prefix of two lists of ids."""
+    """Return the length of the common prefix of two lists of ids."""
     longest = min(len(a), len(b))
     return next((i for i in range(longest) if a[i] != b[i]), longest)
 
 
 def cache_for(cache: Any, cached_ids: list[int], ids: list[int]) -> Any:
-    """A cache of `cached_ids`, cropped to its common prefix with `ids[:-1]`; None: start a new one."""
+    """Crop a cache of `cached_ids` to their common prefix with `ids[:-1]`; None if a new one is needed."""
     shared = common_length(cached_ids, ids[:-1])
     try:
         if 0 < shared < len(cached_ids):
@@ -124,7 +124,7 @@ def cache_for(cache: Any, cached_ids: list[int], ids: list[int]) -> Any:
 def generate(
     model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int = 256, stream: bool = True, **options: Any
 ) -> Any:
-    """`model.generate` from a list of ids; prints the new text to stdout while it is generated, or when complete.
+    """Run `model.generate` on a list of ids; print the new text to stdout while it is generated, or when complete.
 
     Raises:
         ValueError: the model has no position left for a new token.
@@ -140,7 +140,7 @@ def generate(
     try:
         out = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **options)
     except BaseException:
-        if streamer is not None and streamer.token_cache:  # a word that was not complete
+        if streamer is not None and streamer.token_cache:  # an incomplete word
             streamer.end()
         raise
     new = out.sequences[:, len(ids) :]
@@ -153,11 +153,11 @@ def generate(
 
 
 class Conversation:
-    """The turns of a chat, and the cache of the tokens that the model has processed.
+    """A chat: its turns, and the cache of the tokens that the model has processed.
 
     Args:
         system: the system message.
-        options: for `generate`.
+        options: options for `generate`.
 
     Raises:
         ValueError: the tokenizer has no chat template.
@@ -179,11 +179,11 @@ class Conversation:
         self.cached_ids: list[int] = []
 
     def answer(self, text: str) -> str:
-        """The model's answer to the user's next turn. Both are added to the conversation, unless there is an error."""
+        """Generate an answer to the user's next turn. Both are added to the conversation, unless there is an error."""
         messages = [*self.messages, {"role": "user", "content": text}]
         try:
             text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        except Exception as error:  # a template is a program of someone else
+        except Exception as error:  # a template is third-party code
             raise ValueError(f"The chat template raises an error: {type(error).__name__}: {error}") from error
         ids = token_ids(self.tokenizer, text)
         cache = cache_for(self.cache, self.cached_ids, ids)

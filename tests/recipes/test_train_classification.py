@@ -467,10 +467,15 @@ def test_a_test_file_without_labels_is_predicted_by_a_saved_model(tmp_path):
         recipe.prepare_data(options, ["b", "a"], 0)
 
 
-def test_a_model_of_regression_goes_on_with_whole_numbers(tmp_path):
+def test_a_model_of_regression_goes_on_with_whole_numbers_and_says_so(tmp_path, caplog):
     rows = labelled(["1", "3"])
     assert prepared(tmp_path / "t.csv", rows)[1].problem_type == SINGLE
+    assert (
+        prepared(tmp_path / "t.csv", labelled(["1.0", "3.5"]), ["score"], "regression")[1].problem_type == "regression"
+    )
+    assert "taken as numbers" not in caplog.text
     assert prepared(tmp_path / "t.csv", rows, ["score"], "regression")[1].problem_type == "regression"
+    assert "taken as numbers" in caplog.text
 
 
 # --- a saved model

@@ -17,9 +17,12 @@ from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix
 from sklearn.multiclass import OneVsRestClassifier
 from sklearn.pipeline import make_pipeline
 from transformers import AutoConfig, EvalPrediction
+from transformers.utils import logging
 
 from ..data.columns import Columns, is_number, labels_unknown
 from ..data.tables import cell_text, read_column
+
+logger = logging.get_logger(__name__)
 
 METRIC_MODULE = str(Path(__file__).with_name("metrics.py"))
 SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
@@ -236,7 +239,13 @@ def define_task(
         found = problem_type or model_problem_type or SINGLE
         return Task(columns, found, [] if found == REGRESSION else model_labels or [], multi_hot)
     labels = check_none_missing(labels_as_written(dataset, columns.label, multi_hot), split)
-    problem_type = problem_type or _derived_problem_type(labels, model_problem_type == REGRESSION)
+    derived = _derived_problem_type(labels, model_problem_type == REGRESSION)
+    if problem_type is None and derived != _derived_problem_type(labels, False):
+        logger.warning(
+            f"The saved model predicts numbers (regression), so the labels of the {split} data are taken as numbers. "
+            f"If they are classes, write them as words (or, for texts, give --problem_type {SINGLE})."
+        )
+    problem_type = problem_type or derived
     if problem_type == REGRESSION:
         return Task(columns, problem_type)
 

@@ -222,7 +222,12 @@ def test_choices_hold_the_true_reply_and_those_of_other_conversations():
     choices = make_choices(some, 5, 10, seed=0)
     assert len(choices) == 10
     assert choices == make_choices(some, 5, 10, seed=0)
-    for before, candidates in choices:
+    for before, candidates, elsewhere in choices:
+        assert elsewhere
+        for other in elsewhere:
+            whole = next(one for one in some if one[: len(other)] == other)
+            assert whole[len(other)]["role"] == "assistant"
+            assert not {message["content"] for message in whole} & {*candidates}
         messages = next(one for one in some if one[: len(before)] == before)
         assert messages[len(before)] == {"role": "assistant", "content": candidates[0]}
         assert len({*candidates}) == 5
@@ -257,9 +262,12 @@ BYTES = ReformerByteTokenizer(chat_template=CHAT_TEMPLATE)
 
 @pytest.mark.parametrize("liking", [0.0, 8.0])
 @pytest.mark.parametrize("length", [24, 1024])
-def test_a_reply_is_chosen_that_the_conversation_makes_likelier_not_one_that_is_always_likely(liking, length):
+@pytest.mark.parametrize("elsewhere", [[], [[{"role": "user", "content": word}] for word in ("abc", "klm")]])
+def test_a_reply_is_chosen_that_the_conversation_makes_likelier_not_one_that_is_always_likely(
+    liking, length, elsewhere
+):
     before = [{"role": "user", "content": "xyz! xyz!"}]
-    ranks, bits = rank_replies(Echo(liking), BYTES, [Choice(before, ["zyx", "qqq", "klm"])], length)
+    ranks, bits = rank_replies(Echo(liking), BYTES, [Choice(before, ["zyx", "qqq", "klm"], elsewhere)], length)
     assert ranks == [1]
     assert bits[0] > 0
 
@@ -267,7 +275,7 @@ def test_a_reply_is_chosen_that_the_conversation_makes_likelier_not_one_that_is_
 def test_bits_of_a_true_reply_are_those_of_its_bytes_and_end_given_what_was_said():
     model = AutoModelForCausalLM.from_config(ReformerConfig(**{**TINY_MODEL, "vocab_size": len(BYTES)})).eval()
     before = talk(3, turns=3)
-    _, bits = rank_replies(model, BYTES, [Choice(before, ["yes 猫", "no"])], 512)
+    _, bits = rank_replies(model, BYTES, [Choice(before, ["yes 猫", "no"], [])], 512)
     ids, spoken = encode_conversation([*before, {"role": "assistant", "content": "yes 猫"}], BYTES)
     with torch.no_grad():
         nats = model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])

@@ -15,6 +15,8 @@ from ..data.conversations import Messages
 from .similarity import word_similarity
 
 LAST = 3  # turns that the baseline uses
+ELSEWHERE = 8  # other conversations with which a reply's likelihood is compared
+ELSEWHERE_LENGTH = 128  # tokens of each
 
 
 class ReplyBits:
@@ -43,10 +45,14 @@ def replies(messages: Messages) -> list[str]:
 
 
 class Choice(NamedTuple):
-    """The messages before a reply, and the replies to choose from, the true one first."""
+    """The messages before a reply, the replies to choose from, the true one first, and what was said elsewhere.
+
+    `elsewhere` holds the messages before replies in other conversations, in which no candidate occurs.
+    """
 
     before: Messages
     candidates: list[str]
+    elsewhere: list[Messages]
 
 
 def make_choices(conversations: Sequence[Messages], size: int, count: int, seed: int) -> list[Choice]:
@@ -62,13 +68,17 @@ def make_choices(conversations: Sequence[Messages], size: int, count: int, seed:
         if message["role"] == "assistant" and turn > 0
     ]
     others = [[*dict.fromkeys(replies(messages))] for messages in conversations]
-    choices = []
+    choices, draw_elsewhere = [], random.Random(seed)
     for number, turn in sorted(draw.sample(places, min(count, len(places)))):
         true = conversations[number][turn]["content"]
         wrong = {text for i, some in enumerate(others) if i != number for text in some} - {true}
         if len(wrong) >= size - 1:
-            chosen = draw.sample(sorted(wrong), size - 1)
-            choices.append(Choice(conversations[number][:turn], [true, *chosen]))
+            candidates = [true, *draw.sample(sorted(wrong), size - 1)]
+            taken = {number, *(i for i, some in enumerate(others) if not {*candidates}.isdisjoint(some))}
+            free = [place for place in places if place[0] not in taken]
+            drawn = draw_elsewhere.sample(free, min(ELSEWHERE, len(free)))
+            elsewhere = [conversations[i][:end] for i, end in drawn]
+            choices.append(Choice(conversations[number][:turn], candidates, elsewhere))
     return choices
 
 
@@ -78,25 +88,30 @@ def rank_replies(
     """Rank the true reply in every choice, starting from 1, and compute its bits per byte.
 
     Replies are ranked by how much likelier the conversation makes them: their log-likelihood given the earlier
-    messages, minus that at the beginning of a conversation (pointwise mutual information; Li et al. 2016, arXiv
-    1510.03055). Ranked by likelihood alone, common replies would win whatever was said before.
+    messages, minus the mean of those given what was said elsewhere or, without it, that at the beginning of a
+    conversation (pointwise mutual information; Li et al. 2016, arXiv 1510.03055). Ranked by likelihood alone, common
+    replies would win whatever was said before.
 
-    The context is cut to as many of its last tokens as fit into `length` with the longest candidate, and candidates to
-    their first `length` - 1 tokens.
+    The context is cut to as many of its last tokens as fit into `length` with the longest candidate, those of other
+    conversations to `ELSEWHERE_LENGTH`, and candidates to their first `length` - 1 tokens.
     """
+
+    def prompt_of(messages: Messages, asks: bool = True) -> str:
+        return str(tokenizer.apply_chat_template(messages, add_generation_prompt=asks, tokenize=False))
+
     ranks, bits = [], []
-    for before, candidates in choices:
-        prompt, said = (
-            str(tokenizer.apply_chat_template(before, add_generation_prompt=asks, tokenize=False))
-            for asks in (True, False)
-        )
+    for before, candidates, elsewhere in choices:
+        prompt, said = prompt_of(before), prompt_of(before, asks=False)
         opening = prompt[len(said) :] if prompt.startswith(said) else ""  # such as "assistant" and a new line
-        context, nothing = tokenizer([prompt, opening or tokenizer.eos_token], add_special_tokens=False)["input_ids"]
+        prompts = [prompt, *(map(prompt_of, elsewhere) if elsewhere else [opening or tokenizer.eos_token])]
+        context, *contexts = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
         encoded = tokenizer(candidates, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         ends = [[*ids, tokenizer.eos_token_id][: length - 1] for ids in encoded]
         room = length - max(map(len, ends))
-        given, alone = (log_likelihoods(model, tokenizer, tokens[-room:], ends) for tokens in (context, nothing))
-        ranks.append(rank_of_first(given - alone))
+        given = log_likelihoods(model, tokenizer, context[-room:], ends)
+        few = min(room, ELSEWHERE_LENGTH)
+        alone = [log_likelihoods(model, tokenizer, tokens[-few:], ends) for tokens in contexts]
+        ranks.append(rank_of_first(given - np.mean(alone, axis=0)))
         bits.append(-given[0] / len(candidates[0].encode()) / math.log(2))
     return np.array(ranks), np.array(bits)
 

@@ -33,6 +33,7 @@ from common import (
     TextOptions,
     bits_per_byte,
     followed_center,
+    loss_points,
     make_model,
     only_local,
     parse,
@@ -117,6 +118,7 @@ def run(
         losses = train_on_text(
             model, texts[0], key, experiment, name=f"{key['text']}, {key['variant']}, seed {key['seed']}"
         )
+        experiment.learning_curve(key, loss_points(losses))
         judged = text_rows(
             texts[1], key["text"], args.eval_rows, args.length, torch.Generator().manual_seed(12345), even=True
         )

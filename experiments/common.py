@@ -99,7 +99,7 @@ class Results:
         """Return the rows that match `key`, which may contain only some columns."""
         return [row for row in self.rows() if all(row[name] == str(value) for name, value in key.items())]
 
-    def add(self, key: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    def add(self, key: Mapping[str, Any], values: Mapping[str, Any], show: bool = True) -> None:
         row = {**key, **{name: _rounded(value) for name, value in values.items()}}
         if set(row) != set(self.columns):
             raise ValueError(f"A row has the columns {sorted(row)}, the file {sorted(self.columns)}.")
@@ -109,7 +109,8 @@ class Results:
             if not lines.tell():
                 writer.writeheader()
             writer.writerow(row)
-        print(", ".join(f"{name} {row[name]}" for name in self.columns if row[name] != ""), flush=True)
+        if show:
+            print(", ".join(f"{name} {row[name]}" for name in self.columns if row[name] != ""), flush=True)
 
 
 def _rounded(value: Any) -> Any:
@@ -128,8 +129,18 @@ class Experiment:
         self.picture = args.picture or default
         file = folder / f"{name}.csv"
         if args.short and args.output_dir is None:
-            file.unlink(missing_ok=True)
+            for old in (file, folder / f"{name}_curves.csv"):
+                old.unlink(missing_ok=True)
         self.results = Results(file, keys, values)
+
+    def learning_curve(self, key: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+        """Keep the learning curve of a run in `NAME_curves.csv`, unless it is there already, and return its rows."""
+        file = self.results.file.with_name(f"{self.name}_curves.csv")
+        curves = Results(file, list(key), list(points[0]))
+        if not curves.find(key):
+            for point in points:
+                curves.add({**key}, point, show=False)
+        return curves.find(key)
 
     def checkpoint(self, key: Mapping[str, Any]) -> Path | None:
         """Return the checkpoint file of a run, whose name depends on all of `key`."""
@@ -551,20 +562,28 @@ def train_on_text(
 ) -> list[float]:
     """Train on the text, length, rows, seed and steps in `key`, after `answer_steps` on distant answers only.
 
-    Returns the loss of every step on all bytes. Checkpoints depend on all of `key` except the evaluation settings.
+    Returns the loss of every step, of both phases. Checkpoints depend on all of `key` except the evaluation settings.
     """
     trained = {field: value for field, value in key.items() if field not in ("validated_on", "eval_rows")}
     like, rate = (key["text"], key["rows"], key["length"]), key["learning_rate"]
+    answers: list[float] = []
     if key["answer_steps"]:
         first = {field: value for field, value in trained.items() if field != "steps"} | {"phase": "answers"}
-        train(
+        answers = train(
             model, answer_batches(data, *like), key["answer_steps"], seed=key["seed"] + 10**6, decay=False,
             learning_rate=rate, checkpoint=experiment.checkpoint(first), name=f"{name}, answers",
         )  # fmt: skip
-    return train(
+    return answers + train(
         model, text_batches(data, *like), key["steps"], seed=key["seed"], learning_rate=rate,
         checkpoint=experiment.checkpoint(trained), name=name,
     )  # fmt: skip
+
+
+def loss_points(losses: Sequence[float], every: int = 50) -> list[dict[str, float]]:
+    """Return the mean of every `every` losses, and the last step of each: points of a learning curve."""
+    groups = [losses[begin : begin + every] for begin in range(0, len(losses), every)]
+    ends = [min(len(losses), end) for end in range(every, len(losses) + every, every)]
+    return [{"step": end, "train_loss": sum(group) / len(group)} for end, group in zip(ends, groups, strict=True)]
 
 
 @torch.no_grad()

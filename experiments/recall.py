@@ -80,9 +80,9 @@ def draw(args: Arguments, rows: int, length: int, generator: torch.Generator) ->
 
 
 @torch.no_grad()
-def accuracy(model: Any, args: Arguments, length: int, rounds: int | None = None) -> float:
-    """Compute the share of the values recalled in rows of this length."""
-    generator, hits, count = torch.Generator().manual_seed(10**6), 0, 0
+def accuracy(model: Any, args: Arguments, length: int, rounds: int | None = None, seed: int = 10**6) -> float:
+    """Compute the share of the values recalled in rows of this length, drawn with `seed`."""
+    generator, hits, count = torch.Generator().manual_seed(seed), 0, 0
     model.eval()
     for _ in range(args.eval_rows):
         ids, labels = draw(args, 1, length, generator)
@@ -151,9 +151,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         with sees(model, choice["variant"]):
             history = learn(model, args, choice["seed"], experiment.checkpoint(key), name)
             curves[name] = history
+            experiment.learning_curve(key, history)
             for row in wanted:
                 if not experiment.results.find(row):
-                    score = accuracy(model, args, row["length"], row["rounds"])
+                    score = accuracy(model, args, row["length"], row["rounds"], seed=2 * 10**6)  # not watched
                     experiment.results.add(row, {"accuracy": score, "steps_used": history[-1]["step"]})
                 rows += experiment.results.find(row)
     print("\n" + table(rows, ["layers", "variant", "length"], "rounds", "accuracy"))

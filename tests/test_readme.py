@@ -34,6 +34,7 @@ def test_the_quickstart_is_short():
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_python_blocks_run_as_they_stand(number, tmp_path):
     unsupported_reason("cpu")  # compiles the kernel, if that is still to be done, which is reported once
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     file = tmp_path / "block.py"
     file.write_text(BLOCKS[number], encoding="utf-8")
     done = subprocess.run([sys.executable, file], capture_output=True, text=True, cwd=tmp_path, timeout=120)

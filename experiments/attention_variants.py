@@ -118,7 +118,7 @@ def run(
         losses = train_on_text(
             model, texts[0], key, experiment, name=f"{key['text']}, {key['variant']}, seed {key['seed']}"
         )
-        experiment.learning_curve(key, loss_points(losses))
+        experiment.keep_curve(key, loss_points(losses))
         judged = text_rows(
             texts[1], key["text"], args.eval_rows, args.length, torch.Generator().manual_seed(12345), even=True
         )
@@ -127,20 +127,32 @@ def run(
 
 def draw(experiment: Experiment, rows: list[dict[str, str]], args: Arguments) -> None:
     panels = [(text, "bits") for text in args.texts] + [(text, "far_bits") for text in args.texts if text != "plain"]
-    figure, axes = experiment.figure(len(panels), width=4)
-    for ax, (text, value) in zip(axes, panels, strict=True):
+    curves = {tuple(row[name] for name in KEYS): points for row in rows if (points := experiment.curve(row))}
+    figure, axes = experiment.figure(len(panels) + bool(curves), width=4)
+    for ax, (text, value) in zip(axes, panels, strict=False):
         for place, variant in enumerate(args.variants):
             numbers = [float(row[value]) for row in rows if row["text"] == text and row["variant"] == variant]
             ax.plot([place] * len(numbers), numbers, "o", color="#0b5d7a" if variant == "lsh" else "#d1495b")
         ax.set_xticks(range(len(args.variants)), args.variants, rotation=30, ha="right")
         ax.set(title=f"{text} text, {'all bytes' if value == 'bits' else 'far answers'}", ylabel="bits per byte")
         ax.grid(axis="y", alpha=0.3)
+    if curves:
+        for key, points in curves.items():
+            of = dict(zip(KEYS, key, strict=True))
+            label = f"{of['text']}, {of['variant']}" if len(args.texts) > 1 else of["variant"]
+            color, style = f"C{args.variants.index(of['variant'])}", "-" if of["text"] == args.texts[0] else "--"
+            first = of["seed"] == str(args.seeds[0])
+            axes[-1].plot(*points, style, color=color, label=label if first else None, linewidth=1)
+        axes[-1].set(title="training loss", xlabel="step", ylabel="nats per predicted token")
+        axes[-1].legend(frameon=False, fontsize=7)
     experiment.save(figure)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(Arguments, SHORT, argv)
-    experiment = Experiment("attention_variants", args, KEYS, ("bits", "far_bits", "train_loss"))
+    experiment = Experiment(
+        "attention_variants", args, KEYS, ("bits", "far_bits", "train_loss"), curve=(KEYS, ("step", "train_loss"))
+    )
     texts, rows = read_texts(args), []
     fixed = {name: getattr(args, name) for name in KEYS if hasattr(args, name)}
     fixed |= {"layers": " ".join(args.layers), "source": "demo" if args.train_file is None else args.train_file.stem}

@@ -120,27 +120,42 @@ def _rounded(value: Any) -> Any:
 
 
 class Experiment:
-    """The results, checkpoints and figure of an experiment."""
+    """The results, checkpoints and figure of an experiment.
 
-    def __init__(self, name: str, args: Options, keys: Sequence[str], values: Sequence[str]):
+    `curve`: columns of its learning curves, if it keeps any: those that identify a run, and those of a point.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        args: Options,
+        keys: Sequence[str],
+        values: Sequence[str],
+        curve: tuple[Sequence[str], Sequence[str]] | None = None,
+    ):
         self.name, self.short = name, args.short
         folder = args.output_dir or (SHORT_DIR if args.short else ROOT / "experiments" / "results")
         default = folder / f"{name}.png" if args.short else ROOT / "docs" / "images" / f"evidence_{name}.png"
         self.picture = args.picture or default
-        file = folder / f"{name}.csv"
+        file, curves = folder / f"{name}.csv", folder / f"{name}_curves.csv"
         if args.short and args.output_dir is None:
-            for old in (file, folder / f"{name}_curves.csv"):
+            for old in (file, curves):
                 old.unlink(missing_ok=True)
         self.results = Results(file, keys, values)
+        self.curves = None if curve is None else Results(curves, *curve)
 
-    def learning_curve(self, key: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-        """Keep the learning curve of a run in `NAME_curves.csv`, unless it is there already, and return its rows."""
-        file = self.results.file.with_name(f"{self.name}_curves.csv")
-        curves = Results(file, list(key), list(points[0]))
-        if not curves.find(key):
+    def keep_curve(self, key: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> None:
+        """Write the learning curve of a run to `curves`, unless it is there already."""
+        if self.curves is not None and not self.curves.find(key):
             for point in points:
-                curves.add({**key}, point, show=False)
-        return curves.find(key)
+                self.curves.add(key, point, show=False)
+
+    def curve(self, row: Mapping[str, Any]) -> list[list[float]]:
+        """Return the learning curve of a run, a list per column; none if it was not kept. `row` may hold more."""
+        assert self.curves is not None
+        keys, values = self.curves.keys, self.curves.columns[len(self.curves.keys) :]
+        points = self.curves.find({name: row[name] for name in keys})
+        return [[float(point[name]) for point in points] for name in values] if points else []
 
     def checkpoint(self, key: Mapping[str, Any]) -> Path | None:
         """Return the checkpoint file of a run, whose name depends on all of `key`."""

@@ -138,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     reach, distance = max(x.count(",") + 1 for x in args.layers) * (args.local_window - 1), min(args.lengths) // 4
     if reach >= distance:
         raise SystemExit(f"Answers may lie {distance} tokens back, where local windows reach ({reach} in all).")
-    experiment = Experiment("recall", args, KEYS, ("accuracy", "steps_used"))
+    experiment = Experiment(
+        "recall", args, KEYS, ("accuracy", "steps_used"), curve=(KEYS[:-2], ("step", "length", "accuracy"))
+    )
     fixed = {name: getattr(args, name) for name in KEYS if hasattr(args, name) and name != "rounds"}
     fixed |= {"max_length": max(args.lengths)}
     curves: dict[str, list[dict[str, float]]] = {}
@@ -151,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with sees(model, choice["variant"]):
             history = learn(model, args, choice["seed"], experiment.checkpoint(key), name)
             curves[name] = history
-            experiment.learning_curve(key, history)
+            experiment.keep_curve(key, history)
             for row in wanted:
                 if not experiment.results.find(row):
                     score = accuracy(model, args, row["length"], row["rounds"], seed=2 * 10**6)  # not watched

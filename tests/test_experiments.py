@@ -1,6 +1,7 @@
 """The experiments: data are as promised, sweeps and training go on where they stopped, every script runs."""
 
 import argparse
+import itertools
 import random
 
 import pytest
@@ -108,6 +109,29 @@ def test_rows_of_held_out_text_do_not_overlap():
     assert rows.shape == (3, 30)
     assert len(set(rows.flatten().tolist())) == 90
     assert common.random_rows(data, 50, 100, generator()).unique(dim=0).shape == (1, 100)
+
+
+# --- learning curves
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=200), st.integers(1, 60))
+def test_points_of_a_learning_curve_keep_its_mean_and_its_last_step(losses, every):
+    points = common.loss_points(losses, every)
+    ends = [0, *(point["step"] for point in points)]
+    assert ends == [*range(0, len(losses), every), len(losses)]
+    sizes = [end - begin for begin, end in itertools.pairwise(ends)]
+    total = sum(size * point["train_loss"] for size, point in zip(sizes, points, strict=True))
+    assert total == pytest.approx(sum(losses))
+
+
+def test_a_learning_curve_is_kept_once_and_read_back(tmp_path):
+    args = common.Options(output_dir=tmp_path)
+    experiment = common.Experiment("made_up", args, ("seed", "rounds"), ("bits",), (("seed",), ("step", "train_loss")))
+    points = [{"step": 50, "train_loss": 2.5}, {"step": 60, "train_loss": 2.0}]
+    experiment.keep_curve({"seed": 0}, points)
+    experiment.keep_curve({"seed": 0}, points[:1])
+    assert experiment.curve({"seed": 0, "rounds": 4}) == [[50, 60], [2.5, 2.0]]
+    assert experiment.curve({"seed": 1, "rounds": 4}) == []
 
 
 # --- models

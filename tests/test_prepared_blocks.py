@@ -54,6 +54,24 @@ def bytes_model(cls, **fields):
     return make_model(cls, dtype=torch.float32, vocab_size=len(ReformerByteTokenizer()), eos_token_id=1, **fields)
 
 
+def test_the_card_of_the_example_model(run, tmp_path):
+    """Its text is cut out of a file, a trained model becomes the folder, and the folder writes."""
+    card = (ROOT / "examples" / "models" / "crime_and_punishment" / "README.md").read_text(encoding="utf-8")
+    write, cut, keep = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
+    book = "\r\n".join(f"line {number}: a story" for number in range(100))
+    marks = "*** START OF THE PROJECT GUTENBERG EBOOK X ***", "*** END OF THE PROJECT GUTENBERG EBOOK X ***"
+    text = f"\ufeffA preface\r\n{marks[0]}\r\n\r\n{book}\r\n\r\n{marks[1]}\r\nLicense ***\r\n"
+    (tmp_path / "pg2554.txt").write_bytes(text.encode())
+    run(cut)
+    parts = [(tmp_path / f"crime_and_punishment.{part}.txt").read_text() for part in ("train", "validation")]
+    book = book.replace("\r\n", "\n")
+    assert book.startswith("".join(parts))
+    assert [100 * len(part) / len(book) for part in parts] == pytest.approx([90, 5], abs=0.2)
+    save(bytes_model(ReformerForCausalLM, is_decoder=True), tmp_path / "runs" / "novel")
+    run(keep)
+    run(write)
+
+
 def test_a_model_of_the_hub(run, tmp_path):
     export(bytes_model(ReformerForCausalLM, is_decoder=True), tmp_path / "your-name" / "model")
     (block,) = blocks_of("hub.md")

@@ -293,18 +293,51 @@ def followed_center(momentum: float = 0.99) -> Iterator[None]:
 
 
 @contextmanager
-def scaled_hashing() -> Iterator[None]:
-    """Hash unit vectors minus the mean of the tokens so far, over their standard deviation, within this context."""
+def hashing_of(change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Hash what `change` makes of unit vectors, (B, H, T, D) float64, within this context; causal models alone."""
 
     def buckets(self: Any, vectors: torch.Tensor, ctx: Any) -> torch.Tensor:
-        units = unit_rows(vectors, ctx.mask).double()
-        count = torch.arange(1, units.shape[2] + 1, device=units.device)[:, None]
-        mean = units.cumsum(2) / count
-        spread = (units.square().cumsum(2) / count - mean.square()).clamp(min=1e-6).sqrt()
-        return self.hasher(vectors, ctx).buckets(((units - mean) / spread).to(vectors.dtype), None)
+        changed = change(unit_rows(vectors, ctx.mask).double())
+        return self.hasher(vectors, ctx).buckets(changed.to(vectors.dtype), None)
 
     with patch.object(attention_module.ReformerAttention, "buckets", buckets):
         yield
+
+
+def running_mean(units: torch.Tensor) -> torch.Tensor:
+    """Compute the mean of the tokens so far, (B, H, T, D)."""
+    return units.cumsum(2) / torch.arange(1, units.shape[2] + 1, device=units.device)[:, None]
+
+
+def scaled_hashing() -> Any:
+    """Return a context in which every dimension is also divided by its standard deviation so far."""
+
+    def scale(units: torch.Tensor) -> torch.Tensor:
+        mean = running_mean(units)
+        return (units - mean) / (running_mean(units.square()) - mean.square()).clamp(min=1e-6).sqrt()
+
+    return hashing_of(scale)
+
+
+def whitened_hashing(ridge: float = 0.1) -> Any:
+    """Return a context in which all directions are given the same spread, by the covariance of the whole row.
+
+    A hash of its own would have to follow the covariance of the tokens so far: this shows the most that could gain.
+    `ridge`: added to the eigenvalues, as a share of the largest.
+    """
+
+    def whiten(units: torch.Tensor) -> torch.Tensor:
+        apart = units - units.mean(2, keepdim=True)
+        spread, axes = torch.linalg.eigh(apart.transpose(-1, -2) @ apart / units.shape[2])
+        spread = spread.clamp(min=0) + ridge * spread[..., -1:]
+        return (units - running_mean(units)) @ axes * spread.rsqrt()[:, :, None]
+
+    return hashing_of(whiten)
+
+
+def partly_centered(share: float) -> Any:
+    """Return a context in which a share of the mean of the tokens so far is subtracted."""
+    return hashing_of(lambda units: units - share * running_mean(units))
 
 
 @contextmanager

@@ -9,6 +9,8 @@ evaluated with their windows, in `rounds` hash rounds. A row of the CSV is a way
 
     exact      all previous tokens
     lsh, lsh-uncentered   hashing as configured, and without subtracting the mean (`lsh_centering=False`)
+    lsh-0.75   hashing with this share of the mean subtracted
+    lsh-whitened   hashing with the mean subtracted and all directions given the same spread
     random     hashing of random vectors
     local      no hashing, but as many more keys in the local window: rounds × lsh window
     none       the local window only
@@ -35,6 +37,7 @@ from common import (
     make_model,
     only_local,
     parse,
+    partly_centered,
     product,
     random_hashing,
     read_texts,
@@ -42,6 +45,7 @@ from common import (
     table,
     text_rows,
     train_on_text,
+    whitened_hashing,
 )
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
@@ -56,7 +60,9 @@ VALUES = ("bits", "far_bits", "loss", "far_loss", "found", "best")
 ONCE = ("exact", "none")  # rounds make no difference
 LABELS = {
     "exact": "exact attention", "none": "the local window alone", "lsh": "hashed",
-    "lsh-uncentered": "hashed with their mean", "random": "random vectors hashed", "local": "as many more local keys",
+    "lsh-uncentered": "hashed with their mean", "lsh-0.5": "hashed with half of their mean",
+    "lsh-0.75": "hashed with a quarter of their mean", "lsh-whitened": "hashed, whitened",
+    "random": "random vectors hashed", "local": "as many more local keys",
 }  # fmt: skip
 SHORT = {
     "length": 512, "steps": 20, "rows": 2, "hidden_size": 64, "local_window": 16, "lsh_window": 16, "eval_rows": 2,
@@ -94,6 +100,10 @@ def keys_chosen(model: Any, by: str, rounds: int, args: Arguments) -> Iterator[d
             contexts.enter_context(only_local(model, args.local_window + more))
         elif by == "random":
             contexts.enter_context(random_hashing())
+        elif by == "lsh-whitened":
+            contexts.enter_context(whitened_hashing())
+        elif by.startswith("lsh-0."):
+            contexts.enter_context(partly_centered(float(by.removeprefix("lsh-"))))
         elif by == "lsh-uncentered":
             for layer in model.model.layers:
                 if layer.attention.kind == "lsh":

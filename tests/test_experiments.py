@@ -157,6 +157,40 @@ def test_lsh_layers_that_see_all_do_not_depend_on_hashing_and_others_do():
     assert model.model.layers[1].attention.config is model.config
 
 
+@pytest.mark.parametrize(
+    ("context", "same"),
+    [
+        (common.partly_centered(1.0), True),
+        (common.partly_centered(0.5), False),
+        (common.scaled_hashing(), False),
+        (common.whitened_hashing(), False),
+    ],
+)
+def test_other_ways_to_hash_change_buckets_alone_and_end(context, same):
+    model, ids = lm(lsh_centering=True), make_ids(2, 64)
+    before = logits(model, ids)
+    with context:
+        other = logits(model, ids)
+    assert (max_abs_diff(before, other) < 1e-5) == same
+    assert torch.equal(before, logits(model, ids))
+
+
+def test_whitened_vectors_have_the_same_spread_in_every_direction():
+    hashed, units = (
+        [],
+        torch.nn.functional.normalize(torch.randn(1, 1, 4096, 6).double() * torch.arange(1, 7) + 2, dim=-1),
+    )
+
+    class Layer:
+        def hasher(self, vectors, ctx):
+            return argparse.Namespace(buckets=lambda x, centering: hashed.append(x))
+
+    with common.whitened_hashing(ridge=1e-6):
+        common.attention_module.ReformerAttention.buckets(Layer(), units, argparse.Namespace(mask=None))
+    rows = hashed[0][0, 0, 100:]  # their mean so far has settled
+    assert (rows.T.cov() - torch.eye(6)).abs().max() < 0.1
+
+
 def test_random_hashing_changes_buckets_alone_and_ends():
     model, ids = lm(), make_ids(2, 64)
     before = logits(model, ids)
@@ -195,7 +229,7 @@ def test_variants_are_causal_and_have_the_layers_they_say(variant):
         assert max_abs_diff(logits(model.eval(), ids)[:, :40], logits(model, other)[:, :40]) < 1e-5
 
 
-@pytest.mark.parametrize("by", ["exact", "none", "lsh", "lsh-uncentered", "random", "local"])
+@pytest.mark.parametrize("by", ["exact", "none", "lsh", "lsh-uncentered", "lsh-0.5", "random", "local"])
 def test_ways_to_choose_keys_end_where_they_began_and_see_what_they_say(by):
     args, model, ids = windows.Arguments(local_window=4, lsh_window=4), lm(num_buckets=2), make_ids(2, 64)
     before = logits(model, ids)

@@ -142,5 +142,7 @@ def test_recipes_of_pairs_take_the_types_that_the_tokenizer_tells(names, pad_typ
     assert parse_overrides(options) == {"lsh_rotary": 0.5, "lsh_window": 64} | (
         {"type_vocab_size": size} if size else {}
     )
+    alone = for_pairs(ModelArguments(), tokenizer, comparing=False).config_overrides
+    assert alone == (f"type_vocab_size={size}" if size else None)
     saved = ModelArguments(model_name_or_path="folder")
     assert for_pairs(saved, tokenizer) == saved

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_reformer import ReformerByteTokenizer, ReformerConfig, ReformerForCausalLM, ReformerForMaskedLM, ReformerModel
 from hf_reformer.data import packing
@@ -158,7 +158,10 @@ def test_a_masked_model_learns_to_fill_in(files):
     run = arguments(files, "--masked", "--num_train_epochs", "4", "--learning_rate", "2e-2")
     recipe.main([*run, "--mlm_probability", "0.3"])
     assert bits_of(files / "out") < 4
-    assert json.loads((files / "out" / "config.json").read_text())["architectures"] == ["ReformerForMaskedLM"]
+    config = json.loads((files / "out" / "config.json").read_text())
+    assert config["architectures"] == ["ReformerForMaskedLM"]
+    assert config["type_vocab_size"] == 2  # so that it may be fine-tuned on pairs of texts
+    assert "token_type_ids" in AutoTokenizer.from_pretrained(files / "out")("one", "two")
     history = json.loads((files / "out" / "trainer_state.json").read_text())["log_history"]
     last = [entry["eval_bits_per_masked_byte"] for entry in history if "eval_bits_per_masked_byte" in entry][-1]
     assert last == pytest.approx(bits_of(files / "out"), abs=1e-6)  # the same tokens are hidden every time

@@ -53,7 +53,7 @@ from ..data.packing import (
 from ..data.tables import TABLE_FORMATS, text_encoding
 from ..training.bits_per_byte import BitsPerByte, compressor_baselines
 from ..training.data_setup import SplitArguments
-from ..training.model_setup import ModelArguments, make_model, make_tokenizer, option, run_recipe
+from ..training.model_setup import ModelArguments, for_pairs, make_model, make_tokenizer, option, run_recipe
 from ..training.reports import draw_learning_curve, format_table, write_report
 from ..training.trainers import LanguageModelTrainer, build_trainer, train_and_save
 
@@ -166,7 +166,9 @@ def run(data: TextArguments, model_args: ModelArguments, args: TrainingArguments
         texts = load_texts(data)
         train = texts.pop("train", [])
         learned_from = first_texts(stream()) if data.streaming else train
-        tokenizer = make_tokenizer(model_args, learned_from, max_length, causal=not data.masked)
+        tokenizer = make_tokenizer(model_args, learned_from, max_length, pairs=data.masked, causal=not data.masked)
+        if data.masked:  # an encoder, perhaps for pairs of texts
+            model_args = for_pairs(model_args, tokenizer, comparing=False)
         splits, amount = {}, "none"
         if data.streaming:
             splits["train"], amount = packed_stream(stream, tokenizer, length, args.seed), "streamed"

@@ -302,18 +302,22 @@ def make_tokenizer(
     return tokenizer
 
 
-def for_pairs(args: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> ModelArguments:
+def for_pairs(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, comparing: bool = True) -> ModelArguments:
     """Add defaults for a new model that compares two texts; `--config_overrides` take precedence.
 
     Half of the heads of LSH layers compare content alone (`lsh_rotary=0.5`), so that they find what both texts say
     wherever it occurs. If the tokenizer returns `token_type_ids`, the model embeds them.
+
+    Args:
+        comparing: if False, the model reads single texts at first and may be fine-tuned on pairs later: it embeds
+            `token_type_ids`, and its heads stay as they are.
     """
     if args.model_name_or_path is not None:
         return args
-    fields = ["lsh_rotary=0.5"]
+    fields = ["lsh_rotary=0.5"] if comparing else []
     if "token_type_ids" in tokenizer.model_input_names:
         fields.append(f"type_vocab_size={max(2, tokenizer.pad_token_type_id + 1)}")
-    return replace(args, config_overrides=",".join([*fields, args.config_overrides or ""]).rstrip(","))
+    return replace(args, config_overrides=",".join([*fields, args.config_overrides or ""]).rstrip(",") or None)
 
 
 def make_model(

@@ -26,6 +26,7 @@ from common import (
     table,
     text_batches,
     train,
+    whitened_hashing,
 )
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
@@ -48,7 +49,7 @@ class Arguments(TextOptions, Options):
     center: str = HfArg(
         default="mean",
         help="mean of the tokens so far; followed: one that training follows; scaled: the mean, and every dimension "
-        "is divided by its standard deviation so far",
+        "is divided by its standard deviation so far; whitened: the mean, and all directions get the same spread",
     )
     steps: int = HfArg(default=600, help="of training; layers are judged before and after")
     length: int = HfArg(default=4096, help="of the sequences, and max_position_embeddings")
@@ -73,7 +74,12 @@ def balance(model: ReformerForCausalLM, ids: torch.Tensor) -> dict[int, dict[str
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(Arguments, SHORT, argv)
-    centers = {"mean": nullcontext, "followed": followed_center, "scaled": scaled_hashing}
+    centers = {
+        "mean": nullcontext,
+        "followed": followed_center,
+        "scaled": scaled_hashing,
+        "whitened": whitened_hashing,
+    }
     if args.center not in centers:
         raise SystemExit(f"--center {args.center}: one of {', '.join(centers)}.")
     with centers[args.center]():

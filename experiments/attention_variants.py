@@ -11,6 +11,7 @@ Local layers stay unchanged, with small windows. The lsh layers are replaced by:
     local          local layers that see as many keys as an lsh layer: local window + rounds × lsh window
     local-shared   the same, with shared queries and keys
     lsh            lsh layers as configured
+    lsh-0.5        lsh layers that subtract this share of the mean before hashing
     version-0.1    lsh layers as in version 0.1: rotary positions, vectors hashed with their mean
     followed       lsh layers that subtract a running mean updated in training; with --overrides reversible=False
     sinks          lsh layers; every layer also sees the first four tokens of the sequence
@@ -37,6 +38,7 @@ from common import (
     make_model,
     only_local,
     parse,
+    partly_centered,
     product,
     random_hashing,
     read_texts,
@@ -49,7 +51,7 @@ from common import (
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
-VARIANTS = ("exact", "full", "local", "local-shared", "lsh", "version-0.1", "random", "followed", "sinks")
+VARIANTS = ("exact", "full", "local", "local-shared", "lsh", "lsh-0.5", "version-0.1", "random", "followed", "sinks")
 KEYS = (
     "source", "text", "variant", "seed", "length", "steps", "answer_steps", "rows", "hidden_size", "layers",
     "local_window", "lsh_window", "num_hashes", "learning_rate", "overrides", "validated_on", "eval_rows",
@@ -95,6 +97,8 @@ def build(variant: str, args: Arguments) -> tuple[Any, contextlib.ExitStack]:
         contexts.enter_context(see_all(model))
     elif variant == "local-shared":
         contexts.enter_context(only_local(model, keys))
+    elif variant.startswith("lsh-"):
+        contexts.enter_context(partly_centered(float(variant.removeprefix("lsh-"))))
     elif variant == "random":
         contexts.enter_context(random_hashing())
     elif variant == "followed":

@@ -18,7 +18,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from common import Experiment, Inputs, Options, make_model, parse, product, random_hashing, see_all, table, train
+from common import (
+    Experiment,
+    Inputs,
+    Options,
+    make_model,
+    parse,
+    partly_centered,
+    product,
+    random_hashing,
+    see_all,
+    table,
+    train,
+)
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
@@ -36,7 +48,10 @@ SHORT = {
 @dataclass
 class Arguments(Options):
     layers: list[str] = HfArg(default_factory=lambda: ["local,lsh", "local,local"], help="models, a layer list each")
-    variants: list[str] = HfArg(default_factory=lambda: ["lsh"], help="what lsh layers see: lsh, random or exact")
+    variants: list[str] = HfArg(
+        default_factory=lambda: ["lsh"],
+        help="what lsh layers see: lsh, random, exact; or by hashing with a share of the mean subtracted: lsh-0.5",
+    )
     lengths: list[int] = HfArg(default_factory=lambda: [2048, 4096], help="of the rows that are judged")
     start_length: int = HfArg(default=128, help="of the first rows; the longest of --lengths: no curriculum")
     steps: int = HfArg(default=6000, help="at most")
@@ -102,6 +117,8 @@ def build(layers: str, args: Arguments) -> Any:
 
 def sees(model: Any, variant: str) -> AbstractContextManager:
     """Return the context in which lsh layers see what the variant specifies."""
+    if variant.startswith("lsh-"):
+        return partly_centered(float(variant.removeprefix("lsh-")))
     return {"lsh": nullcontext, "random": random_hashing, "exact": lambda: see_all(model)}[variant]()
 
 

@@ -11,7 +11,7 @@ Local layers stay unchanged, with small windows. The lsh layers are replaced by:
     local          local layers that see as many keys as an lsh layer: local window + rounds × lsh window
     local-shared   the same, with shared queries and keys
     lsh            lsh layers as configured
-    lsh-0.5        lsh layers that subtract this share of the mean before hashing
+    lsh-0.5        lsh layers that subtract this share of the mean before hashing (`lsh_centering=0.5`)
     version-0.1    lsh layers as in version 0.1: rotary positions, vectors hashed with their mean
     followed       lsh layers that subtract a running mean updated in training; with --overrides reversible=False
     sinks          lsh layers; every layer also sees the first four tokens of the sequence
@@ -38,7 +38,6 @@ from common import (
     make_model,
     only_local,
     parse,
-    partly_centered,
     product,
     random_hashing,
     read_texts,
@@ -88,6 +87,8 @@ def build(variant: str, args: Arguments) -> tuple[Any, contextlib.ExitStack]:
     layers = [swap if i in lsh_layers else kind for i, kind in enumerate(layers)]
     if variant == "version-0.1":
         fields |= {"lsh_centering": False, "lsh_rotary": 1.0}
+    elif variant.startswith("lsh-"):
+        fields |= {"lsh_centering": float(variant.removeprefix("lsh-"))}
     model = make_model(
         args.length, args.hidden_size, layers, args.overrides, local_window=args.local_window,
         lsh_window=args.lsh_window, num_hashes=args.num_hashes, **fields,
@@ -97,8 +98,6 @@ def build(variant: str, args: Arguments) -> tuple[Any, contextlib.ExitStack]:
         contexts.enter_context(see_all(model))
     elif variant == "local-shared":
         contexts.enter_context(only_local(model, keys))
-    elif variant.startswith("lsh-"):
-        contexts.enter_context(partly_centered(float(variant.removeprefix("lsh-"))))
     elif variant == "random":
         contexts.enter_context(random_hashing())
     elif variant == "followed":

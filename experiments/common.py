@@ -335,11 +335,6 @@ def whitened_hashing(ridge: float = 0.1) -> Any:
     return hashing_of(whiten)
 
 
-def partly_centered(share: float) -> Any:
-    """Return a context in which a share of the mean of the tokens so far is subtracted."""
-    return hashing_of(lambda units: units - share * running_mean(units))
-
-
 @contextmanager
 def sink_tokens(count: int) -> Iterator[None]:
     """Let every token in local and lsh layers also see the first `count` tokens of its row, within this context."""

@@ -9,7 +9,7 @@ evaluated with their windows, in `rounds` hash rounds. A row of the CSV is a way
 
     exact      all previous tokens
     lsh, lsh-uncentered   hashing as configured, and without subtracting the mean (`lsh_centering=False`)
-    lsh-0.75   hashing with this share of the mean subtracted
+    lsh-0.75   hashing with this share of the mean subtracted (`lsh_centering=0.75`)
     lsh-whitened   hashing with the mean subtracted and all directions given the same spread
     random     hashing of random vectors
     local      no hashing, but as many more keys in the local window: rounds × lsh window
@@ -37,7 +37,6 @@ from common import (
     make_model,
     only_local,
     parse,
-    partly_centered,
     product,
     random_hashing,
     read_texts,
@@ -102,12 +101,11 @@ def keys_chosen(model: Any, by: str, rounds: int, args: Arguments) -> Iterator[d
             contexts.enter_context(random_hashing())
         elif by == "lsh-whitened":
             contexts.enter_context(whitened_hashing())
-        elif by.startswith("lsh-0."):
-            contexts.enter_context(partly_centered(float(by.removeprefix("lsh-"))))
-        elif by == "lsh-uncentered":
+        elif by.startswith("lsh-"):
+            share = 0.0 if by == "lsh-uncentered" else float(by.removeprefix("lsh-"))
             for layer in model.model.layers:
                 if layer.attention.kind == "lsh":
-                    contexts.enter_context(patch.object(layer.attention, "centered", False))
+                    contexts.enter_context(patch.object(layer.attention, "centering", share))
         yield {"num_hashes": 1 if by in ("exact", "local", "none") else rounds}
 
 

@@ -24,7 +24,6 @@ from common import (
     Options,
     make_model,
     parse,
-    partly_centered,
     product,
     random_hashing,
     see_all,
@@ -107,19 +106,19 @@ def accuracy(model: Any, args: Arguments, length: int, rounds: int | None = None
     return hits / count
 
 
-def build(layers: str, args: Arguments) -> Any:
+def build(layers: str, variant: str, args: Arguments) -> Any:
+    share = {"lsh_centering": float(variant.removeprefix("lsh-"))} if variant.startswith("lsh-") else {}
     return make_model(
         max(args.lengths), args.hidden_size, layers.split(","), args.overrides, local_window=args.local_window,
         vocab_size=args.keys + args.values + args.fillers, lsh_window=args.lsh_window, num_hashes=args.num_hashes,
-        num_buckets=args.num_buckets, lsh_exploration_orders=args.exploration_orders,
+        num_buckets=args.num_buckets, lsh_exploration_orders=args.exploration_orders, **share,
     )  # fmt: skip
 
 
 def sees(model: Any, variant: str) -> AbstractContextManager:
     """Return the context in which lsh layers see what the variant specifies."""
-    if variant.startswith("lsh-"):
-        return partly_centered(float(variant.removeprefix("lsh-")))
-    return {"lsh": nullcontext, "random": random_hashing, "exact": lambda: see_all(model)}[variant]()
+    kind = variant.split("-")[0]
+    return {"lsh": nullcontext, "random": random_hashing, "exact": lambda: see_all(model)}[kind]()
 
 
 def learn(model: Any, args: Arguments, seed: int, checkpoint: Any = None, name: str = "") -> list[dict[str, float]]:
@@ -165,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for choice in product(seed=args.seeds, layers=args.layers, variant=args.variants):
         key = {**fixed, **choice}
         set_seed(choice["seed"])
-        model, name = build(choice["layers"], args), ", ".join(map(str, choice.values()))
+        model, name = build(choice["layers"], choice["variant"], args), ", ".join(map(str, choice.values()))
         wanted = [{**key, **more} for more in product(length=args.lengths, rounds=args.rounds)]
         with sees(model, choice["variant"]):
             history = learn(model, args, choice["seed"], experiment.checkpoint(key), name)

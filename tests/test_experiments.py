@@ -160,8 +160,7 @@ def test_lsh_layers_that_see_all_do_not_depend_on_hashing_and_others_do():
 @pytest.mark.parametrize(
     ("context", "same"),
     [
-        (common.partly_centered(1.0), True),
-        (common.partly_centered(0.5), False),
+        (common.hashing_of(lambda units: units - common.running_mean(units)), True),
         (common.scaled_hashing(), False),
         (common.whitened_hashing(), False),
     ],

@@ -159,6 +159,7 @@ def _check_numbers(config: Any) -> None:
     shares = [
         "hidden_dropout_prob",
         "classifier_dropout",
+        "lsh_centering",
         "lsh_rotary",
         *(f"{kind}_attention_probs_dropout_prob" for kind in kinds),
     ]

@@ -61,10 +61,11 @@ class ReformerConfig(PreTrainedConfig):
             itself and the `window - 1` before it; bidirectional: itself and `window // 2` on either side. Values
             above 2^30 are reduced to 2^30.
         lsh_include_local (`bool`, defaults to `True`): Window mode: lsh layers also attend to their `local_window`.
-        lsh_centering (`bool`, *optional*):
+        lsh_centering (`bool` or `float`, *optional*):
             Window mode: hash the vectors used in scores (with rotary positions, at unit length) minus their mean over
-            the sample, in causal models over the tokens so far. Otherwise, vectors are hashed as projected, and
-            nearly all tokens fall into a few buckets. Default: True, except in models saved by version 0.1.
+            the sample, in causal models over the tokens so far; or minus this share of it. False: vectors are hashed
+            as projected, and nearly all tokens fall into a few buckets. Default: True, except in models saved by
+            version 0.1.
         lsh_rotary (`float`, defaults to 1.0):
             Share of the heads of lsh layers that use rotary positions: the first ones, and at least one if above 0.
             The others compare content only, regardless of distance.
@@ -206,7 +207,7 @@ class ReformerConfig(PreTrainedConfig):
     lsh_window: int = 128
     local_window: int = 128
     lsh_include_local: bool = True
-    lsh_centering: bool | None = None
+    lsh_centering: bool | float | int | None = None
     lsh_rotary: float | int = 1.0
     lsh_exploration_orders: int = 1
     resample_rotations: bool = True

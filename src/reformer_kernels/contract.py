@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-CONTRACT = 9  # version of the interface used by hf_reformer.ops.dispatch; changes whenever it does
+CONTRACT = 10  # version of the interface used by hf_reformer.ops.dispatch; changes whenever it does
 MAX_POSITIONS = 2**29  # sorted positions per head; positions that wrap around still fit in int32
 
 # The constants of hf_reformer.ops.reference and .prng; a test compares them.
@@ -23,6 +23,7 @@ class CacheTensors(NamedTuple):
         factors: bucket factors.
         window: number of newest members of every bucket that a token attends to.
         sums: (B, H, D) float64, sum of all unit vectors so far; None: vectors are hashed without centering.
+        share: of their mean that is subtracted before hashing.
     """
 
     keys: torch.Tensor
@@ -34,6 +35,7 @@ class CacheTensors(NamedTuple):
     factors: tuple[int, ...] = ()
     window: int = 0
     sums: torch.Tensor | None = None
+    share: float = 1.0
 
 
 def check_positions(perm: torch.Tensor) -> None:

@@ -71,6 +71,7 @@ def test_pieces_equal_the_whole(kinds, pieces, masked):
         {"position_embedding_type": "rotary", "lsh_rotary": 0.5},
         {"position_embedding_type": "rotary", "lsh_rotary": 1.0},
         {"lsh_include_local": False},
+        {"lsh_centering": 0.5},
         {"num_hashes": 3, "num_buckets": [2, 4]},
         {"dtype": torch.float32},
         pytest.param({"dtype": torch.float32, "attention_backend": "torch"}, marks=pytest.mark.slow),

@@ -287,10 +287,10 @@ def test_buckets_are_those_of_the_torch_backend(seed, length, size, rounds, fact
 @given(
     seed=st.integers(0, 10**6), length=st.integers(1, 300), causal=st.booleans(), padding=st.booleans(),
     packed=st.booleans(), before=st.integers(0, 40), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    size=st.sampled_from([8, 24, 40, 64]), heads=st.sampled_from([1, 3]),
+    size=st.sampled_from([8, 24, 40, 64]), heads=st.sampled_from([1, 3]), share=st.sampled_from([1.0, 0.5]),
 )  # fmt: skip
 def test_centered_buckets_are_those_of_the_torch_backend(
-    seed, length, causal, padding, packed, before, dtype, size, heads, two_threads
+    seed, length, causal, padding, packed, before, dtype, size, heads, share, two_threads
 ):
     generator = torch.Generator().manual_seed(seed)
     vectors = (torch.randn(1, length + before, heads, size, generator=generator) + 1).to(dtype).transpose(1, 2)
@@ -300,7 +300,7 @@ def test_centered_buckets_are_those_of_the_torch_backend(
     sums = counts = None
     if causal and not packed and before:
         sums, counts = unit_sums(vectors[:, :, :before]), torch.full((1,), before)
-    centering = Centering(causal, mask, samples, sums, counts)
+    centering = Centering(causal, mask, samples, sums, counts, share)
     rotations = window_rotations(make_key(seed), 0, heads, size, 2, 6)
     inputs = vectors[:, :, before:], rotations, 6, centering
     assert (dispatch.lsh_buckets(*inputs) != lsh_buckets(*inputs)).sum() <= 1  # a near-tie

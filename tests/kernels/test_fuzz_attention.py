@@ -101,16 +101,17 @@ def test_fuzz_hashing():
             counts = torch.full((batch,), 9)
         before = torch.get_num_threads()
         torch.set_num_threads(draw.choice([1, 2, 5]))
-        found = [lsh_buckets(vectors, rotations, factors, Centering(causal, mask, samples, sums, counts), "cpu")]
+        share = draw.choice([1.0, 0.5])
+        centering = Centering(causal, mask, samples, sums, counts, share)
+        found = [lsh_buckets(vectors, rotations, factors, centering, "cpu")]
         if causal and samples is None and length > 1:
             cut = draw.randint(1, length - 1)
             first, last = (None, None) if mask is None else (mask[:, :cut], mask[:, cut:])
             seen = counts + (cut if first is None else first.sum(-1))
-            later = Centering(True, last, None, sums + unit_sums(vectors[:, :, :cut], first), seen)
+            later = Centering(True, last, None, sums + unit_sums(vectors[:, :, :cut], first), seen, share)
             parts = found[0][..., :cut], lsh_buckets(vectors[:, :, cut:], rotations, factors, later, "cpu")
             found.append(torch.cat(parts, dim=-1))
         torch.set_num_threads(before)
-        centering = Centering(causal, mask, samples, sums, counts)
         expected, exact = lsh_buckets_in_torch(vectors, rotations, factors, centering), vectors.double()
         projected = torch.einsum("bhtd,hdrc->bhrtc", centered(exact, centering), rotations.double())
         for buckets in found:

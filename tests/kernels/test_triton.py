@@ -220,12 +220,12 @@ def drawn_hashing(count: int) -> list:
     options = {
         "length": range(1, 150), "causal": [True, False], "padding": [True, False], "packed": [True, False],
         "before": [0, 0, 1, 40], "dtype": [torch.float32, *HALF], "size": [8, 24, 40, 64], "heads": [1, 3],
-        "factors": [(2,), (6,), (64,), (4, 8), (2, 4, 6)],
+        "factors": [(2,), (6,), (64,), (4, 8), (2, 4, 6)], "share": [1.0, 0.5],
     }  # fmt: skip
     return [{name: draw.choice(values) for name, values in options.items()} for _ in range(count)]
 
 
-def assert_hashed_as_in_torch(seed, length, causal, padding, packed, before, dtype, size, heads, factors):
+def assert_hashed_as_in_torch(seed, length, causal, padding, packed, before, dtype, size, heads, factors, share):
     generator = torch.Generator().manual_seed(seed)
     vectors = (torch.randn(2, length + before, heads, size, generator=generator) + 1).to(dtype).transpose(1, 2)
     mask = torch.rand(2, length, generator=generator) > 0.3 if padding else None
@@ -235,7 +235,7 @@ def assert_hashed_as_in_torch(seed, length, causal, padding, packed, before, dty
     if causal and not packed and before:
         sums, counts = lsh.unit_sums(vectors[:, :, :before]), torch.full((2,), before)
     rotations = lsh.window_rotations(make_key(seed), 0, heads, size, 2, factors)
-    inputs, center = (vectors[:, :, before:], rotations), lsh.Centering(causal, mask, samples, sums, counts)
+    inputs, center = (vectors[:, :, before:], rotations), lsh.Centering(causal, mask, samples, sums, counts, share)
     for centered in (True, False):
         expected = lsh.lsh_buckets(*inputs, factors, center if centered else None)
         there = [
@@ -255,7 +255,7 @@ def check_buckets_are_those_of_the_torch_backend(seed):
 
 @pytest.mark.parametrize("packed", [True, False])
 def check_centered_buckets(packed):
-    assert_hashed_as_in_torch(0, 75, True, True, packed, 3, torch.float32, 8, 2, (4, 8))
+    assert_hashed_as_in_torch(0, 75, True, True, packed, 3, torch.float32, 8, 2, (4, 8), 0.5)
 
 
 def check_vectors_that_cannot_be_squared_or_are_no_numbers_are_hashed_as_in_torch():
@@ -307,7 +307,7 @@ def drawn_steps(count: int) -> list:
         "kind": ["lsh", "lsh", "local"], "dtype": [torch.float32, *HALF], "heads": [1, 3], "size": [8, 24, 40, 64],
         "rows": [1, 3], "padded": [True, False], "prompt": [1, 7, 30], "pieces": [(1, 1, 1), (3, 8, 1), (20, 1)],
         "num_hashes": [1, 2, 3], "num_buckets": [4, 16, [2, 4], [2, 2, 4]], "lsh_window": [1, 4, 6, 40],
-        "local_window": [1, 3, 6, 40], "lsh_include_local": [True, True, False], "lsh_centering": [True, True, False],
+        "local_window": [1, 3, 6, 40], "lsh_include_local": [True, True, False], "lsh_centering": [True, 0.5, False],
         "lsh_rotary": [0.0, 0.5, 1.0], "capacity": [0, 64],
     }  # fmt: skip
     return [{name: draw.choice(values) for name, values in options.items()} for _ in range(count)]

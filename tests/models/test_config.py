@@ -99,6 +99,21 @@ def test_a_model_of_version_0_1_computes_as_it_did(tmp_path):
     assert ReformerConfig.from_pretrained(tmp_path, lsh_centering=True).lsh_centering is True
 
 
+@torch.no_grad()
+def test_a_share_of_the_mean_between_none_and_all(tmp_path):
+    logits = {}
+    for share in (True, 1.0, 0.5, 0.0, False):
+        config = tiny_config(lsh_centering=share)
+        config.save_pretrained(tmp_path)
+        assert ReformerConfig.from_pretrained(tmp_path).lsh_centering == share
+        torch.manual_seed(0)
+        logits[str(share)] = ReformerModel(config).eval()(make_ids(2, 200)).last_hidden_state
+    assert torch.equal(logits["True"], logits["1.0"])
+    assert torch.equal(logits["False"], logits["0.0"])
+    assert not torch.equal(logits["0.5"], logits["True"])
+    assert not torch.equal(logits["0.5"], logits["False"])
+
+
 # --- positions
 
 
@@ -197,6 +212,9 @@ BAD = [
     ({"attention_mode": "chunk", "lsh_attn_chunk_length": None}, "lsh_attn_chunk_length=None", "at least 1"),
     ({"attention_mode": "chunk", "lsh_num_chunks_before": -1}, "lsh_num_chunks_before=-1", "not be negative"),
     ({"hidden_dropout_prob": 1.5}, "hidden_dropout_prob=1.5", "between 0 and 1"),
+    ({"lsh_centering": 1.5}, "lsh_centering=1.5", "between 0 and 1"),
+    ({"lsh_centering": -0.5}, "lsh_centering=-0.5", "between 0 and 1"),
+    ({"lsh_centering": float("nan")}, "lsh_centering=nan", "between 0 and 1"),
     ({"local_attention_probs_dropout_prob": -0.1}, "probs_dropout_prob=-0.1", "between 0 and 1"),
     (
         {"attention_mode": "chunk", "is_decoder": True, "lsh_num_chunks_after": 1},

@@ -37,7 +37,7 @@ def draw_options(draw: random.Random) -> dict:
         "local_window": draw.choice([1, 2, 6, 40, 2**20]),
         "num_buckets": draw.choice([2, 4, (4, 6), 64]),
         "lsh_include_local": draw.random() < 0.7,
-        "lsh_centering": draw.random() < 0.7,
+        "lsh_centering": draw.choice([True, 0.5, False]),
         "lsh_exploration_orders": draw.randint(0, 2),
         "lsh_rotary": draw.choice([0.0, 0.5, 1.0]),
     }

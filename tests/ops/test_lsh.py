@@ -139,20 +139,24 @@ both_directions = pytest.mark.parametrize("causal", [True, False], ids=["causal"
 
 
 @both_directions
-@given(seed=st.integers(0, 1000), length=st.integers(1, 60), padding=st.booleans(), packed=st.booleans())
-def test_each_token_is_less_the_mean_of_what_it_may_see(causal, seed, length, padding, packed):
+@given(
+    seed=st.integers(0, 1000), length=st.integers(1, 60), padding=st.booleans(), packed=st.booleans(),
+    share=st.sampled_from([1.0, 0.5]),
+)  # fmt: skip
+def test_each_token_is_less_the_mean_of_what_it_may_see(causal, seed, length, padding, packed, share):
     generator = torch.Generator().manual_seed(seed)
     vectors = draw(2, 3, length, 8, seed=seed) + 1
     mask = torch.rand(2, length, generator=generator) > 0.3 if padding else torch.ones(2, length, dtype=torch.bool)
     samples = (torch.rand(2, length, generator=generator) < 0.1 * packed).cumsum(-1, dtype=torch.int32)
     samples = samples - samples[:, :1]
-    found = centered(vectors, Centering(causal, mask if padding else None, samples if packed else None))
+    center = Centering(causal, mask if padding else None, samples if packed else None, share=share)
+    found = centered(vectors, center)
     unit = vectors / vectors.norm(dim=-1, keepdim=True)
     for row in range(2):
         for t in range(length):
             seen = mask[row] & (samples[row] == samples[row, t])
             seen = seen & (torch.arange(length) <= t) if causal else seen
-            expected = unit[row, :, t] - unit[row][:, seen].mean(1) if mask[row, t] else torch.zeros(3, 8)
+            expected = unit[row, :, t] - share * unit[row][:, seen].mean(1) if mask[row, t] else torch.zeros(3, 8)
             assert (found[row, :, t] - expected).abs().max() <= 1e-11
 
 

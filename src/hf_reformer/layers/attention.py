@@ -48,7 +48,7 @@ class ReformerAttention(AttentionProjections):
         kinds: Any = config.attn_layers
         super().__init__(config, layer, kinds[layer])
         self.backend, self.mode = config.attention_backend, config.attention_mode
-        self.centered = self.mode == "window" and config.lsh_centering
+        self.centering = float(config.lsh_centering or 0) if self.mode == "window" else 0.0
         turned = math.ceil(round(config.lsh_rotary * self.heads, 6))
         self.turned_heads = turned if self.kind == "lsh" else self.heads
         self.dropout = Dropout(getattr(config, f"{self.kind}_attention_probs_dropout_prob") or 0.0)
@@ -66,7 +66,7 @@ class ReformerAttention(AttentionProjections):
             turned = min(max(turned, own.start), own.stop) - own.start
         query = rotate(query, ctx.rotary, turned, self.backend)
         key = None if key is None else rotate(key, ctx.rotary, turned, self.backend)
-        hashed = query if self.centered else projected_query
+        hashed = query if self.centering else projected_query
         vectors = hashed if self.kind == "lsh" else None
         cache_layer = None if ctx.cache is None else ctx.cache.layers[self.layer]
         if cache_layer is not None and cache_layer.seen_tokens:
@@ -149,10 +149,10 @@ class ReformerAttention(AttentionProjections):
     def buckets(self, vectors: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """Hash vectors (B, H, T, D), which continue those of the cache, into buckets (B, H, R, T) int32."""
         hasher, centering = self.hasher(vectors, ctx), None
-        if self.centered:
+        if self.centering:
             cache_layer = None if ctx.cache is None else ctx.cache.layers[self.layer]
             before = (None, None) if cache_layer is None else (cache_layer.sums, cache_layer.lengths)
-            centering = Centering(self.causal, ctx.mask, ctx.samples, *before)
+            centering = Centering(self.causal, ctx.mask, ctx.samples, *before, self.centering)
         return hasher.buckets(vectors, centering)
 
     def hasher(self, vectors: torch.Tensor, ctx: ForwardContext) -> Hasher:

@@ -70,15 +70,18 @@ def prefill(
     return torch.cat(outputs, dim=1), None
 
 
-def cache_tensors(kernel: Any, cache_layer: Any) -> Any:
-    """Collect the tensors of a cache layer that the decode functions of `reformer_kernels.cpu` read and write."""
+def cache_tensors(kernel: Any, cache_layer: Any, share: float) -> Any:
+    """Collect the tensors of a cache layer that the decode functions of `reformer_kernels.cpu` read and write.
+
+    `share`: of the mean that is subtracted before hashing.
+    """
     hasher, chains = cache_layer.hasher, cache_layer.chains
     if hasher is None:
         return kernel.CacheTensors(cache_layer.keys, cache_layer.values)
     window = min(cache_layer.lsh_window, chains.previous.shape[-1] - 1)  # as in `last`: the kernel allocates this much
     return kernel.CacheTensors(
         cache_layer.keys, cache_layer.values, cache_layer.buckets, chains.newest, chains.previous, hasher.rotations,
-        bucket_factors(hasher.num_buckets), window, cache_layer.sums,
+        bucket_factors(hasher.num_buckets), window, cache_layer.sums, share,
     )  # fmt: skip
 
 
@@ -97,7 +100,7 @@ def decode(
     kernel = decode_kernel(attention.backend, cache_layer.keys) if windows and not ctx.want_weights else None
     if kernel is not None:
         numbers = cache_layer.reserve(value.shape[2], ctx.mask)
-        options = cache_tensors(kernel, cache_layer), cache_layer.local_reach, attention.scale
+        options = cache_tensors(kernel, cache_layer, attention.centering), cache_layer.local_reach, attention.scale
         out = kernel.decode_attention(query, key, value, vectors, numbers, *options)
         cache_layer.commit(numbers)
         return out, None

@@ -46,13 +46,13 @@ def plan_fused_decode(layers: Any, ctx: ForwardContext, like: torch.Tensor, dtyp
 
     def run(x1: torch.Tensor, x2: torch.Tensor, *unused: Any) -> tuple[torch.Tensor, torch.Tensor, list]:
         inputs = []
-        for cache_layer, weights, options in steps:
+        for layer, (cache_layer, weights, options) in zip(layers, steps, strict=True):
             numbers = cache_layer.reserve(1, ctx.mask)
-            tensors = cache_tensors(kernel, cache_layer)
+            tensors = cache_tensors(kernel, cache_layer, layer.attention.centering)
             inputs.append(kernel.DecodeLayer(weights, tensors, numbers, ctx.rotary, *options))
         streams = kernel.decode_layers(x1, x2, inputs)
-        for (cache_layer, *_), layer in zip(steps, inputs, strict=True):
-            cache_layer.commit(layer.indices)
+        for (cache_layer, *_), new in zip(steps, inputs, strict=True):
+            cache_layer.commit(new.indices)
         return *streams, []
 
     return run

@@ -35,7 +35,7 @@ try:
     from reformer_kernels.contract import CONTRACT
 
     # A copy of this file that is shipped with a model may find another version of the kernels.
-    KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton} if CONTRACT == 9 else {}
+    KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton} if CONTRACT == 10 else {}
 except ImportError:  # a model loaded with trust_remote_code, without the package
     KERNELS = {}
 

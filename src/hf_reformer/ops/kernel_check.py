@@ -44,7 +44,7 @@ def agrees(kernels: Any) -> bool:
                 bindings.lsh_buckets(query, rotations, list(factors), True, *centering),
                 lsh_buckets(query, rotations, factors, centering),
             )
-            for centering in (Centering(True, mask, samples), Centering(False, mask, samples))
+            for centering in (Centering(True, mask, samples), Centering(False, mask, samples, share=0.5))
         )
         and all(map(torch.equal, bindings.sort_by_bucket(*sort_inputs), sort_by_bucket(*sort_inputs)))
         and _close([bindings.normal_rows(key, 2, 50)], [normal_rows(key, 2, 50)])
@@ -121,7 +121,7 @@ def _decode_attention_agrees(kernels, query, value, device="cpu") -> bool:
     buckets = torch.zeros(batch, heads, 2, length, dtype=torch.int32, device=device)
     sums = torch.zeros(batch, heads, size, dtype=torch.float64, device=device)
     by_bucket = kernels.CacheTensors(
-        keys, values, buckets, chains.newest, chains.previous, rotations.to(device), factors, window, sums
+        keys, values, buckets, chains.newest, chains.previous, rotations.to(device), factors, window, sums, 0.5
     )
     indices = torch.arange(length, device=device).expand(batch, -1)
     there, outputs = [x.to(device).split(pieces, 2) for x in (query, key, value)], []
@@ -139,7 +139,7 @@ def _decode_attention_agrees(kernels, query, value, device="cpu") -> bool:
         attention_with_weights(exact[0], keys, exact[2], window_layout(shown, True, None), causal=True)[0]
         for keys, shown in ((None, groups), (exact[1], groups[:1]))
     ]
-    expected_buckets = lsh_buckets(query, rotations, factors, Centering(causal=True))
+    expected_buckets = lsh_buckets(query, rotations, factors, Centering(causal=True, share=0.5))
     return _same_buckets(buckets, expected_buckets) and _near(found, expected, TOLERANCES[query.dtype])
 
 
@@ -198,7 +198,7 @@ def _triton_hashing_agrees(kernels, device, dtype, size, length) -> bool:
     samples = (torch.arange(length, device="cpu") // 24).int().expand(2, -1)
     sums, counts = unit_sums(vectors), torch.full((2,), length, device="cpu")
     kinds = [None, Centering(True, mask), Centering(False, mask), Centering(True, None, None, sums, counts)]
-    kinds += [Centering(causal, mask, samples) for causal in (True, False)]
+    kinds += [Centering(causal, mask, samples, share=0.5) for causal in (True, False)]
     for centering in kinds:
         expected = lsh_buckets(vectors, rotations, factors, centering)
         center = [x.to(device) if isinstance(x, torch.Tensor) else x for x in centering or Centering(False)]

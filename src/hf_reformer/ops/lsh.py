@@ -62,6 +62,7 @@ class Centering(NamedTuple):
         samples: (B, T) int32, index of each token's sample in a packed sequence: 0, 1, … in order; None: one each.
         sums: (B, H, D) float64 (`sum_dtype`), if causal: `unit_sums` of earlier tokens; None: there are none.
         counts: (B) int64, number of real tokens in `sums`.
+        share: of the mean that is subtracted.
     """
 
     causal: bool
@@ -69,6 +70,7 @@ class Centering(NamedTuple):
     samples: torch.Tensor | None = None
     sums: torch.Tensor | None = None
     counts: torch.Tensor | None = None
+    share: float = 1.0
 
 
 def unit_rows(vectors: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -96,7 +98,7 @@ def unit_sums(vectors: torch.Tensor, mask: torch.Tensor | None = None) -> torch.
 
 @torch.no_grad()
 def centered(vectors: torch.Tensor, centering: Centering) -> torch.Tensor:
-    """Normalize vectors and subtract their mean, a common component that does not tell them apart.
+    """Normalize vectors and subtract (a share of) their mean, a common component that does not tell them apart.
 
     Without centering, vectors with a large common component crowd into a few buckets (MagicPIG, Chen et al. 2025,
     subtracts the mean of its keys before hashing for this reason). Attention weights are not affected.
@@ -124,7 +126,7 @@ def _centered_head(vectors: torch.Tensor, centering: Centering, head: int) -> to
         sums, counts = sums + centering.sums[:, head, None, None], counts + centering.counts[:, None, None, None]
     if samples is not None:
         sums, counts = (_within_samples(x, samples.contiguous(), centering.causal) for x in (sums, counts))
-    rows = (rows - sums * (1 / counts.clamp(min=1))).to(rows.dtype)
+    rows = (rows - sums * (centering.share / counts.clamp(min=1))).to(rows.dtype)
     used = rows.abs().amax(-1, keepdim=True) >= SMALLEST_DIFFERENCE
     return torch.where(used if mask is None else used & mask[:, None, :, None], rows, 0.0)
 

@@ -120,6 +120,7 @@ attention = register_attention("cpu", forward, backward, lambda *_: torch.float3
 def lsh_buckets(
     vectors: torch.Tensor, rotations: torch.Tensor, factors: list[int], centered: bool, causal: bool,
     mask: torch.Tensor | None, samples: torch.Tensor | None, sums: torch.Tensor | None, counts: torch.Tensor | None,
+    share: float,
 ) -> torch.Tensor:  # fmt: skip
     """Compute buckets, (B, H, R, T) int32, like `lsh.lsh_buckets`, except that near-ties may differ.
 
@@ -145,7 +146,7 @@ def lsh_buckets(
     params = HashParams(
         strided(vectors), rotations.data_ptr(), ctypes.addressof(factor_array), batch, heads, length, rounds, size,
         columns, len(factors), DTYPES[vectors.dtype], torch.get_num_threads(), centered, causal, *map(pointer, center),
-        buckets.data_ptr(),
+        share, buckets.data_ptr(),
     )  # fmt: skip
     if buckets.numel():
         current_library().hf_hash(byref(params))
@@ -153,7 +154,7 @@ def lsh_buckets(
 
 
 @lsh_buckets.register_fake
-def _(vectors, rotations, factors, centered, causal, mask, samples, sums, counts):
+def _(vectors, rotations, factors, centered, causal, mask, samples, sums, counts, share):
     batch, heads, length = vectors.shape[:3]
     return vectors.new_empty(batch, heads, rotations.shape[2], length, dtype=torch.int32)
 

@@ -49,7 +49,7 @@ def _decode_params(cache: CacheTensors, indices: torch.Tensor, local_window: int
         rounds=0 if cache.rotations is None else cache.rotations.shape[2], num_factors=len(factors),
         num_buckets=0 if cache.newest is None else cache.newest.shape[-1], window=min(cache.window, capacity),
         local_window=min(local_window, MAX_POSITIONS), capacity=capacity, bfloat16=DTYPES[cache.keys.dtype],
-        threads=torch.get_num_threads(), scale=scale,
+        threads=torch.get_num_threads(), scale=scale, share=cache.share,
     )  # fmt: skip
     params.tensors = indices, factor_array
     return params

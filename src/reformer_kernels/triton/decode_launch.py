@@ -29,7 +29,7 @@ def run_decode_attention(
     place_tokens[(batch * heads,)](
         key, value, vectors, indices, cache.keys, cache.values, cache.buckets, cache.newest, cache.previous,
         cache.rotations, cache.sums, chains, heads, length, capacity, rounds, columns, num_buckets, window,
-        ROUNDS=triton.next_power_of_2(max(1, rounds)), COLUMNS=at_once, FACTORS=cache.factors,
+        cache.share, ROUNDS=triton.next_power_of_2(max(1, rounds)), COLUMNS=at_once, FACTORS=cache.factors,
         CENTERED=cache.sums is not None, **options,
     )  # fmt: skip
     attend_to_cache[(batch * heads * length,)](

@@ -41,14 +41,15 @@ def bucket_of(
 @triton.jit(do_not_specialize=["length", "capacity", "rounds", "columns", "num_buckets", "window"])
 def place_tokens(
     key, value, vectors, indices, keys, values, buckets, newest, previous, rotations, sums, chains, heads, length,
-    capacity, rounds, columns, num_buckets, window, SIZE: tl.constexpr, BLOCK: tl.constexpr, ROUNDS: tl.constexpr,
-    COLUMNS: tl.constexpr, FACTORS: tl.constexpr, HASHED: tl.constexpr, CENTERED: tl.constexpr,
+    capacity, rounds, columns, num_buckets, window, share, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    ROUNDS: tl.constexpr, COLUMNS: tl.constexpr, FACTORS: tl.constexpr, HASHED: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
     """Write the new tokens of one head of one sequence to the cache, one after another.
 
     key, value, vectors: (B, H, N, SIZE), for N new tokens; vectors are hashed.
     indices: (B, N) int64, the tokens' indices in their sequences; negative for padding.
     keys … sums: the fields of `contract.CacheTensors`.
+    share: of the mean that is subtracted before hashing.
     chains: (B, H, N, R, window) int32, for every token 1 + the newest members of its buckets, itself first; 0: none.
     ROUNDS: R, padded to a power of two.
     """
@@ -70,7 +71,7 @@ def place_tokens(
                     total = tl.load(sums + row * SIZE + d, mask=real, other=0.0) + vector.to(tl.float64)
                     tl.debug_barrier()  # all threads must have read, since several hold the same elements
                     tl.store(sums + row * SIZE + d, total, mask=real)
-                    vector = (vector.to(tl.float64) - total * (1.0 / (index + 1).to(tl.float64))).to(tl.float32)
+                    vector = (vector.to(tl.float64) - total * (share / (index + 1).to(tl.float64))).to(tl.float32)
                     differs = tl.max(tl.abs(vector), axis=0) >= SMALLEST_DIFFERENCE
                     vector = tl.where(differs, vector, 0.0)
                 own = tl.zeros([ROUNDS], tl.int32)

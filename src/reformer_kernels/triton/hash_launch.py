@@ -56,6 +56,7 @@ def sums_outside(
 def run_hashing(
     vectors: torch.Tensor, rotations: torch.Tensor, factors: list[int], centered: bool, causal: bool,
     mask: torch.Tensor | None, samples: torch.Tensor | None, sums: torch.Tensor | None, counts: torch.Tensor | None,
+    share: float,
 ) -> torch.Tensor:  # fmt: skip
     """Compute buckets, (B, H, R, T) int32; arguments are those of `torch_ops.lsh_buckets`."""
     batch, heads, length, size = vectors.shape
@@ -77,7 +78,7 @@ def run_hashing(
         tail_sums = head_sums if samples is None else torch.empty_like(head_sums)
         sum_tiles[grid](vectors, real, samples, head_sums, tail_sums, heads, length, **of_tile)
         before, behind = sums_outside(head_sums, tail_sums, samples, sums, tile)
-        shares = (1 / counts_of(mask, samples, counts, causal, vectors).clamp(min=1)).float().contiguous()
+        shares = (share / counts_of(mask, samples, counts, causal, vectors).clamp(min=1)).float().contiguous()
     column, stride = 0, 1
     for factor in factors:
         hash_tokens[grid](

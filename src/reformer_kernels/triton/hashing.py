@@ -88,7 +88,7 @@ def hash_tokens(
 
     before, behind: (B, H, tiles, SIZE) float32, sums of unit vectors of the first token's sample before the tile, and
         of the last token's sample after it.
-    shares: (B, T) float32, 1 / number of tokens in the subtracted mean.
+    shares: (B, T) float32, the share of the mean that is subtracted / number of tokens in it.
     rotations: (H, SIZE, R, columns) float32; this factor's are `half` columns, half its buckets, from `column` on.
     buckets: (B, H, R, T) int32; this factor's are multiplied by `stride`.
     """

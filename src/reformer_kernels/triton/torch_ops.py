@@ -35,6 +35,7 @@ attention = register_attention("triton", _forward, _backward, compute_dtype)
 def lsh_buckets(
     vectors: torch.Tensor, rotations: torch.Tensor, factors: list[int], centered: bool, causal: bool,
     mask: torch.Tensor | None, samples: torch.Tensor | None, sums: torch.Tensor | None, counts: torch.Tensor | None,
+    share: float,
 ) -> torch.Tensor:  # fmt: skip
     """Compute buckets, (B, H, R, T) int32, like `lsh.lsh_buckets`, except that near-ties may differ.
 
@@ -48,11 +49,11 @@ def lsh_buckets(
     if rotations.shape[-1] != sum(factors) // 2:
         raise ValueError(f"Rotations of {rotations.shape[-1]} columns don't fit bucket factors {factors}.")
     with torch.cuda.device_of(vectors):
-        return run_hashing(vectors, rotations, factors, centered, causal, mask, samples, sums, counts)
+        return run_hashing(vectors, rotations, factors, centered, causal, mask, samples, sums, counts, share)
 
 
 @lsh_buckets.register_fake
-def _(vectors, rotations, factors, centered, causal, mask, samples, sums, counts):
+def _(vectors, rotations, factors, centered, causal, mask, samples, sums, counts, share):
     batch, heads, length = vectors.shape[:3]
     return vectors.new_empty(batch, heads, rotations.shape[2], length, dtype=torch.int32)
 

@@ -28,10 +28,11 @@ template <typename F> HF_INLINE float unit_scale(float squares, int size, F&& at
 }
 
 HF_INLINE Float less_mean(Float unit, const Doubles& sums, Float share) { return fma(narrow(sums), zero() - share, unit); }
-inline float share_of(int64_t count) { return 1.0f / std::max<int64_t>(count, 1); }
+// The factor of a sum of `count` vectors: `share` of their mean is subtracted.
+inline float share_of(double share, int64_t count) { return static_cast<float>(share) / std::max<int64_t>(count, 1); }
 
-// A vector of floats, zeros behind it, becomes a unit vector less the mean of `count` with itself; `sums` counts it in.
-inline void center_row(const float* row, int size, double* sums, int64_t count, float* out) {
+// A vector of floats, zeros behind it, becomes a unit vector less `factor` times `sums`, which counts it in.
+inline void center_row(const float* row, int size, double* sums, float factor, float* out) {
     auto at = [&](int k) { return load(row + k); };
     const float scale = unit_scale(sum_of_squares(size, at), size, at);
     Float most = zero();
@@ -42,7 +43,7 @@ inline void center_row(const float* row, int size, double* sums, int64_t count, 
         const Float unit = scale > 0 ? load(row + k) * splat(scale) : zero();
         add(unit, total);
         std::memcpy(sums + k, &total, bytes);
-        const Float rest = less_mean(unit, total, splat(share_of(count)));
+        const Float rest = less_mean(unit, total, splat(factor));
         most = max(most, abs(rest));
         store(out + k, rest);
     }
@@ -84,7 +85,7 @@ class Centering {
         if (h_.causal) return;
         for (const Doubles& sums : so_far_.sums) {
             means_.resize(means_.size() + kWidth);
-            store(&*means_.end() - kWidth, narrow(sums) * splat(share_of(so_far_.count)));
+            store(&*means_.end() - kWidth, narrow(sums) * splat(share_of(h_.share, so_far_.count)));
         }
     }
 
@@ -152,7 +153,7 @@ class Centering {
             for (int i = begin; i < end; i++) {
                 state.count += real(first + i);
                 if (!kSubtract) continue;
-                share[i] = share_of(state.count);
+                share[i] = share_of(h_.share, state.count);
                 most[i] = zero();
             }
             for (int k = 0; k < size_; k += kWidth) {

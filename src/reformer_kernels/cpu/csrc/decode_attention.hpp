@@ -35,7 +35,8 @@ inline const float* floats_of(const Source& source, int64_t slot, float* buffer)
 // What is hashed of a token: its vector, or that at unit length less the mean of those so far, itself included.
 inline const float* hashed_row(const DecodeParams& s, int64_t row, const Source& vectors, int token, int64_t index, DecodeScratch& w) {
     if (!s.sums) return floats_of(vectors, token, w.row.data());
-    center_row(floats_of(vectors, token, w.row.data()), static_cast<int>(s.size), s.sums + row * s.size, index + 1, w.centered.data());
+    const float factor = share_of(s.share, index + 1);
+    center_row(floats_of(vectors, token, w.row.data()), static_cast<int>(s.size), s.sums + row * s.size, factor, w.centered.data());
     return w.centered.data();
 }
 

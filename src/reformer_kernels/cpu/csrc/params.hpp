@@ -44,6 +44,7 @@ struct HashParams {
     const int32_t* samples;             // (B, T) 0, 1, …: each packed sample has its own mean
     const double* sums;                 // (B, H, D) unit vectors of earlier tokens, added up
     const int64_t* counts;              // (B) how many they are
+    double share;                       // of the mean that is subtracted
     int32_t* buckets;                   // (B, H, R, T) contiguous
 };
 
@@ -81,6 +82,7 @@ struct DecodeParams {                   // new tokens on top of a cache
     int32_t *newest, *previous;         // (B, H, R, num_buckets) and (B, H, R, 1 + capacity): bucket_tables.BucketChains
     int64_t batch, heads, length, size, rounds, columns, num_factors, num_buckets, window, local_window, capacity, bfloat16, threads;
     double scale;                       // of scores; rounds > 0: shared query/key attention
+    double share;                       // of the mean that is subtracted, with `sums`
     float* out;                         // (B, H, T, D)
 };
 

@@ -152,7 +152,7 @@ class ReformerAttention(AttentionProjections):
         if self.centering:
             cache_layer = None if ctx.cache is None else ctx.cache.layers[self.layer]
             before = (None, None) if cache_layer is None else (cache_layer.sums, cache_layer.lengths)
-            centering = Centering(self.causal, ctx.mask, ctx.samples, *before, self.centering)
+            centering = Centering(self.causal, ctx.mask, ctx.samples, *before, share=self.centering)
         return hasher.buckets(vectors, centering)
 
     def hasher(self, vectors: torch.Tensor, ctx: ForwardContext) -> Hasher:

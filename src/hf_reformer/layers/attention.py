@@ -151,8 +151,8 @@ class ReformerAttention(AttentionProjections):
         hasher, centering = self.hasher(vectors, ctx), None
         if self.centering:
             cache_layer = None if ctx.cache is None else ctx.cache.layers[self.layer]
-            before = (None, None) if cache_layer is None else (cache_layer.sums, cache_layer.lengths)
-            centering = Centering(self.causal, ctx.mask, ctx.samples, *before, share=self.centering)
+            sums, counts = (None, None) if cache_layer is None else (cache_layer.sums, cache_layer.lengths)
+            centering = Centering(self.causal, ctx.mask, ctx.samples, sums, counts, self.centering)
         return hasher.buckets(vectors, centering)
 
     def hasher(self, vectors: torch.Tensor, ctx: ForwardContext) -> Hasher:

@@ -10,6 +10,7 @@ evaluated with their windows, in `rounds` hash rounds. A row of the CSV is a way
     exact      all previous tokens
     lsh, lsh-uncentered   hashing as configured, and without subtracting the mean (`lsh_centering=False`)
     lsh-0.75   hashing with this share of the mean subtracted (`lsh_centering=0.75`)
+    lsh-unrotated   hashing of vectors before they are rotated by position, with the mean subtracted
     lsh-whitened   hashing with the mean subtracted and all directions given the same spread
     random     hashing of random vectors
     local      no hashing, but as many more keys in the local window: rounds × lsh window
@@ -34,12 +35,14 @@ from common import (
     Options,
     TextOptions,
     bits_per_byte,
+    hashing_of,
     make_model,
     only_local,
     parse,
     product,
     random_hashing,
     read_texts,
+    running_mean,
     see_all,
     table,
     text_rows,
@@ -60,7 +63,7 @@ ONCE = ("exact", "none")  # rounds make no difference
 LABELS = {
     "exact": "exact attention", "none": "the local window alone", "lsh": "hashed",
     "lsh-uncentered": "hashed with their mean", "lsh-0.5": "hashed with half of their mean",
-    "lsh-0.75": "hashed with a quarter of their mean", "lsh-whitened": "hashed, whitened",
+    "lsh-0.75": "hashed with a quarter of their mean", "lsh-whitened": "hashed, whitened", "lsh-unrotated": "hashed before rotation",
     "random": "random vectors hashed", "local": "as many more local keys",
 }  # fmt: skip
 SHORT = {
@@ -102,7 +105,9 @@ def keys_chosen(model: Any, by: str, rounds: int, args: Arguments) -> Iterator[d
         elif by == "lsh-whitened":
             contexts.enter_context(whitened_hashing())
         elif by.startswith("lsh-"):
-            share = 0.0 if by == "lsh-uncentered" else float(by.removeprefix("lsh-"))
+            share = 0.0 if by in ("lsh-uncentered", "lsh-unrotated") else float(by.removeprefix("lsh-"))
+            if by == "lsh-unrotated":
+                contexts.enter_context(hashing_of(lambda units: units - running_mean(units)))
             for layer in model.model.layers:
                 if layer.attention.kind == "lsh":
                     contexts.enter_context(patch.object(layer.attention, "centering", share))

@@ -228,7 +228,9 @@ def test_variants_are_causal_and_have_the_layers_they_say(variant):
         assert max_abs_diff(logits(model.eval(), ids)[:, :40], logits(model, other)[:, :40]) < 1e-5
 
 
-@pytest.mark.parametrize("by", ["exact", "none", "lsh", "lsh-uncentered", "lsh-0.5", "random", "local"])
+@pytest.mark.parametrize(
+    "by", ["exact", "none", "lsh", "lsh-uncentered", "lsh-0.5", "lsh-unrotated", "random", "local"]
+)
 def test_ways_to_choose_keys_end_where_they_began_and_see_what_they_say(by):
     args, model, ids = windows.Arguments(local_window=4, lsh_window=4), lm(num_buckets=2), make_ids(2, 64)
     before = logits(model, ids)

@@ -63,7 +63,8 @@ ONCE = ("exact", "none")  # rounds make no difference
 LABELS = {
     "exact": "exact attention", "none": "the local window alone", "lsh": "hashed",
     "lsh-uncentered": "hashed with their mean", "lsh-0.5": "hashed with half of their mean",
-    "lsh-0.75": "hashed with a quarter of their mean", "lsh-whitened": "hashed, whitened", "lsh-unrotated": "hashed before rotation",
+    "lsh-0.75": "hashed with a quarter of their mean", "lsh-whitened": "hashed, whitened",
+    "lsh-unrotated": "hashed before rotation",
     "random": "random vectors hashed", "local": "as many more local keys",
 }  # fmt: skip
 SHORT = {

@@ -81,14 +81,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def draw(experiment: Experiment, rows: list[dict[str, str]]) -> None:
     """Plot the accuracies of all runs so far."""
-    figure, (ax,) = experiment.figure()
-    names = list(dict.fromkeys(f"{row['data']}\n{row['judged_on']}" for row in rows))
+    figure, (ax,) = experiment.figure(width=7)
+
+    def name_of(row: dict[str, str]) -> str:
+        return f"{row['data']}\n{'validation file' if '.validation.' in row['judged_on'] else row['judged_on']}"
+
+    names = list(dict.fromkeys(map(name_of, rows)))
     for variant, marker in zip(VARIANTS, "osx", strict=True):
-        some = [row for row in rows if row["variant"] == variant]
-        places = [names.index(f"{row['data']}\n{row['judged_on']}") for row in some]
-        ax.plot(places, [float(row["accuracy"]) for row in some], marker, label=variant, alpha=0.7)
-    ax.set_xticks(range(len(names)), names, fontsize=7)
-    ax.set(ylabel="accuracy")
+        if some := [row for row in rows if row["variant"] == variant]:
+            places = [names.index(name_of(row)) for row in some]
+            ax.plot(places, [float(row["accuracy"]) for row in some], marker, label=variant, alpha=0.7)
+    ax.set_xticks(range(len(names)), names)
+    ax.set(ylabel="accuracy", ylim=(0, 1))
+    ax.grid(axis="y", alpha=0.3)
     ax.legend(frameon=False)
     experiment.save(figure)
 

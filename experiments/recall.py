@@ -159,31 +159,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     fixed = {name: getattr(args, name) for name in KEYS if hasattr(args, name) and name != "rounds"}
     fixed |= {"max_length": max(args.lengths)}
-    curves: dict[str, list[dict[str, float]]] = {}
-    rows = []
+    curves, rows = {}, []
     for choice in product(seed=args.seeds, layers=args.layers, variant=args.variants):
         key = {**fixed, **choice}
-        set_seed(choice["seed"])
-        model, name = build(choice["layers"], choice["variant"], args), ", ".join(map(str, choice.values()))
         wanted = [{**key, **more} for more in product(length=args.lengths, rounds=args.rounds)]
-        with sees(model, choice["variant"]):
-            history = learn(model, args, choice["seed"], experiment.checkpoint(key), name)
-            curves[name] = history
-            experiment.keep_curve(key, history)
-            for row in wanted:
-                if not experiment.results.find(row):
-                    score = accuracy(model, args, row["length"], row["rounds"], seed=2 * 10**6)  # not watched
-                    experiment.results.add(row, {"accuracy": score, "steps_used": history[-1]["step"]})
-                rows += experiment.results.find(row)
+        name = ", ".join(map(str, choice.values()))
+        if not all(map(experiment.results.find, wanted)):
+            measure(key, wanted, args, experiment, name)
+        rows += [row for one in wanted for row in experiment.results.find(one)]
+        if curve := experiment.curve(key):
+            curves[name] = curve
     print("\n" + table(rows, ["layers", "variant", "length"], "rounds", "accuracy"))
     plot(experiment, rows, curves)
 
 
-def plot(experiment: Experiment, rows: list[dict[str, str]], curves: dict[str, list[dict[str, float]]]) -> None:
+def measure(
+    key: dict[str, Any], wanted: list[dict[str, Any]], args: Arguments, experiment: Experiment, name: str
+) -> None:
+    """Train a model, and evaluate it on rows that training did not watch."""
+    set_seed(key["seed"])
+    model = build(key["layers"], key["variant"], args)
+    with sees(model, key["variant"]):
+        history = learn(model, args, key["seed"], experiment.checkpoint(key), name)
+        experiment.keep_curve(key, history)
+        for row in wanted:
+            if not experiment.results.find(row):
+                score = accuracy(model, args, row["length"], row["rounds"], seed=2 * 10**6)
+                experiment.results.add(row, {"accuracy": score, "steps_used": history[-1]["step"]})
+
+
+def plot(experiment: Experiment, rows: list[dict[str, str]], curves: dict[str, list[list[float]]]) -> None:
     figure, (left, right) = experiment.figure(2)
-    for name, history in curves.items():
-        style = "-" if name.endswith("lsh") else "--"
-        left.plot([x["step"] for x in history], [x["accuracy"] for x in history], style, label=name)
+    for name, (steps, _, scores) in curves.items():
+        left.plot(steps, scores, "--" if "lsh-" in name else "-", label=name)
     left.set(xlabel="training step (at every dip, the length doubles)", ylabel="accuracy", ylim=(-0.02, 1.02))
     left.legend(frameon=False, fontsize=7)
     for name in dict.fromkeys((row["layers"], row["variant"], row["length"]) for row in rows):

@@ -144,8 +144,8 @@ def draw(experiment: Experiment, rows: list[dict[str, str]], args: Arguments) ->
             of = dict(zip(KEYS, key, strict=True))
             label = f"{of['text']}, {of['variant']}" if len(args.texts) > 1 else of["variant"]
             color, style = f"C{args.variants.index(of['variant'])}", "-" if of["text"] == args.texts[0] else "--"
-            first = of["seed"] == str(args.seeds[0])
-            axes[-1].plot(*points, style, color=color, label=label if first else None, linewidth=1)
+            known = label in axes[-1].get_legend_handles_labels()[1]
+            axes[-1].plot(*points, style, color=color, label=None if known else label, linewidth=1)
         axes[-1].set(title="training loss", xlabel="step", ylabel="nats per predicted token")
         axes[-1].legend(frameon=False, fontsize=7)
     experiment.save(figure)
@@ -159,12 +159,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts, rows = read_texts(args), []
     fixed = {name: getattr(args, name) for name in KEYS if hasattr(args, name)}
     fixed |= {"layers": " ".join(args.layers), "source": "demo" if args.train_file is None else args.train_file.stem}
+    fixed["validated_on"] = args.validate_on
+
+    def key_of(text: str, **choice: Any) -> dict[str, Any]:
+        return {**fixed, "text": text, "answer_steps": 0 if text == "plain" else args.answer_steps, **choice}
+
     for choice in product(seed=args.seeds, text=args.texts, variant=args.variants):
-        key = {**fixed, **choice, "validated_on": args.validate_on}
-        key["answer_steps"] = 0 if choice["text"] == "plain" else args.answer_steps
+        key = key_of(**choice)
         if not experiment.results.find(key):
             experiment.results.add(key, run(key, args, experiment, texts))
-        rows += experiment.results.find(key)
+    for choice in product(text=args.texts, variant=args.variants):
+        rows += experiment.results.find(key_of(**choice))  # of all seeds so far
     for value in ("bits", "far_bits"):
         print(f"\n{value}\n{table(rows, ['text', 'variant'], 'length', value)}")
     draw(experiment, rows, args)

@@ -146,7 +146,8 @@ def draw(experiment: Experiment, rows: list[dict[str, str]], args: Arguments) ->
             color, style = f"C{args.variants.index(of['variant'])}", "-" if of["text"] == args.texts[0] else "--"
             known = label in axes[-1].get_legend_handles_labels()[1]
             axes[-1].plot(*points, style, color=color, label=None if known else label, linewidth=1)
-        axes[-1].set(title="training loss", xlabel="step", ylabel="nats per predicted token")
+        begin = f", from step {args.answer_steps} on of all bytes" if args.answer_steps else ""
+        axes[-1].set(title=f"training loss{begin}", xlabel="step", ylabel="nats per predicted token")
         axes[-1].legend(frameon=False, fontsize=7)
     experiment.save(figure)
 

@@ -29,6 +29,8 @@ def observe(model) -> dict:
     ids = (torch.arange(60).view(2, 30) * 7) % 37 + 2
     ids = ids[None] if "MultipleChoice" in type(model).__name__ else ids
     name = type(model).__name__
+    for weight in model.parameters():  # where weights lie in a file decides the last bit of a product
+        weight.data = weight.data.clone()
     if model.main_input_name != "input_ids":
         ids = ids / 10 - 2
         ids = ids.view(2, 3, 5, 2) if "Image" in name else ids.view(2, 15, 2) if "TimeSeries" in name else ids

@@ -28,6 +28,8 @@ IDS = make_ids(2, 20)
 
 def first_output(model) -> torch.Tensor:
     ids = IDS[None] if isinstance(model, ReformerForMultipleChoice) else IDS
+    for weight in model.parameters():  # where weights lie in a file decides the last bit of a product
+        weight.data = weight.data.clone()
     with torch.no_grad():
         return model.eval()(ids)[0]
 

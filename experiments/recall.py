@@ -184,7 +184,7 @@ def measure(
         experiment.keep_curve(key, history)
         for row in wanted:
             if not experiment.results.find(row):
-                score = accuracy(model, args, row["length"], row["rounds"], seed=2 * 10**6)
+                score = accuracy(model, args, row["length"], row["rounds"], seed=3 * 10**6)
                 experiment.results.add(row, {"accuracy": score, "steps_used": history[-1]["step"]})
 
 
